@@ -1,0 +1,1 @@
+"""Gemma 2 as a hooked model: the only package that imports TransformerLens's models."""

@@ -1,0 +1,86 @@
+"""Gemma 2 on ``TransformerBridge``: Hugging Face's own forward pass with hooks, one copy of the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import (
+    build_bridge_config_from_hf,
+    detect_tokenizer_bos_eos,
+)
+from transformer_lens.model_bridge.sources.transformers import setup_tokenizer
+
+from gemma_scope_tl.adapters.base import GemmaModel
+from gemma_scope_tl.sites import Backend, ModelDims
+
+ARCHITECTURE = "Gemma2ForCausalLM"
+
+
+class GemmaBridge(GemmaModel, TransformerBridge):
+    """A Gemma 2 ``TransformerBridge`` with the SAE methods of this package. Made by ``load_model``."""
+
+    backend: Backend = "bridge"
+
+    @property
+    def hook_dict(self) -> dict[str, Any]:
+        """Every hook point, by canonical and by alias name; those of attached SAEs too."""
+        return {**super().hook_dict, **self.sae_hook_points()}
+
+    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """Remove the user's hooks, also those on the hook points of attached SAEs; the SAEs stay."""
+        super().reset_hooks(*args, **kwargs)
+        for point in self.sae_hook_points().values():
+            point.remove_hooks(
+                dir=kwargs.get("direction", "both"), including_permanent=kwargs.get("including_permanent", False)
+            )
+
+    def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; a left-padded tensor of ids gets its mask, and attached SAEs know the token ids."""
+        if not args and (mask := self._derived_mask(input, kwargs)) is not None:
+            kwargs["attention_mask"] = mask
+        kwargs.setdefault("verbose", False)
+        with self.token_tracker.generation():
+            return super().generate(input, *args, **kwargs)
+
+    def hf_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's ``generate`` on the hooked model; attached SAEs know the token ids."""
+        with self.token_tracker.generation():
+            return super().hf_generate(*args, **kwargs)
+
+    def read_cache_kwarg(self) -> None:
+        """Make attention find its cache under the name that newer transformers versions give it.
+
+        transformers 5.24 hands Gemma 2's attention ``cache=`` where it was ``past_key_values=``; an attention bridge
+        that does not know the name attends to the new token alone. Applied to this model's own blocks, and only after
+        the self-check has seen the defect.
+        """
+        for block in self.blocks:
+            block.attn._update_kv_cache = _with_cache_kwarg(block.attn._update_kv_cache)
+        self.fixes.append("attention reads its cache from the keyword `cache`")
+
+
+def _with_cache_kwarg(update: Any) -> Any:
+    def update_kv_cache(k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
+            kwargs["past_key_values"] = kwargs["cache"]
+        return update(k, v, **kwargs)
+
+    return update_kv_cache
+
+
+def build_bridge(hf_model: Any, tokenizer: Any, model_id: str | None) -> GemmaBridge:
+    """Wrap ``hf_model`` in place: its weights are not copied, and it still computes the same."""
+    parameter = next(hf_model.parameters())
+    config = build_bridge_config_from_hf(hf_model.config, ARCHITECTURE, model_id or "gemma-2", parameter.dtype)
+    adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
+    adapter.cfg.device = str(parameter.device)
+    adapter.prepare_model(hf_model)
+    if tokenizer is not None:
+        tokenizer = setup_tokenizer(tokenizer, default_padding_side="left")
+        adapter.cfg.tokenizer_prepends_bos, adapter.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
+    bridge = GemmaBridge(hf_model, adapter, tokenizer)
+    bridge.prepare(ModelDims.from_config(hf_model.config), model_id)
+    return bridge.eval()

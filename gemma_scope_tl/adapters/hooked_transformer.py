@@ -1,0 +1,100 @@
+"""Gemma 2 on ``HookedTransformer``, from any Hugging Face Gemma 2 and without weight processing.
+
+``HookedTransformer`` is gone from TransformerLens 4; this module is the only one that imports it, and only on request.
+It holds a second copy of the weights (and unties the unembedding), and its bfloat16 differs from Hugging Face's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+
+from gemma_scope_tl.adapters.base import GemmaModel
+from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.sites import Backend, ModelDims
+from gemma_scope_tl.splice import AttachedSAE
+
+
+class HookedGemma(GemmaModel, HookedTransformer):
+    """A Gemma 2 ``HookedTransformer`` with the SAE methods of this package. Made by ``load_model``."""
+
+    backend: Backend = "hooked_transformer"
+
+    def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; attached SAEs know the token ids.
+
+        Raises:
+            SpliceError: with an SAE on the embedding, whose hook ``HookedTransformer.generate`` never runs.
+        """
+        if any(attached.site.name == "embedding" for attached in self._attached.values()):
+            raise SpliceError('HookedTransformer.generate skips hook_embed: load with backend="bridge".')
+        kwargs.setdefault("verbose", False)
+        with self.token_tracker.generation():
+            return super().generate(input, *args, **kwargs)
+
+    def _after_attach(self, attached: AttachedSAE) -> None:
+        self.hook_dict.update(attached.hook_points)
+        self.mod_dict.update(attached.hook_points)
+
+    def _after_detach(self, attached: AttachedSAE) -> None:
+        for name in attached.hook_points:
+            self.hook_dict.pop(name, None)
+            self.mod_dict.pop(name, None)
+
+
+def _config(hf_config: Any, dtype: torch.dtype, device: str, model_id: str | None) -> HookedTransformerConfig:
+    dims = ModelDims.from_config(hf_config)
+    return HookedTransformerConfig(
+        n_layers=dims.n_layers,
+        d_model=dims.d_model,
+        d_head=dims.d_head,
+        n_heads=dims.n_heads,
+        n_key_value_heads=hf_config.num_key_value_heads,
+        n_ctx=hf_config.max_position_embeddings,
+        d_mlp=hf_config.intermediate_size,
+        d_vocab=hf_config.vocab_size,
+        act_fn=hf_config.hidden_activation,
+        eps=hf_config.rms_norm_eps,
+        normalization_type="RMS",
+        final_rms=True,
+        gated_mlp=True,
+        positional_embedding_type="rotary",
+        rotary_base=hf_config.rope_parameters["rope_theta"],
+        rotary_dim=dims.d_head,
+        use_attn_scale=True,
+        attn_scale=float(hf_config.query_pre_attn_scalar) ** 0.5,
+        use_local_attn=True,
+        window_size=hf_config.sliding_window,
+        attn_types=["local" if kind == "sliding_attention" else "global" for kind in hf_config.layer_types],
+        attn_scores_soft_cap=hf_config.attn_logit_softcapping or -1.0,
+        output_logits_soft_cap=hf_config.final_logit_softcapping or -1.0,
+        use_normalization_before_and_after=True,
+        original_architecture="Gemma2ForCausalLM",
+        model_name=model_id or "gemma-2",
+        init_weights=False,
+        dtype=dtype,
+        device=device,
+        default_prepend_bos=True,
+    )
+
+
+def build_hooked_transformer(hf_model: Any, tokenizer: Any, model_id: str | None) -> HookedGemma:
+    """Copy the weights of ``hf_model`` into a :class:`HookedGemma`, unprocessed."""
+    parameter = next(hf_model.parameters())
+    config = _config(hf_model.config, parameter.dtype, str(parameter.device), model_id)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = HookedGemma(config, tokenizer=tokenizer, default_padding_side="left" if tokenizer is not None else None)
+    model.load_and_process_state_dict(
+        convert_gemma_weights(hf_model, config),
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    model.prepare(ModelDims.from_config(hf_model.config), model_id)
+    return model.eval()

@@ -1,0 +1,367 @@
+"""SAEs inside hooked forward passes: replace an activation by its reconstruction, with or without the error term.
+
+An SAE is attached as an ordinary hook on the site's own ``HookPoint``. Nothing is swapped in the model, so detaching
+restores it exactly, the user's own hooks stay where they are and keep firing, and both backends behave the same.
+
+While attached, the SAE's hook points answer to ``<site's HookedTransformer hook>.hook_sae_acts_post`` and the like, on
+both backends: these are the cache keys of SAELens. A hook on one of them edits the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma_scope_tl.errors import SpliceError, UnknownNameError, unknown_name
+from gemma_scope_tl.sites import Backend, ModelDims, Site, flatten_heads, get_site, site_of_hook, unflatten_heads
+from gemma_scope_tl.tokens import TokenTracker, special_mask, special_token_ids
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+    from gemma_scope_tl.adapters.base import GemmaModel
+
+ExcludeTokens = bool | Sequence[int]
+
+
+def locate(sae: SAE[Any]) -> tuple[Site, int | None]:
+    """The site and layer that ``sae`` belongs to, from itself or from its SAELens metadata.
+
+    Raises:
+        SpliceError: when it does not say.
+    """
+    name = getattr(sae, "site", None)
+    if name is not None:
+        return get_site(name), getattr(sae, "layer", None)
+    hook = sae.cfg.metadata.hook_name
+    if hook is None:
+        raise SpliceError("This SAE does not say where it belongs: load it with site= and layer=.")
+    return site_of_hook(hook, sae.cfg.metadata.hook_name_out)
+
+
+class AttachedSAE:
+    """One SAE on one model: where it reads and writes, and how its output replaces the activation."""
+
+    def __init__(
+        self, sae: SAE[Any], site: Site, layer: int | None, error_term: bool, excluded: tuple[int, ...]
+    ) -> None:
+        self.sae, self.site, self.layer = sae, site, layer
+        self.error_term, self.excluded = error_term, excluded
+        self.read_name = site.hook_name(layer, "hooked_transformer")
+        self.write_name = site.hook_name_out(layer, "hooked_transformer")
+        self.hook_points = {f"{self.write_name}.{name}": point for name, point in sae.hook_dict.items()}
+        self._read: torch.Tensor | None = None
+        self._detachers: list[Callable[[], None]] = []
+
+    def attach(self, model: GemmaModel) -> None:
+        """Put the hooks on ``model``'s hook points; :meth:`detach` takes back exactly these."""
+        self._tracker = model.token_tracker
+        if self.site.is_transcoder:
+            self._hook(model.site_hook_point(self.site.hook_name(self.layer, model.backend)), self._on_read)
+        self._hook(model.site_hook_point(self.site.hook_name_out(self.layer, model.backend)), self._on_write)
+        for full_name, point in self.hook_points.items():
+            short_name, point.name = point.name, full_name
+            self._detachers.append(lambda point=point, name=short_name: setattr(point, "name", name))
+        from gemma_scope_tl.sae.base import GemmaScopeMixin
+
+        stock = not isinstance(self.sae, GemmaScopeMixin)
+        if stock and getattr(self.sae, "hook_z_reshaping_mode", False):  # heads are flattened here, stock SAEs are told
+            self.sae.turn_off_forward_pass_hook_z_reshaping()
+            self._detachers.append(self.sae.turn_on_forward_pass_hook_z_reshaping)
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`."""
+        while self._detachers:
+            self._detachers.pop()()
+        self._read = None
+
+    def _hook(self, point: Any, fn: Callable[..., torch.Tensor | None]) -> None:
+        point.add_hook(fn, is_permanent=True)
+        handle = point.fwd_hooks[-1]
+
+        def remove() -> None:
+            handle.hook.remove()
+            if handle in point.fwd_hooks:
+                point.fwd_hooks.remove(handle)
+
+        self._detachers.append(remove)
+
+    def _on_read(self, value: torch.Tensor, hook: Any) -> None:
+        self._read = value
+
+    def _on_write(self, value: torch.Tensor, hook: Any) -> torch.Tensor:
+        source = value
+        if self.site.is_transcoder:
+            if self._read is None:
+                raise SpliceError(f"The transcoder at {self.read_name} saw no input in this forward pass.")
+            source, self._read = self._read, None
+        mask = special_mask(self._tracker.tokens(value), self.excluded) if self.excluded else None
+        return self.replace(source, value, mask)
+
+    def replace(self, source: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The reconstruction of ``target`` from ``source``; ``target`` itself where ``mask`` (``[batch, pos]``) is True.
+
+        With the error term the result is ``x̂ + (target - x̂_clean)``, where the clean reconstruction knows nothing of
+        the hooks on the features; the error carries no gradient. Computed in the SAE's dtype, returned in ``target``'s.
+        """
+        heads = target.ndim == 4
+        x = flatten_heads(source) if heads else source
+        y = (flatten_heads(target) if heads else target).to(self.sae.dtype)
+        mask = None if mask is None else mask.unsqueeze(-1)
+        out = self._reconstruct(x)
+        if self.error_term:
+            with torch.no_grad():
+                error = y - self._clean(x, out)
+                error = error if mask is None else error.masked_fill(mask, 0.0)
+                error = self.sae.hook_sae_error(error)
+            out = out + error
+        if mask is not None:
+            out = torch.where(mask, y, out)
+        out = self.sae.hook_sae_output(out).to(target.dtype)
+        out = unflatten_heads(out, target)
+        if mask is None:
+            return out
+        return torch.where(mask.unsqueeze(-1) if heads else mask, target, out)  # no rounding where nothing is spliced
+
+    def _reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.sae.dtype)
+        out = self.sae.decode(self.sae.encode(x))
+        w_skip = getattr(self.sae, "W_skip", None)
+        return out if w_skip is None else out + x @ w_skip.T
+
+    def _clean(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if not any(point.fwd_hooks for point in self.hook_points.values()):
+            return out  # nobody can have edited anything: one encode is enough
+        from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
+
+        with _disable_hooks(self.sae):
+            return self._reconstruct(x)
+
+
+class SpliceMixin:
+    """SAE methods of a hooked model, with the names and cache keys of SAELens's ``HookedSAETransformer``.
+
+    The class that mixes this in is a :class:`~gemma_scope_tl.adapters.base.GemmaModel`.
+    """
+
+    backend: Backend
+    dims: ModelDims
+    token_tracker: TokenTracker
+    _attached: dict[str, AttachedSAE]
+
+    @property
+    def acts_to_saes(self) -> dict[str, SAE[Any]]:
+        """The attached SAEs, by the HookedTransformer name of the hook that each reads."""
+        return {attached.read_name: attached.sae for attached in self._attached.values()}
+
+    def add_sae(
+        self, sae: SAE[Any], use_error_term: bool | None = None, exclude_special_tokens: ExcludeTokens = True
+    ) -> None:
+        """Attach ``sae`` until :meth:`reset_saes`.
+
+        Args:
+            sae: any SAELens SAE or transcoder at a Gemma Scope site.
+            use_error_term: add what the SAE misses, so that the pass is unchanged until a feature is edited. None keeps
+                the SAE's own setting.
+            exclude_special_tokens: leave BOS, EOS and padding alone (default), or the given token ids, or none.
+
+        Raises:
+            SpliceError: another model, width or layer; a site that is taken; an SAE that is attached already.
+        """
+        site, layer = locate(sae)
+        self._check_fits(sae, site, layer)
+        if any(attached.sae is sae for attached in self._attached.values()):
+            raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
+        excluded = self._excluded_ids(exclude_special_tokens)
+        error_term = bool(sae.use_error_term if use_error_term is None else use_error_term)
+        attached = AttachedSAE(sae, site, layer, error_term, excluded)
+        if attached.write_name in self._attached:
+            raise SpliceError(
+                f"{attached.write_name} is taken: an SAE that writes there is attached. Detach it with reset_saes() first."
+            )
+        try:
+            attached.attach(self)  # pyright: ignore[reportArgumentType]
+        except BaseException:
+            attached.detach()
+            raise
+        self._attached[attached.write_name] = attached
+        self._after_attach(attached)
+
+    def reset_saes(self, act_names: str | Iterable[str] | None = None) -> None:
+        """Detach the SAEs that read these hooks (either backend's names), or all of them.
+
+        Raises:
+            UnknownNameError: when no SAE is attached there.
+        """
+        if act_names is None:
+            names = [attached.read_name for attached in self._attached.values()]
+        else:
+            names = [act_names] if isinstance(act_names, str) else list(act_names)
+        for name in names:
+            self._remove([self._find(name)])
+
+    def get_sae_hook_name(self, sae: SAE[Any], internal: str = "hook_sae_acts_post") -> str:
+        """Name of a hook point of ``sae`` while it is attached: the key in caches, on both backends."""
+        site, layer = locate(sae)
+        return f"{site.hook_name_out(layer, 'hooked_transformer')}.{internal}"
+
+    @contextmanager
+    def saes(
+        self,
+        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        reset_saes_end: bool = True,
+        use_error_term: bool | None = None,
+        exclude_special_tokens: ExcludeTokens = True,
+    ) -> Iterator[SpliceMixin]:
+        """Attach ``saes`` inside the block; all of them or, on an error, none."""
+        added: list[AttachedSAE] = []
+        try:
+            for sae in _as_list(saes):
+                self.add_sae(sae, use_error_term, exclude_special_tokens)
+                added.append(next(reversed(self._attached.values())))
+            yield self
+        except BaseException:
+            self._remove(added)
+            raise
+        if reset_saes_end:
+            self._remove(added)
+
+    def run_with_saes(
+        self,
+        *model_args: Any,
+        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        reset_saes_end: bool = True,
+        use_error_term: bool | None = None,
+        exclude_special_tokens: ExcludeTokens = True,
+        **model_kwargs: Any,
+    ) -> Any:
+        """One forward pass with ``saes`` attached."""
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
+            return self(*model_args, **model_kwargs)  # pyright: ignore[reportCallIssue]
+
+    def run_with_cache_with_saes(
+        self,
+        *model_args: Any,
+        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        reset_saes_end: bool = True,
+        use_error_term: bool | None = None,
+        exclude_special_tokens: ExcludeTokens = True,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """``run_with_cache`` with ``saes`` attached; features under ``<hook>.hook_sae_acts_post``."""
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
+            return self.run_with_cache(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def run_with_hooks_with_saes(
+        self,
+        *model_args: Any,
+        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        reset_saes_end: bool = True,
+        use_error_term: bool | None = None,
+        exclude_special_tokens: ExcludeTokens = True,
+        **kwargs: Any,
+    ) -> Any:
+        """``run_with_hooks`` with ``saes`` attached; hooks may name the SAEs' own hook points."""
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
+            return self.run_with_hooks(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def sae_hook_points(self) -> dict[str, Any]:
+        """Hook points of all attached SAEs, by full name."""
+        return {name: point for attached in self._attached.values() for name, point in attached.hook_points.items()}
+
+    def _check_fits(self, sae: SAE[Any], site: Site, layer: int | None) -> None:
+        site.check_layer(layer, self.dims)
+        d_in = site.d_in(self.dims)
+        if sae.cfg.d_in != d_in:
+            raise SpliceError(
+                f"The SAE reads {sae.cfg.d_in} dimensions, but site {site.name!r} of this model has {d_in}: "
+                "it belongs to another model."
+            )
+        theirs = getattr(sae, "model_name", None) or sae.cfg.metadata.model_name
+        ours = getattr(self, "model_id", None)
+        if theirs and ours and _family(theirs) != _family(ours):
+            raise SpliceError(f"The SAE was trained on {theirs!r}; this model is {ours!r}.")
+
+    def _excluded_ids(self, exclude: ExcludeTokens) -> tuple[int, ...]:
+        if isinstance(exclude, bool):
+            if not exclude:
+                return ()
+            ids = special_token_ids(getattr(self, "tokenizer", None))
+            if not ids:
+                raise SpliceError(
+                    "The model has no tokenizer, so BOS, EOS and padding are unknown: pass their ids, or "
+                    "exclude_special_tokens=False."
+                )
+            return ids
+        return tuple(exclude)
+
+    def _find(self, name: str) -> AttachedSAE:
+        for attached in self._attached.values():
+            if name in (attached.read_name, attached.site.hook_name(attached.layer, "bridge")):
+                return attached
+        raise unknown_name("attached SAE", name, self.acts_to_saes)
+
+    def _remove(self, attached: list[AttachedSAE]) -> None:
+        for one in reversed(attached):
+            if self._attached.get(one.write_name) is one:
+                del self._attached[one.write_name]
+                self._after_detach(one)
+            one.detach()
+
+    def _after_attach(self, attached: AttachedSAE) -> None:
+        """For a backend that keeps its hook points in a plain dict."""
+
+    def _after_detach(self, attached: AttachedSAE) -> None:
+        """For a backend that keeps its hook points in a plain dict."""
+
+
+def splice(
+    model: SpliceMixin,
+    saes: SAE[Any] | Iterable[SAE[Any]],
+    error_term: bool | None = None,
+    exclude_special_tokens: ExcludeTokens = True,
+) -> AbstractContextManager[Any]:
+    """Attach ``saes`` to a model from :func:`~gemma_scope_tl.load_model` inside a ``with`` block.
+
+    Everything inside runs through them: forward passes, caches, hooks and ``generate``.
+
+    Raises:
+        SpliceError: when the model does not come from ``load_model``, or an SAE does not fit.
+    """
+    if not isinstance(model, SpliceMixin):
+        raise SpliceError("splice() needs a model from gemma_scope_tl.load_model(); wrap yours with hf_model=.")
+    return model.saes(saes, use_error_term=error_term, exclude_special_tokens=exclude_special_tokens)
+
+
+def translate_hook_name(name: str, valid: Iterable[str], backend: Backend) -> str:
+    """``name`` if the model has it, else the other backend's name for the same site, also below attached SAEs.
+
+    Raises:
+        UnknownNameError: when there is no such hook, with the nearest names.
+    """
+    names = valid if isinstance(valid, (set, dict, frozenset)) else set(valid)
+    if name in names:
+        return name
+    base, dot, internal = name.partition(".hook_sae_")
+    try:
+        site, layer = site_of_hook(base)
+        inside = f"{site.hook_name_out(layer, 'hooked_transformer')}{dot}{internal}"
+        translated = inside if dot else site.hook_name(layer, backend)
+    except (UnknownNameError, SpliceError):
+        translated = None
+    if translated in names:
+        return translated
+    hint = "No SAE with that hook is attached." if dot else ""
+    raise unknown_name("hook", name, names, hint)
+
+
+def _as_list(saes: SAE[Any] | Iterable[SAE[Any]]) -> list[SAE[Any]]:
+    return [saes] if isinstance(saes, torch.nn.Module) else list(saes)
+
+
+def _family(model_name: str) -> str:
+    """Name without owner, and without ``-it``: SAEs of a base model may be spliced into its IT model (section 4.5)."""
+    return model_name.split("/")[-1].lower().removesuffix("-it")

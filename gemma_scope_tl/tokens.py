@@ -1,0 +1,96 @@
+"""Which positions hold special tokens, and which token ids a hooked forward pass is looking at.
+
+Gemma Scope was not trained on BOS, EOS or padding (paper, section 3.1): at those positions an SAE gives nonsense (a BOS
+token can activate thousands of latents), so splicing and metrics leave them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+
+from gemma_scope_tl.errors import SpliceError
+
+
+def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of BOS, EOS and padding in ``tokenizer``, sorted; empty without a tokenizer."""
+    if tokenizer is None:
+        return ()
+    ids = {getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def special_mask(tokens: Int[torch.Tensor, "batch pos"], ids: Iterable[int]) -> Bool[torch.Tensor, "batch pos"]:
+    """True where a token is one of ``ids``."""
+    wanted = torch.tensor(sorted(ids), device=tokens.device, dtype=tokens.dtype)
+    return torch.isin(tokens, wanted)
+
+
+def left_padding_mask(tokens: Int[torch.Tensor, "batch pos"], tokenizer: Any) -> Int[torch.Tensor, "batch pos"] | None:
+    """Attention mask (1 = attend) of left-padded rows, or None when no row starts with padding.
+
+    Where the padding token is also BOS, the last of the leading run is taken for the real BOS.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None or tokens.ndim != 2 or tokens.shape[1] < 2:
+        return None
+    leading = (tokens == pad).long().cumprod(dim=-1)
+    if pad == getattr(tokenizer, "bos_token_id", None):
+        leading = torch.cat([leading[:, 1:], torch.zeros_like(leading[:, :1])], dim=1)
+    if not bool(leading.any()) or bool(leading.all(dim=-1).any()):
+        return None
+    return 1 - leading
+
+
+class TokenTracker:
+    """Remembers the token ids that last entered the model's embedding, also through cached generation.
+
+    Generation with a cache embeds one new token at a time, and ``HookedTransformer.generate`` embeds only the new token
+    even without a cache while it runs the whole sequence; so inside :meth:`generation` single tokens are appended, and
+    :meth:`tokens` gives the last ``n`` of them.
+    """
+
+    def __init__(self) -> None:
+        self._ids: torch.Tensor | None = None
+        self.generating = False
+
+    def observe(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """Forward pre-hook for the embedding module: its input is a ``[batch, pos]`` tensor of ids."""
+        ids = args[0] if args else next(iter((kwargs or {}).values()))
+        if ids.ndim == 1:
+            ids = ids[None]
+        if self.generating and self._ids is not None and ids.shape == (self._ids.shape[0], 1):
+            ids = torch.cat([self._ids, ids], dim=1)
+        self._ids = ids
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Append single tokens while inside, forget everything on entry and exit."""
+        self._ids, self.generating = None, True
+        try:
+            yield
+        finally:
+            self._ids, self.generating = None, False
+
+    def clear(self) -> None:
+        """Forget the ids, so that a pass from embeddings cannot use those of an earlier pass."""
+        self._ids = None
+
+    def tokens(self, like: torch.Tensor) -> Int[torch.Tensor, "batch pos"]:
+        """The ids at the positions of ``like`` (``[batch, pos, …]``).
+
+        Raises:
+            SpliceError: when the pass did not start from token ids.
+        """
+        batch, pos = like.shape[:2]
+        ids = self._ids
+        if ids is None or ids.shape[1] < pos or ids.shape[0] not in (1, batch):
+            raise SpliceError(
+                "The model runs on embeddings, not on token ids, so special tokens cannot be told apart. "
+                "Pass exclude_special_tokens=False to splice at every position."
+            )
+        return ids[:, -pos:].expand(batch, pos).to(like.device)

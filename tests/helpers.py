@@ -1,0 +1,98 @@
+"""Small random models and SAEs that the tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from gemma_scope_tl.adapters.loading import load_model
+from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
+from gemma_scope_tl.sites import ModelDims, get_site
+
+DEFAULT = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # 4 * 32 = 128, not 64
+    "max_position_embeddings": 128,
+    "sliding_window": 8,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "query_pre_attn_scalar": 24,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "one-kv-head": {"num_key_value_heads": 1, "num_hidden_layers": 3},
+    "narrow-heads": {"head_dim": 8, "sliding_window": 5, "num_hidden_layers": 2},  # 4 * 8 = 32 < 64
+}
+
+
+def random_gemma(config: str = "grouped", seed: int = 0, dtype: torch.dtype = torch.float32) -> Gemma2ForCausalLM:
+    """A random Gemma 2 with weights and gains large enough that a wrong tensor cannot look right."""
+    torch.manual_seed(seed)
+    model = Gemma2ForCausalLM(Gemma2Config(**{**DEFAULT, **CONFIGS[config]}, attn_implementation="eager"))
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if "norm" in name else 0.15)
+    return model.to(dtype).eval()
+
+
+class CharTokenizerFactory:
+    """A tokenizer of single characters with Gemma's special tokens, made in memory."""
+
+    _made: Any = None
+
+    @classmethod
+    def get(cls) -> Any:
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        special = ["<pad>", "<eos>", "<bos>"]
+        vocab = {token: i for i, token in enumerate([*special, *(chr(c) for c in range(32, 125))])}
+        core = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+        core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        core.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", padding_side="left"
+        )
+
+
+def hooked(hf_model: Gemma2ForCausalLM, backend: str, **kwargs: Any) -> Any:
+    """``hf_model`` through ``load_model`` with the character tokenizer."""
+    return load_model(hf_model=hf_model, tokenizer=CharTokenizerFactory.get(), backend=backend, **kwargs)
+
+
+def random_tokens(model: Any, batch: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:
+    """BOS and ordinary tokens, ``[batch, length]``."""
+    vocab = model.config.vocab_size if hasattr(model, "config") else model.cfg.d_vocab
+    tokens = torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+    tokens[:, 0] = 2
+    return tokens
+
+
+def random_sae(dims: ModelDims, site: str, layer: int | None, d_sae: int = 256, seed: int = 0, skip: bool = False) -> Any:
+    """A random JumpReLU SAE or transcoder at a site, of which a third of the latents fire."""
+    generator = torch.Generator().manual_seed(seed)
+    d_in = get_site(site).d_in(dims)
+    d_out = dims.d_model if site == "transcoder" else d_in
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    arrays = {
+        "W_enc": normal(d_in, d_sae, scale=d_in**-0.5),
+        "W_dec": torch.nn.functional.normalize(normal(d_sae, d_out), dim=1),
+        "b_enc": normal(d_sae, scale=0.1),
+        "b_dec": normal(d_out, scale=0.1),
+        "threshold": normal(d_sae).abs(),
+    }
+    if skip:
+        arrays["W_skip"] = normal(d_out, d_in, scale=d_in**-0.5)
+    return JumpReLUSAE.from_arrays(arrays, site=site, layer=layer)

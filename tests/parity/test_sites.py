@@ -1,0 +1,127 @@
+"""Every site, every layer, both backends, against plain PyTorch hooks on Hugging Face's Gemma 2."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gemma_scope_tl.adapters.check import relative_difference, site_differences
+from gemma_scope_tl.adapters.reference import Reference, run_reference
+from gemma_scope_tl.sites import BACKENDS, SITES, get_site
+from tests.helpers import CONFIGS, hooked, random_gemma, random_tokens
+
+# float32: the bridge runs Hugging Face's own kernels (0.0); HookedTransformer orders the same sums differently.
+# bfloat16: the bridge is again bit-exact; HookedTransformer rounds to 8 bits in other places, a few percent of the norm.
+TOLERANCE = {
+    ("bridge", torch.float32): 0.0,
+    ("bridge", torch.bfloat16): 0.0,
+    ("hooked_transformer", torch.float32): 5e-6,
+    ("hooked_transformer", torch.bfloat16): 6e-2,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_site_and_layer_beyond_the_window(config: str, backend: str, dtype: torch.dtype) -> None:
+    hf = random_gemma(config, dtype=dtype)
+    tokens = random_tokens(hf, length=24)
+    assert tokens.shape[1] > hf.config.sliding_window
+    reference = run_reference(hf, tokens)
+    assert {key[0] for key in reference.sites} == set(SITES)
+    model = hooked(hf, backend)
+    differences = site_differences(model, reference)
+    assert len(differences) == 1 + 1 + 4 * hf.config.num_hidden_layers  # logits, embedding, four sites a layer
+    assert max(differences.values()) <= TOLERANCE[backend, dtype], differences
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_left_padding_is_masked_without_being_asked(backend: str) -> None:
+    hf = random_gemma()
+    rows = [random_tokens(hf, batch=1, length=n, seed=n) for n in (24, 19, 11)]
+    alone = [run_reference(hf, row) for row in rows]
+    padded = torch.cat([torch.nn.functional.pad(row, (24 - row.shape[1], 0), value=0) for row in rows])
+    model = hooked(hf, backend)
+    seen: dict[str, torch.Tensor] = {}
+    names = {key: get_site(key[0]).hook_name(key[1], backend) for key in alone[0].sites}  # pyright: ignore
+    keep = [(name, lambda value, hook, name=name: seen.__setitem__(name, value)) for name in names.values()]
+    with torch.no_grad():
+        logits = model.run_with_hooks(padded, fwd_hooks=keep)
+    for i, (row, reference) in enumerate(zip(rows, alone, strict=True)):
+        n = row.shape[1]
+        assert relative_difference(logits[i : i + 1, -n:], reference.logits) < 5e-6
+        for key, name in names.items():
+            wanted = reference.sites[key]
+            assert relative_difference(seen[name][i : i + 1, -n:].reshape(wanted.shape), wanted) < 5e-6, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_the_mask_left_padding_would_be_wrong(backend: str) -> None:
+    """The check above can fail: with an all-ones mask the same comparison is off by far more than rounding."""
+    hf = random_gemma()
+    row = random_tokens(hf, batch=1, length=16)
+    reference = run_reference(hf, row)
+    padded = torch.nn.functional.pad(row, (8, 0), value=0)
+    with torch.no_grad():
+        logits = hooked(hf, backend)(padded, attention_mask=torch.ones_like(padded))
+    assert relative_difference(logits[:, -16:], reference.logits) > 1e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("site", list(SITES))
+def test_an_edit_at_a_site_propagates_as_in_plain_pytorch(site: str, backend: str) -> None:
+    hf = random_gemma()
+    tokens = random_tokens(hf)
+    layer = None if site == "embedding" else 2
+    wanted = _edited_reference(hf, tokens, site, layer)
+    model = hooked(hf, backend)
+    name = get_site(site).hook_name(layer, backend)  # pyright: ignore[reportArgumentType]
+    delta = _delta(get_site(site).d_in(model.dims))
+    with torch.no_grad():
+        got = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda value, hook: value + delta.reshape(value.shape[2:]))])
+    assert relative_difference(wanted, run_reference(hf, tokens).logits) > 1e-2  # the edit matters
+    assert relative_difference(got, wanted) < 5e-6
+
+
+def _delta(width: int) -> torch.Tensor:
+    return torch.randn(width, generator=torch.Generator().manual_seed(5))
+
+
+def _edited_reference(hf: torch.nn.Module, tokens: torch.Tensor, site: str, layer: int | None) -> torch.Tensor:
+    decoder = hf.model
+    block = decoder.layers[layer or 0]
+    if site == "att":
+        delta = _delta(block.self_attn.o_proj.in_features)
+        handle = block.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: (args[0] + delta,))
+    else:
+        delta = _delta(hf.config.hidden_size)
+        if site == "transcoder":  # the gain multiplies what is added before it
+            delta = delta * (1 + block.pre_feedforward_layernorm.weight.detach())
+        module = {
+            "res": block,
+            "mlp": block.post_feedforward_layernorm,
+            "embedding": decoder.embed_tokens,
+            "transcoder": block.pre_feedforward_layernorm,
+        }[site]
+
+        def add(_module: object, _args: object, out: object) -> object:
+            return (out[0] + delta, *out[1:]) if isinstance(out, tuple) else out + delta
+
+        handle = module.register_forward_hook(add)
+    try:
+        return run_reference(hf, tokens).logits
+    finally:
+        handle.remove()
+
+
+def test_the_reference_is_the_model() -> None:
+    hf = random_gemma()
+    tokens = random_tokens(hf)
+    with torch.no_grad():
+        out = hf(tokens, output_hidden_states=True)
+    reference = run_reference(hf, tokens)
+    assert isinstance(reference, Reference)
+    assert torch.equal(reference.logits, out.logits)
+    assert torch.equal(reference.sites["embedding", None], out.hidden_states[0])
+    for layer in range(hf.config.num_hidden_layers - 1):  # the last hidden state is after the final norm
+        assert torch.equal(reference.sites["res", layer], out.hidden_states[layer + 1])

@@ -1,0 +1,225 @@
+"""Spliced SAEs on both backends, against the same SAE written out by hand and hooked into the plain model."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+
+from gemma_scope_tl.adapters.check import relative_difference
+from gemma_scope_tl.sites import BACKENDS
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+
+PLACES = [("res", 1), ("mlp", 2), ("att", 0), ("embedding", None), ("transcoder", 3)]
+ROUNDING = 1e-5  # float32 on values of 1 to 30, through up to four layers
+
+
+def by_hand(sae: Any, x: torch.Tensor) -> torch.Tensor:
+    """The JumpReLU SAE of the paper (section 2.2, equation 3 of arXiv 2407.14435), in float64."""
+    w = {name: p.detach().double() for name, p in sae.named_parameters()}
+    pre = x.double() @ w["W_enc"] + w["b_enc"]
+    acts = pre * (pre > w["threshold"])
+    out = acts @ w["W_dec"] + w["b_dec"]
+    return out + x.double() @ w["W_skip"].T if "W_skip" in w else out
+
+
+def spliced_by_hand(hf: Any, tokens: torch.Tensor, saes: list[Any], **kwargs: Any) -> torch.Tensor:
+    """Logits of the plain model with every SAE replacing its site outside BOS, EOS and padding."""
+    special = (tokens <= 2).unsqueeze(-1)
+    taken: dict[int, torch.Tensor] = {}
+
+    def replaced(x: torch.Tensor, y: torch.Tensor, sae: Any) -> torch.Tensor:
+        return torch.where(special, y, by_hand(sae, x).to(y.dtype))
+
+    with ExitStack() as stack:
+        for sae in saes:
+            block = hf.model.layers[sae.layer or 0]
+            post = {"res": block, "mlp": block.post_feedforward_layernorm, "embedding": hf.model.embed_tokens}
+            if sae.site == "att":
+                handle = block.self_attn.o_proj.register_forward_pre_hook(
+                    lambda _m, args, sae=sae: (replaced(args[0], args[0], sae),)
+                )
+            elif sae.site == "transcoder":
+                norm, eps = block.pre_feedforward_layernorm, hf.config.rms_norm_eps
+
+                def read(_m: Any, args: Any, eps: float = eps) -> None:
+                    x = args[0].float()
+                    taken[0] = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+                stack.callback(norm.register_forward_pre_hook(read).remove)
+                handle = block.post_feedforward_layernorm.register_forward_hook(
+                    lambda _m, _a, out, sae=sae: replaced(taken[0], out, sae)
+                )
+            else:
+                handle = post[sae.site].register_forward_hook(
+                    lambda _m, _a, out, sae=sae: (
+                        (replaced(out[0], out[0], sae), *out[1:]) if isinstance(out, tuple) else replaced(out, out, sae)
+                    )
+                )
+            stack.callback(handle.remove)
+        with torch.no_grad():
+            return hf(tokens, use_cache=False, **kwargs).logits
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("site", "layer"), PLACES)
+def test_one_sae(site: str, layer: int | None, backend: str) -> None:
+    hf = random_gemma()
+    tokens = random_tokens(hf)
+    tokens[1, 7] = 1  # an EOS in the middle
+    model = hooked(random_gemma(), backend)
+    sae = random_sae(model.dims, site, layer)
+    wanted = spliced_by_hand(hf, tokens, [sae])
+    with torch.no_grad():
+        clean = hf(tokens).logits
+        got = model.run_with_saes(tokens, saes=[sae])
+        after = model(tokens)
+    assert relative_difference(wanted, clean) > 1e-2  # splicing a random SAE does something
+    assert relative_difference(got, wanted) < ROUNDING
+    assert relative_difference(after, clean) < ROUNDING  # and leaves nothing behind
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saes_at_every_kind_of_site_together(backend: str) -> None:
+    hf = random_gemma("one-kv-head")
+    tokens = random_tokens(hf)
+    model = hooked(random_gemma("one-kv-head"), backend)
+    places = [("embedding", None), ("att", 0), ("mlp", 0), ("res", 0), ("transcoder", 1), ("res", 2), ("att", 2)]
+    saes = [random_sae(model.dims, site, layer, seed=i) for i, (site, layer) in enumerate(places)]
+    with torch.no_grad():
+        got = model.run_with_saes(tokens, saes=saes)
+    assert relative_difference(got, spliced_by_hand(hf, tokens, saes)) < 5e-5  # seven replacements in a row
+    assert not model.acts_to_saes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_skip_transcoder_keeps_its_linear_path(backend: str) -> None:
+    hf = random_gemma()
+    tokens = random_tokens(hf)
+    model = hooked(random_gemma(), backend)
+    sae = random_sae(model.dims, "transcoder", 1, skip=True)
+    with torch.no_grad():
+        got = model.run_with_saes(tokens, saes=sae)
+    assert relative_difference(got, spliced_by_hand(hf, tokens, [sae])) < ROUNDING
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("site", "layer"), PLACES)
+def test_the_error_term_changes_nothing_until_a_feature_is_edited(site: str, layer: int | None, backend: str) -> None:
+    model = hooked(random_gemma(), backend)
+    tokens = random_tokens(model)
+    sae = random_sae(model.dims, site, layer)
+    name = model.get_sae_hook_name(sae)
+    with torch.no_grad():
+        clean = model(tokens)
+        spliced, cache = model.run_with_cache_with_saes(tokens, saes=[sae], use_error_term=True)
+        acts = cache[name]
+        latent = int(acts[0, 5].argmax())
+        edited = model.run_with_hooks_with_saes(
+            tokens, saes=[sae], use_error_term=True, fwd_hooks=[(name, _zero(latent))]
+        )
+    assert relative_difference(spliced, clean) < ROUNDING
+    removed = acts[..., latent : latent + 1].masked_fill((tokens <= 2).unsqueeze(-1), 0) * sae.W_dec[latent]
+    out_hook = name.removesuffix(".hook_sae_acts_post")
+    with torch.no_grad():  # with the error term, an edit is the edit of the plain activation
+        wanted = model.run_with_hooks(
+            tokens, fwd_hooks=[(out_hook, lambda value, hook: value - removed.reshape(value.shape))]
+        )
+    assert relative_difference(edited, wanted) < ROUNDING
+    assert relative_difference(edited, clean) > 1e-4
+
+
+def _zero(latent: int) -> Any:
+    def hook_fn(acts: torch.Tensor, hook: Any) -> torch.Tensor:
+        acts = acts.clone()
+        acts[..., latent] = 0
+        return acts
+
+    return hook_fn
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("site", "layer"), PLACES)
+def test_float32_sae_in_a_bfloat16_model(site: str, layer: int | None, backend: str) -> None:
+    hf = random_gemma(dtype=torch.bfloat16)
+    tokens = random_tokens(hf)
+    model = hooked(random_gemma(dtype=torch.bfloat16), backend)
+    sae = random_sae(model.dims, site, layer)
+    with torch.no_grad():
+        got = model.run_with_saes(tokens, saes=[sae])
+        clean = model(tokens)
+        with_error = model.run_with_saes(tokens, saes=[sae], use_error_term=True)
+    assert got.dtype == torch.bfloat16
+    # one rounding to bfloat16 at the splice on the bridge; HookedTransformer rounds differently everywhere
+    assert relative_difference(got, spliced_by_hand(hf, tokens, [sae])) < (5e-3 if backend == "bridge" else 6e-2)
+    assert relative_difference(with_error, clean) < 5e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("site", "layer"), PLACES)
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_generation(site: str, layer: int | None, use_cache: bool, backend: str) -> None:
+    hf = random_gemma()
+    model = hooked(random_gemma(), backend)
+    sae = random_sae(model.dims, site, layer)
+    if backend == "hooked_transformer" and site == "embedding":
+        with model.saes([sae]), pytest.raises(Exception, match="bridge"):
+            model.generate(random_tokens(hf, batch=1, length=6), max_new_tokens=2)
+        return
+    prompt = random_tokens(hf, batch=2, length=6)
+    wanted = prompt
+    for _ in range(12):  # beyond the sliding window
+        wanted = torch.cat([wanted, spliced_by_hand(hf, wanted, [sae])[:, -1:].argmax(-1)], dim=1)
+    with model.saes([sae]):
+        got = model.generate(
+            prompt, max_new_tokens=12, do_sample=False, use_past_kv_cache=use_cache, stop_at_eos=False
+        )
+    assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_plain_cached_generation_equals_hugging_face(backend: str) -> None:
+    hf = random_gemma()
+    prompt = random_tokens(hf, batch=2, length=6)
+    wanted = hf.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    got = hooked(random_gemma(), backend).generate(prompt, max_new_tokens=20, do_sample=False, stop_at_eos=False)
+    assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_generation_from_a_left_padded_batch(backend: str) -> None:
+    hf = random_gemma()
+    rows = [random_tokens(hf, batch=1, length=n, seed=n) for n in (9, 6)]
+    padded = torch.cat([torch.nn.functional.pad(row, (9 - row.shape[1], 0), value=0) for row in rows])
+    model = hooked(random_gemma(), backend)
+    sae = random_sae(model.dims, "res", 1)
+    with model.saes([sae]):
+        together = model.generate(padded, max_new_tokens=10, do_sample=False, stop_at_eos=False)
+        apart = [model.generate(row, max_new_tokens=10, do_sample=False, stop_at_eos=False) for row in rows]
+    assert [row[-10:].tolist() for row in together] == [row[0, -10:].tolist() for row in apart]
+    wanted = rows[1]
+    for _ in range(10):
+        wanted = torch.cat([wanted, spliced_by_hand(hf, wanted, [sae])[:, -1:].argmax(-1)], dim=1)
+    assert apart[1].tolist() == wanted.tolist()
+
+
+def test_both_backends_have_the_same_cache_keys_as_saelens() -> None:
+    from sae_lens import HookedSAETransformer
+
+    keys = {}
+    for backend in BACKENDS:
+        model = hooked(random_gemma(), backend)
+        saes = [random_sae(model.dims, site, layer) for site, layer in PLACES]
+        _, cache = model.run_with_cache_with_saes(random_tokens(model), saes=saes, use_error_term=True)
+        keys[backend] = {key for key in cache if ".hook_sae_" in key}
+        assert {model.get_sae_hook_name(sae) for sae in saes} <= keys[backend]
+    assert keys["bridge"] == keys["hooked_transformer"]
+
+    ours = hooked(random_gemma(), "hooked_transformer")
+    stock = HookedSAETransformer(ours.cfg)
+    stock.load_state_dict({k: v for k, v in ours.state_dict().items()}, strict=False)
+    saes = [random_sae(ours.dims, site, layer) for site, layer in PLACES]
+    _, cache = stock.run_with_cache_with_saes(random_tokens(ours), saes=saes, use_error_term=True)
+    assert {key for key in cache if ".hook_sae_" in key} == keys["bridge"]
