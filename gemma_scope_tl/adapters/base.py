@@ -65,8 +65,10 @@ class GemmaModel(SpliceMixin):
 
     def _resolve_hooks(self, hooks: Hooks) -> list[tuple[HookName, Callable[..., Any]]]:
         valid = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
-        bound = [(name, fn.bound_to(self.token_tracker, self.tokenizer) if isinstance(fn, Intervention) else fn) for name, fn in hooks]
-        return [(self._resolve_name(name, valid), fn) for name, fn in bound]
+        return [(self._resolve_name(name, valid), self._bound(fn)) for name, fn in hooks]
+
+    def _bound(self, fn: Any) -> Any:
+        return fn.bound_to(self.token_tracker, self.tokenizer) if isinstance(fn, Intervention) else fn
 
     def _resolve_filter(self, names: NamesFilter) -> NamesFilter:
         if names is None or callable(names):
@@ -108,10 +110,13 @@ class GemmaModel(SpliceMixin):
                     stored[asked] = stored[name]
         return output, cache
 
-    def add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
+    def add_hook(self, name: HookName, hook_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
         resolved = self._resolve_name(name, self.hook_dict)  # pyright: ignore[reportAttributeAccessIssue]
-        super().add_hook(resolved, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        self._add_hook(resolved, self._bound(hook_fn), *args, **kwargs)
+
+    def _add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
+        super().add_hook(name, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     # -- tokens and padding -------------------------------------------------------------------------------------------
 

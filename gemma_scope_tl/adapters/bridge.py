@@ -13,7 +13,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
 )
 from transformer_lens.model_bridge.sources.transformers import setup_tokenizer
 
-from gemma_scope_tl.adapters.base import GemmaModel
+from gemma_scope_tl.adapters.base import GemmaModel, HookName
 from gemma_scope_tl.sites import Backend, ModelDims
 
 ARCHITECTURE = "Gemma2ForCausalLM"
@@ -28,6 +28,13 @@ class GemmaBridge(GemmaModel, TransformerBridge):
     def hook_dict(self) -> dict[str, Any]:
         """Every hook point, by canonical and by alias name; those of attached SAEs too."""
         return {**super().hook_dict, **self.sae_hook_points()}
+
+    def _add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(name, str):  # a filter
+            super()._add_hook(name, *args, **kwargs)
+            return
+        self.check_hooks_to_add(name)
+        self.hook_dict[name].add_hook(*args, **kwargs)  # TransformerBridge walks attributes, which SAEs are not
 
     def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
         """Remove the user's hooks, also those on the hook points of attached SAEs; the SAEs stay."""

@@ -138,12 +138,13 @@ def _prepare_given(hf_model: Any, dtype: str | torch.dtype | None, device: str |
 def _load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
+    if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
+        # AutoTokenizer would make up an empty Gemma tokenizer here, without a word
+        logger.warning("%s has no tokenizer: the model takes token ids only", source)
+        return None
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
-            logger.warning("%s has no tokenizer: the model takes token ids only", source)
-            return None
         raise AdapterError(f"Cannot load the tokenizer of {source}: {error}") from error
 
 
