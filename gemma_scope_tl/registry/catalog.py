@@ -1,0 +1,288 @@
+"""Which SAEs exist: from a release and id, or from model, site, layer, width and L0, to one registry row.
+
+Only the files that a question is about are parsed, each once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import cast
+
+from gemma_scope_tl.errors import RegistryError, UnknownNameError, nearest, unknown_name
+from gemma_scope_tl.registry.locate import release_files
+from gemma_scope_tl.registry.schema import ReleaseFile, SAERow, load_yaml, read_release
+from gemma_scope_tl.registry.widths import width_label
+from gemma_scope_tl.sites import get_site
+
+CANONICAL = "canonical"
+CLOSEST = "closest:"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a release before its rows are parsed."""
+
+    path: Path
+    release: str
+    canonical_release: str | None
+    model: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The release's name, then its ``-canonical`` one where it has one."""
+        return (self.release, self.canonical_release) if self.canonical_release else (self.release,)
+
+
+def releases(canonical: bool = False) -> list[str]:
+    """Names of all releases in natural order; with ``canonical``, SAELens's ``-canonical`` names too."""
+    return [name for h in headers() for name in (h.names if canonical else h.names[:1])]
+
+
+def load_release(name: str) -> ReleaseFile:
+    """The registry file of a release, by its name or its ``-canonical`` name. Parsed once.
+
+    Raises:
+        UnknownNameError: with the five nearest names.
+        RegistryError: with every problem of the file.
+    """
+    return _read(header_of(name).path)
+
+
+def resolve(release: str, id: str) -> SAERow:
+    """The row that SAELens's release and id strings name; nothing is loaded.
+
+    Args:
+        release: ``gemma-scope-2b-pt-res`` or ``gemma-scope-2b-pt-res-canonical``.
+        id: ``layer_20/width_16k/average_l0_71``, or ``layer_20/width_16k/canonical``; both in either release.
+
+    Raises:
+        UnknownNameError: with the five nearest names.
+
+    >>> resolve("gemma-scope-2b-pt-res", "layer_20/width_16k/canonical").l0
+    71.0
+    """
+    by_id = _by_id(header_of(release).path)
+    try:
+        return by_id[id]
+    except KeyError:
+        raise unknown_name(f"id in {release}", id, _nearest_ids(id, by_id), _no_canonical_hint(id, by_id)) from None
+
+
+def find(
+    model: str,
+    site: str,
+    layer: int | None,
+    width: str | int,
+    l0: float | str = CANONICAL,
+    *,
+    release: str | None = None,
+) -> SAERow:
+    """The one SAE at a place in a model.
+
+    Args:
+        model: ``gemma-2-2b`` or ``google/gemma-2-2b``. An instruction-tuned model has only SAEs trained on itself.
+        site: a name of the site table.
+        layer: counts from 0; None for the embedding.
+        width: ``"16k"``, or the number of latents.
+        l0: ``"canonical"`` (SAELens's choice: nearest to 100), a number (that very L0), or ``"closest:50"`` (of two
+            as close, the sparser).
+        release: looks in this release only.
+
+    Raises:
+        UnknownNameError: for a name or a place that does not exist, with those that do.
+        RegistryError: when two releases offer such an SAE and ``release`` is not given.
+    """
+    model = checked_model(model)
+    width = width_label(width) if isinstance(width, int) else width
+    get_site(site)
+    chosen = [h for h in headers() if h.model == model]
+    if release:
+        valid, chosen = chosen, [h for h in chosen if h == header_of(release)]
+        if not chosen:
+            raise unknown_name(f"release of {model}", release, [name for h in valid for name in h.names])
+    rows = [row for h in chosen for row in _read(h.path).rows]
+    hint = _base_hint(model)
+    at_site = [row for row in rows if row.site == site]
+    if not at_site:
+        raise unknown_name(f"site of {release or model}", site, sorted({row.site for row in rows}), hint)
+    at_layer = [row for row in at_site if row.layer == layer]
+    if not at_layer:
+        layers = _closest_numbers(layer or 0, {row.layer for row in at_site if row.layer is not None})
+        hint = hint if layers else f"The {site} exists once: layer=None."
+        raise unknown_name(f"layer of {release or model} at site {site}", layer, map(str, layers or [None]), hint)
+    found = [row for row in at_layer if row.width == width]
+    if not found:
+        place = site if layer is None else f"{site} layer {layer}"
+        widths = [row.width for row in sorted(at_layer, key=lambda row: row.d_sae)]
+        raise unknown_name(f"width of {release or model} at {place}", width, dict.fromkeys(widths), hint)
+    return _pick_l0(found, l0)
+
+
+def headers() -> tuple[Header, ...]:
+    """The headers of all registry files, in natural order of their names.
+
+    Raises:
+        RegistryError: when two files claim a name, or a file's head is not that of a registry file.
+    """
+    return _headers(release_files())
+
+
+def header_of(release: str) -> Header:
+    """The header of a release, by either of its names.
+
+    Raises:
+        UnknownNameError: with the five nearest names.
+    """
+    for header in headers():
+        if release in header.names:
+            return header
+    raise unknown_name("release", release, releases(canonical=True), "gemma_scope_tl.list_saes() lists all.")
+
+
+def checked_model(model: str) -> str:
+    """The registry's name of a model (``google/`` taken off), which must have SAEs of its own.
+
+    Raises:
+        UnknownNameError: with the nearest names and, for an instruction-tuned model, the base model's releases.
+    """
+    name = model.removeprefix("google/")
+    known = dict.fromkeys(h.model for h in headers())
+    if name not in known:
+        raise unknown_name("model", model, known, _base_hint(name))
+    return name
+
+
+def clear_cache() -> None:
+    """Forget what has been read, so that changed files are read again."""
+    _headers.cache_clear()
+    _read.cache_clear()
+    _by_id.cache_clear()
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts ``layer_2`` before ``layer_10``.
+
+    >>> sorted(["layer_10", "layer_2"], key=natural_key)
+    ['layer_2', 'layer_10']
+    """
+    runs = ("".join(run) for _, run in itertools.groupby(name, key=str.isdecimal))
+    return [(int(run), "") if run.isdecimal() else (-1, run) for run in runs]
+
+
+@lru_cache(maxsize=8)
+def _headers(files: tuple[Path, ...]) -> tuple[Header, ...]:
+    found = sorted((_header(path) for path in files), key=lambda h: natural_key(h.release))
+    owner: dict[str, Path] = {}
+    for header in found:
+        for name in header.names:
+            if name in owner:
+                raise RegistryError(f"Two registry files claim {name!r}: {owner[name]} and {header.path}. Rename one.")
+            owner[name] = header.path
+    return tuple(found)
+
+
+def _header(path: Path) -> Header:
+    """Read the lines before the rows; a file that is laid out in another way is parsed whole."""
+    try:
+        head = load_yaml(path.read_text(encoding="utf-8").partition("\nsaes:")[0], str(path))
+    except (OSError, UnicodeDecodeError, RegistryError):
+        head = None
+    if isinstance(head, dict):
+        fields = cast("dict[str, object]", head)
+        release, model, canonical = fields.get("release"), fields.get("model"), fields.get("canonical_release")
+        if release == path.stem and isinstance(model, str) and isinstance(canonical, str | None):
+            return Header(path, path.stem, canonical, model)
+    whole = _read(path)
+    return Header(path, whole.release, whole.canonical_release, whole.model)
+
+
+@cache
+def _read(path: Path) -> ReleaseFile:
+    return read_release(path)
+
+
+@cache
+def _by_id(path: Path) -> dict[str, SAERow]:
+    rows = _read(path).rows
+    return {row.id: row for row in rows} | {row.canonical_id: row for row in rows if row.canonical_id}
+
+
+def _nearest_ids(given: str, ids: Iterable[str], n: int = 5) -> list[str]:
+    """The ``n`` nearest ids: those that agree in the most leading parts first, then by their letters."""
+    parts = given.split("/")
+    by_agreement: dict[int, list[str]] = {}
+    for id_ in ids:
+        pairs = zip(parts, id_.split("/"), strict=False)
+        agreement = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        by_agreement.setdefault(agreement, []).append(id_)
+    found: list[str] = []
+    for _, group in sorted(by_agreement.items(), reverse=True):
+        found += nearest(given, group, n - len(found)) if len(found) < n else []
+    return found
+
+
+def _no_canonical_hint(id_: str, ids: Iterable[str]) -> str:
+    head, slash, last = id_.rpartition("/")
+    exists = any(other.startswith(head + slash) for other in ids)
+    return f"No SAE of {head} is canonical: name one by its L0." if slash and last == CANONICAL and exists else ""
+
+
+def _base_hint(model: str) -> str:
+    """What to do instead, for an instruction-tuned model: name the base model's releases; never take them unasked."""
+    base = model.removesuffix("-it")
+    found = [h.release for h in headers() if h.model == base]
+    if base == model or not found:
+        return ""
+    return f"The base model's SAEs are another choice, with model={base!r}: {', '.join(found)}."
+
+
+def _closest_numbers(given: int, numbers: Iterable[int], n: int = 5) -> list[int]:
+    return sorted(numbers, key=lambda number: (abs(number - given), number))[:n]
+
+
+def _pick_l0(rows: Sequence[SAERow], l0: float | str) -> SAERow:
+    """The row with this L0 among those of one site, layer and width."""
+    closest = isinstance(l0, str) and l0.startswith(CLOSEST)
+    if l0 == CANONICAL:
+        found = [row for row in rows if row.canonical]
+    else:
+        target = _l0_number(l0)
+        known = [(row, row.l0) for row in rows if row.l0 is not None]
+        best = min(((abs(value - target), value) for _, value in known), default=None)
+        wanted = target if not closest else best and best[1]
+        found = [row for row, value in known if value == wanted]
+    if not found:
+        raise _no_such_l0(rows, l0)
+    if len({row.release for row in found}) > 1:
+        names = ", ".join(f"{row.release} {row.id}" for row in found)
+        raise RegistryError(f"{len(found)} SAEs fit: {names}. Say which with release=.")
+    if len(found) > 1:
+        names = ", ".join(row.id for row in found)
+        raise RegistryError(f"{len(found)} SAEs of {found[0].release} have L0 {l0}: {names}. Name one by its id.")
+    return found[0]
+
+
+def _l0_number(l0: float | str) -> float:
+    try:
+        value = float(l0.removeprefix(CLOSEST) if isinstance(l0, str) else l0)
+    except (TypeError, ValueError):
+        value = math.nan
+    if isinstance(l0, bool) or not (math.isfinite(value) and value > 0):
+        raise unknown_name("l0", l0, [CANONICAL, f"{CLOSEST}100", "100"], "Or any other positive number.")
+    return value
+
+
+def _no_such_l0(rows: Sequence[SAERow], l0: float | str) -> UnknownNameError:
+    place = f"{rows[0].release} {rows[0].id.rpartition('/')[0]}"
+    known = sorted(row.l0 for row in rows if row.l0 is not None)
+    listed = ", ".join(f"{value:g}" for value in known) or "none is known"
+    if l0 == CANONICAL:
+        return UnknownNameError(f"{place} has no canonical SAE. L0s: {listed}. Take one, or l0='closest:100'.")
+    target = _l0_number(l0)
+    near = f" l0='closest:{target:g}' takes {min(known, key=lambda v: (abs(v - target), v)):g}." if known else ""
+    return UnknownNameError(f"{place} has no SAE with L0 {target:g}. L0s: {listed}.{near}")

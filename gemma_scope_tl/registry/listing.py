@@ -1,0 +1,139 @@
+"""The table of all SAEs. pandas is imported when the table is asked for, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from gemma_scope_tl.errors import unknown_name
+from gemma_scope_tl.registry.catalog import checked_model, header_of, headers, load_release, releases
+from gemma_scope_tl.registry.schema import SAERow
+from gemma_scope_tl.registry.widths import width_label
+from gemma_scope_tl.sites import SITES, get_site
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+T = TypeVar("T")
+
+COLUMNS = {
+    "release": "string",
+    "id": "string",
+    "model": "string",
+    "site": "string",
+    "layer": "Int64",
+    "width": "string",
+    "d_sae": "int64",
+    "d_in": "int64",
+    "l0": "float64",
+    "canonical": "bool",
+    "canonical_id": "string",
+    "neuronpedia": "string",
+    "repo": "string",
+    "path": "string",
+    "format": "string",
+    "revision": "string",
+    "sha256": "string",
+    "note": "string",
+}
+"""The table's columns and their dtypes, the same for an empty one."""
+
+
+def list_saes(
+    model: str | Iterable[str] | None = None,
+    site: str | Iterable[str] | None = None,
+    layer: int | Iterable[int] | None = None,
+    width: str | int | Iterable[str | int] | None = None,
+    release: str | Iterable[str] | None = None,
+    pattern: str | None = None,
+) -> pd.DataFrame:
+    """A row per SAE that fits every condition, by release, layer, site, width and L0.
+
+    Args:
+        model: such as ``gemma-2-2b``, or several.
+        site: a name of the site table, or several.
+        layer: counts from 0, or several. The embedding has none.
+        width: ``"16k"`` or the number of latents, or several.
+        release: or several; a ``-canonical`` name gives the canonical rows only.
+        pattern: a glob over ``release/id`` or ``id``, such as ``*layer_20/width_16k*``. The canonical names match too.
+
+    Returns:
+        The columns of :data:`COLUMNS`. ``canonical`` marks the rows that ``canonical_id`` names as well.
+        Conditions that are valid and fit nothing give an empty table with the same columns.
+
+    Raises:
+        UnknownNameError: for a model, site, width or release that does not exist, with the nearest names.
+    """
+    models = None if model is None else {checked_model(name) for name in _several(model)}
+    sites = None if site is None else {get_site(name).name for name in _several(site)}
+    layers = None if layer is None else {_checked_layer(number) for number in _several(layer)}
+    names = None if release is None else set(_several(release))
+    for name in names or ():
+        header_of(name)
+    rows: list[tuple[str | None, SAERow]] = []
+    for header in headers():
+        if (models is None or header.model in models) and (names is None or names & set(header.names)):
+            only_canonical = names is not None and header.release not in names
+            whole = load_release(header.release).rows
+            rows += [(header.canonical_release, row) for row in whole if row.canonical or not only_canonical]
+    widths = None if width is None else _checked_widths(_several(width), (row for _, row in rows))
+    fitting = [
+        row
+        for canonical_release, row in rows
+        if (sites is None or row.site in sites)
+        and (layers is None or row.layer in layers)
+        and (widths is None or row.width in widths)
+        and (pattern is None or _matches(row, canonical_release, pattern))
+    ]
+    return _table(fitting)
+
+
+def _table(rows: Sequence[SAERow]) -> pd.DataFrame:
+    import pandas as pd
+
+    order = {header.release: i for i, header in enumerate(headers())}
+    sites = {name: i for i, name in enumerate(SITES)}
+
+    def key(row: SAERow) -> tuple[int, int, int, int, float, str]:
+        layer = -1 if row.layer is None else row.layer
+        return order[row.release], layer, sites[row.site], row.d_sae, row.l0 or 0.0, row.id
+
+    ordered = sorted(rows, key=key)
+    columns = {
+        name: pd.Series([getattr(row, name) for row in ordered], dtype=dtype)  # pyright: ignore
+        for name, dtype in COLUMNS.items()
+    }
+    return pd.DataFrame(columns)
+
+
+def _matches(row: SAERow, canonical_release: str | None, pattern: str) -> bool:
+    names = [row.id, f"{row.release}/{row.id}"]
+    if row.canonical_id:
+        owners = [row.release, canonical_release] if canonical_release else [row.release]
+        names += [row.canonical_id, *(f"{owner}/{row.canonical_id}" for owner in owners)]
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _several(value: T | Iterable[T]) -> list[T]:
+    """One value or several, as a list; a string is one."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return [cast("T", value)]
+    return list(cast("Iterable[T]", value))
+
+
+def _checked_layer(layer: object) -> int:
+    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+        raise unknown_name("layer", repr(layer), ["a number from 0, such as 20"])
+    return layer.__index__()  # pyright: ignore
+
+
+def _checked_widths(widths: Iterable[str | int], rows: Iterable[SAERow]) -> set[str]:
+    """The labels of ``widths``. One that no listed row has may still be another release's, so all are looked at."""
+    labels = {width if isinstance(width, str) else width_label(width) for width in widths}
+    known = {row.width for row in rows}
+    if not labels <= known:
+        sizes = {row.width: row.d_sae for name in releases() for row in load_release(name).rows}
+        for label in sorted(labels - set(sizes)):
+            raise unknown_name("width", label, sorted(sizes, key=sizes.__getitem__))
+    return labels

@@ -1,0 +1,49 @@
+"""Width labels: the ``16k`` of ``layer_20/width_16k`` and the number of latents it stands for.
+
+Gemma Scope's widths are powers of two, written with their leading decimal digits: 65,536 is ``65k`` and not ``64k``.
+Any other number of latents is written out.
+"""
+
+from __future__ import annotations
+
+from gemma_scope_tl.errors import RegistryError
+
+_UNITS = {"k": 1_000, "m": 1_000_000}
+_LARGEST = 2**40
+
+
+def width_label(d_sae: int) -> str:
+    """The label of a width of ``d_sae`` latents.
+
+    Raises:
+        RegistryError: when ``d_sae`` is not positive.
+
+    >>> [width_label(n) for n in (512, 1024, 16384, 65536, 2**20, 24576)]
+    ['512', '1k', '16k', '65k', '1m', '24576']
+    """
+    if d_sae < 1:
+        raise RegistryError(f"A width is a positive number of latents, not {d_sae}.")
+    if d_sae & (d_sae - 1) or d_sae < 1024 or d_sae > _LARGEST:
+        return str(d_sae)
+    return f"{d_sae // 1_000}k" if d_sae < 1_000_000 else f"{d_sae // 1_000_000}m"
+
+
+def parse_width(label: str) -> int:
+    """The number of latents that a width label stands for.
+
+    Raises:
+        RegistryError: for anything but a positive number or the leading digits of a power of two with ``k`` or ``m``.
+
+    >>> [parse_width(label) for label in ("512", "4k", "16k", "131k", "1m")]
+    [512, 4096, 16384, 131072, 1048576]
+    """
+    digits, unit = (label[:-1], label[-1]) if label[-1:] in _UNITS else (label, "")
+    if not (digits.isascii() and digits.isdecimal() and not digits.startswith("0")) or len(digits) > 13:
+        raise RegistryError(f"{label!r} is not a width: write '16k', '1m' or a number of latents.")
+    if not unit:
+        return int(digits)
+    smallest = int(digits) * _UNITS[unit]
+    d_sae = 1 << (smallest - 1).bit_length()  # the first power of two that is not below
+    if width_label(d_sae) != label:
+        raise RegistryError(f"No power of two is written {label!r}: write the number of latents, such as '24576'.")
+    return d_sae

@@ -1,0 +1,369 @@
+"""Derive ``pretrained_yaml/`` from the catalogue that ships inside SAELens: facts, read as data, not code.
+
+    python scripts/build_registry.py            writes the files
+    python scripts/build_registry.py --check    prints counts and every difference from SAELens; exit 1 if files differ
+
+SAELens has 17 Gemma Scope releases for nine repositories: eight have a ``-canonical`` twin that repeats one row for
+each layer and width. Here each repository is one file, and its canonical rows are marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from gemma_scope_tl.errors import RegistryError
+from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.registry.render import json_schema, render_release
+from gemma_scope_tl.registry.schema import ReleaseFile, load_yaml, parse_release
+from gemma_scope_tl.registry.widths import parse_width
+from gemma_scope_tl.sites import ModelDims, SiteName, get_site
+
+FOLDER = Path(__file__).resolve().parents[1] / "pretrained_yaml"
+CANONICAL_L0 = 100
+_PATH = re.compile(r"(?:layer_(?P<layer>\d+)|embedding)/width_(?P<width>\w+)/average_l0_(?P<l0>\d+)")
+
+DIMS = {  # Hugging Face configs of the models
+    "gemma-2-2b": ModelDims(n_layers=26, d_model=2304, n_heads=8, d_head=256),
+    "gemma-2-9b": ModelDims(n_layers=42, d_model=3584, n_heads=16, d_head=256),
+    "gemma-2-9b-it": ModelDims(n_layers=42, d_model=3584, n_heads=16, d_head=256),
+    "gemma-2-27b": ModelDims(n_layers=46, d_model=4608, n_heads=32, d_head=128),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the catalogue does not say, or says wrongly, of one release."""
+
+    release: str
+    model: str
+    site: SiteName
+    description: str
+    notes: tuple[str, ...] = ()
+    row_notes: Mapping[str, str] | None = None
+
+    @property
+    def repo(self) -> str:
+        """The repository on Hugging Face."""
+        return f"google/{self.release}"
+
+
+_EMBEDDING = "The embedding SAEs' L0 is read from the folder name; SAELens lists none. Not trained on all tokens."
+SPECS = (
+    Spec(
+        "gemma-scope-2b-pt-res",
+        "gemma-2-2b",
+        "res",
+        "Residual stream of Gemma 2 2B after every layer, and its token embedding",
+        (
+            "layer_12/width_131k and the embedding have no canonical row, as in SAELens.",
+            "The repository's card warns of labelling issues and of SAEs that appear twice: see the rows' notes.",
+            _EMBEDDING,
+        ),
+        {"layer_21/width_16k/average_l0_70": "the repository doubts that this file is the SAE its folder names"},
+    ),
+    Spec("gemma-scope-2b-pt-mlp", "gemma-2-2b", "mlp", "MLP outputs of Gemma 2 2B in every layer"),
+    Spec("gemma-scope-2b-pt-att", "gemma-2-2b", "att", "Attention head outputs of Gemma 2 2B in every layer"),
+    Spec(
+        "gemma-scope-2b-pt-transcoders",
+        "gemma-2-2b",
+        "transcoder",
+        "Transcoders of Gemma 2 2B in every layer: MLP input to MLP output",
+        (
+            "The repository holds more L0s; these are the 26 that SAELens lists and Neuronpedia shows.",
+            "No row is canonical, as in SAELens; the L0s run from 49 to 95 in layers 0-10 and from 5 to 41 above.",
+        ),
+    ),
+    Spec(
+        "gemma-scope-9b-pt-res",
+        "gemma-2-9b",
+        "res",
+        "Residual stream of Gemma 2 9B after every layer, and its token embedding",
+        (
+            "layer_20/width_262k and the embedding have no canonical row, as in SAELens.",
+            "Some layer 20 variants were deleted from the repository after release; the rows are those that remain.",
+            _EMBEDDING,
+        ),
+    ),
+    Spec("gemma-scope-9b-pt-mlp", "gemma-2-9b", "mlp", "MLP outputs of Gemma 2 9B in every layer"),
+    Spec("gemma-scope-9b-pt-att", "gemma-2-9b", "att", "Attention head outputs of Gemma 2 9B in every layer"),
+    Spec(
+        "gemma-scope-9b-it-res",
+        "gemma-2-9b-it",
+        "res",
+        "Residual stream of Gemma 2 9B IT after layers 9, 20 and 31",
+        (
+            "The model is gemma-2-9b-it; SAELens says so in the -canonical release and gemma-2-9b in this one.",
+            "The card: SAEs of the base model are usually enough for the instruction-tuned one.",
+        ),
+    ),
+    Spec(
+        "gemma-scope-27b-pt-res",
+        "gemma-2-27b",
+        "res",
+        "Residual stream of Gemma 2 27B after layers 10, 22 and 34",
+    ),
+)
+
+
+class Difference(NamedTuple):
+    """Where a row or release here is not what SAELens's catalogue says, or what to know of it, and why."""
+
+    release: str
+    what: str
+    reason: str
+
+
+class Derived(NamedTuple):
+    """A release file and what was found on the way to it."""
+
+    file: ReleaseFile
+    differences: list[Difference]
+
+
+def sae_lens_catalogue() -> dict[str, Any]:
+    """SAELens's catalogue, read without importing SAELens.
+
+    Raises:
+        RegistryError: when SAELens is not installed or its catalogue has moved.
+    """
+    spec = importlib.util.find_spec("sae_lens")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in folders:
+        path = Path(folder) / "pretrained_saes.yaml"
+        if path.is_file():
+            return cast("dict[str, Any]", load_yaml(path.read_text(encoding="utf-8"), str(path)))
+    raise RegistryError("SAELens's pretrained_saes.yaml was not found: pip install sae-lens.")
+
+
+def derive_all(catalogue: Mapping[str, Any] | None = None) -> list[Derived]:
+    """Every release file, derived from SAELens's catalogue (the installed one by default)."""
+    catalogue = sae_lens_catalogue() if catalogue is None else catalogue
+    return [derive(spec, catalogue) for spec in SPECS]
+
+
+def derive(spec: Spec, catalogue: Mapping[str, Any]) -> Derived:
+    """One release file: SAELens's rows, checked and corrected, with each correction listed."""
+    base, twin_name = catalogue[spec.release], f"{spec.release}-canonical"
+    twin = catalogue.get(twin_name)
+    differences: list[Difference] = []
+
+    def differs(what: str, reason: str) -> None:
+        differences.append(Difference(spec.release, what, reason))
+
+    for name, entry in ((spec.release, base), (twin_name, twin)):
+        if entry and entry["model"] != spec.model:
+            differs(f"model of {name}: {entry['model']} -> {spec.model}", "the repository and the other name say so")
+        if entry and entry["repo_id"] != spec.repo:
+            raise RegistryError(f"SAELens now reads {name} from {entry['repo_id']}, not {spec.repo}.")
+    rows = {sae["path"]: _row(spec, sae) for sae in base["saes"]}
+    _check_l0(base["saes"], rows, differs)
+    _mark_canonical(twin["saes"] if twin else [], rows, differs)
+    _check_ties(rows, differs)
+    _neuronpedia(spec, base["saes"], twin["saes"] if twin else [], rows, differs)
+    _notes(spec, rows, differs)
+    data: dict[str, object] = {
+        "release": spec.release,
+        "canonical_release": twin_name if twin else None,
+        "repo": spec.repo,
+        "model": spec.model,
+        "license": "CC-BY-4.0",
+        "description": spec.description,
+        "notes": list(spec.notes),
+        "format": "gemma-scope",
+        "saes": sorted(
+            rows.values(), key=lambda row: (-1 if row["layer"] is None else row["layer"], row["d_sae"], row["l0"])
+        ),
+    }
+    return Derived(parse_release(data, f"{spec.release}.yaml"), differences)
+
+
+Row = dict[str, Any]
+Differs = Callable[[str, str], None]
+
+
+def _row(spec: Spec, sae: Mapping[str, Any]) -> Row:
+    """A row from an id and a path; the only place where a path is taken apart."""
+    match = _PATH.fullmatch(sae["path"])
+    if match is None or sae["id"] != sae["path"]:
+        raise RegistryError(f"SAELens's {spec.release} has an id or path of a new kind: {sae}.")
+    layer = None if match["layer"] is None else int(match["layer"])
+    site = get_site("embedding" if layer is None else spec.site)
+    site.check_layer(layer, DIMS[spec.model])
+    return {
+        "id": sae["id"],
+        "site": site.name,
+        "layer": layer,
+        "width": match["width"],
+        "d_sae": parse_width(match["width"]),
+        "d_in": site.d_in(DIMS[spec.model]),
+        "l0": int(match["l0"]),
+        "path": sae["path"],
+    }
+
+
+def _check_l0(saes: Iterable[Mapping[str, Any]], rows: Mapping[str, Row], differs: Differs) -> None:
+    missing = [sae["id"] for sae in saes if sae.get("l0") is None]
+    if missing:
+        differs(f"l0 of {len(missing)} rows added: {', '.join(missing)}", "not in SAELens; read from the path")
+    for sae in saes:
+        if sae.get("l0") not in (None, rows[sae["path"]]["l0"]):
+            differs(f"l0 of {sae['id']}: {sae['l0']} -> {rows[sae['path']]['l0']}", "the path says so")
+
+
+def _mark_canonical(twins: Iterable[Mapping[str, Any]], rows: Mapping[str, Row], differs: Differs) -> None:
+    """Mark SAELens's choice, and read the canonical rows' L0 from the row they name."""
+    missing = 0
+    for sae in twins:
+        row = rows[sae["path"]]
+        row["canonical"] = True
+        if sae["id"] != f"{sae['path'].rpartition('/')[0]}/canonical":
+            raise RegistryError(f"SAELens's canonical id is not the path's: {sae}.")
+        missing += sae.get("l0") is None
+        if sae.get("l0") not in (None, row["l0"]):
+            differs(f"l0 of {sae['id']}: {sae['l0']} -> {row['l0']}", f"its path is {sae['path']}")
+            _add_note(row, f"SAELens labels {sae['id']} L0 {sae['l0']}, though its path is this one")
+    if missing:
+        differs(f"l0 of {missing} canonical ids added", "not in SAELens; the L0 of the row that the id names")
+
+
+def _by_place(rows: Mapping[str, Row]) -> dict[str, list[Row]]:
+    places: defaultdict[str, list[Row]] = defaultdict(list)
+    for path, row in rows.items():
+        places[path.rpartition("/")[0]].append(row)
+    return places
+
+
+def _check_ties(rows: Mapping[str, Row], differs: Differs) -> None:
+    """Canonical means nearest to an L0 of 100: say where it does not, where two are as near, where there is none."""
+    for place, here in _by_place(rows).items():
+        distance = min(abs(row["l0"] - CANONICAL_L0) for row in here)
+        near = sorted(row["l0"] for row in here if abs(row["l0"] - CANONICAL_L0) == distance)
+        canonical = [row["l0"] for row in here if row.get("canonical")]
+        if not canonical and here[0]["site"] != "transcoder":
+            differs(f"{place}: none of {len(here)} is canonical", "SAELens names none; left so")
+        elif canonical and canonical[0] not in near:
+            differs(f"{place}: canonical is L0 {canonical[0]}, nearest to 100 is {near}", "SAELens's choice kept")
+        elif canonical and len(near) > 1:
+            other = next(l0 for l0 in near if l0 != canonical[0])
+            _add_note(
+                next(row for row in here if row.get("canonical")), f"average_l0_{other} is as near to an L0 of 100"
+            )
+            differs(f"{place}: L0s {near} are as near to 100; canonical is {canonical[0]}", "SAELens's choice kept")
+    if all(row["site"] == "transcoder" for row in rows.values()):
+        differs("no row is canonical", "SAELens has no -canonical release of the transcoders; left so")
+
+
+def _neuronpedia(
+    spec: Spec,
+    saes: Iterable[Mapping[str, Any]],
+    twins: Iterable[Mapping[str, Any]],
+    rows: Mapping[str, Row],
+    differs: Differs,
+) -> None:
+    """Neuronpedia ids from both releases, on the row itself; ids that name another SAE are dropped."""
+    saes, twins = list(saes), list(twins)
+    on_rows = {sae["path"] for sae in saes if sae.get("neuronpedia")}
+    added = sum(bool(sae.get("neuronpedia")) and sae["path"] not in on_rows for sae in twins)
+    for sae in [*twins, *saes]:
+        given, row = sae.get("neuronpedia"), rows[sae["path"]]
+        if given is None:
+            continue
+        source = f"{spec.model}/{row['layer']}-gemmascope-{row['site']}-{row['width']}"
+        if given not in (source, f"{source}__l0-{row['l0']}"):
+            _add_note(row, f"SAELens gives it the Neuronpedia id {given}, which is another SAE's")
+            differs(f"neuronpedia id of {sae['id']} dropped: {given}", "it names another layer, width or L0")
+        elif row.get("neuronpedia") is None:
+            row["neuronpedia"] = given
+        elif row["neuronpedia"] != given:
+            _add_note(row, f"also on Neuronpedia as {given}")
+            differs(
+                f"neuronpedia id of {sae['id']}: {row['neuronpedia']}", f"the canonical id's; also {given}, in the note"
+            )
+    if added:
+        differs(f"neuronpedia id of {added} rows added", "SAELens has it on the canonical id only")
+    repeated = [id_ for id_, n in Counter(row.get("neuronpedia") for row in rows.values()).items() if id_ and n > 1]
+    if repeated:
+        raise RegistryError(f"Two rows of {spec.release} share a Neuronpedia id: {repeated}.")
+
+
+def _notes(spec: Spec, rows: Mapping[str, Row], differs: Differs) -> None:
+    """Note the known doubts, and pairs whose L0s differ by one: such a pair is one SAE released twice, or nearly so."""
+    for place, here in _by_place(rows).items():
+        by_l0 = {row["l0"]: row for row in here}
+        for l0 in sorted(by_l0):
+            if l0 + 1 in by_l0:
+                _add_note(by_l0[l0], f"near-duplicate of average_l0_{l0 + 1}")
+                _add_note(by_l0[l0 + 1], f"near-duplicate of average_l0_{l0}")
+                differs(f"{place}: average_l0_{l0} and average_l0_{l0 + 1} noted", "near-duplicates; both kept")
+    for id_, note in (spec.row_notes or {}).items():
+        _add_note(rows[id_], note)
+        differs(f"{id_} noted", note)
+
+
+def _add_note(row: Row, note: str) -> None:
+    row["note"] = f"{row['note']}; {note}" if row.get("note") else note
+
+
+def texts(derived: Iterable[Derived]) -> dict[str, str]:
+    """The text of every file of the folder, by its name."""
+    return {f"{d.file.release}.yaml": render_release(d.file) for d in derived} | {"schema.json": json_schema()}
+
+
+def differing(folder: Path, wanted: Mapping[str, str]) -> list[str]:
+    """Names of the files in ``folder`` that are missing or not as derived."""
+
+    def current(name: str) -> str | None:
+        path = folder / name
+        return path.read_bytes().decode("utf-8") if path.is_file() else None
+
+    return [name for name, text in wanted.items() if current(name) != text]
+
+
+def report(derived: Iterable[Derived]) -> str:
+    """Counts for each repository, and every difference from SAELens with its reason."""
+    derived = list(derived)
+    line = "{:<40}{:>6}{:>11}{:>13}".format
+    out = [line("repo", "SAEs", "canonical", "neuronpedia")]
+    counts = [
+        (len(d.file.saes), sum(s.canonical for s in d.file.saes), sum(s.neuronpedia is not None for s in d.file.saes))
+        for d in derived
+    ]
+    out += [line(d.file.repo, *count) for d, count in zip(derived, counts, strict=True)]
+    out += [
+        line("total", *(sum(column) for column in zip(*counts, strict=True))),
+        "",
+        "differences from SAELens's catalogue",
+    ]
+    out += [f"  {x.release}: {x.what} ({x.reason})" for d in derived for x in d.differences]
+    return "\n".join(out)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the files, or with ``--check`` compare them; the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is not as derived")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the files")
+    options = parser.parse_args(arguments)
+    derived = derive_all()
+    wanted = texts(derived)
+    stale = differing(options.folder, wanted)
+    if options.check:
+        print(report(derived), "", sep="\n")
+        print(f"not as derived: {', '.join(stale)}" if stale else f"all {len(wanted)} files are as derived")
+        return 1 if stale else 0
+    for name in stale:
+        write_atomically(options.folder / name, wanted[name])
+    print(f"{len(stale)} of {len(wanted)} files written to {options.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
