@@ -1,0 +1,27 @@
+"""JumpReLU SAEs and transcoders, as :class:`sae_lens.SAE` objects. Names load lazily: SAELens imports slowly."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, load_sae
+    from gemma_scope_tl.sae.save import save_sae
+    from gemma_scope_tl.sae.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
+
+__all__ = ["JumpReLUSAE", "JumpReLUSkipTranscoder", "JumpReLUTranscoder", "load_sae", "save_sae"]
+
+_HOMES = {
+    "JumpReLUSAE": "jumprelu",
+    "load_sae": "jumprelu",
+    "save_sae": "save",
+    "JumpReLUTranscoder": "transcoder",
+    "JumpReLUSkipTranscoder": "transcoder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

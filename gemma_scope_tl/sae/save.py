@@ -1,0 +1,108 @@
+"""Writing SAEs, in Gemma Scope's layout and in SAELens', so that either side's tools read them."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.files import replace_files
+from gemma_scope_tl.sae.loading import class_of, fold_b_dec, scale_embedding
+from gemma_scope_tl.weights.fetch import PARAMS_NAME
+from gemma_scope_tl.weights.load import canonical_arrays
+from gemma_scope_tl.weights.safetensors_file import CFG_NAME, WEIGHTS_NAME
+
+Format = Literal["gemma-scope", "sae-lens"]
+_ALIGN = 64
+_ALIGN_FIELD = 0xD935  # the zip extra field that zipalign pads with
+_LOCAL_HEADER, _ZIP64_EXTRA = 30, 20
+
+
+def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope", compress: bool = False) -> Path:
+    """Write an SAE into a folder.
+
+    ``"gemma-scope"`` writes ``params.npz`` as the release has it. It keeps the values to the bit, with two exceptions:
+    an SAE that subtracts ``b_dec`` from its input has that folded into ``b_enc``; and an embedding SAE is put back into
+    the units of the table's rows, which may change a value's last bit (:func:`scale_embedding`). bfloat16 has no npz
+    type, so it is written as float32, which holds every bfloat16 exactly. Arrays are aligned to 64 bytes, so that they
+    can be memory-mapped; equal SAEs give equal files.
+
+    ``"sae-lens"`` writes ``cfg.json`` and ``sae_weights.safetensors``, to the bit, under SAELens' own architecture
+    names: ``sae_lens.SAE.load_from_disk`` reads it without this package.
+
+    Each file is written beside its place, flushed to the disk and renamed: a crash leaves the old file or the new one.
+    Both files of a SAELens folder are complete before the first is renamed.
+
+    Args:
+        sae: an SAE or transcoder of this package or a JumpReLU one of SAELens.
+        path: the folder; made if need be.
+        format: which layout.
+        compress: deflate the npz (smaller, but cannot be memory-mapped).
+
+    Returns:
+        The folder.
+
+    Raises:
+        WeightsError: when the SAE's own arrays fail the checks.
+        GemmaScopeError: when the layout cannot hold the SAE.
+    """
+    if format not in get_args(Format):
+        raise unknown_name("format", format, get_args(Format))
+    class_of(sae.cfg.architecture())
+    if sae.cfg.normalize_activations not in (None, "none"):
+        raise GemmaScopeError(f"{sae.get_name()} normalises activations: fold that into its weights before saving.")
+    state = {name: parameter.detach().cpu() for name, parameter in sae.state_dict().items()}
+    arrays = canonical_arrays(state, sae.get_name())
+    folder = Path(path)
+    if format == "gemma-scope":
+        replace_files(folder, {PARAMS_NAME: lambda path: write_npz(path, _release_arrays(sae, arrays), compress)})
+    else:
+        cfg = json.dumps({**sae.cfg.to_dict(), "device": "cpu"}, indent=2, sort_keys=True)
+        replace_files(
+            folder, {WEIGHTS_NAME: lambda p: save_file(_unshared(arrays), p), CFG_NAME: lambda p: p.write_text(cfg)}
+        )
+    return folder
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray], compress: bool = False) -> None:
+    """Write arrays as an npz whose bytes depend on nothing but them, each array's data aligned to 64 bytes."""
+    method = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+    with path.open("w+b") as file, zipfile.ZipFile(file, "w", method, allowZip64=True) as archive:
+        for name, array in arrays.items():
+            info = zipfile.ZipInfo(f"{name}.npy")
+            info.compress_type, info.external_attr = method, 0o644 << 16
+            used = file.tell() + _LOCAL_HEADER + len(info.filename) + _ZIP64_EXTRA + 4
+            pad = -used % _ALIGN
+            info.extra = _ALIGN_FIELD.to_bytes(2, "little") + pad.to_bytes(2, "little") + bytes(pad)
+            with archive.open(info, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+
+
+def _release_arrays(sae: Any, arrays: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    if sae.cfg.apply_b_dec_to_input:
+        arrays = fold_b_dec(arrays)
+    if sae.cfg.metadata.hook_name == "hook_embed" or getattr(sae, "site", None) == "embedding":
+        arrays = scale_embedding(arrays, inverse=True)
+    if "W_skip" in arrays:  # the release's name and orientation
+        arrays = {**arrays, "affine_skip_connection": arrays["W_skip"].T}
+        del arrays["W_skip"]
+    return {name: (a.float() if a.dtype == torch.bfloat16 else a).numpy() for name, a in arrays.items()}
+
+
+def _unshared(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """safetensors refuses tensors that share memory, as those made from one array do."""
+    seen: set[int] = set()
+    result = {}
+    for name, array in arrays.items():
+        storage = array.untyped_storage().data_ptr()
+        result[name] = array.clone() if storage in seen else array
+        seen.add(storage)
+    return result

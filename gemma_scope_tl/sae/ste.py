@@ -1,0 +1,97 @@
+"""JumpReLU and the Heaviside step, with the paper's pseudo-derivatives for their thresholds.
+
+Both functions jump at the threshold, so the derivative with respect to it is zero almost everywhere. The JumpReLU paper
+(section 3, equations 11 and 12) replaces it by an estimate of the gradient of the *expected* loss: a kernel density
+estimate, with kernel K and bandwidth epsilon, of how many pre-activations lie at the threshold::
+
+    JumpReLU_theta(z) = z H(z - theta)          H(u) = 1 if u > 0 else 0, so H(0) = 0
+
+    d JumpReLU / d theta := -(theta / epsilon) K((z - theta) / epsilon)
+    d H        / d theta := -(1     / epsilon) K((z - theta) / epsilon)
+
+    d JumpReLU / d z  = H(z - theta)            the jump itself sends nothing to z
+    d H        / d z := 0
+
+    K(u) = 1 if |u| < 1/2 else 0                the rectangle
+
+Shapes: ``z [..., d_sae]`` and ``threshold [d_sae]``; the gradient of the threshold is summed over the leading axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rectangle(u: Tensor) -> Tensor:
+    """The kernel K: 1 on the open interval (-1/2, 1/2), 0 elsewhere.
+
+    >>> rectangle(torch.tensor([-0.5, -0.4, 0.0, 0.5])).tolist()
+    [0.0, 1.0, 1.0, 0.0]
+    """
+    return (u.abs() < 0.5).to(u.dtype)
+
+
+class JumpReLU(torch.autograd.Function):
+    """``z H(z - theta)``; use :func:`jumprelu`."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return z * (z > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grad_outputs
+        z, threshold = ctx.saved_tensors
+        near = rectangle((z - threshold) / ctx.bandwidth)
+        grad_threshold = -(threshold / ctx.bandwidth) * _sum_leading(near * grad)
+        return grad * (z > threshold), grad_threshold, None
+
+
+class Step(torch.autograd.Function):
+    """``H(z - theta)``; use :func:`step`."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return (z > threshold).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor, None]:
+        (grad,) = grad_outputs
+        z, threshold = ctx.saved_tensors
+        near = rectangle((z - threshold) / ctx.bandwidth)
+        return None, -_sum_leading(near * grad) / ctx.bandwidth, None
+
+
+def jumprelu(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """JumpReLU with the pseudo-derivative for its threshold.
+
+    Args:
+        z: pre-activations ``[..., d_sae]``.
+        threshold: ``[d_sae]``, positive.
+        bandwidth: epsilon, in the units of ``z``.
+
+    >>> jumprelu(torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1.0, 1.0, 1.0]), 0.1).tolist()
+    [0.0, 0.0, 2.0]
+    """
+    return JumpReLU.apply(z, threshold, bandwidth)  # type: ignore[return-value]
+
+
+def step(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """The Heaviside step ``H(z - theta)``, 0 at the threshold; its sum over latents is L0. Arguments as above.
+
+    >>> step(torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1.0, 1.0, 1.0]), 0.1).tolist()
+    [0.0, 0.0, 1.0]
+    """
+    return Step.apply(z, threshold, bandwidth)  # type: ignore[return-value]
+
+
+def _sum_leading(values: Tensor) -> Tensor:
+    """Sum over all axes but the last."""
+    return values.reshape(-1, values.shape[-1]).sum(0)

@@ -1,0 +1,32 @@
+"""JumpReLU transcoders (Gemma Scope, appendix B): they read the MLP's input and predict its output."""
+
+from __future__ import annotations
+
+import torch
+from sae_lens.saes.transcoder import JumpReLUSkipTranscoder as SAELensJumpReLUSkipTranscoder
+from sae_lens.saes.transcoder import JumpReLUTranscoder as SAELensJumpReLUTranscoder
+
+from gemma_scope_tl.sae.base import GemmaScopeMixin
+
+
+class JumpReLUTranscoder(GemmaScopeMixin, SAELensJumpReLUTranscoder):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """``f = JumpReLU_theta(x W_enc + b_enc)``, ``y_hat = f W_dec + b_dec [..., d_out]``.
+
+    ``x`` is the pre-MLP RMSNorm's output *without* its gain, ``y`` what the MLP adds to the residual stream.
+    """
+
+    is_transcoder = True
+
+    def forward_with_activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prediction ``[..., d_out]`` in the dtype of ``x``, and latents ``[..., d_sae]``."""
+        acts = self.encode(x)
+        out, skipped = self.decode(acts, like=x), self.skip(x)
+        return (out if skipped is None else out + skipped).to(x.dtype), acts
+
+
+class JumpReLUSkipTranscoder(JumpReLUTranscoder, SAELensJumpReLUSkipTranscoder):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """A transcoder with a linear path: ``y_hat = f W_dec + b_dec + x W_skip^T``, ``W_skip [d_out, d_in]``."""
+
+    def skip(self, x: torch.Tensor) -> torch.Tensor:
+        """``x W_skip^T``, ``[..., d_in] -> [..., d_out]``, in the SAE's dtype."""
+        return x.to(self.dtype) @ self.W_skip.T

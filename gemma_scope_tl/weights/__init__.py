@@ -1,0 +1,1 @@
+"""Weights on disk or on the Hub: read without executing anything, and checked before use."""

@@ -1,0 +1,139 @@
+"""What must hold before weights are used: names, shapes, dtypes, finite values, thresholds not negative.
+
+An SAE file has five arrays; a skip transcoder's has a sixth:
+
+=============  ===============  ==========================================================
+``W_enc``      [d_in, d_sae]    encoder; rows are the inputs (``x @ W_enc``)
+``W_dec``      [d_sae, d_out]   decoder, a row per latent; d_out is d_in but for transcoders
+``b_enc``      [d_sae]
+``b_dec``      [d_out]
+``threshold``  [d_sae]          the JumpReLU's theta
+``W_skip``     [d_out, d_in]    optional (``x @ W_skip.T``); also as ``affine_skip_connection`` [d_in, d_out]
+=============  ===============  ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gemma_scope_tl.weights.sniff import weights_error
+
+if TYPE_CHECKING:
+    import torch
+
+REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+SKIP_KEYS = ("W_skip", "affine_skip_connection")
+SCALING_KEYS = ("scaling_factor", "finetuning_scaling_factor")
+_CANONICAL = {name.lower(): name for name in (*REQUIRED, *SKIP_KEYS, *SCALING_KEYS, "log_threshold")}
+_WRONG_SAE = "Check that this is the file of the SAE you asked for, then delete it and download it again."
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The sizes that something other than the file says it must have.
+
+    Attributes:
+        d_in, d_sae, d_out: sizes, None where nothing is known. Without ``d_out`` and unless ``transcoder`` is True,
+            d_out must equal d_in.
+        transcoder: whether input and output are different tensors; None when unknown.
+        said_by: who says so, for the message.
+    """
+
+    d_in: int | None = None
+    d_sae: int | None = None
+    d_out: int | None = None
+    transcoder: bool | None = None
+    said_by: str = "the registry"
+
+
+def canonical_names(names: Iterable[str], source: str) -> dict[str, str]:
+    """Names as the file has them -> canonical names (``w_enc`` -> ``W_enc``), all present and none unknown.
+
+    Raises:
+        WeightsError: naming every missing, unknown and doubled array at once.
+    """
+    given = list(names)
+    renamed = {name: _CANONICAL.get(name.lower(), "") for name in given}
+    found = [new for new in renamed.values() if new]
+    have_threshold = "log_threshold" in found
+    problems = []
+    if missing := [n for n in REQUIRED if n not in found and not (n == "threshold" and have_threshold)]:
+        problems.append(f"lacks {', '.join(missing)}")
+    if extra := sorted(name for name, new in renamed.items() if not new):
+        problems.append(f"has unknown arrays {', '.join(extra)}")
+    if doubled := sorted({new for new in found if found.count(new) > 1}):
+        problems.append(f"has {', '.join(doubled)} twice")
+    if sum(n in found for n in SKIP_KEYS) > 1 or {"threshold", "log_threshold"} <= set(found):
+        problems.append("has two arrays for the same parameter")
+    if problems:
+        raise weights_error(source, f"{' and '.join(problems)}; it has {', '.join(sorted(given))}", _WRONG_SAE)
+    return renamed
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], source: str, expected: Expected | None = None) -> None:
+    """Shapes of canonical arrays, against each other and against ``expected``.
+
+    Raises:
+        WeightsError: naming every array whose shape is wrong, with the shape it should have.
+    """
+    expected = expected or Expected()
+    for name in ("W_enc", "W_dec"):
+        if len(shapes[name]) != 2 or 0 in shapes[name]:
+            raise weights_error(source, f"has {name} of shape {shapes[name]}, which is not a matrix", _WRONG_SAE)
+    d_in, d_sae = shapes["W_enc"]
+    d_out = shapes["W_dec"][1]
+    wanted: dict[str, tuple[int, ...]] = {
+        "W_dec": (d_sae, d_out if expected.transcoder is not False else d_in),
+        "b_enc": (d_sae,),
+        "b_dec": (d_out,),
+        "threshold": (d_sae,),
+        "log_threshold": (d_sae,),
+        "W_skip": (d_out, d_in),
+        "affine_skip_connection": (d_in, d_out),
+    }
+    wrong = [
+        f"{name} is {list(shapes[name])}, should be {list(shape)}"
+        for name, shape in wanted.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    if wrong:
+        where = f"beside W_enc of {[d_in, d_sae]}"
+        raise weights_error(source, f"has shapes that do not fit together: {'; '.join(wrong)} ({where})", _WRONG_SAE)
+    asked = {"d_in": (d_in, expected.d_in), "d_sae": (d_sae, expected.d_sae), "d_out": (d_out, expected.d_out)}
+    off = [f"{name} {got}, should be {want}" for name, (got, want) in asked.items() if want not in (None, got)]
+    if off:
+        raise weights_error(source, f"has {'; '.join(off)} according to {expected.said_by}", _WRONG_SAE)
+
+
+def check_values(arrays: Mapping[str, torch.Tensor], source: str) -> None:
+    """Floating dtypes, finite values, thresholds >= 0; reads each array once and copies none.
+
+    Raises:
+        WeightsError: naming the first array that fails and what is in it.
+    """
+    for name, array in arrays.items():
+        if not array.is_floating_point():
+            raise weights_error(source, f"has {name} of dtype {array.dtype}, not a float", _WRONG_SAE)
+        low, high = value_range(array)
+        if not (float("-inf") < low <= high < float("inf")):
+            raise weights_error(source, f"has values in {name} that are not finite (NaN or infinity)")
+        if name == "threshold" and low < 0:
+            raise weights_error(source, f"has negative thresholds (down to {low:.4g}); JumpReLU needs theta >= 0")
+
+
+def value_range(array: torch.Tensor) -> tuple[float, float]:
+    """Smallest and largest value; both NaN when any value is. Chunked, so that nothing large is allocated."""
+    import torch
+
+    flat = (array if array.is_contiguous() else array.mT).reshape(-1)
+    low, high = float("inf"), float("-inf")
+    for chunk in flat.split(_CHUNK):
+        bounds = torch.aminmax(chunk)
+        low_here, high_here = float(bounds.min), float(bounds.max)
+        if low_here != low_here or high_here != high_here:
+            return float("nan"), float("nan")
+        low, high = min(low, low_here), max(high, high_here)
+    return low, high
