@@ -1,0 +1,55 @@
+"""Gemma Scope in TransformerLens and SAELens.
+
+Public names are imported when they are first used: ``import gemma_scope_tl`` loads neither torch nor sae_lens.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "AdapterMismatch": "errors",
+    "GemmaScopeError": "errors",
+    "JumpReLUSAE": "sae.jumprelu",
+    "JumpReLUTranscoder": "sae.transcoder",
+    "ablate": "interventions",
+    "evaluate": "evals.suite",
+    "features": "features",
+    "list_saes": "registry",
+    "load_model": "adapters.loading",
+    "load_sae": "sae.jumprelu",
+    "save_sae": "sae.save",
+    "splice": "splice",
+    "steer": "interventions",
+}
+_MODULES = ("adapters", "errors", "evals", "registry", "sae", "sites", "training", "viz", "weights")
+
+__all__ = ["__version__", *_NAMES, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from gemma_scope_tl import adapters, errors, evals, registry, sae, sites, training, viz, weights
+    from gemma_scope_tl.adapters.loading import load_model
+    from gemma_scope_tl.errors import AdapterMismatch, GemmaScopeError
+    from gemma_scope_tl.evals.suite import evaluate
+    from gemma_scope_tl.features import features
+    from gemma_scope_tl.interventions import ablate, steer
+    from gemma_scope_tl.registry import list_saes
+    from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, load_sae
+    from gemma_scope_tl.sae.save import save_sae
+    from gemma_scope_tl.sae.transcoder import JumpReLUTranscoder
+    from gemma_scope_tl.splice import splice
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

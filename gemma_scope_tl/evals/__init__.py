@@ -1,0 +1,1 @@
+"""The paper's metrics, and their evaluation on a model."""

@@ -1,0 +1,127 @@
+"""The main job, offline: load a Gemma 2 and its SAEs by name, splice, look, steer; writes a figure. Run: make demo."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import gemma_scope_tl as gs
+from gemma_scope_tl.viz.figures import latent_heatmap, metric_by_layer, new_figure, save_figure
+
+SENTENCE = "In the beginning God created the heaven and the earth. And the earth was without form."
+HELD_OUT = Path(gs.__file__).parent / "bundled" / "text" / "heldout.jsonl"
+OUTPUT = Path("demo-output")
+LAYER = 2
+console = Console(width=110)
+
+
+def main() -> None:
+    """Run the tour."""
+    started = time.perf_counter()
+    console.rule("1  a really trained small Gemma 2, as a TransformerLens hooked model")
+    model = gs.load_model("bundled")
+    console.print(
+        f"{model.dims.n_layers} layers, d_model {model.dims.d_model}, {model.dims.n_heads} heads of {model.dims.d_head}; "
+        f"worked around: {', '.join(model.fixes) or 'nothing'}"
+    )
+    console.rule("2  its SAEs, by name from the registry")
+    rows = gs.list_saes(model="bundled")
+    saes = [gs.JumpReLUSAE.from_pretrained(row.release, row.id) for row in rows.itertuples()]
+    console.print(f"{len(saes)} SAEs: " + ", ".join(f"{site} {len(part)}" for site, part in rows.groupby("site")))
+    sae = gs.load_sae("bundled", "res", LAYER, width=str(rows["width"].iloc[0]))
+
+    console.rule("3  which latents fire on which token")
+    table = gs.features(model, SENTENCE, sae)
+    _print_features(table)
+
+    console.rule("4  what splicing costs")
+    texts = [json.loads(line)["text"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    metrics = gs.evaluate(model, saes, _some(texts, 60_000), progress=console.is_terminal)
+    _print_metrics(metrics)
+    _print_all_at_once(model, saes, rows)
+
+    console.rule("5  steering one latent")
+    latent = _specific_latent(table)
+    _print_steering(model, sae, latent)
+
+    path = _draw(model, table, metrics)
+    console.print(f"\nfigure: {path}   ({time.perf_counter() - started:.0f} s)")
+
+
+def _some(texts: list[str], characters: int) -> list[str]:
+    """An equal share of every text, ``characters`` in all."""
+    share = characters // len(texts)
+    return [text[:share] for text in texts]
+
+
+def _print_features(table: pd.DataFrame) -> None:
+    shown = Table("position", "token", "strongest latents (activation)", box=None)
+    for position, rows in table.groupby("position"):
+        latents = "  ".join(f"{row.latent} ({row.activation:.1f})" for row in rows.head(4).itertuples())
+        shown.add_row(str(position), repr(rows["token"].iloc[0]), latents)
+    console.print(shown)
+    console.print("BOS is left out: Gemma Scope SAEs are not trained on it.")
+
+
+def _print_metrics(metrics: pd.DataFrame) -> None:
+    shown = Table("site", "layer", "L0", "FVU", "delta loss", "loss recovered", box=None)
+    for row in metrics.sort_values(["site", "layer", "l0"]).itertuples():
+        numbers = (f"{row.l0:.1f}", f"{row.fvu:.3f}", f"{row.delta_loss:+.3f}", f"{row.loss_recovered:.3f}")
+        shown.add_row(str(row.site), str(row.layer), *numbers)
+    console.print(shown)
+    console.print(f"clean loss {metrics['loss_clean'].iloc[0]:.3f} nats, over {metrics['tokens'].iloc[0]:,} held-out tokens")
+
+
+def _print_all_at_once(model: Any, saes: list[Any], rows: pd.DataFrame) -> None:
+    denser = rows.sort_values("l0").groupby(["site", "layer"]).tail(1).index
+    chosen = [saes[i] for i in sorted(denser)]
+    tokens = model.to_tokens(SENTENCE)
+    with torch.no_grad():
+        clean = model(tokens, return_type="loss").item()
+        spliced = model.run_with_saes(tokens, saes=chosen, return_type="loss").item()
+        exact = model.run_with_saes(tokens, saes=chosen, use_error_term=True, return_type="loss").item()
+    console.print(
+        f"the sentence: {clean:.3f} nats; through {len(chosen)} SAEs at once {spliced:.3f}; "
+        f"with their error terms {exact:.3f}"
+    )
+
+
+def _specific_latent(table: pd.DataFrame) -> int:
+    """The latent that fires strongest among those that fire on at most two of the sentence's tokens."""
+    counts = table.groupby("latent")["activation"].agg(["size", "max"])
+    rare = counts[counts["size"] <= 2]
+    return int((rare if len(rare) else counts)["max"].idxmax())
+
+
+def _print_steering(model: Any, sae: Any, latent: int) -> None:
+    prompt = model.to_tokens("The king said")
+    shown = Table("scale", f"continuation (latent {latent}, res layer {LAYER})", show_lines=True)
+    for scale in (0.0, 10.0, 20.0):
+        torch.manual_seed(0)
+        with model.hooks([gs.steer(sae, latent, scale)]):
+            out = model.generate(prompt, max_new_tokens=40, temperature=0.7, top_k=40, return_type="tokens")
+        shown.add_row(f"{scale:g}", model.tokenizer.decode(out[0, 1:]))
+    console.print(shown)
+
+
+def _draw(model: Any, table: pd.DataFrame, metrics: pd.DataFrame) -> Path:
+    figure, axes = new_figure(3)
+    tokens = [model.tokenizer.decode([int(i)]) for i in model.to_tokens(SENTENCE)[0]]
+    latent_heatmap(axes[0], table, tokens, f"residual stream after layer {LAYER}: the ten strongest latents")
+    metric_by_layer(axes[1], metrics, "delta_loss", "delta loss (nats)")
+    metric_by_layer(axes[2], metrics, "fvu", "FVU")
+    return save_figure(figure, OUTPUT / "demo.png")
+
+
+if __name__ == "__main__":
+    main()
