@@ -1,0 +1,87 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from gemma_scope_tl.cli import app
+
+
+def _run(*args: str) -> Any:
+    result = CliRunner().invoke(app, list(args), catch_exceptions=False, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def _json(*args: str) -> Any:
+    return json.loads(_run(*args, "--json"))
+
+
+def test_list_and_summary() -> None:
+    rows = _json("list", "*layer_20/width_16k*", "--model", "gemma-2-2b", "--site", "res")
+    assert sorted(row["l0"] for row in rows) == [20, 38, 71, 139, 294] or len(rows) == 5
+    assert {row["layer"] for row in rows} == {20}
+    summary = _json("list", "--summary", "--model", "gemma-2-2b")
+    counts = {(row["site"], row["width"]): row["SAEs"] for row in summary}
+    assert counts["mlp", "16k"] == 130
+    assert counts["att", "65k"] == 130
+    assert sum(row["SAEs"] for row in summary) == 316 + 260 + 260 + 26
+    assert "SAEs" in _run("list", "--summary")
+
+
+def test_show() -> None:
+    facts = _json("show", "gemma-scope-2b-pt-res", "layer_20/width_16k/canonical")
+    assert facts["l0"] == 71
+    assert facts["hook_bridge"] == "blocks.20.hook_out"
+    assert facts["hook_hooked_transformer"] == "blocks.20.hook_resid_post"
+    transcoder = _json("show", "gemma-scope-2b-pt-transcoders", "layer_0/width_16k/average_l0_76")
+    assert transcoder["hook_bridge_out"] == "blocks.0.ln2_post.hook_out"
+
+
+def test_features_of_the_bundled_suite() -> None:
+    rows = _json("features", "And God said", "--layer", "1", "--site", "mlp", "--top", "2")
+    assert rows
+    assert {row["site"] for row in rows} == {"mlp"}
+    assert {row["layer"] for row in rows} == {1}
+    assert "And" in _run("features", "And God said", "--top", "2")
+
+
+def test_steering_changes_the_text() -> None:
+    result = _json("steer", "The king", "--latent", "3", "--scale", "60", "--tokens", "12")
+    assert result["plain"].startswith("The king")
+    assert result["steered"].startswith("The king")
+    assert result["plain"] != result["steered"]
+    nothing = _json("steer", "The king", "--latent", "3", "--scale", "0", "--tokens", "12")
+    assert nothing["plain"] == nothing["steered"] == result["plain"]
+
+
+@pytest.mark.parametrize("command", ["list", "show", "features", "steer", "doctor"])
+def test_help_has_examples(command: str) -> None:
+    assert f"gemma-scope {command}" in _run(command, "--help").replace("\n", " ")
+
+
+def test_errors_are_one_line_and_status_one() -> None:
+    code = "from gemma_scope_tl.cli import main; main()"
+    out = subprocess.run(
+        [sys.executable, "-c", code, "list", "--site", "ress"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+        check=False,
+    )
+    assert out.returncode == 1
+    assert "Unknown site 'ress'. Nearest: res" in out.stderr
+    assert "Traceback" not in out.stderr
+
+
+def test_doctor_passes_here() -> None:
+    facts = _json("doctor")
+    assert "equal to plain Hugging Face" in facts["bundled model on bridge"]
+    assert "equal to plain Hugging Face" in facts["bundled model on hooked_transformer"]
