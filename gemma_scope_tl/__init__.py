@@ -27,8 +27,9 @@ _NAMES = {
 }
 _MODULES = ("adapters", "errors", "evals", "registry", "sae", "sites", "training", "viz", "weights")
 
-__all__ = ["__version__", *_NAMES, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", *_NAMES, *_MODULES]
 
+# pyright: reportUnusedImport=false, reportUnsupportedDunderAll=false
 if TYPE_CHECKING:
     from gemma_scope_tl import adapters, errors, evals, registry, sae, sites, training, viz, weights
     from gemma_scope_tl.adapters.loading import load_model

@@ -155,7 +155,7 @@ def steer(
 
         gemma-scope steer "The king" --latent 12 --scale 8
 
-        gemma-scope steer "I went to" --model gemma-2-2b --layer 20 --width 16k --latent 3124 --scale 154 --temperature 0.8
+        gemma-scope steer "I went to" --model gemma-2-2b --layer 20 --latent 3124 --scale 154 --temperature 0.8
     """
     from gemma_scope_tl import interventions
 

@@ -39,7 +39,7 @@ def features(
     """
     import pandas as pd
 
-    several = [saes] if isinstance(saes, torch.nn.Module) else list(saes)
+    several: list[Any] = [saes] if isinstance(saes, torch.nn.Module) else list(saes)
     tokens = text if isinstance(text, torch.Tensor) else model.to_tokens(text)
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     places = [locate(sae) for sae in several]
@@ -61,9 +61,10 @@ def features(
 
 def _padding_and_counted(model: Any, tokens: torch.Tensor, exclude: bool) -> tuple[torch.Tensor, torch.Tensor]:
     pad = getattr(model.tokenizer, "pad_token_id", None)
-    padding = (tokens == pad).long().cumprod(-1).sum(-1) if pad is not None else torch.zeros(len(tokens)).long()
+    leading = (tokens == pad) if pad is not None else torch.zeros_like(tokens, dtype=torch.bool)
+    padding = leading.long().cumprod(-1).sum(-1)
     ids = special_token_ids(model.tokenizer) if exclude else ()
-    return padding.to(tokens.device), ~special_mask(tokens, ids)
+    return padding, ~special_mask(tokens, ids)
 
 
 def _frame(

@@ -71,7 +71,7 @@ class Intervention:
 class Steer(Intervention):
     """Adds a fixed vector."""
 
-    def __init__(self, vector: Float[torch.Tensor, "d"], positions: Positions, exclude_special_tokens: bool) -> None:
+    def __init__(self, vector: Float[torch.Tensor, " d"], positions: Positions, exclude_special_tokens: bool) -> None:
         super().__init__(positions, exclude_special_tokens)
         self.vector = vector
 
@@ -83,9 +83,7 @@ class Steer(Intervention):
 class Ablate(Intervention):
     """Takes away what some latents contribute."""
 
-    def __init__(
-        self, sae: SAE[Any], latents: list[int], positions: Positions, exclude_special_tokens: bool
-    ) -> None:
+    def __init__(self, sae: SAE[Any], latents: list[int], positions: Positions, exclude_special_tokens: bool) -> None:
         super().__init__(positions, exclude_special_tokens)
         self.sae, self.latents = sae, latents
 
@@ -140,7 +138,9 @@ def ablate(
     """
     site, layer = locate(sae)
     if site.is_transcoder:
-        raise SpliceError("A transcoder's input is elsewhere: splice it with use_error_term and edit hook_sae_acts_post.")
+        raise SpliceError(
+            "A transcoder's input is elsewhere: splice it with use_error_term and edit hook_sae_acts_post."
+        )
     chosen = _checked_latents(sae, [latents] if isinstance(latents, int) else latents)
     return site.hook_name(layer, "hooked_transformer"), Ablate(sae, chosen, positions, exclude_special_tokens)
 

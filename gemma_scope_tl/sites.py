@@ -2,16 +2,16 @@
 
 One row per site; nothing else in the package knows a hook name or how wide a site is. Layers count from 0.
 
-========== ============================================ ====================================== ======================
-site       tensor (paper, section 3.1 and appendix B)   HookedTransformer hook                 TransformerBridge hook
-========== ============================================ ====================================== ======================
-res        residual stream after the MLP sub-layer      ``blocks.L.hook_resid_post``           ``blocks.L.hook_out``
-mlp        MLP output after the post-MLP RMSNorm        ``blocks.L.hook_mlp_out``              ``blocks.L.ln2_post.hook_out``
-att        heads' outputs, concatenated, before W_O     ``blocks.L.attn.hook_z``               ``blocks.L.attn.o.hook_in``
-embedding  scaled token embedding                       ``hook_embed``                         ``embed.hook_out``
-transcoder in: pre-MLP RMSNorm without its gain         ``blocks.L.ln2.hook_normalized``       the same
-           out: the mlp site                            ``blocks.L.hook_mlp_out``              ``blocks.L.ln2_post.hook_out``
-========== ============================================ ====================================== ======================
+========== ======================================= ================================== ============================
+site       tensor (section 3.1, appendix B)        HookedTransformer hook             TransformerBridge hook
+========== ======================================= ================================== ============================
+res        residual stream after the MLP           ``blocks.L.hook_resid_post``       ``blocks.L.hook_out``
+mlp        MLP output after the post-MLP RMSNorm   ``blocks.L.hook_mlp_out``          ``blocks.L.ln2_post.hook_out``
+att        heads, concatenated, before W_O         ``blocks.L.attn.hook_z``           ``blocks.L.attn.o.hook_in``
+embedding  scaled token embedding                  ``hook_embed``                     ``embed.hook_out``
+transcoder in: pre-MLP RMSNorm without its gain    ``blocks.L.ln2.hook_normalized``   the same
+           out: the mlp site                       ``blocks.L.hook_mlp_out``          ``blocks.L.ln2_post.hook_out``
+========== ======================================= ================================== ============================
 
 ``blocks.L.mlp.hook_out`` on the bridge is the MLP's output *before* the post-MLP norm: not a Gemma Scope site.
 """
@@ -125,7 +125,9 @@ class Site:
         if not self.per_layer:
             return
         if layer is None or not 0 <= layer < dims.n_layers:
-            raise SpliceError(f"Site {self.name!r} has no layer {layer}: this model's layers are 0..{dims.n_layers - 1}.")
+            raise SpliceError(
+                f"Site {self.name!r} has no layer {layer}: this model's layers are 0..{dims.n_layers - 1}."
+            )
 
     def _format(self, template: str, layer: int | None) -> str:
         if not self.per_layer:

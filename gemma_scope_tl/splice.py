@@ -9,7 +9,7 @@ both backends: these are the cache keys of SAELens. A hook on one of them edits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,7 @@ class AttachedSAE:
         return self.replace(source, value, mask)
 
     def replace(self, source: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """The reconstruction of ``target`` from ``source``; ``target`` itself where ``mask`` (``[batch, pos]``) is True.
+        """Reconstruct ``target`` from ``source``, but keep ``target`` itself where ``mask`` (``[batch, pos]``) is True.
 
         With the error term the result is ``x̂ + (target - x̂_clean)``, where the clean reconstruction knows nothing of
         the hooks on the features; the error carries no gradient. Computed in the SAE's dtype, returned in ``target``'s.
@@ -180,7 +180,7 @@ class SpliceMixin:
         attached = AttachedSAE(sae, site, layer, error_term, excluded)
         if attached.write_name in self._attached:
             raise SpliceError(
-                f"{attached.write_name} is taken: an SAE that writes there is attached. Detach it with reset_saes() first."
+                f"{attached.write_name} is taken: another SAE writes there. Detach that with reset_saes() first."
             )
         try:
             attached.attach(self)  # pyright: ignore[reportArgumentType]
@@ -215,7 +215,7 @@ class SpliceMixin:
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         exclude_special_tokens: ExcludeTokens = True,
-    ) -> Iterator[SpliceMixin]:
+    ) -> Generator[SpliceMixin]:
         """Attach ``saes`` inside the block; all of them or, on an error, none."""
         added: list[AttachedSAE] = []
         try:
@@ -319,7 +319,7 @@ class SpliceMixin:
 
 
 def splice(
-    model: SpliceMixin,
+    model: Any,
     saes: SAE[Any] | Iterable[SAE[Any]],
     error_term: bool | None = None,
     exclude_special_tokens: ExcludeTokens = True,
@@ -352,7 +352,7 @@ def translate_hook_name(name: str, valid: Iterable[str], backend: Backend) -> st
         translated = inside if dot else site.hook_name(layer, backend)
     except (UnknownNameError, SpliceError):
         translated = None
-    if translated in names:
+    if translated is not None and translated in names:
         return translated
     hint = "No SAE with that hook is attached." if dot else ""
     raise unknown_name("hook", name, names, hint)

@@ -6,7 +6,7 @@ token can activate thousands of latents), so splicing and metrics leave them alo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,7 +68,7 @@ class TokenTracker:
         self._ids = ids
 
     @contextmanager
-    def generation(self) -> Iterator[None]:
+    def generation(self) -> Generator[None]:
         """Append single tokens while inside, forget everything on entry and exit."""
         self._ids, self.generating = None, True
         try:

@@ -31,7 +31,8 @@ def main() -> None:
     console.rule("1  a really trained small Gemma 2, as a TransformerLens hooked model")
     model = gs.load_model("bundled")
     console.print(
-        f"{model.dims.n_layers} layers, d_model {model.dims.d_model}, {model.dims.n_heads} heads of {model.dims.d_head}; "
+        f"{model.dims.n_layers} layers, d_model {model.dims.d_model}, "
+        f"{model.dims.n_heads} heads of {model.dims.d_head}; "
         f"worked around: {', '.join(model.fixes) or 'nothing'}"
     )
     console.rule("2  its SAEs, by name from the registry")
@@ -79,7 +80,9 @@ def _print_metrics(metrics: pd.DataFrame) -> None:
         numbers = (f"{row.l0:.1f}", f"{row.fvu:.3f}", f"{row.delta_loss:+.3f}", f"{row.loss_recovered:.3f}")
         shown.add_row(str(row.site), str(row.layer), *numbers)
     console.print(shown)
-    console.print(f"clean loss {metrics['loss_clean'].iloc[0]:.3f} nats, over {metrics['tokens'].iloc[0]:,} held-out tokens")
+    console.print(
+        f"clean loss {metrics['loss_clean'].iloc[0]:.3f} nats, over {metrics['tokens'].iloc[0]:,} held-out tokens"
+    )
 
 
 def _print_all_at_once(model: Any, saes: list[Any], rows: pd.DataFrame) -> None:

@@ -77,7 +77,9 @@ def random_tokens(model: Any, batch: int = 2, length: int = 24, seed: int = 0) -
     return tokens
 
 
-def random_sae(dims: ModelDims, site: str, layer: int | None, d_sae: int = 256, seed: int = 0, skip: bool = False) -> Any:
+def random_sae(
+    dims: ModelDims, site: str, layer: int | None, d_sae: int = 256, seed: int = 0, skip: bool = False
+) -> Any:
     """A random JumpReLU SAE or transcoder at a site, of which a third of the latents fire."""
     generator = torch.Generator().manual_seed(seed)
     d_in = get_site(site).d_in(dims)

@@ -38,7 +38,9 @@ def test_padding_does_not_shift_positions() -> None:
     alone = features(model, "hi", sae)
     first = together[together["sequence"] == 0].reset_index(drop=True)
     assert first[["position", "token", "latent"]].equals(alone[["position", "token", "latent"]])
-    torch.testing.assert_close(torch.tensor(first["activation"]), torch.tensor(alone["activation"]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(first["activation"]), torch.tensor(alone["activation"]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_top_and_special_tokens() -> None:

@@ -93,9 +93,7 @@ def test_steered_generation_is_steered_forward_passes(model: Any, use_cache: boo
             logits = model.run_with_hooks(wanted, fwd_hooks=[pair])
             wanted = torch.cat([wanted, logits[:, -1:].argmax(-1)], dim=1)
     with model.hooks([pair]):
-        got = model.generate(
-            tokens, max_new_tokens=8, do_sample=False, stop_at_eos=False, use_past_kv_cache=use_cache
-        )
+        got = model.generate(tokens, max_new_tokens=8, do_sample=False, stop_at_eos=False, use_past_kv_cache=use_cache)
     assert got.tolist() == wanted.tolist()
 
 

@@ -106,8 +106,10 @@ def test_nothing_unpickles() -> None:
     ("statement", "absent"),
     [
         ("import gemma_scope_tl", ["torch", "sae_lens", "transformer_lens", "pandas", "numpy"]),
-        ("import gemma_scope_tl as gs; gs.registry.resolve('gemma-scope-2b-pt-res', 'layer_20/width_16k/canonical')",
-         ["torch", "sae_lens", "transformer_lens", "pandas"]),
+        (
+            "import gemma_scope_tl as gs; gs.registry.resolve('gemma-scope-2b-pt-res', 'layer_20/width_16k/canonical')",
+            ["torch", "sae_lens", "transformer_lens", "pandas"],
+        ),
         ("import gemma_scope_tl as gs; gs.sites.get_site('res').hook_name(3)", ["torch", "sae_lens"]),
         ("import gemma_scope_tl.cli", ["torch", "sae_lens", "pandas"]),
     ],

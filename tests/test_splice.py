@@ -136,7 +136,11 @@ def test_special_tokens_are_left_alone_unless_asked(model: Any) -> None:
 
     with torch.no_grad():
         clean = model.run_with_cache(tokens, names_filter=site)[1][site]
-        default, everywhere, chosen = at_site(), at_site(exclude_special_tokens=False), at_site(exclude_special_tokens=[7])
+        default, everywhere, chosen = (
+            at_site(),
+            at_site(exclude_special_tokens=False),
+            at_site(exclude_special_tokens=[7]),
+        )
     same = (default == clean).all(-1)
     assert torch.equal(same, tokens <= 2)
     assert not (everywhere == clean).all(-1).any()

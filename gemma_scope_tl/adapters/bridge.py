@@ -19,7 +19,7 @@ from gemma_scope_tl.sites import Backend, ModelDims
 ARCHITECTURE = "Gemma2ForCausalLM"
 
 
-class GemmaBridge(GemmaModel, TransformerBridge):
+class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A Gemma 2 ``TransformerBridge`` with the SAE methods of this package. Made by ``load_model``."""
 
     backend: Backend = "bridge"

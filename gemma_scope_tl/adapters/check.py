@@ -34,7 +34,9 @@ def site_differences(model: GemmaModel, reference: Reference) -> dict[str, float
     differences = {"logits": relative_difference(logits, reference.logits)}
     for key, name in names.items():
         wanted = reference.sites[key]
-        differences[name] = relative_difference(seen[name].reshape(wanted.shape), wanted) if name in seen else float("inf")
+        differences[name] = (
+            relative_difference(seen[name].reshape(wanted.shape), wanted) if name in seen else float("inf")
+        )
     return differences
 
 

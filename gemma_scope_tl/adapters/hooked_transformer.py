@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
 from gemma_scope_tl.adapters.base import GemmaModel
 from gemma_scope_tl.errors import SpliceError
@@ -19,7 +19,7 @@ from gemma_scope_tl.sites import Backend, ModelDims
 from gemma_scope_tl.splice import AttachedSAE
 
 
-class HookedGemma(GemmaModel, HookedTransformer):
+class HookedGemma(GemmaModel, HookedTransformer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A Gemma 2 ``HookedTransformer`` with the SAE methods of this package. Made by ``load_model``."""
 
     backend: Backend = "hooked_transformer"

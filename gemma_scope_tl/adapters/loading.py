@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 
 BUNDLED = "bundled"
 BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / "model"
-MODELS = {f"gemma-2-{size}{kind}": f"google/gemma-2-{size}{kind}" for size in ("2b", "9b", "27b") for kind in ("", "-it")}
+MODELS = {
+    f"gemma-2-{size}{kind}": f"google/gemma-2-{size}{kind}" for size in ("2b", "9b", "27b") for kind in ("", "-it")
+}
 
 
 def load_model(
@@ -114,7 +116,7 @@ def _load_hf_model(source: str, dtype: torch.dtype, device: str | torch.device |
     try:
         config = AutoConfig.from_pretrained(source)
         _check_config(config, source)
-        model = Gemma2ForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation="eager")
+        model: Any = Gemma2ForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation="eager")
     except (OSError, ValueError) as error:
         raise AdapterError(
             f"Cannot load a Gemma 2 from {source}: {error}\nThe Gemma 2 models are gated: accept the licence on their "
@@ -149,7 +151,7 @@ def _load_tokenizer(source: str) -> Any:
 
 
 def _mark_bos(tokenizer: Any) -> None:
-    """Tell TransformerLens that a tokenizer adds BOS itself, so that it does not load it a second time from its name."""
+    """Tell TransformerLens that a tokenizer adds BOS, so that it does not load another one by its name."""
     ids = tokenizer.encode("a")
     if len(ids) > 1 and ids[0] == tokenizer.bos_token_id:
         tokenizer.init_kwargs["add_bos_token"] = True

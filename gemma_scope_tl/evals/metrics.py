@@ -41,7 +41,7 @@ class FVU:
     n: int = 0
     error: float = 0.0
     square: float = 0.0
-    sums: Float[torch.Tensor, "d"] | None = field(default=None, repr=False)
+    sums: Float[torch.Tensor, " d"] | None = field(default=None, repr=False)
 
     def update(self, x: Float[torch.Tensor, "n d"], x_hat: Float[torch.Tensor, "n d"]) -> None:
         """Take in activations and their reconstructions."""
@@ -60,7 +60,7 @@ class FVU:
         return self.error / variance if variance > 0 else math.nan
 
 
-def l0(acts: Float[torch.Tensor, "n d_sae"]) -> Float[torch.Tensor, "n"]:
+def l0(acts: Float[torch.Tensor, "n d_sae"]) -> Float[torch.Tensor, " n"]:
     """Number of active latents of each token (section 4.1): ``‖f(x)‖₀``."""
     return (acts != 0).sum(-1).double()
 

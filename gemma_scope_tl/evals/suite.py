@@ -110,7 +110,9 @@ def pack_texts(tokenizer: Any, texts: Iterable[str], context: int) -> Int[torch.
     body = context - 1
     rows = len(stream) // body
     if rows == 0:
-        raise GemmaScopeError(f"The texts hold {len(stream)} tokens, less than one row of {body}: give more, or a smaller context.")
+        raise GemmaScopeError(
+            f"The texts hold {len(stream)} tokens, less than one row of {body}: give more, or a smaller context."
+        )
     packed = torch.tensor(stream[: rows * body]).view(rows, body)
     return torch.cat([torch.full((rows, 1), tokenizer.bos_token_id), packed], dim=1)
 

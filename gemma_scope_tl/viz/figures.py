@@ -28,9 +28,9 @@ def latent_heatmap(ax: Axes, table: pd.DataFrame, tokens: list[str], title: str,
 
     strongest = table.groupby("latent")["activation"].max().nlargest(latents).index.tolist()
     grid = np.zeros((len(strongest), len(tokens)))
-    for row in table.itertuples():
-        if row.latent in strongest:
-            grid[strongest.index(row.latent), int(row.position)] = row.activation  # pyright: ignore[reportArgumentType]
+    shown = table[table["latent"].isin(strongest)]
+    rows = [strongest.index(latent) for latent in shown["latent"]]
+    grid[rows, shown["position"].to_numpy()] = shown["activation"].to_numpy()
     image = ax.imshow(grid, aspect="auto", cmap="magma_r", interpolation="nearest")
     ax.set_xticks(range(len(tokens)), [_visible(token) for token in tokens], rotation=60, ha="right", fontsize=8)
     ax.set_yticks(range(len(strongest)), [str(latent) for latent in strongest], fontsize=8)
@@ -49,7 +49,9 @@ def metric_by_layer(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> N
         for style, pick in (("--", order.head(1)), ("-", order.tail(1))):
             picked = pick.sort_values("layer")
             mean = picked["l0"].mean()
-            ax.plot(picked["layer"], picked[metric], style, color=color, marker="o", ms=4, label=f"{site}, L0 {mean:.0f}")
+            ax.plot(
+                picked["layer"], picked[metric], style, color=color, marker="o", ms=4, label=f"{site}, L0 {mean:.0f}"
+            )
     ax.set_xlabel("layer")
     ax.set_ylabel(label)
     ax.set_xticks(sorted(table["layer"].unique()))

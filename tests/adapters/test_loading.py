@@ -147,7 +147,9 @@ def test_either_backends_names_read_the_same_tensor(backend: str) -> None:
         _, cache = model.run_with_cache(tokens, names_filter=[ht, bridge])
         assert torch.equal(cache[ht], cache[bridge])
         count: list[str] = []
-        model.run_with_hooks(tokens, fwd_hooks=[(name, lambda v, hook: count.append(hook.name)) for name in (ht, bridge)])
+        model.run_with_hooks(
+            tokens, fwd_hooks=[(name, lambda v, hook, count=count: count.append(hook.name)) for name in (ht, bridge)]
+        )
         assert len(count) == 2
 
 

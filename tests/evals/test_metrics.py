@@ -50,7 +50,9 @@ def test_fvu_survives_a_large_mean_in_float32() -> None:
     fvu = FVU()
     fvu.update(x, x + 0.1)
     exact = x.double().numpy()
-    assert fvu.value == pytest.approx(((exact - (x + 0.1).double().numpy()) ** 2).sum() / ((exact - exact.mean(0)) ** 2).sum(), rel=1e-6)
+    assert fvu.value == pytest.approx(
+        ((exact - (x + 0.1).double().numpy()) ** 2).sum() / ((exact - exact.mean(0)) ** 2).sum(), rel=1e-6
+    )
 
 
 def test_next_token_losses_against_numpy_also_from_bfloat16() -> None:

@@ -11,7 +11,7 @@ from gemma_scope_tl.sites import BACKENDS, SITES, get_site
 from tests.helpers import CONFIGS, hooked, random_gemma, random_tokens
 
 # float32: the bridge runs Hugging Face's own kernels (0.0); HookedTransformer orders the same sums differently.
-# bfloat16: the bridge is again bit-exact; HookedTransformer rounds to 8 bits in other places, a few percent of the norm.
+# bfloat16: the bridge is bit-exact again; HookedTransformer rounds to 8 bits in other places, a few percent in all.
 TOLERANCE = {
     ("bridge", torch.float32): 0.0,
     ("bridge", torch.bfloat16): 0.0,
@@ -78,7 +78,9 @@ def test_an_edit_at_a_site_propagates_as_in_plain_pytorch(site: str, backend: st
     name = get_site(site).hook_name(layer, backend)  # pyright: ignore[reportArgumentType]
     delta = _delta(get_site(site).d_in(model.dims))
     with torch.no_grad():
-        got = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda value, hook: value + delta.reshape(value.shape[2:]))])
+        got = model.run_with_hooks(
+            tokens, fwd_hooks=[(name, lambda value, hook: value + delta.reshape(value.shape[2:]))]
+        )
     assert relative_difference(wanted, run_reference(hf, tokens).logits) > 1e-2  # the edit matters
     assert relative_difference(got, wanted) < 5e-6
 

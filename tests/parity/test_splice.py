@@ -173,9 +173,7 @@ def test_generation(site: str, layer: int | None, use_cache: bool, backend: str)
     for _ in range(12):  # beyond the sliding window
         wanted = torch.cat([wanted, spliced_by_hand(hf, wanted, [sae])[:, -1:].argmax(-1)], dim=1)
     with model.saes([sae]):
-        got = model.generate(
-            prompt, max_new_tokens=12, do_sample=False, use_past_kv_cache=use_cache, stop_at_eos=False
-        )
+        got = model.generate(prompt, max_new_tokens=12, do_sample=False, use_past_kv_cache=use_cache, stop_at_eos=False)
     assert got.tolist() == wanted.tolist()
 
 
@@ -219,7 +217,7 @@ def test_both_backends_have_the_same_cache_keys_as_saelens() -> None:
 
     ours = hooked(random_gemma(), "hooked_transformer")
     stock = HookedSAETransformer(ours.cfg)
-    stock.load_state_dict({k: v for k, v in ours.state_dict().items()}, strict=False)
+    stock.load_state_dict(ours.state_dict(), strict=False)
     saes = [random_sae(ours.dims, site, layer) for site, layer in PLACES]
     _, cache = stock.run_with_cache_with_saes(random_tokens(ours), saes=saes, use_error_term=True)
     assert {key for key in cache if ".hook_sae_" in key} == keys["bridge"]

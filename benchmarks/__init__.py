@@ -1,0 +1,1 @@
+"""Benchmarks: each runs a named peer beside ours in one process and writes JSON to results/."""
