@@ -1,0 +1,72 @@
+"""The registry and the bundled data are found from a wheel, an sdist and the source tree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CHECK = """
+import gemma_scope_tl as gs
+from gemma_scope_tl.adapters.loading import BUNDLED_FOLDER
+from gemma_scope_tl.weights.fetch import fetch
+assert gs.__file__.startswith({root!r}), gs.__file__
+row = gs.registry.resolve("gemma-scope-2b-pt-res", "layer_20/width_16k/canonical")
+bundled = gs.list_saes(model="bundled")
+assert row.l0 == 71 and len(gs.list_saes()) == 2430 + len(bundled) and len(bundled) > 0
+assert (BUNDLED_FOLDER / "model.safetensors").is_file()
+assert all(fetch(gs.registry.resolve(r.release, r.id)).is_file() for r in bundled.itertuples())
+print("found")
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+def _found_from(root: Path) -> None:
+    # -S -P would hide the dependencies too; a path entry in front of the editable install is enough
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    code = CHECK.format(root=str(root))
+    done = subprocess.run([sys.executable, "-c", code], cwd=root.parent, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "found", done.stderr
+
+
+def test_from_a_wheel(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    assert wheel.stat().st_size < 30e6
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "wheel")
+    assert "gemma_scope_tl/pretrained_yaml/gemma-scope-2b-pt-res.yaml" in names
+    assert not any(name.startswith(("tests/", "scripts/", "benchmarks/")) for name in names)
+    _found_from(tmp_path / "wheel")
+
+
+def test_from_an_sdist(built: Path, tmp_path: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (root,) = tmp_path.iterdir()
+    assert (root / "pretrained_yaml" / "schema.json").is_file()
+    _found_from(root)
+
+
+def test_from_the_source_tree() -> None:
+    _found_from(ROOT)
+
+
+def test_python_and_ranges() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for wanted in ('"transformer-lens>=3.9,<4"', '"sae-lens>=6.54,<7"', 'requires-python = ">=3.10,<3.14"'):
+        assert wanted in text
