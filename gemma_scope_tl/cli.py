@@ -22,6 +22,7 @@ app = typer.Typer(
     help="Gemma Scope in TransformerLens and SAELens. Everything works offline with the bundled model.",
 )
 console = Console()
+progress = Console(stderr=True)  # standard output holds nothing but the answer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 ModelName = Annotated[str, typer.Option(help="bundled, gemma-2-2b, gemma-2-9b-it, a Hugging Face id or a folder.")]
@@ -182,7 +183,7 @@ def doctor(as_json: Json = False) -> None:
     """
     from gemma_scope_tl.diagnose import diagnose
 
-    with console.status("checking"):
+    with progress.status("checking"):
         facts, healthy = diagnose()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -201,7 +202,7 @@ def main() -> None:
     try:
         app()
     except GemmaScopeError as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, markup=True)
+        typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
 
 
@@ -226,7 +227,7 @@ def _load(
     from gemma_scope_tl.adapters.loading import load_model
     from gemma_scope_tl.sae.jumprelu import load_sae
 
-    with console.status("loading"):
+    with progress.status("loading"):
         sae = load_sae(registry_model, site, number, width, chosen)
         loaded = load_model(model, backend=backend, device=device)
         return loaded, sae.to(loaded.cfg.device)

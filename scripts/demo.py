@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -46,8 +45,8 @@ def main() -> None:
     _print_features(table)
 
     console.rule("4  what splicing costs")
-    texts = [json.loads(line)["text"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
-    metrics = gs.evaluate(model, saes, _some(texts, 60_000), progress=console.is_terminal)
+    held_out = pd.read_json(HELD_OUT, lines=True).groupby("domain")["text"].first().str[:2500]
+    metrics = gs.evaluate(model, saes, list(held_out), progress=console.is_terminal)
     _print_metrics(metrics)
     _print_all_at_once(model, saes, rows)
 
@@ -57,12 +56,6 @@ def main() -> None:
 
     path = _draw(model, table, metrics)
     console.print(f"\nfigure: {path}   ({time.perf_counter() - started:.0f} s)")
-
-
-def _some(texts: list[str], characters: int) -> list[str]:
-    """An equal share of every text, ``characters`` in all."""
-    share = characters // len(texts)
-    return [text[:share] for text in texts]
 
 
 def _print_features(table: pd.DataFrame) -> None:

@@ -17,7 +17,7 @@ from gemma_scope_tl.cli import app
 def _run(*args: str) -> Any:
     result = CliRunner().invoke(app, list(args), catch_exceptions=False, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def _json(*args: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -43,6 +44,14 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
             point.remove_hooks(
                 dir=kwargs.get("direction", "both"), including_permanent=kwargs.get("including_permanent", False)
             )
+
+    def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; a key-value cache goes to Hugging Face under the name that the installed version uses."""
+        cache = kwargs.pop("past_key_values", None)
+        if cache is not None:
+            parameters = inspect.signature(type(self.original_model).forward).parameters
+            kwargs["cache" if "cache" in parameters else "past_key_values"] = cache
+        return super().forward(input, *args, **kwargs)
 
     def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; a left-padded tensor of ids gets its mask, and attached SAEs know the token ids."""

@@ -167,7 +167,7 @@ def test_an_empty_table_keeps_its_columns_and_dtypes() -> None:
 
 
 def test_unknown_names_in_a_condition_raise() -> None:
-    assert "Nearest: 16k" in message(list_saes, width="17k", release="gemma-scope-27b-pt-res")
+    assert "16k" in message(list_saes, width="17k", release="gemma-scope-27b-pt-res")
     assert "Nearest: res" in message(list_saes, site=["res", "ress"])
     assert RES_2B in message(list_saes, release="gemma-scope-2b")
     assert "gemma-2-2b" in message(list_saes, model="gemma")

@@ -187,7 +187,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path: Path, format: Any, monkey
     def broken(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gemma_scope_tl.sae.save._sync", broken)
+    monkeypatch.setattr("gemma_scope_tl.files._sync", broken)
     with pytest.raises(OSError, match="No space"):
         save_sae(make("mlp"), tmp_path, format)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
