@@ -122,7 +122,9 @@ class GemmaModel(SpliceMixin):
 
     def _derived_mask(self, tokens: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """The attention mask of left-padded token ids, where the caller gave none and no cache is in play."""
-        cached = any(kwargs.get(key) is not None for key in ("past_key_values", "cache", "past_kv_cache", "start_at_layer"))
+        cached = any(
+            kwargs.get(key) is not None for key in ("past_key_values", "cache", "past_kv_cache", "start_at_layer")
+        )
         if cached or kwargs.get("attention_mask") is not None:
             return None
         if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point() or self.tokenizer is None:

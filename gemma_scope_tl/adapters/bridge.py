@@ -46,7 +46,7 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
             )
 
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; a key-value cache goes to Hugging Face under the name that the installed version uses."""
+        """As in TransformerLens; a key-value cache goes to Hugging Face under the name its version uses."""
         cache = kwargs.pop("past_key_values", None)
         if cache is not None:
             parameters = inspect.signature(type(self.original_model).forward).parameters

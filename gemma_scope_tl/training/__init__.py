@@ -1,0 +1,1 @@
+"""Training SAEs with the paper's recipe."""

@@ -1,0 +1,236 @@
+"""The paper's optimisation details (section 3.2 and the JumpReLU paper's appendix I), usable by any training loop.
+
+A loop that follows them looks like this, for an SAE with ``W_dec [d_sae, d_in]`` of unit rows::
+
+    rms = StreamingRMS()                        # a pass over some batches: rms.update(x); then x / rms.scale
+    optimizer = adam(sae.parameters(), recipe)
+    schedule = lr_schedule(optimizer, recipe, total_steps)
+    with decoder_on_sphere(optimizer, lambda: sae.W_dec):
+        ...                                     # loss.backward(); optimizer.step(); schedule.step()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_scope_tl.errors import GemmaScopeError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of one training run; the defaults are the paper's. See :data:`PAPER` and :data:`FAST`.
+
+    Attributes:
+        lr: learning rate after the warm-up.
+        lr_start: the warm-up is a half cosine from ``lr_start * lr`` to ``lr``.
+        lr_warm_up_steps: its length.
+        lr_decay: the share of the run, at its end, over which the rate falls linearly to 0. The paper has none.
+        betas, eps: Adam's. With the first beta 0 there is no momentum: a latent without a gradient does not move.
+        batch_size: activations a step.
+        l0_coefficient: lambda.
+        l0_warm_up_steps: lambda rises linearly from 0 over these steps.
+        init_threshold: theta of every latent at the start, for activations with ``E ||x||^2 = 1``.
+        bandwidth: epsilon of the rectangle kernel, in the same units.
+    """
+
+    lr: float = 7e-5
+    lr_start: float = 0.1
+    lr_warm_up_steps: int = 1_000
+    lr_decay: float = 0.0
+    betas: tuple[float, float] = (0.0, 0.999)
+    eps: float = 1e-8
+    batch_size: int = 4_096
+    l0_coefficient: float = 6e-4
+    l0_warm_up_steps: int = 10_000
+    init_threshold: float = 1e-3
+    bandwidth: float = 1e-3
+
+    def lr_at(self, step: int, total_steps: int | None = None) -> float:
+        """The learning rate of step ``step`` (from 0): cosine warm-up, constant, and the decay if there is one.
+
+        ``lr(t) = lr (s + (1 - s) (1 - cos(pi t / T)) / 2)`` for ``t < T``, with ``s = lr_start``.
+
+        >>> [round(PAPER.lr_at(t), 8) for t in (0, 500, 1000, 10**6)]
+        [7e-06, 3.85e-05, 7e-05, 7e-05]
+        """
+        rate = self.lr
+        if step < self.lr_warm_up_steps:
+            rise = 0.5 * (1.0 - math.cos(math.pi * step / self.lr_warm_up_steps))
+            rate *= self.lr_start + (1.0 - self.lr_start) * rise
+        if self.lr_decay > 0.0:
+            if total_steps is None:
+                raise GemmaScopeError("This recipe decays the learning rate: give total_steps.")
+            left = (total_steps - step) / max(1.0, self.lr_decay * total_steps)
+            rate *= min(1.0, max(0.0, left))
+        return rate
+
+    def l0_coefficient_at(self, step: int) -> float:
+        """Lambda of step ``step`` (from 0).
+
+        >>> [PAPER.l0_coefficient_at(t) for t in (0, 5_000, 10_000, 20_000)]
+        [0.0, 0.0003, 0.0006, 0.0006]
+        """
+        if step >= self.l0_warm_up_steps:
+            return self.l0_coefficient
+        return self.l0_coefficient * (step / self.l0_warm_up_steps)
+
+    def sae_settings(self) -> dict[str, Any]:
+        """Keyword arguments of :class:`~gemma_scope_tl.sae.training.GemmaScopeTrainingSAEConfig`."""
+        names = ("l0_coefficient", "l0_warm_up_steps", "init_threshold", "bandwidth")
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+    def runner_settings(self, context_size: int, shuffle_tokens: int = 1_000_000) -> dict[str, Any]:
+        """Keyword arguments of a SAELens runner's configuration, single or multi.
+
+        Args:
+            context_size: tokens a sequence.
+            shuffle_tokens: size of the shuffle buffer (about 1e6 in the paper). SAELens holds ``n_batches_in_buffer *
+                context_size`` activations, whatever its log says, and ``n_batches_in_buffer`` is set accordingly.
+        """
+        return {
+            "lr": self.lr,
+            "adam_beta1": self.betas[0],
+            "adam_beta2": self.betas[1],
+            "train_batch_size_tokens": self.batch_size,
+            "context_size": context_size,
+            "n_batches_in_buffer": math.ceil(max(shuffle_tokens, self.batch_size) / context_size),
+            "exclude_special_tokens": True,
+        }
+
+
+PAPER = Recipe()
+"""The values of the paper, for runs of a million steps and more."""
+
+FAST = Recipe(
+    lr=6e-3,
+    lr_warm_up_steps=100,
+    lr_decay=0.25,
+    batch_size=2_048,
+    l0_coefficient=2e-3,
+    l0_warm_up_steps=200,
+    init_threshold=0.06,
+    bandwidth=0.1,
+)
+"""For runs of some thousand steps on small models. What differs from the paper, and why:
+
+- Adam moves log theta by at most about the learning rate a step. From 0.001 to the 0.05 where thresholds of small SAEs
+  end is ln(50) = 3.9 nats, 56,000 steps at 7e-5. So the rate is higher, and thresholds start near their end.
+- The bandwidth is larger: fewer activations are seen, and each must inform more of the kernel density estimate. It is
+  about two thresholds, so that nearly all of the kernel lies on positive pre-activations.
+- Lambda is larger: with fewer latents and a lower L0, each active latent explains more of the error.
+- The warm-ups of learning rate and lambda are shorter, as the run is, and the batch is half as large.
+- The learning rate falls linearly to 0 over the last quarter, since without a decay the higher rate leaves noise.
+
+Loss, Adam's betas and epsilon, unit decoder rows, projection and initialisation are the paper's.
+"""
+
+
+def adam(params: Iterable[Tensor], recipe: Recipe, *, fused: bool | None = None) -> torch.optim.Adam:
+    """Adam with the recipe's learning rate, betas and epsilon, without weight decay."""
+    return torch.optim.Adam(params, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
+
+
+def lr_schedule(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int | None = None, *, steps_done: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A scheduler that sets :meth:`Recipe.lr_at`; ``steps_done`` continues a run."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = recipe.lr
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: recipe.lr_at(step, total_steps) / recipe.lr, last_epoch=steps_done - 1
+    )
+
+
+def project_out_rows(grad: Tensor, rows: Tensor) -> Tensor:
+    """The part of a gradient that turns each row and does not stretch it: ``g - (g.d / d.d) d``.
+
+    Args:
+        grad, rows: ``[d_sae, d_in]``.
+
+    >>> project_out_rows(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]])).tolist()
+    [[3.0, 0.0]]
+    """
+    along = (grad * rows).sum(-1, keepdim=True) / (rows * rows).sum(-1, keepdim=True).clamp_min(1e-30)
+    return grad - along * rows
+
+
+def unit_rows_(rows: Tensor) -> Tensor:
+    """Scale each row of ``[d_sae, d_in]`` to length 1, in place."""
+    return rows.div_(rows.norm(dim=-1, keepdim=True).clamp_min(1e-30))
+
+
+@contextmanager
+def decoder_on_sphere(
+    optimizer: torch.optim.Optimizer, decoder: Callable[[], Tensor], *, grad_scale: float = 1.0
+) -> Generator[None, None, None]:
+    """Within the context, every ``optimizer.step()`` keeps the decoder's rows at unit length (paper, section 3.2).
+
+    Before the update: gradients are divided by ``grad_scale``, then the decoder's loses its component along each row.
+    After it: rows are scaled to length 1. Both are hooks of the optimizer, removed on leaving.
+
+    Args:
+        decoder: returns ``W_dec [d_sae, d_in]``, asked at every step.
+        grad_scale: what the loss's gradients had been multiplied by; a power of two divides out without rounding.
+    """
+
+    @torch.no_grad()
+    def before(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if grad_scale != 1.0:
+            for grad in (p.grad for group in opt.param_groups for p in group["params"]):
+                if grad is not None:
+                    grad.div_(grad_scale)
+        rows = decoder()
+        if rows.grad is not None:
+            rows.grad.copy_(project_out_rows(rows.grad, rows))
+
+    @torch.no_grad()
+    def after(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        unit_rows_(decoder())
+
+    handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class StreamingRMS:
+    """``C = sqrt(E ||x||^2)``, the one scalar that a site's activations are divided by, from a stream of batches.
+
+    Keeps two numbers and no data. Not the mean of norms, not per token, nothing is centred (paper, section 3.1).
+
+    >>> rms = StreamingRMS()
+    >>> rms.update(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    >>> round(rms.scale, 4)
+    3.5355
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.count = 0
+
+    def update(self, activations: Tensor) -> None:
+        """Add a batch ``[..., d_in]`` of any dtype; the sum is kept in float64."""
+        rows = activations.detach().reshape(-1, activations.shape[-1])
+        norms = rows.to(torch.promote_types(rows.dtype, torch.float32)).square().sum(-1)
+        self.total += norms.double().sum().item()
+        self.count += rows.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """``C``.
+
+        Raises:
+            GemmaScopeError: nothing was seen, or only zeros, or something that is not finite.
+        """
+        if not (self.count and 0.0 < self.total < float("inf")):
+            raise GemmaScopeError(f"No scale from {self.count} activations with a sum of squares of {self.total}.")
+        return math.sqrt(self.total / self.count)
