@@ -1,25 +1,18 @@
-"""Atomic writes: a temporary file in the same folder, fsync, rename."""
+"""Text, JSON and JSON lines, written atomically."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gemma_scope_tl.files import replace_files
+
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary_path)`, flush the result to disk and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Call `write(temporary_path)` and put the result at `path`, whole or not at all."""
+    replace_files(path.parent, {path.name: write})
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import gemma_scope_tl as gs
 from gemma_scope_tl.adapters.check import relative_difference
+from gemma_scope_tl.adapters.loading import load_model
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 
@@ -174,6 +176,34 @@ def test_generation(site: str, layer: int | None, use_cache: bool, backend: str)
         wanted = torch.cat([wanted, spliced_by_hand(hf, wanted, [sae])[:, -1:].argmax(-1)], dim=1)
     with model.saes([sae]):
         got = model.generate(prompt, max_new_tokens=12, do_sample=False, use_past_kv_cache=use_cache, stop_at_eos=False)
+    assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_bundled_suite_on_the_bundled_model(backend: str) -> None:
+    hf = random_gemma("bundled")
+    model = load_model("bundled", backend=backend)
+    text = "And God said, Let there be light: and there was light. " * 6
+    tokens = model.to_tokens(text)
+    assert tokens.shape[1] > 64  # longer than the sliding window
+    rows = gs.list_saes(model="bundled")
+    assert rows.groupby(["site", "layer"]).size().eq(2).all()
+    saes = [gs.JumpReLUSAE.from_pretrained(row.release, row.id) for row in rows.itertuples()]
+    with torch.no_grad():
+        for sae in saes:
+            assert (
+                relative_difference(model.run_with_saes(tokens, saes=sae), spliced_by_hand(hf, tokens, [sae]))
+                < ROUNDING
+            )
+        clean = model(tokens)
+        exact = model.run_with_saes(tokens, saes=saes[::2], use_error_term=True)
+    assert relative_difference(exact, clean) < ROUNDING
+    together = saes[::2]
+    wanted = tokens[:, :60]
+    for _ in range(12):  # across the edge of the window
+        wanted = torch.cat([wanted, spliced_by_hand(hf, wanted, together)[:, -1:].argmax(-1)], dim=1)
+    with model.saes(together):
+        got = model.generate(tokens[:, :60], max_new_tokens=12, do_sample=False, stop_at_eos=False)
     assert got.tolist() == wanted.tolist()
 
 
