@@ -68,8 +68,8 @@ def card(
 @app.command()
 def saes(
     work: Work = DEFAULT_WORK,
-    steps: Annotated[int, typer.Option(help="Training steps of every SAE.")] = 4_000,
-    windows: Annotated[int, typer.Option(help="Held-out windows to measure on; 0 for all.")] = 0,
+    steps: Annotated[int, typer.Option(help="Training steps of every SAE.")] = 4_500,
+    windows: Annotated[int, typer.Option(help="Held-out windows to measure on; 0 for all.")] = 240,
 ) -> None:
     """Train the SAE suite on the exported model, measure it, and write weights, registry files and card."""
     from scripts.bundled.sae_suite import build
