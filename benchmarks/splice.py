@@ -60,14 +60,14 @@ def run() -> list[dict[str, Any]]:
     for saes, label in (([everything[0]], "1 SAE"), (everything, "78 SAEs")):
         for error_term in (False, True):
             mine = ours.run_with_saes(tokens, saes=saes, use_error_term=error_term, exclude_special_tokens=SPECIAL)
-            other = peer.run_with_saes(tokens, saes=saes, use_error_term=error_term)
+            other = peer.run_with_saes(tokens, saes=saes, use_error_term=error_term, exclude_special_tokens=SPECIAL)
             difference = (mine - other).abs().max().item()
             times = paired(
                 lambda saes=saes, error_term=error_term: ours.run_with_saes(
                     tokens, saes=saes, use_error_term=error_term, exclude_special_tokens=SPECIAL
                 ),
                 lambda saes=saes, error_term=error_term: peer.run_with_saes(
-                    tokens, saes=saes, use_error_term=error_term
+                    tokens, saes=saes, use_error_term=error_term, exclude_special_tokens=SPECIAL
                 ),
                 runs=5,
             )

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import flatten_heads, unflatten_heads
 from gemma_scope_tl.splice import locate
-from gemma_scope_tl.tokens import TokenTracker, special_mask, special_token_ids
+from gemma_scope_tl.tokens import TokenTracker, special_token_ids
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -63,7 +63,7 @@ class Intervention:
             keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
             keep[:, self.positions] = False
         if self._tracker is not None and self._special:
-            special = special_mask(self._tracker.tokens(x), self._special)
+            special = self._tracker.mask(x, self._special)
             keep = special if keep is None else keep | special
         return keep
 

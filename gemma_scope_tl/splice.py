@@ -17,7 +17,7 @@ import torch
 
 from gemma_scope_tl.errors import SpliceError, UnknownNameError, unknown_name
 from gemma_scope_tl.sites import Backend, ModelDims, Site, flatten_heads, get_site, site_of_hook, unflatten_heads
-from gemma_scope_tl.tokens import TokenTracker, special_mask, special_token_ids
+from gemma_scope_tl.tokens import TokenTracker, special_token_ids
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -98,33 +98,30 @@ class AttachedSAE:
             if self._read is None:
                 raise SpliceError(f"The transcoder at {self.read_name} saw no input in this forward pass.")
             source, self._read = self._read, None
-        mask = special_mask(self._tracker.tokens(value), self.excluded) if self.excluded else None
+        mask = self._tracker.mask(value, self.excluded) if self.excluded else None
         return self.replace(source, value, mask)
 
     def replace(self, source: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Reconstruct ``target`` from ``source``, but keep ``target`` itself where ``mask`` (``[batch, pos]``) is True.
 
         With the error term the result is ``x̂ + (target - x̂_clean)``, where the clean reconstruction knows nothing of
-        the hooks on the features; the error carries no gradient. Computed in the SAE's dtype, returned in ``target``'s.
+        the hooks on the features; the error carries no gradient. Computed in the wider of both dtypes, returned in
+        ``target``'s.
         """
         heads = target.ndim == 4
+        wide = torch.promote_types(target.dtype, self.sae.dtype)  # so that what is kept is kept exactly
         x = flatten_heads(source) if heads else source
-        y = (flatten_heads(target) if heads else target).to(self.sae.dtype)
-        mask = None if mask is None else mask.unsqueeze(-1)
+        y = (flatten_heads(target) if heads else target).to(wide)
         out = self._reconstruct(x)
         if self.error_term:
             with torch.no_grad():
                 error = y - self._clean(x, out)
-                error = error if mask is None else error.masked_fill(mask, 0.0)
+                error = error if mask is None else error.masked_fill(mask.unsqueeze(-1), 0.0)
                 error = self.sae.hook_sae_error(error)
             out = out + error
         if mask is not None:
-            out = torch.where(mask, y, out)
-        out = self.sae.hook_sae_output(out).to(target.dtype)
-        out = unflatten_heads(out, target)
-        if mask is None:
-            return out
-        return torch.where(mask.unsqueeze(-1) if heads else mask, target, out)  # no rounding where nothing is spliced
+            out = torch.where(mask.unsqueeze(-1), y, out)
+        return unflatten_heads(self.sae.hook_sae_output(out).to(target.dtype), target)
 
     def _reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.sae.dtype)

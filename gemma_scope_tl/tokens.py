@@ -56,6 +56,7 @@ class TokenTracker:
 
     def __init__(self) -> None:
         self._ids: torch.Tensor | None = None
+        self._masks: dict[tuple[tuple[int, ...], int], torch.Tensor] = {}
         self.generating = False
 
     def observe(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -65,20 +66,37 @@ class TokenTracker:
             ids = ids[None]
         if self.generating and self._ids is not None and ids.shape == (self._ids.shape[0], 1):
             ids = torch.cat([self._ids, ids], dim=1)
-        self._ids = ids
+        self._set(ids)
 
     @contextmanager
     def generation(self) -> Generator[None]:
         """Append single tokens while inside, forget everything on entry and exit."""
-        self._ids, self.generating = None, True
+        self._set(None)
+        self.generating = True
         try:
             yield
         finally:
-            self._ids, self.generating = None, False
+            self._set(None)
+            self.generating = False
 
     def clear(self) -> None:
         """Forget the ids, so that a pass from embeddings cannot use those of an earlier pass."""
-        self._ids = None
+        self._set(None)
+
+    def _set(self, ids: torch.Tensor | None) -> None:
+        self._ids = ids
+        self._masks.clear()
+
+    def mask(self, like: torch.Tensor, ids: tuple[int, ...]) -> Bool[torch.Tensor, "batch pos"]:
+        """True at the positions of ``like`` that hold one of ``ids``; computed once a forward pass for all SAEs.
+
+        Raises:
+            SpliceError: as :meth:`tokens`.
+        """
+        key = (ids, like.shape[1])
+        if key not in self._masks or self._masks[key].device != like.device:
+            self._masks[key] = special_mask(self.tokens(like), ids)
+        return self._masks[key]
 
     def tokens(self, like: torch.Tensor) -> Int[torch.Tensor, "batch pos"]:
         """The ids at the positions of ``like`` (``[batch, pos, …]``).

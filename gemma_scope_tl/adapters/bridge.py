@@ -30,6 +30,10 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
         """Every hook point, by canonical and by alias name; those of attached SAEs too."""
         return {**super().hook_dict, **self.sae_hook_points()}
 
+    def site_hook_point(self, name: str) -> Any:
+        """As in the base class, without putting together all aliases of all hooks."""
+        return self.get_hook_point(name) or super().site_hook_point(name)
+
     def _add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
         if not isinstance(name, str):  # a filter
             super()._add_hook(name, *args, **kwargs)
