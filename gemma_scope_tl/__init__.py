@@ -17,12 +17,12 @@ _NAMES = {
     "JumpReLUTranscoder": "sae.transcoder",
     "ablate": "interventions",
     "evaluate": "evals.suite",
-    "features": "features",
+    "features": "feature_table",
     "list_saes": "registry",
     "load_model": "adapters.loading",
     "load_sae": "sae.jumprelu",
     "save_sae": "sae.save",
-    "splice": "splice",
+    "splice": "splicing",
     "steer": "interventions",
 }
 _MODULES = ("adapters", "errors", "evals", "registry", "sae", "sites", "training", "viz", "weights")
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from gemma_scope_tl.adapters.loading import load_model
     from gemma_scope_tl.errors import AdapterMismatch, GemmaScopeError
     from gemma_scope_tl.evals.suite import evaluate
-    from gemma_scope_tl.features import features
+    from gemma_scope_tl.feature_table import features
     from gemma_scope_tl.interventions import ablate, steer
     from gemma_scope_tl.registry import list_saes
     from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, load_sae
     from gemma_scope_tl.sae.save import save_sae
     from gemma_scope_tl.sae.transcoder import JumpReLUTranscoder
-    from gemma_scope_tl.splice import splice
+    from gemma_scope_tl.splicing import splice
 
 
 def __getattr__(name: str) -> Any:

@@ -118,7 +118,7 @@ def features(
 
         gemma-scope features "The Golden Gate Bridge" --model gemma-2-2b --layer 20 --width 16k --json
     """
-    from gemma_scope_tl.features import features as feature_table
+    from gemma_scope_tl.feature_table import features as feature_table
 
     loaded, sae = _load(model, sae_model, site, layer, width, l0, backend, device)
     table = feature_table(loaded, text, sae, top=top)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import flatten_heads, unflatten_heads
-from gemma_scope_tl.splice import locate
+from gemma_scope_tl.splicing import locate
 from gemma_scope_tl.tokens import TokenTracker, special_token_ids
 
 if TYPE_CHECKING:

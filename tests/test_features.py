@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemma_scope_tl.features import features
+from gemma_scope_tl.feature_table import features
 from gemma_scope_tl.sites import BACKENDS, get_site
 from tests.helpers import hooked, random_gemma, random_sae
 

@@ -24,10 +24,10 @@ ORDER = [
     "weights",
     "sae",
     "tokens",
-    "splice",
+    "splicing",
     "interventions",
     "adapters",
-    "features",
+    "feature_table",
     "training",
     "evals",
     "viz",
@@ -117,6 +117,19 @@ def test_nothing_unpickles() -> None:
 )
 def test_importing_is_light(statement: str, absent: list[str]) -> None:
     code = f"import sys\n{statement}\nprint([m for m in {absent!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_no_module_hides_a_public_function() -> None:
+    """``import gemma_scope_tl.x`` sets the attribute ``x`` of the package, whatever the package wants it to be."""
+    code = """
+import importlib, pkgutil, types
+import gemma_scope_tl as gs
+for module in pkgutil.walk_packages(gs.__path__, "gemma_scope_tl."):
+    importlib.import_module(module.name)
+print([name for name in gs._NAMES if isinstance(getattr(gs, name), types.ModuleType)])
+"""
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -9,7 +9,7 @@ import torch
 
 from gemma_scope_tl.errors import SpliceError, UnknownNameError
 from gemma_scope_tl.sites import BACKENDS
-from gemma_scope_tl.splice import splice
+from gemma_scope_tl.splicing import splice
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 
 

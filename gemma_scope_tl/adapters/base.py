@@ -11,7 +11,7 @@ import torch
 from gemma_scope_tl.errors import unknown_name
 from gemma_scope_tl.interventions import Intervention
 from gemma_scope_tl.sites import ModelDims
-from gemma_scope_tl.splice import AttachedSAE, SpliceMixin, translate_hook_name
+from gemma_scope_tl.splicing import AttachedSAE, SpliceMixin, translate_hook_name
 from gemma_scope_tl.tokens import TokenTracker, left_padding_mask
 
 HookName = str | Callable[[str], bool]

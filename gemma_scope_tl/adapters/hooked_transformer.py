@@ -16,7 +16,7 @@ from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_w
 from gemma_scope_tl.adapters.base import GemmaModel
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import Backend, ModelDims
-from gemma_scope_tl.splice import AttachedSAE
+from gemma_scope_tl.splicing import AttachedSAE
 
 
 class HookedGemma(GemmaModel, HookedTransformer):  # pyright: ignore[reportIncompatibleMethodOverride]

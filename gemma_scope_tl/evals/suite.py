@@ -13,7 +13,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.metrics import FVU, Mean, l0, loss_recovered, next_token_losses, scored_positions
 from gemma_scope_tl.interventions import Intervention
 from gemma_scope_tl.sites import flatten_heads
-from gemma_scope_tl.splice import locate
+from gemma_scope_tl.splicing import locate
 from gemma_scope_tl.tokens import special_mask, special_token_ids
 
 if TYPE_CHECKING:

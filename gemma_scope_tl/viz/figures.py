@@ -19,7 +19,7 @@ def latent_heatmap(ax: Axes, table: pd.DataFrame, tokens: list[str], title: str,
 
     Args:
         ax: where to draw.
-        table: rows of :func:`~gemma_scope_tl.features.features` of one SAE and one sequence.
+        table: rows of :func:`~gemma_scope_tl.feature_table.features` of one SAE and one sequence.
         tokens: the sequence's tokens, for the horizontal axis; position 0 is the first.
         title: above the plot.
         latents: how many to show, by their strongest activation.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 
 from gemma_scope_tl.sites import flatten_heads
-from gemma_scope_tl.splice import locate
+from gemma_scope_tl.splicing import locate
 from gemma_scope_tl.tokens import special_mask, special_token_ids
 
 if TYPE_CHECKING:
