@@ -53,7 +53,7 @@ def features(
     frames: list[pd.DataFrame] = []
     for sae, (site, layer) in zip(several, places, strict=True):
         value = seen[site.hook_name(layer, "hooked_transformer")]
-        acts = sae.encode(flatten_heads(value) if value.ndim == 4 else value)
+        acts = sae.encode(flatten_heads(value))
         acts = acts.float() * counted.unsqueeze(-1).to(acts.device)
         frames.append(_frame(model, tokens, padding, acts, site.name, layer, top))
     return pd.concat(frames, ignore_index=True)

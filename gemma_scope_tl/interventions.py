@@ -49,7 +49,7 @@ class Intervention:
 
     def __call__(self, value: torch.Tensor, hook: Any = None) -> torch.Tensor:
         """Edit ``[batch, pos, d]`` or ``[batch, pos, head, d_head]``."""
-        x = flatten_heads(value) if value.ndim == 4 else value
+        x = flatten_heads(value)
         keep = self._untouched(x)
         out = unflatten_heads(self.edited(x).to(value.dtype), value)
         if keep is None:

@@ -201,8 +201,8 @@ def layer_of_hook(hook_name: str) -> int | None:
 
 
 def flatten_heads(z: torch.Tensor) -> torch.Tensor:
-    """``[batch, pos, head, d_head]`` (the att site as user hooks see it) -> ``[batch, pos, head * d_head]``."""
-    return z.flatten(-2)
+    """``[batch, pos, head, d_head]`` -> ``[batch, pos, head * d_head]``; a tensor without heads apart stays."""
+    return z.flatten(-2) if z.ndim == 4 else z
 
 
 def unflatten_heads(z: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,13 @@ def locate(sae: SAE[Any]) -> tuple[Site, int | None]:
     return site_of_hook(hook, sae.cfg.metadata.hook_name_out)
 
 
+def decode_with_skip(sae: SAE[Any], acts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The whole output for latents ``acts`` of ``x``: of a skip transcoder, ``decode`` alone is only a part."""
+    out = sae.decode(acts)
+    w_skip = getattr(sae, "W_skip", None)
+    return out if w_skip is None else out + x.to(out.dtype) @ w_skip.T
+
+
 class AttachedSAE:
     """One SAE on one model: where it reads and writes, and how its output replaces the activation."""
 
@@ -108,10 +115,8 @@ class AttachedSAE:
         the hooks on the features; the error carries no gradient. Computed in the wider of both dtypes, returned in
         ``target``'s.
         """
-        heads = target.ndim == 4
         wide = torch.promote_types(target.dtype, self.sae.dtype)  # so that what is kept is kept exactly
-        x = flatten_heads(source) if heads else source
-        y = (flatten_heads(target) if heads else target).to(wide)
+        x, y = flatten_heads(source), flatten_heads(target).to(wide)
         out = self._reconstruct(x)
         if self.error_term:
             with torch.no_grad():
@@ -125,9 +130,7 @@ class AttachedSAE:
 
     def _reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.sae.dtype)
-        out = self.sae.decode(self.sae.encode(x))
-        w_skip = getattr(self.sae, "W_skip", None)
-        return out if w_skip is None else out + x @ w_skip.T
+        return decode_with_skip(self.sae, self.sae.encode(x), x)
 
     def _clean(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         if not any(point.fwd_hooks for point in self.hook_points.values()):

@@ -13,7 +13,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.metrics import FVU, Mean, l0, loss_recovered, next_token_losses, scored_positions
 from gemma_scope_tl.interventions import Intervention
 from gemma_scope_tl.sites import flatten_heads
-from gemma_scope_tl.splicing import locate
+from gemma_scope_tl.splicing import decode_with_skip, locate
 from gemma_scope_tl.tokens import special_mask, special_token_ids
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _evaluate_batch(
     seen: dict[str, torch.Tensor] = {}
 
     def keep(value: torch.Tensor, hook: Any, name: str) -> None:
-        seen[name] = (flatten_heads(value) if value.ndim == 4 else value)[~special]
+        seen[name] = flatten_heads(value)[~special]
 
     names = {name for result in results for name in (result.read, result.write)}
     hooks = [(name, lambda value, hook, name=name: keep(value, hook, name)) for name in sorted(names)]
@@ -148,9 +148,5 @@ def _evaluate_batch(
     for result in results:
         acts = result.sae.encode(seen[result.read])
         result.l0.update(l0(acts))
-        out = result.sae.decode(acts)
-        w_skip = getattr(result.sae, "W_skip", None)
-        if w_skip is not None:
-            out = out + seen[result.read].to(out.dtype) @ w_skip.T
-        result.fvu.update(seen[result.write], out)
+        result.fvu.update(seen[result.write], decode_with_skip(result.sae, acts, seen[result.read]))
         result.loss.update(next_token_losses(model.run_with_saes(tokens, saes=[result.sae]), tokens)[scored])
