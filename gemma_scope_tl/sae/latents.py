@@ -1,0 +1,75 @@
+"""Some latents of an SAE: their decoder rows, biases and thresholds, and perhaps their encoder columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+
+from gemma_scope_tl.errors import SpliceError, unknown_name
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.registry.schema import SAERow
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What steering needs of an SAE, for n chosen latents.
+
+    Attributes:
+        latents: their indices in the SAE, in the order of the rows below.
+        W_dec: ``[n, d_out]``, in the site's own units.
+        b_enc, threshold: ``[n]``; the thresholds are float32 or wider.
+        W_enc: ``[d_in, n]``, or None where it was not read: from a remote file a column costs the whole matrix.
+        b_dec: ``[d_out]``, or None where it was not read.
+        site, layer: where the SAE lives.
+        model_name: the model it was trained on, None when unknown.
+        row: its registry row, if any.
+    """
+
+    latents: tuple[int, ...]
+    W_dec: Float[torch.Tensor, "n d_out"]
+    b_enc: Float[torch.Tensor, " n"]
+    threshold: Float[torch.Tensor, " n"]
+    W_enc: Float[torch.Tensor, "d_in n"] | None = None
+    b_dec: Float[torch.Tensor, " d_out"] | None = None
+    site: str | None = None
+    layer: int | None = None
+    model_name: str | None = None
+    row: SAERow | None = None
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def position(self, latent: int) -> int:
+        """Where a latent of the SAE stands among these.
+
+        Raises:
+            UnknownNameError: when it was not loaded.
+        """
+        try:
+            return self.latents.index(latent)
+        except ValueError:
+            raise unknown_name("loaded latent", latent, map(str, self.latents), "Load it with load_latents.") from None
+
+    def decoder_rows(self, latents: list[int]) -> Float[torch.Tensor, "k d_out"]:
+        """Decoder rows of some of these latents, by their indices in the SAE."""
+        return self.W_dec[[self.position(latent) for latent in latents]]
+
+    def encode(self, x: Float[torch.Tensor, "... d_in"]) -> Float[torch.Tensor, "... n"]:
+        """Activations of these latents: ``JumpReLU_theta(x W_enc + b_enc)``, as the whole SAE would have them.
+
+        Raises:
+            SpliceError: when the encoder was not loaded.
+        """
+        if self.W_enc is None:
+            raise SpliceError("These latents came without their encoder columns: load them from a local file.")
+        pre = x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
+        return torch.where(pre <= self.threshold, 0.0, pre)
+
+    def to(self, device: str | torch.device) -> Latents:
+        """The same latents on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return Latents(**{**vars(self), **moved})
