@@ -21,7 +21,7 @@ from torch import nn
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
 
@@ -30,6 +30,19 @@ if TYPE_CHECKING:
     _Base = SAE[Any]
 else:
     _Base = object
+
+
+def checked_latents(latents: Sequence[int] | torch.Tensor, d_sae: int) -> list[int]:
+    """Indices of latents as a list.
+
+    Raises:
+        SpliceError: for one that does not exist.
+    """
+    chosen = [int(latent) for latent in latents]
+    wrong = [latent for latent in chosen if not 0 <= latent < d_sae]
+    if wrong:
+        raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{d_sae - 1}.")
+    return chosen
 
 
 class GemmaScopeMixin(_Base):
@@ -125,18 +138,24 @@ class GemmaScopeMixin(_Base):
         """Cast to the SAE's dtype, put heads together, pass ``hook_sae_input``."""
         return self.hook_sae_input(self.reshape_fn_in(sae_in).to(self.dtype))
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
+    def encode(self, x: torch.Tensor, latents: Sequence[int] | torch.Tensor | None = None) -> torch.Tensor:
         """Latents of activations.
 
         Args:
             x: ``[..., d_in]``, or ``[..., n_heads, d_head]`` at the att site; any floating dtype.
+            latents: indices of the only ones to compute, in this order; hook points are not passed then, because what
+                a hook expects there is all latents.
 
         Returns:
-            ``[..., d_sae]`` in the SAE's dtype. NaN in, NaN out.
+            ``[..., d_sae]``, or ``[..., len(latents)]``, in the SAE's dtype. NaN in, NaN out.
 
         Raises:
-            SpliceError: for another width.
+            SpliceError: for another width, or a latent that does not exist.
         """
+        if latents is not None:
+            chosen = checked_latents(latents, self.cfg.d_sae)
+            pre = self.reshape_fn_in(x).to(self.dtype) @ self.W_enc[:, chosen] + self.b_enc[chosen]
+            return torch.where(pre <= self.threshold[chosen], 0.0, pre)
         pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
         return self.hook_sae_acts_post(torch.where(pre <= self.threshold, 0.0, pre))
 

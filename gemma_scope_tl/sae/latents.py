@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,4 +72,4 @@ class Latents:
     def to(self, device: str | torch.device) -> Latents:
         """The same latents on another device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return Latents(**{**vars(self), **moved})
+        return replace(self, **moved)  # pyright: ignore[reportArgumentType]

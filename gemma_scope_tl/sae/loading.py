@@ -27,9 +27,9 @@ from gemma_scope_tl.sae.config import (
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
 from gemma_scope_tl.weights.checks import Expected, value_range
-from gemma_scope_tl.weights.fetch import PARAMS_NAME, fetch
+from gemma_scope_tl.weights.fetch import PARAMS_NAME, fetch, known_sha256
 from gemma_scope_tl.weights.fold import fold
-from gemma_scope_tl.weights.load import canonical_arrays, load_arrays
+from gemma_scope_tl.weights.load import Elementwise, canonical_arrays, inspect, load_arrays
 from gemma_scope_tl.weights.safetensors_file import CFG_NAME, WEIGHTS_NAME, read_cfg
 from gemma_scope_tl.weights.sniff import weights_error
 
@@ -65,7 +65,8 @@ def load_row(row: SAERow, device: str | torch.device = "cpu", dtype: str | torch
     path, expected = fetch(row), expected_of_row(row)
     if row.format == "sae-lens":
         return _load_sae_lens(path, expected, row.model, row.site, row.layer, row, device, dtype)
-    arrays = _to_site_units(load_arrays(path, expected), row.site)
+    to, units = parse_dtype(dtype), site_units(row.site, expected.d_in)
+    arrays = load_arrays(path, expected, to, device, units, row.sha256)
     return _build(arrays, row.model, row.site, row.layer, row, None, device, dtype, str(path))
 
 
@@ -82,7 +83,8 @@ def load_folder(
     expected = expected_sizes(model, site, layer)
     if file.suffix == ".safetensors":
         return _load_sae_lens(file, expected, name_of(model), site, layer, None, device, dtype)
-    arrays = _to_site_units(load_arrays(file, expected), site)
+    units = site_units(site, inspect(file, expected)["W_enc"].shape[0])
+    arrays = load_arrays(file, expected, parse_dtype(dtype), device, units)
     return _build(arrays, name_of(model), site, layer, None, None, device, dtype, str(file))
 
 
@@ -121,10 +123,26 @@ def scale_embedding(arrays: Mapping[str, torch.Tensor], inverse: bool = False) -
     so ``W_dec`` *and* ``b_dec`` are multiplied by s. One float32 rounding a value; going there and back may change the
     last bit, unless d is a power of four.
     """
-    scale = embedding_scale(arrays["W_enc"].shape[0])
-    up, down = (lambda t: t * scale), (lambda t: t / scale)
+    functions = _embedding_units(arrays["W_enc"].shape[0], inverse)
+    return {name: functions[name](array) if name in functions else array for name, array in arrays.items()}
+
+
+def site_units(site: str | None, d_in: int | None) -> dict[str, Elementwise]:
+    """What each array of a release's file must go through to act on the site's own tensor, by name."""
+    return _embedding_units(d_in) if site == "embedding" and d_in is not None else {}
+
+
+def _embedding_units(d_model: int, inverse: bool = False) -> dict[str, Elementwise]:
+    scale = embedding_scale(d_model)
+
+    def up(t: torch.Tensor) -> torch.Tensor:
+        return t * scale
+
+    def down(t: torch.Tensor) -> torch.Tensor:
+        return t / scale
+
     enc, dec = (up, down) if inverse else (down, up)
-    return {**arrays, "W_enc": enc(arrays["W_enc"]), "W_dec": dec(arrays["W_dec"]), "b_dec": dec(arrays["b_dec"])}
+    return {"W_enc": enc, "W_dec": dec, "b_dec": dec}
 
 
 def fold_b_dec(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -134,10 +152,6 @@ def fold_b_dec(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     wide = {name: a.to(torch.promote_types(a.dtype, torch.float32)) for name, a in arrays.items()}
     return {**arrays, "b_enc": fold(wide, 1.0)["b_enc"]}
-
-
-def _to_site_units(arrays: dict[str, torch.Tensor], site: str | None) -> dict[str, torch.Tensor]:
-    return scale_embedding(arrays) if site == "embedding" else arrays
 
 
 def _find_file(path: Path) -> Path:
@@ -169,9 +183,12 @@ def _load_sae_lens(
         what = f"normalises activations ({cfg['normalize_activations']}), whose factor is not in the file"
         raise weights_error(cfg_path, what, _FOLD_FIRST)
     expected = _agree(expected, cfg, cfg_path)
-    arrays = load_arrays(file, expected)
+    folds = _folds(cfg)
+    sha256 = (row.sha256 if row is not None else None) or known_sha256(file)
+    as_is = None if folds else parse_dtype(dtype)
+    arrays = load_arrays(file, expected, as_is, "cpu" if folds else device, sha256=sha256)
     metadata = dict(cfg.get("metadata") or {})
-    if cfg.get("apply_b_dec_to_input") and not expected.transcoder:
+    if folds:
         arrays = fold_b_dec(arrays)
         metadata["folded_b_dec"] = True
     if site is None:
@@ -181,6 +198,15 @@ def _load_sae_lens(
         raise weights_error(file, f"and {CFG_NAME} disagree on whether there is a W_skip ({cfg['architecture']})")
     transcoder = bool(expected.transcoder)
     return _build(arrays, model_name, site, layer, row, metadata, device, dtype, str(file), transcoder)
+
+
+def folds_b_dec(folder: Path) -> bool:
+    """Whether an SAE in SAELens' layout subtracts ``b_dec`` from its input, which loading folds into ``b_enc``."""
+    return _folds(_read_sae_lens_cfg(folder))
+
+
+def _folds(cfg: dict[str, Any]) -> bool:
+    return bool(cfg.get("apply_b_dec_to_input")) and cfg["architecture"] == "jumprelu"
 
 
 def _read_sae_lens_cfg(folder: Path) -> dict[str, Any]:

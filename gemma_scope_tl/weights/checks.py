@@ -117,11 +117,19 @@ def check_values(arrays: Mapping[str, torch.Tensor], source: str) -> None:
     for name, array in arrays.items():
         if not array.is_floating_point():
             raise weights_error(source, f"has {name} of dtype {array.dtype}, not a float", _WRONG_SAE)
-        low, high = value_range(array)
-        if not (float("-inf") < low <= high < float("inf")):
-            raise weights_error(source, f"has values in {name} that are not finite (NaN or infinity)")
-        if name == "threshold" and low < 0:
-            raise weights_error(source, f"has negative thresholds (down to {low:.4g}); JumpReLU needs theta >= 0")
+        check_range(name, *value_range(array), source)
+
+
+def check_range(name: str, low: float, high: float, source: str) -> None:
+    """The smallest and largest value of an array: finite, and not negative for thresholds.
+
+    Raises:
+        WeightsError: naming the array and what is in it.
+    """
+    if not (float("-inf") < low <= high < float("inf")):
+        raise weights_error(source, f"has values in {name} that are not finite (NaN or infinity)")
+    if name == "threshold" and low < 0:
+        raise weights_error(source, f"has negative thresholds (down to {low:.4g}); JumpReLU needs theta >= 0")
 
 
 def value_range(array: torch.Tensor) -> tuple[float, float]:

@@ -1,53 +1,203 @@
-"""One checked set of tensors from either file layout: headers first, then the data, then the values."""
+"""One checked set of tensors from either file layout: headers first, then the data and its checks in one pass.
+
+What can stay where it is, stays: a stored array that needs no conversion is mapped, and its pages are read when they
+are touched. Everything else goes chunk by chunk into a tensor of the dtype and on the device that is asked for.
+A file is checked whole once (checksums, finite values), which is remembered (``stamp.py``); biases and thresholds are
+checked at every load.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from gemma_scope_tl.errors import WeightsError
-from gemma_scope_tl.weights.checks import SCALING_KEYS, Expected, canonical_names, check_shapes, check_values
-from gemma_scope_tl.weights.npz import inspect_npz, read_member
-from gemma_scope_tl.weights.safetensors_file import inspect_safetensors, read_safetensors
+from gemma_scope_tl.weights.checks import (
+    SCALING_KEYS,
+    Expected,
+    canonical_names,
+    check_range,
+    check_shapes,
+    check_values,
+    value_range,
+)
+from gemma_scope_tl.weights.layout import ArrayLayout, Sink, map_array, stream
+from gemma_scope_tl.weights.npz import clear_errors, inspect_npz
+from gemma_scope_tl.weights.safetensors_file import inspect_safetensors
 from gemma_scope_tl.weights.sniff import weights_error
+from gemma_scope_tl.weights.stamp import Stamp, file_key, read_stamp, write_stamp
 
-_FLOATS = ("<f2", "<f4", "<f8", ">f2", ">f4", ">f8")
 _USE_FLOAT = "Use float16, float32 or float64 arrays."
+Elementwise = Callable[[torch.Tensor], torch.Tensor]
 
 
-def load_arrays(path: str | Path, expected: Expected | None = None) -> dict[str, torch.Tensor]:
+def inspect(path: str | Path, expected: Expected | None = None) -> dict[str, ArrayLayout]:
+    """The arrays of a weights file by canonical name, judged by its headers alone.
+
+    Raises:
+        WeightsError: for a file that is none, names, dtypes or shapes that are wrong.
+    """
+    path = Path(path)
+    layouts = inspect_safetensors(path) if path.suffix == ".safetensors" else inspect_npz(path)
+    names = canonical_names(layouts, str(path))
+    for name, layout in layouts.items():
+        if not layout.dtype.is_floating_point:
+            raise weights_error(path, f"has {name} of dtype {layout.dtype}, not a float", _USE_FLOAT)
+    check_shapes({names[name]: layout.shape for name, layout in layouts.items()}, str(path), expected)
+    return {names[name]: layout for name, layout in layouts.items()}
+
+
+def load_arrays(
+    path: str | Path,
+    expected: Expected | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    elementwise: Mapping[str, Elementwise] | None = None,
+    sha256: str | None = None,
+) -> dict[str, torch.Tensor]:
     """The parameters in a ``.npz`` or ``.safetensors`` file under their canonical names, checked.
 
-    Arrays that the file stores uncompressed are memory-mapped, copy-on-write. Keys may be ``W_enc`` or ``w_enc`` alike.
-    Shapes are judged before any data is read.
+    Arrays that the file stores uncompressed and that need no conversion are memory-mapped, copy-on-write. Others are
+    converted and moved in slices of 4 MiB, so the peak is the result and one slice. Keys may be ``W_enc`` or ``w_enc``
+    alike. Shapes are judged before any data is read.
 
     Args:
         path: the file; what it is follows from its suffix.
         expected: sizes that the file must have.
+        dtype: of the result, thresholds in float32 or wider; None keeps the file's.
+        device: of the result.
+        elementwise: functions, by canonical name, applied before rounding to ``dtype``; increasing ones.
+        sha256: what the whole file must hash to.
 
     Returns:
         ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc``, ``b_dec``, ``threshold``, perhaps
-        ``W_skip [d_out, d_in]``; in the file's dtypes, on the CPU.
+        ``W_skip [d_out, d_in]``.
 
     Raises:
         WeightsError: naming the file, what is wrong and what to do.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        headers = inspect_safetensors(path)
-        names = canonical_names(headers, str(path))
-        check_shapes({names[k]: header.shape for k, header in headers.items()}, str(path), expected)
-        return canonical_arrays(read_safetensors(path), str(path), expected)
-    members = inspect_npz(path)
-    names = canonical_names(members, str(path))
-    for name, member in members.items():
-        if member.dtype.newbyteorder("<").str not in _FLOATS:
-            raise weights_error(path, f"has {name} of dtype {member.dtype}, not a float", _USE_FLOAT)
-    check_shapes({names[k]: member.shape for k, member in members.items()}, str(path), expected)
-    return canonical_arrays({k: read_member(path, m) for k, m in members.items()}, str(path), expected)
+    layouts, key = inspect(path, expected), file_key(path)
+    stamp = read_stamp(path)
+    known = stamp if stamp is not None and sha256 in (None, stamp.sha256) else None
+    read = _Reading(path, dtype, torch.device(device), elementwise or {})
+    for name, layout in layouts.items():
+        read.plan(name, layout, check=known is None)
+    digest = hashlib.sha256() if known is None and sha256 is not None else None
+    with clear_errors(path):
+        stream(path, layouts, read.sinks, read.verify, digest)
+    if digest is not None and digest.hexdigest() != sha256:
+        raise weights_error(path, f"has sha256 {digest.hexdigest()}, the registry says {sha256}")
+    found = {name: (one.low, one.high) for name, one in read.ranges.items()}
+    ranges = {**(known.ranges if known else {}), **found}
+    for name, (low, high) in ranges.items():
+        check_range(name, low, high, str(path))
+        read.check_fits(name, low, high)
+    if known is None:
+        write_stamp(path, Stamp(ranges, sha256), key)
+    return _finished(read.tensors, str(path))
+
+
+def load_array(path: Path, layout: ArrayLayout) -> torch.Tensor:
+    """One array copied into memory, its checksum compared.
+
+    Raises:
+        WeightsError: when it is truncated or corrupt.
+    """
+    tensor = torch.empty(layout.shape, dtype=layout.dtype)
+    with clear_errors(path):
+        stream(path, {layout.name: layout}, {layout.name: [_copier(tensor, layout.fortran, None)]}, (layout.name,))
+    return tensor
+
+
+class _Range:
+    """A sink that keeps the smallest and largest value; both are NaN when any value is."""
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+
+    def __call__(self, index: int, chunk: torch.Tensor) -> None:
+        low, high = value_range(chunk)
+        if math.isnan(low) or math.isnan(self.low):
+            self.low = self.high = math.nan
+        else:
+            self.low, self.high = min(self.low, low), max(self.high, high)
+
+
+@dataclass
+class _Reading:
+    """What is to be done with each array of one file."""
+
+    path: Path
+    dtype: torch.dtype | None
+    device: torch.device
+    elementwise: Mapping[str, Elementwise]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    sinks: dict[str, list[Sink]] = field(default_factory=dict[str, "list[Sink]"])
+    ranges: dict[str, _Range] = field(default_factory=dict[str, _Range])
+    verify: set[str] = field(default_factory=set[str])
+
+    def plan(self, name: str, layout: ArrayLayout, check: bool) -> None:
+        """Map the array, or make the tensor that it will be copied into; small ones are checked in any case."""
+        check = check or len(layout.shape) < 2
+        to = self._dtype_of(name, layout)
+        sinks: list[Sink] = []
+        if check:
+            self.ranges[name] = one = _Range()
+            self.verify.add(name)
+            sinks.append(one)
+        stays = layout.mappable and to == layout.dtype and self.device.type == "cpu" and name not in self.elementwise
+        if stays and len(layout.shape) > 1:
+            self.tensors[name] = map_array(self.path, layout)
+        else:
+            self.tensors[name] = torch.empty(layout.shape, dtype=to, device=self.device)
+            sinks.append(_copier(self.tensors[name], layout.fortran, self.elementwise.get(name)))
+        self.sinks[name] = sinks
+
+    def check_fits(self, name: str, low: float, high: float) -> None:
+        """Raise where values would become infinite in float16."""
+        tensor = self.tensors[name]
+        if tensor.dtype != torch.float16:
+            return
+        bounds = torch.tensor([low, high], dtype=torch.float64)
+        scaled = self.elementwise[name](bounds) if name in self.elementwise else bounds
+        if not bool(scaled.to(torch.float16).isfinite().all()):
+            what = f"has values in {name} too large for float16"
+            raise weights_error(self.path, what, "Use dtype='bfloat16' or 'float32'.")
+
+    def _dtype_of(self, name: str, layout: ArrayLayout) -> torch.dtype:
+        to = self.dtype or layout.dtype
+        wide = name in ("threshold", "log_threshold")
+        return torch.promote_types(torch.float32, to) if wide and self.dtype is not None else to
+
+
+def _copier(target: torch.Tensor, fortran: bool, function: Elementwise | None) -> Sink:
+    """A sink that writes what it gets into ``target``, whose memory is in C order whatever the file's order."""
+
+    def copy(index: int, chunk: torch.Tensor) -> None:
+        chunk = chunk if function is None else function(chunk)
+        if not fortran:
+            target.view(-1)[index : index + len(chunk)].copy_(chunk)
+            return
+        rows = target.mT  # row by row in the order of the file
+        width = rows.shape[1]
+        while len(chunk):
+            row, column = divmod(index, width)
+            count = len(chunk) // width if column == 0 and len(chunk) >= width else 0
+            taken = count * width or min(width - column, len(chunk))
+            if count:
+                rows[row : row + count].copy_(chunk[:taken].view(count, width))
+            else:
+                rows[row, column : column + taken].copy_(chunk[:taken])
+            index, chunk = index + taken, chunk[taken:]
+
+    return copy
 
 
 def canonical_arrays(
@@ -65,6 +215,12 @@ def canonical_arrays(
     names = canonical_names(arrays, source)
     tensors = {names[name]: _tensor(array, name, source) for name, array in arrays.items()}
     check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, source, expected)
+    check_values(tensors, source)
+    return _finished(tensors, source)
+
+
+def _finished(tensors: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """Parameters under other names become the ones that SAEs have."""
     for name in SCALING_KEYS:
         factor = tensors.pop(name, None)
         if factor is not None and not bool((factor == 1).all()):
@@ -74,7 +230,6 @@ def canonical_arrays(
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     if "affine_skip_connection" in tensors:
         tensors["W_skip"] = tensors.pop("affine_skip_connection").T
-    check_values(tensors, source)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 

@@ -1,34 +1,40 @@
-"""Reading SAELens folders: ``cfg.json`` and ``sae_weights.safetensors``.
+"""Reading SAELens folders: ``cfg.json``, and where the tensors of ``sae_weights.safetensors`` lie.
 
-safetensors files carry no checksum: a flipped bit inside a value passes unless the registry row has a sha256.
+The header of a safetensors file is JSON and says where every tensor is, so tensors are mapped or read in parts without
+the library. The format has no checksum: a flipped bit inside a value passes unless a sha256 is known (the registry
+row's, or the one that the Hub's cache names its large files by).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
 
-from gemma_scope_tl.errors import WeightsError
+import torch
+
+from gemma_scope_tl.weights.layout import ArrayLayout
+from gemma_scope_tl.weights.npz import NamedFile
 from gemma_scope_tl.weights.sniff import read_head, refuse_other_kinds, weights_error
-
-if TYPE_CHECKING:
-    import torch
 
 CFG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
 _MAX_CFG = 1 << 20
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """Shape and safetensors dtype word (``"F32"``, ``"BF16"``, …) of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str
+_MAX_HEADER = 1 << 20
+_MAX_DIMS = 8
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def read_cfg(folder: str | Path) -> dict[str, Any]:
@@ -50,46 +56,67 @@ def read_cfg(folder: str | Path) -> dict[str, Any]:
     return cfg
 
 
-def inspect_safetensors(path: str | Path) -> dict[str, TensorHeader]:
-    """Shapes and dtypes by name, from the header only.
+def inspect_safetensors(file: str | Path | NamedFile) -> dict[str, ArrayLayout]:
+    """The tensors of a safetensors file by name, from its header only.
+
+    Args:
+        file: a path, or an open file with a ``source`` for messages and a ``size``.
 
     Raises:
-        WeightsError: when the file is missing, empty, truncated, or not safetensors.
+        WeightsError: when the file is missing, empty, truncated, not safetensors, or its header is absurd.
     """
-    path = Path(path)
+    if not isinstance(file, str | Path):
+        return _inspect(file, file.source, file.size)  # pyright: ignore[reportAttributeAccessIssue]
+    path = Path(file)
     refuse_other_kinds(path, read_head(path), "a safetensors file")
-    with _clear_errors(path), _open(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return {name: TensorHeader(tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
+    with path.open("rb") as opened:
+        return _inspect(opened, path, path.stat().st_size)
 
 
-def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, on the CPU, in the dtypes of the file.
-
-    Raises:
-        WeightsError: as :func:`inspect_safetensors`.
-    """
-    path = Path(path)
-    refuse_other_kinds(path, read_head(path), "a safetensors file")
-    with _clear_errors(path), _open(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-def _open(path: Path) -> Any:
-    from safetensors import safe_open
-
-    return safe_open(str(path), framework="pt", device="cpu")
-
-
-@contextmanager
-def _clear_errors(path: Path) -> Generator[None]:
-    from safetensors import SafetensorError
-
+def _inspect(file: IO[bytes] | NamedFile, source: str | Path, size: int) -> dict[str, ArrayLayout]:
+    file.seek(0)
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or not 2 <= length <= size - 8:
+        raise weights_error(source, f"is truncated, corrupt or not a safetensors file ({size} bytes)")
+    if length > _MAX_HEADER:
+        raise weights_error(source, f"has a header of {length} bytes, too large for an SAE")
     try:
-        yield
-    except WeightsError:
-        raise
-    except SafetensorError as error:
-        raise weights_error(path, f"is truncated, corrupt or not a safetensors file ({error})") from error
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise weights_error(path, f"cannot be read ({type(error).__name__}: {error})") from error
+        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_doubles)
+    except (ValueError, RecursionError) as error:
+        raise weights_error(source, f"is truncated, corrupt or not a safetensors file ({error})") from error
+    if not isinstance(header, dict):
+        raise weights_error(source, "is corrupt: its header is not a JSON object")
+    header.pop("__metadata__", None)
+    layouts = [_layout(name, entry, source, 8 + length) for name, entry in header.items()]
+    at = 8 + length
+    for layout in sorted(layouts, key=lambda one: one.start):
+        if layout.start != at:
+            raise weights_error(source, f"is corrupt: {layout.name!r} does not begin where the tensor before it ends")
+        at += layout.stored_size
+    if at != size:
+        raise weights_error(source, f"is truncated or corrupt: its tensors need {at} bytes, it has {size}")
+    return {layout.name: layout for layout in layouts}
+
+
+def _layout(name: str, entry: Any, source: str | Path, data_start: int) -> ArrayLayout:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, begin, end)
+        if not all(type(number) is int and number >= 0 for number in numbers) or len(shape) > _MAX_DIMS:
+            raise ValueError("sizes")
+    except (KeyError, TypeError, ValueError) as error:
+        raise weights_error(source, f"is corrupt: its header does not describe {name[:80]!r}") from error
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise weights_error(source, f"has {name!r} of type {str(dtype)[:20]!r}, not one of {', '.join(_DTYPES)}")
+    needed = math.prod(shape) * _DTYPES[dtype].itemsize
+    if needed == 0 or end - begin != needed:
+        raise weights_error(source, f"is corrupt: {name!r} of {list(shape)} needs {needed} bytes, has {end - begin}")
+    return ArrayLayout(name, shape, _DTYPES[dtype], data_start + begin, needed)
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found

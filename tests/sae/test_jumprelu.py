@@ -322,7 +322,7 @@ def test_float32_on_the_cpu_is_mapped(tmp_path: Path) -> None:
     sae = JumpReLUSAE.from_folder(folder)
     maps = [m.split()[0] for m in Path("/proc/self/maps").read_text().splitlines() if m.endswith("params.npz")]
     spans = [tuple(int(end, 16) for end in m.split("-")) for m in maps]
-    assert all(any(low <= p.data_ptr() < high for low, high in spans) for p in sae.parameters())
+    assert all(any(low <= p.data_ptr() < high for low, high in spans) for p in (sae.W_enc, sae.W_dec))
 
 
 def test_from_folder_without_a_site_then_with_a_model(tmp_path: Path) -> None:
@@ -370,3 +370,17 @@ def test_importing_the_packages_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_encoding_only_some_latents(tmp_path: Path) -> None:
+    """Columns of one product, in the order asked for; hooks, which expect all latents, are not passed."""
+    sae = JumpReLUSAE.from_folder(write(tmp_path))
+    chosen = [5, 0, 5, sae.cfg.d_sae - 1]
+    full = sae.encode(x(7, D_IN))
+    sae.hook_sae_acts_post.add_hook(lambda acts, hook: acts * 0)
+    some = sae.encode(x(7, D_IN), latents=chosen)
+    torch.testing.assert_close(some, full[:, chosen], rtol=1e-6, atol=1e-6)  # the order of a sum of D_IN products
+    assert torch.equal(some == 0, full[:, chosen] == 0)
+    assert torch.equal(sae.encode(x(7, D_IN), latents=torch.tensor(chosen)), some)
+    with pytest.raises(SpliceError, match=f"No latent {sae.cfg.d_sae}"):
+        sae.encode(x(7, D_IN), latents=[sae.cfg.d_sae])

@@ -78,7 +78,7 @@ def test_npz_is_aligned_deterministic_and_plain(tmp_path: Path) -> None:
     first = (save_sae(make(), tmp_path / "a") / "params.npz").read_bytes()
     assert first == (save_sae(make(), tmp_path / "b") / "params.npz").read_bytes()
     for member in inspect_npz(tmp_path / "a" / "params.npz").values():
-        assert member.stored
+        assert member.mappable
         assert (member.start + member.header_size) % 64 == 0
     with np.load(tmp_path / "a" / "params.npz", allow_pickle=False) as saved:
         assert all(np.array_equal(saved[name], array) for name, array in arrays().items())

@@ -189,7 +189,7 @@ def test_shapes_are_judged_before_data_is_read(tmp_path: Path, monkeypatch: pyte
     def refuse(*_: object) -> None:
         raise AssertionError("read")
 
-    monkeypatch.setattr("gemma_scope_tl.weights.load.read_member", refuse)
+    monkeypatch.setattr("gemma_scope_tl.weights.load.stream", refuse)
     with pytest.raises(WeightsError, match="d_in 6, should be 7"):
         load_arrays(write(tmp_path / "params.npz", arrays()), Expected(d_in=7))
 

@@ -1,0 +1,85 @@
+"""``load_latents``: some latents of a released SAE, without the rest of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma_scope_tl.dtypes import parse_dtype
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sae.config import expected_of_row
+from gemma_scope_tl.sae.latents import Latents
+from gemma_scope_tl.sae.loading import folds_b_dec, site_units
+from gemma_scope_tl.weights.fetch import find_local
+from gemma_scope_tl.weights.partial import Arrays, read_local, read_remote
+from gemma_scope_tl.weights.row_cache import read_cached
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.registry.schema import SAERow
+
+
+def load_latents(
+    release: str,
+    sae_id: str,
+    latents: int | Iterable[int],
+    encoder: bool | None = None,
+    cache_rows: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+) -> Latents:
+    """Decoder rows, biases and thresholds of chosen latents, reading only what that takes.
+
+    A file in the Hub's cache, in a local folder or in this package is read in place. One that is only on the Hub is
+    read by HTTP ranges, in six requests and some kilobytes a latent however large it is, and not downloaded.
+
+    Args:
+        release, sae_id: as :meth:`JumpReLUSAE.from_pretrained`.
+        latents: indices.
+        encoder: read their encoder columns too, which ablating and clamping need. By default where the file is local;
+            True for a file that is not is an error, because columns lie all over it: download it first.
+        cache_rows: keep a local copy of the encoder with latents as rows (as large as the encoder) and read columns
+            from it. The first call makes it. Worth it for files on slow disks and for many calls on one SAE: a column
+            of 2,304 values then lies in 3 pages, not in 2,304.
+        device: where the result goes.
+        dtype: of the result but the thresholds, which stay float32 or wider.
+
+    Raises:
+        UnknownNameError: for a release, id or dtype that does not exist, with the nearest ones.
+        WeightsError: for a latent that does not exist, or a file that cannot be had or fails a check.
+    """
+    from gemma_scope_tl.registry.catalog import resolve
+
+    row, to = resolve(release, sae_id), parse_dtype(dtype)
+    chosen = [int(latent) for latent in ([latents] if isinstance(latents, int) else latents)]
+    if not chosen:
+        raise GemmaScopeError("No latents were given: name at least one.")
+    path = find_local(row)
+    arrays = _read(row, path, chosen, encoder if encoder is not None else path is not None, cache_rows)
+    units = site_units(row.site, row.d_in)
+    arrays = {name: units[name](array) if name in units else array for name, array in arrays.items()}
+    wide = torch.promote_types(torch.float32, to)
+    cast: dict[str, Any] = {n: a.to(device, wide if n == "threshold" else to) for n, a in arrays.items()}
+    return Latents(tuple(chosen), **cast, site=row.site, layer=row.layer, model_name=row.model, row=row)
+
+
+def _read(row: SAERow, path: Path | None, latents: list[int], encoder: bool, cache_rows: bool) -> Arrays:
+    expected = expected_of_row(row)
+    if path is not None:
+        folds = row.format == "sae-lens" and folds_b_dec(path.parent)
+        if cache_rows and encoder and not folds:
+            return read_cached(path, latents, expected)
+        arrays = read_local(path, latents, expected, encoder or folds)
+        if folds:
+            arrays["b_enc"] = arrays["b_enc"] - arrays["b_dec"].float() @ arrays["W_enc"].float()
+        return arrays
+    if encoder or cache_rows:
+        what = f"{row.release}/{row.id} is not on this machine, and encoder columns are read from local files only"
+        raise GemmaScopeError(f"{what}. Load the whole SAE once, or leave encoder and cache_rows out.")
+    if row.format == "sae-lens":
+        raise GemmaScopeError(f"{row.release}/{row.id} is in SAELens' layout and not on this machine: load it whole.")
+    from gemma_scope_tl.weights.remote import RemoteFile
+
+    return read_remote(RemoteFile(row.repo, row.weights_path, row.revision), latents, expected)

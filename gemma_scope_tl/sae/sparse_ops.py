@@ -1,0 +1,312 @@
+"""The sums that a sparse JumpReLU needs, without autograd; ``sparse.py`` puts gradients on them.
+
+Active latents are held row after row (CSR): token ``t`` has ``latents[offsets[t]:offsets[t + 1]]``, ascending, with one
+value each. Every sum runs in a fixed order without atomic additions, so repeats are equal to the bit on every device.
+
+What each costs on a CPU, as a share of the encoder's product ``x @ W_enc`` (2304 x 16384, 512 tokens, float32, two
+threads; ``benchmarks/sparse.py`` measures the totals):
+
+====================================== =========== =========== =========== ===========
+density of active latents               0.4%        2%          4%          8%
+====================================== =========== =========== =========== ===========
+decode: sparse / dense                  0.07 / 0.95 0.41 / 0.98 0.87 / 1.01 1.84 / 1.00
+gradient of values: sparse / dense      0.10 / 1.05 0.52 / 1.05 1.06 / 1.05 1.94 / 1.05
+gradient of x, latent-major W_enc       0.07 / 0.93 0.41 / 0.91 0.87 / 0.90 1.84 / 0.90
+gradient of x, other W_enc              0.55 / 0.93 1.03 / 0.91 1.57 / 0.90 2.48 / 0.90
+gradient of a matrix: sparse / dense    0.35 / 1.20 0.53 / 1.20 0.68 / 1.20 1.00 / 1.20
+====================================== =========== =========== =========== ===========
+
+The crossovers below are read off that table. Nothing is timed while running.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
+
+# Above these densities (active latents / all) the dense product is faster.
+DENSE_ROWS = 0.04  # weighted sums of rows, and sampled products
+DENSE_COLUMNS = 0.016  # the gradient of x when W_enc's columns are not contiguous
+DENSE_LATENTS = 0.10  # the gradient of a matrix
+
+# A block of pre-activations that is compacted while it is in the cache: 512 tokens x 4096 latents in float32. Shares
+# of the product for encode, gate and decode: 1.16 at 512 latents, 1.13 at 1024, 1.09 at 2048, 1.08 at 4096, 1.20 at all
+# 16384. Fewer than 512 tokens at a time make the product itself slower: 1.12 at 128, 1.33 at 64.
+BLOCK_BYTES = 8 << 20
+BLOCK_TOKENS = 512
+DENSE_BYTES = 64 << 20  # bound of every dense temporary
+
+Entries = tuple[Tensor, Tensor, Tensor]
+
+
+@cache
+def native_half(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of ``dtype`` itself. Without such instructions PyTorch's bfloat16 product is
+    tens of times slower than float32, with AMX several times faster."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    ops = torch.ops.mkldnn
+    supported = ops._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported
+    return bool(supported())
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _triton(tensor: Tensor) -> ModuleType | None:
+    """The Triton kernels for a CUDA tensor; without Triton, PyTorch's own operations serve there too."""
+    if not (tensor.is_cuda and _has_triton()):
+        return None
+    from gemma_scope_tl.sae import sparse_triton
+
+    return sparse_triton
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``a @ b (+ bias)`` in their dtype.
+
+    16-bit matrices on a CPU without instructions for them are multiplied in float32, a block of ``b`` at a time, and
+    rounded once: no less accurate than the 16-bit product, which also accumulates in float32.
+    """
+    if a.is_cuda or native_half(a.dtype):
+        if bias is None:
+            return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+        return torch.addmm(bias, a, b) if out is None else torch.addmm(bias, a, b, out=out)
+    wide = a.float()
+    result = torch.zeros(a.shape[0], b.shape[1]) if bias is None else bias.float().repeat(a.shape[0], 1)
+    step = max(1, BLOCK_BYTES // (4 * min(b.shape)))
+    if b.shape[1] >= b.shape[0]:
+        for j in range(0, b.shape[1], step):
+            result[:, j : j + step] += wide @ b[:, j : j + step].float()
+    else:
+        for j in range(0, b.shape[0], step):
+            result.addmm_(wide[:, j : j + step], b[j : j + step].float())
+    return result.to(a.dtype) if out is None else out.copy_(result)
+
+
+def encode(x: Tensor, w_enc: Tensor, b_enc: Tensor, limit: Tensor) -> Entries:
+    """Pre-activations ``x W_enc + b_enc`` of ``x [n, d_in]`` that are not at or below ``limit [d_sae]``.
+
+    They are computed in blocks of :data:`BLOCK_BYTES`, so the whole ``[n, d_sae]`` never exists.
+
+    Returns:
+        offsets ``[n + 1]``, latents ``[nnz]``, pre-activations ``[nnz]``.
+    """
+    n, d_sae = x.shape[0], w_enc.shape[1]
+    tokens, width = _block_shape(x, d_sae)
+    buffer = torch.empty(tokens * width, dtype=x.dtype, device=x.device)
+    mask = torch.empty(tokens * width, dtype=torch.bool, device=x.device)
+    parts: list[Entries] = []
+    for i in range(0, n, tokens):
+        rows = x[i : i + tokens]
+        found: list[Entries] = []
+        for j in range(0, d_sae, width):
+            at = slice(j, min(j + width, d_sae))
+            shape = rows.shape[0], at.stop - at.start
+            pre = product(rows, w_enc[:, at], b_enc[at], out=buffer[: shape[0] * shape[1]].view(shape))
+            row, column, value = _select(pre, limit[at], mask)
+            found.append((row, column + j, value))
+        parts.append(_by_row(found, rows.shape[0]))
+    return _stack(parts, x)
+
+
+def compact(dense: Tensor, limit: Tensor | None) -> Entries:
+    """The entries of ``dense [n, d_sae]`` that are not at or below ``limit``, or that are not 0. NaN is kept by both."""
+    n, d_sae = dense.shape
+    tokens = max(1, min(max(n, 1), BLOCK_BYTES // max(1, d_sae)))
+    mask = torch.empty(tokens * d_sae, dtype=torch.bool, device=dense.device)
+    parts = [
+        _by_row([_select(dense[i : i + tokens], limit, mask)], min(tokens, n - i)) for i in range(0, n, tokens)
+    ]
+    return _stack(parts, dense)
+
+
+def _block_shape(x: Tensor, d_sae: int) -> tuple[int, int]:
+    """Tokens and latents of a block. A GPU compacts whole rows: it has no cache worth staying in."""
+    if x.is_cuda:
+        return max(1, min(x.shape[0], DENSE_BYTES // (d_sae * x.element_size()))), d_sae
+    tokens = max(1, min(x.shape[0], BLOCK_TOKENS))
+    width = BLOCK_BYTES // (tokens * x.element_size()) // 8 * 8  # a multiple of 8 for _nonzero
+    return tokens, max(1, min(width, d_sae))
+
+
+def _select(values: Tensor, limit: Tensor | None, mask: Tensor) -> Entries:
+    """Rows, columns and values of the entries that :func:`compact` keeps; ``mask`` is space to work in."""
+    kernels = _triton(values)
+    if kernels is not None:
+        offsets, columns, kept = kernels.compact(values, limit)
+        return rows_of(offsets, columns.shape[0]), columns, kept
+    on = mask[: values.numel()].view(values.shape)
+    if limit is None:
+        torch.ne(values, 0, out=on)
+    else:
+        torch.le(values, limit, out=on).logical_not_()  # NaN compares false, and stays; bf16 is compared in float32
+    flat = _nonzero(on.view(-1))
+    rows = flat.div(max(1, values.shape[1]), rounding_mode="floor")
+    return rows, flat - rows * values.shape[1], values.reshape(-1).take(flat)
+
+
+def _nonzero(mask: Tensor) -> Tensor:
+    """Indices of the true bytes. Sparse masks go eight bytes at a time first: 0.009 of the product instead of 0.022."""
+    if mask.is_cuda or mask.numel() % 8 or mask.storage_offset() % 8:
+        return mask.nonzero().squeeze(1)
+    words = mask.view(torch.int64).nonzero().squeeze(1)
+    inside = mask.view(-1, 8).index_select(0, words).view(-1).nonzero().squeeze(1)
+    return words.index_select(0, inside >> 3) * 8 + (inside & 7)
+
+
+def _by_row(found: list[Entries], n: int) -> Entries:
+    """Entries of blocks side by side, each ordered by row, as offsets, columns and values ordered by row."""
+    row, column, value = (torch.cat(part) if len(found) > 1 else part[0] for part in zip(*found, strict=True))
+    if len(found) > 1:
+        order = row.to(torch.int32).argsort(stable=True)  # stable: latents stay ascending within a token
+        column, value = column.index_select(0, order), value.index_select(0, order)
+    return starts_of(row.bincount(minlength=n)), column, value
+
+
+def _stack(parts: list[Entries], like: Tensor) -> Entries:
+    """Entries of chunks of tokens, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        empty = torch.zeros(0, dtype=torch.int64, device=like.device)
+        return empty.new_zeros(1), empty, like.new_zeros(0)
+    counts = torch.cat([offsets.diff() for offsets, _, _ in parts])
+    return starts_of(counts), torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+
+
+def starts_of(counts: Tensor) -> Tensor:
+    """``[0, c0, c0 + c1, ...]``: where each group begins, and the end."""
+    return pad(counts.cumsum(0), (1, 0))
+
+
+def rows_of(offsets: Tensor, nnz: int) -> Tensor:
+    """The token of every entry, ``[nnz]``."""
+    return torch.arange(offsets.shape[0] - 1, device=offsets.device).repeat_interleave(
+        offsets.diff(), output_size=nnz
+    )
+
+
+def row_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor) -> Tensor:
+    """``F @ matrix`` for the sparse ``F [n, d_sae]`` and ``matrix [d_sae, d]``: for each token, a sum of rows."""
+    n, d_sae = offsets.shape[0] - 1, matrix.shape[0]
+    kernels = _triton(matrix)
+    if _dense(offsets, latents, d_sae, DENSE_ROWS):
+        return _dense_rows(offsets, latents, values, d_sae, lambda chunk, at: product(chunk, matrix))
+    if kernels is not None:
+        return kernels.row_sums(offsets, latents, values, matrix)
+    if latents.shape[0] == 0:
+        return matrix.new_zeros(n, matrix.shape[1])
+    return embedding_bag(
+        latents, matrix, offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
+
+
+def column_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor) -> Tensor:
+    """``F @ matrix^T`` for the sparse ``F [n, d_sae]`` and ``matrix [d, d_sae]``, the layout of ``W_enc``.
+
+    Where each latent's column is contiguous (``W_enc`` made as ``w.T`` of a contiguous ``[d_sae, d]``), this is
+    :func:`row_sums`, eight times cheaper. The layout is the caller's choice: no transposed copy is made here.
+    """
+    if matrix.stride(0) == 1 and matrix.stride(1) >= matrix.shape[0]:
+        return row_sums(offsets, latents, values, matrix.T)
+    n, d_sae = offsets.shape[0] - 1, matrix.shape[1]
+    narrow = values.dtype not in (torch.float32, torch.float64)  # no sparse product for these
+    if narrow or _dense(offsets, latents, d_sae, DENSE_COLUMNS):
+        return _dense_rows(offsets, latents, values, d_sae, lambda chunk, at: product(chunk, matrix.T))
+    if latents.shape[0] == 0:
+        return matrix.new_zeros(n, matrix.shape[0])
+    csr = torch.sparse_csr_tensor(offsets, latents, values, (n, d_sae), check_invariants=False)
+    return (matrix @ csr.t()).T.contiguous()
+
+
+def latent_sums(offsets: Tensor, latents: Tensor, values: Tensor, d_sae: int, x: Tensor) -> Tensor:
+    """``F^T @ x`` for the sparse ``F [n, d_sae]`` and ``x [n, d]``: for each latent, a sum of rows of ``x``."""
+    if x.shape[1] > 1 and _dense(offsets, latents, d_sae, DENSE_LATENTS):
+        total = torch.zeros(d_sae, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        for at, chunk in _dense_chunks(offsets, latents, values, d_sae):
+            total += product(chunk.T, x[at])
+        return total.to(x.dtype)
+    order = latents.to(torch.int32).argsort(stable=True)
+    rows = rows_of(offsets, latents.shape[0]).index_select(0, order)
+    return row_sums_of(starts_of(latents.bincount(minlength=d_sae)), rows, values.index_select(0, order), x)
+
+
+def row_sums_of(offsets: Tensor, rows: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """:func:`row_sums` that never turns dense."""
+    kernels = _triton(x)
+    if kernels is not None:
+        return kernels.row_sums(offsets, rows, values, x)
+    if rows.shape[0] == 0:
+        return x.new_zeros(offsets.shape[0] - 1, x.shape[1])
+    return embedding_bag(rows, x, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
+
+
+def bias_sums(offsets: Tensor, latents: Tensor, values: Tensor, d_sae: int) -> Tensor:
+    """``F^T 1 [d_sae]``, summed in float32 or wider."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    ones = wide.new_ones(offsets.shape[0] - 1, 1)
+    return latent_sums(offsets, latents, wide, d_sae, ones).squeeze(1)
+
+
+def sampled(offsets: Tensor, latents: Tensor, left: Tensor, matrix: Tensor) -> Tensor:
+    """``left_t . matrix_i`` for every active latent i of every token t: ``left [n, d]``, ``matrix [d_sae, d]``."""
+    n, d_sae = left.shape[0], matrix.shape[0]
+    if latents.shape[0] == 0:
+        return left.new_zeros(0)
+    dense = _dense(offsets, latents, d_sae, DENSE_ROWS)
+    kernels = _triton(matrix)
+    if kernels is not None and not dense:
+        return kernels.sampled(offsets, latents, left, matrix)
+    if dense or left.dtype not in (torch.float32, torch.float64):
+        out = left.new_empty(latents.shape[0])
+        for at, first, last in _token_chunks(offsets, d_sae, left.element_size()):
+            here = rows_of(offsets[at.start : at.stop + 1], last - first) * d_sae + latents[first:last]
+            out[first:last] = product(left[at], matrix.T).view(-1).index_select(0, here)
+        return out
+    pattern = torch.sparse_csr_tensor(offsets, latents, left.new_zeros(latents.shape), (n, d_sae), check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, left, matrix.T, beta=0.0).values()
+
+
+def _dense(offsets: Tensor, latents: Tensor, d_sae: int, above: float) -> bool:
+    return latents.shape[0] > above * (offsets.shape[0] - 1) * d_sae
+
+
+def _token_chunks(offsets: Tensor, d_sae: int, item_size: int) -> Generator[tuple[slice, int, int]]:
+    """Tokens whose dense rows fit :data:`DENSE_BYTES`, with their first and last entries."""
+    n = offsets.shape[0] - 1
+    tokens = max(1, DENSE_BYTES // (d_sae * item_size))
+    for i in range(0, n, tokens):
+        at = slice(i, min(i + tokens, n))
+        yield at, int(offsets[at.start]), int(offsets[at.stop])
+
+
+def _dense_chunks(
+    offsets: Tensor, latents: Tensor, values: Tensor, d_sae: int
+) -> Generator[tuple[slice, Tensor]]:
+    """The sparse matrix as dense chunks of tokens."""
+    for at, first, last in _token_chunks(offsets, d_sae, values.element_size()):
+        chunk = values.new_zeros((at.stop - at.start) * d_sae)
+        here = rows_of(offsets[at.start : at.stop + 1], last - first) * d_sae + latents[first:last]
+        chunk.index_copy_(0, here, values[first:last])
+        yield at, chunk.view(-1, d_sae)
+
+
+def _dense_rows(
+    offsets: Tensor, latents: Tensor, values: Tensor, d_sae: int, multiply: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """One dense product for each chunk of tokens."""
+    return torch.cat([multiply(chunk, at) for at, chunk in _dense_chunks(offsets, latents, values, d_sae)])

@@ -1,0 +1,169 @@
+"""Triton kernels for :mod:`gemma_scope_tl.sae.sparse_ops` on CUDA tensors.
+
+These have been run through Triton's interpreter only (``TRITON_INTERPRET=1``, where CPU tensors are taken too), which
+proves what they compute and not how fast: no GPU has run them yet. Imported only when a tensor is on CUDA.
+
+One program handles one token, and walks its entries in order: no atomic additions, so repeats are equal to the bit.
+Sums are kept in float32, or float64 for float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LATENTS = 1024  # latents that a compacting program looks at in one go
+_ENTRIES = 16
+_DIMS = 128
+_SPLITS = 8  # programs that share the entries of one token in `sampled`: a BOS token may have thousands
+
+
+@triton.jit
+def _count_kernel(pre, limit, counts, stride, d_sae, HAS_LIMIT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    token = tl.program_id(0).to(tl.int64)
+    total = 0
+    for start in range(0, d_sae, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(pre + token * stride + at, mask=at < d_sae, other=0.0)
+        if HAS_LIMIT:
+            off = z <= tl.load(limit + at, mask=at < d_sae, other=0.0)
+        else:
+            off = z == 0.0
+        total += tl.sum((~off & (at < d_sae)).to(tl.int32), 0)
+    tl.store(counts + token, total.to(tl.int64))
+
+
+@triton.jit
+def _fill_kernel(pre, limit, offsets, latents, values, stride, d_sae, HAS_LIMIT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    token = tl.program_id(0).to(tl.int64)
+    first = tl.load(offsets + token)
+    for start in range(0, d_sae, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(pre + token * stride + at, mask=at < d_sae, other=0.0)
+        if HAS_LIMIT:
+            off = z <= tl.load(limit + at, mask=at < d_sae, other=0.0)
+        else:
+            off = z == 0.0
+        on = ~off & (at < d_sae)
+        place = first + tl.cumsum(on.to(tl.int32), 0) - 1
+        tl.store(latents + place, at.to(tl.int64), mask=on)
+        tl.store(values + place, z, mask=on)
+        first += tl.sum(on.to(tl.int32), 0)
+
+
+@triton.jit
+def _row_sums_kernel(  # type: ignore[no-untyped-def]
+    offsets, latents, values, matrix, out, d, stride, WIDE: tl.constexpr, ENTRIES: tl.constexpr, DIMS: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    dims = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
+    first, last = tl.load(offsets + token), tl.load(offsets + token + 1)
+    total = tl.zeros([DIMS], dtype=WIDE)
+    for start in range(first, last, ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
+        latent = tl.load(latents + entry, mask=entry < last, other=0)
+        value = tl.load(values + entry, mask=entry < last, other=0.0).to(WIDE)
+        inside = (entry < last)[:, None] & (dims < d)[None, :]
+        row = tl.load(matrix + latent[:, None] * stride + dims[None, :], mask=inside, other=0.0).to(WIDE)
+        total += tl.sum(value[:, None] * row, 0)
+    tl.store(out + token * d + dims, total.to(out.dtype.element_ty), mask=dims < d)
+
+
+@triton.jit
+def _sampled_kernel(  # type: ignore[no-untyped-def]
+    offsets,
+    latents,
+    left,
+    matrix,
+    out,
+    d,
+    stride_left,
+    stride,
+    WIDE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    DIMS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    first, last = tl.load(offsets + token), tl.load(offsets + token + 1)
+    for start in range(first + tl.program_id(1) * ENTRIES, last, ENTRIES * SPLITS):
+        entry = start + tl.arange(0, ENTRIES)
+        latent = tl.load(latents + entry, mask=entry < last, other=0)
+        total = tl.zeros([ENTRIES], dtype=WIDE)
+        for begin in range(0, d, DIMS):
+            dims = begin + tl.arange(0, DIMS)
+            inside = (entry < last)[:, None] & (dims < d)[None, :]
+            row = tl.load(matrix + latent[:, None] * stride + dims[None, :], mask=inside, other=0.0).to(WIDE)
+            here = tl.load(left + token * stride_left + dims, mask=dims < d, other=0.0).to(WIDE)
+            total += tl.sum(row * here[None, :], 1)
+        tl.store(out + entry, total.to(out.dtype.element_ty), mask=entry < last)
+
+
+def _wide(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def compact(pre: Tensor, limit: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets, latents and values of the entries of ``pre [n, d_sae]`` that are not at or below ``limit``, or not 0."""
+    pre = pre if pre.stride(1) == 1 else pre.contiguous()
+    n, d_sae = pre.shape
+    bound = pre if limit is None else limit.contiguous()
+    counts = torch.zeros(n, dtype=torch.int64, device=pre.device)
+    shared = {"HAS_LIMIT": limit is not None, "BLOCK": _LATENTS}
+    if n:
+        _count_kernel[(n,)](pre, bound, counts, pre.stride(0), d_sae, **shared)
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    nnz = int(offsets[-1])
+    latents = torch.empty(nnz, dtype=torch.int64, device=pre.device)
+    values = torch.empty(nnz, dtype=pre.dtype, device=pre.device)
+    if nnz:
+        _fill_kernel[(n,)](pre, bound, offsets, latents, values, pre.stride(0), d_sae, **shared)
+    return offsets, latents, values
+
+
+def row_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor) -> Tensor:
+    """For each token the sum of ``values`` times rows of ``matrix [rows, d]``, ``[n, d]``."""
+    matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    n, d = offsets.shape[0] - 1, matrix.shape[1]
+    out = torch.empty(n, d, dtype=matrix.dtype, device=matrix.device)
+    if n:
+        _row_sums_kernel[(n, triton.cdiv(d, _DIMS))](
+            offsets,
+            latents.contiguous(),
+            values.contiguous(),
+            matrix,
+            out,
+            d,
+            matrix.stride(0),
+            WIDE=_wide(matrix.dtype),
+            ENTRIES=_ENTRIES,
+            DIMS=_DIMS,
+        )
+    return out
+
+
+def sampled(offsets: Tensor, latents: Tensor, left: Tensor, matrix: Tensor) -> Tensor:
+    """``left_t . matrix_i`` for every active latent i of every token t, ``[nnz]``."""
+    left, matrix = (t if t.stride(1) == 1 else t.contiguous() for t in (left, matrix))
+    n, d = left.shape
+    out = torch.empty(latents.shape[0], dtype=left.dtype, device=left.device)
+    if n and latents.shape[0]:
+        _sampled_kernel[(n, _SPLITS)](
+            offsets,
+            latents.contiguous(),
+            left,
+            matrix,
+            out,
+            d,
+            left.stride(0),
+            matrix.stride(0),
+            WIDE=_wide(left.dtype),
+            ENTRIES=_ENTRIES,
+            DIMS=_DIMS,
+            SPLITS=_SPLITS,
+        )
+    return out

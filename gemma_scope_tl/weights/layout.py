@@ -1,0 +1,216 @@
+"""Where the arrays of a file lie, and reading them in one pass that checks and converts as it goes.
+
+Both file formats come down to the same thing: an array is a run of bytes in the file, stored as they are or deflated.
+:func:`stream` walks such runs in the order of the file, chunk by chunk, through one buffer of a few MiB, and hands
+every chunk to whoever needs it: the CRC-32, a sha256 of the whole file, the range of values, a destination of another
+dtype or device. So a file is read once however much is asked of it, and only the destinations are allocated.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import torch
+
+from gemma_scope_tl.weights.sniff import weights_error
+
+CHUNK = 1 << 22  # bytes; small enough to stay in a core's cache between the checksum and the conversion
+
+Sink = Callable[[int, torch.Tensor], None]
+"""Takes the index of the first element and a 1-D chunk of elements, which is overwritten afterwards."""
+
+
+class ByteSource(Protocol):
+    """Bytes that can be had from anywhere, a local file or a remote one."""
+
+    source: str
+    size: int
+
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of ``(offset, length)`` ranges, each exactly as long as asked."""
+        ...
+
+
+class Digest(Protocol):
+    """What hashlib's objects do."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Take the next bytes."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array in a file, known from the headers alone.
+
+    Attributes:
+        name: as the file has it.
+        shape, dtype: what its header declares.
+        swapped: whether the bytes are in the other byte order than the machine's.
+        fortran: whether it is stored column by column.
+        start: first byte of the run in the file: of the data, or of the npy header before it where there is one.
+        header_size: bytes of npy header, counted before inflating; 0 in safetensors.
+        stored_size: bytes of the run in the file.
+        deflated: whether the run is compressed.
+        crc: CRC-32 of header and data, None where the format has none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+    stored_size: int
+    swapped: bool = False
+    fortran: bool = False
+    header_size: int = 0
+    deflated: bool = False
+    crc: int | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data, inflated and without the header."""
+        return self.count * self.dtype.itemsize
+
+    @property
+    def mappable(self) -> bool:
+        """Whether the data can be used where it lies."""
+        return not (self.deflated or self.swapped or self.fortran)
+
+    def element_offset(self, index: int) -> int:
+        """Byte in the file of a stored element, by its index in the order of the file."""
+        return self.start + self.header_size + index * self.dtype.itemsize
+
+
+def map_array(path: Path, layout: ArrayLayout) -> torch.Tensor:
+    """A stored array where it lies: pages are read when touched, and copied when written to (never to the file)."""
+    data = np.memmap(path, np.uint8, "c", offset=layout.start + layout.header_size, shape=(layout.nbytes,))
+    return torch.from_numpy(data).view(layout.dtype).reshape(layout.shape)
+
+
+def stream(
+    path: Path,
+    layouts: Mapping[str, ArrayLayout],
+    sinks: Mapping[str, Sequence[Sink]],
+    verify: Collection[str] = (),
+    digest: Digest | None = None,
+) -> None:
+    """Read arrays once, from the file's beginning to its end.
+
+    Args:
+        path: the file.
+        layouts: all of its arrays, which do not overlap, by any names.
+        sinks: who gets the chunks of which arrays; arrays without sinks are skipped unless there is a ``digest``.
+        verify: names of the arrays whose CRC-32 is compared.
+        digest: gets every byte of the file, those between the arrays too.
+
+    Raises:
+        WeightsError: when the file ends early, compressed data is broken or longer than declared, or a CRC is wrong.
+    """
+    buffer = bytearray(CHUNK)
+    with path.open("rb", buffering=0) as file:
+        for name, layout in sorted(layouts.items(), key=lambda item: item[1].start):
+            wanted = sinks.get(name, ())
+            if not wanted and digest is None:
+                continue
+            if digest is not None:
+                _hash_until(file, layout.start, buffer, digest)
+            file.seek(layout.start)
+            pieces = _pieces(path, file, layout, buffer, digest)
+            _deliver(path, layout, pieces, wanted, name in verify)
+        if digest is not None:
+            _hash_until(file, None, buffer, digest)
+
+
+def _deliver(
+    path: Path, layout: ArrayLayout, pieces: Iterator[memoryview], sinks: Sequence[Sink], verify: bool
+) -> None:
+    """Cut what comes into the header and whole elements, and pass the elements on."""
+    crc, skip, done, rest = 0, layout.header_size, 0, b""
+    size = layout.dtype.itemsize
+    for piece in pieces:
+        if verify and layout.crc is not None:
+            crc = zlib.crc32(piece, crc)
+        if skip:
+            taken = min(skip, len(piece))
+            piece, skip = piece[taken:], skip - taken
+        if rest:
+            piece, rest = memoryview(bytearray(rest) + piece), b""
+        if odd := len(piece) % size:
+            piece, rest = piece[:-odd], bytes(piece[-odd:])
+        if len(piece):
+            elements = _elements(piece, layout)
+            for sink in sinks:
+                sink(done, elements)
+            done += len(elements)
+    if skip or rest or done != layout.count:
+        raise weights_error(path, f"is truncated: {layout.name!r} ends after {done} of {layout.count} values")
+    if verify and layout.crc is not None and crc != layout.crc:
+        raise weights_error(path, f"is corrupt: the checksum (CRC-32) of {layout.name!r} does not match its data")
+
+
+def _elements(piece: memoryview, layout: ArrayLayout) -> torch.Tensor:
+    if layout.swapped:
+        width = np.dtype(f"u{layout.dtype.itemsize}")
+        return torch.from_numpy(np.frombuffer(piece, width).byteswap().view(np.uint8)).view(layout.dtype)
+    return torch.frombuffer(piece, dtype=layout.dtype)
+
+
+def _pieces(
+    path: Path, file: BinaryIO, layout: ArrayLayout, buffer: bytearray, digest: Digest | None
+) -> Iterator[memoryview]:
+    """The bytes of a run, inflated: never more than the header and data that are declared."""
+    raw = _raw(path, file, layout, buffer, digest)
+    if not layout.deflated:
+        yield from raw
+        return
+    inflater, left = zlib.decompressobj(-zlib.MAX_WBITS), layout.header_size + layout.nbytes
+    for compressed in raw:
+        pending: bytes | memoryview = compressed
+        while pending and not inflater.eof:
+            out = inflater.decompress(pending, min(CHUNK, left + 1))
+            pending = inflater.unconsumed_tail
+            left -= len(out)
+            if left < 0:
+                raise weights_error(path, f"is corrupt: {layout.name!r} inflates to more than it declares")
+            if out:
+                yield memoryview(bytearray(out))
+    if not inflater.eof or left:
+        raise weights_error(path, f"is truncated or corrupt: the compressed data of {layout.name!r} ends early")
+
+
+def _raw(
+    path: Path, file: BinaryIO, layout: ArrayLayout, buffer: bytearray, digest: Digest | None
+) -> Iterator[memoryview]:
+    left = layout.stored_size
+    while left:
+        view = memoryview(buffer)[: min(CHUNK, left)]
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise weights_error(path, f"is truncated: it ends inside {layout.name!r}")
+        if digest is not None:
+            digest.update(view[:count])
+        left -= count
+        yield view[:count]
+
+
+def _hash_until(file: BinaryIO, end: int | None, buffer: bytearray, digest: Digest) -> None:
+    """Feed the bytes from where the file stands up to ``end`` (or its end) to ``digest``."""
+    left = math.inf if end is None else end - file.tell()
+    while left > 0:
+        view = memoryview(buffer)[: int(min(CHUNK, left))]
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            return
+        digest.update(view[:count])
+        left -= count

@@ -1,0 +1,124 @@
+"""Reading some latents of an SAE: rows of the decoder, columns of the encoder, entries of the vectors.
+
+From a local file that stores its arrays, only the pages that hold them are touched; from a remote one, only their bytes
+are asked for, all at once. A compressed array must be inflated to its end.
+
+In Gemma Scope's layout a latent is a row of ``W_dec`` but a column of ``W_enc [d_in, d_sae]``, whose values lie one per
+row: a column of a 16k SAE touches 2,304 pages of 4 KiB for 9 KiB of values, and remotely costs the whole matrix. Hence
+encoder columns are read from local files only; ``row_cache.py`` keeps a copy with latents as rows.
+
+What is read is checked (finite, thresholds not negative). Whether the rest of the file is sound is not known unless it
+was loaded whole before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from gemma_scope_tl.errors import WeightsError
+from gemma_scope_tl.weights.checks import Expected, canonical_names, check_shapes, check_values
+from gemma_scope_tl.weights.layout import ArrayLayout, ByteSource, map_array
+from gemma_scope_tl.weights.load import inspect, load_array
+from gemma_scope_tl.weights.npz import inspect_npz
+from gemma_scope_tl.weights.safetensors_file import inspect_safetensors
+from gemma_scope_tl.weights.sniff import weights_error
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.weights.remote import RemoteFile
+
+Arrays = dict[str, torch.Tensor]
+_VECTORS = ("b_enc", "threshold", "log_threshold")
+
+
+def read_local(path: Path, latents: Sequence[int], expected: Expected, encoder: bool) -> Arrays:
+    """The arrays of some latents from a file on this machine.
+
+    Args:
+        path: npz or safetensors.
+        latents: indices, in any order.
+        expected: sizes that the file must have.
+        encoder: whether to read their encoder columns and ``b_dec`` too.
+
+    Returns:
+        ``W_dec [n, d_out]``, ``b_enc [n]``, ``threshold [n]``, with ``encoder`` also ``W_enc [d_in, n]`` and
+        ``b_dec [d_out]``; float32 or the file's own dtype, in memory of their own.
+
+    Raises:
+        WeightsError: as the whole file would, for what is read.
+    """
+    layouts = inspect(path, expected)
+    _check_latents(latents, layouts["W_dec"].shape[0], str(path))
+    index = torch.tensor(latents)
+    found = {"W_dec": _whole(path, layouts["W_dec"]).index_select(0, index)}
+    found |= {name: _whole(path, layouts[name]).index_select(0, index) for name in _VECTORS if name in layouts}
+    if encoder:
+        found["W_enc"] = _whole(path, layouts["W_enc"]).index_select(1, index)
+        found["b_dec"] = _whole(path, layouts["b_dec"]).clone()
+    return _checked(found, str(path))
+
+
+def read_remote(remote: RemoteFile, latents: Sequence[int], expected: Expected) -> Arrays:
+    """``W_dec [n, d_out]``, ``b_enc [n]`` and ``threshold [n]`` of some latents from a file on the Hub.
+
+    Raises:
+        WeightsError: when the file is compressed or column-major, or as the whole file would for what is read.
+    """
+    layouts = _inspect_remote(remote, expected.d_sae)
+    shapes = {name: layout.shape for name, layout in layouts.items()}
+    (d_sae, d_out), source = shapes["W_dec"], remote.source
+    check_shapes({"W_enc": (expected.d_in or d_out, d_sae), "b_dec": (d_out,), **shapes}, source, expected)
+    _check_latents(latents, d_sae, source)
+    whole = "Load the whole SAE instead."
+    for name, layout in layouts.items():
+        if layout.deflated or layout.fortran or layout.swapped:
+            raise weights_error(source, f"does not store {name} so that a row can be read alone", whole)
+    found = read_rows(remote, {name: (layout, latents) for name, layout in layouts.items()})
+    return _checked({name: a.squeeze(-1) if len(shapes[name]) == 1 else a for name, a in found.items()}, source)
+
+
+def read_rows(source: ByteSource, wanted: Mapping[str, tuple[ArrayLayout, Sequence[int]]]) -> Arrays:
+    """Rows of stored arrays (entries of vectors), all asked for at once.
+
+    Returns:
+        By the same names, ``[number of rows, row width]``.
+    """
+    names, ranges = [], []
+    for name, (layout, rows) in wanted.items():
+        width = layout.count // layout.shape[0]
+        names += [name] * len(rows)
+        ranges += [(layout.element_offset(row * width), width * layout.dtype.itemsize) for row in rows]
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
+    for name, raw in zip(names, source.read_many(ranges), strict=True):
+        found[name].append(torch.frombuffer(bytearray(raw), dtype=wanted[name][0].dtype))
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def _inspect_remote(remote: RemoteFile, d_sae: int | None) -> dict[str, ArrayLayout]:
+    if remote.source.split(" ")[0].endswith(".safetensors"):
+        layouts = inspect_safetensors(remote)
+        names = canonical_names(layouts, remote.source)
+        by_name = {names[name]: layout for name, layout in layouts.items()}
+        return {name: layout for name, layout in by_name.items() if name in ("W_dec", *_VECTORS)}
+    vectors = {} if d_sae is None else {"b_enc": d_sae, "threshold": d_sae}
+    return inspect_npz(remote, ["W_dec", "b_enc", "threshold"], vectors)
+
+
+def _whole(path: Path, layout: ArrayLayout) -> torch.Tensor:
+    return map_array(path, layout) if layout.mappable else load_array(path, layout)
+
+
+def _check_latents(latents: Iterable[int], d_sae: int, source: str) -> None:
+    wrong = [latent for latent in latents if not 0 <= latent < d_sae]
+    if wrong:
+        raise WeightsError(f"{source} has no latent {wrong[0]}: it has 0..{d_sae - 1}.")
+
+
+def _checked(arrays: Arrays, source: str) -> Arrays:
+    if "log_threshold" in arrays:
+        arrays["threshold"] = arrays.pop("log_threshold").exp()
+    check_values(arrays, source)
+    return arrays

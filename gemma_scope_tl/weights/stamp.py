@@ -1,0 +1,81 @@
+"""Remembering that a file was checked, so that the next load need not read it.
+
+A stamp says: this file, with this size, inode and times, had these checksums right and these smallest and largest
+values. Whatever changes a file changes its ``ctime``, which no program can set back, so a stamp does not outlive its
+file's content. (A bit that rots on the disk changes no time: such a file is caught when it is checked, not later.)
+
+Stamps lie beside the Hub's cache, in ``$HF_HOME/gemma_scope_tl/checked``; ``GEMMA_SCOPE_TL_CACHE`` names another
+folder. They are as trustworthy as the cached weights themselves: who can write one can write the other. Where a stamp
+cannot be written (a read-only home), files are checked at every load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gemma_scope_tl.files import write_atomically
+
+CACHE_VARIABLE = "GEMMA_SCOPE_TL_CACHE"
+_SETTLED_NS = 100_000_000
+_VERSION = 1  # raise it when what a check checks changes
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a check found.
+
+    Attributes:
+        ranges: smallest and largest value of every array, by its canonical name.
+        sha256: of the whole file, None where it was not needed.
+    """
+
+    ranges: dict[str, tuple[float, float]]
+    sha256: str | None = None
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again."""
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own).expanduser()
+    general = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", os.path.join(general, "huggingface"))
+    return Path(home).expanduser() / "gemma_scope_tl"
+
+
+def file_key(path: Path) -> dict[str, int | str]:
+    """What changes when a file does."""
+    path = path.resolve()
+    stat = path.stat()
+    numbers = {name: getattr(stat, f"st_{name}") for name in ("size", "ino", "dev", "mtime_ns", "ctime_ns")}
+    return {"path": str(path), "version": _VERSION, **numbers}
+
+
+def read_stamp(path: Path) -> Stamp | None:
+    """The stamp of a file as it is now, or None."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        held = json.loads(_place(path).read_text(encoding="utf-8"))
+        if held["key"] == file_key(path):
+            ranges = {str(name): (float(low), float(high)) for name, (low, high) in held["ranges"].items()}
+            return Stamp(ranges, held["sha256"])
+    return None
+
+
+def write_stamp(path: Path, stamp: Stamp, key: dict[str, int | str]) -> None:
+    """Remember ``stamp`` for the file, unless it changed since ``key`` was taken or the cache cannot be written."""
+    touched = max(int(key["mtime_ns"]), int(key["ctime_ns"]))
+    if time.time_ns() - touched < _SETTLED_NS:
+        return  # another write within a tick of the file system's clock would leave the same times
+    with suppress(OSError):
+        if file_key(path) == key:
+            write_atomically(_place(path), json.dumps({"key": key, **asdict(stamp)}))
+
+
+def _place(path: Path) -> Path:
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+    return cache_folder() / "checked" / f"{name}.json"
