@@ -10,10 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gemma_scope_tl.cli_registry import registry_app
 from gemma_scope_tl.errors import GemmaScopeError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from gemma_scope_tl.registry.schema import SAERow
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,7 +24,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Gemma Scope in TransformerLens and SAELens. Everything works offline with the bundled model.",
 )
+app.add_typer(registry_app, name="registry")
 console = Console()
+_FRAMED_ROWS = 100
 progress = Console(stderr=True)  # standard output holds nothing but the answer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -56,14 +61,13 @@ def list_command(
 
         gemma-scope list --site att --layer 12 --json
     """
-    from gemma_scope_tl.registry import list_saes
+    from gemma_scope_tl.registry.listing import COLUMNS, select_rows
 
-    found = list_saes(model=model, site=site, layer=layer, width=width, release=release, pattern=pattern)
-    if summary:
-        _print_frame(_summary(found), f"{len(found):,} SAEs", as_json)
-    else:
-        columns = ["release", "id", "model", "site", "layer", "width", "l0", "canonical"]
-        _print_frame(found if as_json else found[columns], f"{len(found):,} SAEs", as_json)
+    found = select_rows(model=model, site=site, layer=layer, width=width, release=release, pattern=pattern)
+    shown = ("release", "id", "model", "site", "layer", "width", "l0", "canonical")
+    columns = tuple(COLUMNS) if as_json else shown
+    rows = _summary(found) if summary else [{name: getattr(row, name) for name in columns} for row in found]
+    _print_rows(rows, f"{len(found):,} SAEs", as_json)
 
 
 @app.command()
@@ -216,13 +220,13 @@ def _load(
     backend: str,
     device: str | None,
 ) -> tuple[Any, Any]:
-    from gemma_scope_tl.registry import list_saes
+    from gemma_scope_tl.registry.listing import select_rows
 
     registry_model = sae_model or model.split("/")[-1]
     number = None if site == "embedding" else layer
     if width is None:
-        rows = list_saes(model=registry_model, site=site, layer=number)
-        width = str(rows.sort_values("d_sae")["width"].iloc[0]) if len(rows) else "16k"
+        rows = select_rows(model=registry_model, site=site, layer=number)
+        width = min(rows, key=lambda row: row.d_sae).width if rows else "16k"
     chosen: Any = float(l0) if l0.replace(".", "", 1).isdigit() else l0
     from gemma_scope_tl.adapters.loading import load_model
     from gemma_scope_tl.sae.jumprelu import load_sae
@@ -243,19 +247,39 @@ def _continue(model: Any, text: str, tokens: int, temperature: float, seed: int)
     return model.tokenizer.decode(out[0, 1:])
 
 
-def _summary(found: pd.DataFrame) -> pd.DataFrame:
-    groups = found.groupby(["model", "site", "width", "d_sae"], sort=False, as_index=False)
-    counted = groups.agg(SAEs=("id", "size"), layers=("layer", "nunique"), l0_min=("l0", "min"), l0_max=("l0", "max"))
-    return counted.sort_values(["model", "site", "d_sae"]).drop(columns="d_sae").reset_index(drop=True)
+def _summary(found: list[SAERow]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, str, int], list[SAERow]] = {}
+    for row in found:
+        groups.setdefault((row.model, row.site, row.d_sae), []).append(row)
+    counted: list[dict[str, Any]] = []
+    for (model, site, _), rows in sorted(groups.items()):
+        l0s = [row.l0 for row in rows if row.l0 is not None]
+        counts = {"SAEs": len(rows), "layers": len({row.layer for row in rows if row.layer is not None})}
+        bounds = {"l0_min": min(l0s, default=None), "l0_max": max(l0s, default=None)}
+        counted.append({"model": model, "site": site, "width": rows[0].width, **counts, **bounds})
+    return counted
 
 
 def _print_frame(frame: pd.DataFrame, title: str, as_json: bool) -> None:
     if as_json:
         typer.echo(frame.to_json(orient="records", indent=2))
+    else:
+        _print_rows(frame.to_dict("records"), title, as_json)  # pyright: ignore[reportArgumentType]
+
+
+def _print_rows(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table(*map(str, frame.columns), title=title)
-    for row in frame.itertuples(index=False):
-        table.add_row(*(_cell(value) for value in row))
+    cells = [list(rows[0]) if rows else [], *([_cell(value) for value in row.values()] for row in rows)]
+    if not console.is_terminal or len(rows) > _FRAMED_ROWS:  # whole lines for pipes; frames of long tables take seconds
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        typer.echo("\n".join([*lines, title]))
+        return
+    table = Table(*cells[0], title=title)
+    for line in cells[1:]:
+        table.add_row(*line)
     console.print(table)
 
 

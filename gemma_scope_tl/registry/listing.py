@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -50,6 +50,25 @@ def list_saes(
 ) -> pd.DataFrame:
     """A row per SAE that fits every condition, by release, layer, site, width and L0.
 
+    Args and errors are those of :func:`select_rows`.
+
+    Returns:
+        The columns of :data:`COLUMNS`. ``canonical`` marks the rows that ``canonical_id`` names as well.
+        Conditions that are valid and fit nothing give an empty table with the same columns.
+    """
+    return _table(select_rows(model, site, layer, width, release, pattern))
+
+
+def select_rows(
+    model: str | Iterable[str] | None = None,
+    site: str | Iterable[str] | None = None,
+    layer: int | Iterable[int] | None = None,
+    width: str | int | Iterable[str | int] | None = None,
+    release: str | Iterable[str] | None = None,
+    pattern: str | None = None,
+) -> list[SAERow]:
+    """The registry rows that fit every condition, by release, layer, site, width and L0; without pandas.
+
     Args:
         model: such as ``gemma-2-2b``, or several.
         site: a name of the site table, or several.
@@ -57,10 +76,6 @@ def list_saes(
         width: ``"16k"`` or the number of latents, or several.
         release: or several; a ``-canonical`` name gives the canonical rows only.
         pattern: a glob over ``release/id`` or ``id``, such as ``*layer_20/width_16k*``. The canonical names match too.
-
-    Returns:
-        The columns of :data:`COLUMNS`. ``canonical`` marks the rows that ``canonical_id`` names as well.
-        Conditions that are valid and fit nothing give an empty table with the same columns.
 
     Raises:
         UnknownNameError: for a model, site, width or release that does not exist, with the nearest names.
@@ -86,12 +101,10 @@ def list_saes(
         and (widths is None or row.width in widths)
         and (pattern is None or _matches(row, canonical_release, pattern))
     ]
-    return _table(fitting)
+    return sorted(fitting, key=_order())
 
 
-def _table(rows: Sequence[SAERow]) -> pd.DataFrame:
-    import pandas as pd
-
+def _order() -> Callable[[SAERow], tuple[int, int, int, int, float, str]]:
     order = {header.release: i for i, header in enumerate(headers())}
     sites = {name: i for i, name in enumerate(SITES)}
 
@@ -99,9 +112,14 @@ def _table(rows: Sequence[SAERow]) -> pd.DataFrame:
         layer = -1 if row.layer is None else row.layer
         return order[row.release], layer, sites[row.site], row.d_sae, row.l0 or 0.0, row.id
 
-    ordered = sorted(rows, key=key)
+    return key
+
+
+def _table(rows: Sequence[SAERow]) -> pd.DataFrame:
+    import pandas as pd
+
     columns = {
-        name: pd.Series([getattr(row, name) for row in ordered], dtype=dtype)  # pyright: ignore
+        name: pd.Series([getattr(row, name) for row in rows], dtype=dtype)  # pyright: ignore
         for name, dtype in COLUMNS.items()
     }
     return pd.DataFrame(columns)

@@ -9,8 +9,10 @@ dtype or device. So a file is read once however much is asked of it, and only th
 from __future__ import annotations
 
 import math
+import mmap
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -21,20 +23,11 @@ import torch
 from gemma_scope_tl.weights.sniff import weights_error
 
 CHUNK = 1 << 22  # bytes; small enough to stay in a core's cache between the checksum and the conversion
+_INFLATED = 1 << 20  # bytes inflated at a time: zlib makes a copy of them, and of what it has not read yet
+_HUGE = 1 << 25  # bytes from which an array is worth huge pages of 2 MiB
 
 Sink = Callable[[int, torch.Tensor], None]
 """Takes the index of the first element and a 1-D chunk of elements, which is overwritten afterwards."""
-
-
-class ByteSource(Protocol):
-    """Bytes that can be had from anywhere, a local file or a remote one."""
-
-    source: str
-    size: int
-
-    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes of ``(offset, length)`` ranges, each exactly as long as asked."""
-        ...
 
 
 class Digest(Protocol):
@@ -96,6 +89,20 @@ def map_array(path: Path, layout: ArrayLayout) -> torch.Tensor:
     """A stored array where it lies: pages are read when touched, and copied when written to (never to the file)."""
     data = np.memmap(path, np.uint8, "c", offset=layout.start + layout.header_size, shape=(layout.nbytes,))
     return torch.from_numpy(data).view(layout.dtype).reshape(layout.shape)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """``torch.empty``, in huge pages where the system has them on request.
+
+    Filling fresh memory costs a fault a page, which for pages of 4 KiB takes as long as the conversion that fills it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 def stream(
@@ -178,7 +185,7 @@ def _pieces(
     for compressed in raw:
         pending: bytes | memoryview = compressed
         while pending and not inflater.eof:
-            out = inflater.decompress(pending, min(CHUNK, left + 1))
+            out = inflater.decompress(pending, min(_INFLATED, left + 1))
             pending = inflater.unconsumed_tail
             left -= len(out)
             if left < 0:
@@ -194,7 +201,7 @@ def _raw(
 ) -> Iterator[memoryview]:
     left = layout.stored_size
     while left:
-        view = memoryview(buffer)[: min(CHUNK, left)]
+        view = memoryview(buffer)[: min(_INFLATED if layout.deflated else CHUNK, CHUNK, left)]
         count = file.readinto(view)  # type: ignore[attr-defined]
         if not count:
             raise weights_error(path, f"is truncated: it ends inside {layout.name!r}")

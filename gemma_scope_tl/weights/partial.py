@@ -21,14 +21,14 @@ import torch
 
 from gemma_scope_tl.errors import WeightsError
 from gemma_scope_tl.weights.checks import Expected, canonical_names, check_shapes, check_values
-from gemma_scope_tl.weights.layout import ArrayLayout, ByteSource, map_array
+from gemma_scope_tl.weights.layout import ArrayLayout, map_array
 from gemma_scope_tl.weights.load import inspect, load_array
 from gemma_scope_tl.weights.npz import inspect_npz
 from gemma_scope_tl.weights.safetensors_file import inspect_safetensors
 from gemma_scope_tl.weights.sniff import weights_error
 
 if TYPE_CHECKING:
-    from gemma_scope_tl.weights.remote import RemoteFile
+    from gemma_scope_tl.weights.remote import ByteSource, RemoteFile
 
 Arrays = dict[str, torch.Tensor]
 _VECTORS = ("b_enc", "threshold", "log_threshold")

@@ -180,21 +180,23 @@ def test_sha256_of_the_whole_file(file: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 PEAK = """
-import resource, sys, torch
+import sys, torch
 from pathlib import Path
 from gemma_scope_tl.weights.load import load_arrays
-torch.ones(4096, 4096) @ torch.ones(4096, 64)  # the library's own buffers
-path, dtype = Path(sys.argv[1]), {"float32": torch.float32, "bfloat16": torch.bfloat16}[sys.argv[2]]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-held = load_arrays(path, dtype=dtype)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+def peak():  # of this process alone; ru_maxrss would start from its parent's
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+(torch.ones(4096, 4096) * 2).to(torch.bfloat16)  # the library's own buffers
+Path("/proc/self/clear_refs").write_text("5")
+before, path = peak(), Path(sys.argv[1])
+held = load_arrays(path, dtype=getattr(torch, sys.argv[2]))
+print(peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["stored", "deflated"])
 def test_the_peak_is_the_result_and_a_slice(tmp_path: Path, kind: str) -> None:
-    """64 MiB of float32 to bfloat16: 32 MiB of result; three slices of 4 MiB and the process's own growth beside it."""
+    """64 MiB of float32 to bfloat16: 32 MiB of result; and a few slices of 4 MiB beside it; mapped: neither."""
     path = tmp_path / "params.npz"
     values = arrays(512, 16384)
     (np.savez if kind == "stored" else np.savez_compressed)(path, **values)
@@ -202,8 +204,8 @@ def test_the_peak_is_the_result_and_a_slice(tmp_path: Path, kind: str) -> None:
     for _ in range(2):  # checked, then known
         command = [sys.executable, "-c", PEAK, str(path), "bfloat16"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        assert int(done.stdout) / 1024 < 32 + 24
+        assert 30 < int(done.stdout) / 1024 < 32 + 16
     if kind == "stored":
         command[-1] = "float32"
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        assert int(done.stdout) / 1024 < 16
+        assert int(done.stdout) / 1024 < 8
