@@ -27,11 +27,11 @@ from gemma_scope_tl.sae.config import (
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
 from gemma_scope_tl.weights.checks import Expected, value_range
-from gemma_scope_tl.weights.fetch import PARAMS_NAME, fetch, known_sha256
+from gemma_scope_tl.weights.fetch import fetch, known_sha256
 from gemma_scope_tl.weights.fold import fold
 from gemma_scope_tl.weights.load import Elementwise, canonical_arrays, inspect, load_arrays
-from gemma_scope_tl.weights.safetensors_file import CFG_NAME, WEIGHTS_NAME, read_cfg
-from gemma_scope_tl.weights.sniff import weights_error
+from gemma_scope_tl.weights.safetensors_file import read_cfg
+from gemma_scope_tl.weights.sniff import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME, weights_error
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -66,7 +66,7 @@ def load_row(row: SAERow, device: str | torch.device = "cpu", dtype: str | torch
     if row.format == "sae-lens":
         return _load_sae_lens(path, expected, row.model, row.site, row.layer, row, device, dtype)
     to, units = parse_dtype(dtype), site_units(row.site, expected.d_in)
-    arrays = load_arrays(path, expected, to, device, units, row.sha256)
+    arrays = load_arrays(path, expected, to, device, units, row.sha256 or known_sha256(path))
     return _build(arrays, row.model, row.site, row.layer, row, None, device, dtype, str(path))
 
 

@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.files import replace_files
 from gemma_scope_tl.sae.loading import class_of, fold_b_dec, scale_embedding
-from gemma_scope_tl.weights.fetch import PARAMS_NAME
 from gemma_scope_tl.weights.load import canonical_arrays
-from gemma_scope_tl.weights.safetensors_file import CFG_NAME, WEIGHTS_NAME
+from gemma_scope_tl.weights.sniff import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME
 
 Format = Literal["gemma-scope", "sae-lens"]
 _ALIGN = 64

@@ -27,6 +27,7 @@ from gemma_scope_tl.weights.checks import (
     check_values,
     value_range,
 )
+from gemma_scope_tl.weights.fetch import verify_download, wrong_hash
 from gemma_scope_tl.weights.layout import ArrayLayout, Sink, empty, map_array, stream
 from gemma_scope_tl.weights.npz import clear_errors, inspect_npz
 from gemma_scope_tl.weights.safetensors_file import inspect_safetensors
@@ -83,17 +84,25 @@ def load_arrays(
         WeightsError: naming the file, what is wrong and what to do.
     """
     path = Path(path)
+    try:
+        return _load(path, expected, _Reading(path, dtype, torch.device(device), elementwise or {}), sha256)
+    except WeightsError:
+        if sha256 is not None and path.is_file():  # a file that fails for being another one is said to be that
+            verify_download(path, sha256)
+        raise
+
+
+def _load(path: Path, expected: Expected | None, read: _Reading, sha256: str | None) -> dict[str, torch.Tensor]:
     layouts, key = inspect(path, expected), file_key(path)
     stamp = read_stamp(path)
     known = stamp if stamp is not None and sha256 in (None, stamp.sha256) else None
-    read = _Reading(path, dtype, torch.device(device), elementwise or {})
     for name, layout in layouts.items():
         read.plan(name, layout, check=known is None)
     digest = hashlib.sha256() if known is None and sha256 is not None else None
     with clear_errors(path):
         stream(path, layouts, read.sinks, read.verify, digest)
-    if digest is not None and digest.hexdigest() != sha256:
-        raise weights_error(path, f"has sha256 {digest.hexdigest()}, the registry says {sha256}")
+    if digest is not None and sha256 is not None and digest.hexdigest() != sha256:
+        raise wrong_hash(path, digest.hexdigest(), sha256)
     found = {name: (one.low, one.high) for name, one in read.ranges.items()}
     ranges = {**(known.ranges if known else {}), **found}
     for name, (low, high) in ranges.items():

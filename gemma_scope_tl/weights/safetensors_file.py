@@ -16,10 +16,8 @@ import torch
 
 from gemma_scope_tl.weights.layout import ArrayLayout
 from gemma_scope_tl.weights.npz import NamedFile
-from gemma_scope_tl.weights.sniff import read_head, refuse_other_kinds, weights_error
+from gemma_scope_tl.weights.sniff import CFG_NAME, read_head, refuse_other_kinds, weights_error
 
-CFG_NAME = "cfg.json"
-WEIGHTS_NAME = "sae_weights.safetensors"
 _MAX_CFG = 1 << 20
 _MAX_HEADER = 1 << 20
 _MAX_DIMS = 8

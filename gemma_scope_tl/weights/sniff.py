@@ -1,4 +1,4 @@
-"""What a file that is not weights usually is, told from its first bytes."""
+"""What weights files are called, and what a file that is none usually is, told from its first bytes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 
 from gemma_scope_tl.errors import WeightsError
 
+PARAMS_NAME = "params.npz"
+CFG_NAME = "cfg.json"
+WEIGHTS_NAME = "sae_weights.safetensors"
 REMEDY = "Delete the file and download it again (`hf download REPO FILE --force-download`)."
 _HEAD = 512
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")

@@ -364,7 +364,7 @@ def test_unfolded_configs_are_refused() -> None:
 
 def test_importing_the_packages_is_light() -> None:
     code = (
-        "import sys, gemma_scope_tl, gemma_scope_tl.sae, gemma_scope_tl.weights.npz, gemma_scope_tl.weights.fetch; "
+        "import sys, gemma_scope_tl, gemma_scope_tl.sae, gemma_scope_tl.weights.stamp, gemma_scope_tl.weights.fetch; "
         "heavy = {'torch', 'sae_lens', 'transformer_lens', 'huggingface_hub'} & set(sys.modules); "
         "sys.exit(str(heavy) if heavy else 0)"
     )

@@ -1,0 +1,244 @@
+"""HTTP ranges of one file on the Hub: where it lies, one range at a time, every answer checked, faults retried.
+
+The Hub's client gives address, headers and session, so its settings hold: ``HF_ENDPOINT``, ``HF_TOKEN``, proxies.
+Content of LFS files lies on another host, under a signed address that expires; the token is never sent there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from gemma_scope_tl.weights.fetch import download_command, hub_error, hub_exceptions
+from gemma_scope_tl.weights.sniff import weights_error
+
+TRIES = 3
+LONGEST_WAIT = 10.0  # seconds
+_FIRST_WAIT = 0.5
+_PASSING = (408, 429, 500, 502, 503, 504)  # HTTP statuses of troubles that pass
+_CHANGED = "Open it again; if that does not help, download the whole file."
+
+
+@dataclass(frozen=True)
+class HubAddress:
+    """A file of a repository at a revision (None: the main branch)."""
+
+    repo: str
+    filename: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.filename} of {self.repo} at {self.revision or 'main'}"
+
+    @property
+    def command(self) -> str:
+        """The shell command that downloads the whole file."""
+        return download_command(self.repo, self.filename, self.revision)
+
+
+class _Passing(Exception):
+    """A trouble that may pass: the message, and how long the server asks to wait."""
+
+    def __init__(self, message: str, wait: float | None = None) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+class _Expired(Exception):
+    """The signed address is no longer valid."""
+
+
+class RangeReader:
+    """Reads ranges of one version of one file. Usable from several threads.
+
+    Attributes:
+        size, etag, commit: as the Hub gives them for the file.
+        requests: sent so far, failed ones included.
+        bytes_received: bytes of content so far.
+
+    Raises:
+        WeightsError: from the constructor and :meth:`read`, for whatever goes wrong.
+    """
+
+    def __init__(self, address: HubAddress) -> None:
+        self.address = address
+        self.requests = 0
+        self.bytes_received = 0
+        self._lock = threading.Lock()
+        self._resolving = threading.Lock()
+        self.size, self.etag, self.commit, self._location = self._resolve(address.revision)
+        self._answer_etag: str | None = None
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Exactly the bytes ``[start, stop)``. What came before a connection broke is not fetched twice."""
+        data = bytearray()
+        renewed = False
+        tried = 0
+        while start + len(data) < stop:
+            location = self._location
+            try:
+                self._get(location, start, stop, data)
+            except _Expired as error:
+                if renewed:
+                    what = "was refused twice (HTTP 401 or 403)"
+                    raise weights_error(
+                        str(self.address), what, "Log in with `hf auth login`, or try later."
+                    ) from error
+                renewed = True
+                self._renew(location)
+            except _Passing as trouble:
+                tried += 1
+                self._wait(trouble, tried)
+        return bytes(data)
+
+    def _get(self, location: str, start: int, stop: int, data: bytearray) -> None:
+        """One request, for what ``data`` still lacks; what arrives is appended to it."""
+        from huggingface_hub import constants, get_session
+
+        first = start + len(data)
+        headers = {**self._headers(location), "Range": f"bytes={first}-{stop - 1}"}
+        self._count(requests=1)
+        try:
+            with get_session().stream(
+                "GET", location, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
+            ) as response:
+                self._check_answer(response.status_code, response.headers, first, stop)
+                for chunk in response.iter_raw():
+                    self._count(received=len(chunk))
+                    data += chunk
+                    if start + len(data) > stop:
+                        raise weights_error(str(self.address), "was answered with more bytes than asked for", _CHANGED)
+        except hub_exceptions() as error:
+            self._refuse_offline(error)
+            raise _Passing(f"the connection failed or was lost ({type(error).__name__})") from None
+        if start + len(data) < stop:
+            raise _Passing(f"only {len(data)} of {stop - start} bytes arrived")
+
+    def _check_answer(self, status: int, headers: Mapping[str, str], first: int, stop: int) -> None:
+        """Whether an answer is the range that was asked for, of the file that was opened."""
+        source = str(self.address)
+        if status in (401, 403):
+            raise _Expired
+        if status in _PASSING:
+            raise _Passing(_name(status), _retry_after(headers))
+        if status == 200:
+            what = "cannot be read in parts: the server ignores ranges and would send the whole file"
+            raise weights_error(source, what, f"Download it: `{self.address.command}`.")
+        if status != 206:
+            raise weights_error(source, f"was answered with {_name(status)} to a range", _CHANGED)
+        given, wanted = headers.get("content-range", ""), f"bytes {first}-{stop - 1}/{self.size}"
+        if given.lower().replace("/*", f"/{self.size}") != wanted:
+            raise weights_error(source, f"was answered with the wrong part: {given!r}, not {wanted!r}", _CHANGED)
+        length = headers.get("content-length")
+        if length is not None and length != str(stop - first):
+            what = f"was answered with the wrong length: {length} bytes, not {stop - first}"
+            raise weights_error(source, what, _CHANGED)
+        encoding = headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise weights_error(source, f"was answered compressed ({encoding})", _CHANGED)
+        self._check_etag(headers.get("etag"))
+
+    def _check_etag(self, etag: str | None) -> None:
+        """All answers must carry one etag. (The storage host's is not the Hub's.)"""
+        if etag is None:
+            return
+        with self._lock:
+            self._answer_etag = self._answer_etag or etag
+            same = self._answer_etag == etag
+        if not same:
+            raise weights_error(str(self.address), "changed while it was being read", _CHANGED)
+
+    def _renew(self, expired: str) -> None:
+        """A fresh signed address; once, however many threads find the old one expired."""
+        with self._resolving:
+            if self._location != expired:
+                return
+            size, etag, _, location = self._resolve(self.commit)
+            if (size, etag) != (self.size, self.etag):
+                raise weights_error(str(self.address), "changed while it was being read", _CHANGED)
+            with self._lock:
+                self._location, self._answer_etag = location, None
+
+    def _resolve(self, revision: str | None) -> tuple[int, str, str, str]:
+        """Size, etag, commit and location, from the Hub."""
+        tried = 0
+        while True:
+            try:
+                return self._head(revision)
+            except _Passing as trouble:
+                tried += 1
+                self._wait(trouble, tried)
+
+    def _head(self, revision: str | None) -> tuple[int, str, str, str]:
+        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+        address = self.address
+        self._count(requests=1)
+        try:
+            url = hf_hub_url(address.repo, address.filename, revision=revision)
+            metadata = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except (OSError, ValueError, *hub_exceptions()) as error:
+            self._refuse_offline(error)
+            response = getattr(error, "response", None)
+            if response is not None and response.status_code in _PASSING:
+                raise _Passing(_name(response.status_code), _retry_after(response.headers)) from None
+            if response is None and isinstance(error, hub_exceptions()) and not isinstance(error, ValueError):
+                raise _Passing(f"the connection failed or was lost ({type(error).__name__})") from None
+            failure = hub_error(error, address.repo, address.filename, address.revision)
+            raise failure from failure.__cause__
+        if metadata.size is None or metadata.etag is None or metadata.commit_hash is None:
+            what = "cannot be opened: the server names no size, etag or commit, so it is no Hub"
+            raise weights_error(str(address), what, "Check HF_ENDPOINT and your proxy.")
+        location = metadata.location
+        if location == url:  # not redirected: a branch could move between two requests, a commit cannot
+            location = hf_hub_url(address.repo, address.filename, revision=metadata.commit_hash)
+        return metadata.size, metadata.etag, metadata.commit_hash, location
+
+    def _refuse_offline(self, error: Exception) -> None:
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        if isinstance(error, OfflineModeIsEnabled):
+            hint = f"Unset it, or download the file while online: `{self.address.command}`."
+            raise weights_error(str(self.address), "cannot be read: HF_HUB_OFFLINE is set", hint) from None
+
+    def _headers(self, location: str) -> dict[str, str]:
+        """Headers for a location; the token only for the Hub's own host."""
+        from huggingface_hub import constants
+        from huggingface_hub.utils import build_hf_headers
+
+        hub, there = urlsplit(constants.ENDPOINT), urlsplit(location)
+        own = (hub.scheme, hub.hostname, hub.port) == (there.scheme, there.hostname, there.port)
+        return {**build_hf_headers(token=None if own else False), "Accept-Encoding": "identity"}
+
+    def _wait(self, trouble: _Passing, tried: int) -> None:
+        """Sleep before the next try, or give up."""
+        if tried >= TRIES:
+            what = f"could not be read after {TRIES} tries: {trouble}"
+            hint = "Wait some minutes, or log in (`hf auth login`) for a higher limit." if "429" in str(trouble) else ""
+            raise weights_error(str(self.address), what, hint or "Try again later.") from None
+        wait = _FIRST_WAIT * 2 ** (tried - 1) if trouble.wait is None else trouble.wait
+        time.sleep(min(wait, LONGEST_WAIT))
+
+    def _count(self, requests: int = 0, received: int = 0) -> None:
+        with self._lock:
+            self.requests += requests
+            self.bytes_received += received
+
+
+def _name(status: int) -> str:
+    """A status in words.
+
+    >>> _name(503)
+    'HTTP 503 (the Hub has a problem of its own)'
+    """
+    words = "too many requests" if status == 429 else "the Hub has a problem of its own" if status >= 500 else ""
+    return f"HTTP {status} ({words})" if words else f"HTTP {status}"
+
+
+def _retry_after(headers: Mapping[str, Any]) -> float | None:
+    value = str(headers.get("retry-after", ""))
+    return float(value) if value.isdigit() else None
