@@ -1,6 +1,6 @@
 """The registry: every released SAE as one explicit, checked row. Importing it imports neither torch nor pandas."""
 
-from gemma_scope_tl.registry.catalog import clear_cache, find, load_release, releases, resolve
+from gemma_scope_tl.registry.catalog import clear_cache, find, load_release, register_release, releases, resolve
 from gemma_scope_tl.registry.listing import list_saes
 from gemma_scope_tl.registry.schema import ReleaseFile, SAEEntry, SAERow, read_release
 from gemma_scope_tl.registry.widths import parse_width, width_label
@@ -15,6 +15,7 @@ __all__ = [
     "load_release",
     "parse_width",
     "read_release",
+    "register_release",
     "releases",
     "resolve",
     "width_label",

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import cast
 
 from gemma_scope_tl.errors import RegistryError, UnknownNameError, nearest, unknown_name
-from gemma_scope_tl.registry.locate import release_files
-from gemma_scope_tl.registry.schema import ReleaseFile, SAERow, load_yaml, read_release
+from gemma_scope_tl.registry.locate import add_file, forget_packages, release_files, remove_file
+from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
+from gemma_scope_tl.registry.schema import ReleaseFile, SAERow, read_release
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.sites import get_site
 
@@ -51,6 +52,33 @@ def load_release(name: str) -> ReleaseFile:
         RegistryError: with every problem of the file.
     """
     return _read(header_of(name).path)
+
+
+def register_release(path: str | Path) -> str:
+    """Add a registry file to this process, so that its SAEs are found by name like any other.
+
+    To add files for good, put them into a folder that ``GEMMA_SCOPE_TL_REGISTRY`` names or the user's own
+    (``locate.user_folder``), or offer them from a package (the entry-point group ``gemma_scope_tl.releases``).
+
+    Args:
+        path: the YAML file. Adding it again reads it again.
+
+    Returns:
+        The release's name.
+
+    Raises:
+        RegistryError: with every problem of the file; or when another file has one of its names, saying which.
+    """
+    file = Path(path).expanduser().absolute()
+    release = read_release(file)
+    clear_cache()
+    add_file(file)
+    try:
+        headers()
+    except RegistryError:
+        remove_file(file)
+        raise
+    return release.release
 
 
 def resolve(release: str, id: str) -> SAERow:
@@ -158,7 +186,8 @@ def checked_model(model: str) -> str:
 
 
 def clear_cache() -> None:
-    """Forget what has been read, so that changed files are read again."""
+    """Forget what has been read, so that changed files are read again. Registered files stay registered."""
+    forget_packages()
     _headers.cache_clear()
     _read.cache_clear()
     _by_id.cache_clear()
@@ -176,21 +205,34 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 @lru_cache(maxsize=8)
 def _headers(files: tuple[Path, ...]) -> tuple[Header, ...]:
-    found = sorted((_header(path) for path in files), key=lambda h: natural_key(h.release))
-    owner: dict[str, Path] = {}
-    for header in found:
-        for name in header.names:
-            if name in owner:
-                raise RegistryError(f"Two registry files claim {name!r}: {owner[name]} and {header.path}. Rename one.")
-            owner[name] = header.path
+    found = sorted((read_header(path) for path in files), key=lambda h: natural_key(h.release))
+    clashes = clashing_names(found)
+    if clashes:
+        raise RegistryError(" ".join(clashes) + " Rename one.")
     return tuple(found)
 
 
-def _header(path: Path) -> Header:
-    """Read the lines before the rows; a file that is laid out in another way is parsed whole."""
+def clashing_names(found: Iterable[Header]) -> list[str]:
+    """A sentence for every name that two files claim, with both files."""
+    owner: dict[str, Path] = {}
+    clashes: list[str] = []
+    for header in found:
+        for name in header.names:
+            first = owner.setdefault(name, header.path)
+            if first != header.path:
+                clashes.append(f"Two registry files claim {name!r}: {first} and {header.path}.")
+    return clashes
+
+
+def read_header(path: Path) -> Header:
+    """What a file says before its rows; a file that is laid out in another way is parsed whole.
+
+    Raises:
+        RegistryError: when it is not a registry file.
+    """
     try:
-        head = load_yaml(path.read_text(encoding="utf-8").partition("\nsaes:")[0], str(path))
-    except (OSError, UnicodeDecodeError, RegistryError):
+        head = load_yaml(read_text(path).partition("\nsaes:")[0], str(path))
+    except RegistryError:
         head = None
     if isinstance(head, dict):
         fields = cast("dict[str, object]", head)

@@ -1,15 +1,28 @@
-"""Where the registry files are: the one place that knows how the package is laid out on disk."""
+"""Where the registry files are: the one place that knows how the package is laid out on disk.
+
+The package's own folder comes first. Files from outside join it in four ways: folders that the environment variable
+``GEMMA_SCOPE_TL_REGISTRY`` names, the user's folder, installed packages (the entry-point group
+``gemma_scope_tl.releases``), and ``register_release``.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 from gemma_scope_tl.errors import RegistryError
 
 EXTRA_FOLDERS_VARIABLE = "GEMMA_SCOPE_TL_REGISTRY"
+ENTRY_POINT_GROUP = "gemma_scope_tl.releases"
 FOLDER_NAME = "pretrained_yaml"
 _PACKAGE = Path(__file__).resolve().parents[1]
+_registered: dict[Path, None] = {}  # in the order of register_release
 
 
 def builtin_folder(package: Path = _PACKAGE) -> Path:
@@ -45,6 +58,94 @@ def extra_folders(variable: str | None = None) -> tuple[Path, ...]:
     return folders
 
 
+def user_folder() -> Path:
+    """The user's own registry folder, which need not exist.
+
+    ``$XDG_CONFIG_HOME/gemma_scope_tl/registry``, and without that variable (or with a relative path in it, which its
+    specification says to ignore) ``~/.config/gemma_scope_tl/registry``.
+    """
+    given = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+    home = given if given.is_absolute() else Path("~/.config")
+    return Path(os.path.expanduser(home)) / "gemma_scope_tl" / "registry"
+
+
 def release_files() -> tuple[Path, ...]:
-    """Every registry file: the package's own, then those of the extra folders."""
-    return tuple(path for folder in (builtin_folder(), *extra_folders()) for path in sorted(folder.glob("*.yaml")))
+    """Every registry file once: the package's own, the extra folders', the user's, packages', registered ones."""
+    folders = (builtin_folder(), *extra_folders(), user_folder())
+    found = [path for folder in folders for path in _in_folder(folder)]
+    return _distinct([*found, *_of_packages(), *_registered])
+
+
+def add_file(path: Path) -> None:
+    """Add one file for as long as this process lives."""
+    _registered[path] = None
+
+
+def remove_file(path: Path) -> None:
+    """Take back :func:`add_file`."""
+    _registered.pop(path, None)
+
+
+def forget_packages() -> None:
+    """Look for installed packages again when they are next needed."""
+    _of_packages.cache_clear()
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.yaml"))
+
+
+def _distinct(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """Each file once, though it may be found in several ways; the first way counts."""
+    kept: dict[str, Path] = {}
+    for path in paths:
+        kept.setdefault(os.path.realpath(path), path)
+    return tuple(kept.values())
+
+
+@lru_cache(maxsize=1)
+def _of_packages() -> tuple[Path, ...]:
+    return tuple(path for point in entry_points(group=ENTRY_POINT_GROUP) for path in files_of_entry_point(point))
+
+
+def files_of_entry_point(point: EntryPoint) -> list[Path]:
+    """The registry files that an installed package offers.
+
+    A ``module`` stands for the YAML files beside it; it is not run, only its parents are. A ``module:attribute`` is
+    imported, and is a path of a file or a folder, or several.
+
+    Raises:
+        RegistryError: naming the package, when the module or what it names does not exist.
+    """
+    try:
+        places = _places(point)
+        return [file for place in places for file in _files_at(place)]
+    except Exception as error:  # whatever the package's code raises
+        package = point.dist.name if point.dist else "an installed package"
+        what = f"The package {package} offers registry files as {point.value!r}, which cannot be read"
+        hint = "Repair or uninstall it."
+        raise RegistryError(f"{what} ({type(error).__name__}: {error}). {hint}") from error
+
+
+def _places(point: EntryPoint) -> list[Path]:
+    if point.attr:
+        value: object = import_module(point.module)
+        for name in point.attr.split("."):
+            value = getattr(value, name)
+        several = isinstance(value, Iterable) and not isinstance(value, str)
+        given = list(cast("Iterable[object]", value)) if several else [value]
+        for place in given:
+            if not isinstance(place, (str, Path)):
+                raise TypeError(f"a path, or several, is needed, not {place!r}")
+        return [Path(cast("str | Path", place)) for place in given]
+    spec = find_spec(point.module)
+    if spec is None:
+        raise ModuleNotFoundError(f"there is no module {point.module!r}")
+    return [Path(place) for place in spec.submodule_search_locations or [str(Path(spec.origin or "").parent)]]
+
+
+def _files_at(place: Path) -> list[Path]:
+    found = [] if not place.is_absolute() else [place] if place.is_file() else _in_folder(place)
+    if not found:
+        raise FileNotFoundError(f"{place} is neither a file nor a folder with *.yaml in it, from the root")
+    return found

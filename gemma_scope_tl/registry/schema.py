@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -22,11 +23,14 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from gemma_scope_tl.errors import RegistryError, UnknownNameError, unknown_name
+from gemma_scope_tl.registry.containment import inside
+from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.widths import parse_width, width_label
 from gemma_scope_tl.sites import SiteName, get_site
 
 Format = Literal["gemma-scope", "sae-lens"]
 WEIGHTS_FILES: Mapping[Format, str] = {"gemma-scope": "params.npz", "sae-lens": "sae_weights.safetensors"}
+CFG_FILE = "cfg.json"
 CROSS_ROWS = "cross_rows"
 
 
@@ -36,6 +40,17 @@ def _relative(text: str) -> str:
         raise ValueError(f"{text!r} is not a relative path with '/' between its parts and no spaces, ':' or '\\'")
     if any(part in ("", ".", "..") for part in text.split("/")):
         raise ValueError(f"{text!r} is not a relative path: no leading or double '/', no '.' and no '..'")
+    return text
+
+
+_REPO = r"(bundled|\./?|\./[^/]+(/[^/]+)*|/.*|[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*)"
+
+
+def _repo(text: str) -> str:
+    """``bundled``, ``owner/name``, or a folder: from ``/``, or from ``./`` and then below the registry file's own."""
+    if not re.fullmatch(_REPO, text) or ".." in text.split("/") or any(ord(c) < 32 for c in text):
+        hint = "'owner/name' on Hugging Face, './folder' beside this file, or '/a/folder' from the root"
+        raise ValueError(f"{text!r} is not a repository: write {hint}, without '..'")
     return text
 
 
@@ -123,7 +138,7 @@ class SAEEntry(BaseModel):
 class SAERow(SAEEntry):
     """One released SAE with all that is needed to find it, check it and splice it: an entry and its release's fields.
 
-    ``repo`` is a Hugging Face repository, or ``"bundled"`` for files inside this package.
+    ``repo`` is a Hugging Face repository, a folder's absolute path, or ``"bundled"`` for files inside this package.
     """
 
     release: str
@@ -143,7 +158,7 @@ class ReleaseFile(BaseModel):
     Attributes:
         release: the file's stem and the release's name; SAELens's, where SAELens has it.
         canonical_release: SAELens's second name, under which only the canonical ids exist, or null.
-        repo: ``owner/name`` on Hugging Face, or ``bundled``.
+        repo: ``owner/name`` on Hugging Face; ``./folder`` (or ``.``) beside this file; ``/a/folder``; or ``bundled``.
         model: the model the SAEs read, without its owner: ``gemma-2-2b``.
         license: SPDX identifier of the weights' licence.
         description: one line for people.
@@ -156,19 +171,30 @@ class ReleaseFile(BaseModel):
 
     release: Name
     canonical_release: Name | None = None
-    repo: Annotated[str, Field(pattern=r"^(bundled|[A-Za-z0-9._-]+/[A-Za-z0-9._-]+)$")]
+    repo: Annotated[str, AfterValidator(_repo), Field(json_schema_extra={"pattern": f"^{_REPO}$"})]
     model: Name
     license: Annotated[str, Field(min_length=1)]
     description: Annotated[str, Field(min_length=1)]
     notes: list[str] = Field(default_factory=list[str])
     format: Format = "gemma-scope"
     saes: Annotated[list[SAEEntry], Field(min_length=1)]
+    _folder: Path | None = PrivateAttr(None)
 
     @cached_property
     def rows(self) -> tuple[SAERow, ...]:
-        """The rows, each with the release's fields, in the order of the file."""
-        shared: dict[str, Any] = {key: getattr(self, key) for key in ("release", "model", "repo", "format")}
+        """The rows, each with the release's fields, in the order of the file; a folder's path is absolute in them.
+
+        Raises:
+            RegistryError: when ``repo`` is a folder beside the file, and the release was not read from a file.
+        """
+        shared: dict[str, Any] = {key: getattr(self, key) for key in ("release", "model", "format")}
+        shared["repo"] = resolved_repo(self.repo, self._folder)
         return tuple(SAERow.model_construct(**dict(entry), **shared) for entry in self.saes)  # checked already
+
+    def at(self, folder: Path | None) -> ReleaseFile:
+        """This object, knowing the folder of its file, from which ``./`` counts."""
+        self._folder = folder
+        return self
 
     @model_validator(mode="after")
     def _rows_agree(self) -> ReleaseFile:
@@ -199,29 +225,22 @@ def parse_release(data: object, source: str) -> ReleaseFile:
     Raises:
         RegistryError: with every problem of the file, each with its row id and field.
     """
+    release, problems = validate_release(data)
+    if release is None:
+        raise _broken(source, problems)
+    return release
+
+
+def validate_release(data: object) -> tuple[ReleaseFile | None, list[Problem]]:
+    """The release that the content of a registry file describes; or None, and every problem of it."""
     try:
-        return ReleaseFile.model_validate(data)
+        return ReleaseFile.model_validate(data), []
     except ValidationError as error:
         details = [d for d in error.errors(include_url=False) if d["type"] != CROSS_ROWS]
     problems = [_problem(detail, data) for detail in details]
     if isinstance(data, Mapping):
         problems += _cross_row_problems(cast("Mapping[str, object]", data))
-    listed = "\n".join(f"  {problem}" for problem in problems)
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    raise RegistryError(f"{source} breaks the registry schema in {count}:\n{listed}")
-
-
-def load_yaml(text: str, source: str) -> object:
-    """Parse YAML with the C loader where there is one; plain data only.
-
-    Raises:
-        RegistryError: with the line, when the text is not YAML.
-    """
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        return yaml.load(text, loader)
-    except yaml.YAMLError as error:
-        raise RegistryError(f"{source} is not YAML: {error}") from None
+    return None, problems
 
 
 def read_release(path: str | Path) -> ReleaseFile:
@@ -231,14 +250,38 @@ def read_release(path: str | Path) -> ReleaseFile:
         RegistryError: when there is no such file, or with all of its problems.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RegistryError(f"{path} cannot be read: {error}") from None
-    release = parse_release(load_yaml(text, str(path)), str(path))
+    release = parse_release(load_yaml(read_text(path), str(path)), str(path)).at(path.resolve().parent)
     if release.release != path.stem:
         raise RegistryError(f"{path} holds release {release.release!r}: name the file {release.release}.yaml.")
+    if escapes := escaping_rows(release.rows):
+        raise _broken(str(path), escapes)
     return release
+
+
+def resolved_repo(repo: str, folder: Path | None) -> str:
+    """``repo`` as rows have it: a folder beside the registry file as an absolute path, anything else as it is.
+
+    Raises:
+        RegistryError: for a folder beside the file without the file's own folder.
+    """
+    if not repo.startswith("."):
+        return repo
+    if folder is None:
+        raise RegistryError(f"The folder {repo!r} counts from its registry file, and this release is from no file.")
+    return str(inside(folder, repo))
+
+
+def escaping_rows(rows: Iterable[SAERow]) -> list[Problem]:
+    """Rows of a local folder whose files lie elsewhere, through symbolic links."""
+    problems: list[Problem] = []
+    for row in rows:
+        if row.repo.startswith("/"):
+            try:
+                inside(Path(row.repo), row.weights_path)
+                inside(Path(row.repo), f"{row.path}/{CFG_FILE}")
+            except RegistryError as error:
+                problems.append(Problem(row.id, "path", str(error)))
+    return problems
 
 
 def _canonical_id(id_: str) -> str:
@@ -278,17 +321,23 @@ def _problem(detail: ErrorDetails, data: object) -> Problem:
 def _cross_row_problems(data: Mapping[str, object]) -> list[Problem]:
     """What single rows cannot know. Works on unchecked data, so that it can be reported beside other problems."""
     rows = [cast("Mapping[str, object]", row) for row in _raw_rows(data) if isinstance(row, Mapping)]
-    ids = [id_ for row in rows if isinstance(id_ := row.get("id"), str)]
-    problems = [Problem(id_, "id", f"{n} rows have this id") for id_, n in _repeated(ids)]
+    named = [
+        cast("Mapping[str, object]", row).get("id") if isinstance(row, Mapping) else None for row in _raw_rows(data)
+    ]
+    ids = [id_ if isinstance(id_, str) else index for index, id_ in enumerate(named)]
+    problems = [Problem(id_, "id", _rows_text(at) + " have this id") for id_, at in _repeated(ids).items()]
     canonical = [row for row in rows if row.get("canonical") is True and isinstance(row.get("id"), str)]
     places = [tuple(str(row.get(key)) for key in ("site", "layer", "width")) for row in canonical]
-    crowded = dict(_repeated(places))
-    for place, n in crowded.items():
-        first = str(canonical[places.index(place)]["id"])
-        text = "{n} rows of site {0}, layer {1}, width {2} are canonical".format(*place, n=n)
+    crowded = _repeated(places)
+    for place, at in crowded.items():
+        first = str(canonical[at[0]]["id"])
+        text = "{n} rows of site {0}, layer {1}, width {2} are canonical".format(*place, n=len(at))
         problems.append(Problem(first, "canonical", text))
     names = [_canonical_id(str(r["id"])) for r, place in zip(canonical, places, strict=True) if place not in crowded]
-    problems += [Problem(name, "canonical", f"{n} canonical rows would share this id") for name, n in _repeated(names)]
+    shared = _repeated(names)
+    problems += [
+        Problem(id_, "canonical", f"{len(at)} canonical rows would share this id") for id_, at in shared.items()
+    ]
     taken = sorted(set(names) & set(ids))
     problems += [Problem(name, "canonical", "is the canonical name of another row") for name in taken]
     if (release := data.get("release")) is not None and data.get("canonical_release") == release:
@@ -296,5 +345,19 @@ def _cross_row_problems(data: Mapping[str, object]) -> list[Problem]:
     return problems
 
 
-def _repeated(values: Iterable[Any]) -> list[tuple[Any, int]]:
-    return [(value, n) for value, n in Counter(values).items() if n > 1]
+def _repeated(values: Iterable[Any]) -> dict[Any, list[int]]:
+    """The values that occur more than once, and where."""
+    places: defaultdict[Any, list[int]] = defaultdict(list)
+    for index, value in enumerate(values):
+        places[value].append(index)
+    return {value: at for value, at in places.items() if len(at) > 1}
+
+
+def _rows_text(at: Sequence[int]) -> str:
+    return f"rows {', '.join(str(index + 1) for index in at[:-1])} and {at[-1] + 1}"
+
+
+def _broken(source: str, problems: Sequence[Problem]) -> RegistryError:
+    listed = "\n".join(f"  {problem}" for problem in problems)
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return RegistryError(f"{source} breaks the registry schema in {count}:\n{listed}")

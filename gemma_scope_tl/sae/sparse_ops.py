@@ -9,11 +9,11 @@ threads; ``benchmarks/sparse.py`` measures the totals):
 ====================================== =========== =========== =========== ===========
 density of active latents               0.4%        2%          4%          8%
 ====================================== =========== =========== =========== ===========
-decode: sparse / dense                  0.07 / 0.95 0.41 / 0.98 0.87 / 1.01 1.84 / 1.00
-gradient of values: sparse / dense      0.10 / 1.05 0.52 / 1.05 1.06 / 1.05 1.94 / 1.05
-gradient of x, latent-major W_enc       0.07 / 0.93 0.41 / 0.91 0.87 / 0.90 1.84 / 0.90
-gradient of x, other W_enc              0.55 / 0.93 1.03 / 0.91 1.57 / 0.90 2.48 / 0.90
-gradient of a matrix: sparse / dense    0.35 / 1.20 0.53 / 1.20 0.68 / 1.20 1.00 / 1.20
+decode: sparse / dense                  0.10 / 0.98 0.43 / 1.04 0.88 / 1.01 1.98 / 1.14
+gradient of values: sparse / dense      0.14 / 1.03 0.59 / 1.03 1.09 / 1.06 2.16 / 1.12
+gradient of x, latent-major W_enc       0.10 / 0.98 0.42 / 0.98 0.78 / 0.99 1.94 / 1.14
+gradient of x, other W_enc              0.31 / 1.01 0.75 / 0.98 1.34 / 1.02 4.58 / 1.10
+gradient of a matrix: sparse / dense    0.40 / 1.67 0.56 / 1.68 0.76 / 1.66 0.97 / 1.67
 ====================================== =========== =========== =========== ===========
 
 The crossovers below are read off that table. Nothing is timed while running.
@@ -22,7 +22,7 @@ The crossovers below are read off that table. Nothing is timed while running.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -35,8 +35,8 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 # Above these densities (active latents / all) the dense product is faster.
 DENSE_ROWS = 0.04  # weighted sums of rows, and sampled products
-DENSE_COLUMNS = 0.016  # the gradient of x when W_enc's columns are not contiguous
-DENSE_LATENTS = 0.10  # the gradient of a matrix
+DENSE_COLUMNS = 0.025  # the gradient of x when W_enc's columns are not contiguous
+DENSE_LATENTS = 0.12  # the gradient of a matrix
 
 # A block of pre-activations that is compacted while it is in the cache: 512 tokens x 4096 latents in float32. Shares
 # of the product for encode, gate and decode: 1.16 at 512 latents, 1.13 at 1024, 1.09 at 2048, 1.08 at 4096, 1.20 at all
@@ -106,6 +106,7 @@ def encode(x: Tensor, w_enc: Tensor, b_enc: Tensor, limit: Tensor) -> Entries:
         offsets ``[n + 1]``, latents ``[nnz]``, pre-activations ``[nnz]``.
     """
     n, d_sae = x.shape[0], w_enc.shape[1]
+    limit = floor_to(limit, x.dtype)
     tokens, width = _block_shape(x, d_sae)
     buffer = torch.empty(tokens * width, dtype=x.dtype, device=x.device)
     mask = torch.empty(tokens * width, dtype=torch.bool, device=x.device)
@@ -124,14 +125,25 @@ def encode(x: Tensor, w_enc: Tensor, b_enc: Tensor, limit: Tensor) -> Entries:
 
 
 def compact(dense: Tensor, limit: Tensor | None) -> Entries:
-    """The entries of ``dense [n, d_sae]`` that are not at or below ``limit``, or that are not 0. NaN is kept by both."""
+    """The entries of ``dense [n, d_sae]`` not at or below ``limit``; without a limit those not 0. NaN is kept."""
     n, d_sae = dense.shape
-    tokens = max(1, min(max(n, 1), BLOCK_BYTES // max(1, d_sae)))
+    limit = None if limit is None else floor_to(limit, dense.dtype)
+    tokens = max(1, min(n, BLOCK_BYTES // d_sae))
     mask = torch.empty(tokens * d_sae, dtype=torch.bool, device=dense.device)
-    parts = [
-        _by_row([_select(dense[i : i + tokens], limit, mask)], min(tokens, n - i)) for i in range(0, n, tokens)
-    ]
+    parts = [_by_row([_select(dense[i : i + tokens], limit, mask)], min(tokens, n - i)) for i in range(0, n, tokens)]
     return _stack(parts, dense)
+
+
+def floor_to(limit: Tensor, dtype: torch.dtype) -> Tensor:
+    """``limit`` in ``dtype``, rounded down where it must be.
+
+    For ``z`` of that dtype, ``z <= limit`` is the same as ``z <= floor_to(limit)``: the float32 comparison exactly, and
+    four times faster than comparing bfloat16 with float32.
+    """
+    near = limit.to(dtype)
+    if torch.promote_types(limit.dtype, dtype) == dtype:
+        return near
+    return torch.where(near.to(limit.dtype) > limit, torch.nextafter(near, torch.full_like(near, -torch.inf)), near)
 
 
 def _block_shape(x: Tensor, d_sae: int) -> tuple[int, int]:
@@ -153,7 +165,7 @@ def _select(values: Tensor, limit: Tensor | None, mask: Tensor) -> Entries:
     if limit is None:
         torch.ne(values, 0, out=on)
     else:
-        torch.le(values, limit, out=on).logical_not_()  # NaN compares false, and stays; bf16 is compared in float32
+        torch.le(values, limit, out=on).logical_not_()  # NaN compares false, and stays
     flat = _nonzero(on.view(-1))
     rows = flat.div(max(1, values.shape[1]), rounding_mode="floor")
     return rows, flat - rows * values.shape[1], values.reshape(-1).take(flat)
@@ -195,42 +207,46 @@ def starts_of(counts: Tensor) -> Tensor:
 
 def rows_of(offsets: Tensor, nnz: int) -> Tensor:
     """The token of every entry, ``[nnz]``."""
-    return torch.arange(offsets.shape[0] - 1, device=offsets.device).repeat_interleave(
-        offsets.diff(), output_size=nnz
-    )
+    return torch.arange(offsets.shape[0] - 1, device=offsets.device).repeat_interleave(offsets.diff(), output_size=nnz)
 
 
 def row_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor) -> Tensor:
     """``F @ matrix`` for the sparse ``F [n, d_sae]`` and ``matrix [d_sae, d]``: for each token, a sum of rows."""
-    n, d_sae = offsets.shape[0] - 1, matrix.shape[0]
+    if _dense(offsets, latents, matrix.shape[0], DENSE_ROWS):
+        return _dense_rows(offsets, latents, values, matrix)
+    return _weighted_rows(offsets, latents, values, matrix)
+
+
+def _weighted_rows(offsets: Tensor, rows: Tensor, weights: Tensor, matrix: Tensor) -> Tensor:
+    """For each group between two offsets, the sum of ``weights`` times ``rows`` of ``matrix``."""
     kernels = _triton(matrix)
-    if _dense(offsets, latents, d_sae, DENSE_ROWS):
-        return _dense_rows(offsets, latents, values, d_sae, lambda chunk, at: product(chunk, matrix))
     if kernels is not None:
-        return kernels.row_sums(offsets, latents, values, matrix)
-    if latents.shape[0] == 0:
-        return matrix.new_zeros(n, matrix.shape[1])
-    return embedding_bag(
-        latents, matrix, offsets, mode="sum", per_sample_weights=values, include_last_offset=True
-    )
+        return kernels.row_sums(offsets, rows, weights, matrix)
+    if rows.shape[0] == 0:
+        return matrix.new_zeros(offsets.shape[0] - 1, matrix.shape[1])
+    return embedding_bag(rows, matrix, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def column_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor) -> Tensor:
     """``F @ matrix^T`` for the sparse ``F [n, d_sae]`` and ``matrix [d, d_sae]``, the layout of ``W_enc``.
 
     Where each latent's column is contiguous (``W_enc`` made as ``w.T`` of a contiguous ``[d_sae, d]``), this is
-    :func:`row_sums`, eight times cheaper. The layout is the caller's choice: no transposed copy is made here.
+    :func:`row_sums`, three times cheaper. The layout is the caller's choice: no transposed copy is made here.
     """
     if matrix.stride(0) == 1 and matrix.stride(1) >= matrix.shape[0]:
         return row_sums(offsets, latents, values, matrix.T)
     n, d_sae = offsets.shape[0] - 1, matrix.shape[1]
     narrow = values.dtype not in (torch.float32, torch.float64)  # no sparse product for these
     if narrow or _dense(offsets, latents, d_sae, DENSE_COLUMNS):
-        return _dense_rows(offsets, latents, values, d_sae, lambda chunk, at: product(chunk, matrix.T))
+        return _dense_rows(offsets, latents, values, matrix.T)
     if latents.shape[0] == 0:
         return matrix.new_zeros(n, matrix.shape[0])
-    csr = torch.sparse_csr_tensor(offsets, latents, values, (n, d_sae), check_invariants=False)
-    return (matrix @ csr.t()).T.contiguous()
+    columns = torch.sparse_csr_tensor(offsets, latents, values, (n, d_sae), check_invariants=False).t()
+    out = matrix.new_empty(matrix.shape[0], n)
+    step = max(32, BLOCK_BYTES // (d_sae * matrix.element_size()))
+    for i in range(0, matrix.shape[0], step):  # the kernel copies its dense matrix: all of it at once is also slower
+        out[i : i + step] = matrix[i : i + step] @ columns
+    return out.T.contiguous()
 
 
 def latent_sums(offsets: Tensor, latents: Tensor, values: Tensor, d_sae: int, x: Tensor) -> Tensor:
@@ -242,17 +258,7 @@ def latent_sums(offsets: Tensor, latents: Tensor, values: Tensor, d_sae: int, x:
         return total.to(x.dtype)
     order = latents.to(torch.int32).argsort(stable=True)
     rows = rows_of(offsets, latents.shape[0]).index_select(0, order)
-    return row_sums_of(starts_of(latents.bincount(minlength=d_sae)), rows, values.index_select(0, order), x)
-
-
-def row_sums_of(offsets: Tensor, rows: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    """:func:`row_sums` that never turns dense."""
-    kernels = _triton(x)
-    if kernels is not None:
-        return kernels.row_sums(offsets, rows, values, x)
-    if rows.shape[0] == 0:
-        return x.new_zeros(offsets.shape[0] - 1, x.shape[1])
-    return embedding_bag(rows, x, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
+    return _weighted_rows(starts_of(latents.bincount(minlength=d_sae)), rows, values.index_select(0, order), x)
 
 
 def bias_sums(offsets: Tensor, latents: Tensor, values: Tensor, d_sae: int) -> Tensor:
@@ -277,7 +283,9 @@ def sampled(offsets: Tensor, latents: Tensor, left: Tensor, matrix: Tensor) -> T
             here = rows_of(offsets[at.start : at.stop + 1], last - first) * d_sae + latents[first:last]
             out[first:last] = product(left[at], matrix.T).view(-1).index_select(0, here)
         return out
-    pattern = torch.sparse_csr_tensor(offsets, latents, left.new_zeros(latents.shape), (n, d_sae), check_invariants=False)
+    pattern = torch.sparse_csr_tensor(
+        offsets, latents, left.new_zeros(latents.shape), (n, d_sae), check_invariants=False
+    )
     return torch.sparse.sampled_addmm(pattern, left, matrix.T, beta=0.0).values()
 
 
@@ -294,9 +302,7 @@ def _token_chunks(offsets: Tensor, d_sae: int, item_size: int) -> Generator[tupl
         yield at, int(offsets[at.start]), int(offsets[at.stop])
 
 
-def _dense_chunks(
-    offsets: Tensor, latents: Tensor, values: Tensor, d_sae: int
-) -> Generator[tuple[slice, Tensor]]:
+def _dense_chunks(offsets: Tensor, latents: Tensor, values: Tensor, d_sae: int) -> Generator[tuple[slice, Tensor]]:
     """The sparse matrix as dense chunks of tokens."""
     for at, first, last in _token_chunks(offsets, d_sae, values.element_size()):
         chunk = values.new_zeros((at.stop - at.start) * d_sae)
@@ -305,8 +311,6 @@ def _dense_chunks(
         yield at, chunk.view(-1, d_sae)
 
 
-def _dense_rows(
-    offsets: Tensor, latents: Tensor, values: Tensor, d_sae: int, multiply: Callable[[Tensor, slice], Tensor]
-) -> Tensor:
-    """One dense product for each chunk of tokens."""
-    return torch.cat([multiply(chunk, at) for at, chunk in _dense_chunks(offsets, latents, values, d_sae)])
+def _dense_rows(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor) -> Tensor:
+    """:func:`row_sums` by a dense product for each chunk of tokens."""
+    return torch.cat([product(chunk, matrix) for _, chunk in _dense_chunks(offsets, latents, values, matrix.shape[0])])

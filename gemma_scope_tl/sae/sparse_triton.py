@@ -1,11 +1,16 @@
 """Triton kernels for :mod:`gemma_scope_tl.sae.sparse_ops` on CUDA tensors.
 
-These have been run through Triton's interpreter only (``TRITON_INTERPRET=1``, where CPU tensors are taken too), which
-proves what they compute and not how fast: no GPU has run them yet. Imported only when a tensor is on CUDA.
+These have been run through Triton's interpreter only (``TRITON_INTERPRET=1``, where CPU tensors are taken too), and
+compiled for compute capability 9.0 without a device. That proves what they compute and not how fast: no GPU has run
+them yet. Imported only when a tensor is on CUDA.
 
 One program handles one token, and walks its entries in order: no atomic additions, so repeats are equal to the bit.
 Sums are kept in float32, or float64 for float64.
 """
+
+# A kernel's parameters are pointers and lanes without a Python type, and Triton is not installed everywhere.
+# pyright: reportMissingImports=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -23,31 +28,36 @@ _SPLITS = 8  # programs that share the entries of one token in `sampled`: a BOS 
 
 
 @triton.jit
-def _count_kernel(pre, limit, counts, stride, d_sae, HAS_LIMIT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _count_kernel(pre, limit, counts, stride, d_sae, HAS_LIMIT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     total = 0
     for start in range(0, d_sae, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(pre + token * stride + at, mask=at < d_sae, other=0.0)
-        if HAS_LIMIT:
-            off = z <= tl.load(limit + at, mask=at < d_sae, other=0.0)
-        else:
-            off = z == 0.0
+        off = z.to(WIDE) <= tl.load(limit + at, mask=at < d_sae, other=0.0) if HAS_LIMIT else z.to(WIDE) == 0.0
         total += tl.sum((~off & (at < d_sae)).to(tl.int32), 0)
     tl.store(counts + token, total.to(tl.int64))
 
 
 @triton.jit
-def _fill_kernel(pre, limit, offsets, latents, values, stride, d_sae, HAS_LIMIT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _fill_kernel(
+    pre,
+    limit,
+    offsets,
+    latents,
+    values,
+    stride,
+    d_sae,
+    HAS_LIMIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     first = tl.load(offsets + token)
     for start in range(0, d_sae, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(pre + token * stride + at, mask=at < d_sae, other=0.0)
-        if HAS_LIMIT:
-            off = z <= tl.load(limit + at, mask=at < d_sae, other=0.0)
-        else:
-            off = z == 0.0
+        off = z.to(WIDE) <= tl.load(limit + at, mask=at < d_sae, other=0.0) if HAS_LIMIT else z.to(WIDE) == 0.0
         on = ~off & (at < d_sae)
         place = first + tl.cumsum(on.to(tl.int32), 0) - 1
         tl.store(latents + place, at.to(tl.int64), mask=on)
@@ -56,7 +66,7 @@ def _fill_kernel(pre, limit, offsets, latents, values, stride, d_sae, HAS_LIMIT:
 
 
 @triton.jit
-def _row_sums_kernel(  # type: ignore[no-untyped-def]
+def _row_sums_kernel(
     offsets, latents, values, matrix, out, d, stride, WIDE: tl.constexpr, ENTRIES: tl.constexpr, DIMS: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -74,7 +84,7 @@ def _row_sums_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sampled_kernel(  # type: ignore[no-untyped-def]
+def _sampled_kernel(
     offsets,
     latents,
     left,
@@ -113,7 +123,7 @@ def compact(pre: Tensor, limit: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     n, d_sae = pre.shape
     bound = pre if limit is None else limit.contiguous()
     counts = torch.zeros(n, dtype=torch.int64, device=pre.device)
-    shared = {"HAS_LIMIT": limit is not None, "BLOCK": _LATENTS}
+    shared = {"HAS_LIMIT": limit is not None, "WIDE": _wide(pre.dtype), "BLOCK": _LATENTS}
     if n:
         _count_kernel[(n,)](pre, bound, counts, pre.stride(0), d_sae, **shared)
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))

@@ -1,0 +1,227 @@
+"""A registry file checked against everything else that is known and against the files its rows name.
+
+Every check of every row is made; nothing stops at the first problem.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from gemma_scope_tl.contributing.facts import ARCHITECTURES
+from gemma_scope_tl.contributing.places import Place, each, is_remote, place_of, sizes_of
+from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
+from gemma_scope_tl.registry.catalog import Header, clashing_names, read_header
+from gemma_scope_tl.registry.locate import builtin_folder, release_files
+from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
+from gemma_scope_tl.registry.schema import CFG_FILE, ReleaseFile, SAERow, escaping_rows, validate_release
+from gemma_scope_tl.sites import get_site, site_of_hook
+from gemma_scope_tl.weights.checks import Expected
+
+CHECKS = ("schema", "names", "files", "shapes", "sha256", "l0")
+"""The checks by name, in their order; ``l0`` is made by ``measure.py``."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: one of :data:`CHECKS`.
+        row: the row's id; empty for the file as a whole.
+        ok: None where it was not looked at.
+        text: what is wrong, or why it was not looked at; empty when there is nothing to say.
+    """
+
+    check: str
+    row: str
+    ok: bool | None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings of a file, and the rows that could be read from it, in the order of the file."""
+
+    path: Path
+    rows: tuple[SAERow, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def problems(self) -> list[Finding]:
+        """The findings that are not as they should be."""
+        return [finding for finding in self.findings if finding.ok is False]
+
+    def extended(self, more: Iterable[Finding]) -> Report:
+        """This report with more findings."""
+        return replace(self, findings=(*self.findings, *more))
+
+
+def check_release(path: str | Path, remote: bool = False, progress: bool = False) -> Report:
+    """Check a registry file.
+
+    Args:
+        path: the YAML file. Where it breaks the schema, those of its rows that do not are still checked further.
+        remote: ask the Hub about files in repositories. No weights are downloaded: headers are read by range, and
+            hashes are those in the listing.
+        progress: show bars on standard error.
+
+    Returns:
+        The report; nothing is raised for problems of the file, an unreadable one included.
+    """
+    path = Path(path).expanduser().absolute()
+    try:
+        data = load_yaml(read_text(path), str(path))
+    except GemmaScopeError as error:
+        return Report(path, (), (Finding("schema", "", False, str(error)),))
+    findings, rows = _schema(data, path)
+    findings += _names(data, path)
+    for repo, revision in dict.fromkeys((row.repo, row.revision) for row in rows):
+        here = [row for row in rows if (row.repo, row.revision) == (repo, revision)]
+        findings += _files(here, repo, revision, remote, progress)
+    return Report(path, rows, tuple(findings))
+
+
+def _schema(data: object, path: Path) -> tuple[list[Finding], tuple[SAERow, ...]]:
+    release, problems = validate_release(data)
+    findings = [Finding("schema", p.row, False, ": ".join(filter(None, (p.field, p.text)))) for p in problems]
+    rows = release.at(path.resolve().parent).rows if release else _valid_rows(data, path)
+    escapes = escaping_rows(rows)
+    findings += [Finding("schema", problem.row, False, problem.text) for problem in escapes]
+    escaping = {problem.row for problem in escapes}
+    return findings or [Finding("schema", "", True)], tuple(row for row in rows if row.id not in escaping)
+
+
+def _valid_rows(data: object, path: Path) -> tuple[SAERow, ...]:
+    """The rows of a broken file that are valid for themselves, if the keys that say where they are and what, are."""
+    fields = cast("Mapping[str, object]", data) if isinstance(data, Mapping) else {}
+    needed = {key: fields[key] for key in ("release", "model", "repo", "format") if key in fields}
+    head = {"license": "unknown", "description": "unknown", **needed}
+    found: dict[str, SAERow] = {}
+    saes = fields.get("saes")
+    for entry in cast("list[object]", saes) if isinstance(saes, list) else []:
+        release = validate_release({**head, "saes": [entry]})[0]
+        if isinstance(release, ReleaseFile):
+            (row,) = release.at(path.resolve().parent).rows
+            found.setdefault(row.id, row)
+    return tuple(found.values())
+
+
+def _names(data: object, path: Path) -> list[Finding]:
+    """Whether the release's names are free: among the known registry files, and in SAELens's catalogue."""
+    fields = cast("Mapping[str, object]", data) if isinstance(data, Mapping) else {}
+    names = [name for key in ("release", "canonical_release") if isinstance(name := fields.get(key), str)]
+    if not names:
+        return [Finding("names", "", None, "the file names no release")]
+    texts: list[str] = []
+    if names[0] != path.stem:
+        texts.append(f"The file holds release {names[0]!r}: name it {names[0]}.yaml.")
+    own = Header(path, names[0], names[1] if len(names) > 1 else None, str(fields.get("model")))
+    others: list[Header] = []
+    try:
+        known = [file for file in release_files() if os.path.realpath(file) != os.path.realpath(path)]
+    except GemmaScopeError as error:
+        known = []
+        texts.append(f"The other registry files cannot be found: {error}")
+    for file in known:
+        try:
+            others.append(read_header(file))
+        except GemmaScopeError as error:
+            texts.append(f"Another registry file is broken: {error}")
+    texts += [clash for other in others for clash in clashing_names([other, own])]
+    if path.parent.resolve() != builtin_folder().resolve():
+        texts += [
+            f"SAELens has a release {name!r} of its own, which SAELens would load. Choose another name."
+            for name in sorted(set(names) & _sae_lens_names() - {n for other in others for n in other.names})
+        ]
+    return [Finding("names", "", False, text) for text in texts] or [Finding("names", "", True)]
+
+
+def _sae_lens_names() -> set[str]:
+    """SAELens's releases: the keys at the margin of its catalogue, read without importing SAELens."""
+    spec = importlib.util.find_spec("sae_lens")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        catalogue = Path(folder) / "pretrained_saes.yaml"
+        if catalogue.is_file():
+            lines = catalogue.read_text(encoding="utf-8").splitlines()
+            return {line.partition(":")[0] for line in lines if line[:1].isalnum() and ":" in line}
+    return set()
+
+
+def _files(rows: Sequence[SAERow], repo: str, revision: str | None, remote: bool, progress: bool) -> list[Finding]:
+    """Existence, shapes and hashes of the files of one place."""
+    if is_remote(repo) and not remote:
+        return [
+            Finding(check, row.id, None, "give --remote") for row in rows for check in ("files", "shapes", "sha256")
+        ]
+    try:
+        place = place_of(repo, revision)
+        found = place.files()
+    except GemmaScopeError as error:
+        return [Finding("files", row.id, False, str(error)) for row in rows]
+    missing = {row.id: [name for name in _needed(row) if name not in found] for row in rows}
+    findings = [
+        Finding("files", id_, not names, f"{place.name} has no {' and no '.join(names)}." if names else "")
+        for id_, names in missing.items()
+    ]
+    there = [row for row in rows if not missing[row.id]]
+    findings += _asked("shapes", there, lambda row: _shapes(place, row), place, progress)
+    hashed = [row for row in there if row.sha256]
+    findings += [Finding("sha256", row.id, None, "none given") for row in there if not row.sha256]
+    return findings + _asked("sha256", hashed, lambda row: _sha256(place, row), place, progress)
+
+
+def _asked(
+    check: str,
+    rows: Sequence[SAERow],
+    ask: Callable[[SAERow], tuple[bool | None, str]],
+    place: Place,
+    progress: bool,
+) -> list[Finding]:
+    answers = each(rows, ask, check, place.workers, progress)
+    pairs = [(False, str(answer)) if isinstance(answer, GemmaScopeError) else answer for answer in answers]
+    return [Finding(check, row.id, ok, text) for row, (ok, text) in zip(rows, pairs, strict=True)]
+
+
+def _needed(row: SAERow) -> list[str]:
+    return [row.weights_path, *([f"{row.path}/{CFG_FILE}"] if row.format == "sae-lens" else [])]
+
+
+def _shapes(place: Place, row: SAERow) -> tuple[bool, str]:
+    source = f"{place.name}/{row.weights_path}"
+    is_transcoder = get_site(row.site).is_transcoder
+    sizes_of(place.shapes(row.weights_path), source, Expected(row.d_in, row.d_sae, row.d_in, is_transcoder, "the row"))
+    texts = _cfg_problems(row, place.cfg(row.path)) if row.format == "sae-lens" else []
+    return not texts, " ".join(texts)
+
+
+def _cfg_problems(row: SAERow, cfg: Mapping[str, Any]) -> list[str]:
+    """Where a ``cfg.json`` contradicts the row."""
+    texts: list[str] = []
+    architecture = cfg.get("architecture")
+    if architecture not in ARCHITECTURES or (architecture != "jumprelu") != get_site(row.site).is_transcoder:
+        texts.append(f"{CFG_FILE} is of a {architecture!r} SAE, which does not fit site {row.site!r}.")
+    inner = cfg.get("metadata")
+    meta: dict[str, Any] = {**cfg, **(cast("dict[str, Any]", inner) if isinstance(inner, dict) else {})}
+    if isinstance(hook := meta.get("hook_name"), str) and hook:
+        try:
+            site, layer = site_of_hook(hook, meta.get("hook_name_out"))
+        except UnknownNameError as error:
+            return [*texts, f"{CFG_FILE}: {error}"]
+        if (site.name, layer) != (row.site, row.layer):
+            texts.append(f"{CFG_FILE} reads {hook}, the row says site {row.site}, layer {row.layer}.")
+    model = meta.get("model_name")
+    if isinstance(model, str) and model and model.rpartition("/")[2] != row.model:
+        texts.append(f"{CFG_FILE} is of model {model}, the row's is {row.model}.")
+    return texts
+
+
+def _sha256(place: Place, row: SAERow) -> tuple[bool | None, str]:
+    found = place.sha256(row.weights_path)
+    if found is None:
+        return None, "the file is not in LFS, so the listing has no hash"
+    return found == row.sha256, "" if found == row.sha256 else f"the file has {found}, the row says {row.sha256}."

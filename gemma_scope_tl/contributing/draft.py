@@ -1,0 +1,249 @@
+"""A registry file drafted from a folder or a repository: every value read from the files, or asked for."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma_scope_tl.contributing.facts import KEYS, NAME, Facts, folders_of, parse_setting, read_facts
+from gemma_scope_tl.contributing.places import Place, each, open_place
+from gemma_scope_tl.errors import GemmaScopeError, RegistryError
+from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.registry.catalog import natural_key
+from gemma_scope_tl.registry.render import render_release
+from gemma_scope_tl.registry.schema import WEIGHTS_FILES, Format, ReleaseFile, parse_release
+from gemma_scope_tl.registry.widths import width_label
+from gemma_scope_tl.sites import get_site
+
+CANONICAL_L0 = 100
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the files cannot say, or what should hold where they do not say it.
+
+    Attributes:
+        release: its name; by default the last part of the repository's or folder's.
+        model, site, layer, l0: for the folders that say nothing of it; a folder that says something else is an error.
+        license: SPDX identifier of the weights' licence.
+        description: one line; made from the rows without it.
+        revision: branch, tag or commit of the repository; its commit goes into the rows.
+        format: the layout, where a place has both.
+        settings: ``FOLDER:KEY=VALUE``, which overrules whatever is said of that folder.
+        unknown_l0: write null where no L0 is known, in place of an error.
+        canonical: mark the SAE nearest to an L0 of 100 for every site, layer and width.
+    """
+
+    release: str | None = None
+    model: str | None = None
+    site: str | None = None
+    layer: int | None = None
+    l0: float | None = None
+    license: str | None = None
+    description: str | None = None
+    revision: str | None = None
+    format: Format | None = None
+    settings: Sequence[str] = ()
+    unknown_l0: bool = False
+    canonical: bool = False
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A drafted release: the file's content, and what its author should look at."""
+
+    release: ReleaseFile
+    remarks: list[str] = field(default_factory=list[str])
+
+
+def draft_release(
+    source: str, out: Path | None = None, options: Options | None = None, progress: bool = False
+) -> Draft:
+    """Draft the registry file of a release.
+
+    Args:
+        source: a folder, or a repository on the Hub.
+        out: the file or folder that it is meant for; a source below it is written as ``./…``, so that both can move
+            together. The working directory by default.
+        options: see :class:`Options`.
+        progress: show bars on standard error.
+
+    Raises:
+        RegistryError: with everything that is missing, contradictory or wrong, at once.
+        GemmaScopeError: when the place cannot be read.
+    """
+    options = options or Options()
+    place = open_place(source, options.revision)
+    format_, folders = folders_of(place, options.format)
+    read = each(folders, lambda f: read_facts(place, f, format_), "reading headers", place.workers, progress)
+    facts = [fact for fact in read if isinstance(fact, Facts)]  # read_facts raises nothing
+    facts.sort(key=lambda fact: natural_key(fact.path))
+    problems = _apply(options, facts)
+    name = options.release or Path(place.name).resolve().name
+    model, rows = _rows(facts, options, problems)
+    if options.license is None:
+        problems.append("The licence of the weights is not known: give --license, such as CC-BY-4.0.")
+    problems += [f"{fact.path or '(top)'}: {text}" for fact in facts for text in fact.problems]
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise RegistryError(f"{place.name} cannot be drafted yet. To settle ({len(problems)}):\n{listed}")
+    remarks = _add_hashes(place, rows, format_, progress) + _label_remarks(facts, rows)
+    if options.canonical:
+        remarks += mark_canonical(rows)
+    head = {"release": name, "repo": _repo_text(source, place, out), "model": model, "license": options.license}
+    text = options.description or _describe(str(model), rows)
+    data = {**head, "description": text, "format": format_, "saes": rows}
+    return Draft(parse_release(data, f"The draft of {name}"), remarks)
+
+
+def write_draft(draft: Draft, out: Path | None = None, force: bool = False) -> Path:
+    """Write a draft whole or not at all.
+
+    Args:
+        draft: what to write.
+        out: the file, whose stem must be the release's name; or a folder. The working directory by default.
+        force: replace a file that exists.
+
+    Raises:
+        GemmaScopeError: when the file exists and ``force`` is not given, or its name is another.
+    """
+    out = out or Path()
+    file = out if out.suffix in (".yaml", ".yml") else out / f"{draft.release.release}.yaml"
+    if file.name != f"{draft.release.release}.yaml":
+        raise GemmaScopeError(f"{file} would hold {draft.release.release}: a registry file is named RELEASE.yaml.")
+    if force:
+        return write_atomically(file, render_release(draft.release))
+    spare = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        write_atomically(spare, render_release(draft.release))
+        os.link(spare, file)  # unlike a rename, fails where the file exists
+    except FileExistsError:
+        raise GemmaScopeError(f"{file} exists. Give --force to replace it, or another --out.") from None
+    finally:
+        spare.unlink(missing_ok=True)
+    return file
+
+
+def mark_canonical(rows: Sequence[Row]) -> list[str]:
+    """Mark the row nearest to an L0 of 100 for each site, layer and width; of two as near, the sparser one.
+
+    Returns:
+        A sentence for every such tie.
+    """
+    remarks: list[str] = []
+    places: defaultdict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["l0"] is not None:
+            places[(row["site"], row["layer"], row["d_sae"])].append(row)
+    for here in places.values():
+        ordered = sorted(here, key=lambda row: (abs(row["l0"] - CANONICAL_L0), row["l0"]))
+        ordered[0]["canonical"] = True
+        if len(ordered) > 1 and abs(ordered[1]["l0"] - CANONICAL_L0) == abs(ordered[0]["l0"] - CANONICAL_L0):
+            remarks.append(
+                f"{ordered[0]['id']} and {ordered[1]['id']} are as near to an L0 of 100; the first is marked."
+            )
+    return remarks
+
+
+def _apply(options: Options, facts: Iterable[Facts]) -> list[str]:
+    """Give the options' values to the folders. Returns what is wrong with the options."""
+    by_path = {fact.path: fact for fact in facts}
+    problems: list[str] = []
+    for key in KEYS:
+        value = getattr(options, key)
+        if value is None:
+            continue
+        if key == "site":
+            value = get_site(value).name
+        for fact in by_path.values():
+            embedding = key in ("site", "layer") and "embedding" in fact.says["site"].values()
+            if not embedding:  # a release of one site may have the embedding's SAEs beside it
+                fact.says[key][f"--{key}"] = value.rpartition("/")[2] if key == "model" else value
+    for text in options.settings:
+        folder, key, value = parse_setting(text)
+        if folder in by_path:
+            by_path[folder].says[key] = {"--set": value}
+        else:
+            problems.append(f"--set {text!r} names a folder without weights.")
+    return problems
+
+
+def _rows(facts: Sequence[Facts], options: Options, problems: list[str]) -> tuple[str | None, list[Row]]:
+    """The rows, with None for what is not known, and the model; what is missing goes to ``problems``."""
+    rows: list[Row] = []
+    missing: defaultdict[str, list[str]] = defaultdict(list)
+    models: set[str] = set()
+    for fact in facts:
+        site, layer, l0, model = (fact.value(key) for key in KEYS)
+        if model is not None:
+            models.add(model)
+        if site is None:
+            missing["site"].append(fact.path)
+        elif layer is None and get_site(site).per_layer:
+            missing["layer"].append(fact.path)
+        if l0 is None and not options.unknown_l0:
+            missing["l0"].append(fact.path)
+        if fact.d_in and site is not None and fact.d_in != fact.d_out and not get_site(site).is_transcoder:
+            fact.problems.append(f"The weights map {fact.d_in} to {fact.d_out} values, so site {site} is wrong.")
+        sizes = {"width": width_label(fact.d_sae or 1), "d_sae": fact.d_sae, "d_in": fact.d_in}
+        where = {"site": site, "layer": layer if site is None or get_site(site).per_layer else None}
+        rows.append({"id": fact.path, **where, **sizes, "l0": l0, "path": fact.path})
+    if len(models) != 1:
+        found = f"is one of {', '.join(sorted(models))}: a release has one" if models else "is not known"
+        problems.append(f"The model {found}. Give --model, such as gemma-2-2b.")
+    for key, paths in missing.items():
+        shown = ", ".join(paths[:3]) + (", …" if len(paths) > 3 else "")
+        also = ", or --unknown-l0 to leave it open" if key == "l0" else ""
+        problems.append(
+            f"The {key} of {len(paths)} folders is not known ({shown}): give --{key} for all of them, "
+            f"or --set FOLDER:{key}=VALUE for one{also}."
+        )
+    return next(iter(models), None), rows
+
+
+def _add_hashes(place: Place, rows: Sequence[Row], format_: Format, progress: bool) -> list[str]:
+    paths = [f"{row['path']}/{WEIGHTS_FILES[format_]}" for row in rows]
+    hashes = each(paths, place.sha256, "hashing", place.workers, progress)
+    without: list[str] = []
+    for row, digest in zip(rows, hashes, strict=True):
+        if isinstance(digest, GemmaScopeError):
+            raise digest
+        row["revision"], row["sha256"] = place.revision, digest
+        without += [] if digest else [row["path"]]
+    return [f"No sha256 for {len(without)} files that are not in LFS: {', '.join(without[:3])}."] if without else []
+
+
+def _label_remarks(facts: Iterable[Facts], rows: Iterable[Row]) -> list[str]:
+    """A folder whose name claims another width than its weights have: the weights are right, and the row says so."""
+    remarks: list[str] = []
+    for fact, row in zip(facts, rows, strict=True):
+        if fact.width_label not in (None, fact.d_sae):
+            row["note"] = f"the folder's name says {fact.width_label} latents, the weights have {fact.d_sae}"
+            remarks.append(f"{fact.path}: {NAME} says {fact.width_label} latents, the weights have {fact.d_sae}.")
+    return remarks
+
+
+def _repo_text(source: str, place: Place, out: Path | None) -> str:
+    """``repo`` as the file should have it."""
+    if place.revision is not None:
+        return source
+    root = Path(place.name).resolve()
+    out = out or Path()
+    beside = (out.parent if out.suffix in (".yaml", ".yml") else out).resolve()
+    if not root.is_relative_to(beside):
+        return str(root)
+    inner = root.relative_to(beside).as_posix()
+    return "." if inner == "." else f"./{inner}"
+
+
+def _describe(model: str, rows: Sequence[Row]) -> str:
+    sites = dict.fromkeys(row["site"] for row in rows)
+    layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
+    span = "" if not layers else f", layer {layers[0]}" if len(layers) == 1 else f", layers {layers[0]}-{layers[-1]}"
+    kind = "transcoders" if set(sites) == {"transcoder"} else "SAEs"
+    return f"{len(rows)} JumpReLU {kind} of {model}: {', '.join(sites)}{span}"

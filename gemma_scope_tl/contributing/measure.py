@@ -1,0 +1,148 @@
+"""The last check of a release: some of its SAEs run on held-out text, and their L0 compared with the rows'."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import track
+
+from gemma_scope_tl.contributing.check import Finding
+from gemma_scope_tl.contributing.places import is_remote
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.registry.schema import SAERow
+
+if TYPE_CHECKING:
+    import torch
+
+TOLERANCE = 0.25
+"""How far a measured L0 may be from the row's, as a part of it; and 1 more, for rounding and for the sparsest SAEs.
+
+Labels of the released SAEs and L0s measured on other texts differ by about a tenth; a wrong site, layer or scale of the
+input changes the L0 by far more.
+"""
+CONTEXT, ROWS, BATCH = 256, 16, 2  # a small batch: its latents of a million-wide SAE take 2 GB
+HELD_OUT = Path(__file__).resolve().parents[1] / "bundled" / "text" / "heldout.jsonl"
+
+
+def measure_l0(
+    rows: Sequence[SAERow], count: int, model_path: str | None = None, remote: bool = False, progress: bool = False
+) -> list[Finding]:
+    """Run ``count`` SAEs, spread evenly over the rows, on the bundled held-out text: 4,080 tokens, less EOS.
+
+    Args:
+        rows: of one release.
+        count: how many; 0 runs none.
+        model_path: the model's folder or name; without it only the bundled model is at hand.
+        remote: download SAEs that are on the Hub.
+        progress: show a bar on standard error.
+
+    Returns:
+        A finding per SAE that was run, or that could not be. A row without an L0 gets the measured one as its text.
+    """
+    chosen = spread(rows, count)
+    if not chosen:
+        return []
+    if not remote and is_remote(chosen[0].repo):
+        return [Finding("l0", "", False, f"The SAEs to run are in {chosen[0].repo} on the Hub: give --remote.")]
+    if model_path is None and chosen[0].model != "bundled":
+        text = f"{chosen[0].model} is not at hand: give --model-path."
+        return [Finding("l0", "", False, text)]
+    from gemma_scope_tl.adapters.loading import load_model
+    from gemma_scope_tl.sae.loading import load_row
+
+    loaded: list[tuple[SAERow, Any]] = []
+    findings: list[Finding] = []
+    try:
+        model = load_model(model_path or "bundled")
+    except GemmaScopeError as error:
+        return [Finding("l0", "", False, str(error))]
+    for row in chosen:
+        try:
+            loaded.append((row, load_row(row, device=model.cfg.device)))
+        except GemmaScopeError as error:
+            findings.append(Finding("l0", row.id, False, str(error)))
+    measured = l0_of(model, [sae for _, sae in loaded], held_out_tokens(model), progress)
+    return findings + [_compared(row, l0) for (row, _), l0 in zip(loaded, measured, strict=True)]
+
+
+def l0_of(
+    model: Any, saes: Sequence[Any], tokens: torch.Tensor, progress: bool = False
+) -> list[float | GemmaScopeError]:
+    """Mean number of active latents of each SAE over the ordinary tokens, from one pass of the model for all.
+
+    The same number as ``evaluate``'s ``l0``, without its passes for the losses. An SAE that does not fit the model has
+    the error in its place.
+    """
+    from gemma_scope_tl.attached import locate
+    from gemma_scope_tl.evals.metrics import Mean, l0
+    from gemma_scope_tl.sites import ModelDims, flatten_heads
+    from gemma_scope_tl.tokens import special_mask, special_token_ids
+
+    dims, means = ModelDims.from_config(model.cfg), [Mean() for _ in saes]
+    hooks: dict[int, str] = {}
+    errors: dict[int, GemmaScopeError] = {}
+    for number, sae in enumerate(saes):
+        try:
+            site, layer = locate(sae)
+            site.check_layer(layer, dims)
+            hooks[number] = site.hook_name(layer, "hooked_transformer")
+        except GemmaScopeError as error:
+            errors[number] = error
+    for batch in track(tokens.split(BATCH), "measuring L0", disable=not progress, transient=True, console=_console()):
+        seen: dict[str, torch.Tensor] = {}
+        ordinary = ~special_mask(batch, special_token_ids(model.tokenizer))
+        names = sorted(set(hooks.values()))
+        reads = [(name, partial(_keep, seen, name)) for name in names]
+        model.run_with_hooks(batch.to(model.cfg.device), fwd_hooks=reads)
+        for number in [n for n in hooks if n not in errors]:
+            try:
+                means[number].update(l0(saes[number].encode(flatten_heads(seen[hooks[number]])[ordinary])))
+            except GemmaScopeError as error:
+                errors[number] = error
+    return [errors.get(number, mean.value) for number, mean in enumerate(means)]
+
+
+def held_out_tokens(model: Any) -> torch.Tensor:
+    """Rows of BOS and held-out text, ``[16, 256]``."""
+    from gemma_scope_tl.evals.suite import pack_texts
+
+    texts = [json.loads(line)["text"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    return pack_texts(model.tokenizer, texts[:: max(len(texts) // ROWS, 1)], CONTEXT)[:ROWS]
+
+
+def spread(rows: Sequence[SAERow], count: int) -> list[SAERow]:
+    """``count`` of the rows (or all of them), evenly spaced, the first among them."""
+    count = min(count, len(rows))
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def tolerated(l0: float) -> float:
+    """How far a measured L0 may be from ``l0``.
+
+    >>> tolerated(100)
+    26.0
+    """
+    return 1 + TOLERANCE * l0
+
+
+def _compared(row: SAERow, measured: float | GemmaScopeError) -> Finding:
+    if isinstance(measured, GemmaScopeError):
+        return Finding("l0", row.id, False, str(measured))
+    if row.l0 is None:
+        return Finding("l0", row.id, None, f"measured {measured:.1f}, the row has none")
+    ok, limit = abs(measured - row.l0) <= tolerated(row.l0), tolerated(row.l0)
+    text = f"measured {measured:.1f}, the row says {row.l0:g}" + ("" if ok else f"; {limit:g} off is tolerated.")
+    return Finding("l0", row.id, ok, text)
+
+
+def _keep(seen: dict[str, torch.Tensor], name: str, value: torch.Tensor, hook: Any) -> None:
+    seen[name] = value
+
+
+def _console() -> Console:
+    return Console(stderr=True)

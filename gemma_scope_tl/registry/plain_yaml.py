@@ -1,0 +1,139 @@
+"""YAML as plain data, from files that nobody has vouched for.
+
+The text is read as a stream of events, without recursion, and only mappings, sequences and scalars come out of it. What
+could blow up or hide something is refused: aliases (a "billion laughs" is nine lines of them), tags, deep nesting, a
+second document, and a key that a mapping has twice, of which other readers keep the last without a word.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import yaml
+
+from gemma_scope_tl.errors import RegistryError
+
+MAX_BYTES = 16 << 20
+"""The largest registry file that is read, in bytes; the largest of Google's is a hundredth of that."""
+MAX_DEPTH = 16
+_MAX_NUMBER = 64  # characters; sexagesimal numbers take quadratic time
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = {f"{_TAG}{kind}" for kind in ("null", "bool", "int", "float")}
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is five times as fast
+_UNSET = object()
+
+
+class _Open(NamedTuple):
+    """A collection whose end has not been read."""
+
+    value: dict[object, object] | list[object]
+    lines: dict[object, int]  # the line of each key
+
+
+def load_yaml(text: str, source: str) -> object:
+    """Parse YAML into dicts, lists, strings, numbers, booleans and None.
+
+    Args:
+        text: one document. Dates stay strings.
+        source: the file's name, for messages.
+
+    Raises:
+        RegistryError: with the line, when the text is not YAML or more than plain data.
+    """
+    try:
+        return _build(_LOADER(text), source)
+    except yaml.YAMLError as error:
+        raise RegistryError(f"{source} is not YAML: {error}") from None
+
+
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
+    """The text of a registry file.
+
+    Raises:
+        RegistryError: when it cannot be read, is not UTF-8, or is larger than ``limit`` bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise RegistryError(f"{path} is larger than {limit:,} bytes, which no registry file is. Split the release.")
+        return data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RegistryError(f"{path} cannot be read: {error}") from None
+
+
+def _build(loader: Any, source: str) -> object:
+    stack: list[_Open] = []
+    keys: list[object] = []  # the key that waits for its value, for each open mapping
+    root: object = _UNSET
+    while not isinstance(event := loader.get_event(), yaml.StreamEndEvent):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise _refused(source, line, f"has the alias *{event.anchor}", "Write the value out.")
+        if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            _check_collection(event, source, line, len(stack))
+            value: Any = {} if isinstance(event, yaml.MappingStartEvent) else []
+        elif isinstance(event, yaml.ScalarEvent):
+            value = _scalar(loader, event, source, line)
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            if isinstance(stack.pop().value, dict):
+                keys.pop()
+            continue
+        else:  # starts and ends of the stream and its documents
+            continue
+        if not stack and root is not _UNSET:
+            raise _refused(source, line, "has a second document", "Keep one release in a file.")
+        root = value if not stack else root
+        if stack:
+            _put(stack[-1], keys, value, source, line)
+        if isinstance(value, (dict, list)):
+            stack.append(_Open(cast("dict[object, object] | list[object]", value), {}))
+            if isinstance(value, dict):
+                keys.append(_UNSET)
+    return None if root is _UNSET else root
+
+
+def _put(parent: _Open, keys: list[object], value: object, source: str, line: int) -> None:
+    """Give a value to the open collection it stands in: to the list, or as the mapping's next key or value."""
+    if isinstance(parent.value, list):
+        parent.value.append(value)
+    elif keys[-1] is not _UNSET:
+        parent.value[keys[-1]] = value
+        keys[-1] = _UNSET
+    elif isinstance(value, (dict, list)):
+        raise _refused(source, line, "has a collection as a key", "Keys are words.")
+    elif value in parent.lines:
+        raise _refused(source, line, f"has the key {value!r} again (first in line {parent.lines[value]})", "Keep one.")
+    else:
+        parent.lines[value] = line
+        keys[-1] = value
+
+
+def _check_collection(event: Any, source: str, line: int, depth: int) -> None:
+    if event.tag not in (None, "!", f"{_TAG}map", f"{_TAG}seq"):
+        raise _refused(source, line, f"is not YAML of plain data: it has the tag {event.tag!r}", "Take it out.")
+    if depth >= MAX_DEPTH:
+        raise _refused(source, line, f"is nested more than {MAX_DEPTH} deep", "A registry file has four levels.")
+
+
+def _scalar(loader: Any, event: Any, source: str, line: int) -> object:
+    tag = event.tag
+    if tag is None or tag == "!":
+        tag = loader.resolve(yaml.ScalarNode, event.value, event.implicit)
+    elif tag not in (*_SCALARS, f"{_TAG}str"):
+        raise _refused(source, line, f"is not YAML of plain data: it has the tag {tag!r}", "Take it out.")
+    if tag == f"{_TAG}merge":
+        raise _refused(source, line, "merges mappings with <<", "Write the values out.")
+    if tag not in _SCALARS:
+        return event.value
+    try:
+        if len(event.value) > _MAX_NUMBER:
+            raise ValueError("too long")
+        return loader.yaml_constructors[tag](loader, yaml.ScalarNode(tag, event.value))
+    except (ValueError, KeyError, OverflowError):
+        raise _refused(source, line, f"has {event.value[:40]!r}, which is not a {tag.removeprefix(_TAG)}", "") from None
+
+
+def _refused(source: str, line: int, what: str, remedy: str) -> RegistryError:
+    return RegistryError(f"{source}, line {line}, {what}. {remedy}".rstrip())
