@@ -6,10 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.interventions.positions import rows_of_ids
+from gemma_scope_tl.interventions.sources import encode_latents, place_of
+from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import flatten_heads
-from gemma_scope_tl.splicing import locate
 from gemma_scope_tl.tokens import special_mask, special_token_ids
 
 if TYPE_CHECKING:
@@ -23,77 +26,94 @@ def features(
     saes: Any | Iterable[Any],
     top: int | None = None,
     exclude_special_tokens: bool = True,
+    min_activation: float = 0.0,
 ) -> pd.DataFrame:
-    """The active latents of ``saes`` on ``text``, from one forward pass of the unchanged model.
+    """The active latents of ``saes`` on ``text``, from one forward pass for all of them.
+
+    The pass is the model's as it stands: hooks and SAEs that are attached act. SAEs are fed from hooks, never from
+    Hugging Face's ``hidden_states``, whose last entry is after the final norm: not the last layer's res site.
 
     Args:
         model: from ``load_model``.
         text: a text, several (padded on the left), or token ids.
-        saes: one SAE or transcoder, or several.
+        saes: one SAE, transcoder or :class:`~gemma_scope_tl.sae.latents.Latents` (with encoder columns), or several.
         top: keep the strongest latents of each token and SAE; None for all.
-        exclude_special_tokens: leave out BOS, EOS and padding, on which Gemma Scope was not trained.
+        exclude_special_tokens: leave out BOS, EOS and padding, on which Gemma Scope was not trained: on BOS, whose
+            activations can be far longer than any other token's, thousands of latents fire.
+        min_activation: leave out latents that fire less than this, in units of the latent.
 
     Returns:
-        A row per active latent, strongest first within a token: ``sequence, position, token, site, layer, latent,
-        activation``. Positions count from 0 at the first token that is not padding.
+        A row per active latent, strongest first within a token: ``sequence, position, token, sae, site, layer, latent,
+        activation``. ``position`` counts from 0 at the first token that is not padding, as interventions count;
+        ``sae`` is the place in ``saes``, which tells two SAEs of one site and layer apart.
+
+    Raises:
+        GemmaScopeError: when ``top`` is below 1 or ``min_activation`` below 0.
+        SpliceError: when an SAE does not say where it belongs.
     """
     import pandas as pd
 
-    several: list[Any] = [saes] if isinstance(saes, torch.nn.Module) else list(saes)
+    if (top is not None and top < 1) or not min_activation >= 0:
+        raise GemmaScopeError(f"top is at least 1 and min_activation at least 0; given: {top}, {min_activation}.")
+    several: list[Any] = [saes] if isinstance(saes, (torch.nn.Module, Latents)) else list(saes)
     tokens = text if isinstance(text, torch.Tensor) else model.to_tokens(text)
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
-    places = [locate(sae) for sae in several]
-    seen: dict[str, torch.Tensor] = {}
-    hooks = [
-        (name, lambda value, hook, name=name: seen.__setitem__(name, value))
-        for name in {site.hook_name(layer, "hooked_transformer") for site, layer in places}
-    ]
-    model.run_with_hooks(tokens, fwd_hooks=hooks)
-    padding, counted = _padding_and_counted(model, tokens, exclude_special_tokens)
+    tokens = (tokens[None] if tokens.ndim == 1 else tokens).to(model.cfg.device)
+    places = [place_of(sae) for sae in several]
+    names = [site.hook_name(layer, "hooked_transformer") for site, layer in places]
+    seen = _activations(model, tokens, names)
+    counted = ~special_mask(tokens, special_token_ids(model.tokenizer) if exclude_special_tokens else ())
+    position = rows_of_ids(tokens, tokens.shape[1], model.tokenizer, growing=False).place
     frames: list[pd.DataFrame] = []
-    for sae, (site, layer) in zip(several, places, strict=True):
-        value = seen[site.hook_name(layer, "hooked_transformer")]
-        acts = sae.encode(flatten_heads(value))
-        acts = acts.float() * counted.unsqueeze(-1).to(acts.device)
-        frames.append(_frame(model, tokens, padding, acts, site.name, layer, top))
+    for i, (sae, name, (site, layer)) in enumerate(zip(several, names, places, strict=True)):
+        rows, columns, latents, values = _active(sae, seen[name], counted, top, min_activation)
+        listed = {
+            "sequence": rows.tolist(),
+            "position": position[rows, columns].tolist(),
+            "token": _texts(model.tokenizer, tokens[rows, columns].tolist()),
+            "sae": i,
+            "site": site.name,
+            "layer": pd.array([layer] * len(latents), dtype="Int64"),
+            "latent": latents.tolist(),
+            "activation": values.tolist(),
+        }
+        frames.append(pd.DataFrame(listed))
     return pd.concat(frames, ignore_index=True)
 
 
-def _padding_and_counted(model: Any, tokens: torch.Tensor, exclude: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    pad = getattr(model.tokenizer, "pad_token_id", None)
-    leading = (tokens == pad) if pad is not None else torch.zeros_like(tokens, dtype=torch.bool)
-    padding = leading.long().cumprod(-1).sum(-1)
-    ids = special_token_ids(model.tokenizer) if exclude else ()
-    return padding, ~special_mask(tokens, ids)
+def _activations(model: Any, tokens: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
+    """The tensors at some hooks, heads flattened, from one pass."""
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        (name, lambda value, hook, name=name: seen.__setitem__(name, flatten_heads(value)))
+        for name in dict.fromkeys(names)
+    ]
+    model.run_with_hooks(tokens, fwd_hooks=hooks)
+    return seen
 
 
-def _frame(
-    model: Any,
-    tokens: torch.Tensor,
-    padding: torch.Tensor,
-    acts: torch.Tensor,
-    site: str,
-    layer: int | None,
+def _active(
+    sae: Any,
+    x: Float[torch.Tensor, "batch pos d_in"],
+    counted: Bool[torch.Tensor, "batch pos"],
     top: int | None,
-) -> pd.DataFrame:
-    import pandas as pd
+    min_activation: float,
+) -> tuple[torch.Tensor, ...]:
+    """Row, column, latent and value of each active latent: by row and column, then strongest first."""
+    acts = encode_latents(sae, x)
+    counted = counted.to(acts.device)[..., None]
+    if top is None:
+        rows, columns, latents = ((acts > 0) & (acts >= min_activation) & counted).nonzero(as_tuple=True)
+        values = acts[rows, columns, latents].float()
+    else:
+        strongest, which = acts.topk(min(top, acts.shape[-1]), dim=-1)
+        rows, columns, rank = ((strongest > 0) & (strongest >= min_activation) & counted).nonzero(as_tuple=True)
+        latents, values = which[rows, columns, rank], strongest[rows, columns, rank].float()
+    order = values.argsort(descending=True, stable=True)  # by value, then stably by place: strongest first at each
+    order = order[(rows * x.shape[1] + columns)[order].argsort(stable=True)]
+    names = latents if not isinstance(sae, Latents) else torch.tensor(sae.latents, device=acts.device)[latents]
+    return rows[order].cpu(), columns[order].cpu(), names[order].cpu(), values[order].cpu()
 
-    values, latents = acts.sort(dim=-1, descending=True)
-    active = values > 0
-    if top is not None:
-        active[..., top:] = False
-    sequence, position, rank = active.nonzero(as_tuple=True)
-    chosen = latents[sequence, position, rank]
-    names = [[model.tokenizer.decode([int(i)]) if model.tokenizer else str(int(i)) for i in row] for row in tokens]
-    pairs = zip(sequence.tolist(), position.tolist(), strict=True)
-    return pd.DataFrame(
-        {
-            "sequence": sequence.tolist(),
-            "position": (position - padding[sequence]).tolist(),
-            "token": [names[s][p] for s, p in pairs],
-            "site": site,
-            "layer": pd.array([layer] * len(chosen), dtype="Int64"),
-            "latent": chosen.tolist(),
-            "activation": values[sequence, position, rank].tolist(),
-        }
-    )
+
+def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    texts = {i: tokenizer.decode([i]) if tokenizer else str(i) for i in set(ids)}
+    return [texts[i] for i in ids]

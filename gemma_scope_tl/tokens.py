@@ -57,6 +57,7 @@ class TokenTracker:
     def __init__(self) -> None:
         self._ids: torch.Tensor | None = None
         self._masks: dict[tuple[tuple[int, ...], int], torch.Tensor] = {}
+        self._prompt: int | None = None
         self.generating = False
 
     def observe(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -66,22 +67,42 @@ class TokenTracker:
             ids = ids[None]
         if self.generating and self._ids is not None and ids.shape == (self._ids.shape[0], 1):
             ids = torch.cat([self._ids, ids], dim=1)
+        if not self.generating or self._prompt is None:
+            self._prompt = ids.shape[1]
         self._set(ids)
 
     @contextmanager
     def generation(self) -> Generator[None]:
         """Append single tokens while inside, forget everything on entry and exit."""
         self._set(None)
-        self.generating = True
+        self._prompt, self.generating = None, True
         try:
             yield
         finally:
             self._set(None)
-            self.generating = False
+            self._prompt, self.generating = None, False
 
     def clear(self) -> None:
         """Forget the ids, so that a pass from embeddings cannot use those of an earlier pass."""
         self._set(None)
+
+    def sequence(self, like: torch.Tensor) -> tuple[Int[torch.Tensor, "batch total"], int] | None:
+        """The ids of the whole text that ``like`` (``[batch, pos, …]``) holds the last positions of, and how many of
+        them came with the prompt: all of them outside :meth:`generation`. None in a pass that began from embeddings.
+
+        Raises:
+            SpliceError: when generation began from embeddings: where a new token stands is then unknown.
+        """
+        ids, (batch, pos) = self._ids, like.shape[:2]
+        known = ids is not None and ids.shape[1] >= pos and ids.shape[0] in (1, batch)
+        if ids is not None and self._prompt is not None and known:
+            return ids.expand(batch, -1).to(like.device), self._prompt
+        if self.generating:
+            raise SpliceError(
+                "Generation began from embeddings, so positions in the text are unknown: generate from token ids, or "
+                "pass positions=None."
+            )
+        return None
 
     def _set(self, ids: torch.Tensor | None) -> None:
         self._ids = ids

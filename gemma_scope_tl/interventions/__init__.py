@@ -1,0 +1,28 @@
+"""Hooks that steer, clamp, scale or ablate latents, for plain ``run_with_hooks`` and inside ``generate``.
+
+Each function gives a ``(hook name, hook)`` pair for ``fwd_hooks``. The names are HookedTransformer's, which models from
+``load_model`` understand on both backends. Such a model also tells the hook where BOS, EOS and padding stand, which are
+left alone by default, and where in the text the tensor at hand belongs. On any other TransformerLens model, which
+cannot tell, every position may be edited, and positions count in the tensor at hand.
+"""
+
+from gemma_scope_tl.interventions.functions import ablate, clamp, scale, steer
+from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, LatentEdit, Scale, Steer, SteerLatents
+from gemma_scope_tl.interventions.norms import mean_norms
+from gemma_scope_tl.interventions.positions import Positions
+
+__all__ = [
+    "Ablate",
+    "Clamp",
+    "Intervention",
+    "LatentEdit",
+    "Positions",
+    "Scale",
+    "Steer",
+    "SteerLatents",
+    "ablate",
+    "clamp",
+    "mean_norms",
+    "scale",
+    "steer",
+]

@@ -1,0 +1,219 @@
+"""``steer``, ``clamp``, ``scale`` and ``ablate``: a hook name and a hook, from an SAE or a few of its latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from gemma_scope_tl.errors import SpliceError, unknown_name
+from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, Steer, SteerLatents
+from gemma_scope_tl.interventions.positions import Positions
+from gemma_scope_tl.interventions.sources import chosen_latents, decoder_rows, place_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gemma_scope_tl.interventions.sources import Source
+
+On = Literal["activations", "features"]
+Unit = Literal["activation", "norm", "mean_norm"]
+Numbers = float | Sequence[float] | torch.Tensor
+ON: tuple[On, ...] = ("activations", "features")
+UNITS: tuple[Unit, ...] = ("activation", "norm", "mean_norm")
+
+
+def steer(
+    sae: Source,
+    latent: int | Iterable[int],
+    scale: Numbers,
+    positions: Positions = None,
+    exclude_special_tokens: bool = True,
+    unit: Unit = "activation",
+    mean_norm: float | pd.DataFrame | None = None,
+    on: On = "activations",
+) -> tuple[str, Intervention]:
+    """Add decoder rows to a site's activations: ``x + sum_i a_i W_dec[i]``, with ``a_i`` from ``scale`` and ``unit``.
+
+    At the att site a post-norm follows W_O and divides by its own input's norm: what is added there grows only in
+    comparison with what is there already, and less and less.
+
+    Args:
+        sae: an SAE, a transcoder (whose output is steered), or :class:`~gemma_scope_tl.sae.latents.Latents`.
+        latent: index or indices.
+        scale: s, one number for all latents or one for each; negative to steer away.
+        positions: an int, slice, list, or boolean mask; None for all. They count in the whole text, also while
+            generating, and from each row's first token that is not padding
+            (:mod:`gemma_scope_tl.interventions.positions`).
+        exclude_special_tokens: leave BOS, EOS and padding alone, on models from ``load_model``.
+        unit: of ``scale``.
+
+            - ``"activation"``: ``a = s``. Gemma Scope's rows have unit norm, so it is the length that is added.
+            - ``"mean_norm"``: ``a = s m / ||W_dec[i]||``, with the site's mean norm ``m = E||x||`` from ``mean_norm``.
+            - ``"norm"``: ``a = s ||x|| / ||W_dec[i]||``, with the norm of the very position that is edited, as it
+              stands there. A mean over the pass would depend on how many positions the pass holds, so steered
+              generation with a cache and without would differ.
+        mean_norm: m itself, or the table of :func:`mean_norms`, in which the site and layer are looked up.
+        on: ``"activations"``, for a plain model; ``"features"``, for a model with the SAE spliced in, whose latents
+            then get ``f_i + a_i``. The same with the error term. Not with ``unit="norm"``: features have no ||x||.
+
+    Returns:
+        ``(hook name, hook)`` for ``fwd_hooks``, ``add_hook`` or ``hooks``.
+
+    Raises:
+        SpliceError: no such latent, not one number a latent, a missing ``mean_norm``, or an SAE that does not say
+            where it belongs.
+        UnknownNameError: another ``unit`` or ``on``, a latent that was not loaded, a site that ``mean_norm`` lacks.
+    """
+    if unit not in UNITS:
+        raise unknown_name("unit", unit, UNITS)
+    name = _hook_name(sae, on, reads=False)
+    chosen = chosen_latents(sae, latent)
+    amounts, rows = _numbers(scale, chosen, "scale"), decoder_rows(sae, chosen)
+    if unit == "norm" and on == "features":
+        raise SpliceError('A hook on features does not see ||x||: use unit="mean_norm", or on="activations".')
+    if unit == "mean_norm":
+        amounts = amounts * _looked_up(mean_norm, name.removesuffix(".hook_sae_acts_post"))
+    elif mean_norm is not None:
+        raise SpliceError(f'mean_norm= goes with unit="mean_norm"; the unit given is {unit!r}.')
+    if unit != "activation":
+        amounts = amounts.to(rows.device) / rows.float().norm(dim=-1)
+    where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
+    if on == "features":
+        return name, SteerLatents(sae, chosen, amounts, on_features=True, **where)
+    return name, Steer(amounts.to(rows) @ rows, by_norm=unit == "norm", **where)
+
+
+def clamp(
+    sae: Source,
+    latents: int | Iterable[int],
+    value: Numbers,
+    positions: Positions = None,
+    exclude_special_tokens: bool = True,
+    on: On = "activations",
+) -> tuple[str, Clamp]:
+    """Set latents' activations to ``value``: ``x + sum_i (c_i - f_i(x)) W_dec[i]``, or ``f_i = c_i`` on features.
+
+    Args:
+        sae: an SAE or its :class:`~gemma_scope_tl.sae.latents.Latents` with encoder columns; a transcoder only with
+            ``on="features"``.
+        latents: index or indices.
+        value: c, one number for all latents or one for each, in units of the latents' activations.
+        positions, exclude_special_tokens: as for :func:`steer`.
+        on: ``"activations"``, for a plain model; ``"features"``, for a model with the SAE spliced in, whose
+            activations the hook edits. The same with the error term; without it the site holds the edited
+            reconstruction.
+
+    Returns:
+        ``(hook name, hook)``; :class:`~gemma_scope_tl.interventions.hooks.LatentEdit` says what the hook keeps.
+
+    Raises:
+        SpliceError: a transcoder with ``on="activations"`` (its input is elsewhere), latents without encoder columns,
+            no such latent, or not one number a latent.
+        UnknownNameError: another ``on``, or a latent that was not loaded.
+    """
+    name, chosen, where = _edit(sae, latents, positions, exclude_special_tokens, on)
+    return name, Clamp(sae, chosen, _numbers(value, chosen, "value"), **where)
+
+
+def scale(
+    sae: Source,
+    latents: int | Iterable[int],
+    factor: Numbers,
+    positions: Positions = None,
+    exclude_special_tokens: bool = True,
+    on: On = "activations",
+) -> tuple[str, Scale]:
+    """Multiply latents' activations: ``x + sum_i (s_i - 1) f_i(x) W_dec[i]``, or ``s_i f_i`` on features.
+
+    These are parts of a tensor. Multiplying *all* of a sub-layer's output before its post-norm (all heads at the att
+    site, the raw MLP output) changes nothing: RMSNorm divides the factor out again.
+
+    Args:
+        sae, latents, positions, exclude_special_tokens, on: as for :func:`clamp`.
+        factor: s, one number for all latents or one for each.
+
+    Raises:
+        SpliceError, UnknownNameError: as :func:`clamp`.
+    """
+    name, chosen, where = _edit(sae, latents, positions, exclude_special_tokens, on)
+    return name, Scale(sae, chosen, _numbers(factor, chosen, "factor"), **where)
+
+
+def ablate(
+    sae: Source,
+    latents: int | Iterable[int],
+    positions: Positions = None,
+    exclude_special_tokens: bool = True,
+    on: On = "activations",
+) -> tuple[str, Ablate]:
+    """Remove latents' contributions: ``x - sum_i f_i(x) W_dec[i]``, or ``f_i = 0`` on features.
+
+    The same as :func:`scale` with 0 and :func:`clamp` to 0.
+
+    Args:
+        sae, latents, positions, exclude_special_tokens, on: as for :func:`clamp`.
+
+    Raises:
+        SpliceError, UnknownNameError: as :func:`clamp`.
+    """
+    name, chosen, where = _edit(sae, latents, positions, exclude_special_tokens, on)
+    return name, Ablate(sae, chosen, **where)
+
+
+def _edit(
+    sae: Source, latents: int | Iterable[int], positions: Positions, exclude_special_tokens: bool, on: On
+) -> tuple[str, list[int], dict[str, Any]]:
+    name = _hook_name(sae, on, reads=True)
+    where = {
+        "positions": positions,
+        "exclude_special_tokens": exclude_special_tokens,
+        "on_features": on == "features",
+    }
+    return name, chosen_latents(sae, latents), where
+
+
+def _hook_name(sae: Source, on: On, reads: bool) -> str:
+    """Where the hook goes; ``reads`` when it must know the latents' activations there."""
+    if on not in ON:
+        raise unknown_name("place to edit (on=)", on, ON)
+    site, layer = place_of(sae)
+    if on == "features":
+        return f"{site.hook_name_out(layer, 'hooked_transformer')}.hook_sae_acts_post"
+    if reads and site.is_transcoder:
+        raise SpliceError(
+            "A transcoder reads another tensor than it writes, so its latents cannot be told from the output. Splice "
+            'it with the error term, gs.splice(model, sae, error_term=True), and edit with on="features" '
+            "(its hook_sae_acts_post); steer works without."
+        )
+    encoder = getattr(sae, "W_enc", None)
+    if reads and encoder is None:
+        raise SpliceError(
+            "These latents came without their encoder columns, so their activations are unknown: load them from a "
+            'local file, or steer, which needs decoder rows alone, or splice the SAE and edit with on="features".'
+        )
+    return site.hook_name_out(layer, "hooked_transformer")
+
+
+def _numbers(given: Numbers, latents: list[int], name: str) -> torch.Tensor:
+    """One number a latent, float32 or wider."""
+    numbers = torch.as_tensor(given)
+    numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32)).detach()
+    if numbers.ndim > 1 or (numbers.ndim == 1 and len(numbers) != len(latents)):
+        raise SpliceError(
+            f"{name}= takes one number, or one for each of the {len(latents)} latents; given: shape "
+            f"{list(numbers.shape)}."
+        )
+    return numbers.expand(len(latents))
+
+
+def _looked_up(mean_norm: float | pd.DataFrame | None, hook: str) -> float:
+    if mean_norm is None:
+        raise SpliceError('unit="mean_norm" needs mean_norm=: a number, or the table of mean_norms(model, texts).')
+    if isinstance(mean_norm, (int, float)):
+        return float(mean_norm)
+    rows = mean_norm[mean_norm["hook"] == hook]
+    if rows.empty:
+        raise unknown_name("hook in mean_norm", hook, mean_norm["hook"], "Measure that site and layer too.")
+    return float(cast(Any, rows["mean_norm"].iloc[0]))

@@ -1,0 +1,168 @@
+"""The forward hooks themselves: what each edit computes, and where it applies."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+
+from gemma_scope_tl.interventions.positions import Positions, chosen_columns, rows_of
+from gemma_scope_tl.interventions.sources import decoder_rows, encode_latents
+from gemma_scope_tl.sites import flatten_heads, unflatten_heads
+from gemma_scope_tl.tokens import TokenTracker, special_token_ids
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.interventions.sources import Source
+
+
+class Intervention:
+    """A forward hook that edits a tensor at chosen positions.
+
+    Subclasses give :meth:`edited`. Heads are flattened before and restored after; the dtype stays the model's.
+
+    Args:
+        positions: see :mod:`gemma_scope_tl.interventions.positions`; None for all.
+        exclude_special_tokens: leave BOS, EOS and padding alone, on models from ``load_model``.
+    """
+
+    def __init__(self, positions: Positions = None, exclude_special_tokens: bool = True) -> None:
+        self.positions, self.exclude_special_tokens = positions, exclude_special_tokens
+        self._tracker: TokenTracker | None = None
+        self._tokenizer: Any = None
+
+    def edited(self, x: Float[torch.Tensor, "batch pos d"]) -> Float[torch.Tensor, "batch pos d"]:
+        """The tensor after the edit, as if it applied everywhere."""
+        raise NotImplementedError  # pragma: no cover - an abstract method
+
+    def bound_to(self, tracker: TokenTracker, tokenizer: Any) -> Intervention:
+        """A copy that knows the token ids of the pass it runs in."""
+        bound = copy.copy(self)
+        bound._tracker, bound._tokenizer = tracker, tokenizer
+        return bound
+
+    def __call__(self, value: torch.Tensor, hook: Any = None) -> torch.Tensor:
+        """Edit ``[batch, pos, d]`` or ``[batch, pos, head, d_head]``.
+
+        Raises:
+            SpliceError: when the positions do not exist, or the pass hides its token ids (see ``TokenTracker``).
+        """
+        x = flatten_heads(value)
+        keep = self._untouched(x)
+        out = unflatten_heads(self.edited(x).to(value.dtype), value)
+        if keep is None:
+            return out
+        return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - 2)), value, out)
+
+    def _untouched(self, x: torch.Tensor) -> torch.Tensor | None:
+        """True at positions (``[batch, pos]``) that must stay as they are; None when there are none."""
+        keep = None
+        if self.positions is not None:
+            chosen = chosen_columns(self.positions, rows_of(x, self._tracker, self._tokenizer))
+            keep = ~chosen[:, -x.shape[1] :]
+        special_ids = special_token_ids(self._tokenizer) if self.exclude_special_tokens else ()
+        if self._tracker is not None and special_ids:
+            special = self._tracker.mask(x, special_ids)
+            keep = special if keep is None else keep | special
+        return keep
+
+
+class Steer(Intervention):
+    """Adds a vector to a site's activations: a fixed one, or one as long as a multiple of the activation's own norm.
+
+    ``x + v``, or with ``by_norm`` ``x + ||x|| v``, position by position.
+    """
+
+    def __init__(
+        self,
+        vector: Float[torch.Tensor, " d"],
+        positions: Positions = None,
+        exclude_special_tokens: bool = True,
+        by_norm: bool = False,
+    ) -> None:
+        super().__init__(positions, exclude_special_tokens)
+        self.vector, self.by_norm = vector, by_norm
+
+    def edited(self, x: torch.Tensor) -> torch.Tensor:
+        """``x + v`` or ``x + ||x|| v``, in the wider of both dtypes."""
+        vector = self.vector.to(x.device, torch.promote_types(x.dtype, self.vector.dtype))
+        return x + x.to(vector.dtype).norm(dim=-1, keepdim=True) * vector if self.by_norm else x + vector
+
+
+class LatentEdit(Intervention):
+    """Gives some latents other activations: ``f_i -> g_i(f_i)``.
+
+    On a site's activations x, which the SAE need not be spliced into, this adds what the change writes::
+
+        x + sum_i (g_i(f_i(x)) - f_i(x)) W_dec[i]
+
+    All f_i are those of the x that comes in, and everything else in x stays: the other latents, and what the SAE does
+    not explain. On a spliced SAE's own activations (``on_features``) f_i itself is replaced. With the error term both
+    are the same. What the SAE would read from the edited x need not be ``g_i``: decoder rows are not orthogonal, and
+    the encoder is not the decoder's inverse.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        latents: list[int],
+        positions: Positions = None,
+        exclude_special_tokens: bool = True,
+        on_features: bool = False,
+    ) -> None:
+        super().__init__(positions, exclude_special_tokens)
+        self.source, self.latents, self.on_features = source, latents, on_features
+
+    def changed(self, acts: Float[torch.Tensor, "batch pos k"]) -> Float[torch.Tensor, "batch pos k"]:
+        """``g_i`` of the activations of the chosen latents, in the order they were given."""
+        raise NotImplementedError  # pragma: no cover - an abstract method
+
+    def edited(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        if self.on_features:
+            out = x.clone()
+            out[..., self.latents] = self.changed(x[..., self.latents]).to(x.dtype)
+            return out
+        acts = encode_latents(self.source, x, self.latents)
+        return x + (self.changed(acts) - acts) @ decoder_rows(self.source, self.latents)
+
+
+class Ablate(LatentEdit):
+    """``f_i -> 0``: takes away what the latents contribute."""
+
+    def changed(self, acts: torch.Tensor) -> torch.Tensor:
+        """Zeros."""
+        return torch.zeros_like(acts)
+
+
+class _WithNumbers(LatentEdit):
+    """A latent edit with one number a latent."""
+
+    def __init__(self, source: Source, latents: list[int], numbers: Float[torch.Tensor, " k"], **where: Any) -> None:
+        super().__init__(source, latents, **where)
+        self.numbers = numbers
+
+
+class Clamp(_WithNumbers):
+    """``f_i -> c_i``."""
+
+    def changed(self, acts: torch.Tensor) -> torch.Tensor:
+        """The numbers, at every position."""
+        return self.numbers.to(acts).expand_as(acts)
+
+
+class Scale(_WithNumbers):
+    """``f_i -> s_i f_i``."""
+
+    def changed(self, acts: torch.Tensor) -> torch.Tensor:
+        """The activations times the numbers."""
+        return self.numbers.to(acts) * acts
+
+
+class SteerLatents(_WithNumbers):
+    """``f_i -> f_i + a_i``, for a spliced SAE."""
+
+    def changed(self, acts: torch.Tensor) -> torch.Tensor:
+        """The activations plus the numbers."""
+        return acts + self.numbers.to(acts)

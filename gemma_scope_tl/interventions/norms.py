@@ -1,0 +1,86 @@
+"""How long a site's activations are, which is what steering strengths compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sites import Site, flatten_heads, get_site
+from gemma_scope_tl.tokens import special_mask, special_token_ids
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@torch.no_grad()
+def mean_norms(
+    model: Any,
+    text: str | Sequence[str] | Int[torch.Tensor, "batch pos"],
+    sites: str | Iterable[str] = ("res", "mlp", "att", "embedding"),
+    layers: Iterable[int] | None = None,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """The mean norm ``E||x||`` of activations at sites, over the ordinary tokens of some text.
+
+    BOS, EOS and padding are left out: in Gemma 2 the residual stream at BOS can be many times longer than elsewhere,
+    and one token of a text would decide the mean.
+
+    Args:
+        model: from ``load_model``.
+        text: a text, several (padded on the left), or token ids.
+        sites: names of sites; ``"transcoder"`` means its output, which is what steering edits (the mlp site's tensor).
+        layers: all by default.
+        batch_size: rows in a forward pass.
+
+    Returns:
+        A row per site and layer: ``site, layer, hook, mean_norm, tokens``. ``hook`` is HookedTransformer's name, by
+        which :func:`steer` finds its row.
+
+    Raises:
+        UnknownNameError: for a site that does not exist.
+        SpliceError: for a layer that does not.
+        GemmaScopeError: when the text holds no ordinary token.
+    """
+    import pandas as pd
+
+    places = _places(model, [sites] if isinstance(sites, str) else sites, layers)
+    tokens = text if isinstance(text, torch.Tensor) else model.to_tokens(text)
+    tokens = (tokens[None] if tokens.ndim == 1 else tokens).to(model.cfg.device)
+    hooks = {site.hook_name_out(layer, "hooked_transformer") for site, layer in places}
+    sums, count = dict.fromkeys(hooks, 0.0), 0
+    for batch in tokens.split(batch_size):
+        ordinary = ~special_mask(batch, special_token_ids(model.tokenizer))
+        count += int(ordinary.sum())
+
+        def add(value: torch.Tensor, hook: Any, name: str, ordinary: torch.Tensor = ordinary) -> None:
+            norms = flatten_heads(value)[ordinary.to(value.device)].float().norm(dim=-1)
+            sums[name] += norms.double().sum().item()
+
+        pairs = [(name, lambda value, hook, name=name, add=add: add(value, hook, name)) for name in sorted(hooks)]
+        model.run_with_hooks(batch, fwd_hooks=pairs)
+    if count == 0:
+        raise GemmaScopeError("The text holds no token but BOS, EOS and padding: give more.")
+    names = [site.hook_name_out(layer, "hooked_transformer") for site, layer in places]
+    return pd.DataFrame(
+        {
+            "site": [site.name for site, _ in places],
+            "layer": pd.array([layer for _, layer in places], dtype="Int64"),
+            "hook": names,
+            "mean_norm": [sums[name] / count for name in names],
+            "tokens": count,
+        }
+    )
+
+
+def _places(model: Any, sites: Iterable[str], layers: Iterable[int] | None) -> list[tuple[Site, int | None]]:
+    chosen = list(range(model.dims.n_layers)) if layers is None else list(layers)
+    places: list[tuple[Site, int | None]] = []
+    for site in map(get_site, sites):
+        places += [(site, layer) for layer in chosen] if site.per_layer else [(site, None)]
+    for site, layer in places:
+        site.check_layer(layer, model.dims)
+    return places

@@ -1,0 +1,100 @@
+"""What a latent writes, read as tokens: its decoder row through the final norm's gain and the unembedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.interventions.sources import chosen_latents, decoder_rows, place_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gemma_scope_tl.interventions.sources import Source
+    from gemma_scope_tl.sites import Site
+
+_CHUNK = 32768  # columns of the unembedding in float32 at once
+
+
+@torch.no_grad()
+def top_tokens(model: Any, sae: Source, latent: int | Iterable[int], k: int = 10) -> pd.DataFrame:
+    """The tokens that a latent promotes and suppresses most, by its direct path to the logits.
+
+    For a decoder row v, with the gains ``1 + w`` of Gemma 2's RMSNorms::
+
+        u      = v                                        res, embedding, mlp, transcoder
+        u      = (v W_O) * (1 + w_post_attention[layer])  att
+        logits = (u * (1 + w_final)) W_U
+
+    The mlp site and a transcoder's output lie after the post-MLP norm already, and are added to the residual stream as
+    they are. The norms' denominators are left out: the final one divides all logits by the RMS of the residual stream
+    at the position, the post-attention one by the RMS of the attention's output, so for a given text ``logit`` is the
+    change per unit of activation up to one positive factor, and the order of the tokens is right. The final soft-cap
+    is left out too: it is monotone. Later layers, which read v as well, are not in it: the earlier the layer, the less
+    it says. Computed in float32.
+
+    Args:
+        model: from ``load_model``, either backend.
+        sae: an SAE, a transcoder, or :class:`~gemma_scope_tl.sae.latents.Latents` (decoder rows suffice).
+        latent: index or indices.
+        k: how many tokens of each kind.
+
+    Returns:
+        A row per latent, kind and rank: ``latent, kind ("promoted" or "suppressed"), rank, token_id, token, logit``.
+        Rank 0 is the most promoted or the most suppressed.
+
+    Raises:
+        SpliceError: no such latent, or an SAE that does not fit the model's layers and widths.
+        UnknownNameError: a latent that was not loaded.
+        GemmaScopeError: when ``k`` is not between 1 and the size of the vocabulary.
+    """
+    import pandas as pd
+
+    site, layer = place_of(sae)
+    site.check_layer(layer, model.dims)
+    chosen = chosen_latents(sae, latent)
+    logits = _logits(model, site, layer, decoder_rows(sae, chosen))
+    if not 1 <= k <= logits.shape[-1]:
+        raise GemmaScopeError(f"k is between 1 and the {logits.shape[-1]} tokens of the vocabulary; given: {k}.")
+    frames: list[pd.DataFrame] = []
+    for i, row in zip(chosen, logits, strict=True):
+        for kind, largest in (("promoted", True), ("suppressed", False)):
+            values, ids = row.topk(k, largest=largest)
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "latent": i,
+                        "kind": kind,
+                        "rank": range(k),
+                        "token_id": ids.tolist(),
+                        "token": [model.tokenizer.decode([t]) if model.tokenizer else str(t) for t in ids.tolist()],
+                        "logit": values.tolist(),
+                    }
+                )
+            )
+    return pd.concat(frames, ignore_index=True)
+
+
+def _logits(model: Any, site: Site, layer: int | None, rows: torch.Tensor) -> Float[torch.Tensor, "k d_vocab"]:
+    block = model.blocks[layer] if site.name == "att" else None
+    width = model.dims.n_heads * model.dims.d_head if block is not None else model.dims.d_model
+    if rows.shape[-1] != width:
+        raise SpliceError(
+            f"The decoder row has {rows.shape[-1]} dimensions, site {site.name!r} of this model {width}: it belongs to "
+            "another model."
+        )
+    w_u = model.W_U
+    u = rows.to(w_u.device, torch.float32)
+    if block is not None:
+        u = u @ block.attn.W_O.float().reshape(width, -1) * _gain(model, block.ln1_post)
+    u = u * _gain(model, model.ln_final)
+    return torch.cat([u @ columns.float() for columns in w_u.split(_CHUNK, dim=1)], dim=1)
+
+
+def _gain(model: Any, norm: Any) -> Float[torch.Tensor, " d_model"]:
+    """``1 + w``: HookedTransformer's weights have the 1 in them, Hugging Face's (under the bridge) do not."""
+    return norm.w.float() + (1.0 if model.backend == "bridge" else 0.0)
