@@ -16,30 +16,46 @@ _NAMES = {
     "JumpReLUSAE": "sae.jumprelu",
     "JumpReLUTranscoder": "sae.transcoder",
     "ablate": "interventions",
+    "attribute": "attributions.gradients",
+    "circuit": "attributions.graph",
+    "clamp": "interventions",
     "evaluate": "evals.suite",
     "features": "feature_table",
     "list_saes": "registry",
+    "load_latents": "sae.partial",
     "load_model": "adapters.loading",
     "load_sae": "sae.jumprelu",
+    "load_suite": "sae.suite",
+    "mean_norms": "interventions",
+    "register_release": "registry",
+    "register_with_sae_lens": "sae.sae_lens_releases",
     "save_sae": "sae.save",
+    "scale": "interventions",
     "splice": "splicing",
     "steer": "interventions",
+    "top_tokens": "logit_lens",
 }
-_MODULES = ("adapters", "errors", "evals", "registry", "sae", "sites", "training", "viz", "weights")
+_MODULES = ("adapters", "attributions", "errors", "evals", "registry", "sae", "sites", "training", "viz", "weights")
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 
 # pyright: reportUnusedImport=false, reportUnsupportedDunderAll=false
 if TYPE_CHECKING:
-    from gemma_scope_tl import adapters, errors, evals, registry, sae, sites, training, viz, weights
+    from gemma_scope_tl import adapters, attributions, errors, evals, registry, sae, sites, training, viz, weights
     from gemma_scope_tl.adapters.loading import load_model
+    from gemma_scope_tl.attributions.gradients import attribute
+    from gemma_scope_tl.attributions.graph import circuit
     from gemma_scope_tl.errors import AdapterMismatch, GemmaScopeError
     from gemma_scope_tl.evals.suite import evaluate
     from gemma_scope_tl.feature_table import features
-    from gemma_scope_tl.interventions import ablate, steer
-    from gemma_scope_tl.registry import list_saes
+    from gemma_scope_tl.interventions import ablate, clamp, mean_norms, scale, steer
+    from gemma_scope_tl.logit_lens import top_tokens
+    from gemma_scope_tl.registry import list_saes, register_release
     from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, load_sae
+    from gemma_scope_tl.sae.partial import load_latents
+    from gemma_scope_tl.sae.sae_lens_releases import register_with_sae_lens
     from gemma_scope_tl.sae.save import save_sae
+    from gemma_scope_tl.sae.suite import load_suite
     from gemma_scope_tl.sae.transcoder import JumpReLUTranscoder
     from gemma_scope_tl.splicing import splice
 

@@ -85,3 +85,34 @@ def test_doctor_passes_here() -> None:
     facts = _json("doctor")
     assert "equal to plain Hugging Face" in facts["bundled model on bridge"]
     assert "equal to plain Hugging Face" in facts["bundled model on hooked_transformer"]
+
+
+def test_clamping_in_place_of_steering() -> None:
+    found = _json("steer", "The king", "--latent", "12", "--clamp", "8", "--tokens", "4")
+    assert found["clamp"] == 8
+    assert found["scale"] is None
+    for wrong in ([], ["--scale", "3", "--clamp", "3"]):
+        result = CliRunner().invoke(app, ["steer", "The king", "--latent", "12", *wrong])
+        assert result.exit_code == 2
+        assert "one of --scale and --clamp" in result.output
+
+
+def test_top_tokens() -> None:
+    rows = _json("top-tokens", "--latent", "12", "--k", "3")
+    assert [row["kind"] for row in rows].count("promoted") == 3
+    logits = [row["logit"] for row in rows if row["kind"] == "promoted"]
+    assert logits == sorted(logits, reverse=True)
+
+
+def test_attribution_of_a_logit() -> None:
+    rows = _json("attribute", "In the beginning God created the heaven and the", "--target", " earth", "--top", "5")
+    kinds = [row["kind"] for row in rows]
+    assert kinds.count("latent") == 5
+    assert {"error", "bias"} <= set(kinds)
+
+
+def test_long_tables_are_whole_lines() -> None:
+    """A pipe gets every row on one line, with nothing cut."""
+    lines = _run("list", "--release", "gemma-scope-2b-pt-res").splitlines()
+    assert len(lines) == 1 + 316 + 1
+    assert any("layer_20/width_16k/average_l0_71" in line for line in lines)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from gemma_scope_tl.attached import AttachedSAE
 from gemma_scope_tl.errors import unknown_name
 from gemma_scope_tl.interventions import Intervention
 from gemma_scope_tl.sites import ModelDims
-from gemma_scope_tl.splicing import AttachedSAE, SpliceMixin, translate_hook_name
+from gemma_scope_tl.splicing import SpliceMixin, translate_hook_name
 from gemma_scope_tl.tokens import TokenTracker, left_padding_mask
 
 HookName = str | Callable[[str], bool]

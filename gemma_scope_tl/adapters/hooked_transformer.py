@@ -14,9 +14,9 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
 from gemma_scope_tl.adapters.base import GemmaModel
+from gemma_scope_tl.attached import AttachedSAE
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import Backend, ModelDims
-from gemma_scope_tl.splicing import AttachedSAE
 
 
 class HookedGemma(GemmaModel, HookedTransformer):  # pyright: ignore[reportIncompatibleMethodOverride]

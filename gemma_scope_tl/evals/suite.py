@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Int
 
+from gemma_scope_tl.attached import decode_with_skip, locate
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.metrics import FVU, Mean, l0, loss_recovered, next_token_losses, scored_positions
 from gemma_scope_tl.interventions import Intervention
 from gemma_scope_tl.sites import flatten_heads
-from gemma_scope_tl.splicing import decode_with_skip, locate
 from gemma_scope_tl.tokens import special_mask, special_token_ids
 
 if TYPE_CHECKING:

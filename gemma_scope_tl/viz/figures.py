@@ -32,7 +32,7 @@ def latent_heatmap(ax: Axes, table: pd.DataFrame, tokens: list[str], title: str,
     rows = [strongest.index(latent) for latent in shown["latent"]]
     grid[rows, shown["position"].to_numpy()] = shown["activation"].to_numpy()
     image = ax.imshow(grid, aspect="auto", cmap="magma_r", interpolation="nearest")
-    ax.set_xticks(range(len(tokens)), [_visible(token) for token in tokens], rotation=60, ha="right", fontsize=8)
+    ax.set_xticks(range(len(tokens)), [visible_token(token) for token in tokens], rotation=60, ha="right", fontsize=8)
     ax.set_yticks(range(len(strongest)), [str(latent) for latent in strongest], fontsize=8)
     ax.set_ylabel("latent")
     ax.set_title(title, fontsize=10)
@@ -75,5 +75,5 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return write_atomically(path, buffer.getvalue())
 
 
-def _visible(token: str) -> str:
+def visible_token(token: str) -> str:
     return token.replace("\n", "\\n").replace("$", r"\$").strip() or "·"

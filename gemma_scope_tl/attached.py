@@ -1,0 +1,131 @@
+"""One SAE on one model: a hook that puts its reconstruction in the place of an activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
+
+from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.sae.base import GemmaScopeMixin
+from gemma_scope_tl.sae.hooked_pass import hooked_pass, is_hooked
+from gemma_scope_tl.sites import Site, flatten_heads, get_site, site_of_hook, unflatten_heads
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+    from gemma_scope_tl.adapters.base import GemmaModel
+
+
+def locate(sae: SAE[Any]) -> tuple[Site, int | None]:
+    """The site and layer that ``sae`` belongs to, from itself or from its SAELens metadata.
+
+    Raises:
+        SpliceError: when it does not say.
+    """
+    name = getattr(sae, "site", None)
+    if name is not None:
+        return get_site(name), getattr(sae, "layer", None)
+    hook = sae.cfg.metadata.hook_name
+    if hook is None:
+        raise SpliceError("This SAE does not say where it belongs: load it with site= and layer=.")
+    return site_of_hook(hook, sae.cfg.metadata.hook_name_out)
+
+
+def decode_with_skip(sae: SAE[Any], acts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The whole output for latents ``acts`` of ``x``: of a skip transcoder, ``decode`` alone is only a part."""
+    out = sae.decode(acts)
+    w_skip = getattr(sae, "W_skip", None)
+    return out if w_skip is None else out + x.to(out.dtype) @ w_skip.T
+
+
+class AttachedSAE:
+    """One SAE on one model: where it reads and writes, and how its output replaces the activation."""
+
+    def __init__(
+        self, sae: SAE[Any], site: Site, layer: int | None, error_term: bool, excluded: tuple[int, ...]
+    ) -> None:
+        self.sae, self.site, self.layer = sae, site, layer
+        self.error_term, self.excluded = error_term, excluded
+        self.read_name = site.hook_name(layer, "hooked_transformer")
+        self.write_name = site.hook_name_out(layer, "hooked_transformer")
+        self.hook_points = {f"{self.write_name}.{name}": point for name, point in sae.hook_dict.items()}
+        self._read: torch.Tensor | None = None
+        self._detachers: list[Callable[[], None]] = []
+
+    def attach(self, model: GemmaModel) -> None:
+        """Put the hooks on ``model``'s hook points; :meth:`detach` takes back exactly these."""
+        self._tracker = model.token_tracker
+        if self.site.is_transcoder:
+            self._hook(model.site_hook_point(self.site.hook_name(self.layer, model.backend)), self._on_read)
+        self._hook(model.site_hook_point(self.site.hook_name_out(self.layer, model.backend)), self._on_write)
+        for full_name, point in self.hook_points.items():
+            short_name, point.name = point.name, full_name
+            self._detachers.append(lambda point=point, name=short_name: setattr(point, "name", name))
+        stock = not isinstance(self.sae, GemmaScopeMixin)
+        if stock and getattr(self.sae, "hook_z_reshaping_mode", False):  # heads are flattened here, stock SAEs are told
+            self.sae.turn_off_forward_pass_hook_z_reshaping()
+            self._detachers.append(self.sae.turn_on_forward_pass_hook_z_reshaping)
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`."""
+        while self._detachers:
+            self._detachers.pop()()
+        self._read = None
+
+    def _hook(self, point: Any, fn: Callable[..., torch.Tensor | None]) -> None:
+        point.add_hook(fn, is_permanent=True)
+        handle = point.fwd_hooks[-1]
+
+        def remove() -> None:
+            handle.hook.remove()
+            if handle in point.fwd_hooks:
+                point.fwd_hooks.remove(handle)
+
+        self._detachers.append(remove)
+
+    def _on_read(self, value: torch.Tensor, hook: Any) -> None:
+        self._read = value
+
+    def _on_write(self, value: torch.Tensor, hook: Any) -> torch.Tensor:
+        source = value
+        if self.site.is_transcoder:
+            if self._read is None:
+                raise SpliceError(f"The transcoder at {self.read_name} saw no input in this forward pass.")
+            source, self._read = self._read, None
+        mask = self._tracker.mask(value, self.excluded) if self.excluded else None
+        return self.replace(source, value, mask)
+
+    def replace(self, source: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Reconstruct ``target`` from ``source``, but keep ``target`` itself where ``mask`` (``[batch, pos]``) is True.
+
+        With the error term the result is ``x̂ + (target - x̂_clean)``, where the clean reconstruction knows nothing of
+        the hooks on the SAE; the error carries no gradient. It is computed in the wider of both dtypes, so that an
+        unedited pass gives ``target`` to that dtype's rounding, and returned in ``target``'s.
+        """
+        wide = torch.promote_types(target.dtype, self.sae.dtype)  # so that what is kept is kept exactly
+        x, y = flatten_heads(source), flatten_heads(target).to(wide)
+        out, clean = self._pass(x)
+        if self.error_term:
+            with torch.no_grad():
+                error = y - clean
+                error = error if mask is None else error.masked_fill(mask.unsqueeze(-1), 0.0)
+                error = self.sae.hook_sae_error(error)
+            out = out + error
+        if mask is not None:
+            out = torch.where(mask.unsqueeze(-1), y, out)
+        return unflatten_heads(self.sae.hook_sae_output(out).to(target.dtype), target)
+
+    def _pass(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reconstruction with hooks, and without them where the error term asks for it."""
+        if isinstance(self.sae, GemmaScopeMixin):
+            done = hooked_pass(self.sae, x, need_clean=self.error_term)
+            return done.out, done.clean
+        x = x.to(self.sae.dtype)
+        out = decode_with_skip(self.sae, self.sae.encode(x), x)
+        if not self.error_term or not any(map(is_hooked, self.hook_points.values())):
+            return out, out
+        with torch.no_grad(), _disable_hooks(self.sae):
+            return out, decode_with_skip(self.sae, self.sae.encode(x), x)

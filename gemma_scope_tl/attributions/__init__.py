@@ -1,0 +1,1 @@
+"""What each latent contributes to a metric of the logits, and to latents downstream."""

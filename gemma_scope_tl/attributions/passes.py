@@ -1,0 +1,178 @@
+"""One forward pass with a probe at every site of interest, so that one backward pass gives all gradients.
+
+A probe is a tensor of zeros added to a site: the gradient with respect to it is the gradient at the site. The pass is
+the unchanged model's. Splicing an SAE with its error term also leaves the pass unchanged, so the gradient at the output
+of the splice is the same tensor, and nothing needs to be spliced here. This also settles what several SAEs do to each
+other's gradients, namely nothing: each sees the gradient of the model, as if it alone were spliced. An edit of a latent
+under ``use_error_term=True`` acts likewise, as the errors of SAEs downstream are taken anew in the edited pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+
+from gemma_scope_tl.attached import locate
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.sites import Site
+from gemma_scope_tl.splicing import ExcludeTokens
+from gemma_scope_tl.tokens import left_padding_mask, special_mask, special_token_ids
+
+Text = str | Sequence[str] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """An SAE and where it reads and writes (HookedTransformer's hook names, understood on both backends)."""
+
+    sae: Any
+    site: Site
+    layer: int | None
+
+    @property
+    def read(self) -> str:
+        """The hook that the SAE encodes."""
+        return self.site.hook_name(self.layer, "hooked_transformer")
+
+    @property
+    def write(self) -> str:
+        """The hook that the SAE reconstructs."""
+        return self.site.hook_name_out(self.layer, "hooked_transformer")
+
+
+@dataclass
+class Pass:
+    """A forward pass.
+
+    Attributes:
+        logits: ``[batch, pos, vocab]``.
+        values: hook name to tensor, as it came to the hook, in the order of the pass.
+        probes: write hook to its probe.
+    """
+
+    logits: torch.Tensor
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    probes: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def gradients(self, scalar: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gradient of ``scalar`` at every probe; zeros where it does not depend on one. The graph is kept."""
+        if not scalar.requires_grad:  # nothing upstream has a probe
+            return {name: torch.zeros_like(probe) for name, probe in self.probes.items()}
+        found = torch.autograd.grad(
+            scalar, list(self.probes.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(self.probes, found, strict=True))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids and what is known of them.
+
+    Attributes:
+        ids: ``[batch, pos]``.
+        spliced: True where SAEs are spliced: everywhere but at special tokens.
+        padding: how many padding tokens each row starts with.
+    """
+
+    ids: Int[torch.Tensor, "batch pos"]
+    spliced: Bool[torch.Tensor, "batch pos"]
+    padding: Int[torch.Tensor, " batch"]
+
+
+def places_of(model: Any, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> list[Place]:
+    """Where each SAE belongs in ``model``, after the checks that splicing makes.
+
+    Raises:
+        SpliceError: no SAE; one that does not fit, or whose site is taken; one that rescales its input.
+    """
+    several: list[Any] = [saes] if isinstance(saes, torch.nn.Module) else list(saes)
+    if not several:
+        raise SpliceError("No SAE was given: attributions are per latent, so give one or several.")
+    for sae in several:
+        with model.saes([sae], exclude_special_tokens=exclude):  # every check of add_sae, and detached again
+            pass
+        if sae.cfg.normalize_activations not in ("none", None):
+            raise SpliceError(
+                f"This SAE normalises its input ({sae.cfg.normalize_activations!r}), so a latent's contribution is not "
+                "its activation times its decoder row: fold the normalisation into the weights first."
+            )
+    return [Place(sae, *locate(sae)) for sae in several]
+
+
+def prompt_of(model: Any, text: Text, exclude: ExcludeTokens) -> Prompt:
+    """Token ids of ``text`` on the model's device, and which positions are spliced."""
+    given: Any = text if isinstance(text, torch.Tensor) else model.to_tokens(text)
+    given = given[None] if given.ndim == 1 else given
+    ids = given.to(model.cfg.device).clone()  # a copy, so that ids made in inference mode serve here
+    excluded = (special_token_ids(model.tokenizer) if exclude else ()) if isinstance(exclude, bool) else tuple(exclude)
+    attended = left_padding_mask(ids, model.tokenizer)
+    padding = torch.zeros_like(ids[:, 0]) if attended is None else (1 - attended).sum(-1)
+    return Prompt(ids, ~special_mask(ids, excluded), padding)
+
+
+def token_row(prompt: Prompt, position: int) -> int:
+    """Index along the tensor of the ``position``-th token of a single prompt, which may begin with padding.
+
+    Raises:
+        GemmaScopeError: when the prompt has no such position.
+    """
+    row, length = position + int(prompt.padding[0]), prompt.ids.shape[1]
+    if position < 0 or row >= length:
+        raise GemmaScopeError(f"No position {position}: the text has 0..{length - 1 - int(prompt.padding[0])}.")
+    return row
+
+
+@contextmanager
+def differentiable(model: Any) -> Generator[None]:
+    """Gradients on, also inside ``no_grad`` and ``inference_mode``; the model's parameters frozen, then as before."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def run_probed(
+    model: Any,
+    ids: torch.Tensor,
+    places: Sequence[Place],
+    cut: bool = False,
+    replaced: Mapping[str, torch.Tensor] | None = None,
+) -> Pass:
+    """A forward pass with a probe at every place.
+
+    Args:
+        model: from ``load_model``.
+        ids: ``[batch, pos]``.
+        places: whose tensors are kept, and whose write hooks get a probe.
+        cut: let no gradient through a place, so that gradients are of the direct paths between neighbours only.
+        replaced: tensors that stand in for what comes to a write hook.
+    """
+    values: dict[str, torch.Tensor] = {}
+    probes: dict[str, torch.Tensor] = {}
+    writes = {place.write for place in places}
+
+    def visit(value: torch.Tensor, name: str) -> torch.Tensor | None:
+        if replaced and name in replaced:
+            value = replaced[name].reshape(value.shape).to(value.dtype)
+        if name in values:
+            raise GemmaScopeError(f"{name} ran twice in one forward pass: attributions need one pass over the prompt.")
+        values[name] = value
+        if name not in writes:
+            return None
+        probes[name] = torch.zeros_like(value, requires_grad=True)
+        return (value.detach() if cut else value) + probes[name]
+
+    names = dict.fromkeys(name for place in places for name in (place.read, place.write))
+    hooks = [(name, lambda value, hook, name=name: visit(value, name)) for name in names]
+    logits = model.run_with_hooks(ids, fwd_hooks=hooks)
+    return Pass(logits, values, probes)

@@ -1,0 +1,61 @@
+"""``gemma-scope``: list and show SAEs, see features, steer text, attribute, check files and the installation."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import typer
+from rich.table import Table
+
+from gemma_scope_tl.cli import catalogue, models
+from gemma_scope_tl.cli.output import Json, console, progress
+from gemma_scope_tl.cli.registry import registry_app
+from gemma_scope_tl.errors import GemmaScopeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Gemma Scope in TransformerLens and SAELens. Everything works offline with the bundled model.",
+)
+app.command("list")(catalogue.list_command)
+app.command()(catalogue.show)
+app.command()(models.features)
+app.command()(models.steer)
+app.command("top-tokens")(models.top_tokens_command)
+app.command()(models.attribute)
+app.add_typer(registry_app, name="registry")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check the installation: versions, devices, registry, and the bundled model against plain Hugging Face.
+
+    Example:
+
+        gemma-scope doctor
+    """
+    from gemma_scope_tl.diagnose import diagnose
+
+    with progress.status("checking"):
+        facts, healthy = diagnose()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        table = Table(show_header=False, box=None)
+        for name, value in facts.items():
+            table.add_row(f"[bold]{name}[/]", str(value))
+        console.print(table)
+        console.print("[green]all checks passed[/]" if healthy else "[red]a check failed[/]")
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: the package's own errors become one line on stderr and exit status 1."""
+    try:
+        app()
+    except GemmaScopeError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)
