@@ -9,6 +9,7 @@ import torch
 from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
 
 from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.positions import Positions, chosen_columns, rows_of
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.hooked_pass import hooked_pass, is_hooked
 from gemma_scope_tl.sites import Site, flatten_heads, get_site, site_of_hook, unflatten_heads
@@ -45,19 +46,28 @@ class AttachedSAE:
     """One SAE on one model: where it reads and writes, and how its output replaces the activation."""
 
     def __init__(
-        self, sae: SAE[Any], site: Site, layer: int | None, error_term: bool, excluded: tuple[int, ...]
+        self,
+        sae: SAE[Any],
+        site: Site,
+        layer: int | None,
+        error_term: bool,
+        excluded: tuple[int, ...],
+        positions: Positions = None,
+        stage: int = 0,
     ) -> None:
         self.sae, self.site, self.layer = sae, site, layer
-        self.error_term, self.excluded = error_term, excluded
+        self.error_term, self.excluded, self.positions = error_term, excluded, positions
         self.read_name = site.hook_name(layer, "hooked_transformer")
         self.write_name = site.hook_name_out(layer, "hooked_transformer")
-        self.hook_points = {f"{self.write_name}.{name}": point for name, point in sae.hook_dict.items()}
+        self.stage = stage  # 0, or the place in a chain of SAEs that write here
+        self.name = self.write_name + (f".{stage}" if stage else "")
+        self.hook_points = {f"{self.name}.{name}": point for name, point in sae.hook_dict.items()}
         self._read: torch.Tensor | None = None
         self._detachers: list[Callable[[], None]] = []
 
     def attach(self, model: GemmaModel) -> None:
         """Put the hooks on ``model``'s hook points; :meth:`detach` takes back exactly these."""
-        self._tracker = model.token_tracker
+        self._tracker, self._tokenizer = model.token_tracker, getattr(model, "tokenizer", None)
         if self.site.is_transcoder:
             self._hook(model.site_hook_point(self.site.hook_name(self.layer, model.backend)), self._on_read)
         self._hook(model.site_hook_point(self.site.hook_name_out(self.layer, model.backend)), self._on_write)
@@ -95,8 +105,16 @@ class AttachedSAE:
             if self._read is None:
                 raise SpliceError(f"The transcoder at {self.read_name} saw no input in this forward pass.")
             source, self._read = self._read, None
-        mask = self._tracker.mask(value, self.excluded) if self.excluded else None
-        return self.replace(source, value, mask)
+        return self.replace(source, value, self._untouched(value))
+
+    def _untouched(self, value: torch.Tensor) -> torch.Tensor | None:
+        """True at positions (``[batch, pos]``) that keep the model's activation; None when there are none."""
+        keep = self._tracker.mask(value, self.excluded) if self.excluded else None
+        if self.positions is None:
+            return keep
+        chosen = chosen_columns(self.positions, rows_of(value, self._tracker, self._tokenizer))
+        outside = ~chosen[:, -value.shape[1] :]
+        return outside if keep is None else keep | outside
 
     def replace(self, source: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Reconstruct ``target`` from ``source``, but keep ``target`` itself where ``mask`` (``[batch, pos]``) is True.

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.interventions.positions import rows_of_ids
 from gemma_scope_tl.interventions.sources import encode_latents, place_of
+from gemma_scope_tl.positions import rows_of_ids
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import flatten_heads
 from gemma_scope_tl.tokens import special_mask, special_token_ids

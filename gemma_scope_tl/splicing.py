@@ -17,6 +17,7 @@ import torch
 
 from gemma_scope_tl.attached import AttachedSAE, locate
 from gemma_scope_tl.errors import SpliceError, UnknownNameError, unknown_name
+from gemma_scope_tl.positions import Positions
 from gemma_scope_tl.sites import Backend, ModelDims, Site, site_of_hook
 from gemma_scope_tl.tokens import TokenTracker, special_token_ids
 
@@ -39,11 +40,18 @@ class SpliceMixin:
 
     @property
     def acts_to_saes(self) -> dict[str, SAE[Any]]:
-        """The attached SAEs, by the HookedTransformer name of the hook that each reads."""
-        return {attached.read_name: attached.sae for attached in self._attached.values()}
+        """The attached SAEs, by the HookedTransformer name of the hook that each reads; later ones of a chain with
+        ``.1`` and so on behind it."""
+        named = ((one.read_name + (f".{one.stage}" if one.stage else ""), one.sae) for one in self._attached.values())
+        return dict(named)
 
     def add_sae(
-        self, sae: SAE[Any], use_error_term: bool | None = None, exclude_special_tokens: ExcludeTokens = True
+        self,
+        sae: SAE[Any],
+        use_error_term: bool | None = None,
+        exclude_special_tokens: ExcludeTokens = True,
+        positions: Positions = None,
+        chain: bool = False,
     ) -> None:
         """Attach ``sae`` until :meth:`reset_saes`.
 
@@ -52,6 +60,10 @@ class SpliceMixin:
             use_error_term: add what the SAE misses, so that the pass is unchanged until a feature is edited. None keeps
                 the SAE's own setting.
             exclude_special_tokens: leave BOS, EOS and padding alone (default), or the given token ids, or none.
+            positions: splice only there; they count in the text (``positions.py``), through padding and in every step
+                of generation. None for all.
+            chain: where another SAE writes already, read that SAE's output and write after it, under the hook names
+                ``<hook>.1.hook_sae_acts_post`` and so on.
 
         Raises:
             SpliceError: another model, width or layer; a site that is taken; an SAE that is attached already.
@@ -62,17 +74,14 @@ class SpliceMixin:
             raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
         excluded = self._excluded_ids(exclude_special_tokens)
         error_term = bool(sae.use_error_term if use_error_term is None else use_error_term)
-        attached = AttachedSAE(sae, site, layer, error_term, excluded)
-        if attached.write_name in self._attached:
-            raise SpliceError(
-                f"{attached.write_name} is taken: another SAE writes there. Detach that with reset_saes() first."
-            )
+        stage = self._next_stage(site.hook_name_out(layer, "hooked_transformer"), chain, site.is_transcoder)
+        attached = AttachedSAE(sae, site, layer, error_term, excluded, positions, stage)
         try:
             attached.attach(self)  # pyright: ignore[reportArgumentType]
         except BaseException:
             attached.detach()
             raise
-        self._attached[attached.write_name] = attached
+        self._attached[attached.name] = attached
         self._after_attach(attached)
 
     def reset_saes(self, act_names: str | Iterable[str] | None = None) -> None:
@@ -82,14 +91,17 @@ class SpliceMixin:
             UnknownNameError: when no SAE is attached there.
         """
         if act_names is None:
-            names = [attached.read_name for attached in self._attached.values()]
+            names = list(dict.fromkeys(attached.read_name for attached in self._attached.values()))
         else:
             names = [act_names] if isinstance(act_names, str) else list(act_names)
         for name in names:
-            self._remove([self._find(name)])
+            self._remove(self._find(name))
 
     def get_sae_hook_name(self, sae: SAE[Any], internal: str = "hook_sae_acts_post") -> str:
         """Name of a hook point of ``sae`` while it is attached: the key in caches, on both backends."""
+        for attached in self._attached.values():
+            if attached.sae is sae:
+                return f"{attached.name}.{internal}"
         site, layer = locate(sae)
         return f"{site.hook_name_out(layer, 'hooked_transformer')}.{internal}"
 
@@ -100,12 +112,14 @@ class SpliceMixin:
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         exclude_special_tokens: ExcludeTokens = True,
+        positions: Positions = None,
+        chain: bool = False,
     ) -> Generator[SpliceMixin]:
         """Attach ``saes`` inside the block; all of them or, on an error, none."""
         added: list[AttachedSAE] = []
         try:
             for sae in _as_list(saes):
-                self.add_sae(sae, use_error_term, exclude_special_tokens)
+                self.add_sae(sae, use_error_term, exclude_special_tokens, positions, chain)
                 added.append(next(reversed(self._attached.values())))
             yield self
         except BaseException:
@@ -121,10 +135,12 @@ class SpliceMixin:
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         exclude_special_tokens: ExcludeTokens = True,
+        positions: Positions = None,
+        chain: bool = False,
         **model_kwargs: Any,
     ) -> Any:
         """One forward pass with ``saes`` attached."""
-        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens, positions, chain):
             return self(*model_args, **model_kwargs)  # pyright: ignore[reportCallIssue]
 
     def run_with_cache_with_saes(
@@ -134,10 +150,12 @@ class SpliceMixin:
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         exclude_special_tokens: ExcludeTokens = True,
+        positions: Positions = None,
+        chain: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """``run_with_cache`` with ``saes`` attached; features under ``<hook>.hook_sae_acts_post``."""
-        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens, positions, chain):
             return self.run_with_cache(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def run_with_hooks_with_saes(
@@ -147,10 +165,12 @@ class SpliceMixin:
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         exclude_special_tokens: ExcludeTokens = True,
+        positions: Positions = None,
+        chain: bool = False,
         **kwargs: Any,
     ) -> Any:
         """``run_with_hooks`` with ``saes`` attached; hooks may name the SAEs' own hook points."""
-        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
+        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens, positions, chain):
             return self.run_with_hooks(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def sae_hook_points(self) -> dict[str, Any]:
@@ -183,16 +203,30 @@ class SpliceMixin:
             return ids
         return tuple(exclude)
 
-    def _find(self, name: str) -> AttachedSAE:
-        for attached in self._attached.values():
-            if name in (attached.read_name, attached.site.hook_name(attached.layer, "bridge")):
-                return attached
-        raise unknown_name("attached SAE", name, self.acts_to_saes)
+    def _next_stage(self, write_name: str, chain: bool, is_transcoder: bool) -> int:
+        """The place of one more SAE that writes there: 0 where there is none."""
+        stages = [attached.stage for attached in self._attached.values() if attached.write_name == write_name]
+        if stages and not chain:
+            raise SpliceError(
+                f"{write_name} is taken: another SAE writes there. Detach that with reset_saes() first, or pass "
+                "chain=True to read its output."
+            )
+        if stages and is_transcoder:
+            raise SpliceError(f"A transcoder reads elsewhere, so it cannot follow the SAE at {write_name} in a chain.")
+        return max(stages, default=-1) + 1
+
+    def _find(self, name: str) -> list[AttachedSAE]:
+        """The SAEs that read a hook, all of a chain."""
+        names = {id(one): (one.read_name, one.site.hook_name(one.layer, "bridge")) for one in self._attached.values()}
+        found = [one for one in self._attached.values() if name in names[id(one)]]
+        if not found:
+            raise unknown_name("attached SAE", name, self.acts_to_saes)
+        return found
 
     def _remove(self, attached: list[AttachedSAE]) -> None:
         for one in reversed(attached):
-            if self._attached.get(one.write_name) is one:
-                del self._attached[one.write_name]
+            if self._attached.get(one.name) is one:
+                del self._attached[one.name]
                 self._after_detach(one)
             one.detach()
 
@@ -208,17 +242,26 @@ def splice(
     saes: SAE[Any] | Iterable[SAE[Any]],
     error_term: bool | None = None,
     exclude_special_tokens: ExcludeTokens = True,
+    positions: Positions = None,
+    chain: bool = False,
 ) -> AbstractContextManager[Any]:
     """Attach ``saes`` to a model from :func:`~gemma_scope_tl.load_model` inside a ``with`` block.
 
-    Everything inside runs through them: forward passes, caches, hooks and ``generate``.
+    Everything inside runs through them: forward passes, caches, hooks and ``generate``. Arguments as
+    :meth:`SpliceMixin.add_sae`, ``error_term`` being its ``use_error_term``.
 
     Raises:
         SpliceError: when the model does not come from ``load_model``, or an SAE does not fit.
     """
     if not isinstance(model, SpliceMixin):
         raise SpliceError("splice() needs a model from gemma_scope_tl.load_model(); wrap yours with hf_model=.")
-    return model.saes(saes, use_error_term=error_term, exclude_special_tokens=exclude_special_tokens)
+    return model.saes(
+        saes,
+        use_error_term=error_term,
+        exclude_special_tokens=exclude_special_tokens,
+        positions=positions,
+        chain=chain,
+    )
 
 
 def translate_hook_name(name: str, valid: Iterable[str], backend: Backend) -> str:

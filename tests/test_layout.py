@@ -24,6 +24,7 @@ ORDER = [
     "weights",
     "sae",
     "tokens",
+    "positions",
     "attached",
     "splicing",
     "interventions",

@@ -9,7 +9,7 @@ cannot tell, every position may be edited, and positions count in the tensor at 
 from gemma_scope_tl.interventions.functions import ablate, clamp, scale, steer
 from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, LatentEdit, Scale, Steer, SteerLatents
 from gemma_scope_tl.interventions.norms import mean_norms
-from gemma_scope_tl.interventions.positions import Positions
+from gemma_scope_tl.positions import Positions
 
 __all__ = [
     "Ablate",

@@ -9,8 +9,8 @@ import torch
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, Steer, SteerLatents
-from gemma_scope_tl.interventions.positions import Positions
 from gemma_scope_tl.interventions.sources import chosen_latents, decoder_rows, place_of
+from gemma_scope_tl.positions import Positions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,7 @@ def steer(
         scale: s, one number for all latents or one for each; negative to steer away.
         positions: an int, slice, list, or boolean mask; None for all. They count in the whole text, also while
             generating, and from each row's first token that is not padding
-            (:mod:`gemma_scope_tl.interventions.positions`).
+            (:mod:`gemma_scope_tl.positions`).
         exclude_special_tokens: leave BOS, EOS and padding alone, on models from ``load_model``.
         unit: of ``scale``.
 

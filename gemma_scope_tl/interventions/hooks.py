@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 
-from gemma_scope_tl.interventions.positions import Positions, chosen_columns, rows_of
 from gemma_scope_tl.interventions.sources import decoder_rows, encode_latents
+from gemma_scope_tl.positions import Positions, chosen_columns, rows_of
 from gemma_scope_tl.sites import flatten_heads, unflatten_heads
 from gemma_scope_tl.tokens import TokenTracker, special_token_ids
 
@@ -23,7 +23,7 @@ class Intervention:
     Subclasses give :meth:`edited`. Heads are flattened before and restored after; the dtype stays the model's.
 
     Args:
-        positions: see :mod:`gemma_scope_tl.interventions.positions`; None for all.
+        positions: see :mod:`gemma_scope_tl.positions`; None for all.
         exclude_special_tokens: leave BOS, EOS and padding alone, on models from ``load_model``.
     """
 

@@ -5,7 +5,7 @@ With row vectors ``x [..., d_in]``, as in :mod:`gemma_scope_tl.sae.base`::
     z = x W_enc + b_enc            f = z * H(z - theta)            x_hat = f W_dec + b_dec
 
 Only ``x W_enc`` is dense; it is made and gated in blocks, so neither z nor f is ever whole in memory. With 131072
-latents and 512 tokens a forward pass takes 25 MB and the gradient of x another 65, where z alone would take 268 MB. Of
+latents and 512 tokens a forward pass takes some 25 MB and the gradient of x some 75, where z alone would take 268. Of
 16384 latents some 70 are active, and decoding, ``df`` and ``dx`` are sums over these. Where too many are active, the
 dense product is taken instead, at densities fixed in :mod:`gemma_scope_tl.sae.sparse_ops`.
 

@@ -15,7 +15,7 @@ PEAK = """
 import sys, torch
 from gemma_scope_tl.sae.sparse import reconstruct
 torch.set_num_threads(1)
-n, d, s = 512, 128, 131072
+n, d, s = 512, 256, 131072
 g = torch.Generator().manual_seed(0)
 latent_major = sys.argv[1] == "latent-major"
 enc = torch.randn((s, d) if latent_major else (d, s), generator=g).div_(d**0.5)
@@ -43,12 +43,12 @@ print(acts.latents.numel(), acts.offsets[1].item(), peak() - before)
     ("layout", "what"), [("row-major", "forward"), ("row-major", "backward"), ("latent-major", "backward")]
 )
 def test_peak_memory_at_131k_latents(layout: str, what: str) -> None:
-    """512 tokens, one of them like BOS. Pre-activations would take 268 MB, and each matrix takes 67 MB."""
+    """512 tokens, one like BOS: far below the 268 MB of the pre-activations and the 134 MB of a copy of a matrix."""
     out = subprocess.run([sys.executable, "-c", PEAK, layout, what], capture_output=True, text=True, check=True)
     nnz, bos, peak = map(int, out.stdout.split())
     assert nnz > 60 * 512
     assert bos > 40_000
-    assert 1 << 20 < peak < 60 << 20, "blocks of 8 and 16 MiB, and 16 bytes for each active latent in a few copies"
+    assert 1 << 20 < peak < 96 << 20, "a few blocks of 8 and 16 MiB, and 16 bytes for each active latent"
 
 
 def test_triton_is_not_imported_for_cpu_tensors() -> None:
