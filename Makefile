@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test lint types bench clean
+.PHONY: help setup demo test lint types bench bench-loading bench-splice clean
 help:
 	@echo "make demo   the main job, offline, on the bundled model"
 	@echo "make test   all tests"
-	@echo "make lint   ruff;  make types  pyright;  make bench  benchmarks;  make setup  only the environment"
+	@echo "make lint   ruff;  make types  pyright;  make setup  only the environment"
+	@echo "make bench  benchmarks (bench-loading, bench-splice: a part of them)"
 
 setup: $(READY)
 
@@ -33,6 +34,12 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+bench-loading: $(READY)
+	$(BIN)/python -m benchmarks loading remote
+
+bench-splice: $(READY)
+	$(BIN)/python -m benchmarks sparse splice
 
 clean:
 	rm -rf $(VENV) dist demo-output

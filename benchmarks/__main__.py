@@ -1,15 +1,16 @@
-"""Run every benchmark, write results/*.json and put the table into README.md."""
+"""Run benchmarks (all, or those named), write results/*.json and put the table into README.md."""
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 
 from benchmarks.table import update_readme
 from benchmarks.timing import save
 
-NAMES = ("registry", "load", "splice")
+NAMES = ("loading", "remote", "sparse", "splice")
 
 if __name__ == "__main__":
-    for name in NAMES:
+    for name in sys.argv[1:] or NAMES:
         print(save(name, import_module(f"benchmarks.{name}").run()))
     update_readme()

@@ -25,7 +25,7 @@ BOS_SCALE = 5.15  # puts 5,000 latents of the first token above
 STOCK = "SAELens JumpReLUSAE"
 
 
-def _case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
+def case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
     """An input whose first token is like BOS, and W_enc, b_enc, threshold, W_dec, b_dec."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(TOKENS, D_IN, generator=generator)
@@ -36,7 +36,7 @@ def _case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
     return x.to(dtype), [w if i == 2 else w.to(dtype) for i, w in enumerate(weights)]
 
 
-def _stock(weights: list[Tensor]) -> JumpReLUSAE:
+def stock_sae(weights: list[Tensor]) -> JumpReLUSAE:
     """SAELens's own class with the same weights, frozen."""
     dtype = str(weights[0].dtype).removeprefix("torch.")
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=D_IN, d_sae=D_SAE, dtype=dtype, apply_b_dec_to_input=False))
@@ -60,8 +60,8 @@ def _row(what: str, peer: str, ours: Callable[[], Tensor], theirs: Callable[[], 
 
 def run() -> list[dict[str, Any]]:
     """Replacing an activation, and the gradient of the input through it, in float32; the first also in bfloat16."""
-    x, weights = _case()
-    stock = _stock(weights)
+    x, weights = case()
+    stock = stock_sae(weights)
     latent_major = [weights[0].T.contiguous().T, *weights[1:]]
     grad = torch.randn(TOKENS, D_IN, generator=torch.Generator().manual_seed(1))
     rows: list[dict[str, Any]] = []
@@ -76,8 +76,8 @@ def run() -> list[dict[str, Any]]:
         both = _input_gradient(lambda leaf, tensors=tensors: reconstruct(leaf, *tensors)[0], x, grad)
         rows.append(_row(f"sparse reconstruction and input gradient{label}", STOCK, both, theirs, True))
     with torch.no_grad():
-        x, weights = _case(torch.bfloat16)
-        stock = _stock(weights)
+        x, weights = case(torch.bfloat16)
+        stock = stock_sae(weights)
         ours = lambda: reconstruct(x, *weights)[0]  # noqa: E731
         rows.append(_row("sparse reconstruction in bfloat16", STOCK, ours, lambda: stock(x), True))
     return rows
@@ -86,7 +86,7 @@ def run() -> list[dict[str, Any]]:
 @torch.no_grad()
 def crossover() -> list[str]:
     """Each sum as a share of ``x @ W_enc``, sparse and dense, at four densities."""
-    x, (w_enc, _, _, w_dec, _) = _case()
+    x, (w_enc, _, _, w_dec, _) = case()
     lines = ["density  sum                                 sparse  dense"]
     for density in (0.004, 0.02, 0.04, 0.08):
         on = torch.rand(TOKENS, D_SAE, generator=torch.Generator().manual_seed(2)) < density

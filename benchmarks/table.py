@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from benchmarks.timing import RESULTS
 from gemma_scope_tl.files import write_atomically
@@ -17,8 +18,9 @@ def table() -> str:
     lines = ["| | ours | peer | peer / ours |", "|---|---|---|---|"]
     for path in sorted(RESULTS.glob("*.json")):
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-            ours, peer = _seconds(row["ours_s"]), f"{_seconds(row['peer_s'])} ({row['peer']})"
-            lines.append(f"| {row['what']} | {ours} | {peer} | **{row['ratio']:.1f}** |")
+            ours = (row.get("ours") or _seconds(row["ours_s"])) + _memory(row, "ours")
+            theirs = (row.get("theirs") or _seconds(row["peer_s"])) + _memory(row, "peer")
+            lines.append(f"| {row['what']} | {ours} | {theirs} ({row['peer']}) | **{_ratio(row['ratio'])}** |")
     return "\n".join(lines)
 
 
@@ -34,5 +36,16 @@ def update_readme() -> None:
     write_atomically(README, with_table(README.read_text(encoding="utf-8")))
 
 
+def _memory(row: dict[str, Any], who: str) -> str:
+    extra = row.get(f"{who}_extra_mib")
+    return "" if extra is None else f", {extra:.0f} MiB more memory"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:,.0f}" if value >= 20 else f"{value:.1f}"
+
+
 def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.0f} ms"
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{value * 1e3:.0f} ms" if value >= 0.01 else f"{value * 1e3:.1f} ms"

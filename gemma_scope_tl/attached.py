@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
     from gemma_scope_tl.adapters.base import GemmaModel
+
+_names: WeakKeyDictionary[torch.nn.Module, list[str]] = WeakKeyDictionary()  # of hook points, from all models, in order
 
 
 def locate(sae: SAE[Any]) -> tuple[Site, int | None]:
@@ -64,6 +68,7 @@ class AttachedSAE:
         self.hook_points = {f"{self.name}.{name}": point for name, point in sae.hook_dict.items()}
         self._read: torch.Tensor | None = None
         self._detachers: list[Callable[[], None]] = []
+        self._hooks: list[tuple[Any, Callable[..., torch.Tensor | None], Any]] = []  # point, function, handle
 
     def attach(self, model: GemmaModel) -> None:
         """Put the hooks on ``model``'s hook points; :meth:`detach` takes back exactly these."""
@@ -71,9 +76,10 @@ class AttachedSAE:
         if self.site.is_transcoder:
             self._hook(model.site_hook_point(self.site.hook_name(self.layer, model.backend)), self._on_read)
         self._hook(model.site_hook_point(self.site.hook_name_out(self.layer, model.backend)), self._on_write)
-        for full_name, point in self.hook_points.items():
-            short_name, point.name = point.name, full_name
-            self._detachers.append(lambda point=point, name=short_name: setattr(point, "name", name))
+        for short_name, point in self.sae.hook_dict.items():
+            before = {id(handle) for handle in (*point.fwd_hooks, *point.bwd_hooks)}
+            self._detachers.append(partial(_end_blocks, point, before))
+            self._detachers.append(_rename(point, f"{self.name}.{short_name}", short_name))
         stock = not isinstance(self.sae, GemmaScopeMixin)
         if stock and getattr(self.sae, "hook_z_reshaping_mode", False):  # heads are flattened here, stock SAEs are told
             self.sae.turn_off_forward_pass_hook_z_reshaping()
@@ -83,18 +89,21 @@ class AttachedSAE:
         """Undo :meth:`attach`."""
         while self._detachers:
             self._detachers.pop()()
+        for point, _, handle in self._hooks:
+            _remove(point.fwd_hooks, handle)
+        self._hooks.clear()
         self._read = None
+
+    def put_back(self) -> None:
+        """Hook the model again where something else removed these hooks, permanent ones included."""
+        for i, (point, fn, handle) in enumerate(self._hooks):
+            if all(held is not handle for held in point.fwd_hooks):
+                point.add_hook(fn, is_permanent=True)
+                self._hooks[i] = (point, fn, point.fwd_hooks[-1])
 
     def _hook(self, point: Any, fn: Callable[..., torch.Tensor | None]) -> None:
         point.add_hook(fn, is_permanent=True)
-        handle = point.fwd_hooks[-1]
-
-        def remove() -> None:
-            handle.hook.remove()
-            if handle in point.fwd_hooks:
-                point.fwd_hooks.remove(handle)
-
-        self._detachers.append(remove)
+        self._hooks.append((point, fn, point.fwd_hooks[-1]))
 
     def _on_read(self, value: torch.Tensor, hook: Any) -> None:
         self._read = value
@@ -142,8 +151,35 @@ class AttachedSAE:
             done = hooked_pass(self.sae, x, need_clean=self.error_term)
             return done.out, done.clean
         x = x.to(self.sae.dtype)
-        out = decode_with_skip(self.sae, self.sae.encode(x), x)
+        offered = x.clone() if is_hooked(self.sae.hook_sae_input) else x  # hooks write in place, and x is the model's
+        out = decode_with_skip(self.sae, self.sae.encode(offered), x)
         if not self.error_term or not any(map(is_hooked, self.hook_points.values())):
             return out, out
         with torch.no_grad(), _disable_hooks(self.sae):
             return out, decode_with_skip(self.sae, self.sae.encode(x), x)
+
+
+def _rename(point: Any, name: str, short_name: str) -> Callable[[], None]:
+    """Name a hook point of an SAE; what is returned takes the name back, in whatever order models let go of the SAE."""
+    names = _names.setdefault(point, [])
+    names.append(name)
+    point.name = name
+
+    def take_back() -> None:
+        names.remove(name)
+        point.name = names[-1] if names else short_name
+
+    return take_back
+
+
+def _end_blocks(point: Any, before: set[int]) -> None:
+    """Remove what ``model.hooks`` blocks put on an SAE's hook point: once detached, the end of a block misses it."""
+    for held in (point.fwd_hooks, point.bwd_hooks):
+        for handle in [one for one in held if one.context_level is not None and id(one) not in before]:
+            _remove(held, handle)
+
+
+def _remove(held: list[Any], handle: Any) -> None:
+    handle.hook.remove()
+    if handle in held:
+        held.remove(handle)

@@ -97,6 +97,12 @@ class SpliceMixin:
         for name in names:
             self._remove(self._find(name))
 
+    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens: remove hooks, with ``including_permanent=True`` all of them; attached SAEs stay."""
+        super().reset_hooks(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        for attached in self._attached.values():
+            attached.put_back()
+
     def get_sae_hook_name(self, sae: SAE[Any], internal: str = "hook_sae_acts_post") -> str:
         """Name of a hook point of ``sae`` while it is attached: the key in caches, on both backends."""
         for attached in self._attached.values():

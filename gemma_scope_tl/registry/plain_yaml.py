@@ -54,6 +54,8 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
         RegistryError: when it cannot be read, is not UTF-8, or is larger than ``limit`` bytes.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, a device has no end
+            raise RegistryError(f"{path} cannot be read: it is not a file. Give the path of a YAML file.")
         with path.open("rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
@@ -131,7 +133,7 @@ def _scalar(loader: Any, event: Any, source: str, line: int) -> object:
         if len(event.value) > _MAX_NUMBER:
             raise ValueError("too long")
         return loader.yaml_constructors[tag](loader, yaml.ScalarNode(tag, event.value))
-    except (ValueError, KeyError, OverflowError):
+    except (ValueError, LookupError, OverflowError):  # IndexError: an empty number, "!!int ''"
         raise _refused(source, line, f"has {event.value[:40]!r}, which is not a {tag.removeprefix(_TAG)}", "") from None
 
 

@@ -225,7 +225,12 @@ class GemmaScopeMixin(_Base):
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, release: str, sae_id: str, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
+        cls,
+        release: str,
+        sae_id: str,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        force_download: bool = False,
     ) -> Any:
         """The SAE (or transcoder) that a release has under an id.
 
@@ -234,6 +239,7 @@ class GemmaScopeMixin(_Base):
             sae_id: such as ``"layer_20/width_16k/average_l0_71"`` or ``"layer_20/width_16k/canonical"``.
             device: where the parameters go.
             dtype: of all parameters but the thresholds: float32, bfloat16 or float16 (also fp32, bf16, fp16, torch's).
+            force_download: download a file of the Hub again although it is in the cache.
 
         Raises:
             UnknownNameError: for a release, id or dtype that does not exist, with the nearest ones.
@@ -242,14 +248,20 @@ class GemmaScopeMixin(_Base):
         from gemma_scope_tl.registry.catalog import resolve
         from gemma_scope_tl.sae.loading import load_row
 
-        return cls._own(load_row(resolve(release, sae_id), device=device, dtype=dtype))
+        row = resolve(release, sae_id)
+        return cls._own(load_row(row, device=device, dtype=dtype, force_download=force_download))
 
     @classmethod
     def from_pretrained_with_cfg_and_sparsity(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, release: str, sae_id: str, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
+        cls,
+        release: str,
+        sae_id: str,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        force_download: bool = False,
     ) -> tuple[Any, dict[str, Any], None]:
         """:meth:`from_pretrained`, with the config as a dict and no sparsity, in SAELens' shape."""
-        sae = cls.from_pretrained(release, sae_id, device=device, dtype=dtype)
+        sae = cls.from_pretrained(release, sae_id, device=device, dtype=dtype, force_download=force_download)
         return sae, sae.cfg.to_dict(), None
 
     @classmethod

@@ -4,6 +4,9 @@ Between its steps an SAE offers tensors to hooks: its input, pre-activations, ac
 reconstruction. Without hooks nothing dense is made beyond blocks of pre-activations. A hook gets the dense tensor; only
 if it really changed something (gave another tensor back, or wrote into the one it got) do the later steps and the clean
 reconstruction cost anything more. A hook that only reads, as a cache does, leaves the sparse pass as it is.
+
+Whether a tensor was written into is seen from its entries. Autograd's version counter would miss writes through
+``.data`` or NumPy, and tensors of inference mode have none.
 """
 
 from __future__ import annotations
@@ -43,26 +46,27 @@ def hooked_pass(sae: Any, x: Tensor, need_clean: bool) -> HookedPass:
         passes through the very tensor that the hook saw, so that its ``grad`` can be asked for.
     """
     x_clean = x.to(sae.dtype)
-    x_in, edited_input = _offer(sae.hook_sae_input, x_clean, owned=False)
-    acts, edited_pre = _encode(sae, x_in)
-    through: SparseActs | Tensor = acts
-    edited_post = False
+    x_in, edited_input = _offer(sae.hook_sae_input, x_clean)
+    given, acts, dense = _encode(sae, x_in)
+    edited_acts = given is not acts and not _same(given, acts)
+    through = acts if dense is None else dense
     if is_hooked(sae.hook_sae_acts_post):
-        dense = acts if isinstance(acts, Tensor) else acts.to_dense()
-        seen, edited_post = _offer(sae.hook_sae_acts_post, dense, owned=True)
+        offered = acts.to_dense() if dense is None else dense
+        seen = sae.hook_sae_acts_post(offered)
+        edited_post = seen is not offered or not _same(SparseActs.from_dense(offered.detach()), acts)
+        edited_acts |= edited_post
         if edited_post or torch.is_grad_enabled():
             through = seen
     decoded = decode_sparse(through, sae.W_dec, sae.b_dec)
-    recons, edited_recons = _offer(sae.hook_sae_recons, decoded, owned=False)
+    recons, edited_recons = _offer(sae.hook_sae_recons, decoded)
     skipped = sae.skip(x_in)
     out = recons if skipped is None else recons + skipped
-    if not need_clean or not (edited_input or edited_pre or edited_post or edited_recons):
+    if not need_clean or not (edited_input or edited_acts or edited_recons):
         return HookedPass(out, out.detach())
     with torch.no_grad():
-        if edited_input or edited_pre or isinstance(acts, Tensor):  # a dense tensor may have been written into
-            acts = encode_sparse(x_clean, sae.W_enc, sae.b_enc, sae.threshold)
-        only_recons = not (edited_input or edited_pre or edited_post)
-        clean = decoded if only_recons else decode_sparse(acts, sae.W_dec, sae.b_dec)
+        if edited_input:
+            given = encode_sparse(x_clean, sae.W_enc, sae.b_enc, sae.threshold)
+        clean = decode_sparse(given, sae.W_dec, sae.b_dec) if edited_input or edited_acts else decoded
         skipped = sae.skip(x_clean)
         return HookedPass(out, clean.detach() if skipped is None else clean + skipped)
 
@@ -73,29 +77,29 @@ def is_hooked(point: torch.nn.Module) -> bool:
     return any(held[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
-def _encode(sae: Any, x: Tensor) -> tuple[SparseActs | Tensor, bool]:
-    """Activations, dense where a hook on the pre-activations may be asked for their gradient; and whether it edited."""
+def _encode(sae: Any, x: Tensor) -> tuple[SparseActs, SparseActs, Tensor | None]:
+    """Activations of ``x`` before and after hooks on the pre-activations; and after them dense, where these hooks may
+    ask for a gradient."""
     point = sae.hook_sae_acts_pre
     if not is_hooked(point):
-        return encode_sparse(x, sae.W_enc, sae.b_enc, sae.threshold), False
-    pre, edited = _offer(point, x @ sae.W_enc + sae.b_enc, owned=True)
-    if torch.is_grad_enabled() and pre.requires_grad:
-        return torch.where(pre <= sae.threshold, 0.0, pre), edited
-    return compact(pre, sae.threshold), edited
+        acts = encode_sparse(x, sae.W_enc, sae.b_enc, sae.threshold)
+        return acts, acts, None
+    pre = x @ sae.W_enc + sae.b_enc
+    given = compact(pre, sae.threshold)
+    pre = point(pre)
+    dense = torch.where(pre <= sae.threshold, 0.0, pre) if torch.is_grad_enabled() and pre.requires_grad else None
+    return given, compact(pre, sae.threshold), dense
 
 
-def _offer(point: torch.nn.Module, tensor: Tensor, owned: bool) -> tuple[Tensor, bool]:
-    """A tensor after the hooks of a point, and whether they changed it.
-
-    Args:
-        point: the hook point.
-        tensor: what hooks get to see.
-        owned: whether nobody else needs the tensor as it is; a copy is offered otherwise, because hooks write in place.
-    """
+def _offer(point: torch.nn.Module, tensor: Tensor) -> tuple[Tensor, bool]:
+    """A tensor after the hooks of a point, and whether they changed it. Hooks get a copy: they may write in place."""
     if not is_hooked(point):
         return tensor, False
-    offered = tensor if owned else tensor.clone()
-    before = None if offered.is_inference() else offered._version
+    offered = tensor.clone()
     result = point(offered)
-    changed = result is not offered or before is None or offered._version != before
-    return result, changed
+    return result, result is not offered or not torch.equal(offered, tensor)
+
+
+def _same(one: SparseActs, other: SparseActs) -> bool:
+    """Whether the entries are equal; NaN equals nothing, which costs time and no correctness."""
+    return all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("offsets", "latents", "values"))

@@ -56,13 +56,18 @@ def class_of(architecture: str) -> type[GemmaScopeMixin]:
         raise unknown_name("JumpReLU architecture", architecture, _CLASSES) from None
 
 
-def load_row(row: SAERow, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32") -> Any:
+def load_row(
+    row: SAERow,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    force_download: bool = False,
+) -> Any:
     """The SAE of a registry row; fetched, checked against the row, and for the embedding rescaled.
 
     Raises:
         WeightsError: when the file cannot be had or fails a check.
     """
-    path, expected = fetch(row), expected_of_row(row)
+    path, expected = fetch(row, force_download=force_download), expected_of_row(row)
     if row.format == "sae-lens":
         return _load_sae_lens(path, expected, row.model, row.site, row.layer, row, device, dtype)
     to, units = parse_dtype(dtype), site_units(row.site, expected.d_in)

@@ -21,15 +21,24 @@ import torch
 
 from gemma_scope_tl.errors import WeightsError
 from gemma_scope_tl.weights.layout import ArrayLayout
-from gemma_scope_tl.weights.sniff import read_head, refuse_other_kinds, starts_as_zip, weights_error
+from gemma_scope_tl.weights.sniff import (
+    MAX_ARRAYS,
+    check_name,
+    read_head,
+    refuse_other_kinds,
+    short,
+    starts_as_zip,
+    weights_error,
+)
 
 _MAX_HEADER = 4096
-_MAX_MEMBERS = 64
 _MAX_DIMS = 8
+_MAX_SIZE = 1 << 48  # values along one dimension
+_MAX_INDEX = 1 << 18  # bytes; 64 members need a tenth
 _MAX_INFLATION = 1040  # DEFLATE cannot expand a byte into more than 1032
 _MAX_DESCRIPTOR = 24  # bytes that a streaming writer may put after a member
 _LOCAL = struct.Struct("<4s5H3L2H")
-_ENCRYPTED, _DESCRIPTOR = 0x1, 0x8
+_ENCRYPTED, _DESCRIPTOR, _PATCHED = 0x1 | 0x40, 0x8, 0x20
 _MAX_EXTRA = 256  # bytes of a local header's extra field: zip64 sizes, alignment
 _DTYPES = {
     np.dtype(str(dtype).removeprefix("torch.")): dtype
@@ -48,6 +57,22 @@ _DTYPES = {
         torch.bool,
     )
 }
+
+
+class _Frugal:
+    """A file that refuses to be read in large pieces: zipfile would make an object of every entry of a huge index."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._read = file.read
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _MAX_INDEX:
+            raise zipfile.BadZipFile(f"an index of {size} bytes")
+        return self._read(size)
+
+    def seekable(self) -> bool:
+        return True
 
 
 class NamedFile(Protocol):
@@ -91,13 +116,14 @@ def inspect_npz(
 def _inspect(
     file: IO[bytes], path: str | Path, names: Collection[str] | None, vectors: Mapping[str, int]
 ) -> dict[str, ArrayLayout]:
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(_Frugal(file)) as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
         infos = archive.infolist()
-        if not infos or len(infos) > _MAX_MEMBERS:
+        if not infos or len(infos) > MAX_ARRAYS:
             raise weights_error(path, f"holds {len(infos)} arrays, which no SAE file does")
         layouts: dict[str, ArrayLayout] = {}
         seen: set[str] = set()
         for info in infos:
+            check_name(path, info.filename)
             name = info.filename.removesuffix(".npy")
             if name in seen:
                 raise weights_error(path, f"holds {name!r} twice")
@@ -116,8 +142,8 @@ def _inspect_member(path: str | Path, archive: zipfile.ZipFile, file: IO[bytes],
     name = info.filename
     if not name.endswith(".npy") or "/" in name or "\\" in name:
         raise weights_error(path, f"holds {name!r}, which is not an array (.npy)")
-    if info.flag_bits & _ENCRYPTED:
-        raise weights_error(path, f"is encrypted at {name!r}")
+    if info.flag_bits & (_ENCRYPTED | _PATCHED):
+        raise weights_error(path, f"is encrypted or patched at {name!r}")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise weights_error(path, f"compresses {name!r} with method {info.compress_type}; npz uses 0 or 8")
     stored = info.compress_type == zipfile.ZIP_STORED
@@ -162,7 +188,7 @@ def _vector(archive: zipfile.ZipFile, info: zipfile.ZipInfo, length: int) -> Arr
     settled = (
         info.compress_type == zipfile.ZIP_STORED
         and info.compress_size == info.file_size
-        and not info.flag_bits & (_ENCRYPTED | _DESCRIPTOR)
+        and not info.flag_bits & (_ENCRYPTED | _PATCHED | _DESCRIPTOR)
         and header_size in (64, 128)
         and 0 <= start - info.header_offset - _LOCAL.size - len(info.orig_filename.encode()) <= _MAX_EXTRA
     )
@@ -196,7 +222,7 @@ def _data_start(path: str | Path, file: IO[bytes], info: zipfile.ZipInfo) -> int
     same = (
         signature == b"PK\x03\x04"
         and method == info.compress_type
-        and not flags & _ENCRYPTED
+        and not flags & (_ENCRYPTED | _PATCHED)
         and file.read(n_name) == info.orig_filename.encode("utf-8")
     )
     if not same:
@@ -214,7 +240,7 @@ def _npy_header(path: str | Path, name: str, stream: IO[bytes]) -> tuple[tuple[i
     if not 0 < length <= _MAX_HEADER:
         raise weights_error(path, f"is corrupt: {name!r} has a header of {length} bytes")
     try:
-        header = ast.literal_eval(stream.read(length).decode("utf-8" if start[6] == 3 else "latin1").strip())
+        header = ast.literal_eval(stream.read(length).decode("utf-8" if start[6] == 3 else "latin1"))
         if set(header) != {"descr", "fortran_order", "shape"}:
             raise ValueError("keys")
         descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
@@ -226,9 +252,11 @@ def _npy_header(path: str | Path, name: str, stream: IO[bytes]) -> tuple[tuple[i
     if dtype.hasobject:
         raise weights_error(path, f"holds pickled Python objects at {name!r}, which are never opened")
     if dtype.newbyteorder("=") not in _DTYPES:
-        raise weights_error(path, f"has values of type {dtype} at {name!r}, not numbers", "Use float32 arrays.")
-    if len(shape) > _MAX_DIMS or not all(type(size) is int and size >= 0 for size in shape):
-        raise weights_error(path, f"is corrupt: {name!r} has the shape {shape}")
+        raise weights_error(
+            path, f"has values of type {short(str(dtype))} at {name!r}, not numbers", "Use float32 arrays."
+        )
+    if len(shape) > _MAX_DIMS or not all(type(size) is int and 0 <= size < _MAX_SIZE for size in shape):
+        raise weights_error(path, f"is corrupt: {name!r} has the shape {short(shape)}")
     return shape, dtype, fortran, 8 + width + length
 
 

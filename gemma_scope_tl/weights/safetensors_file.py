@@ -16,11 +16,20 @@ import torch
 
 from gemma_scope_tl.weights.layout import ArrayLayout
 from gemma_scope_tl.weights.npz import NamedFile
-from gemma_scope_tl.weights.sniff import CFG_NAME, read_head, refuse_other_kinds, weights_error
+from gemma_scope_tl.weights.sniff import (
+    CFG_NAME,
+    MAX_ARRAYS,
+    check_name,
+    read_head,
+    refuse_other_kinds,
+    short,
+    weights_error,
+)
 
 _MAX_CFG = 1 << 20
 _MAX_HEADER = 1 << 20
 _MAX_DIMS = 8
+_MAX_NUMBER = 1 << 63
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -80,12 +89,16 @@ def _inspect(file: IO[bytes] | NamedFile, source: str | Path, size: int) -> dict
     if length > _MAX_HEADER:
         raise weights_error(source, f"has a header of {length} bytes, too large for an SAE")
     try:
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_doubles)
+        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_sound, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise weights_error(source, f"is truncated, corrupt or not a safetensors file ({error})") from error
     if not isinstance(header, dict):
         raise weights_error(source, "is corrupt: its header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise weights_error(source, "is corrupt: its __metadata__ is not a mapping of texts")
+    if len(header) > MAX_ARRAYS:
+        raise weights_error(source, f"holds {len(header)} tensors, which no SAE file does")
     layouts = [_layout(name, entry, source, 8 + length) for name, entry in header.items()]
     at = 8 + length
     for layout in sorted(layouts, key=lambda one: one.start):
@@ -98,23 +111,32 @@ def _inspect(file: IO[bytes] | NamedFile, source: str | Path, size: int) -> dict
 
 
 def _layout(name: str, entry: Any, source: str | Path, data_start: int) -> ArrayLayout:
+    check_name(source, name)
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        numbers = (*shape, begin, end)
-        if not all(type(number) is int and number >= 0 for number in numbers) or len(shape) > _MAX_DIMS:
+        dtype, sizes, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if len(entry) != 3 or not isinstance(sizes, list) or not isinstance(offsets, list) or len(sizes) > _MAX_DIMS:
+            raise TypeError("lists")
+        shape, (begin, end) = tuple(sizes), offsets
+        if not all(type(number) is int and 0 <= number < _MAX_NUMBER for number in (*shape, begin, end)):
             raise ValueError("sizes")
     except (KeyError, TypeError, ValueError) as error:
-        raise weights_error(source, f"is corrupt: its header does not describe {name[:80]!r}") from error
+        raise weights_error(source, f"is corrupt: its header does not describe {name!r}") from error
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise weights_error(source, f"has {name!r} of type {str(dtype)[:20]!r}, not one of {', '.join(_DTYPES)}")
+        raise weights_error(source, f"has {name!r} of type {short(dtype)}, not one of {', '.join(_DTYPES)}")
     needed = math.prod(shape) * _DTYPES[dtype].itemsize
     if needed == 0 or end - begin != needed:
         raise weights_error(source, f"is corrupt: {name!r} of {list(shape)} needs {needed} bytes, has {end - begin}")
     return ArrayLayout(name, shape, _DTYPES[dtype], data_start + begin, needed)
 
 
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _sound(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key stands twice")
+    for key, value in pairs:
+        (key + value if isinstance(value, str) else key).encode("utf-8")  # half a surrogate pair is no text
     return found
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")

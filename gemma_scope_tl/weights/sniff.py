@@ -9,8 +9,11 @@ from gemma_scope_tl.errors import WeightsError
 PARAMS_NAME = "params.npz"
 CFG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
+MAX_ARRAYS = 64
+"""Arrays that a weights file may have: an SAE has five, and every one more costs memory and lines of messages."""
 REMEDY = "Delete the file and download it again (`hf download REPO FILE --force-download`)."
 _HEAD = 512
+_MAX_NAME = 64  # characters
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")
 
 
@@ -23,17 +26,36 @@ def weights_error(source: str | Path, what: str, remedy: str = REMEDY) -> Weight
     return WeightsError(f"{source} {what}. {remedy}".rstrip())
 
 
+def short(value: object) -> str:
+    """``repr`` of something that a file says, cut: whoever made the file may want to fill screens or steer terminals.
+
+    >>> short("x" * 1000)[-9:]
+    'xxxxxx...'
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write out integers of thousands of digits
+        return "a number too large to be written"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_name(source: str | Path, name: str) -> None:
+    """Raise for the name of an array that no message should repeat: overlong, or with control characters."""
+    if len(name) > _MAX_NAME or not name.isprintable():
+        raise weights_error(source, f"is corrupt: it holds {short(name)}, which is no name of an array")
+
+
 def read_head(path: Path) -> bytes:
     """The first bytes of a file that exists, is a file and is not empty.
 
     Raises:
         WeightsError: when it does not, is not, or is.
     """
-    if not path.exists():
-        raise weights_error(path, "does not exist", "Check the path, or download the file first.")
-    if not path.is_file():
-        raise weights_error(path, "is not a file", "Give the path of the file, or of the folder that holds it.")
     try:
+        if not path.exists():
+            raise weights_error(path, "does not exist", "Check the path, or download the file first.")
+        if not path.is_file():
+            raise weights_error(path, "is not a file", "Give the path of the file, or of the folder that holds it.")
         with path.open("rb") as file:
             head = file.read(_HEAD)
     except OSError as error:

@@ -58,7 +58,7 @@ def file_key(path: Path) -> dict[str, int | str]:
 
 def read_stamp(path: Path) -> Stamp | None:
     """The stamp of a file as it is now, or None."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         held = json.loads(_place(path).read_text(encoding="utf-8"))
         if held["key"] == file_key(path):
             ranges = {str(name): (float(low), float(high)) for name, (low, high) in held["ranges"].items()}

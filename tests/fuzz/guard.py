@@ -71,6 +71,8 @@ class Guard:
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.active:
             return
+        if event.startswith("os.") and args and self._in_cache(args[0]):
+            return
         if event == "open":
             if not self._may_open(args[0], args[1], args[2]):
                 self.seen.append(f"open {str(args[0])[:200]!r}")
@@ -82,7 +84,11 @@ class Guard:
         if not isinstance(path, (str, bytes)):
             return not writes  # a descriptor that is open already
         real = os.path.realpath(os.fsdecode(path))
-        return not writes and (real.startswith(self.folder) or real.endswith((".py", ".pyc", ".so")))
+        return self._in_cache(path) or not writes and (real.startswith(self.folder) or real.endswith((".py", ".pyc", ".so")))
+
+    def _in_cache(self, path: Any) -> bool:
+        """Whether a path is in the package's own cache, where stamps are written."""
+        return isinstance(path, (str, bytes)) and os.path.realpath(os.fsdecode(path)).startswith(f"{self.folder}/cache")
 
 
 def _is_import(args: tuple[Any, ...]) -> bool:

@@ -74,6 +74,7 @@ class Totals:
     arcs: set[Feature] = field(default_factory=set[Feature])
     kinds: set[str] = field(default_factory=set[str])
     corpus: list[bytes] = field(default_factory=list[bytes])
+    good: list[bytes] = field(default_factory=list[bytes])  # those of the corpus that are accepted
     findings: dict[str, tuple[bytes, str]] = field(default_factory=dict[str, "tuple[bytes, str]"])
 
     def __str__(self) -> str:
@@ -136,7 +137,7 @@ def fuzz(target: Target, guard: Guard, seconds: float, seed: int, extra: list[by
             totals.seconds, minute = now, minute + 1
             print(totals, flush=True)  # noqa: T201
         pool = totals.corpus
-        data = rng.choice(pool[-32:] if rng.random() < 0.4 else pool)
+        data = rng.choice(rng.choice([pool, pool[-32:], totals.good or pool]))
         for _ in range(rng.choice([1, 1, 1, 2, 2, 3, 5])):
             data = target.mutate(data, rng, rng.choice(pool))
         _try(target, data, guard, arcs, totals, report)
@@ -156,15 +157,19 @@ def _try(target: Target, data: bytes, guard: Guard, arcs: Arcs, totals: Totals, 
             print(f"FINDING {violation.key}\n{violation}", flush=True)  # noqa: T201
         return
     totals.accepted += error is None
-    kind = (
-        ""
-        if error is None
-        else type(error).__name__ + re.sub(r"'[^']*'|\"[^\"]*\"|\d+|\[[^]]*\]", "", str(error))[:200]
-    )
+    if error is None and (not totals.good or not arcs.found <= totals.arcs):
+        totals.good.append(data)
+    kind = "" if error is None else _kind(error)
     if not arcs.found <= totals.arcs or kind not in totals.kinds or len(totals.corpus) < 1:
         totals.arcs |= arcs.found
         totals.kinds.add(kind)
         totals.corpus.append(data)
+
+
+def _kind(error: GemmaScopeError) -> str:
+    """An error's message without what differs from one input to the next."""
+    line = str(error).split("\n")[0].partition(" ")[2]
+    return type(error).__name__ + re.sub(r"'[^']*'|\"[^\"]*\"|\d+|[\[({].*[])}]", "", line)[:60]
 
 
 def shrink(target: Target, guard: Guard, data: bytes, key: str, tries: int = 300) -> bytes:

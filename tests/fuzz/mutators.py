@@ -211,7 +211,7 @@ def mutate_safetensors(data: bytes, rng: random.Random, other: bytes) -> bytes:
         header = change_tree(header, rng)
     if rng.random() < 0.4:
         header, rest = _fit(header, rest)
-    return _safetensors(json.dumps(header).encode("utf-8", "surrogatepass"), rest)
+    return _safetensors(_dumped(header) or mutate_bytes(text, rng, other), rest)
 
 
 def _fit(header: Any, rest: bytes) -> tuple[Any, bytes]:
@@ -240,7 +240,14 @@ def mutate_json(data: bytes, rng: random.Random, other: bytes) -> bytes:
         return mutate_bytes(data, rng, other)
     if rng.random() < 0.1:
         return mutate_bytes(data, rng, other)
-    return json.dumps(change_tree(tree, rng)).encode("utf-8", "surrogatepass")[:MAX_SIZE]
+    return (_dumped(change_tree(tree, rng)) or mutate_bytes(data, rng, other))[:MAX_SIZE]
+
+
+def _dumped(tree: Any) -> bytes | None:
+    try:
+        return json.dumps(tree).encode("utf-8", "surrogatepass")
+    except (RecursionError, ValueError):  # ValueError: an integer of too many digits
+        return None
 
 
 def change_tree(tree: Any, rng: random.Random) -> Any:

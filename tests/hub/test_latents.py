@@ -156,3 +156,11 @@ def test_sae_lens_layout_needs_the_file(repo: Repo, tmp_path: Path, monkeypatch:
     answer(monkeypatch, format="sae-lens")
     with pytest.raises(GemmaScopeError, match="in SAELens' layout and not on this machine"):
         gs.load_latents("r", FOLDER, 3)
+
+
+def test_force_download(hub: LocalHub, repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(repo, tmp_path)
+    answer(monkeypatch)
+    for force, gets in ((False, 1), (False, 1), (True, 2)):
+        gs.JumpReLUSAE.from_pretrained("r", FOLDER, force_download=force)
+        assert len(hub.requests("GET", "cdn")) == gets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gemma_scope_tl.weights.checks import Expected
 from gemma_scope_tl.weights.npz import inspect_npz
 from gemma_scope_tl.weights.partial import read_local
 from gemma_scope_tl.weights.row_cache import read_cached
+from tests.hub.big_npz import write_sparse_npz
 
 D_IN, D_SAE = 24, 300
 CHOSEN = [7, 299, 0, 7]
@@ -102,3 +104,14 @@ def test_vectors_of_another_width_are_read_properly(tmp_path: Path, dtype: Any) 
     found = inspect_npz(path, ["b_enc"], {"b_enc": D_SAE})["b_enc"]
     assert found == inspect_npz(path)["b_enc"]
     assert found.dtype == getattr(torch, np.dtype(dtype).name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="holes in files")
+def test_a_row_of_a_file_of_19_gb(tmp_path: Path) -> None:
+    """Members over 4 GB have their sizes in zip64 fields; only the pages of the row are read."""
+    row = np.arange(2304, dtype=np.float32)
+    write_sparse_npz(tmp_path / "params.npz", 2304, 1 << 20, {1 << 19: row, (1 << 20) - 1: -row})
+    layouts = inspect_npz(tmp_path / "params.npz")
+    assert layouts["W_dec"].nbytes == layouts["W_enc"].nbytes == 4 * 2304 << 20
+    got = read_local(tmp_path / "params.npz", [(1 << 20) - 1, 1 << 19, 5], Expected(2304, 1 << 20), encoder=False)
+    np.testing.assert_array_equal(got["W_dec"].numpy(), np.stack([-row, row, 0 * row]))
