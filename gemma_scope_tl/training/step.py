@@ -2,23 +2,20 @@
 
 Only the encoder's product is dense. Every other product of the step needs the pre-activations that lie above the
 threshold, or within half a bandwidth below it: a few dozen of thousands of latents. Decoding and the gradients of both
-matrices are weighted sums of rows (``embedding_bag``), the gradients of the latents a sampled product.
+matrices are weighted sums of rows, the gradients of the latents a sampled product (``sae/sparse_ops.py``).
 
 The numbers are those of :class:`~gemma_scope_tl.sae.training.GemmaScopeTrainingSAE` under autograd; a test compares.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
+from gemma_scope_tl.sae import sparse_ops as ops
 from gemma_scope_tl.training.recipe import Recipe, unit_rows_
-
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
 
 
 @dataclass
@@ -91,37 +88,24 @@ def loss_and_gradients(w: Weights, x: Tensor, l0_coefficient: float, bandwidth: 
     """
     n, d_sae = x.shape[0], w.enc.shape[0]
     theta = w.log_threshold.exp()
-    pre = torch.addmm(w.b_enc - w.enc @ w.b_dec, x, w.enc.T)
-    flat = (pre > theta - 0.5 * bandwidth).view(-1).nonzero().squeeze(1)
-    rows = flat.div(d_sae, rounding_mode="floor")
-    cols = flat - rows * d_sae
-    starts = _starts(rows.bincount(minlength=n))
-    z, theta_at = pre.view(-1).index_select(0, flat), theta.index_select(0, cols)
+    offsets, latents, z = ops.encode(x, w.enc.T, w.b_enc - w.enc @ w.b_dec, theta - 0.5 * bandwidth)
+    theta_at = theta.index_select(0, latents)
     on = z > theta_at
     near = (z - theta_at) < 0.5 * bandwidth
     f = z * on
 
-    error = embedding_bag(cols, w.dec, starts[:-1], mode="sum", per_sample_weights=f) + w.b_dec - x
+    error = ops.row_sums(offsets, latents, f, w.dec) + w.b_dec - x
     g_out = error * (2.0 / n)
-    pattern = torch.sparse_csr_tensor(starts, cols, torch.zeros_like(z), (n, d_sae), check_invariants=False)
-    g = torch.sparse.sampled_addmm(pattern, g_out, w.dec.T, beta=0.0).values()
+    g = ops.sampled(offsets, latents, g_out, w.dec)
     g_pre = g * on
-
-    order = cols.to(torch.int32).argsort(stable=True)
-    rows, by_latent = rows.index_select(0, order), _starts(cols.bincount(minlength=d_sae))[:-1]
-    g_dec = embedding_bag(rows, g_out, by_latent, mode="sum", per_sample_weights=f.index_select(0, order))
-    g_enc = embedding_bag(rows, x, by_latent, mode="sum", per_sample_weights=g_pre.index_select(0, order))
+    g_dec = ops.latent_sums(offsets, latents, f, d_sae, g_out)
+    g_enc = ops.latent_sums(offsets, latents, g_pre, d_sae, x)
 
     zeros = torch.zeros_like(theta)
-    g_b_enc = zeros.index_add(0, cols, g_pre)
+    g_b_enc = zeros.index_add(0, latents, g_pre)
     g_enc.addr_(g_b_enc, w.b_dec, alpha=-1.0)
     g_b_dec = g_out.sum(0) - w.enc.T @ g_b_enc
-    g_log_theta = zeros.index_add(0, cols, near * (theta_at * g + l0_coefficient / n)) * (-theta / bandwidth)
-    fired = zeros.index_add(0, cols, on.to(zeros.dtype))
+    g_log_theta = zeros.index_add(0, latents, near * (theta_at * g + l0_coefficient / n)) * (-theta / bandwidth)
+    fired = zeros.index_add(0, latents, on.to(zeros.dtype))
     squared = error.square().sum().item() / n
     return StepResult(squared, fired.sum().item() / n, [g_enc, g_dec, g_b_enc, g_b_dec, g_log_theta], fired)
-
-
-def _starts(counts: Tensor) -> Tensor:
-    """``[0, c0, c0 + c1, ...]``: where each group begins, and the end."""
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
