@@ -15,10 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 import gemma_scope_tl as gs
+from gemma_scope_tl.attributions.targets import logit_difference
+from gemma_scope_tl.viz.circuit_figure import draw_circuit
 from gemma_scope_tl.viz.figures import latent_heatmap, metric_by_layer, new_figure, save_figure
 
 SENTENCE = "In the beginning God created the heaven and the earth. And the earth was without form."
 HELD_OUT = Path(gs.__file__).parent / "bundled" / "text" / "heldout.jsonl"
+PROMPT = "In the beginning God created the heaven and the"
 OUTPUT = Path("demo-output")
 LAYER = 2
 console = Console(width=110)
@@ -54,8 +57,11 @@ def main() -> None:
     latent = _specific_latent(table)
     _print_steering(model, sae, latent)
 
+    console.rule("6  which latents make the next token")
+    circuit_path = _print_circuit(model)
+
     path = _draw(model, table, metrics)
-    console.print(f"\nfigure: {path}   ({time.perf_counter() - started:.0f} s)")
+    console.print(f"\nfigures: {path}, {circuit_path}   ({time.perf_counter() - started:.0f} s)")
 
 
 def _print_features(table: pd.DataFrame) -> None:
@@ -108,6 +114,24 @@ def _print_steering(model: Any, sae: Any, latent: int) -> None:
             out = model.generate(prompt, max_new_tokens=40, temperature=0.7, top_k=40, return_type="tokens")
         shown.add_row(f"{scale:g}", model.tokenizer.decode(out[0, 1:]))
     console.print(shown)
+
+
+def _print_circuit(model: Any) -> Path:
+    saes = list(gs.load_suite("bundled", "res", layers=[0, 1, 2], width="1k").values())
+    with torch.no_grad():
+        likeliest, second = model(model.to_tokens(PROMPT))[0, -1].topk(2).indices.tolist()
+    found = gs.circuit(model, PROMPT, saes, logit_difference(likeliest, second), nodes=20, edges=40)
+    console.print(
+        f"{PROMPT!r}: logit of {model.tokenizer.decode([likeliest])!r} minus that of "
+        f"{model.tokenizer.decode([second])!r} is {found.metric:.2f}; strongest latents:"
+    )
+    latents = found.nodes[found.nodes["kind"] == "latent"]
+    strongest = latents.reindex(latents["attribution"].abs().sort_values(ascending=False).index).head(5)
+    for node in strongest.itertuples():
+        console.print(f"  layer {node.layer}, latent {node.latent}, at {node.token!r}: {node.attribution:+.2f}")
+    figure, axes = new_figure(1)
+    draw_circuit(axes[0], found, f"what makes the logit difference of {PROMPT!r}")
+    return save_figure(figure, OUTPUT / "circuit.png")
 
 
 def _draw(model: Any, table: pd.DataFrame, metrics: pd.DataFrame) -> Path:

@@ -123,7 +123,7 @@ def _inspect(
         layouts: dict[str, ArrayLayout] = {}
         seen: set[str] = set()
         for info in infos:
-            check_name(path, info.filename)
+            check_name(path, info.orig_filename)  # zipfile cuts names at a NUL
             name = info.filename.removesuffix(".npy")
             if name in seen:
                 raise weights_error(path, f"holds {name!r} twice")
@@ -233,7 +233,7 @@ def _data_start(path: str | Path, file: IO[bytes], info: zipfile.ZipInfo) -> int
 def _npy_header(path: str | Path, name: str, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], bool, int]:
     """Parse a npy header with literals only: shape, dtype, whether Fortran-ordered, size in bytes."""
     start = stream.read(8)
-    if start[:6] != b"\x93NUMPY" or len(start) < 8 or start[6] not in (1, 2, 3):
+    if start[:6] != b"\x93NUMPY" or len(start) < 8 or start[6] not in (1, 2, 3) or start[7]:
         raise weights_error(path, f"is corrupt: {name!r} does not start as a .npy array")
     width = 2 if start[6] == 1 else 4
     length = int.from_bytes(stream.read(width), "little")

@@ -35,12 +35,16 @@ class Hang(BaseException):
 class Guard:
     """Watches the process through an audit hook, the clock, and the peak of its memory."""
 
+    watching: Guard | None = None
+    hooked = False
+
     def __init__(self, folder: Path) -> None:
         self.folder = os.path.realpath(folder)
-        self.active = False
         self.seen: list[str] = []
         self.slowest = 0.0
-        sys.addaudithook(self._hook)
+        if not Guard.hooked:  # a hook cannot be taken back, so the process has one
+            sys.addaudithook(_audit)
+            Guard.hooked = True
 
     @contextmanager
     def watch(self, size: int) -> Iterator[None]:
@@ -50,13 +54,13 @@ class Guard:
         before = time.process_time()
         signal.signal(signal.SIGALRM, _hang)
         signal.setitimer(signal.ITIMER_REAL, HANG)
-        self.active = True
+        Guard.watching = self
         try:
             yield
         except Hang:
             raise Violation("hang", f"still not done after {HANG} s") from None
         finally:
-            self.active = False
+            Guard.watching = None
             signal.setitimer(signal.ITIMER_REAL, 0)
         took = time.process_time() - before
         self.slowest = max(self.slowest, took)
@@ -68,9 +72,8 @@ class Guard:
         if grown > GROWTH + 16 * size:
             raise Violation("memory", f"the peak grew by {grown >> 20} MiB for {size} bytes")
 
-    def _hook(self, event: str, args: tuple[Any, ...]) -> None:
-        if not self.active:
-            return
+    def hear(self, event: str, args: tuple[Any, ...]) -> None:
+        """Keep what is forbidden of what happens."""
         if event.startswith("os.") and args and self._in_cache(args[0]):
             return
         if event == "open":
@@ -89,6 +92,12 @@ class Guard:
     def _in_cache(self, path: Any) -> bool:
         """Whether a path is in the package's own cache, where stamps are written."""
         return isinstance(path, (str, bytes)) and os.path.realpath(os.fsdecode(path)).startswith(f"{self.folder}/cache")
+
+
+def _audit(event: str, args: tuple[Any, ...]) -> None:
+    guard = Guard.watching
+    if guard is not None:
+        guard.hear(event, args)
 
 
 def _is_import(args: tuple[Any, ...]) -> bool:

@@ -117,22 +117,31 @@ def _error(target: Target, data: bytes, guard: Guard) -> GemmaScopeError | None:
         raise Violation(_place(error), "".join(traceback.format_exception(error))[-3000:]) from error
 
 
-def fuzz(target: Target, guard: Guard, seconds: float, seed: int, extra: list[bytes], report: bool = False) -> Totals:
-    """Search for ``seconds``.
+def fuzz(
+    target: Target,
+    guard: Guard,
+    seconds: float,
+    seed: int,
+    extra: list[bytes],
+    report: bool = False,
+    executions: int = 1 << 62,
+) -> Totals:
+    """Search for ``seconds``, or until ``executions`` were made.
 
     Args:
         target: what to fuzz.
         guard: made once for the process.
         seconds: by the clock.
-        seed: of the choices; the same one makes the same inputs, as far as the clock lets it.
+        seed: of the choices; the same one makes the same inputs.
         extra: inputs to start from besides the seeds.
         report: whether to print findings when they are made, and a line a minute.
+        executions: the most there may be, seeds included.
     """
     rng, totals, arcs = random.Random(seed), Totals(target.name, seed), Arcs(target)
     start, minute = time.monotonic(), 1
     for data in [*target.seeds(), *extra]:
         _try(target, data, guard, arcs, totals, report)
-    while (now := time.monotonic() - start) < seconds:
+    while (now := time.monotonic() - start) < seconds and totals.executions < executions:
         if report and now > 60 * minute:
             totals.seconds, minute = now, minute + 1
             print(totals, flush=True)  # noqa: T201

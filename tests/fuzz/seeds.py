@@ -82,6 +82,7 @@ def npz_seeds() -> list[bytes]:
 def safetensors_seeds() -> list[bytes]:
     """Every float dtype, a skip transcoder, metadata, and other names."""
     plain = arrays()
+    logarithm = {name: array for name, array in plain.items() if name != "threshold"}
     return [
         safetensors(plain),
         safetensors(plain, format="pt"),
@@ -89,7 +90,7 @@ def safetensors_seeds() -> list[bytes]:
         safetensors(arrays("float64", skip=True)),
         safetensors({name.lower(): array for name, array in plain.items()}),
         safetensors(arrays(scaling_factor=np.ones(D_SAE, np.float32))),
-        safetensors(arrays(log_threshold=np.full(D_SAE, math.log(2), np.float32))),
+        safetensors({**logarithm, "log_threshold": np.full(D_SAE, math.log(2), np.float32)}),
     ]
 
 
