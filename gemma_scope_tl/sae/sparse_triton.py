@@ -10,7 +10,7 @@ Sums are kept in float32, or float64 for float64.
 
 # A kernel's parameters are pointers and lanes without a Python type, and Triton is not installed everywhere.
 # pyright: reportMissingImports=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
-# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
