@@ -197,7 +197,8 @@ def site_of_hook(hook_name: str, hook_name_out: str | None = None) -> tuple[Site
 def layer_of_hook(hook_name: str) -> int | None:
     """The layer in ``blocks.L.…``, or None."""
     parts = hook_name.split(".")
-    return int(parts[1]) if len(parts) > 2 and parts[0] == "blocks" and parts[1].isdigit() else None
+    numbered = len(parts) > 2 and parts[0] == "blocks" and parts[1].isascii() and parts[1].isdigit()
+    return int(parts[1]) if numbered and len(parts[1]) < 10 else None
 
 
 def flatten_heads(z: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,10 @@ from gemma_scope_tl.errors import RegistryError
 MAX_BYTES = 16 << 20
 """The largest registry file that is read, in bytes; the largest of Google's is a hundredth of that."""
 MAX_DEPTH = 16
+MAX_ENTRIES = 10_000
+"""Entries of one mapping or sequence; a row that is wrong costs a hundred times its own size in messages."""
+MAX_VALUES = 300_000
+"""Scalars and collections of one file, keys included; the largest of Google's has ten thousand."""
 _MAX_NUMBER = 64  # characters; sexagesimal numbers take quadratic time
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {f"{_TAG}{kind}" for kind in ("null", "bool", "int", "float")}
@@ -69,6 +73,7 @@ def _build(loader: Any, source: str) -> object:
     stack: list[_Open] = []
     keys: list[object] = []  # the key that waits for its value, for each open mapping
     root: object = _UNSET
+    count = 0
     while not isinstance(event := loader.get_event(), yaml.StreamEndEvent):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
@@ -84,6 +89,9 @@ def _build(loader: Any, source: str) -> object:
             continue
         else:  # starts and ends of the stream and its documents
             continue
+        count += 1
+        if count > MAX_VALUES:
+            raise _refused(source, line, f"has more than {MAX_VALUES:,} values", "Split the release.")
         if not stack and root is not _UNSET:
             raise _refused(source, line, "has a second document", "Keep one release in a file.")
         root = value if not stack else root
@@ -98,6 +106,8 @@ def _build(loader: Any, source: str) -> object:
 
 def _put(parent: _Open, keys: list[object], value: object, source: str, line: int) -> None:
     """Give a value to the open collection it stands in: to the list, or as the mapping's next key or value."""
+    if len(parent.value) >= MAX_ENTRIES:
+        raise _refused(source, line, f"is one of more than {MAX_ENTRIES:,} entries", "Split the release.")
     if isinstance(parent.value, list):
         parent.value.append(value)
     elif keys[-1] is not _UNSET:

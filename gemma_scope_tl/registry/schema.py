@@ -253,7 +253,11 @@ def read_release(path: str | Path) -> ReleaseFile:
     release = parse_release(load_yaml(read_text(path), str(path)), str(path)).at(path.resolve().parent)
     if release.release != path.stem:
         raise RegistryError(f"{path} holds release {release.release!r}: name the file {release.release}.yaml.")
-    if escapes := escaping_rows(release.rows):
+    try:
+        escapes = escaping_rows(release.rows)
+    except RegistryError as error:  # repo itself leads out of the folder
+        raise RegistryError(f"{path}: {error}") from None
+    if escapes:
         raise _broken(str(path), escapes)
     return release
 

@@ -72,11 +72,11 @@ def make_metadata(
 
 def site_in_metadata(metadata: dict[str, Any]) -> tuple[str | None, int | None]:
     """Site and layer that a config's hook names say, or (None, None) where no Gemma Scope site lives."""
-    hook = metadata.get("hook_name")
-    if not isinstance(hook, str):
+    hook, out = metadata.get("hook_name"), metadata.get("hook_name_out")
+    if not isinstance(hook, str) or not isinstance(out, str | None):
         return None, None
     try:
-        site, layer = site_of_hook(hook, metadata.get("hook_name_out"))
+        site, layer = site_of_hook(hook, out)
     except UnknownNameError:
         return None, None
     return site.name, layer

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
+from sae_lens.saes.sae import SAEMetadata
 
 from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.errors import WeightsError, unknown_name
@@ -31,7 +32,7 @@ from gemma_scope_tl.weights.fetch import fetch, known_sha256
 from gemma_scope_tl.weights.fold import fold
 from gemma_scope_tl.weights.load import Elementwise, canonical_arrays, inspect, load_arrays
 from gemma_scope_tl.weights.safetensors_file import read_cfg
-from gemma_scope_tl.weights.sniff import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME, weights_error
+from gemma_scope_tl.weights.sniff import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME, short, weights_error
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -185,7 +186,8 @@ def _load_sae_lens(
     cfg = _read_sae_lens_cfg(file.parent)
     class_of(cfg["architecture"])
     if cfg.get("normalize_activations") not in (None, "none"):
-        what = f"normalises activations ({cfg['normalize_activations']}), whose factor is not in the file"
+        given = short(cfg["normalize_activations"]).strip("'")
+        what = f"normalises activations ({given}), whose factor is not in the file"
         raise weights_error(cfg_path, what, _FOLD_FIRST)
     expected = _agree(expected, cfg, cfg_path)
     folds = _folds(cfg)
@@ -218,11 +220,27 @@ def _read_sae_lens_cfg(folder: Path) -> dict[str, Any]:
     raw = read_cfg(folder)
     try:
         cfg = handle_config_defaulting(raw)
+        _check_types(cfg)
         class_of(cfg["architecture"])
         return cfg
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"is not the configuration of a JumpReLU SAE ({error})"
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        what = f"is not the configuration of a JumpReLU SAE ({str(error)[:300]})"
         raise weights_error(folder / CFG_NAME, what, "Only JumpReLU SAEs and transcoders can be loaded.") from error
+
+
+def _check_types(cfg: dict[str, Any]) -> None:
+    """Raise for fields that are no words or numbers, and for metadata that would replace SAELens' own methods."""
+    if not isinstance(cfg["architecture"], str) or len(cfg["architecture"]) > 80:
+        raise TypeError(f"its architecture is {short(cfg['architecture'])}")
+    for name in ("d_in", "d_sae", "d_out"):
+        if type(cfg.get(name)) not in (int, type(None)):
+            raise TypeError(f"its {name} is {short(cfg[name])}")
+    metadata = cfg.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise TypeError(f"its metadata is {short(metadata)}")
+    for name in metadata:
+        if name == "self" or hasattr(SAEMetadata, name):
+            raise ValueError(f"its metadata has {short(name)}")
 
 
 def _agree(expected: Expected, cfg: dict[str, Any], cfg_path: Path) -> Expected:

@@ -95,7 +95,8 @@ def load_arrays(
 def _load(path: Path, expected: Expected | None, read: _Reading, sha256: str | None) -> dict[str, torch.Tensor]:
     layouts, key = inspect(path, expected), file_key(path)
     stamp = read_stamp(path)
-    known = stamp if stamp is not None and sha256 in (None, stamp.sha256) else None
+    fits = stamp is not None and sha256 in (None, stamp.sha256) and stamp.ranges.keys() == layouts.keys()
+    known = stamp if fits else None
     for name, layout in layouts.items():
         read.plan(name, layout, check=known is None)
     digest = hashlib.sha256() if known is None and sha256 is not None else None
@@ -237,6 +238,7 @@ def _finished(tensors: dict[str, torch.Tensor], source: str) -> dict[str, torch.
             raise weights_error(source, why, "Fold it into the decoder, or use the original release.")
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").exp()
+        check_values({"threshold": tensors["threshold"]}, source)
     if "affine_skip_connection" in tensors:
         tensors["W_skip"] = tensors.pop("affine_skip_connection").T
     return {name: tensor.contiguous() for name, tensor in tensors.items()}

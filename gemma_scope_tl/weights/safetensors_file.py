@@ -94,7 +94,7 @@ def _inspect(file: IO[bytes] | NamedFile, source: str | Path, size: int) -> dict
         raise weights_error(source, f"is truncated, corrupt or not a safetensors file ({error})") from error
     if not isinstance(header, dict):
         raise weights_error(source, "is corrupt: its header is not a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise weights_error(source, "is corrupt: its __metadata__ is not a mapping of texts")
     if len(header) > MAX_ARRAYS:

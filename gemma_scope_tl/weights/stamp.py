@@ -23,6 +23,7 @@ from gemma_scope_tl.files import write_atomically
 
 CACHE_VARIABLE = "GEMMA_SCOPE_TL_CACHE"
 _SETTLED_NS = 100_000_000
+_MAX_STAMP = 1 << 16  # bytes; a stamp has less than 1 kB
 _VERSION = 1  # raise it when what a check checks changes
 
 
@@ -59,7 +60,10 @@ def file_key(path: Path) -> dict[str, int | str]:
 def read_stamp(path: Path) -> Stamp | None:
     """The stamp of a file as it is now, or None."""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-        held = json.loads(_place(path).read_text(encoding="utf-8"))
+        place = _place(path)
+        if not place.is_file() or place.stat().st_size > _MAX_STAMP:
+            return None
+        held = json.loads(place.read_text(encoding="utf-8"))
         if held["key"] == file_key(path):
             ranges = {str(name): (float(low), float(high)) for name, (low, high) in held["ranges"].items()}
             return Stamp(ranges, held["sha256"])

@@ -4,12 +4,13 @@
 
 searches for inputs that break a reader's contract: any bytes give the right arrays or a ``GemmaScopeError`` that names
 the file; nothing is executed, written, or opened elsewhere; time and memory stay in proportion to the file. Targets:
-npz, safetensors, yaml, cfg, partial, stamp. Inputs that reach new code go to ``build/fuzz/<target>``, from where the
-next run starts; findings go to ``tests/fuzz/findings/<target>``. Once a finding is fixed, give its file the ending of the
-right outcome (``.WeightsError``, ``.RegistryError``, ``.ok``): ``test_fuzz.py`` replays it from then on.
+npz, safetensors, yaml, cfg, partial, stamp.
 
-``--engine atheris`` hands the same targets and mutators to libFuzzer, where ``atheris`` is installed. It sees the
-branches and comparisons of the standard library too.
+Inputs that reach new code go to ``build/fuzz/<target>``, from where the next run starts. Findings go to
+``tests/fuzz/findings/<target>`` and end in ``.unfixed``: ``test_fuzz.py`` expects those to fail. Once one is fixed,
+give its file the ending of the right outcome: ``.WeightsError``, ``.RegistryError`` or ``.ok``.
+
+``with_atheris.py`` runs the same targets and mutators under libFuzzer.
 """
 
 from __future__ import annotations
@@ -37,12 +38,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--corpus", type=Path, default=Path("build/fuzz"), help="folder of inputs that reach new code")
     parser.add_argument("--findings", type=Path, default=FINDINGS)
-    parser.add_argument("--engine", choices=["own", "atheris"], default="own")
     args = parser.parse_args()
-    if args.engine == "atheris":
-        from tests.fuzz.with_atheris import run
-
-        run(args.target, args.seconds, args.seed, args.corpus / f"{args.target}-atheris")
     with tempfile.TemporaryDirectory(prefix="fuzz_") as name:
         folder = Path(name)
         os.environ["GEMMA_SCOPE_TL_CACHE"] = str(folder / "cache")
@@ -55,8 +51,8 @@ def main() -> int:
         for key, (data, text) in totals.findings.items():
             small = shrink(target, guard, data, key)
             path = write_atomically(args.findings / args.target / f"{slug(key, small)}.unfixed", small)
-            print(f"{path} ({len(small)} bytes): {key}\n{text}")
-    print(totals)
+            print(f"{path} ({len(small)} bytes): {key}\n{text}")  # noqa: T201
+    print(totals)  # noqa: T201
     return 1 if totals.findings else 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 FORBIDDEN = ("pickle.", "os.", "subprocess.", "shutil.", "socket.", "ctypes.", "exec", "glob.")
 HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.putenv", "socket.__new__")
 SECONDS = 2.0  # of processor time, for a file of less than 64 KiB
+UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 HANG = 30  # seconds by the clock
 GROWTH = 1 << 29  # bytes; a file of 64 KiB may inflate to 64 MiB, of which a few conversions may exist
 
@@ -64,7 +65,7 @@ class Guard:
             signal.setitimer(signal.ITIMER_REAL, 0)
         took = time.process_time() - before
         self.slowest = max(self.slowest, took)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * UNIT
         if self.seen:
             raise Violation(f"audit {self.seen[0]}", f"the reader did: {'; '.join(self.seen)}")
         if took > SECONDS * max(1.0, size / (1 << 16)):
@@ -87,7 +88,9 @@ class Guard:
         if not isinstance(path, (str, bytes)):
             return not writes  # a descriptor that is open already
         real = os.path.realpath(os.fsdecode(path))
-        return self._in_cache(path) or not writes and (real.startswith(self.folder) or real.endswith((".py", ".pyc", ".so")))
+        return self._in_cache(path) or (
+            not writes and (real.startswith(self.folder) or real.endswith((".py", ".pyc", ".so")))
+        )
 
     def _in_cache(self, path: Any) -> bool:
         """Whether a path is in the package's own cache, where stamps are written."""

@@ -178,7 +178,7 @@ def _try(target: Target, data: bytes, guard: Guard, arcs: Arcs, totals: Totals, 
 def _kind(error: GemmaScopeError) -> str:
     """An error's message without what differs from one input to the next."""
     line = str(error).split("\n")[0].partition(" ")[2]
-    return type(error).__name__ + re.sub(r"'[^']*'|\"[^\"]*\"|\d+|[\[({].*[])}]", "", line)[:60]
+    return type(error).__name__ + re.sub(r"'[^']*'|\"[^\"]*\"|\d+|[\[({].*[])}]", "", line)[:40]
 
 
 def shrink(target: Target, guard: Guard, data: bytes, key: str, tries: int = 300) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.fuzz import mutators
 from tests.fuzz.guard import Guard, Violation
 from tests.fuzz.harness import fuzz, outcome, shrink
 from tests.fuzz.targets import NAMES, Target, make_target
@@ -74,20 +75,20 @@ def test_the_search_sees_defects(defect: Any, key: str, tmp_path: Path) -> None:
     whole, guard = make_target("yaml", tmp_path), Guard(tmp_path)
 
     def run(data: bytes) -> None:
-        if b"*" in data:
+        if b"\xff" in data:
             defect(data, tmp_path)
 
-    target = Target("yaml", (), lambda: [b"a: b\nc: d"], whole.mutate, whole.place, run, whole.files)
-    totals = fuzz(target, guard, 60, seed=0, extra=[], executions=800)
+    target = Target("yaml", (), lambda: [b"a: b\nc: d"], mutators.mutate_bytes, whole.place, run, whole.files)
+    totals = fuzz(target, guard, 60, seed=0, extra=[], executions=400)
     (found,) = [name for name in totals.findings if name.startswith(key)]
     data, text = totals.findings[found]
     assert text
-    assert shrink(target, guard, data, found) == b"*"
+    assert shrink(target, guard, data, found) == b"\xff"
 
 
 def test_mutators_take_anything(tmp_path: Path) -> None:
     rng = random.Random(0)
-    for name in set(NAMES) - {"cfg"}:
+    for name in [name for name in NAMES if name != "cfg"]:
         folder = tmp_path / name
         folder.mkdir()
         target = make_target(name, folder)

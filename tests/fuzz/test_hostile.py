@@ -22,6 +22,7 @@ from gemma_scope_tl.weights import layout, load
 from gemma_scope_tl.weights.load import load_arrays
 from gemma_scope_tl.weights.npz import inspect_npz
 from gemma_scope_tl.weights.safetensors_file import inspect_safetensors, read_cfg
+from gemma_scope_tl.weights.stamp import read_stamp
 from tests.fuzz import seeds
 from tests.fuzz.guard import Guard
 from tests.fuzz.targets import Target, make_target
@@ -81,7 +82,7 @@ NPZ: dict[str, tuple[bytes, str]] = {
         with_first(central=FULL, central_extra=zip64(1 << 62, 1 << 62)),
         "past the archive's index",
     ),
-    "zip64 sizes of 2^64 - 1": (with_first(central=FULL, central_extra=zip64(2**64 - 1, 2**64 - 1)), "past the archive's"),
+    "zip64 sizes of 2^64 - 1": (with_first(central=FULL, central_extra=zip64(*[2**64 - 1] * 2)), "past the archive's"),
     "zip64 field too short": (with_first(central=FULL, central_extra=b"\x01\x00\x04\x00abcd"), "zip64"),
     "zip64 field past its end": (with_first(central=FULL, central_extra=b"\x01\x00\xff\xffabcd"), "xtra"),
     "offset past the end": (with_first(offset=0xFFFFFF00), "is truncated at the header"),
@@ -142,19 +143,26 @@ def test_npz(case: str, tmp_path: Path, guard: Guard) -> None:
 
 
 def test_what_is_odd_but_sound_is_read(tmp_path: Path) -> None:
-    """A comment of 64 KiB, zip64 fields, descriptors: writers may leave them, and the arrays are the right ones."""
+    """A comment of 64 KiB, zip64 fields, descriptors, false numbers that only the local header has (the index and the
+    checksums count): the arrays are the right ones, as numpy reads them."""
     odd = [
         write_zip(MEMBERS, comment=b"c" * 0xFFFF),
         write_zip([replace(m, central=FULL, central_extra=zip64(len(m.content), len(m.content))) for m in MEMBERS]),
         write_zip([replace(m, descriptor=b"PK\x07\x08" + bytes(12)) for m in MEMBERS]),
+        write_zip([replace(m, local={"crc": 1, "size": 2, "compressed": 3}) for m in MEMBERS]),
+        write_zip([replace(m, local={"crc": 1, "size": 2, "compressed": 3}, method=DEFLATED) for m in MEMBERS]),
     ]
     for data in odd:
         (tmp_path / "params.npz").write_bytes(data)
         found = load_arrays(tmp_path / "params.npz")
+        with np.load(tmp_path / "params.npz") as archive:
+            assert all(np.array_equal(archive[name], array) for name, array in PLAIN.items())
         assert all(np.array_equal(found[name].numpy(), array) for name, array in PLAIN.items())
 
 
-def test_a_bomb_with_true_sizes_is_refused_before_it_is_inflated(tmp_path: Path, monkeypatch: Any, guard: Guard) -> None:
+def test_a_bomb_with_true_sizes_is_refused_before_it_is_inflated(
+    tmp_path: Path, monkeypatch: Any, guard: Guard
+) -> None:
     """Zeros deflate 1000:1, and nothing in the index is false; but no SAE has such shapes."""
     bomb = Member(b"W_enc.npy", npy(np.zeros((3, 6 << 18), np.float32)), DEFLATED, level=9)
     path = tmp_path / "params.npz"
@@ -212,7 +220,7 @@ SAFETENSORS: dict[str, tuple[bytes, str]] = {
         tensors({spelled("finetuning_scaling_factor", i): 0 for i in range(9000)}),
         "tensors, which no SAE file does",
     ),
-    "a number of a million digits": (one(shape=[0]).replace(b"[0]", b"[" + b"9" * 900_000 + b"]"), "is truncated, corrupt"),
+    "a number of a million digits": (tensors(b'{"a": ' + b"9" * 900_000 + b"}"), "is truncated, corrupt"),
     "a product of thousands of digits": (one(shape=[10**4299] * 8), "does not describe"),
     "a product of 2^64 and a bit": (one(shape=[2**32, 2**32]), "needs 73786976294838206464 bytes"),
     "no size": (one(shape=[0, 6], data_offsets=[0, 0]), "needs 0 bytes"),
@@ -226,6 +234,7 @@ SAFETENSORS: dict[str, tuple[bytes, str]] = {
     "a dtype that is none": (one(dtype=["F32"] * 999), "of type ['F32'"),
     "NaN": (tensors(b'{"a": NaN}'), "NaN is not JSON"),
     "metadata that is a list": (tensors({"__metadata__": [1], "a": TENSOR}), "__metadata__"),
+    "metadata that is an empty list": (tensors({"__metadata__": [], "a": TENSOR}), "__metadata__"),
     "metadata of numbers": (tensors({"__metadata__": {"a": 1}, "a": TENSOR}), "__metadata__"),
     "a list": (tensors([1, 2]), "not a JSON object"),
     "no tensors": (tensors({}, 0), "lacks W_enc"),
@@ -239,8 +248,8 @@ def test_safetensors(case: str, tmp_path: Path, guard: Guard) -> None:
     refused(guard, path, load_arrays, WeightsError, text)
 
 
-ROW = "release: fuzz\nmodel: m\nrepo: {repo}\nlicense: x\ndescription: d\nsaes:\n- {{id: a, site: res, layer: 0, width: 1k, "
-ROW += "d_sae: 1024, d_in: 64, l0: 1.0, path: {path}}}\n"
+HEAD = "release: fuzz\nmodel: m\nrepo: {repo}\nlicense: x\ndescription: d\nsaes:\n"
+ROW = HEAD + "- {{id: a, site: res, layer: 0, width: 1k, d_sae: 1024, d_in: 64, l0: 1.0, path: {path}}}\n"
 YAML: dict[str, tuple[str, str]] = {
     "aliases": ("a: &a [x]\nb: [*a, *a]\n", "has the alias *a"),
     "deep": ("[" * 900, "nested more than 16 deep"),
@@ -259,6 +268,8 @@ YAML: dict[str, tuple[str, str]] = {
     "a path that climbs": (ROW.format(repo=".", path="a/../../b"), "is not a relative path"),
     "a repository that climbs": (ROW.format(repo="./..", path="a"), "is not a repository"),
     "a path through a link": (ROW.format(repo=".", path="escape"), "leads out of"),
+    "rows that are all wrong": (HEAD + "- {}\n" * 100_000, "more than 10,000 entries"),
+    "mappings of mappings": ("\n".join(f"k{i}: {[1] * 999}" for i in range(400)), "more than 300,000 values"),
     "NUL": ("a: \x00", "is not YAML"),
 }  # fmt: skip
 
@@ -328,4 +339,12 @@ def test_a_stamp_that_is_no_stamp_is_none(tmp_path: Path, monkeypatch: Any) -> N
     for text in ("[" * 100_000, key + '{"W_enc": [1e400, 1' + "0" * 400 + "]}}", "", "\x00", key + '{"W_enc": [1]}}'):
         target.place(text.encode())
         target.run(text.encode())
+    place = next((tmp_path / "cache").rglob("*.json"))
+    with place.open("wb") as file:
+        file.truncate(1 << 40)
+    target.run(b"")
+    place.unlink(missing_ok=True)
+    os.mkfifo(place)
+    with Guard(tmp_path).watch(0):
+        assert read_stamp(tmp_path / "params.npz") is None
     assert torch.equal(load_arrays(tmp_path / "params.npz")["b_dec"], torch.from_numpy(PLAIN["b_dec"]))
