@@ -32,6 +32,7 @@ Format = Literal["gemma-scope", "sae-lens"]
 WEIGHTS_FILES: Mapping[Format, str] = {"gemma-scope": "params.npz", "sae-lens": "sae_weights.safetensors"}
 CFG_FILE = "cfg.json"
 CROSS_ROWS = "cross_rows"
+_SHOWN_PROBLEMS = 100
 
 
 def _relative(text: str) -> str:
@@ -362,6 +363,9 @@ def _rows_text(at: Sequence[int]) -> str:
 
 
 def _broken(source: str, problems: Sequence[Problem]) -> RegistryError:
-    listed = "\n".join(f"  {problem}" for problem in problems)
+    shown = [f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
+    if len(problems) > _SHOWN_PROBLEMS:
+        shown.append(f"  and {len(problems) - _SHOWN_PROBLEMS} more")
+    listed = "\n".join(shown)
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     return RegistryError(f"{source} breaks the registry schema in {count}:\n{listed}")

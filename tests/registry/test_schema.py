@@ -214,3 +214,10 @@ def test_width_labels_of_the_release() -> None:
             parse_width(wrong)
     with pytest.raises(RegistryError):
         width_label(0)
+
+
+def test_a_thousand_problems_are_counted_and_a_hundred_shown() -> None:
+    with pytest.raises(RegistryError, match="in 1000 problems") as caught:
+        parse_release(release(*(row(id=f"a/{i}", layer=-1) for i in range(1000))), "f")
+    assert str(caught.value).endswith("and 900 more")
+    assert str(caught.value).count("\n") == 101
