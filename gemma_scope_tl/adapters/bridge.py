@@ -41,13 +41,17 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
         self.check_hooks_to_add(name)
         self.hook_dict[name].add_hook(*args, **kwargs)  # TransformerBridge walks attributes, which SAEs are not
 
-    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Any = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
         """Remove the user's hooks, also those on the hook points of attached SAEs; the SAEs stay."""
-        super().reset_hooks(*args, **kwargs)
+        super().reset_hooks(clear_contexts, direction, including_permanent, level)
         for point in self.sae_hook_points().values():
-            point.remove_hooks(
-                dir=kwargs.get("direction", "both"), including_permanent=kwargs.get("including_permanent", False)
-            )
+            point.remove_hooks(direction, including_permanent, level)
 
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens; a key-value cache goes to Hugging Face under the name its version uses."""

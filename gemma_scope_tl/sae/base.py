@@ -198,6 +198,12 @@ class GemmaScopeMixin(_Base):
         skipped = self.skip(x)
         return out if skipped is None else out + skipped
 
+    def __setstate__(self, state: Any) -> None:
+        """Copies made while the SAE is attached to a model have hook points of their own names."""
+        super().__setstate__(state)  # pyright: ignore[reportAttributeAccessIssue]
+        for name, point in self.hook_dict.items():
+            point.name = name
+
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         """Keep thresholds wide, and ``dtype`` and ``device`` true, through ``to``, ``half``, ``cuda`` and the like."""
         held = self._parameters.get("threshold")

@@ -53,7 +53,7 @@ def hooked_pass(sae: Any, x: Tensor, need_clean: bool) -> HookedPass:
     if is_hooked(sae.hook_sae_acts_post):
         offered = acts.to_dense() if dense is None else dense
         seen = sae.hook_sae_acts_post(offered)
-        edited_post = seen is not offered or not _same(SparseActs.from_dense(offered.detach()), acts)
+        edited_post = seen is not offered or not _holds(offered, acts)
         edited_acts |= edited_post
         if edited_post or torch.is_grad_enabled():
             through = seen
@@ -103,3 +103,10 @@ def _offer(point: torch.nn.Module, tensor: Tensor) -> tuple[Tensor, bool]:
 def _same(one: SparseActs, other: SparseActs) -> bool:
     """Whether the entries are equal; NaN equals nothing, which costs time and no correctness."""
     return all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("offsets", "latents", "values"))
+
+
+def _holds(dense: Tensor, acts: SparseActs) -> bool:
+    """Whether a dense tensor is these activations: the same entries, and zeros elsewhere."""
+    flat = dense.detach().reshape(-1)
+    entries = flat.index_select(0, acts.tokens() * acts.d_sae + acts.latents)
+    return torch.equal(entries, acts.values) and bool(flat.count_nonzero() == acts.values.count_nonzero())

@@ -17,6 +17,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from gemma_scope_tl.attached import locate
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError
+from gemma_scope_tl.splicing import translate_hook_name
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 
 POSITIONS = [None, 1, -1, [0, 2], slice(1, 3), torch.arange(4) % 2 == 0]
@@ -63,7 +64,9 @@ class World:
         self.done: Counter[str] = Counter()
         with torch.no_grad():
             self.seen["logits", ()] = self.model(self.tokens)
-            self.model.run_with_cache(self.tokens)  # transformers hooks its attention once and for all, to show patterns
+            self.model.run_with_cache(
+                self.tokens
+            )  # transformers hooks its attention once and for all, to show patterns
         self.pristine = self.snapshot()
 
     # -- the account ---------------------------------------------------------------------------------------------------
@@ -186,6 +189,13 @@ class World:
         on_sae, i = divmod(target, 100)
         live = Live(f"hook {target} {kind}", i if on_sae else None, block=how == "block", permanent=how == "permanent")
         name = self.model.get_sae_hook_name(self.saes[i], ACTS) if on_sae else self.names(i)[1]
+        if on_sae and name in self.model.hook_dict:
+            i = live.sae = next(
+                one.sae or 0
+                for one in self.attached()
+                if self.saes[one.sae or 0].hook_dict[ACTS] is self.model.hook_dict[name]
+            )
+            live.what = f"hook {100 + i} {kind}"
         fn = self._hook_fn(live, kind)
         if on_sae and not any(one.sae == i for one in self.attached()):
             with pytest.raises(UnknownNameError):
@@ -193,7 +203,8 @@ class World:
             return
         block = self.model.hooks([(name, fn)]) if how == "block" else None
         _ = block.__enter__() if block else self.model.add_hook(name, fn, is_permanent=live.permanent)
-        live.point = self.saes[i].hook_dict[ACTS] if on_sae else self.model.hook_dict[_own(self.model, name)]
+        hooks = self.model.hook_dict
+        live.point = hooks[name if on_sae else translate_hook_name(name, hooks, self.model.backend)]
         live.handle = live.point.fwd_hooks[-1]
         self.live.append(live)
         if block is not None:
@@ -284,6 +295,7 @@ class World:
         """A copy, made whether or not the original is attached, splices as the original does."""
         if any(one.sae == i and one.handle for one in self.live):
             return  # the user's hooks would come along
+        pickled &= i != 8  # SAELens's own keep local functions
         twin = pickle.loads(pickle.dumps(self.saes[i])) if pickled else copy.deepcopy(self.saes[i])
         for name, value in self.saes[i].state_dict().items():
             assert torch.equal(twin.state_dict()[name], value)
@@ -332,12 +344,3 @@ class World:
                 one.handle.hook.remove()
                 one.point.fwd_hooks.remove(one.handle)
         self.live = []
-
-
-def _own(model: Any, name: str) -> str:
-    from gemma_scope_tl.splicing import translate_hook_name
-
-    return translate_hook_name(name, model.hook_dict, model.backend)
-
-
-OPERATIONS_IN_WORDS = [name for name in vars(World) if not name.startswith("_")]
