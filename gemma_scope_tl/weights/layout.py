@@ -12,6 +12,7 @@ import math
 import mmap
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from gemma_scope_tl.weights.sniff import weights_error
 
 CHUNK = 1 << 22  # bytes; small enough to stay in a core's cache between the checksum and the conversion
 _INFLATED = 1 << 20  # bytes inflated at a time: zlib makes a copy of them, and of what it has not read yet
+_THREADS = 2  # arrays read at a time: an SAE has two large ones
 _HUGE = 1 << 25  # bytes from which an array is worth huge pages of 2 MiB
 
 Sink = Callable[[int, torch.Tensor], None]
@@ -112,7 +114,7 @@ def stream(
     verify: Collection[str] = (),
     digest: Digest | None = None,
 ) -> None:
-    """Read arrays once, from the file's beginning to its end.
+    """Read arrays once, each from its beginning to its end; with a ``digest`` one after the other, else two at a time.
 
     Args:
         path: the file.
@@ -124,19 +126,28 @@ def stream(
     Raises:
         WeightsError: when the file ends early, compressed data is broken or longer than declared, or a CRC is wrong.
     """
+    ordered = sorted(layouts.items(), key=lambda item: item[1].start)
+    if digest is None:
+        wanted = [(layout, sinks[name], name in verify) for name, layout in ordered if sinks.get(name)]
+        with ThreadPoolExecutor(_THREADS) as pool:  # reading and checksums leave Python's lock alone
+            for done in [pool.submit(_stream_one, path, *one) for one in wanted]:
+                done.result()
+        return
     buffer = bytearray(CHUNK)
     with path.open("rb", buffering=0) as file:
-        for name, layout in sorted(layouts.items(), key=lambda item: item[1].start):
-            wanted = sinks.get(name, ())
-            if not wanted and digest is None:
-                continue
-            if digest is not None:
-                _hash_until(file, layout.start, buffer, digest)
-            file.seek(layout.start)
+        for name, layout in ordered:
+            _hash_until(file, layout.start, buffer, digest)
             pieces = _pieces(path, file, layout, buffer, digest)
-            _deliver(path, layout, pieces, wanted, name in verify)
-        if digest is not None:
-            _hash_until(file, None, buffer, digest)
+            _deliver(path, layout, pieces, sinks.get(name, ()), name in verify)
+        _hash_until(file, None, buffer, digest)
+
+
+def _stream_one(path: Path, layout: ArrayLayout, sinks: Sequence[Sink], verify: bool) -> None:
+    with path.open("rb", buffering=0) as file:
+        file.seek(layout.start)
+        buffer = bytearray(min(_INFLATED if layout.deflated else CHUNK, CHUNK, layout.stored_size))
+        pieces = _pieces(path, file, layout, buffer, None)
+        _deliver(path, layout, pieces, sinks, verify)
 
 
 def _deliver(
@@ -201,7 +212,7 @@ def _raw(
 ) -> Iterator[memoryview]:
     left = layout.stored_size
     while left:
-        view = memoryview(buffer)[: min(_INFLATED if layout.deflated else CHUNK, CHUNK, left)]
+        view = memoryview(buffer)[: min(_INFLATED, left) if layout.deflated else left]
         count = file.readinto(view)  # type: ignore[attr-defined]
         if not count:
             raise weights_error(path, f"is truncated: it ends inside {layout.name!r}")
