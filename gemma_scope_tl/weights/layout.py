@@ -9,11 +9,9 @@ dtype or device. So a file is read once however much is asked of it, and only th
 from __future__ import annotations
 
 import math
-import mmap
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -26,7 +24,6 @@ from gemma_scope_tl.weights.sniff import weights_error
 CHUNK = 1 << 22  # bytes; small enough to stay in a core's cache between the checksum and the conversion
 _INFLATED = 1 << 20  # bytes inflated at a time: zlib makes a copy of them, and of what it has not read yet
 _THREADS = 2  # arrays read at a time: an SAE has two large ones
-_HUGE = 1 << 25  # bytes from which an array is worth huge pages of 2 MiB
 
 Sink = Callable[[int, torch.Tensor], None]
 """Takes the index of the first element and a 1-D chunk of elements, which is overwritten afterwards."""
@@ -91,20 +88,6 @@ def map_array(path: Path, layout: ArrayLayout) -> torch.Tensor:
     """A stored array where it lies: pages are read when touched, and copied when written to (never to the file)."""
     data = np.memmap(path, np.uint8, "c", offset=layout.start + layout.header_size, shape=(layout.nbytes,))
     return torch.from_numpy(data).view(layout.dtype).reshape(layout.shape)
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """``torch.empty``, in huge pages where the system has them on request.
-
-    Filling fresh memory costs a fault a page, which for pages of 4 KiB takes as long as the conversion that fills it.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 def stream(

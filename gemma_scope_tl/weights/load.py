@@ -28,7 +28,7 @@ from gemma_scope_tl.weights.checks import (
     value_range,
 )
 from gemma_scope_tl.weights.fetch import verify_download, wrong_hash
-from gemma_scope_tl.weights.layout import ArrayLayout, Sink, empty, map_array, stream
+from gemma_scope_tl.weights.layout import ArrayLayout, Sink, map_array, stream
 from gemma_scope_tl.weights.npz import clear_errors, inspect_npz
 from gemma_scope_tl.weights.safetensors_file import inspect_safetensors
 from gemma_scope_tl.weights.sniff import weights_error
@@ -120,7 +120,7 @@ def load_array(path: Path, layout: ArrayLayout) -> torch.Tensor:
     Raises:
         WeightsError: when it is truncated or corrupt.
     """
-    tensor = empty(layout.shape, layout.dtype)
+    tensor = torch.empty(layout.shape, dtype=layout.dtype)
     with clear_errors(path):
         stream(path, {layout.name: layout}, {layout.name: [_copier(tensor, layout.fortran, None)]}, (layout.name,))
     return tensor
@@ -166,7 +166,7 @@ class _Reading:
         if stays and len(layout.shape) > 1:
             self.tensors[name] = map_array(self.path, layout)
         else:
-            self.tensors[name] = empty(layout.shape, to, self.device)
+            self.tensors[name] = torch.empty(layout.shape, dtype=to, device=self.device)
             sinks.append(_copier(self.tensors[name], layout.fortran, self.elementwise.get(name)))
         self.sinks[name] = sinks
 
