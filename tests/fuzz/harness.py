@@ -11,6 +11,7 @@ import hashlib
 import random
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -39,11 +40,13 @@ class Arcs:
         """Run something; ``found`` has its arcs afterwards, whatever it raises."""
         self.found = set()
         before = sys.gettrace()
+        threading.settrace(self._enter)  # arrays are read by threads of their own
         sys.settrace(self._enter)
         try:
             return run()
         finally:
             sys.settrace(before)
+            threading.settrace(before)  # type: ignore[arg-type]
 
     def _enter(self, frame: FrameType, event: str, arg: Any) -> Any:
         name = self.files.get(frame.f_code.co_filename)

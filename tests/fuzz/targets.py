@@ -21,7 +21,6 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.registry import plain_yaml
 from gemma_scope_tl.registry.plain_yaml import load_yaml
 from gemma_scope_tl.registry.schema import read_release
-from gemma_scope_tl.weights import load as load_module
 from gemma_scope_tl.weights.checks import Expected, canonical_names
 from gemma_scope_tl.weights.layout import ArrayLayout, stream
 from gemma_scope_tl.weights.load import load_arrays
@@ -138,16 +137,17 @@ class _counted_allocations:
         self.left = size * _INFLATION * 2 + (1 << 16)
 
     def __enter__(self) -> None:
-        self.real = load_module.empty
-        load_module.empty = self.empty  # pyright: ignore
+        self.real = torch.empty
+        torch.empty = self.empty  # pyright: ignore
 
     def __exit__(self, *_: object) -> None:
-        load_module.empty = self.real
+        torch.empty = self.real
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: Any = "cpu") -> torch.Tensor:
-        self.left -= math.prod(shape) * dtype.itemsize
-        require(self.left >= 0, "allocates too much", f"{shape} of {dtype}")
-        return self.real(shape, dtype, device)
+    def empty(self, shape: Any, *more: Any, dtype: torch.dtype = torch.float32, **options: Any) -> torch.Tensor:
+        sizes = (shape, *more) if isinstance(shape, int) else tuple(shape)
+        self.left -= math.prod(sizes) * dtype.itemsize
+        require(self.left >= 0, "allocates too much", f"{sizes} of {dtype}")
+        return self.real(sizes, dtype=dtype, **options)
 
 
 def _safetensors(folder: Path) -> Target:
