@@ -39,12 +39,14 @@ def chosen_latents(source: Source, latents: int | Iterable[int]) -> list[int]:
         SpliceError: when there is none, no such latent, or one twice.
         UnknownNameError: when it is not among the loaded ones.
     """
+    from gemma_scope_tl.sae.base import checked_latents
+
     chosen = [int(latent) for latent in ([latents] if isinstance(latents, int) else latents)]
     if isinstance(source, Latents):
         for latent in chosen:
             source.position(latent)
-    elif wrong := [latent for latent in chosen if not 0 <= latent < source.cfg.d_sae]:
-        raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{source.cfg.d_sae - 1}.")
+    else:
+        checked_latents(chosen, source.cfg.d_sae)
     if not chosen:
         raise SpliceError("No latents were given: name at least one.")
     if twice := [latent for latent in chosen if chosen.count(latent) > 1]:
