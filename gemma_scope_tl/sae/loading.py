@@ -89,7 +89,8 @@ def load_folder(
     expected = expected_sizes(model, site, layer)
     if file.suffix == ".safetensors":
         return _load_sae_lens(file, expected, name_of(model), site, layer, None, device, dtype)
-    units = site_units(site, inspect(file, expected)["W_enc"].shape[0])
+    d_in = inspect(file, expected)["W_enc"].shape[0] if site == "embedding" else None
+    units = site_units(site, d_in)
     arrays = load_arrays(file, expected, parse_dtype(dtype), device, units)
     return _build(arrays, name_of(model), site, layer, None, None, device, dtype, str(file))
 
