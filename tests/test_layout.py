@@ -31,6 +31,7 @@ ORDER = [
     "adapters",
     "feature_table",
     "logit_lens",
+    "activations",
     "training",
     "evals",
     "attributions",
