@@ -79,7 +79,8 @@ def l0_of(
     the error in its place.
     """
     from gemma_scope_tl.attached import locate
-    from gemma_scope_tl.evals.metrics import Mean, l0
+    from gemma_scope_tl.evals.accumulators import Mean
+    from gemma_scope_tl.evals.metrics import l0
     from gemma_scope_tl.sites import ModelDims, flatten_heads
     from gemma_scope_tl.tokens import special_mask, special_token_ids
 
@@ -109,7 +110,7 @@ def l0_of(
 
 def held_out_tokens(model: Any) -> torch.Tensor:
     """Rows of BOS and held-out text, ``[16, 256]``."""
-    from gemma_scope_tl.evals.suite import pack_texts
+    from gemma_scope_tl.evals.packing import pack_texts
 
     texts = [json.loads(line)["text"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
     return pack_texts(model.tokenizer, texts[:: max(len(texts) // ROWS, 1)], CONTEXT)[:ROWS]

@@ -1,4 +1,4 @@
-"""The paper's metrics as pure functions and mergeable accumulators (section 4.1).
+"""The paper's metrics as pure functions. Their sums over a dataset are in :mod:`gemma_scope_tl.evals.accumulators`.
 
 Activations come as ``[n, d]``: one row per token that counts, special tokens left out by the caller.
 """
@@ -6,63 +6,35 @@ Activations come as ``[n, d]``: one row per token that counts, special tokens le
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sae import sparse_ops
+from gemma_scope_tl.sae.sparse import SparseActs
 
-@dataclass
-class Mean:
-    """A running mean in float64."""
-
-    total: float = 0.0
-    count: int = 0
-
-    def update(self, values: torch.Tensor) -> None:
-        """Take in every entry of ``values``."""
-        self.total += float(values.double().sum())
-        self.count += values.numel()
-
-    @property
-    def value(self) -> float:
-        """The mean, NaN before any value."""
-        return self.total / self.count if self.count else math.nan
+DENSE_FREQUENCY = 0.1
+"""A latent that fires on more than this share of tokens is dense (JumpReLU paper, section 5.3)."""
 
 
-@dataclass
-class FVU:
-    """Fraction of variance unexplained over a dataset (section 4.1).
-
-    ``FVU = mean ‖x - x̂‖² / mean ‖x - mean(x)‖²``: 1 for predicting the dataset's mean, 0 for the identity. Sums are
-    float64; the denominator is ``Σ‖x‖² - n ‖mean‖²``.
-    """
-
-    n: int = 0
-    error: float = 0.0
-    square: float = 0.0
-    sums: Float[torch.Tensor, " d"] | None = field(default=None, repr=False)
-
-    def update(self, x: Float[torch.Tensor, "n d"], x_hat: Float[torch.Tensor, "n d"]) -> None:
-        """Take in activations and their reconstructions."""
-        x, x_hat = x.double(), x_hat.double()
-        self.n += x.shape[0]
-        self.error += float((x - x_hat).square().sum())
-        self.square += float(x.square().sum())
-        self.sums = x.sum(0) if self.sums is None else self.sums + x.sum(0)
-
-    @property
-    def value(self) -> float:
-        """The fraction so far, NaN while there is no variance."""
-        if self.sums is None:
-            return math.nan
-        variance = self.square - float(self.sums.square().sum()) / self.n
-        return self.error / variance if variance > 0 else math.nan
+def l0(acts: Float[torch.Tensor, "n d_sae"] | SparseActs) -> Float[torch.Tensor, " n"]:
+    """Number of active latents of each token (section 4.1): ``‖f(x)‖₀``. A latent that is NaN counts."""
+    if isinstance(acts, torch.Tensor):
+        return (acts != 0).sum(-1).double()
+    if bool((acts.values != 0).all()):
+        return acts.offsets.diff().double()
+    return acts.tokens()[acts.values != 0].bincount(minlength=acts.n_tokens).double()
 
 
-def l0(acts: Float[torch.Tensor, "n d_sae"]) -> Float[torch.Tensor, " n"]:
-    """Number of active latents of each token (section 4.1): ``‖f(x)‖₀``."""
-    return (acts != 0).sum(-1).double()
+def squared_error(x: Float[torch.Tensor, "n d"], x_hat: Float[torch.Tensor, "n d"]) -> Float[torch.Tensor, " n"]:
+    """``‖x - x̂‖²`` of each token in float64: the numerator of FVU (section 4.1)."""
+    return (x.double() - x_hat.double()).square_().sum(-1)
+
+
+def fvu(error: float, deviation: float) -> float:
+    """``Σ‖x - x̂‖² / Σ‖x - mean(x)‖²`` with the dataset's mean (section 4.1); NaN where nothing varies."""
+    return error / deviation if deviation > 0 else math.nan
 
 
 def next_token_losses(
@@ -79,10 +51,64 @@ def scored_positions(special: Bool[torch.Tensor, "batch pos"]) -> Bool[torch.Ten
     return ~special[:, :-1] & ~special[:, 1:]
 
 
-def loss_recovered(clean: float, spliced: float, zeroed: float) -> float:
-    """``(zeroed - spliced) / (zeroed - clean)``: 1 when splicing costs nothing, 0 when it is as bad as zeros.
+def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
+    """``(ablated - spliced) / (ablated - clean)``: 1 when splicing costs nothing, 0 when it is as bad as the ablation.
 
-    NaN where zeroing the site does not raise the loss, because then there is nothing to recover.
+    NaN where ablating the site (by zeros, or by its mean) does not raise the loss: then there is nothing to recover.
     """
-    gap = zeroed - clean
-    return (zeroed - spliced) / gap if gap > 0 else math.nan
+    gap = ablated - clean
+    return (ablated - spliced) / gap if gap > 0 else math.nan
+
+
+def latent_importance(
+    acts: SparseActs, gradient: Float[torch.Tensor, "n d_out"], w_dec: Float[torch.Tensor, "d_sae d_out"]
+) -> Float[torch.Tensor, " nnz"]:
+    """Attributed effect of every active latent (appendix C.3): ``y = f(x) ⊙ (W_decᵀ ∇_x 𝓛)``, the rest being 0.
+
+    Args:
+        acts: latents of n tokens.
+        gradient: ``∇_x 𝓛`` of each token at the tensor that the SAE reconstructs, 𝓛 being the mean-centred logit of the
+            correct next token.
+        w_dec: the decoder, a latent a row.
+    """
+    along = sparse_ops.sampled(acts.offsets, acts.latents, gradient.to(w_dec.dtype), w_dec)
+    return acts.values.double() * along.double()
+
+
+def uniformity(importance: Float[torch.Tensor, " nnz"], acts: SparseActs) -> Float[torch.Tensor, " n"]:
+    """Uniformity of active latent importance of each token (appendix C.3).
+
+    ``p = |y| / ‖y‖₁`` and ``r_L0 = exp(S(p)) / ‖y‖₀``, with the entropy ``S(p) = -Σ p log p``: the effective number of
+    latents as a share of those with an effect. ``1 / ‖y‖₀ ≤ r_L0 ≤ 1``; 1 when all matter alike. NaN where none do.
+    """
+    tokens, size = acts.tokens(), importance.abs()
+    zeros = torch.zeros(acts.n_tokens, dtype=size.dtype, device=size.device)
+    p = size / zeros.index_add(0, tokens, size)[tokens]
+    entropy = -zeros.index_add(0, tokens, torch.special.xlogy(p, p))
+    count = zeros.index_add(0, tokens, (size > 0).to(size.dtype))
+    return torch.where(count > 0, entropy.exp() / count, torch.nan)
+
+
+def max_cosine(w_dec: Float[torch.Tensor, "d_sae d"], chunk: int = 1024) -> Float[torch.Tensor, " d_sae"]:
+    """Largest cosine of each latent's decoder row with that of another latent, in float32.
+
+    High values are near duplicates (feature splitting and absorption look so). A chunk of rows is compared with all at
+    a time: ``chunk * d_sae`` numbers in memory. A latent without a direction has NaN, and is nobody's nearest.
+
+    Raises:
+        GemmaScopeError: for fewer than two latents.
+    """
+    if w_dec.ndim != 2 or w_dec.shape[0] < 2:
+        raise GemmaScopeError(f"A decoder is [d_sae, d] with two latents or more, not {list(w_dec.shape)}.")
+    wide = w_dec.detach().float()
+    norms = wide.norm(dim=1, keepdim=True)
+    unit, empty = wide / norms.clamp_min(1e-30), norms.squeeze(1) == 0
+    out = torch.empty(unit.shape[0], device=unit.device)
+    for start in range(0, unit.shape[0], chunk):
+        rows = unit[start : start + chunk]
+        cosines = rows @ unit.T
+        here = torch.arange(rows.shape[0], device=unit.device)
+        cosines[here, here + start] = -torch.inf
+        cosines[:, empty] = -torch.inf
+        out[start : start + chunk] = cosines.amax(1)
+    return out.masked_fill(empty | (out == -torch.inf), torch.nan)

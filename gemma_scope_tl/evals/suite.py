@@ -1,152 +1,165 @@
-"""``evaluate``: L0, FVU, delta loss and loss recovered of SAEs on one fixed set of tokens."""
+"""``evaluate``: the paper's metrics of SAEs on one fixed set of tokens, with confidence intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 
-from gemma_scope_tl.attached import decode_with_skip, locate
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.evals.metrics import FVU, Mean, l0, loss_recovered, next_token_losses, scored_positions
-from gemma_scope_tl.interventions import Intervention
-from gemma_scope_tl.sites import flatten_heads
-from gemma_scope_tl.tokens import special_mask, special_token_ids
+from gemma_scope_tl.evals.accumulators import LatentCounts, TokenMean
+from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET
+from gemma_scope_tl.evals.intervals import Bootstrap
+from gemma_scope_tl.evals.packing import as_tokens
+from gemma_scope_tl.evals.run import ABLATIONS, Run, Settings
+from gemma_scope_tl.evals.store import Store
+from gemma_scope_tl.evals.subjects import Subject, subjects_of
+from gemma_scope_tl.evals.tables import position_rows, summary_row
+from gemma_scope_tl.evals.units import CLEAN, Unit
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class Zero(Intervention):
-    """Sets a site to zero: the worst that a splice should do."""
-
-    def edited(self, x: torch.Tensor) -> torch.Tensor:
-        """Zeros like ``x``."""
-        return torch.zeros_like(x)
-
-
 @dataclass
-class _Result:
-    sae: Any
-    read: str
-    write: str
-    site: str
-    layer: int | None
-    l0: Mean = field(default_factory=Mean)
-    fvu: FVU = field(default_factory=FVU)
-    loss: Mean = field(default_factory=Mean)
+class Evaluation:
+    """What was measured, as sums by sequence and by position.
 
-    def row(self, clean: float, zeroed: float) -> dict[str, Any]:
-        registered = getattr(self.sae, "row", None)
-        return {
-            "release": getattr(registered, "release", None),
-            "id": getattr(registered, "id", None),
-            "site": self.site,
-            "layer": self.layer,
-            "d_sae": self.sae.cfg.d_sae,
-            "l0": self.l0.value,
-            "fvu": self.fvu.value,
-            "loss_clean": clean,
-            "loss_spliced": self.loss.value,
-            "delta_loss": self.loss.value - clean,
-            "loss_zero_ablated": zeroed,
-            "loss_recovered": loss_recovered(clean, self.loss.value, zeroed),
-            "tokens": self.l0.count,
-        }
+    Attributes:
+        subjects: the SAEs, in the order given.
+        units: the pieces, by name (``units.py``).
+        rows: sequences in the data.
+        ablations: what loss recovered is measured against.
+    """
+
+    subjects: list[Subject]
+    units: dict[str, Unit]
+    rows: int
+    ablations: tuple[str, ...]
+
+    def table(self, confidence: float = 0.95, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+        """A row per SAE, as :func:`evaluate` returns."""
+        import pandas as pd
+
+        bootstrap = Bootstrap(self.rows, resamples, confidence, seed)
+        return pd.DataFrame([summary_row(self, number, bootstrap) for number in range(len(self.subjects))])
+
+    def by_position(self) -> pd.DataFrame:
+        """A row per SAE and position (section 4.2): the metrics without the sum over positions.
+
+        The losses and the KL divergence are those of the prediction made at the position; FVU is the error at the
+        position over the variance there, around the mean of the whole dataset. NaN where no token counted, as at BOS.
+        """
+        import pandas as pd
+
+        return pd.DataFrame([row for number in range(len(self.subjects)) for row in position_rows(self, number)])
+
+    def latent_counts(self, number: int = 0) -> LatentCounts:
+        """How often each latent of the SAE with this index fired (section 4.3)."""
+        fired = self.units[f"sae {number}"].parts["fired"]
+        if not isinstance(fired, LatentCounts):
+            raise GemmaScopeError(f"Nothing was counted for SAE {number}.")
+        return fired
+
+    def clean(self) -> TokenMean:
+        """The model's own loss."""
+        return self.units[CLEAN].token_mean("loss")
 
 
-@torch.no_grad()
-def evaluate(
+def measure_suite(
     model: Any,
     saes: Any | Iterable[Any],
-    data: Sequence[str] | Int[torch.Tensor, "batch pos"],
+    data: Sequence[str] | Int[torch.Tensor, "rows pos"],
     context: int = 256,
     batch_size: int = 8,
     progress: bool = True,
-) -> pd.DataFrame:
-    """Measure SAEs on a model (paper, section 4.1). All see the same tokens and share the clean pass.
+    *,
+    ablations: Sequence[str] = ABLATIONS,
+    uniformity: int = 0,
+    memory_budget: int = MEMORY_BUDGET,
+    cache: str | PathLike[str] | None = None,
+    checkpoint_every: int = 16,
+) -> Evaluation:
+    """:func:`evaluate`, returning everything that was measured rather than one table."""
+    subjects = subjects_of(model, saes)
+    tokens = as_tokens(model, data, context)
+    settings = Settings(batch_size, tuple(ablations), uniformity, memory_budget, checkpoint_every, progress)
+    hooked = [name for name, point in model.hook_dict.items() if point.fwd_hooks] if cache is not None else []
+    if hooked:
+        raise GemmaScopeError(
+            f"There are hooks on the model ({', '.join(hooked[:3])}), and a cache cannot tell what they do: remove "
+            "them, or evaluate without cache=."
+        )
+    run = Run(model, subjects, tokens, model._excluded_ids(True), settings, Store(cache))
+    run.finish()
+    return Evaluation(subjects, run.units, tokens.shape[0], settings.ablations)
 
-    BOS, EOS and padding are neither spliced nor counted. Losses are in nats, over predictions from an ordinary token to
-    an ordinary token, in float32 whatever the model's dtype.
+
+def evaluate(
+    model: Any,
+    saes: Any | Iterable[Any],
+    data: Sequence[str] | Int[torch.Tensor, "rows pos"],
+    context: int = 256,
+    batch_size: int = 8,
+    progress: bool = True,
+    *,
+    by_position: bool = False,
+    ablations: Sequence[str] = ABLATIONS,
+    uniformity: int = 0,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    memory_budget: int = MEMORY_BUDGET,
+    cache: str | PathLike[str] | None = None,
+) -> pd.DataFrame:
+    """Measure SAEs on a model (paper, section 4.1). All see the same tokens and share one clean pass.
+
+    An SAE re-runs only the layers behind its site, from one encoding that gives L0, FVU and the splice; ablations are
+    shared by the SAEs of a place. BOS, EOS and padding are neither spliced, ablated nor counted. Losses are in nats,
+    over predictions from an ordinary token to an ordinary token, in float32 whatever the model's dtype.
 
     Args:
         model: from ``load_model``.
-        saes: one or several SAEs or transcoders; a transcoder is measured against its true target, the MLP's output.
+        saes: one or several SAEs or transcoders, or a suite; a transcoder is measured against its true target, the
+            MLP's output.
         data: texts, packed into rows of BOS and ``context - 1`` tokens; or token ids.
         context: tokens in a row, when texts are given.
-        batch_size: rows in a forward pass.
+        batch_size: rows in a forward pass, fewer where the memory budget asks for it.
         progress: show a bar.
+        by_position: return a row per SAE and position instead (:meth:`Evaluation.by_position`).
+        ablations: ``"zero"``, ``"mean"``, both or none: what loss recovered is measured against.
+        uniformity: positions of each row at which the uniformity of active latent importance is measured (appendix
+            C.3): a backward pass of the model each; 0 for none.
+        confidence, resamples, seed: of the intervals, made by resampling sequences.
+        memory_budget: bytes that tensors may take beside the weights, 1 GiB by default (:class:`~run.Settings`).
+        cache: a folder. What was measured before is read from it, and an evaluation that was stopped goes on, to the
+            same bits; model, SAEs and tokens are told apart by their content.
 
     Returns:
         A row per SAE: ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss,
-        loss_zero_ablated, loss_recovered, tokens``.
+        loss_zero_ablated, loss_recovered, tokens``; then ``kl`` (clean to spliced, nats), ``loss_mean_ablated``,
+        ``loss_recovered_mean``, ``dead`` and ``dense`` (shares of latents), ``uniformity``, ``sequences``; and
+        ``<metric>_low``, ``<metric>_high``, the confidence interval of each metric.
 
     Raises:
         SpliceError: when an SAE does not fit the model.
-        GemmaScopeError: when there is less text than one row.
+        GemmaScopeError: when there is less text than one row, or another argument makes no sense.
+        AdapterMismatch: when re-running layers does not reproduce the full pass.
     """
-    import pandas as pd
-
-    results = [_result(sae) for sae in ([saes] if isinstance(saes, torch.nn.Module) else saes)]
-    tokens = data if isinstance(data, torch.Tensor) else pack_texts(model.tokenizer, data, context)
-    clean, zeroed = Mean(), {result.write: Mean() for result in results}
-    for batch in _batches(tokens, batch_size, progress):
-        _evaluate_batch(model, batch.to(model.cfg.device), results, clean, zeroed)
-    return pd.DataFrame([result.row(clean.value, zeroed[result.write].value) for result in results])
-
-
-def pack_texts(tokenizer: Any, texts: Iterable[str], context: int) -> Int[torch.Tensor, "rows context"]:
-    """Rows of BOS and ``context - 1`` consecutive tokens; texts follow each other, separated by EOS.
-
-    Raises:
-        GemmaScopeError: when there is less text than one row.
-    """
-    stream: list[int] = []
-    for text in texts:
-        stream += [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-    body = context - 1
-    rows = len(stream) // body
-    if rows == 0:
-        raise GemmaScopeError(
-            f"The texts hold {len(stream)} tokens, less than one row of {body}: give more, or a smaller context."
-        )
-    packed = torch.tensor(stream[: rows * body]).view(rows, body)
-    return torch.cat([torch.full((rows, 1), tokenizer.bos_token_id), packed], dim=1)
-
-
-def _result(sae: Any) -> _Result:
-    site, layer = locate(sae)
-    read, write = site.hook_name(layer, "hooked_transformer"), site.hook_name_out(layer, "hooked_transformer")
-    return _Result(sae, read, write, site.name, layer)
-
-
-def _batches(tokens: torch.Tensor, batch_size: int, progress: bool) -> Iterator[torch.Tensor]:
-    from rich.progress import track
-
-    yield from track(tokens.split(batch_size), "evaluating", disable=not progress, transient=True)
-
-
-def _evaluate_batch(
-    model: Any, tokens: torch.Tensor, results: list[_Result], clean: Mean, zeroed: dict[str, Mean]
-) -> None:
-    special = special_mask(tokens, special_token_ids(model.tokenizer))
-    scored = scored_positions(special)
-    seen: dict[str, torch.Tensor] = {}
-
-    def keep(value: torch.Tensor, hook: Any, name: str) -> None:
-        seen[name] = flatten_heads(value)[~special]
-
-    names = {name for result in results for name in (result.read, result.write)}
-    hooks = [(name, lambda value, hook, name=name: keep(value, hook, name)) for name in sorted(names)]
-    logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
-    clean.update(next_token_losses(logits, tokens)[scored])
-    for name, mean in zeroed.items():
-        mean.update(next_token_losses(model.run_with_hooks(tokens, fwd_hooks=[(name, Zero())]), tokens)[scored])
-    for result in results:
-        acts = result.sae.encode(seen[result.read])
-        result.l0.update(l0(acts))
-        result.fvu.update(seen[result.write], decode_with_skip(result.sae, acts, seen[result.read]))
-        result.loss.update(next_token_losses(model.run_with_saes(tokens, saes=[result.sae]), tokens)[scored])
+    found = measure_suite(
+        model,
+        saes,
+        data,
+        context,
+        batch_size,
+        progress,
+        ablations=ablations,
+        uniformity=uniformity,
+        memory_budget=memory_budget,
+        cache=cache,
+    )
+    return found.by_position() if by_position else found.table(confidence, resamples, seed)

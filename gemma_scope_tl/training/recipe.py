@@ -11,21 +11,31 @@ A loop that follows them looks like this, for an SAE with ``W_dec [d_sae, d_in]`
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+
+PENALTIES = ("linear", "quadratic")
+INTEGERS = ("lr_warm_up_steps", "batch_size", "l0_warm_up_steps")
+TUPLES = ("betas", "matryoshka")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters of one training run; the defaults are the paper's. See :data:`PAPER` and :data:`FAST`.
+    """Hyper-parameters of one training run; the defaults are Gemma Scope's. See :data:`PAPER`, :data:`FAST` and
+    :data:`GEMMA_SCOPE_2`.
+
+    From the Gemma Scope paper (sections 3.1 and 3.2) or, where that refers to it, the JumpReLU paper (appendix I):
+    every default down to ``bandwidth``. Second-hand, from reports of Gemma Scope 2, is what follows it; what those leave
+    open is said at each.
 
     Attributes:
         lr: learning rate after the warm-up.
@@ -38,6 +48,20 @@ class Recipe:
         l0_warm_up_steps: lambda rises linearly from 0 over these steps.
         init_threshold: theta of every latent at the start, for activations with ``E ||x||^2 = 1``.
         bandwidth: epsilon of the rectangle kernel, in the same units.
+        l0_penalty: ``"linear"``, ``lambda ||f||_0``, is the paper's; ``"quadratic"`` is ``lambda (2 / L0*) (||f||_0 -
+            L0*)^2`` around a target. It is taken for each activation and averaged, as the target-L0 loss in the
+            JumpReLU paper's appendix F is written; second-hand reports do not say.
+        frequency_coefficient: the price of firing often: ``coefficient * sum_i max(0, p_i - limit)``, ``p_i`` being the
+            share of the batch on which latent i is active, with the same straight-through estimator and the same
+            warm-up as lambda. That there is such a penalty is reported; this form and its size are ours.
+        frequency_limit: the share above which it is paid; 0.1 is reported.
+        matryoshka: shares of the latents. For each, the first so many latents must reconstruct the target by
+            themselves; the error is the mean over these prefixes and the whole. Empty for none. That Gemma Scope 2 has
+            such prefixes is reported; which, is not, and the mean (not the sum) is ours, so that lambda keeps its
+            meaning.
+
+    Raises:
+        GemmaScopeError: a value that cannot be.
     """
 
     lr: float = 7e-5
@@ -51,6 +75,64 @@ class Recipe:
     l0_warm_up_steps: int = 10_000
     init_threshold: float = 1e-3
     bandwidth: float = 1e-3
+    l0_penalty: Literal["linear", "quadratic"] = "linear"
+    frequency_coefficient: float = 0.0
+    frequency_limit: float = 0.1
+    matryoshka: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "batch_size", "init_threshold", "bandwidth", "frequency_limit"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise GemmaScopeError(f"{name} must be greater than 0, not {getattr(self, name)!r}.")
+        for name in ("lr_start", "lr_warm_up_steps", "l0_coefficient", "l0_warm_up_steps", "frequency_coefficient"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise GemmaScopeError(f"{name} must be 0 or greater, not {getattr(self, name)!r}.")
+        if not 0.0 <= self.lr_decay <= 1.0:
+            raise GemmaScopeError(f"lr_decay is a share of the run, 0 to 1, not {self.lr_decay!r}.")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise GemmaScopeError(f"betas must be two numbers from 0 to below 1, not {self.betas!r}.")
+        if self.l0_penalty not in PENALTIES:
+            raise unknown_name("l0_penalty", self.l0_penalty, PENALTIES)
+        ends = (0.0, *self.matryoshka, 1.0)
+        if not all(a < b for a, b in itertools.pairwise(ends)):
+            raise GemmaScopeError(f"matryoshka must be rising shares between 0 and 1, not {self.matryoshka!r}.")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Recipe:
+        """A recipe from plain data, such as ``dataclasses.asdict`` gives; what is missing is the paper's.
+
+        Raises:
+            UnknownNameError: a key that no field has.
+            GemmaScopeError: a bad value.
+        """
+        names = [field.name for field in fields(cls)]
+        for key in data:
+            if key not in names:
+                raise unknown_name("recipe value", key, names)
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        for key, value in values.items():
+            expected = (int,) if key in INTEGERS else (tuple,) if key in TUPLES else (int, float)
+            if key != "l0_penalty" and (isinstance(value, bool) or not isinstance(value, expected)):
+                raise GemmaScopeError(f"recipe.{key} cannot be {value!r}.")
+        return cls(**values)
+
+    def prefixes_of(self, d_sae: int) -> tuple[int, ...]:
+        """How many latents each Matryoshka prefix has; the last is all of them.
+
+        Raises:
+            GemmaScopeError: two prefixes of one size.
+
+        >>> Recipe(matryoshka=(0.125, 0.5)).prefixes_of(64)
+        (8, 32, 64)
+        """
+        sizes = (*(round(share * d_sae) for share in self.matryoshka), d_sae)
+        if not all(a < b for a, b in itertools.pairwise((0, *sizes))):
+            raise GemmaScopeError(
+                f"Matryoshka shares {self.matryoshka} of {d_sae} latents are {sizes}: no such prefixes."
+            )
+        return sizes
 
     def lr_at(self, step: int, total_steps: int | None = None) -> float:
         """The learning rate of step ``step`` (from 0): cosine warm-up, constant, and the decay if there is one.
@@ -77,12 +159,28 @@ class Recipe:
         >>> [PAPER.l0_coefficient_at(t) for t in (0, 5_000, 10_000, 20_000)]
         [0.0, 0.0003, 0.0006, 0.0006]
         """
-        if step >= self.l0_warm_up_steps:
-            return self.l0_coefficient
-        return self.l0_coefficient * (step / self.l0_warm_up_steps)
+        return self.l0_coefficient * self.warm_up_at(step)
+
+    def frequency_coefficient_at(self, step: int) -> float:
+        """The frequency penalty's coefficient of step ``step`` (from 0)."""
+        return self.frequency_coefficient * self.warm_up_at(step)
+
+    def warm_up_at(self, step: int) -> float:
+        """The share of the penalties that is due at step ``step`` (from 0): linear from 0 to 1.
+
+        >>> [PAPER.warm_up_at(t) for t in (0, 2_500, 10_000, 20_000)]
+        [0.0, 0.25, 1.0, 1.0]
+        """
+        return 1.0 if step >= self.l0_warm_up_steps else step / self.l0_warm_up_steps
 
     def sae_settings(self) -> dict[str, Any]:
-        """Keyword arguments of :class:`~gemma_scope_tl.sae.training.GemmaScopeTrainingSAEConfig`."""
+        """Keyword arguments of :class:`~gemma_scope_tl.sae.training.GemmaScopeTrainingSAEConfig`.
+
+        Raises:
+            GemmaScopeError: penalties that SAELens's loop does not have here.
+        """
+        if self.l0_penalty != "linear" or self.frequency_coefficient or self.matryoshka:
+            raise GemmaScopeError("SAELens's runners train with the linear L0 penalty only: use a PlaceTrainer.")
         names = ("l0_coefficient", "l0_warm_up_steps", "init_threshold", "bandwidth")
         return {name: value for name, value in asdict(self).items() if name in names}
 
@@ -129,6 +227,16 @@ FAST = Recipe(
 - The learning rate falls linearly to 0 over the last quarter, since without a decay the higher rate leaves noise.
 
 Loss, Adam's betas and epsilon, unit decoder rows, projection and initialisation are the paper's.
+"""
+
+GEMMA_SCOPE_2 = Recipe(l0_penalty="quadratic", l0_warm_up_steps=50_000, frequency_coefficient=1e-2)
+"""Gemma Scope 2's changes, as far as they are reported (second-hand), to the paper's recipe.
+
+Reported: the quadratic penalty around a target L0, a penalty on latents that fire on more than 10 % of tokens through
+the same straight-through estimator, a warm-up of 50,000 steps, Matryoshka prefixes; bandwidth, rate, Adam, batch and
+initialisation as before. Ours: lambda stays 6e-4 (an excess of a quarter over L0* then costs what 6e-4 costs in the
+linear penalty), the frequency penalty's form and size (some sixteen times that price for each firing), and no prefixes
+unless ``matryoshka`` names them.
 """
 
 

@@ -10,11 +10,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_scope_tl.evals.metrics import FVU, Mean, l0, loss_recovered, next_token_losses, scored_positions
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.evals.accumulators import FVU, Mean
+from gemma_scope_tl.evals.metrics import (
+    l0,
+    latent_importance,
+    loss_recovered,
+    max_cosine,
+    next_token_losses,
+    scored_positions,
+    uniformity,
+)
+from gemma_scope_tl.sae.sparse import SparseActs
 
 
 def test_l0_counts_what_is_not_zero() -> None:
-    assert l0(torch.tensor([[0.0, 1.5, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]])).tolist() == [2.0, 0.0]
+    acts = torch.tensor([[0.0, 1.5, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    assert l0(acts).tolist() == [2.0, 0.0]
+    assert l0(SparseActs.from_dense(acts)).tolist() == [2.0, 0.0]
+    explicit = SparseActs.from_dense(acts).with_values(torch.tensor([0.0, 2.0]))  # a zero that is held is no latent
+    assert l0(explicit).tolist() == [1.0, 0.0]
 
 
 def test_fvu_by_hand() -> None:
@@ -85,3 +100,62 @@ def test_mean_is_nan_before_any_value_and_float64_after() -> None:
     mean.update(torch.full((10_000,), 0.1))
     mean.update(torch.full((10_000,), 0.3))
     assert mean.value == pytest.approx(0.2, rel=1e-7)
+
+
+def _uniformity(importance: list[list[float]]) -> list[float]:
+    dense = torch.tensor(importance)
+    acts = SparseActs.from_dense(dense)
+    return uniformity(acts.values.double(), acts).tolist()
+
+
+def test_uniformity_by_hand() -> None:
+    # p = (1/2, 1/4, 1/4): S = 3/2 log 2, exp(S) = 2^1.5, of 3 active
+    same, skewed, one = _uniformity([[3.0, -3.0, 3.0, 3.0], [-2.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, -0.1]])
+    assert same == pytest.approx(1, rel=1e-12)
+    assert skewed == pytest.approx(2**1.5 / 3, rel=1e-12)
+    assert one == pytest.approx(1, rel=1e-12)
+    assert math.isnan(_uniformity([[0.0, 0.0]])[0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 30))
+def test_uniformity_is_the_kl_divergence_from_uniform_and_has_its_bounds(seed: int, active: int) -> None:
+    """The paper's other form: exp(-KL(p || uniform over the active latents)), between 1 / L0 and 1."""
+    y = np.random.default_rng(seed).standard_cauchy(active)
+    p = np.abs(y) / np.abs(y).sum()
+    acts = SparseActs.from_dense(torch.from_numpy(y)[None])
+    (value,) = uniformity(acts.values, acts).tolist()
+    assert value == pytest.approx(np.exp(-(p * np.log(p * active)).sum()), rel=1e-9)
+    assert 1 / active - 1e-12 <= value <= 1 + 1e-12
+
+
+def test_latent_importance_is_the_gradient_of_a_linear_function_of_the_reconstruction() -> None:
+    """With L = g . (f W_dec), f * dL/df is y; PyTorch's autograd differentiates."""
+    generator = torch.Generator().manual_seed(0)
+    f = (torch.rand(6, 40, generator=generator) - 0.6).relu().requires_grad_()
+    w_dec, g = torch.randn(40, 8, generator=generator), torch.randn(6, 8, generator=generator)
+    ((f @ w_dec) * g).sum().backward()
+    assert f.grad is not None
+    acts = SparseActs.from_dense(f.detach())
+    got = acts.with_values(latent_importance(acts, g, w_dec)).to_dense()
+    torch.testing.assert_close(got, (f * f.grad).detach().double(), rtol=1e-5, atol=1e-6)
+
+
+def test_max_cosine_against_numpy_in_chunks() -> None:
+    w = torch.randn(13, 5, generator=torch.Generator().manual_seed(0))
+    w[4] = -3 * w[9]
+    w[7] = 2 * w[2]
+    unit = w.double().numpy() / np.linalg.norm(w.double().numpy(), axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    np.fill_diagonal(cosines, -2)
+    for chunk in (1, 4, 100):
+        np.testing.assert_allclose(max_cosine(w, chunk), cosines.max(1), atol=1e-6)  # float32 products
+    assert max_cosine(w)[2] == pytest.approx(1, abs=1e-6)
+
+
+def test_a_latent_without_direction_has_no_cosine() -> None:
+    got = max_cosine(torch.tensor([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]]))
+    assert got[0] == got[2] == -1
+    assert math.isnan(got[1])
+    with pytest.raises(GemmaScopeError, match="two latents"):
+        max_cosine(torch.zeros(1, 3))

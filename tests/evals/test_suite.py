@@ -11,7 +11,8 @@ import torch
 from gemma_scope_tl.adapters.loading import load_model
 from gemma_scope_tl.adapters.reference import run_reference
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.evals.suite import evaluate, pack_texts
+from gemma_scope_tl.evals.packing import pack_texts
+from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import CharTokenizerFactory, hooked, random_gemma, random_sae, random_tokens

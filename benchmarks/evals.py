@@ -1,0 +1,218 @@
+"""Evaluating a whole suite in one pass, against SAELens's ``run_evals`` called once for each SAE on the same tokens.
+
+The model and its 24 SAEs (res, mlp, att; four layers; two sparsities) are the bundled ones; the text is held out and
+packed without EOS inside. What is compared, and where the two must differ:
+
+- L0, FVU (1 - its explained variance) and the losses with and without SAE: equal up to rounding. With EOS inside rows
+  ``run_evals`` also counts predictions *of* EOS, which the paper masks; hence text without it.
+- the ablated loss: ``run_evals`` sets the whole site to zero, BOS too, which a splice leaves alone; so its "CE score"
+  compares a splice with an ablation of other positions. Reported, not compared.
+- KL: its mean also takes in the last position of each row, which has no next token and so no loss. Not compared.
+- ours also makes what ``run_evals`` does not: mean ablation, dead and dense latents, intervals, metrics by position.
+
+The memory row runs each side in a process of its own: the peak beyond what was in use before the evaluation.
+``run_evals`` holds three tensors of logits and their softmaxes, 8.4 GB each for 8 x 1024 tokens of Gemma's vocabulary;
+on a machine with less than 100 GB it gets one row instead of eight, which makes the ratio a lower bound.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import HookedSAETransformer, JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.training.activation_scaler import ActivationScaler
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+import gemma_scope_tl as gs
+from benchmarks.splice import random_weights
+from benchmarks.timing import paired, save
+from gemma_scope_tl.contributing.measure import HELD_OUT
+from gemma_scope_tl.evals.packing import pack_texts
+from gemma_scope_tl.evals.suite import measure_suite
+
+ROWS, CONTEXT, BATCH = 32, 256, 8
+PEER = "SAELens run_evals, SAE by SAE"
+NAMES = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
+TOLERANCE = 1e-4
+HOOKS = {"res": "blocks.{}.hook_resid_post", "mlp": "blocks.{}.hook_mlp_out", "att": "blocks.{}.attn.hook_z"}
+VOCABULARY, LONG = 256_000, 1024
+
+
+class FixedTokens:
+    """What ``run_evals`` asks of an activation store; the same batches again and again."""
+
+    def __init__(self, tokens: torch.Tensor, batch: int) -> None:
+        self.batches, self.served = list(tokens.split(batch)), 0
+        self.store_batch_size_prompts, self.context_size = batch, tokens.shape[1]
+
+    def get_batch_tokens(self, *_: Any) -> torch.Tensor:
+        """The next batch, after the last the first."""
+        self.served += 1
+        return self.batches[(self.served - 1) % len(self.batches)]
+
+    def reset_input_dataset(self) -> None:
+        """Nothing to do."""
+
+
+def held_out(model: Any, rows: int = ROWS) -> torch.Tensor:
+    """Rows of BOS and held-out text without EOS."""
+    texts = [json.loads(line)["text"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    return pack_texts(model.tokenizer, ["\n".join(texts)], CONTEXT)[:rows]
+
+
+def stock_model(model: Any) -> Any:
+    """SAELens's own hooked model with the weights of our ``HookedTransformer``."""
+    peer = HookedSAETransformer(model.cfg, tokenizer=model.tokenizer)
+    peer.load_state_dict(model.state_dict(), strict=False)
+    return peer.eval()
+
+
+def stock_copy(sae: Any) -> Any:
+    """SAELens's own class with the weights of one of our SAEs."""
+    stock = JumpReLUSAE(JumpReLUSAEConfig(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae, apply_b_dec_to_input=False))
+    for name in NAMES:
+        getattr(stock, name).data = getattr(sae, name).data
+    stock.cfg.metadata.hook_name = HOOKS[sae.site].format(sae.layer)
+    return stock.requires_grad_(False)
+
+
+def evaluate_stock(peer: Any, sae: Any, tokens: torch.Tensor, batch: int) -> dict[str, float]:
+    """``run_evals`` with the metrics that both sides have."""
+    batches = -(-tokens.shape[0] // batch)
+    config = EvalConfig(
+        batch_size_prompts=batch,
+        n_eval_reconstruction_batches=batches,
+        n_eval_sparsity_variance_batches=batches,
+        compute_kl=True,
+        compute_ce_loss=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+    )
+    found, _ = run_evals(sae, FixedTokens(tokens, batch), peer, ActivationScaler(), config)  # type: ignore[arg-type]
+    losses, quality = found["model_performance_preservation"], found["reconstruction_quality"]
+    return {
+        "l0": found["sparsity"]["l0"],
+        "fvu": 1 - quality["explained_variance"],
+        "loss_clean": losses["ce_loss_without_sae"],
+        "loss_spliced": losses["ce_loss_with_sae"],
+        "loss_zero_ablated": losses["ce_loss_with_ablation"],
+        "kl": found["model_behavior_preservation"]["kl_div_with_sae"],
+    }
+
+
+def run() -> list[dict[str, Any]]:
+    """Time and numbers on the bundled suite, and peak memory with Gemma's vocabulary."""
+    return [*_suite(), _memory()]
+
+
+def _suite() -> list[dict[str, Any]]:
+    model = gs.load_model("bundled")
+    rows = gs.list_saes(model="bundled")
+    saes = [gs.JumpReLUSAE.from_pretrained(row.release, row.id) for row in rows.itertuples()]
+    tokens = held_out(model)
+    peer = stock_model(gs.load_model("bundled", backend="hooked_transformer"))
+    stock = [stock_copy(sae) for sae in saes]
+    kept: dict[str, Any] = {}
+
+    def ours(**options: Any) -> None:
+        kept["ours"] = gs.evaluate(model, saes, tokens, batch_size=BATCH, progress=False, **options)
+
+    def theirs() -> None:
+        kept["theirs"] = [evaluate_stock(peer, sae, tokens, BATCH) for sae in stock]
+
+    ours()  # warms up both: it runs every kernel of the model
+    alike = paired(lambda: ours(ablations=("zero",)), theirs, runs=1, warmup=0)
+    worst = {name: _difference(kept["ours"][name], kept["theirs"], name) for name in kept["theirs"][0]}
+    for name in ("l0", "fvu", "loss_clean", "loss_spliced"):
+        assert worst[name] <= TOLERANCE, (name, worst[name])
+    everything = paired(ours, theirs, runs=1, warmup=0)
+    what = f"evaluate {len(saes)} SAEs on {ROWS} x {CONTEXT} tokens"
+    explained = {
+        "max_difference": worst,
+        "why_not_compared": "loss_zero_ablated: BOS is ablated too there; kl: the last position counts there",
+    }
+    return [
+        {"what": what, "peer": PEER, **alike, **explained},
+        {"what": f"{what}, mean ablation too", "peer": PEER, **everything},
+    ]
+
+
+def _difference(ours: Any, theirs: list[dict[str, float]], name: str) -> float:
+    """The largest, relative for L0 (whose values are in the tens), absolute for the rest."""
+    pairs = [(float(a), b[name]) for a, b in zip(ours, theirs, strict=True)]
+    return max(abs(a - b) / (abs(b) if name == "l0" else 1.0) for a, b in pairs)
+
+
+def _memory() -> dict[str, Any]:
+    peer_rows = 8 if _total_memory() > 100 << 30 else 1
+    ours, theirs = _child("ours", 8), _child("peer", peer_rows)
+    return {
+        "what": f"peak memory of evaluating an SAE, 8 x {LONG} tokens, {VOCABULARY:,} words",
+        "peer": PEER + ("" if peer_rows == 8 else f", on {peer_rows} x {LONG} tokens"),
+        "ours": f"{ours:,.0f} MiB",
+        "theirs": f"{theirs:,.0f} MiB",
+        "ratio": theirs / ours,
+    }
+
+
+def _child(side: str, rows: int) -> float:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.evals", "memory", side, str(rows)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+def measure_memory(side: str, rows: int) -> float:
+    """Peak MiB of one evaluation beyond what the process had, for the child processes."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=LONG,
+        attn_implementation="eager",
+    )
+    tokenizer = gs.load_model("bundled").tokenizer  # for its special ids only
+    backend = "bridge" if side == "ours" else "hooked_transformer"
+    model = gs.load_model(hf_model=Gemma2ForCausalLM(config).eval(), tokenizer=tokenizer, backend=backend, check=False)
+    sae = gs.JumpReLUSAE.from_arrays(dict(zip(NAMES, random_weights(1024, 64), strict=True)), site="res", layer=0)
+    tokens = torch.randint(3, VOCABULARY, (rows, LONG), generator=torch.Generator().manual_seed(1))
+    tokens[:, 0] = 2
+    peer = stock_model(model) if side == "peer" else None
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _peak()
+    if peer is None:
+        measure_suite(model, sae, tokens, batch_size=rows, progress=False)
+    else:
+        evaluate_stock(peer, stock_copy(sae), tokens, rows)
+    return (_peak() - before) / 1024
+
+
+def _peak() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def _total_memory() -> int:
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith("MemTotal")).split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    if "memory" in sys.argv:
+        print(measure_memory(sys.argv[2], int(sys.argv[3])))
+    else:
+        print(save("evals", run()))

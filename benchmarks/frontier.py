@@ -1,0 +1,263 @@
+"""What two recipes reach on the same activations: ours, and SAELens's own for its JumpReLU SAE.
+
+Both read the same batches in the same order through their own trainers (``PlaceTrainer``, ``SAETrainer``). What comes
+out is compared as Gemma Scope weights for raw activations, by one evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+from benchmarks.timing import RESULTS, save
+from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.training.recipe import Recipe, StreamingRMS
+from gemma_scope_tl.training.spec import SAESpec
+
+Arrays = dict[str, Tensor]
+NORM_BATCHES = 32
+PEER = "SAELens JumpReLU"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What both may use: ``steps`` batches of ``batch_size`` activations for SAEs of ``d_sae`` latents."""
+
+    d_sae: int
+    steps: int
+    batch_size: int = 1_024
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PeerSettings:
+    """Settings of SAELens's JumpReLU recipe, in its units (mean norm of activations is the root of their width).
+
+    The defaults are its documentation's for the tanh penalty, which it recommends: bandwidth 2, threshold 0.1, the
+    pre-activation loss, gradients to the encoder, a penalty that grows over the whole run, a rate that falls over the
+    last fifth. ``step`` is DeepMind's penalty, ``quadratic`` Gemma Scope 2's, which is told the L0 to reach.
+    """
+
+    mode: str = "tanh"
+    lr: float = 3e-4
+    bandwidth: float = 2.0
+    init_threshold: float = 0.1
+    beta1: float = 0.9
+    pre_act_loss: float | None = 3e-6
+    ste_to_input: bool = True
+    l0_warm_up: float = 1.0
+    lr_decay: float = 0.2
+    decoder_init_norm: float = 0.1
+
+
+STEP = PeerSettings("step", bandwidth=0.05, init_threshold=0.01, pre_act_loss=None, ste_to_input=False, l0_warm_up=0.1)
+
+
+@dataclass
+class Trained:
+    """An SAE for raw activations under Gemma Scope's names, and how it came about."""
+
+    recipe: str
+    arrays: Arrays
+    settings: dict[str, Any]
+    seconds: float
+
+
+def batches(x: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Float32 batches ``[batch_size, d]`` of ``x [n, d]`` without end, every epoch in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(x), generator=generator)
+        for rows in order[: len(x) // batch_size * batch_size].split(batch_size):
+            yield x.index_select(0, rows).float()
+
+
+def ours(x: Tensor, recipe: Recipe, targets: Sequence[float], budget: Budget, place: Place) -> list[Trained]:
+    """An SAE per target L0, all trained together by ``PlaceTrainer``."""
+    from gemma_scope_tl.training.place import PlaceTrainer
+
+    recipe = replace(recipe, batch_size=budget.batch_size)
+    names = [f"{place.key}/width_{budget.d_sae}/target_l0_{target:g}" for target in targets]
+    specs = [
+        SAESpec(name, place, budget.d_sae, recipe, budget.seed, target)
+        for name, target in zip(names, targets, strict=True)
+    ]
+    rms, stream = StreamingRMS(), batches(x, budget.batch_size, budget.seed)
+    for _ in range(NORM_BATCHES):
+        rms.update(next(stream))
+    began = time.perf_counter()
+    trainer = PlaceTrainer(x.shape[1], x.shape[1], specs, total_steps=budget.steps)
+    stream = batches(x, budget.batch_size, budget.seed)
+    for _ in range(budget.steps):
+        trainer.step(next(stream).div_(rms.scale))
+    seconds = (time.perf_counter() - began) / len(targets)
+    return [
+        Trained("ours", trainer.released(i, rms.scale), {"target_l0": t, **asdict(recipe)}, seconds)
+        for i, t in enumerate(targets)
+    ]
+
+
+def theirs(
+    x: Tensor, settings: PeerSettings, coefficient: float, budget: Budget, target_l0: float | None = None
+) -> Trained:
+    """SAELens's JumpReLU SAE, trained by its ``SAETrainer``."""
+    torch.manual_seed(budget.seed)
+    sae = JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig(
+            d_in=x.shape[1],
+            d_sae=budget.d_sae,
+            normalize_activations="expected_average_only_in",
+            decoder_init_norm=settings.decoder_init_norm,
+            jumprelu_init_threshold=settings.init_threshold,
+            jumprelu_bandwidth=settings.bandwidth,
+            jumprelu_sparsity_loss_mode=settings.mode,  # type: ignore[arg-type]
+            jumprelu_ste_to_input=settings.ste_to_input,
+            pre_act_loss_coefficient=settings.pre_act_loss,
+            l0_coefficient=coefficient,
+            l0_warm_up_steps=int(settings.l0_warm_up * budget.steps),
+            target_l0=target_l0,
+        )
+    )
+    cfg = SAETrainerConfig(
+        total_training_samples=budget.steps * budget.batch_size,
+        train_batch_size_samples=budget.batch_size,
+        lr=settings.lr,
+        lr_end=settings.lr / 10,
+        lr_decay_steps=int(settings.lr_decay * budget.steps),
+        adam_beta1=settings.beta1,
+        n_batches_for_norm_estimate=NORM_BATCHES,
+    )
+    trainer: SAETrainer[Any, Any] = SAETrainer(cfg, sae, _norm_batches_first(x, budget))
+    began = time.perf_counter()
+    sae = trainer.fit()
+    seconds = time.perf_counter() - began
+    chosen = {"l0_coefficient": coefficient, "target_l0": target_l0, **asdict(settings)}
+    arrays = peer_arrays(sae)
+    _check_same(sae, arrays, x[:256].float())
+    return Trained(f"{PEER}, {settings.mode}", arrays, chosen, seconds)
+
+
+def _norm_batches_first(x: Tensor, budget: Budget) -> Iterator[Tensor]:
+    """The batches that measure the scale, then all batches from the first: training sees what ours sees."""
+    measured = batches(x, budget.batch_size, budget.seed)
+    for _ in range(NORM_BATCHES):
+        yield next(measured)
+    yield from batches(x, budget.batch_size, budget.seed)
+
+
+@torch.no_grad()
+def peer_arrays(sae: Any) -> Arrays:
+    """A trained SAELens JumpReLU SAE as Gemma Scope weights: the pre-encoder bias goes into ``b_enc``."""
+    b_enc = sae.b_enc - sae.b_dec @ sae.W_enc if sae.cfg.apply_b_dec_to_input else sae.b_enc
+    named = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_enc": b_enc, "b_dec": sae.b_dec, "threshold": sae.threshold}
+    return {name: value.detach().clone().float() for name, value in named.items()}
+
+
+@torch.no_grad()
+def _check_same(sae: Any, arrays: Arrays, x: Tensor) -> None:
+    """The converted weights reconstruct as SAELens's own class does, up to float32 rounding."""
+    pre = x @ arrays["W_enc"] + arrays["b_enc"]
+    x_hat = (pre * (pre > arrays["threshold"])) @ arrays["W_dec"] + arrays["b_dec"]
+    own = sae.decode(sae.encode(x))
+    if not float((own - x_hat).norm()) <= 1e-3 * float(own.norm()):  # a rounding may move one latent over its threshold
+        raise GemmaScopeError("The converted SAE is not SAELens's.")
+
+
+@torch.no_grad()
+def measure(arrays: Arrays, x: Tensor) -> dict[str, float]:
+    """``l0``, ``fvu`` and the share of latents ``alive`` on raw activations ``x [n, d]``, sums in float64."""
+    active, error, total, square = 0.0, 0.0, torch.zeros(x.shape[1], dtype=torch.float64), 0.0
+    fired = torch.zeros(len(arrays["b_enc"]), dtype=torch.bool)
+    for part in x.split(4096):
+        rows = part.float()
+        pre = rows @ arrays["W_enc"] + arrays["b_enc"]
+        f = pre * (pre > arrays["threshold"])
+        active += float((f > 0).sum())
+        fired |= (f > 0).any(0)
+        error += float((rows - f @ arrays["W_dec"] - arrays["b_dec"]).double().square().sum())
+        square += float(rows.double().square().sum())
+        total += rows.double().sum(0)
+    variance = square - float(total.square().sum()) / len(x)
+    return {"l0": active / len(x), "fvu": error / variance, "alive": fired.double().mean().item()}
+
+
+def interpolated(points: Sequence[tuple[float, float]], l0: float) -> float:
+    """The value at ``l0`` of the lower envelope of ``points (l0, value)``: straight between neighbours in logarithms.
+
+    Raises:
+        GemmaScopeError: ``l0`` is outside the points' range: nothing is extrapolated.
+    """
+    best: list[tuple[float, float]] = []
+    for at, value in sorted(points):
+        if not best or value < best[-1][1]:
+            best.append((at, value))
+    for (a, va), (b, vb) in pairwise(best):
+        if a <= l0 <= b:
+            share = (math.log(l0) - math.log(a)) / (math.log(b) - math.log(a))
+            return math.exp((1.0 - share) * math.log(va) + share * math.log(vb))
+    raise GemmaScopeError(f"No points on both sides of L0 {l0:.2f}: {[round(at, 2) for at, _ in best]}.")
+
+
+def coefficient_for(
+    train: Callable[[float], float], target: float, guess: float, *, tries: int = 4, close: float = 0.1
+) -> float:
+    """A coefficient at which ``train(coefficient) -> L0`` comes within ``close`` of the target: secants in logarithms.
+
+    The first step assumes that L0 falls like the coefficient to the power -0.7.
+    """
+    seen: list[tuple[float, float]] = []
+    at = math.log(guess)
+    for _ in range(tries):
+        miss = math.log(max(train(math.exp(at)), 1e-2) / target)
+        seen.append((at, miss))
+        if abs(miss) <= close:
+            break
+        slope = -0.7
+        if len(seen) > 1 and seen[-1][0] != seen[-2][0]:
+            slope = min(-0.1, max(-3.0, (seen[-1][1] - seen[-2][1]) / (seen[-1][0] - seen[-2][0])))
+        at += max(-2.0, min(2.0, -miss / slope))
+    return math.exp(min(seen, key=lambda pair: abs(pair[1]))[0])
+
+
+def comparison(points: Sequence[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+    """Rows for the README's table: our FVU and delta loss beside the peer's, interpolated to our L0."""
+    rows: list[dict[str, Any]] = []
+    peers = [point for point in points if point["recipe"] != "ours"]
+    for point in (point for point in points if point["recipe"] == "ours"):
+        for metric, label in (("fvu", "FVU"), ("delta_loss", "delta loss")):
+            other = interpolated([(p["l0"], p[metric]) for p in peers], point["l0"])
+            rows.append(
+                {
+                    "what": f"{label} at L0 {point['l0']:.0f}, {what}",
+                    "peer": f"{PEER}, interpolated",
+                    "ours": f"{point[metric]:.3f}",
+                    "theirs": f"{other:.3f}",
+                    "ratio": other / point[metric],
+                }
+            )
+    return rows
+
+
+def save_points(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """Write ``results/<name>.json``: rows of the README's table, and whatever else the figure is made from."""
+    path = save(name, rows)
+    return write_atomically(path, json.dumps({**json.loads(path.read_text("utf-8")), **more}, indent=2) + "\n")
+
+
+def load_points(name: str) -> dict[str, Any]:
+    """What :func:`save_points` wrote."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))

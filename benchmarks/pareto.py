@@ -1,0 +1,179 @@
+"""Quality on the bundled model's residual stream: L0 against FVU and delta loss, ours against SAELens's own recipe.
+
+``python -m benchmarks.pareto search`` looks for the peer's best settings (about half an hour on two idle cores, resumed
+if stopped); ``run`` trains both on the same activations and evaluates them on the held-out text (about ten minutes);
+``figure`` draws ``docs/pareto.png`` from ``results/pareto.json``. The training text is the bundled model's own:
+``python scripts/train_bundled.py corpus``, then ``tokenizer``, fetch and tokenize it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+import gemma_scope_tl as gs
+from benchmarks.frontier import (
+    Budget,
+    PeerSettings,
+    Trained,
+    coefficient_for,
+    comparison,
+    load_points,
+    measure,
+    ours,
+    save_points,
+    theirs,
+)
+from benchmarks.peer_search import FOLDER, Log, chosen, search
+from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
+from gemma_scope_tl.training.recipe import FAST
+from gemma_scope_tl.viz.figures import save_figure
+from gemma_scope_tl.viz.training_figures import pareto
+
+ROOT = Path(__file__).parents[1]
+MODEL = Path(gs.__file__).parent / "bundled" / "model"
+HELDOUT = Path(gs.__file__).parent / "bundled" / "text" / "heldout.jsonl"
+WORK = ROOT / "build" / "bundled"
+FIGURE = ROOT / "docs" / "pareto.png"
+PLACE = Place("res", 2)
+BUDGET, SEARCH_BUDGET = Budget(d_sae=1_024, steps=2_000), Budget(d_sae=1_024, steps=1_000)
+TARGETS, MIDDLE = (8.0, 16.0, 32.0), 16.0
+PEER_TARGETS = (7.0, 16.0, 38.0)
+"""A little beyond ours on both sides, so that nothing is extrapolated."""
+HELD_ROWS = 50_000
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+Threads = Annotated[int, typer.Option(help="Torch's threads.")]
+Quick = Annotated[bool, typer.Option(help="Tiny budgets, to see that everything runs; results go to another file.")]
+
+
+@app.command(name="search")
+def search_command(threads: Threads = 2, quick: Quick = False) -> None:
+    """Find the peer's best settings."""
+    torch.set_num_threads(threads)
+    budget = _budget(SEARCH_BUDGET, quick)
+    held, x = activations(budget)
+    name = _name(quick)
+    found = search(Log(FOLDER / f"{name}.jsonl", PLACE.key), x, held, MIDDLE, budget, report=typer.echo)
+    best = {mode: {"settings": asdict(one), "coefficient": at} for mode, (one, at) in found.items()}
+    write_atomically(FOLDER / f"{name}.json", json.dumps(best, indent=2) + "\n")
+
+
+@app.command()
+def run(threads: Threads = 2, quick: Quick = False) -> None:
+    """Train both at three sparsities and evaluate them."""
+    torch.set_num_threads(threads)
+    budget, name = _budget(BUDGET, quick), _name(quick)
+    held, x = activations(budget)
+    trained = [*ours(x, FAST, TARGETS, budget, PLACE), *peers(x, held, chosen(name), PEER_TARGETS, budget)]
+    points = evaluated(trained)
+    what = f"bundled model, layer {PLACE.layer} residual stream"
+    setting = {"budget": asdict(budget), "place": PLACE.key, "tokens": budget.steps * budget.batch_size}
+    path = save_points(name, comparison(points, what), setting=setting, points=points)
+    typer.echo(f"{path}\n{_table(points)}")
+
+
+@app.command()
+def figure(out: Annotated[Path, typer.Option(help="Where to.")] = FIGURE, quick: Quick = False) -> None:
+    """Draw the figure from the stored results."""
+    import pandas as pd
+
+    stored = load_points(_name(quick))
+    tokens = stored["setting"]["tokens"] / 1e6
+    title = f"Bundled model, residual stream of layer {PLACE.layer}, {BUDGET.d_sae} latents, {tokens:.1f}M tokens"
+    typer.echo(save_figure(pareto(pd.DataFrame(stored["points"]), title=title), out))
+
+
+def peers(
+    x: Tensor, held: Tensor, best: dict[str, Any], targets: Sequence[float], budget: Budget, middle: float = MIDDLE
+) -> list[Trained]:
+    """SAELens's SAEs with each penalty's best settings; coefficients are adjusted to the targets, all runs are kept.
+
+    Args:
+        x: training activations ``[n, d]``.
+        held: activations that L0 is adjusted on.
+        best: each penalty's settings and its coefficient at the L0 ``middle``, from the search.
+        targets: L0s to reach.
+        budget: of each run.
+        middle: see ``best``.
+    """
+    found: list[Trained] = []
+    for mode, entry in best.items():
+        settings, guess = PeerSettings(**entry["settings"]), float(entry["coefficient"])
+        for target in targets:
+            quadratic = target if mode == "quadratic" else None
+
+            def train(coefficient: float, settings: PeerSettings = settings, goal: float | None = quadratic) -> float:
+                found.append(theirs(x, settings, coefficient, budget, goal))
+                return measure(found[-1].arrays, held)["l0"]
+
+            if quadratic is not None:
+                train(guess)
+            else:
+                start = guess * (middle / target) ** 1.4
+                coefficient_for(train, target, start, tries=2, close=0.15)
+    return found
+
+
+def activations(budget: Budget) -> tuple[Tensor, Tensor]:
+    """``(held [n, d], training [steps * batch_size, d])`` of the place, from the bundled model on its training text."""
+    from scripts.bundled.data import load_token_batches
+    from scripts.bundled.sae_data import harvest, load_bundled
+
+    if not (WORK / "tokens").exists():
+        raise GemmaScopeError(
+            f"{WORK / 'tokens'} is missing: run 'python scripts/train_bundled.py corpus', then 'tokenizer'."
+        )
+    model, place, parts, count = load_bundled(MODEL), (PLACE.site, int(PLACE.layer or 0)), list[Tensor](), 0
+    wanted = HELD_ROWS + budget.steps * budget.batch_size
+    for tokens in load_token_batches(WORK, 16, 256, seed=7):
+        parts.append(harvest(model, tokens, [place])[place])
+        count += len(parts[-1])
+        if count >= wanted:
+            break
+    x = torch.cat(parts)
+    return x[:HELD_ROWS], x[HELD_ROWS:wanted]
+
+
+def evaluated(trained: Sequence[Trained], windows: int = 240) -> list[dict[str, Any]]:
+    """A row per SAE: held-out L0, FVU and losses on the bundled text, and how it was made."""
+    from scripts.bundled.sae_data import heldout_tokens
+
+    model = gs.load_model("bundled")
+    tokens = heldout_tokens(MODEL, HELDOUT, limit=windows)
+    saes = [JumpReLUSAE.from_arrays(one.arrays, site=PLACE.site, layer=PLACE.layer) for one in trained]
+    frame = gs.evaluate(model, saes, tokens)
+    names = ["l0", "fvu", "delta_loss", "loss_recovered", "loss_clean", "tokens"]
+    return [
+        {"recipe": one.recipe, **row, "seconds": round(one.seconds, 1), "settings": one.settings}
+        for one, row in zip(trained, frame[names].to_dict("records"), strict=True)
+    ]
+
+
+def _budget(budget: Budget, quick: bool) -> Budget:
+    return Budget(128, 40, 512) if quick else budget
+
+
+def _name(quick: bool) -> str:
+    return "quick_pareto" if quick else "pareto"
+
+
+def _table(points: list[dict[str, Any]]) -> str:
+    lines = [
+        f"{p['recipe']:32} L0 {p['l0']:7.2f}  FVU {p['fvu']:.4f}  delta loss {p['delta_loss']:.4f}" for p in points
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app()

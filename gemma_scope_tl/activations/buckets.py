@@ -1,0 +1,130 @@
+"""A bucket: rows of activations that are shuffled together, in one buffer that is never copied.
+
+The paper shuffles in buckets of about a million activations (section 3.1). Here the order is a permutation, a few bytes
+a row, and a batch is gathered through it; rows stay where they were written. So the next bucket is written over the
+last, a bucket costs its own size in memory and no more, and nothing of a shuffle needs saving: the order follows from
+the seed and the bucket's number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.errors import GemmaScopeError
+
+
+def bucket_order(seed: int, number: int, rows: int) -> Int[torch.Tensor, " rows"]:
+    """The order in which the rows of bucket ``number`` are served: a permutation, equal for all sources.
+
+    Args:
+        seed: of the run, not negative.
+        number: of the bucket, counted from 0 through all epochs.
+        rows: of the bucket.
+    """
+    if seed < 0 or number < 0:
+        raise GemmaScopeError(f"Seeds and bucket numbers are not negative, as {seed} and {number}.")
+    mixed = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(mixed))
+
+
+class Bucket:
+    """Rows of all places, written in order and read shuffled.
+
+    Attributes:
+        rows: how many it holds.
+        tensors: the buffer ``[rows, d]`` of every place; a reader may write into slices of it directly.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        widths: Mapping[Place, int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        pinned: bool = False,
+    ) -> None:
+        """
+        Args:
+            rows: how many rows fit.
+            widths: ``d`` of every place.
+            dtype: in which they are stored: float32, bfloat16 or float16.
+            device: where the buffer is.
+            pinned: page-locked host memory, into which a GPU copies while Python goes on.
+
+        Raises:
+            GemmaScopeError: no rows, no places, no floating-point dtype, or not enough memory.
+        """
+        if rows < 1 or not widths or not dtype.is_floating_point:
+            raise GemmaScopeError(f"No bucket of {rows} rows, {len(widths)} places and {dtype}.")
+        self.rows = rows
+        try:
+            self.tensors = {
+                place: torch.empty(rows, width, dtype=dtype, device=device, pin_memory=pinned)
+                for place, width in widths.items()
+            }
+        except (RuntimeError, MemoryError) as error:
+            size = rows * sum(widths.values()) * dtype.itemsize / 2**30
+            raise GemmaScopeError(
+                f"A bucket of {rows} rows at {len(widths)} places takes {size:.1f} GiB, which {device} does not have "
+                f"({error}). Lower bucket_rows, store bfloat16, or train fewer places at a time."
+            ) from error
+        self._order: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all buffers."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def fill(self, at: int, values: Mapping[Place, Float[torch.Tensor, "n d"]]) -> None:
+        """Write rows ``at`` and following of every place, and forget the order. From a GPU to pinned memory the copy
+        goes on in the background until :meth:`shuffle`.
+
+        Raises:
+            GemmaScopeError: a place is missing or unknown, another width, unequal numbers of rows, or too many.
+        """
+        self._order = None
+        if set(values) != set(self.tensors):
+            raise GemmaScopeError(
+                f"The bucket holds {_keys(self.tensors)}; the values are of {_keys(values)}: give all of them."
+            )
+        count = len(next(iter(values.values())))
+        for place, value in values.items():
+            wanted = (count, self.tensors[place].shape[1])
+            if value.shape != wanted or not 0 <= at <= self.rows - count:
+                raise GemmaScopeError(
+                    f"{place.key}: {list(value.shape)} does not fit at row {at} of {list(self.tensors[place].shape)}; "
+                    f"expected {list(wanted)}."
+                )
+        for place, value in values.items():
+            self.tensors[place][at : at + count].copy_(value, non_blocking=True)
+
+    def shuffle(self, seed: int, number: int) -> None:
+        """Order the rows as bucket ``number`` of a run with this seed; nothing is moved."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies into pinned memory may still be under way
+        device = next(iter(self.tensors.values())).device
+        self._order = bucket_order(seed, number, self.rows).to(device)
+
+    def take(
+        self, index: int, batch_size: int, dtype: torch.dtype = torch.float32
+    ) -> dict[Place, Float[torch.Tensor, "batch_size d"]]:
+        """Batch ``index`` in the order of the shuffle: new tensors, the same rows at all places.
+
+        Raises:
+            GemmaScopeError: the bucket was not shuffled since it was filled, or has no such batch.
+        """
+        if self._order is None:
+            raise GemmaScopeError("Shuffle the bucket after filling it, then take batches.")
+        if index < 0 or batch_size < 1 or (index + 1) * batch_size > self.rows:
+            raise GemmaScopeError(f"A bucket of {self.rows} rows has no batch {index} of {batch_size}.")
+        rows = self._order[index * batch_size : (index + 1) * batch_size]
+        return {place: tensor.index_select(0, rows).to(dtype) for place, tensor in self.tensors.items()}
+
+
+def _keys(places: Mapping[Place, object]) -> str:
+    return ", ".join(place.key for place in places) or "nothing"

@@ -1,0 +1,288 @@
+"""The folder of a store, on this machine's disks or anywhere that fsspec reaches, in the few operations a store needs.
+
+Local files are written around the page cache (``O_DIRECT``) where the file system can: a store is larger than memory,
+so its pages would only drive out others, and the copy into the cache is what leaves no time for hashing. They become
+visible by a rename, after they are on the disk. Remote files become visible when they are closed, as in object stores.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+
+from gemma_scope_tl.activations.direct_file import CHUNK, DirectFile, write_error
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.files import write_atomically
+
+_REMOTE_CHUNK = 1 << 24
+
+
+class OpenFile(Protocol):
+    """A file being written from its beginning to its end, and hashed as it goes."""
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes."""
+        ...
+
+    def commit(self) -> str:
+        """Make the file whole and visible, and return its sha256."""
+        ...
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        ...
+
+
+class Folder(Protocol):
+    """Files by their names relative to the folder, with ``/`` between."""
+
+    def url(self, name: str = "") -> str:
+        """What to call a file in messages."""
+        ...
+
+    def sizes(self, below: str) -> dict[str, int]:
+        """Bytes of the files in a folder, by file name; none when there is no such folder."""
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """A small file, or None when there is none."""
+        ...
+
+    def read_into(self, name: str, start: int, view: memoryview) -> None:
+        """Fill ``view`` from byte ``start`` on; a file that ends before raises."""
+        ...
+
+    def expect(self, name: str, start: int, count: int) -> None:
+        """Say which bytes will be asked for soon."""
+        ...
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small file, whole or not at all."""
+        ...
+
+    def create(self, name: str) -> OpenFile:
+        """Begin a large file."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Delete a file or a folder if it is there."""
+        ...
+
+    def free(self) -> int | None:
+        """Bytes that can still be written, None where nobody knows."""
+        ...
+
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        """Hold a name against other processes, as far as the place can; a process that ends lets go."""
+        ...
+
+
+def open_folder(path: str | os.PathLike[str]) -> Folder:
+    """The folder at a path or an fsspec URL (``s3://…``, ``memory://…``, ``file://…``). Nothing is made yet.
+
+    Raises:
+        GemmaScopeError: no such protocol, or its package is not installed.
+    """
+    try:
+        fs, root = fsspec.url_to_fs(os.fspath(path))  # pyright: ignore[reportPrivateImportUsage]
+    except (ValueError, ImportError) as error:
+        raise GemmaScopeError(f"{path} cannot be opened by fsspec: {error}") from error
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    return LocalFolder(Path(root)) if protocols & {"file", "local"} else RemoteFolder(fs, str(root))
+
+
+class LocalFolder:
+    """A folder on this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def url(self, name: str = "") -> str:
+        return str(self.root / name)
+
+    def sizes(self, below: str) -> dict[str, int]:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / below) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        return {}
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self.root / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unreadable(self.url(name), error) from error
+
+    def read_into(self, name: str, start: int, view: memoryview) -> None:
+        try:
+            handle = os.open(self.root / name, os.O_RDONLY)
+            try:
+                done = 0
+                while done < len(view):
+                    count = os.preadv(handle, [view[done : done + 2 * CHUNK]], start + done)
+                    if not count:
+                        raise _too_short(self.url(name), start + done)
+                    done += count
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise _unreadable(self.url(name), error) from error
+
+    def expect(self, name: str, start: int, count: int) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(OSError):
+            handle = os.open(self.root / name, os.O_RDONLY)
+            try:
+                os.posix_fadvise(handle, start, count, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
+
+    def put(self, name: str, data: bytes) -> None:
+        try:
+            write_atomically(self.root / name, data)
+        except OSError as error:
+            raise write_error(self.url(name), error) from error
+
+    def create(self, name: str) -> OpenFile:
+        return DirectFile(self.root / name)
+
+    def remove(self, name: str) -> None:
+        path = self.root / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    def free(self) -> int | None:
+        there = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.exists())
+        return shutil.disk_usage(there).free
+
+    @contextmanager
+    def lock(self, name: str) -> Generator[None]:
+        path = self.root / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise write_error(str(path), error) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise GemmaScopeError(f"Another process is writing this part: it holds {path}.") from None
+            yield
+        finally:
+            os.close(handle)
+
+
+class RemoteFolder:
+    """A folder behind fsspec."""
+
+    def __init__(self, fs: Any, root: str) -> None:
+        self.fs, self.root = fs, root.rstrip("/")
+
+    def url(self, name: str = "") -> str:
+        return self.fs.unstrip_protocol(self._path(name))
+
+    def sizes(self, below: str) -> dict[str, int]:
+        path = self._path(below)
+        self.fs.invalidate_cache(path)
+        try:
+            found: list[dict[str, Any]] = self.fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {str(one["name"]).rsplit("/", 1)[-1]: int(one["size"]) for one in found if one["type"] == "file"}
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return self.fs.cat_file(self._path(name))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unreadable(self.url(name), error) from error
+
+    def read_into(self, name: str, start: int, view: memoryview) -> None:
+        for done in range(0, len(view), _REMOTE_CHUNK):
+            wanted = view[done : done + _REMOTE_CHUNK]
+            begin = start + done
+            try:
+                data: bytes = self.fs.cat_file(self._path(name), start=begin, end=begin + len(wanted))
+            except OSError as error:
+                raise _unreadable(self.url(name), error) from error
+            if len(data) != len(wanted):
+                raise _too_short(self.url(name), begin + len(data))
+            wanted[:] = data
+
+    def expect(self, name: str, start: int, count: int) -> None:
+        pass
+
+    def put(self, name: str, data: bytes) -> None:
+        try:
+            self.fs.makedirs(self.fs._parent(self._path(name)), exist_ok=True)
+            self.fs.pipe_file(self._path(name), data)
+        except OSError as error:
+            raise write_error(self.url(name), error) from error
+
+    def create(self, name: str) -> OpenFile:
+        try:
+            self.fs.makedirs(self.fs._parent(self._path(name)), exist_ok=True)
+            return _RemoteFile(self.fs.open(self._path(name), "wb"), self.url(name), lambda: self.remove(name))
+        except OSError as error:
+            raise write_error(self.url(name), error) from error
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self.fs.rm(self._path(name), recursive=True)
+
+    def free(self) -> int | None:
+        return None
+
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}".rstrip("/")
+
+
+class _RemoteFile:
+    def __init__(self, file: Any, url: str, remove: Callable[[], None]) -> None:
+        self._file, self._url, self._remove, self._digest = file, url, remove, hashlib.sha256()
+
+    def write(self, data: memoryview) -> None:
+        try:
+            for done in range(0, len(data), CHUNK):
+                self._file.write(data[done : done + CHUNK])
+                self._digest.update(data[done : done + CHUNK])
+        except OSError as error:
+            raise write_error(self._url, error) from error
+
+    def commit(self) -> str:
+        try:
+            self._file.close()
+        except OSError as error:
+            raise write_error(self._url, error) from error
+        return self._digest.hexdigest()
+
+    def abort(self) -> None:
+        with suppress(Exception):  # whatever is left is in no manifest, and written over by the next try
+            self._file.close()
+            self._remove()
+
+
+def _unreadable(url: str, error: OSError) -> GemmaScopeError:
+    if isinstance(error, FileNotFoundError):
+        return GemmaScopeError(f"{url} is missing. Restore it, or write the store again.")
+    return GemmaScopeError(f"{url} cannot be read: {error.strerror or error}.")
+
+
+def _too_short(url: str, size: int) -> GemmaScopeError:
+    return GemmaScopeError(f"{url} is truncated: it ends after {size} bytes. Restore it, or write the store again.")

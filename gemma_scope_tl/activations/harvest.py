@@ -1,0 +1,133 @@
+"""Activations of many places from one forward pass, which ends at the last tensor that is wanted.
+
+The tensors are read at the hook points of the site table by plain PyTorch hooks. On the bridge the decoder itself is
+called, so that no logits are computed and TransformerLens's handling of inputs and outputs is not paid for: the pass
+costs what a hooked Hugging Face model costs, and calling its idle hook points. When the last place was read, an
+exception ends the pass; it is caught here. ``stop_at_layer`` would run on to the end of a block.
+
+What users' own hooks on the model do is in the tensors. SAEs may not be attached: their reconstructions would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+
+from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.sites import flatten_heads, get_site
+from gemma_scope_tl.splicing import SpliceMixin
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.adapters.base import GemmaModel
+
+
+class _AllRead(Exception):
+    """Ends a forward pass."""
+
+
+class Harvester:
+    """Reads places of a model.
+
+    Attributes:
+        model: a model from ``load_model``, of either backend.
+        widths: ``d`` of every place.
+    """
+
+    def __init__(self, model: GemmaModel, places: Sequence[Place]) -> None:
+        """
+        Raises:
+            SpliceError: the model is not from ``load_model``, or has no such layer.
+            UnknownNameError: no such site.
+            GemmaScopeError: no place was given.
+        """
+        given: Any = model
+        if not isinstance(given, SpliceMixin):
+            raise SpliceError("Activations are read from a model of gemma_scope_tl.load_model(); wrap yours with it.")
+        if not places:
+            raise GemmaScopeError("Say which places to read, such as Place('res', 3).")
+        self.model = model
+        self.widths: Mapping[Place, int] = {}
+        self._points: dict[Place, Any] = {}
+        for place in places:
+            site = get_site(place.site)
+            site.check_layer(place.layer, model.dims)
+            self.widths[place] = site.d_in(model.dims)
+            self._points[place] = model.site_hook_point(site.hook_name(place.layer, model.backend))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes token ids."""
+        return next(self.model.embedding_module().parameters()).device
+
+    @torch.no_grad()
+    def run(
+        self, tokens: Int[torch.Tensor, "batch pos"], keep: Bool[torch.Tensor, "batch pos"]
+    ) -> dict[Place, Float[torch.Tensor, "kept d"]]:
+        """Activations at the positions to keep, row by row.
+
+        Args:
+            tokens: ids; padding may only stand on the right, where causal attention lets it change nothing before it.
+            keep: the positions that are wanted.
+
+        Returns:
+            New tensors on the model's device in the dtype that the site has there. Equal input gives equal bits.
+
+        Raises:
+            SpliceError: SAEs are attached to the model.
+            GemmaScopeError: ids of another shape or beyond the vocabulary; a row longer than the model's context; a
+                place that the pass does not reach.
+        """
+        self._check(tokens, keep)
+        kept = keep.reshape(-1).nonzero().squeeze(1).to(self.device)
+        found: dict[Place, torch.Tensor] = {}
+        with self._reading(kept, found), suppress(_AllRead):
+            self._forward(tokens.to(self.device).long())
+        missing = [place.key for place in self._points if place not in found]
+        if missing:
+            raise GemmaScopeError(f"The forward pass of this model does not come by {', '.join(missing)}.")
+        return {place: found[place] for place in self._points}
+
+    @contextmanager
+    def _reading(self, kept: torch.Tensor, found: dict[Place, torch.Tensor]) -> Generator[None]:
+        def read(place: Place, value: torch.Tensor) -> None:
+            flat = flatten_heads(value).reshape(-1, self.widths[place])
+            found[place] = flat.index_select(0, kept)  # a copy: what the model does with its tensor is its own affair
+            if len(found) == len(self._points):
+                raise _AllRead
+
+        handles: list[Any] = []
+        try:
+            for place, point in self._points.items():
+                handles.append(point.register_forward_hook(lambda _m, _i, out, place=place: read(place, out)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _forward(self, tokens: torch.Tensor) -> None:
+        model: Any = self.model
+        if model.backend == "bridge":
+            model.original_model.model(input_ids=tokens, use_cache=False)
+        else:  # a mask, or else HookedTransformer takes padding on the right for padding on the left
+            model(tokens, stop_at_layer=model.dims.n_layers, attention_mask=torch.ones_like(tokens))
+
+    def _check(self, tokens: torch.Tensor, keep: torch.Tensor) -> None:
+        if self.model.acts_to_saes:
+            raise SpliceError("SAEs are attached, and would be harvested: detach them with reset_saes() first.")
+        config = self.model.cfg
+        if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise GemmaScopeError(f"Token ids are integers [batch, pos], not {tokens.dtype} {list(tokens.shape)}.")
+        if keep.shape != tokens.shape or keep.dtype != torch.bool:
+            raise GemmaScopeError(
+                f"Which positions to keep is a bool each, {list(tokens.shape)}, not {keep.dtype} {list(keep.shape)}."
+            )
+        if tokens.shape[1] > config.n_ctx:
+            raise GemmaScopeError(f"Rows of {tokens.shape[1]} tokens: this model's context is {config.n_ctx}.")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= config.d_vocab:
+            raise GemmaScopeError(f"Token ids run from {low} to {high}; the model's are 0..{config.d_vocab - 1}.")

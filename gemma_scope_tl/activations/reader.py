@@ -1,0 +1,109 @@
+"""Activations from a store, as training asks for them: what a stream would serve, to the bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from jaxtyping import Float
+
+from gemma_scope_tl.activations.bucketed import BucketedSource
+from gemma_scope_tl.activations.buckets import Bucket
+from gemma_scope_tl.activations.direct_file import CHUNK
+from gemma_scope_tl.activations.shards import tensor_bytes
+from gemma_scope_tl.activations.source import Place, with_targets
+from gemma_scope_tl.activations.stored import Span, open_store
+from gemma_scope_tl.dtypes import parse_dtype
+
+READERS = 4
+"""Places read at a time; each needs ``CHUNK`` bytes where the bucket has another dtype than the store."""
+
+
+class StoreSource(BucketedSource):
+    """Activations of a store, read straight into the bucket.
+
+    A bucket is contiguous rows of every place's shards, so all reading is sequential, and places that are not wanted
+    are not touched. Any number of sources, in any processes, read one store. Memory: the bucket; and 16 MiB when it has
+    another dtype than the store, or is on a GPU.
+
+    Attributes:
+        store: what was opened.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        places: Sequence[Place] | None = None,
+        *,
+        bucket_rows: int,
+        seed: int = 0,
+        dtype: str | torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        verify: bool = False,
+    ) -> None:
+        """
+        Args:
+            path: a folder, or an fsspec URL.
+            places: whose activations are wanted, and targets of the transcoders among them; all unless given.
+            bucket_rows: rows that are shuffled together; the paper has about a million.
+            seed: of the shuffles.
+            dtype: in which the bucket stores activations; batches are float32.
+            device: where the bucket is, and the batches.
+            verify: compare a shard's sha256 before it is first read from. What was verified is remembered.
+
+        Raises:
+            UnknownNameError: the store has no such place.
+            GemmaScopeError: as :func:`~gemma_scope_tl.activations.stored.open_store`.
+        """
+        self.store = open_store(path, None if places is None else with_targets(places))
+        self.verify = verify
+        self._verified: set[tuple[Place, str]] = set()
+        super().__init__(
+            self.store.widths,
+            self.store.rows,
+            bucket_rows=bucket_rows,
+            seed=seed,
+            dtype=parse_dtype(dtype),
+            device=device,
+        )
+
+    def pieces(self, start: int, count: int) -> Iterator[dict[Place, Float[torch.Tensor, "n d"]]]:
+        """Rows ``start`` to ``start + count`` in the dtype of the store, ``CHUNK`` bytes of each place at a time."""
+        dtype = self.store.contents.torch_dtype
+        most = max(1, CHUNK // (max(self.widths.values()) * dtype.itemsize))
+        for span in self.store.spans(start, count):
+            for first in range(0, span.rows, most):
+                rows = min(most, span.rows - first)
+                values = {place: torch.empty(rows, width, dtype=dtype) for place, width in self.widths.items()}
+                for place, value in values.items():
+                    self._read(place, Span(span.shard, span.first + first, rows), value)
+                yield values
+
+    def fill(self, bucket: Bucket, at: int, start: int, count: int) -> None:
+        """As in the base class, without a tensor between the files and the bucket where both have the same dtype."""
+        with ThreadPoolExecutor(READERS, "store-read") as pool:
+            reads: list[Future[None]] = []
+            for span in self.store.spans(start, count):
+                for place in self.widths:
+                    reads.append(pool.submit(self._read, place, span, bucket.tensors[place][at : at + span.rows]))
+                at += span.rows
+            for read in reads:
+                read.result()
+
+    def _read(self, place: Place, span: Span, into: torch.Tensor) -> None:
+        """Read rows of a shard into ``[rows, d]`` of any dtype and device."""
+        if self.verify and (place, span.shard.stem) not in self._verified:
+            self.store.verify_shard(place, span.shard, remembered=True)
+            self._verified.add((place, span.shard.stem))
+        dtype = self.store.contents.torch_dtype
+        if into.dtype == dtype and into.device.type == "cpu":
+            self.store.read_into(place, span.shard, span.first, tensor_bytes(into))
+            return
+        most = max(1, CHUNK // (into.shape[1] * dtype.itemsize))
+        staging = torch.empty(min(most, len(into)), into.shape[1], dtype=dtype)
+        for first in range(0, len(into), most):
+            rows = min(most, len(into) - first)
+            self.store.read_into(place, span.shard, span.first + first, tensor_bytes(staging[:rows]))
+            into[first : first + rows].copy_(staging[:rows])

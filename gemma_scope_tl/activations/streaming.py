@@ -1,0 +1,114 @@
+"""Activations from a model that runs now, as training asks for them; nothing is stored but one bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from gemma_scope_tl.activations.bucketed import BucketedSource
+from gemma_scope_tl.activations.harvest import Harvester
+from gemma_scope_tl.activations.source import Place, with_targets
+from gemma_scope_tl.activations.token_rows import TokenRows
+from gemma_scope_tl.errors import GemmaScopeError
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.adapters.base import GemmaModel
+
+
+class StreamSource(BucketedSource):
+    """Activations of token rows, harvested as they are needed.
+
+    How many rows a forward pass gives is known from its tokens, so any row of the data is found without running the
+    model up to it. A pass always takes the same token rows, wherever reading began, so its activations are the same
+    bits; one that lies across two buckets is run once for both.
+    """
+
+    def __init__(
+        self,
+        model: GemmaModel,
+        token_rows: TokenRows,
+        places: Sequence[Place],
+        *,
+        bucket_rows: int,
+        seed: int = 0,
+        batch_rows: int = 8,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """
+        Args:
+            model: from ``load_model``; it runs in its own dtype and where it is.
+            token_rows: the data.
+            places: whose activations are wanted; targets of transcoders are added.
+            bucket_rows: rows that are shuffled together; the paper has about a million.
+            seed: of the shuffles.
+            batch_rows: token rows to a forward pass.
+            dtype: in which the bucket stores activations.
+            device: where the bucket is, and the batches.
+
+        Raises:
+            SpliceError: not such a model, or no such layer.
+            GemmaScopeError: the tokens are not the model's, or hold no position to train on.
+        """
+        if batch_rows < 1:
+            raise GemmaScopeError(f"A forward pass takes one token row at least, not {batch_rows}.")
+        self.harvester = Harvester(model, with_targets(places))
+        self.token_rows, self.batch_rows = token_rows, batch_rows
+        kept = token_rows.kept
+        passes = np.add.reduceat(kept, np.arange(0, len(kept), batch_rows), dtype=np.int64)
+        self._ends = np.cumsum(passes)
+        self._last: tuple[int, dict[Place, torch.Tensor]] | None = None
+        on_gpu = self.harvester.device.type == "cuda"
+        super().__init__(
+            self.harvester.widths,
+            int(self._ends[-1]),
+            bucket_rows=bucket_rows,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            pinned=on_gpu and torch.device(device).type == "cpu",
+        )
+
+    def mean_squares(self, rows: int) -> dict[Place, float]:
+        """As in the base class."""
+        means = super().mean_squares(rows)
+        self._last = None
+        return means
+
+    def pieces(self, start: int, count: int) -> Iterator[dict[Place, Float[torch.Tensor, "n d"]]]:
+        """Rows ``start`` to ``start + count`` of the data, a piece for each forward pass."""
+        end = start + count
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        while start < end:
+            stop = int(self._ends[number])
+            if stop == start:  # a pass with nothing to keep
+                number += 1
+                continue
+            values = self._pass(number)
+            first = stop - len(next(iter(values.values())))
+            used = min(stop, end)
+            yield {place: value[start - first : used - first] for place, value in values.items()}
+            start, number = used, number + 1
+            if used == stop:
+                self._last = None
+
+    def _pass(self, number: int) -> dict[Place, torch.Tensor]:
+        """Activations of one forward pass."""
+        if self._last is not None and self._last[0] == number:
+            return self._last[1]
+        self._last = None  # its memory is free for the pass
+        first = number * self.batch_rows
+        tokens = self.token_rows[first : first + self.batch_rows]
+        values = self.harvester.run(tokens, self.token_rows.keep_mask(tokens))
+        for place, value in values.items():
+            if not bool(torch.isfinite(value.sum(dtype=torch.float32))):
+                raise GemmaScopeError(
+                    f"{place.key}: activations of token rows {first} to {first + len(tokens) - 1} are not finite in "
+                    f"{value.dtype}. Load the model in another dtype."
+                )
+        self._last = number, values
+        return values

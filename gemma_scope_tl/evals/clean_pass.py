@@ -1,0 +1,257 @@
+"""One clean forward pass that many measurements share, and passes that restart behind a site.
+
+The pass keeps the sites' tensors and what each block was called with. A splice then re-runs only what lies behind it:
+
+- embedding: all blocks, from the spliced embedding;
+- res: the blocks after its own, from the spliced residual stream;
+- mlp, transcoder: the same, from the residual stream before the MLP plus the spliced MLP output;
+- att: its own block again, with the spliced heads, and those after.
+
+The blocks are called as the model called them, so masks, rotary angles and hooks inside them are the model's own, and a
+restart from the clean tensor gives the clean pass, to the bit where the device's kernels are deterministic.
+Hooks on the final norm see a restart's tensors; hooks on the unembedding do not run here.
+
+:func:`clean_batches` is for other statistics too: one loop over it shares the pass among all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+
+from gemma_scope_tl.activations.source import Place, with_targets
+from gemma_scope_tl.errors import AdapterMismatch
+from gemma_scope_tl.evals.metrics import scored_positions
+from gemma_scope_tl.sites import flatten_heads, get_site, unflatten_heads
+from gemma_scope_tl.tokens import special_mask
+
+MEMORY_BUDGET = 1 << 30
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative; other dtypes 1e-2: rounding, not another tensor
+
+
+class _Reached(Exception):
+    """The final norm's input, thrown past the unembedding."""
+
+    def __init__(self, residual: torch.Tensor) -> None:
+        super().__init__()
+        self.residual = residual
+
+
+@dataclass
+class CleanPass:
+    """What a forward pass left behind.
+
+    Attributes:
+        model: the hooked model.
+        values: the tensor at each place asked for, as the model's hook has it (heads apart or not).
+        final: the residual stream before the final norm, ``[batch, pos, d_model]``.
+    """
+
+    model: Any
+    values: dict[Place, torch.Tensor] = field(default_factory=dict[Place, torch.Tensor])
+    final: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    _calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(
+        default_factory=dict[int, "tuple[tuple[Any, ...], dict[str, Any]]"]
+    )
+    _inputs: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
+    _middles: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
+
+    @classmethod
+    def run(cls, model: Any, tokens: Int[torch.Tensor, "batch pos"], places: Iterable[Place]) -> CleanPass:
+        """Run ``model`` up to its final norm and keep ``places``, ready to restart behind each."""
+        kept = cls(model)
+        with removed_after() as handles:
+            for place in places:
+                handles.append(hook_point(model, place).register_forward_hook(_keeper(kept.values, place)))
+            middles = {place.layer for place in places if place.site == "mlp"}
+            inputs = {place.layer for place in places if place.site == "att"}
+            for layer, block in enumerate(model.blocks):
+                keep = kept._called(layer, layer in inputs)
+                handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
+                if layer in middles:
+                    handles.append(block.ln2.register_forward_pre_hook(_middle_keeper(kept._middles, layer)))
+            kept.final = run_to_final_norm(model, tokens)
+        return kept
+
+    def restart(self, place: Place, value: torch.Tensor) -> Float[torch.Tensor, "batch pos d_model"]:
+        """The residual stream before the final norm, had ``value`` (shaped like ``values[place]``) been at ``place``.
+
+        ``place`` is where an SAE writes: a transcoder's is the mlp site.
+        """
+        layer, blocks = place.layer, self.model.blocks
+        if layer is None:
+            return self._from(0, value)
+        if place.site == "res":
+            return self._from(layer + 1, value)
+        if place.site == "mlp":
+            summed = self._middles[layer] + value
+            return self._from(layer + 1, hook_point(self.model, Place("res", layer))(summed))
+        with removed_after() as handles:
+            handles.append(hook_point(self.model, place).register_forward_hook(lambda _m, _a, _o: value))
+            args, kwargs = self._calls[layer]
+            out = _first(blocks[layer](self._inputs[layer], *args, **kwargs))
+        return self._from(layer + 1, out)
+
+    def check(self, places: Iterable[Place]) -> None:
+        """See that restarting from the clean tensor gives the clean pass, at the first place of each site.
+
+        Raises:
+            AdapterMismatch: when it does not, with the relative difference.
+        """
+        first: dict[str, Place] = {}
+        for place in places:
+            first.setdefault(place.site, place)
+        tolerance = TOLERANCE.get(self.final.dtype, 1e-2)
+        for place in first.values():
+            again = self.restart(place, self.values[place])
+            wanted = self.final.double()
+            difference = float((again.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+            if not difference <= tolerance:
+                raise AdapterMismatch(
+                    f"A pass restarted behind {place.key} differs from the full pass by {difference:.1e} "
+                    f"({tolerance:g} is tolerated): the loss behind a splice could not be trusted. A hook that changes "
+                    "other tensors when it runs twice does this, or an unknown version of TransformerLens."
+                )
+
+    def _from(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        for number in range(layer, len(self.model.blocks)):
+            args, kwargs = self._calls[number]
+            x = _first(self.model.blocks[number](x, *args, **kwargs))
+        return x
+
+    def _called(self, layer: int, keep_input: bool) -> Callable[..., None]:
+        def keep(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "resid_pre")}
+            self._calls[layer] = args[1:], rest
+            if keep_input:
+                self._inputs[layer] = args[0] if args else next(v for n, v in kwargs.items() if n not in rest)
+
+        return keep
+
+
+@dataclass
+class Batch:
+    """Rows of the data and their clean pass.
+
+    Attributes:
+        start: number of the first row.
+        tokens: ``[batch, pos]``, on the model's device.
+        ordinary: True at tokens that are measured and spliced: not BOS, EOS or padding.
+        scored: ``[batch, pos - 1]``, True at predictions that count.
+        clean: the pass.
+    """
+
+    start: int
+    tokens: Int[torch.Tensor, "batch pos"]
+    ordinary: Bool[torch.Tensor, "batch pos"]
+    scored: Bool[torch.Tensor, "batch pos-1"]
+    clean: CleanPass
+
+    def activations(self, place: Place) -> Float[torch.Tensor, "n d"]:
+        """The ordinary tokens' activations at a place, heads flat."""
+        return flatten_heads(self.clean.values[place])[self.ordinary]
+
+    def spliced(self, place: Place, rows: Float[torch.Tensor, "n d"]) -> Float[torch.Tensor, "batch pos d_model"]:
+        """The residual stream before the final norm with ``rows`` at the ordinary tokens of a place."""
+        value = self.clean.values[place]
+        flat = flatten_heads(value).clone()
+        flat[self.ordinary] = rows.to(flat.dtype)
+        return self.clean.restart(place, unflatten_heads(flat, value))
+
+    def targets(self) -> Int[torch.Tensor, " n"]:
+        """The next token of each prediction that counts."""
+        return self.tokens[:, 1:][self.scored]
+
+
+@torch.no_grad()
+def clean_batches(
+    model: Any,
+    tokens: Int[torch.Tensor, "rows pos"],
+    places: Iterable[Place],
+    special: Iterable[int],
+    batch_size: int = 8,
+    start: int = 0,
+) -> Generator[Batch]:
+    """The clean pass of each batch of rows, from row ``start`` on. Targets of transcoders are kept too.
+
+    Args:
+        model: from ``load_model``.
+        tokens: all rows.
+        places: whose tensors are kept.
+        special: ids of tokens that do not count.
+        batch_size: rows in a pass; see :func:`rows_that_fit`.
+        start: first row.
+    """
+    kept, ids = with_targets(list(places)), tuple(special)
+    for first in range(start, tokens.shape[0], batch_size):
+        rows = tokens[first : first + batch_size].to(model.cfg.device)
+        mask = special_mask(rows, ids)
+        yield Batch(first, rows, ~mask, scored_positions(mask), CleanPass.run(model, rows, kept))
+
+
+def rows_that_fit(model: Any, places: Iterable[Place], context: int, batch_size: int, memory: int) -> int:
+    """How many rows a pass may have so that what it keeps and works with stays within ``memory`` bytes; 1 or more.
+
+    Counted are the tensors kept, a residual stream's dozen in flight, and three of a layer's attention patterns.
+    """
+    kept, dims = with_targets(list(places)), model.dims
+    item = next(model.parameters()).element_size()
+    widths = sum(get_site(place.site).d_in(dims) + dims.d_model * (place.site in ("mlp", "att")) for place in kept)
+    mlp = int(getattr(model.cfg, "d_mlp", None) or 4 * dims.d_model)
+    per_token = widths + 12 * dims.d_model + 3 * mlp + 3 * dims.n_heads * context
+    return max(1, min(batch_size, memory // (per_token * context * item)))
+
+
+def run_to_final_norm(model: Any, tokens: torch.Tensor) -> Float[torch.Tensor, "batch pos d_model"]:
+    """The residual stream before the final norm; the unembedding does not run."""
+
+    def stop(_module: Any, args: tuple[Any, ...]) -> None:
+        raise _Reached(args[0])
+
+    options = {"use_cache": False} if model.backend == "bridge" else {}
+    with removed_after() as handles:
+        handles.append(model.ln_final.register_forward_pre_hook(stop))
+        try:
+            model(tokens, **options)
+        except _Reached as reached:
+            return reached.residual
+    raise AdapterMismatch("The model's forward pass never came to its final norm.")
+
+
+def hook_point(model: Any, place: Place) -> Any:
+    """The hook point whose tensor an SAE at ``place`` reads."""
+    return model.site_hook_point(get_site(place.site).hook_name(place.layer, model.backend))
+
+
+def _keeper(values: dict[Place, torch.Tensor], place: Place) -> Callable[..., None]:
+    def keep(_module: Any, _args: Any, out: torch.Tensor) -> None:
+        values[place] = out
+
+    return keep
+
+
+def _middle_keeper(middles: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
+    def keep(_module: Any, args: tuple[Any, ...]) -> None:
+        middles[layer] = args[0]
+
+    return keep
+
+
+def _first(value: Any) -> torch.Tensor:
+    return value[0] if isinstance(value, tuple) else value
+
+
+@contextmanager
+def removed_after() -> Generator[list[Any]]:
+    """Hooks put into the list are taken back at the end, whatever happens."""
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,211 @@
+"""The evaluation itself: which pieces are missing, one loop over the data for all of them, and checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Int
+
+from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.evals.accumulators import LatentCounts, VectorMean
+from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
+from gemma_scope_tl.evals.next_token import LogitHead
+from gemma_scope_tl.evals.step import Step
+from gemma_scope_tl.evals.store import Store, key_of
+from gemma_scope_tl.evals.subjects import Subject, fingerprint
+from gemma_scope_tl.evals.units import CLEAN, Unit, token_means
+
+ABLATIONS = ("zero", "mean")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        batch_size: rows in a forward pass, fewer where ``memory_budget`` asks for it.
+        ablations: what loss recovered is measured against: ``"zero"``, ``"mean"`` (of the dataset), both or none.
+        uniformity: positions of each row at which the importance of latents is measured, 0 for none.
+        memory_budget: bytes that tensors may take beside weights: half for the pass, a quarter each for logits and for
+            residual streams that wait for theirs. A row's pass and 1 token's logits are the least.
+        checkpoint_every: batches between checkpoints, where there is a cache.
+        progress: show a bar.
+    """
+
+    batch_size: int = 8
+    ablations: tuple[str, ...] = ABLATIONS
+    uniformity: int = 0
+    memory_budget: int = MEMORY_BUDGET
+    checkpoint_every: int = 16
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in self.ablations:
+            if name not in ABLATIONS:
+                raise unknown_name("ablation", name, ABLATIONS)
+        for name in ("batch_size", "memory_budget", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise GemmaScopeError(f"{name} must be 1 or more, not {getattr(self, name)}.")
+        if self.uniformity < 0:
+            raise GemmaScopeError(f"uniformity is a number of positions, not {self.uniformity}.")
+
+
+@dataclass
+class Run:
+    """One evaluation of ``subjects`` on ``tokens``; :meth:`finish` completes ``units``."""
+
+    model: Any
+    subjects: list[Subject]
+    tokens: Int[torch.Tensor, "rows pos"]
+    special: tuple[int, ...]
+    settings: Settings
+    store: Store
+    units: dict[str, Unit] = field(default_factory=dict[str, Unit])
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Measure what the store does not have yet."""
+        self._plan()
+        for name, unit in self.units.items():
+            kept = self.store.load(self._key(name)) if self._caching else None
+            if kept is not None:
+                unit.restore(kept)
+                unit.done = True
+        pending = self._pending()
+        if not pending:
+            return
+        self._centre()
+        self._measure()
+        for name in pending:
+            if self._caching:
+                self.store.save(self._key(name), self.units[name].state())
+            self.units[name].done = True
+        if self._caching:
+            self.store.drop(self._checkpoint_key)
+
+    # -- what there is to do ------------------------------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        self.units = {CLEAN: Unit(token_means("loss"), {"unit": CLEAN})}
+        for number, subject in enumerate(self.subjects):
+            place = subject.place.target.key
+            for kind in ("centre", "deviation", *self.settings.ablations):
+                fresh = {"mean": VectorMean()} if kind == "centre" else token_means("value")
+                self.units.setdefault(f"{kind} {place}", Unit(dict(fresh), {"unit": kind, "place": place}))
+            facts = {"place": subject.place.key, "sae": subject.fingerprint() if self._caching else ""}
+            means = token_means("l0", "error", "loss", "kl")
+            self.units[f"sae {number}"] = Unit(
+                {**means, "fired": LatentCounts.empty(subject.d_sae)}, {"unit": "sae", **facts}
+            )
+            if self.settings.uniformity:
+                facts["positions"] = str(self.settings.uniformity)
+                self.units[f"uniformity {number}"] = Unit(token_means("value"), {"unit": "uniformity", **facts})
+
+    def _pending(self) -> list[str]:
+        """What the main loop has to measure; centres are made before it."""
+        return [name for name, unit in self.units.items() if not unit.done and unit.facts["unit"] != "centre"]
+
+    def wanted(self, name: str) -> bool:
+        """Whether this piece is part of the evaluation, and still to be measured."""
+        return name in self.units and not self.units[name].done
+
+    @property
+    def _caching(self) -> bool:
+        return self.store.folder is not None
+
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        cfg = self.model.cfg
+        sizes = ("output_logits_soft_cap", "attn_scores_soft_cap", "eps", "window_size", "attn_scale", "rotary_base")
+        return {
+            "model": fingerprint(self.model),
+            "config": [self.model.backend, *(repr(getattr(cfg, name, None)) for name in sizes)],
+            "tokens": hashlib.sha256(self.tokens.contiguous().numpy().tobytes()).hexdigest(),
+            "shape": list(self.tokens.shape),
+            "special": list(self.special),
+        }
+
+    def _key(self, name: str) -> str:
+        return key_of({**self._common, **self.units[name].facts})
+
+    @cached_property
+    def _checkpoint_key(self) -> str:
+        sizes = [self.settings.batch_size, self.settings.memory_budget]
+        return key_of({"pending": [self._key(name) for name in self._pending()], "sizes": sizes})
+
+    # -- the two loops ------------------------------------------------------------------------------------------------
+
+    def _batches(self, what: str, places: list[Place], start: int = 0) -> Iterator[Batch]:
+        from rich.progress import Progress
+
+        rows = self._rows_per_batch
+        with Progress(transient=True, disable=not self.settings.progress) as bar:
+            task = bar.add_task(what, total=self.tokens.shape[0], completed=start)
+            for batch in clean_batches(self.model, self.tokens, places, self.special, rows, start):
+                yield batch
+                bar.advance(task, batch.tokens.shape[0])
+
+    @cached_property
+    def _rows_per_batch(self) -> int:
+        places, size = [subject.place for subject in self.subjects], self.settings.batch_size
+        return rows_that_fit(self.model, places, self.tokens.shape[1], size, self.settings.memory_budget // 2)
+
+    def _centre(self) -> None:
+        """The dataset's mean at every place that needs it: FVU's centre, and what mean ablation puts in."""
+        missing = [
+            subject.place.target
+            for subject in self.subjects
+            if self.wanted(f"centre {subject.place.target.key}")
+            and any(self.wanted(f"{kind} {subject.place.target.key}") for kind in ("deviation", "mean"))
+        ]
+        places = list(dict.fromkeys(missing))
+        if not places:
+            return
+        for batch in self._batches("means", places):
+            for place in places:
+                self.units[f"centre {place.key}"].vector_mean().update(batch.activations(place))
+        for place in places:
+            name = f"centre {place.key}"
+            if self._caching:
+                self.store.save(self._key(name), self.units[name].state())
+            self.units[name].done = True
+
+    def _measure(self) -> None:
+        start = self._resume()
+        head = LogitHead(self.model, self.settings.memory_budget // 4)
+        used = [s for n, s in enumerate(self.subjects) if self._needs(n, s)]
+        places = list(dict.fromkeys(subject.place for subject in used))
+        for number, batch in enumerate(self._batches("evaluating", places, start)):
+            if number == 0:
+                batch.clean.check(place.target for place in places)
+            Step(self, head, batch).measure()
+            done = batch.start + batch.tokens.shape[0]
+            if (number + 1) % self.settings.checkpoint_every == 0 and done < self.tokens.shape[0]:
+                self._checkpoint(done)
+
+    def _needs(self, number: int, subject: Subject) -> bool:
+        place = subject.place.target.key
+        names = [f"sae {number}", f"uniformity {number}", *(f"{kind} {place}" for kind in ("deviation", *ABLATIONS))]
+        return any(self.wanted(name) for name in names)
+
+    def _checkpoint(self, done: int) -> None:
+        if not self._caching:
+            return
+        state = {"rows": torch.tensor(done)}
+        for number, name in enumerate(self._pending()):
+            state |= self.units[name].state(f"{number}/")
+        self.store.save(self._checkpoint_key, state)
+
+    def _resume(self) -> int:
+        kept = self.store.load(self._checkpoint_key) if self._caching else None
+        if kept is None:
+            return 0
+        for number, name in enumerate(self._pending()):
+            self.units[name].restore(kept, f"{number}/")
+        return int(kept["rows"])

@@ -1,0 +1,184 @@
+"""Checkpoints of a run: whole or not there, verified when they are read, the last two kept.
+
+A checkpoint is a folder ``step_N`` with a safetensors file for each group of SAEs and ``manifest.json``, which is
+written last and has every file's sha256. It is made under another name, flushed to the disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gemma_scope_tl.activations.token_rows import file_sha256
+from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.training.config import TrainingStateError
+
+MANIFEST_NAME, UNFINISHED, KEPT = "manifest.json", ".unfinished", 2
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Manifest(BaseModel):
+    """What a checkpoint says of itself.
+
+    Attributes:
+        step: steps done.
+        config: what the run's results depend on.
+        scales: ``C`` of every place, by its key.
+        metrics_bytes: length of ``metrics.jsonl`` at this step.
+        threads: what the run had; other numbers may give other last bits.
+        files: sha256 of every file, by the group's name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["gemma_scope_tl checkpoint"] = "gemma_scope_tl checkpoint"
+    version: Literal[1] = 1
+    step: Annotated[int, Field(ge=0)]
+    config: dict[str, Any]
+    scales: dict[str, float]
+    metrics_bytes: Annotated[int, Field(ge=0)]
+    threads: int
+    files: dict[str, Sha256]
+
+
+def save_checkpoint(root: Path, manifest: Manifest, states: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """Write a checkpoint, then remove all but the last two.
+
+    Args:
+        root: the folder of the run's checkpoints.
+        manifest: its ``files`` are filled in here.
+        states: tensors of every group, by its name.
+
+    Returns:
+        The checkpoint's folder. One of the same step is left as it is: equal steps are equal.
+
+    Raises:
+        TrainingStateError: the disk is full, or cannot be written; earlier checkpoints are as they were.
+    """
+    final, partial = root / f"step_{manifest.step}", root / UNFINISHED
+    if final.exists():
+        return final
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        hashes: dict[str, str] = {}
+        for name, state in states.items():
+            hashes[name] = _write_tensors(partial / f"{name}.safetensors", state)
+        text = manifest.model_copy(update={"files": hashes}).model_dump_json(indent=1)
+        write_atomically(partial / MANIFEST_NAME, text + "\n")
+        partial.rename(final)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        steps = steps_of(root)
+        kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no earlier one"
+        raise TrainingStateError(
+            f"The checkpoint of step {manifest.step} could not be written to {root} ({error}); {kept}. Make room and "
+            "start the same run again: it goes on there."
+        ) from error
+    for step in steps_of(root)[:-KEPT]:
+        shutil.rmtree(root / f"step_{step}", ignore_errors=True)
+    return final
+
+
+def steps_of(root: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, rising."""
+    names = [path.name.removeprefix("step_") for path in root.glob("step_*")]
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """What a checkpoint says of itself.
+
+    Raises:
+        TrainingStateError: it says nothing, or no sense.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        found = Manifest.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise TrainingStateError(f"{path} is no checkpoint's manifest: {reason}. {_remedy(folder)}") from None
+    if folder.name != f"step_{found.step}":
+        raise TrainingStateError(f"{path} is of step {found.step}, in folder {folder.name}. {_remedy(folder)}")
+    return found
+
+
+def load_state(folder: Path, manifest: Manifest, name: str) -> dict[str, Tensor]:
+    """Tensors of one group, after its file was compared with the manifest.
+
+    Raises:
+        TrainingStateError: the file is missing, was changed or cut off, or is another one.
+    """
+    path = folder / f"{name}.safetensors"
+    if name not in manifest.files:
+        raise TrainingStateError(f"{folder} has no group {name!r}: it is another run's. {_remedy(folder)}")
+    try:
+        digest = file_sha256(path)
+        if digest != manifest.files[name]:
+            raise TrainingStateError(
+                f"{path} is not the file that was written: its sha256 is {digest}, the manifest says "
+                f"{manifest.files[name]}. {_remedy(folder)}"
+            )
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TrainingStateError(f"{path} cannot be read: {error}. {_remedy(folder)}") from error
+
+
+def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a configuration that would train something else.
+
+    Raises:
+        TrainingStateError: naming the keys that differ.
+    """
+    differing = [
+        f"{key} is {_short(old)}, not {_short(new)}" for key, old, new in _differences(found, wanted, "") if old != new
+    ]
+    if differing:
+        raise TrainingStateError(
+            f"{folder} holds a run with another configuration: {'; '.join(differing[:5])}. Give that one to go on, or "
+            "choose another output."
+        )
+
+
+def _differences(found: Any, wanted: Any, at: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys: dict[str, None] = dict.fromkeys([*found, *wanted])
+        return [d for key in keys for d in _differences(found.get(key), wanted.get(key), f"{at}.{key}".lstrip("."))]
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        pairs = enumerate(zip(found, wanted, strict=True))
+        return [d for i, (old, new) in pairs for d in _differences(old, new, f"{at}.{i}")]
+    return [(at, found, wanted)]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> str:
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(contiguous, path)
+    _sync(path)
+    return file_sha256(path)
+
+
+def _remedy(folder: Path) -> str:
+    return f"Restore it, or remove {folder} to go on from the checkpoint before it."
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,381 @@
+"""What a training run is, as a YAML file says it: every error of the file at once, unknown keys with the nearest names.
+
+A file may say ``extends: other.yaml`` (counted from its own folder) and give only what differs: mappings are merged,
+anything else is replaced. Other relative paths count from where the command runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
+from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
+from gemma_scope_tl.registry.widths import parse_width
+from gemma_scope_tl.sites import SITES, SiteName, get_site
+from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER, Recipe
+
+PRESETS: Mapping[str, Recipe] = {"paper": PAPER, "fast": FAST, "gemma_scope_2": GEMMA_SCOPE_2}
+NO_EFFECT = ("output", "threads", "checkpoint_every", "loggers")
+"""Keys that may change between a run and its continuation: they do not change what is trained."""
+_MAX_EXTENDS = 8
+_SHOWN_PROBLEMS = 50
+
+
+class TrainingStateError(GemmaScopeError, ValueError):
+    """A configuration, a checkpoint or a run's folder that cannot be used as it is."""
+
+
+def _number(value: object) -> object:
+    """YAML reads ``4e9`` as a word; here it is a number, and a whole one is an integer."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _width(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        return parse_width(str(value))
+    except GemmaScopeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _site(value: object) -> object:
+    try:
+        return get_site(str(value)).name
+    except UnknownNameError as error:
+        raise ValueError(str(error)) from None
+
+
+def _recipe(value: object) -> object:
+    """Values of a recipe, each checked by itself; whether they go together is checked where they are merged."""
+    if not isinstance(value, Mapping):
+        raise ValueError("a recipe is a mapping, such as {preset: fast, batch_size: 1024}")
+    given = {str(key): _number(item) for key, item in cast("Mapping[object, object]", value).items()}
+    try:
+        merged_recipe(given)
+    except GemmaScopeError as error:
+        raise ValueError(str(error)) from None
+    return given
+
+
+Count = Annotated[int, BeforeValidator(_number), Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Width = Annotated[int, BeforeValidator(_width), Field(gt=0)]
+SiteKey = Annotated[SiteName, BeforeValidator(_site)]
+RecipeValues = Annotated[dict[str, Any], BeforeValidator(_recipe)]
+
+
+class Section(BaseModel):
+    """A part of a configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The model whose activations are trained on: arguments of ``load_model``."""
+
+    name: str = "bundled"
+    backend: Literal["bridge", "hooked_transformer"] = "bridge"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str | None = None
+
+
+class DataSection(Section):
+    """The text, as ``pack_tokens`` takes it; ``dataset: bundled`` is the package's own held-out text.
+
+    Attributes:
+        folder: where the packed tokens are kept; by default ``tokens`` in the run's folder.
+    """
+
+    dataset: Annotated[str, Field(min_length=1)]
+    column: str | None = None
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+    streaming: bool = True
+    context: Annotated[Count, Field(ge=2)] = 1024
+    chat: bool = False
+    limit_tokens: Count | None = None
+    folder: str | None = None
+
+
+class SourceSection(Section):
+    """Where activations come from.
+
+    Attributes:
+        kind: ``streaming`` runs the model as it goes, ``store`` reads what ``write_store`` wrote.
+        path: of the store.
+        dtype: in which the bucket holds activations.
+        bucket_rows: activations that are shuffled together; a multiple of the batch size.
+        batch_rows: token rows to a forward pass.
+        scale_rows: activations from which each place's scale is measured.
+        device: where the bucket is.
+    """
+
+    kind: Literal["streaming", "store"] = "streaming"
+    path: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    bucket_rows: Count = 1 << 20
+    batch_rows: Count = 8
+    scale_rows: Count = 1 << 17
+    device: str = "cpu"
+
+
+class GridEntry(Section):
+    """SAEs at every combination of these sites, layers, widths and sparsities.
+
+    Attributes:
+        sites: names of the site table.
+        layers: ``all`` or a list; the embedding has none.
+        widths: numbers of latents, or labels such as ``16k``.
+        lambdas: fixed sparsity coefficients.
+        target_l0s: wanted L0s instead; lambda is steered towards each.
+        steps, tokens: of these SAEs; the run's unless given.
+        recipe: values that differ from the run's.
+    """
+
+    sites: Annotated[list[SiteKey], Field(min_length=1)]
+    layers: Literal["all"] | list[Annotated[int, Field(ge=0)]] = "all"
+    widths: Annotated[list[Width], Field(min_length=1)]
+    lambdas: list[Positive] | None = None
+    target_l0s: list[Positive] | None = None
+    steps: Count | None = None
+    tokens: Count | None = None
+    recipe: RecipeValues = Field(default_factory=dict[str, Any])
+
+    @model_validator(mode="after")
+    def _one_sparsity(self) -> GridEntry:
+        if bool(self.lambdas) == bool(self.target_l0s):
+            raise ValueError("give one of lambdas and target_l0s")
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError("give one of steps and tokens")
+        if self.layers == [] and any(SITES[site].per_layer for site in self.sites):
+            raise ValueError("layers is empty: write 'all' or the layers")
+        return self
+
+
+class LoggerSection(Section):
+    """Where metrics go beside ``metrics.jsonl``.
+
+    Attributes:
+        kind: ``tensorboard`` or ``wandb``.
+        folder: of TensorBoard's files; by default ``tensorboard`` in the run's folder.
+        project, name: of W&B.
+        mode: of W&B.
+    """
+
+    kind: Literal["tensorboard", "wandb"]
+    folder: str | None = None
+    project: str = "gemma-scope-tl"
+    name: str | None = None
+    mode: Literal["online", "offline", "disabled"] = "online"
+
+
+class SuiteConfig(Section):
+    """A training run.
+
+    Attributes:
+        output: its folder: checkpoints, metrics and the finished suite.
+        model, data, source: see there. Without ``data`` the source must be a store.
+        steps, tokens: how long SAEs are trained; one of both, unless every entry of the grid says its own.
+        recipe: ``preset`` (paper, fast, gemma_scope_2) and values that differ from it.
+        grid: the SAEs.
+        only: patterns of names; SAEs of the grid that fit none of them are left out. Empty for all.
+        seed: of everything that is drawn.
+        device: where SAEs are trained.
+        threads: processor threads; by default PyTorch's number. Equal numbers give equal bits.
+        eval_batches: batches after training on which the L0 in an SAE's name is measured.
+        checkpoint_every, log_every: steps.
+        loggers: see there.
+    """
+
+    output: Annotated[str, Field(min_length=1)]
+    model: ModelSection = ModelSection()
+    data: DataSection | None = None
+    source: SourceSection = SourceSection()
+    steps: Count | None = None
+    tokens: Count | None = None
+    recipe: RecipeValues = Field(default_factory=dict[str, Any])
+    grid: Annotated[list[GridEntry], Field(min_length=1)]
+    only: list[str] = Field(default_factory=list[str])
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    device: str = "cpu"
+    threads: Count | None = None
+    eval_batches: Count = 16
+    checkpoint_every: Count = 1_000
+    log_every: Count = 100
+    loggers: list[LoggerSection] = Field(default_factory=list[LoggerSection])
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> SuiteConfig:
+        problems: list[str] = []
+        if self.steps is not None and self.tokens is not None:
+            problems.append("give one of steps and tokens")
+        if self.steps is None and self.tokens is None and any(not (e.steps or e.tokens) for e in self.grid):
+            problems.append("say how long to train: steps or tokens, here or in every entry of the grid")
+        if self.source.kind == "streaming" and self.data is None:
+            problems.append("data is missing: a streaming source needs text")
+        if (self.source.kind == "store") != (self.source.path is not None):
+            problems.append("source.path belongs to, and is needed by, source.kind: store")
+        sizes = {recipe.batch_size for recipe in self.recipes}
+        if len(sizes) > 1:
+            problems.append(f"all SAEs of a run share its batches: one batch_size, not {sorted(sizes)}")
+        elif self.source.bucket_rows % (size := sizes.pop()):
+            problems.append(f"source.bucket_rows, {self.source.bucket_rows}, is no multiple of the batch size, {size}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """The recipe of every entry of the grid."""
+        return [merged_recipe({**self.recipe, **entry.recipe}) for entry in self.grid]
+
+    @property
+    def batch_size(self) -> int:
+        """Activations a step."""
+        return self.recipes[0].batch_size
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Everything that the trained weights and the log depend on, as plain data."""
+        return self.model_dump(mode="json", exclude=set(NO_EFFECT))
+
+
+def merged_recipe(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that ``preset`` (the paper's unless given) and further values describe.
+
+    Raises:
+        GemmaScopeError: no such preset or value, or a value that cannot be.
+    """
+    rest = dict(values)
+    preset = rest.pop("preset", "paper")
+    if preset not in PRESETS:
+        raise unknown_name("recipe preset", preset, PRESETS)
+    return Recipe.from_json({**asdict(PRESETS[preset]), **rest})
+
+
+def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: Sequence[str] = ()) -> SuiteConfig:
+    """Read and check a configuration.
+
+    Args:
+        path: a YAML file, its content as a mapping, or a configuration.
+        overrides: ``"key=value"``, the key with dots into sections and numbers into lists (``grid.0.widths=[1k]``), the
+            value in YAML.
+
+    Raises:
+        TrainingStateError: with every problem.
+        RegistryError: the file cannot be read or is not plain YAML.
+    """
+    if isinstance(path, SuiteConfig):
+        data, source = path.model_dump(mode="json"), "the configuration"
+    elif isinstance(path, Mapping):
+        data, source = dict(path), "the configuration"
+    else:
+        data, source = _read(Path(path), 0), str(path)
+    for override in overrides:
+        _override(data, override)
+    try:
+        return SuiteConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [_problem(detail) for detail in error.errors(include_url=False)]
+    shown = [f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
+    if len(problems) > len(shown):
+        shown.append(f"  and {len(problems) - len(shown)} more")
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    raise TrainingStateError(f"{source} has {count}:\n" + "\n".join(shown))
+
+
+def place_of(site: str, layer: int | None) -> Place:
+    """The place, without a layer where the site has none."""
+    return Place(site, layer if get_site(site).per_layer else None)
+
+
+def _read(path: Path, depth: int) -> dict[str, Any]:
+    data = load_yaml(read_text(path), str(path))
+    if not isinstance(data, dict):
+        raise TrainingStateError(f"{path} holds no mapping: a configuration has keys such as output, grid and steps.")
+    found = cast("dict[str, Any]", data)
+    base = found.pop("extends", None)
+    if base is None:
+        return found
+    if not isinstance(base, str) or depth >= _MAX_EXTENDS:
+        raise TrainingStateError(f"{path}: extends names one file, and files extend others {_MAX_EXTENDS} deep at most.")
+    return _merged(_read(path.parent / base, depth + 1), found)
+
+
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in top.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[key] = _merged(cast("Mapping[str, Any]", old), cast("Mapping[str, Any]", value)) if both else value
+    return result
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise TrainingStateError(f"{override!r} is no override: write key=value, such as source.bucket_rows=65536.")
+    at: Any = data
+    *path, last = key.split(".")
+    for part in path:
+        if isinstance(at, list):
+            at = _item(cast("list[Any]", at), part, override)
+        else:
+            if not isinstance(at.get(part), (dict, list)):
+                at[part] = {}
+            at = at[part]
+    value = load_yaml(text, f"the value of {key}")
+    if isinstance(at, list):
+        _item(cast("list[Any]", at), last, override)
+        at[int(last)] = value
+    else:
+        at[last] = value
+
+
+def _item(values: list[Any], part: str, override: str) -> Any:
+    if not part.isdecimal() or int(part) >= len(values):
+        raise TrainingStateError(f"{override!r}: {part!r} is none of the list's numbers, 0 to {len(values) - 1}.")
+    return values[int(part)]
+
+
+def _problem(detail: ErrorDetails) -> str:
+    """One of pydantic's errors in our words."""
+    where = ".".join(str(part) for part in detail["loc"])
+    lead = f"{where}: " if where else ""
+    if detail["type"] == "missing":
+        return f"{lead}is missing"
+    if detail["type"] == "extra_forbidden":
+        return f"{lead}{unknown_name('key', detail['loc'][-1], _keys_at(detail['loc'][:-1]))}"
+    if detail["type"] == "value_error":
+        return f"{lead}{detail.get('ctx', {}).get('error', detail['msg'])}"
+    given = repr(detail["input"])
+    return f"{lead}{detail['msg']}, not {given if len(given) < 80 else given[:77] + '...'}"
+
+
+def _keys_at(loc: Sequence[int | str]) -> list[str]:
+    """The keys of the section at a location."""
+    section: type[BaseModel] = SuiteConfig
+    for part in loc:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section(part))), None)

@@ -1,0 +1,110 @@
+"""From a configuration's grid to the SAEs of a run."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.registry.widths import width_label
+from gemma_scope_tl.sites import ModelDims, get_site
+from gemma_scope_tl.training.config import GridEntry, SuiteConfig, TrainingStateError, place_of
+from gemma_scope_tl.training.recipe import Recipe
+from gemma_scope_tl.training.spec import SAESpec
+
+
+@dataclass(frozen=True)
+class Group:
+    """SAEs that are stepped together: one place, one length.
+
+    Attributes:
+        place: the tensor they read.
+        steps: how long they are trained.
+        specs: the SAEs.
+    """
+
+    place: Place
+    steps: int
+    specs: tuple[SAESpec, ...]
+
+    @property
+    def name(self) -> str:
+        """Unique in a run, and a file's name."""
+        return f"{self.place.key.replace('/', '_')}_{self.steps}_steps"
+
+
+def groups_of(config: SuiteConfig, dims: ModelDims) -> list[Group]:
+    """The SAEs of a run, in groups, in the order of the grid.
+
+    Args:
+        config: the run.
+        dims: sizes of its model.
+
+    Raises:
+        TrainingStateError: two SAEs with one name; ``only`` leaves none, or has a pattern that fits none.
+        SpliceError: a layer that the model does not have.
+        GemmaScopeError: a recipe that does not suit a width.
+    """
+    groups: dict[tuple[Place, int], list[SAESpec]] = {}
+    names: list[str] = []
+    for entry, recipe in zip(config.grid, config.recipes, strict=True):
+        steps = _steps(config, entry, recipe)
+        for place in _places(entry, dims):
+            for spec in _specs(entry, place, recipe, config.seed):
+                names.append(spec.name)
+                if not config.only or any(fnmatchcase(spec.name, pattern) for pattern in config.only):
+                    groups.setdefault((place, steps), []).append(spec)
+    double = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if double:
+        raise TrainingStateError(f"The grid has these SAEs twice: {', '.join(double[:5])}.")
+    idle = [pattern for pattern in config.only if not any(fnmatchcase(name, pattern) for name in names)]
+    if idle:
+        raise TrainingStateError(f"only: {idle[0]!r} fits no SAE of the grid. Names are like {names[0]!r}.")
+    return [Group(place, steps, tuple(specs)) for (place, steps), specs in groups.items()]
+
+
+def places_of(groups: Sequence[Group]) -> list[Place]:
+    """The places that groups read, each once."""
+    return list(dict.fromkeys(group.place for group in groups))
+
+
+def _steps(config: SuiteConfig, entry: GridEntry, recipe: Recipe) -> int:
+    own = entry.steps is not None or entry.tokens is not None
+    steps, tokens = (entry.steps, entry.tokens) if own else (config.steps, config.tokens)
+    if steps is not None:
+        return steps
+    assert tokens is not None  # the configuration was checked
+    return -(-tokens // recipe.batch_size)
+
+
+def _places(entry: GridEntry, dims: ModelDims) -> list[Place]:
+    layers = range(dims.n_layers) if entry.layers == "all" else entry.layers
+    places: dict[Place, None] = {}
+    for site in entry.sites:
+        for layer in layers if get_site(site).per_layer else [None]:
+            get_site(site).check_layer(layer, dims)
+            places[place_of(site, layer)] = None
+    return list(places)
+
+
+def _specs(entry: GridEntry, place: Place, recipe: Recipe, seed: int) -> list[SAESpec]:
+    specs: list[SAESpec] = []
+    for d_sae in entry.widths:
+        head = f"{place.key}/width_{width_label(d_sae)}"
+        for value in entry.lambdas or ():
+            name = f"{head}/lambda_{value:g}"
+            own = replace(recipe, l0_coefficient=value)
+            specs.append(SAESpec(name, place, d_sae, own, _seed(seed, name)))
+        for value in entry.target_l0s or ():
+            name = f"{head}/target_l0_{value:g}"
+            specs.append(SAESpec(name, place, d_sae, recipe, _seed(seed, name), target_l0=value))
+    return specs
+
+
+def _seed(seed: int, name: str) -> int:
+    """Of an SAE's first weights: from the run's seed and its name, so other SAEs of the run do not matter."""
+    return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1, np.uint32)[0])

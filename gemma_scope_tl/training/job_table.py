@@ -1,0 +1,81 @@
+"""Jobs as a person watches them: a table that is redrawn in a terminal, a line at each change elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from gemma_scope_tl.training.cluster import JobStatus
+
+_ROWS = 30
+_STYLE = {"failed": "red", "left out": "yellow", "running": "bold", "waiting": "dim", "done": "green"}
+_ORDER = tuple(_STYLE)
+
+
+@contextmanager
+def shown_jobs(console: Console) -> Generator[Callable[[Sequence[JobStatus]], None], None, None]:
+    """A function that shows statuses, for :func:`~gemma_scope_tl.training.cluster.run_jobs`."""
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    with Live(console=console, refresh_per_second=4) as live:
+        yield lambda statuses: live.update(job_table(statuses), refresh=True)
+
+
+def job_table(statuses: Sequence[JobStatus], rows: int = _ROWS) -> Table:
+    """Counts of each state, and the ``rows`` jobs that matter most: failed ones first, done ones last."""
+    table = Table("job", "state", "step", "time", "node", "", title=job_counts(statuses), title_justify="left")
+    for status in sorted(statuses, key=lambda status: _ORDER.index(status.state))[:rows]:
+        steps = f"{status.step:,}/{status.steps:,}" if status.steps else ""
+        time = f"{status.seconds:,.0f} s" if status.starts else ""
+        table.add_row(
+            escape(status.name),
+            f"[{_STYLE[status.state]}]{status.state}[/]",
+            steps,
+            time,
+            status.node,
+            escape(_remark(status)),
+        )
+    return table
+
+
+def job_counts(statuses: Sequence[JobStatus]) -> str:
+    """How many jobs are in each state.
+
+    >>> job_counts([JobStatus("a", "done"), JobStatus("b"), JobStatus("c", "done")])
+    '3 jobs: 1 waiting, 2 done'
+    """
+    counts = Counter(status.state for status in statuses)
+    return f"{len(statuses)} jobs: " + ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
+
+
+def _remark(status: JobStatus) -> str:
+    again = f"started {status.starts} times" if status.starts > 1 else ""
+    return "; ".join(part for part in (again, status.reason) if part)
+
+
+class _Lines:
+    """For logs: a line when a job changes its state or is started again."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.before: dict[str, tuple[str, int]] = {}
+
+    def __call__(self, statuses: Sequence[JobStatus]) -> None:
+        changed = False
+        for status in statuses:
+            now = (status.state, status.starts)
+            if self.before.get(status.name, ("waiting", 0)) != now:
+                remark = _remark(status)
+                line = f"{status.name}: {status.state}" + (f" ({remark})" if remark else "")
+                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                changed = True
+            self.before[status.name] = now
+        if changed:
+            self.console.print(job_counts(statuses), markup=False, highlight=False)

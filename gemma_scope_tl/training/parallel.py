@@ -1,0 +1,131 @@
+"""Training inside one job on many processes: a DeviceMesh of batch parts times latent parts, started by ``torchrun``.
+
+Latents are divided as Megatron divides the hidden layer of an MLP (paper, section 4): a process has some latents of
+every SAE, sees the same rows as its neighbours along the mesh's ``latents`` axis, and a step exchanges one partial
+reconstruction ``[rows, d_out]`` and a few numbers. Along the ``data`` axis processes have the same latents and other
+rows, and exchange the gradients of their latents. So the traffic of the first grows with the batch, of the second with
+the width: the wider the SAE, the more ranks belong on ``latents``. No process ever holds a whole wide SAE.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as ShardedDim
+
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.training.shard import WHOLE, Shard
+
+AXES = ("data", "latents")
+
+
+@dataclass(frozen=True)
+class MeshShard(Shard):
+    """A process's place in a DeviceMesh with the axes ``data`` and ``latents``.
+
+    Sums are all-reduces, so every process of an axis gets the same bits.
+    """
+
+    mesh: DeviceMesh | None = field(default=None, repr=False)
+
+    def sum_latents(self, tensor: Tensor) -> Tensor:
+        """All-reduce along ``latents``, in place."""
+        return self._sum(tensor, "latents", self.latent_ranks)
+
+    def sum_data(self, tensor: Tensor) -> Tensor:
+        """All-reduce along ``data``, in place."""
+        return self._sum(tensor, "data", self.data_ranks)
+
+    def _sum(self, tensor: Tensor, axis: str, ranks: int) -> Tensor:
+        if ranks == 1 or self.mesh is None:
+            return tensor
+        whole = tensor.contiguous()
+        dist.all_reduce(whole, group=self.mesh.get_group(axis))
+        return whole
+
+    def whole(self, local: Tensor, chunk: int | None = None) -> Generator[Tensor, None, None]:
+        """A tensor whose first dimension is divided over ``latents``, whole, ``chunk`` columns at a time.
+
+        Every process must take part. With ``chunk`` no process holds more than ``[latents, chunk]`` of it.
+        """
+        if self.mesh is None:
+            yield local
+            return
+        step = local.shape[1] if local.ndim > 1 and chunk is None else chunk or 1
+        parts = [local] if local.ndim == 1 else local.split(step, dim=1)
+        for part in parts:
+            placed = DTensor.from_local(part.contiguous(), self.mesh, [Replicate(), ShardedDim(0)], run_check=False)
+            yield placed.full_tensor()
+
+
+def launched() -> bool:
+    """Whether this process was started by ``torchrun`` or another launcher that sets its variables."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def process_mesh(
+    latent_ranks: int = 1, data_ranks: int = 1, *, device: str | torch.device = "cpu", backend: str | None = None
+) -> Generator[Shard, None, None]:
+    """This process's shard of ``latent_ranks * data_ranks`` processes; the group is closed on leaving.
+
+    Args:
+        latent_ranks, data_ranks: how many parts the latents and the batch are cut into.
+        device: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL; each process takes the GPU of its local rank).
+        backend: another one.
+
+    Raises:
+        GemmaScopeError: the launcher started another number of processes.
+    """
+    wanted = latent_ranks * data_ranks
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != wanted:
+        raise GemmaScopeError(
+            f"{data_ranks} x {latent_ranks} (data x latents) needs {wanted} processes, this run has {world}: "
+            f"start it with torchrun --nproc-per-node {wanted}."
+        )
+    if wanted == 1:
+        yield WHOLE
+        return
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    begun = not dist.is_initialized()
+    if begun:
+        dist.init_process_group(backend or ("nccl" if kind == "cuda" else "gloo"))
+    try:
+        mesh = init_device_mesh(kind, (data_ranks, latent_ranks), mesh_dim_names=AXES)
+        yield MeshShard(
+            latent_rank=mesh.get_local_rank("latents"),
+            latent_ranks=latent_ranks,
+            data_rank=mesh.get_local_rank("data"),
+            data_ranks=data_ranks,
+            mesh=mesh,
+        )
+    finally:
+        if begun:
+            dist.destroy_process_group()
+
+
+def agreed(values: Mapping[str, Any]) -> None:
+    """Raise on every process unless all were given the same ``values``: different settings would train nonsense.
+
+    Raises:
+        GemmaScopeError: naming the settings that differ between processes.
+    """
+    if not dist.is_initialized():
+        return
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, dict(values))
+    different = sorted(key for key in values if any(other.get(key) != values[key] for other in found))
+    if different:
+        raise GemmaScopeError(f"The processes of this job do not agree on: {', '.join(different)}.")

@@ -1,0 +1,96 @@
+"""What one SAE of a suite is: where it reads, how wide it is, how it is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class SAESpec:
+    """One SAE to train.
+
+    Attributes:
+        name: unique in a suite, such as ``"res/layer_3/width_1k/target_l0_12"``.
+        place: the tensor it reads; transcoders reconstruct ``place.target``.
+        d_sae: its latents.
+        recipe: its hyper-parameters. SAEs of one place share the batch size.
+        seed: of its initial weights.
+        target_l0: the L0 wanted. With the recipe's linear penalty lambda is steered towards it; with the quadratic
+            penalty it is the penalty's ``L0*``, and needed. None keeps lambda fixed.
+
+    Raises:
+        GemmaScopeError: a value that cannot be.
+    """
+
+    name: str
+    place: Place
+    d_sae: int
+    recipe: Recipe
+    seed: int
+    target_l0: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise GemmaScopeError("An SAE needs a name.")
+        if self.d_sae < 1 or self.seed < 0:
+            raise GemmaScopeError(f"{self.name}: d_sae must be 1 or more and seed 0 or more.")
+        if self.target_l0 is not None and not (0.0 < self.target_l0 < math.inf):
+            raise GemmaScopeError(f"{self.name}: target_l0 must be greater than 0, not {self.target_l0}.")
+        if self.recipe.l0_penalty == "quadratic" and self.target_l0 is None:
+            raise GemmaScopeError(f"{self.name}: the quadratic penalty needs a target_l0.")
+        self.recipe.prefixes_of(self.d_sae)
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it reads one tensor and reconstructs another."""
+        return self.place.target != self.place
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; :meth:`from_json` reads it."""
+        return asdict(self) | {"place": self.place.key}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SAESpec:
+        """What :meth:`to_json` wrote.
+
+        Raises:
+            UnknownNameError: a key that no field has.
+            GemmaScopeError: a missing key, or a bad value.
+        """
+        names = [field.name for field in fields(cls)]
+        for key in data:
+            if key not in names:
+                raise unknown_name("key of an SAE", key, names)
+        missing = [name for name in names if name not in data and name != "target_l0"]
+        if missing:
+            raise GemmaScopeError(f"An SAE's description lacks {', '.join(missing)}.")
+        read = {"place": Place.parse(str(data["place"])), "recipe": Recipe.from_json(data["recipe"])}
+        values: dict[str, Any] = {**data, **read}
+        return cls(**values)
+
+
+def check_one_place(specs: Sequence[SAESpec]) -> None:
+    """Refuse SAEs that cannot be stepped together.
+
+    Raises:
+        GemmaScopeError: none, two with one name, of several places, or of several batch sizes.
+    """
+    if not specs:
+        raise GemmaScopeError("A place needs at least one SAE.")
+    names = [spec.name for spec in specs]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise GemmaScopeError(f"Names must be unique; twice: {', '.join(double)}.")
+    places = sorted({spec.place.key for spec in specs})
+    if len(places) > 1:
+        raise GemmaScopeError(f"SAEs that are stepped together read one place, not {', '.join(places)}.")
+    sizes = sorted({spec.recipe.batch_size for spec in specs})
+    if len(sizes) > 1:
+        raise GemmaScopeError(f"SAEs of {places[0]} share a batch, so one batch_size, not {sizes}.")

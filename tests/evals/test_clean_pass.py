@@ -1,0 +1,106 @@
+"""Passes restarted behind a site against whole passes with TransformerLens's own hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.errors import AdapterMismatch
+from gemma_scope_tl.evals.clean_pass import CleanPass, clean_batches, rows_that_fit, run_to_final_norm
+from gemma_scope_tl.evals.next_token import LogitHead
+from gemma_scope_tl.sites import BACKENDS, get_site
+from tests.helpers import hooked, random_gemma, random_tokens
+
+LAYERS = range(4)
+WRITTEN = [Place("embedding", None), *(Place(site, layer) for layer in LAYERS for site in ("res", "mlp", "att"))]
+
+
+def _padded_tokens(model: Any) -> torch.Tensor:
+    tokens = random_tokens(model, batch=3)
+    tokens[1, :6] = 0
+    tokens[1, 6] = 2
+    return tokens
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_restarts_equal_whole_passes_at_every_place(backend: str) -> None:
+    model = hooked(random_gemma(), backend)
+    tokens = _padded_tokens(model)  # rows of 24 tokens, a sliding window of 8: masks differ by layer and by row
+    head = LogitHead(model, 1 << 20)
+    clean = CleanPass.run(model, tokens, WRITTEN)
+    real = tokens != 0
+    assert torch.equal(clean.final, run_to_final_norm(model, tokens))
+    for place in WRITTEN:
+        value = clean.values[place]
+        changed = value + torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+        name = get_site(place.site).hook_name(place.layer, model.backend)
+        wanted = model.run_with_hooks(
+            tokens, fwd_hooks=[(name, lambda seen, hook, changed=changed: changed.reshape(seen.shape))]
+        )
+        normed = head.normed(clean.restart(place, changed))[real]
+        torch.testing.assert_close(head.logits(normed), wanted[real], rtol=0, atol=1e-5, msg=place.key)
+    clean.check(WRITTEN)
+
+
+def _hooks(model: Any) -> dict[str, int]:
+    return {name: len(module._forward_hooks) + len(module._forward_pre_hooks) for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_stays_on_the_model(backend: str) -> None:
+    model = hooked(random_gemma(), backend)
+    before, tokens = _hooks(model), random_tokens(model)
+    for batch in clean_batches(model, tokens, WRITTEN, (0, 1, 2), batch_size=1):
+        batch.spliced(Place("att", 1), batch.activations(Place("att", 1)))
+    assert _hooks(model) == before
+    with pytest.raises(Exception, match="index"):
+        CleanPass.run(model, tokens + 10_000, WRITTEN)
+    assert _hooks(model) == before
+
+
+def test_users_hooks_act_in_restarts_too() -> None:
+    model = hooked(random_gemma(), "bridge")
+    tokens = random_tokens(model)
+    model.add_hook("blocks.2.hook_mlp_out", lambda value, hook: value * 1.5)
+    with torch.no_grad():
+        clean = CleanPass.run(model, tokens, WRITTEN)
+        clean.check([*WRITTEN, *reversed(WRITTEN)])
+        for place in WRITTEN:
+            assert torch.equal(clean.restart(place, clean.values[place]), clean.final)
+
+
+def test_a_pass_that_cannot_be_repeated_is_noticed() -> None:
+    model = hooked(random_gemma(), "bridge")
+    calls: list[int] = []
+    model.add_hook("blocks.3.hook_mlp_out", lambda value, hook: calls.append(1) or value * len(calls))
+    with torch.no_grad():
+        clean = CleanPass.run(model, random_tokens(model), WRITTEN)
+        with pytest.raises(AdapterMismatch, match="restarted behind res/layer_1 differs"):
+            clean.check([Place("res", 1)])
+
+
+def test_batches_know_their_rows_and_leave_special_tokens_out() -> None:
+    model = hooked(random_gemma(), "bridge")
+    tokens = _padded_tokens(model)
+    tokens[0, 5] = 1
+    batches = list(clean_batches(model, tokens, [Place("transcoder", 1)], (0, 1, 2), batch_size=2))
+    assert [batch.start for batch in batches] == [0, 2]
+    whole = torch.cat([batch.ordinary for batch in batches])
+    assert torch.equal(whole, tokens > 2)
+    first = batches[0]
+    assert first.activations(Place("mlp", 1)).shape == (int((tokens[:2] > 2).sum()), 64)  # the target is kept too
+    assert first.targets().min() > 2
+    later = list(clean_batches(model, tokens, [Place("res", 0)], (0, 1, 2), batch_size=2, start=2))
+    assert torch.equal(later[0].tokens, tokens[2:])
+
+
+def test_rows_that_fit_grow_with_the_budget_and_stop_at_the_batch() -> None:
+    model = hooked(random_gemma(), "bridge")
+    fitting = [rows_that_fit(model, WRITTEN, 24, 8, memory) for memory in (1, 5 << 17, 5 << 18, 1 << 30)]
+    assert fitting[0] == 1
+    assert fitting[-1] == 8
+    assert fitting[0] < fitting[1] < fitting[2] < fitting[3]
