@@ -4,12 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test lint types bench bench-loading bench-splice clean
+.PHONY: help setup demo test lint types bench bench-loading bench-splice bench-training bench-evals clean
 help:
 	@echo "make demo   the main job, offline, on the bundled model"
 	@echo "make test   all tests"
 	@echo "make lint   ruff;  make types  pyright;  make setup  only the environment"
-	@echo "make bench  benchmarks (bench-loading, bench-splice: a part of them)"
+	@echo "make bench  benchmarks (bench-loading, bench-splice, bench-training, bench-evals: a part)"
 
 setup: $(READY)
 
@@ -40,6 +40,12 @@ bench-loading: $(READY)
 
 bench-splice: $(READY)
 	$(BIN)/python -m benchmarks sparse splice
+
+bench-training: $(READY)
+	$(BIN)/python -m benchmarks buckets store training_step training_suite
+
+bench-evals: $(READY)
+	$(BIN)/python -m benchmarks evals
 
 clean:
 	rm -rf $(VENV) dist demo-output

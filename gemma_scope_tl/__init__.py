@@ -20,6 +20,7 @@ _NAMES = {
     "circuit": "attributions.graph",
     "clamp": "interventions",
     "evaluate": "evals.suite",
+    "export_suite": "release.export",
     "features": "feature_table",
     "list_saes": "registry",
     "load_latents": "sae.partial",
@@ -34,6 +35,7 @@ _NAMES = {
     "splice": "splicing",
     "steer": "interventions",
     "top_tokens": "logit_lens",
+    "train_suite": "training.suite",
 }
 _MODULES = ("adapters", "attributions", "errors", "evals", "registry", "sae", "sites", "training", "viz", "weights")
 
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.interventions import ablate, clamp, mean_norms, scale, steer
     from gemma_scope_tl.logit_lens import top_tokens
     from gemma_scope_tl.registry import list_saes, register_release
+    from gemma_scope_tl.release.export import export_suite
     from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, load_sae
     from gemma_scope_tl.sae.partial import load_latents
     from gemma_scope_tl.sae.sae_lens_releases import register_with_sae_lens
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.sae.suite import load_suite
     from gemma_scope_tl.sae.transcoder import JumpReLUTranscoder
     from gemma_scope_tl.splicing import splice
+    from gemma_scope_tl.training.suite import train_suite
 
 
 def __getattr__(name: str) -> Any:

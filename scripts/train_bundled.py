@@ -68,14 +68,12 @@ def card(
 @app.command()
 def saes(
     work: Work = DEFAULT_WORK,
-    steps: Annotated[int, typer.Option(help="Training steps of every SAE.")] = 4_500,
     windows: Annotated[int, typer.Option(help="Held-out windows to measure on; 0 for all.")] = 240,
 ) -> None:
-    """Train the SAE suite on the exported model, measure it, and write weights, registry files and card."""
-    from scripts.bundled.sae_suite import build
-    from scripts.bundled.train_saes import SuiteConfig
+    """Train the SAE suite of configs/bundled.yaml, measure it, and write weights, registry files and card."""
+    from scripts.bundled.sae_suite import publish, train
 
-    build(work, SuiteConfig(steps=steps), windows=windows or None, report=typer.echo)
+    publish(train(work, typer.echo), windows=windows or None, report=typer.echo)
 
 
 if __name__ == "__main__":

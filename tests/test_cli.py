@@ -62,7 +62,7 @@ def test_steering_changes_the_text() -> None:
     assert nothing["plain"] == nothing["steered"] == result["plain"]
 
 
-@pytest.mark.parametrize("command", ["list", "show", "features", "steer", "doctor"])
+@pytest.mark.parametrize("command", ["list", "show", "features", "steer", "eval", "doctor"])
 def test_help_has_examples(command: str) -> None:
     assert f"gemma-scope {command}" in _run(command, "--help").replace("\n", " ")
 

@@ -53,7 +53,7 @@ class _Staging:
         self.pairs: SimpleQueue[tuple[memoryview, memoryview]] = SimpleQueue()
         for _ in range(WRITERS):
             self.pairs.put((memoryview(mmap.mmap(-1, CHUNK)), memoryview(mmap.mmap(-1, CHUNK))))
-        self.threads = ThreadPoolExecutor(WRITERS, "store-disk")
+        self.threads = ThreadPoolExecutor(2 * WRITERS, "store-disk")
 
 
 _staging: list[_Staging] = []
@@ -102,6 +102,7 @@ class DirectFile:
         """Append bytes, which are on their way to the disk or in memory of this object when it returns."""
         pair = self._staging.pairs.get()
         under_way: list[Future[None] | None] = [None, None]
+        hashing: Future[None] | None = None
         turn = 0
         try:
             while len(data) and not _failed(under_way[turn]):
@@ -112,11 +113,13 @@ class DirectFile:
                 data, filled = data[taken:], held + taken
                 whole = filled - filled % BLOCK
                 self._rest = bytes(chunk[whole:filled])
+                if hashing is not None:  # one chunk after the other; so the other chunk is hashed before it fills
+                    hashing.result()
+                hashing = self._staging.threads.submit(self._digest.update, chunk[:whole])
                 under_way[turn] = self._staging.threads.submit(_pwrite, self._handle, chunk[:whole], self._at)
-                self._digest.update(chunk[:whole])
                 self._at, turn = self._at + whole, 1 - turn
         finally:
-            error = _failed(under_way[turn]) or _failed(under_way[1 - turn])  # both chunks are free afterwards
+            error = _failed(hashing) or _failed(under_way[turn]) or _failed(under_way[1 - turn])
             self._staging.pairs.put(pair)
         if isinstance(error, OSError):
             raise write_error(str(self._path), error) from error

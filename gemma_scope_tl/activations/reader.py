@@ -18,7 +18,8 @@ from gemma_scope_tl.activations.stored import Span, open_store
 from gemma_scope_tl.dtypes import parse_dtype
 
 READERS = 4
-"""Places read at a time; each needs ``CHUNK`` bytes where the bucket has another dtype than the store."""
+"""Reads at a time; each needs ``CHUNK`` bytes where the bucket has another dtype than the store."""
+_CONVERTED = 16  # chunks to a read that converts: so that one is read while another is converted
 
 
 class StoreSource(BucketedSource):
@@ -87,7 +88,13 @@ class StoreSource(BucketedSource):
             reads: list[Future[None]] = []
             for span in self.store.spans(start, count):
                 for place in self.widths:
-                    reads.append(pool.submit(self._read, place, span, bucket.tensors[place][at : at + span.rows]))
+                    into = bucket.tensors[place][at : at + span.rows]
+                    most = span.rows if self._as_stored(into) else self._chunk_rows(place) * _CONVERTED
+                    for first in range(0, span.rows, most):
+                        part = into[first : first + most]
+                        reads.append(
+                            pool.submit(self._read, place, Span(span.shard, span.first + first, len(part)), part)
+                        )
                 at += span.rows
             for read in reads:
                 read.result()
@@ -97,13 +104,19 @@ class StoreSource(BucketedSource):
         if self.verify and (place, span.shard.stem) not in self._verified:
             self.store.verify_shard(place, span.shard, remembered=True)
             self._verified.add((place, span.shard.stem))
-        dtype = self.store.contents.torch_dtype
-        if into.dtype == dtype and into.device.type == "cpu":
+        if self._as_stored(into):
             self.store.read_into(place, span.shard, span.first, tensor_bytes(into))
             return
-        most = max(1, CHUNK // (into.shape[1] * dtype.itemsize))
-        staging = torch.empty(min(most, len(into)), into.shape[1], dtype=dtype)
+        most = self._chunk_rows(place)
+        staging = torch.empty(min(most, len(into)), into.shape[1], dtype=self.store.contents.torch_dtype)
         for first in range(0, len(into), most):
             rows = min(most, len(into) - first)
             self.store.read_into(place, span.shard, span.first + first, tensor_bytes(staging[:rows]))
             into[first : first + rows].copy_(staging[:rows])
+
+    def _as_stored(self, tensor: torch.Tensor) -> bool:
+        """Whether bytes of the store can be read into it."""
+        return tensor.dtype == self.store.contents.torch_dtype and tensor.device.type == "cpu"
+
+    def _chunk_rows(self, place: Place) -> int:
+        return max(1, CHUNK // self.store.contents.row_bytes(place.key))

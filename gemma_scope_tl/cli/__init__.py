@@ -1,4 +1,4 @@
-"""``gemma-scope``: list and show SAEs, see features, steer text, attribute, check files and the installation."""
+"""``gemma-scope``: list and show SAEs, see features, steer text, attribute, evaluate, train, check files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import typer
 from rich.table import Table
 
-from gemma_scope_tl.cli import catalogue, models
+from gemma_scope_tl.cli import catalogue, evals, models, train
 from gemma_scope_tl.cli.output import Json, console, progress
 from gemma_scope_tl.cli.registry import registry_app
 from gemma_scope_tl.errors import GemmaScopeError
@@ -25,6 +25,8 @@ app.command()(models.features)
 app.command()(models.steer)
 app.command("top-tokens")(models.top_tokens_command)
 app.command()(models.attribute)
+app.command("eval")(evals.eval_command)
+app.command()(train.train)
 app.add_typer(registry_app, name="registry")
 
 

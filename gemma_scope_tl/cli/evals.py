@@ -75,27 +75,12 @@ def eval_command(
     """
     _check_out(out)
     chosen = _rows(sae_model or model.split("/")[-1], pattern, release, site, layer, width, canonical)
-    from gemma_scope_tl.adapters.loading import load_model
-    from gemma_scope_tl.evals.packing import pack_texts
-    from gemma_scope_tl.evals.run import ABLATIONS
-    from gemma_scope_tl.evals.suite import evaluate
-    from gemma_scope_tl.evals.texts import read_texts
-
-    with progress.status("loading"):
-        loaded = load_model(model, backend=backend, device=device, dtype=dtype)
-        tokens = pack_texts(loaded.tokenizer, read_texts(data, column, split), context, rows)
-    table = evaluate(
-        loaded,
-        _suite(chosen, loaded, dtype, int(sae_memory * GIB)),
-        tokens,
-        batch_size=batch_size,
-        progress=sys.stderr.isatty(),
-        by_position=by_position,
-        ablations=tuple(ablation or ABLATIONS),
-        uniformity=uniformity,
-        memory_budget=int(memory * GIB),
-        cache=resume,
+    loaded, tokens, suite = _load(
+        chosen, (model, backend, device, dtype), (data, column, split), (context, rows), sae_memory
     )
+    options: dict[str, Any] = {"uniformity": uniformity, "memory_budget": int(memory * GIB), "cache": resume}
+    options |= {"ablations": tuple(ablation)} if ablation else {}
+    table = _evaluate(loaded, suite, tokens, batch_size, by_position, options)
     if out is not None:
         write_table(table, out)
     shown = table if as_json or by_position else table[list(SHOWN)]
@@ -148,10 +133,33 @@ def _rows(
     return chosen
 
 
-def _suite(rows: list[SAERow], model: Any, dtype: str, memory: int) -> Any:
-    """SAEs by name, loaded when it is their turn."""
+def _load(
+    rows: list[SAERow],
+    named: tuple[str, str, str | None, str],
+    texts: tuple[str | None, str, str],
+    shape: tuple[int, int],
+    sae_memory: float,
+) -> tuple[Any, Any, Any]:
+    """The model (name, backend, device, dtype), rows of tokens (context, most rows), and the SAEs, loaded in turn."""
+    from gemma_scope_tl.adapters.loading import load_model
+    from gemma_scope_tl.evals.packing import pack_texts
+    from gemma_scope_tl.evals.texts import read_texts
     from gemma_scope_tl.sae.loading import load_row
     from gemma_scope_tl.sae.suite import SAESuite
 
-    named = {(f"{row.release}/{row.id}", row.layer): row for row in rows}
-    return SAESuite(named, lambda row: load_row(row, device=model.cfg.device, dtype=dtype), memory)
+    name, backend, device, dtype = named
+    with progress.status("loading"):
+        model = load_model(name, backend=backend, device=device, dtype=dtype)
+        tokens = pack_texts(model.tokenizer, read_texts(*texts), *shape)
+    keyed = {(f"{row.release}/{row.id}", row.layer): row for row in rows}
+    held = int(sae_memory * GIB)
+    return model, tokens, SAESuite(keyed, lambda row: load_row(row, device=model.cfg.device, dtype=dtype), held)
+
+
+def _evaluate(
+    model: Any, suite: Any, tokens: Any, batch_size: int, by_position: bool, options: dict[str, Any]
+) -> pd.DataFrame:
+    from gemma_scope_tl.evals.suite import evaluate
+
+    bar = sys.stderr.isatty()
+    return evaluate(model, suite, tokens, batch_size=batch_size, progress=bar, by_position=by_position, **options)

@@ -150,16 +150,6 @@ def evaluate(
         GemmaScopeError: when there is less text than one row, or another argument makes no sense.
         AdapterMismatch: when re-running layers does not reproduce the full pass.
     """
-    found = measure_suite(
-        model,
-        saes,
-        data,
-        context,
-        batch_size,
-        progress,
-        ablations=ablations,
-        uniformity=uniformity,
-        memory_budget=memory_budget,
-        cache=cache,
-    )
+    options: dict[str, Any] = {"uniformity": uniformity, "memory_budget": memory_budget, "cache": cache}
+    found = measure_suite(model, saes, data, context, batch_size, progress, ablations=ablations, **options)
     return found.by_position() if by_position else found.table(confidence, resamples, seed)

@@ -35,6 +35,7 @@ class Manifest(BaseModel):
         scales: ``C`` of every place, by its key.
         metrics_bytes: length of ``metrics.jsonl`` at this step.
         threads: what the run had; other numbers may give other last bits.
+        status: the last metrics of every SAE.
         files: sha256 of every file, by the group's name.
     """
 
@@ -47,6 +48,7 @@ class Manifest(BaseModel):
     scales: dict[str, float]
     metrics_bytes: Annotated[int, Field(ge=0)]
     threads: int
+    status: dict[str, dict[str, Any]] = Field(default_factory=dict[str, dict[str, Any]])
     files: dict[str, Sha256]
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_tl.adapters.loading import BUNDLED, BUNDLED_FOLDER, MODELS
 from gemma_scope_tl.errors import AdapterError, unknown_name
 from gemma_scope_tl.sites import ModelDims
 
@@ -48,6 +47,7 @@ class ModelSizes:
         return blocks * (2.0 * self.block_parameters + 4.0 * heads * context / 2)
 
 
+_BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / "model"
 _KNOWN = {
     "gemma-2-2b": ModelSizes(ModelDims(26, 2304, 8, 256), 4, 9216, 256_000),
     "gemma-2-9b": ModelSizes(ModelDims(42, 3584, 16, 256), 8, 14_336, 256_000),
@@ -63,15 +63,15 @@ def sizes_of(name: str) -> ModelSizes:
     Raises:
         AdapterError: there is no such config, or it is no Gemma 2's.
     """
+    if name == "bundled":
+        return _from_folder(_BUNDLED_FOLDER)
     last = name.rstrip("/").split("/")[-1].lower().removesuffix("-it")
-    if name == BUNDLED:
-        return _from_folder(BUNDLED_FOLDER)
     if Path(name).is_dir():
         return _from_folder(Path(name))
-    if last in _KNOWN and (name in MODELS or name.count("/") == 1):
+    if last in _KNOWN and name.count("/") <= 1:
         return _KNOWN[last]
     if name.count("/") != 1:
-        raise unknown_name("model", name, [BUNDLED, *MODELS], "A local folder or a Hugging Face id works too.")
+        raise unknown_name("model", name, ["bundled", *_KNOWN], "A local folder or a Hugging Face id works too.")
     from transformers import AutoConfig
 
     try:

@@ -1,8 +1,8 @@
 """What a step charges for active latents, and the price's derivative for the straight-through estimator.
 
 The step's loss is ``error + penalty``. A penalty depends on thresholds only through the steps ``H(z - theta)``, whose
-derivative is estimated (``sae/ste.py``), so all a step needs is the penalty's derivative with respect to each ``H``: the
-price of one more active latent.
+derivative is estimated (``sae/ste.py``), so all a step needs is the penalty's derivative with respect to each ``H``:
+the price of one more active latent.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class Recipe:
     :data:`GEMMA_SCOPE_2`.
 
     From the Gemma Scope paper (sections 3.1 and 3.2) or, where that refers to it, the JumpReLU paper (appendix I):
-    every default down to ``bandwidth``. Second-hand, from reports of Gemma Scope 2, is what follows it; what those leave
-    open is said at each.
+    every default down to ``bandwidth``. Second-hand, from reports of Gemma Scope 2, is what follows it; what those
+    leave open is said at each.
 
     Attributes:
         lr: learning rate after the warm-up.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from gemma_scope_tl.training.penalties import Prices
@@ -65,21 +67,58 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the forward half found for one SAE, over all processes.
+class Chunk:
+    """Gradients of the matrices for some neighbouring latents, summed over the batch and all processes.
 
     Attributes:
-        error: mean over the batch of ``||y - y_hat||^2``; with Matryoshka prefixes of the whole SAE.
-        loss: what must be finite: the mean over the prefixes of the error.
-        l0: mean number of active latents.
-        entries: the share of pre-activations that lie above the kernel's lower end, which decides how the next step
-            computes.
+        rows: where they lie in the stack.
+        touched: which of ``rows`` have gradients, ``[k]``, counted from ``rows.start``; None for all.
+        enc, dec: ``[k, d_in]`` and ``[k, d_out]``, the caller's to overwrite.
     """
 
-    error: float
-    loss: float
-    l0: float
-    entries: float
+    rows: slice
+    touched: Tensor | None
+    enc: Tensor
+    dec: Tensor
+
+
+@dataclass
+class Vectors:
+    """What a pass gives for every latent of its SAEs, ``[latents]`` each, over all processes' rows.
+
+    Attributes:
+        b_enc, log_threshold: gradients.
+        fired: on how many activations of the batch each was active.
+    """
+
+    b_enc: Tensor
+    log_threshold: Tensor
+    fired: Tensor
+
+
+class Pass(Protocol):
+    """Forward and backward through some SAEs of the stack for one batch, without changing any parameter.
+
+    Attributes:
+        members: the SAEs.
+        sums: ``[members, 4]`` in float64 after the forward half, over all processes: of ``||e||^2`` for the whole SAE
+            and for the mean of its prefixes, of active latents, and of pre-activations above the kernel's lower end.
+        vectors: complete once the chunks of all members have been taken.
+        b_dec: ``[members, d_out]``, likewise.
+    """
+
+    members: Sequence[Member]
+    sums: Tensor
+    vectors: Vectors
+    b_dec: Tensor
+
+    def backward(self, prices: Sequence[Prices]) -> None:
+        """Prepare the gradients, one :class:`Prices` for each member."""
+        ...
+
+    def chunks(self, member: int) -> Iterator[Chunk]:
+        """The gradients of a member's matrices. A chunk's rows may be changed as soon as it has been yielded."""
+        ...
 
 
 def residuals_(partial: Tensor, b_dec: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -100,17 +139,8 @@ def residuals_(partial: Tensor, b_dec: Tensor, y: Tensor, n: int) -> tuple[Tenso
     partial[:, 0] -= y
     for j in range(1, k):
         partial[:, j] += partial[:, j - 1]
-    squares = partial.square().sum((0, 2)) if k > 1 else _square_sum(partial).view(1)
+    squares = torch.linalg.vector_norm(partial, dim=(0, 2)).square()
     partial *= 2.0 / (n * k)
     for j in range(k - 2, -1, -1):
         partial[:, j] += partial[:, j + 1]
     return partial, squares
-
-
-def _square_sum(values: Tensor) -> Tensor:
-    """``sum v^2`` without a temporary as large as ``values``."""
-    flat = values.flatten(1)
-    return flat.new_tensor(0.0) + sum((flat[i : i + 256].square().sum() for i in range(0, flat.shape[0], 256)))
-
-
-__all__ = ["Batch", "Member", "Prices", "Seen", "members_of", "residuals_"]

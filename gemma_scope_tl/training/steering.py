@@ -12,9 +12,9 @@ class Lambda:
     """The sparsity coefficient of one SAE, with the recipe's warm-up.
 
     Without a target, or with the quadratic penalty (which has the target in it), it is the recipe's. Otherwise, with
-    ``e = log(L0 / target)`` clipped to [-1, 1] and averaged exponentially, ``lambda = base exp(P e)``; after the warm-up
-    ``base`` grows by the factor ``exp(I e)`` a step: where L0 stays too high the penalty rises until it is not. The
-    controller is ours; the paper trains with fixed coefficients.
+    ``e = log(L0 / target)`` clipped to [-1, 1] and averaged exponentially, ``lambda = base exp(P e)``; after the
+    warm-up ``base`` grows by the factor ``exp(I e)`` a step: where L0 stays too high the penalty rises until it is not.
+    The controller is ours; the paper trains with fixed coefficients.
 
     Attributes:
         base: the slowly moving part.

@@ -1,4 +1,4 @@
-"""Token rows of the training mixture: what the bundled SAEs are trained on, as a Parquet file for `configs/bundled.yaml`."""
+"""Token rows of the training mixture, as the Parquet file that `configs/bundled.yaml` trains SAEs on."""
 
 from __future__ import annotations
 

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import platform
+import shutil
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.registry.render import render_release
-from gemma_scope_tl.registry.schema import ReleaseFile, parse_release
+from gemma_scope_tl.registry.schema import parse_release
 from gemma_scope_tl.registry.widths import width_label
-from gemma_scope_tl.sae.save import write_npz
+from gemma_scope_tl.training.config import merged_recipe
 from gemma_scope_tl.training.recipe import PAPER
-from scripts.bundled.files import write_atomic, write_text
-from scripts.bundled.sae_data import SITES, Place
+from scripts.bundled.files import write_text
 
 LICENSE = "MIT"
-DESCRIPTIONS = {
-    "res": "Residual stream of the bundled small Gemma 2 in every layer",
-    "mlp": "MLP outputs of the bundled small Gemma 2 in every layer",
-    "att": "Attention head outputs of the bundled small Gemma 2 in every layer",
+SITES = ("res", "mlp", "att", "transcoder", "embedding")
+RELEASES = {
+    "bundled-res": (
+        ("res", "embedding"),
+        "Residual stream of the bundled small Gemma 2 in every layer, embeddings",
+    ),
+    "bundled-mlp": (("mlp",), "MLP outputs of the bundled small Gemma 2 in every layer"),
+    "bundled-att": (("att",), "Attention head outputs of the bundled small Gemma 2 in every layer"),
+    "bundled-transcoders": (("transcoder",), "Transcoders of the bundled small Gemma 2: MLP input to MLP output"),
 }
 
 
@@ -33,64 +39,53 @@ class Published:
     folder: str
     d_in: int
     d_sae: int
+    target: float
     sha256: str
     size: int
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
 
     @property
     def id(self) -> str:
-        """The id in the registry: the folder below the site's."""
-        return self.folder.split("/", 1)[1]
+        """The id in the registry: the folder below the site's; the embedding, in a release with others, keeps it."""
+        return self.folder if self.place.layer is None else self.folder.split("/", 1)[1]
 
 
-def write_weights(root: Path, place: Place, arrays: dict[str, np.ndarray], metrics: dict[str, float]) -> Published:
-    """Write `<site>/layer_L/width_W/average_l0_N/params.npz` below `root`, N the measured L0, compressed."""
-    d_in, d_sae = arrays["W_enc"].shape
-    folder = f"{place[0]}/layer_{place[1]}/width_{width_label(d_sae)}/average_l0_{round(metrics['l0'])}"
-    path = root / folder / "params.npz"
-    if path.exists():
-        raise FileExistsError(f"{path}: two SAEs of one site and layer have the same rounded L0")
-    write_atomic(path, lambda temporary: write_npz(temporary, arrays, compress=True))
-    data = path.read_bytes()
-    return Published(place, folder, d_in, d_sae, hashlib.sha256(data).hexdigest(), len(data), metrics)
+def publish_folder(root: Path, folder: Path, place: Place, row: dict[str, Any], metrics: dict[str, Any]) -> Published:
+    """Move an SAE to `<site>/layer_L/width_W/average_l0_N` below `root`, N being the held-out L0."""
+    name = f"{place.key}/width_{width_label(row['d_sae'])}/average_l0_{round(metrics['l0'])}"
+    if (root / name).exists():
+        raise FileExistsError(f"{root / name}: two SAEs of one place and width have the same rounded L0")
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, root / name)
+    data = (root / name / "params.npz").read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    return Published(place, name, row["d_in"], row["d_sae"], row["target_l0"], digest, len(data), metrics)
 
 
 def write_registry(folder: Path, published: list[Published]) -> list[Path]:
-    """Write `bundled-{res,mlp,att}.yaml`; in each layer the SAE with the higher L0 is canonical."""
+    """Write `bundled-*.yaml`; of the SAEs of one place and width the middle one is canonical."""
     paths: list[Path] = []
-    for site in SITES:
-        saes = sorted((p for p in published if p.place[0] == site), key=lambda p: (p.place[1], p.metrics["l0"]))
-        if not saes:
-            continue
-        densest = {p.place: p for p in saes}
-        rows = [_row(p, canonical=densest[p.place] is p) for p in saes]
-        release = parse_release(
-            {
-                "release": f"bundled-{site}",
-                "repo": "bundled",
-                "model": "bundled",
-                "license": LICENSE,
-                "description": DESCRIPTIONS[site],
-                "notes": ["Canonical: the denser of the two SAEs of a layer.", "L0 is measured on held-out text."],
-                "saes": rows,
-            },
-            f"bundled-{site}.yaml",
-        )
-        paths.append(_write_release(folder, release))
+    alike: dict[tuple[Place, int], list[Published]] = defaultdict(list)
+    for p in published:
+        alike[p.place, p.d_sae].append(p)
+    middle = {sorted(group, key=lambda p: p.metrics["l0"])[len(group) // 2].folder for group in alike.values()}
+    for name, (sites, description) in RELEASES.items():
+        saes = [p for p in published if p.place.site in sites]
+        saes.sort(key=lambda p: (SITES.index(p.place.site), p.place.layer or 0, p.d_sae, p.metrics["l0"]))
+        notes = ["Canonical: the middle one of the SAEs of a layer and width.", "L0 is measured on held-out text."]
+        about = {"release": name, "repo": "bundled", "model": "bundled", "license": LICENSE, "description": description}
+        rows = [_row(p, canonical=p.folder in middle) for p in saes]
+        release = parse_release({**about, "notes": notes, "saes": rows}, f"{name}.yaml")
+        paths.append(folder / f"{name}.yaml")
+        write_text(paths[-1], render_release(release))
     return paths
-
-
-def _write_release(folder: Path, release: ReleaseFile) -> Path:
-    path = folder / f"{release.release}.yaml"
-    write_text(path, render_release(release))
-    return path
 
 
 def _row(p: Published, *, canonical: bool) -> dict[str, Any]:
     return {
         "id": p.id,
-        "site": p.place[0],
-        "layer": p.place[1],
+        "site": p.place.site,
+        **({} if p.place.layer is None else {"layer": p.place.layer}),
         "width": width_label(p.d_sae),
         "d_sae": p.d_sae,
         "d_in": p.d_in,
@@ -101,70 +96,82 @@ def _row(p: Published, *, canonical: bool) -> dict[str, Any]:
     }
 
 
-def write_card(path: Path, published: list[Published], facts: dict[str, Any]) -> None:
+def write_card(path: Path, published: list[Published], config: dict[str, Any], *, clean: float, seconds: float) -> None:
     """Write the card: what the SAEs are, how they were trained, and the table of measurements."""
-    recipe = facts["recipe"]
+    recipe = merged_recipe(config["recipe"])
     table = ["| site | layer | width | L0 | FVU | delta loss | loss recovered | zero ablation | latents that fire |"]
     table.append("|---|---|---|---|---|---|---|---|---|")
-    for p in sorted(published, key=lambda p: (SITES.index(p.place[0]), p.place[1], p.metrics["l0"])):
+    order = lambda p: (SITES.index(p.place.site), p.place.layer or 0, p.d_sae, p.metrics["l0"])  # noqa: E731
+    for p in sorted(published, key=order):
         m = p.metrics
         table.append(
-            f"| {p.place[0]} | {p.place[1]} | {p.d_sae} | {m['l0']:.1f} | {m['fvu']:.4f} | {m['delta_loss']:.4f} "
-            f"| {m['loss_recovered']:.4f} | +{m['zero_delta_loss']:.3f} | {m['alive']:.1%} |"
+            f"| {p.place.site} | {'' if p.place.layer is None else p.place.layer} | {p.d_sae} | {m['l0']:.1f} "
+            f"| {m['fvu']:.4f} | {m['delta_loss']:.4f} | {m['loss_recovered']:.4f} "
+            f"| +{m['loss_zero_ablated'] - clean:.3f} | {1.0 - m['dead']:.1%} |"
         )
     settings = ["| setting | paper | here |", "|---|---|---|"]
-    settings += [f"| {name} | {getattr(PAPER, name)} | {recipe[name]} |" for name in recipe if name != "l0_coefficient"]
-    settings.append(f"| lambda | fixed for each SAE | steered: L0 targets {', '.join(map(str, facts['targets']))} |")
-    settings.append(f"| activations seen | 4e9 and more | {facts['activations']:.2e} |")
+    names = ("lr", "lr_start", "lr_warm_up_steps", "lr_decay", "betas", "eps", "batch_size", "l0_warm_up_steps")
+    for name in (*names, "init_threshold", "bandwidth"):
+        settings.append(f"| {name} | {getattr(PAPER, name)} | {getattr(recipe, name)} |")
+    targets = sorted({p.target for p in published})
+    settings.append(f"| lambda | fixed for each SAE | steered: L0 targets {', '.join(f'{t:g}' for t in targets)} |")
+    activations = config["steps"] * recipe.batch_size
+    settings.append(f"| activations seen | 4e9 and more | {activations:.2e} |")
     write_text(
         path,
         CARD.format(
             count=len(published),
-            layers=len({p.place[1] for p in published}),
             size=sum(p.size for p in published) / 1e6,
             table="\n".join(table),
             settings="\n".join(settings),
-            **{key: facts[key] for key in ("steps", "batch", "minutes", "heldout", "clean", "machine")},
+            steps=config["steps"],
+            batch=recipe.batch_size,
+            minutes=seconds / 60,
+            heldout=published[0].metrics["tokens"],
+            clean=clean,
+            machine=platform.machine(),
         ),
     )
 
 
 CARD = """# Sparse autoencoders of the bundled Gemma 2
 
-{count} JumpReLU SAEs on the small Gemma 2 in `../model`, in Gemma Scope's layout: {layers} layers, the sites `res`,
-`mlp` and `att`, two sparsities each, {size:.1f} MB in all. They exist so that loading, splicing, steering and
-evaluation can be tried and tested offline. The model is small and so are they: expect what a small model knows.
+{count} JumpReLU SAEs on the small Gemma 2 in `../model`, in Gemma Scope's layout, {size:.1f} MB in all: every layer's
+`res`, `mlp` and `att` site at two widths and three sparsities, transcoders of every layer, and the embedding. They
+exist so that loading, splicing, steering and evaluation can be tried and tested offline. The model is small and so are
+they: expect what a small model knows.
 
 `<site>/layer_L/width_W/average_l0_N/params.npz` holds `W_enc`, `W_dec`, `b_enc`, `b_dec` and `threshold` as float32,
-with values rounded to bfloat16 precision so that they compress. N is the L0 measured below, rounded. Nothing is
-subtracted before the encoder, and inputs are raw activations.
+with values of the matrices rounded to five significant binary digits so that they compress. N is the L0 measured below,
+rounded. Nothing is subtracted before the encoder, and inputs are raw activations.
 
 ## Measurements
 
-On the files as they are here, over {heldout} text positions of `../text/heldout.jsonl`, which neither the model nor
-the SAEs saw. BOS, EOS and padding are neither replaced nor counted. The model's own loss there is {clean:.4f} nats a
-token. Delta loss: the rise when the SAE's output replaces the activations. Loss recovered: 1 - delta loss / the rise
-under zero ablation, which is the column after it. FVU: squared error over variance. Learning rate, bandwidth, first
-threshold and controller gains were chosen in short runs by L0 and FVU on 60 windows of this same text; nothing was
-chosen by loss, and no SAE of several was picked.
+By `gs.evaluate`, on the files as they are here, over {heldout} text positions of `../text/heldout.jsonl`, which neither
+the model nor the SAEs saw. BOS, EOS and padding are neither replaced nor counted. The model's own loss there is
+{clean:.4f} nats a token. Delta loss: the rise when the SAE's output replaces the activations. Loss recovered: 1 - delta
+loss / the rise under zero ablation, which is the column after it. FVU: squared error over variance. Learning rate,
+bandwidth, first threshold and controller gains were chosen in short runs of an earlier suite by L0 and FVU on 60
+windows of this same text; nothing was chosen by loss, and no SAE of several was picked.
 
 {table}
 
 ## Training
 
 Data, credits and licences: the training text of the model, as its card in `../model` and `../text/LICENSES.md` say.
-{steps} steps of {batch} activations for each SAE, all in lockstep, all sites of a batch from one forward pass, from an
-in-place shuffle buffer; {minutes:.0f} minutes on {machine}. `training.jsonl` is the log.
+{steps} steps of {batch} activations for each SAE, all in lockstep, all sites of a batch from one forward pass, shuffled
+in buckets; {minutes:.0f} minutes on two cores ({machine}) that did other work too. `training.jsonl` is the log,
+shortened.
 
 The recipe is the paper's: JumpReLU with the rectangle-kernel pseudo-derivative and log thresholds, squared error plus
-lambda times L0, one scale for each site, pre-encoder bias while training, Adam without momentum, unit decoder rows
-with projected gradients, the encoder started as the decoder's transpose. Values that differ, and why, stand at `FAST`
-in `gemma_scope_tl/training/recipe.py`:
+lambda times L0, one scale for each site, pre-encoder bias while training (not for transcoders), Adam without momentum,
+unit decoder rows with projected gradients, the encoder started as the decoder's transpose (transcoders: independently).
+Values that differ, and why, stand at `FAST` in `gemma_scope_tl/training/recipe.py`:
 
 {settings}
 
 Lambda is steered by a proportional-integral controller on log(L0 / target), so it is not one number for an SAE: it is
 in the log. Loss, recipe and fold are tested against formulas written from the paper.
 
-Made by `python scripts/train_bundled.py saes`.
+Made by `gemma-scope train configs/bundled.yaml` and `python scripts/train_bundled.py saes`, which does both.
 """

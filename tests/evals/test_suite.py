@@ -12,7 +12,7 @@ from gemma_scope_tl.adapters.loading import load_model
 from gemma_scope_tl.adapters.reference import run_reference
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.evals.packing import pack_texts
-from gemma_scope_tl.evals.suite import evaluate
+from gemma_scope_tl.evals.suite import evaluate, measure_suite
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import CharTokenizerFactory, hooked, random_gemma, random_sae, random_tokens
@@ -94,3 +94,98 @@ def test_an_sae_that_does_not_fit_raises() -> None:
     sae.layer = 9
     with pytest.raises((SpliceError, GemmaScopeError), match="9"):
         evaluate(model, sae, random_tokens(model), progress=False)
+
+
+def test_table_by_position_and_intervals_agree_with_the_whole() -> None:
+    model = hooked(random_gemma(), "bridge")
+    saes = [random_sae(model.dims, site, layer, seed=i) for i, (site, layer) in enumerate(PLACES)]
+    found = measure_suite(model, saes, random_tokens(model, batch=6), batch_size=4, progress=False)
+    table, positions = found.table(), found.by_position()
+    for number, row in table.iterrows():
+        here = positions.iloc[number * 24 : (number + 1) * 24]
+        assert np.average(here["l0"][1:], weights=here["tokens"][1:]) == pytest.approx(row["l0"], rel=1e-12)
+        assert np.nanmean(here["loss_spliced"]) == pytest.approx(row["loss_spliced"], rel=1e-12)  # all positions alike
+        assert here["tokens"].iloc[0] == 0  # BOS
+        assert np.isnan(here["kl"].iloc[-1])  # nothing comes next
+        for name in ("l0", "fvu", "delta_loss", "kl"):
+            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"], name
+        assert row["kl"] > 0
+
+
+def test_mean_ablation_by_hand() -> None:
+    hf, model = random_gemma(), hooked(random_gemma(), "bridge")
+    tokens = random_tokens(hf, batch=3)
+    sae = random_sae(model.dims, "res", 1)
+    row = evaluate(model, sae, tokens, batch_size=2, progress=False).iloc[0]
+    keep = tokens > 2
+    mean = run_reference(hf, tokens).sites["res", 1][keep].double().mean(0).float()
+
+    def ablate(_module: Any, _args: Any, out: Any) -> Any:
+        x = out[0] if isinstance(out, tuple) else out
+        changed = torch.where(keep.unsqueeze(-1), mean, x)
+        return (changed, *out[1:]) if isinstance(out, tuple) else changed
+
+    handle = hf.model.layers[1].register_forward_hook(ablate)
+    with torch.no_grad():
+        wanted = _loss(hf(tokens).logits, tokens)
+    handle.remove()
+    assert row["loss_mean_ablated"] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_uniformity_against_autograd_on_the_plain_model(backend: str) -> None:
+    hf, model = random_gemma(), hooked(random_gemma(), backend)
+    tokens = random_tokens(hf, batch=2, length=8)
+    sae = random_sae(model.dims, "mlp", 1)
+    row = evaluate(model, sae, tokens, uniformity=7, progress=False, ablations=()).iloc[0]  # every position
+    reference, taken = run_reference(hf, tokens), {}
+
+    def leaf(_module: Any, _args: Any, out: torch.Tensor) -> torch.Tensor:
+        taken["x"] = out.detach().requires_grad_()
+        return taken["x"]
+
+    handle = hf.model.layers[1].post_feedforward_layernorm.register_forward_hook(leaf)
+    logits = hf(tokens).logits
+    handle.remove()
+    values = []
+    for b in range(2):
+        for t in range(1, 7):
+            centred = logits[b, t, tokens[b, t + 1]] - logits[b, t].mean()
+            (gradient,) = torch.autograd.grad(centred, taken["x"], retain_graph=True)
+            acts = sae.encode(reference.sites["mlp", 1][b, t]).double()
+            y = (acts * (sae.W_dec.double() @ gradient[b, t].double())).abs().detach().numpy()
+            p = y[y > 0] / y.sum()
+            values.append(np.exp(-(p * np.log(p)).sum()) / len(p))
+    assert row["uniformity"] == pytest.approx(np.mean(values), rel=1e-3)  # a latent at its threshold
+
+
+def test_suites_are_loaded_one_by_one_and_memory_budgets_change_nothing() -> None:
+    import gemma_scope_tl as gs
+
+    model = load_model("bundled")
+    suite = gs.load_suite("bundled", sites="res", layers=[0, 3], width="1k", memory=1)
+    texts = ["And God said, Let there be light. " * 40]
+    table = evaluate(model, suite, texts, context=64, progress=False)
+    small = evaluate(model, list(suite.values()), texts, context=64, progress=False, memory_budget=1)
+    assert len(suite.loaded) == 1
+    assert table["layer"].tolist() == [0, 3]
+    for name in ("l0", "fvu", "loss_spliced", "loss_zero_ablated", "kl"):
+        np.testing.assert_allclose(table[name], small[name], rtol=1e-4)  # other batches: a latent at its threshold
+
+
+def test_arguments_that_make_no_sense() -> None:
+    model = hooked(random_gemma(), "bridge")
+    sae, tokens = random_sae(model.dims, "res", 1), random_tokens(model)
+    for options, match in (
+        ({"ablations": ("zeros",)}, "Unknown ablation"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"memory_budget": 0}, "memory_budget"),
+        ({"uniformity": -1}, "uniformity"),
+    ):
+        with pytest.raises(GemmaScopeError, match=match):
+            evaluate(model, sae, tokens, progress=False, **options)
+    for wrong in (tokens.float(), tokens[0], tokens + 96):
+        with pytest.raises(GemmaScopeError, match="Token ids"):
+            evaluate(model, sae, wrong, progress=False)
+    with pytest.raises(GemmaScopeError, match="No SAE"):
+        evaluate(model, [], tokens, progress=False)

@@ -1,0 +1,117 @@
+"""``gemma-scope train``: train the SAEs of a configuration, or say what that takes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from gemma_scope_tl.cli.output import Json, console, print_frame
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.training.plan import Plan
+
+GIB = 2.0**30
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, in place of the file's.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what the run takes, and run nothing.")] = False,
+    memory: Annotated[float | None, typer.Option(min=0.01, help="GiB of memory to plan for.")] = None,
+    device_flops: Annotated[float | None, typer.Option(min=1.0, help="FLOP/s to plan for; else measured.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Start an unfinished run over.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Run what the plan says does not fit.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the SAEs of a configuration; called again, go on where it was stopped.
+
+    Examples:
+
+        gemma-scope train configs/demo.yaml
+
+        gemma-scope train configs/gemma-2-2b-paper.yaml --plan --memory 16 --set "only=[res/layer_12/*]"
+    """
+    from gemma_scope_tl.training.plan import plan_suite
+    from gemma_scope_tl.training.stopping import TrainingStopped
+    from gemma_scope_tl.training.suite import train_suite
+
+    overrides = set_ or []
+    if plan:
+        budget = None if memory is None else memory * GIB
+        found = plan_suite(config, overrides=overrides, memory=budget, device_flops=device_flops)
+        _print_plan(found, as_json)
+        if found.refusals and not force:
+            raise typer.Exit(1)
+        return
+    try:
+        table = train_suite(config, overrides=overrides, resume=not restart, force=force, progress=sys.stderr.isatty())
+    except TrainingStopped as stopped:
+        typer.secho(str(stopped), fg="yellow", err=True)
+        raise typer.Exit(128 + stopped.signal) from None
+    shown = table if as_json else table[["path", "l0", "fvu", "silent", "steps"]]
+    print_frame(shown, f"{len(table)} SAEs", as_json)
+
+
+def _print_plan(plan: Plan, as_json: bool) -> None:
+    if as_json:
+        facts = {"jobs": plan.jobs.to_dict("records"), "totals": dict(plan.totals), "basis": plan.basis}
+        typer.echo(json.dumps({**facts, "refusals": plan.refusals}, indent=2))
+        return
+    rows: list[dict[str, Any]] = [
+        {str(key): value for key, value in row.items()} for row in plan.jobs.to_dict("records")
+    ]
+    table = Table("place", "SAEs", "widths", "tokens", "steps", "parameters", "memory", "store", "checkpoint", "time")
+    for row in rows:
+        time = "" if row["seconds"] is None else _time(row["seconds"])
+        counts = [str(row["saes"]), row["widths"], *(f"{row[key]:,}" for key in ("tokens", "steps", "parameters"))]
+        table.add_row(row["place"], *counts, *(_size(row[key]) for key in ("memory", "store", "checkpoint")), time)
+    console.print(table)
+    summary = Table(show_header=False, box=None)
+    for name, value in _summary(plan):
+        summary.add_row(f"[bold]{name}[/]", value)
+    console.print(summary)
+    for refusal in plan.refusals:
+        console.print(f"[red]does not fit:[/] {refusal}")
+
+
+def _summary(plan: Plan) -> list[tuple[str, str]]:
+    t = plan.totals
+    lines = [
+        ("SAEs", f"{t['saes']:,} with {t['parameters']:,} parameters, {t['steps']:,} steps"),
+        (
+            "memory, one process",
+            f"{_size(t['memory'])} of {_size(t['memory_budget'])}: bucket {_size(t['bucket'])}, model "
+            f"{_size(t['model'])}, weights, Adam and a step {_size(t['memory'] - t['bucket'] - t['model'])}",
+        ),
+        ("largest bucket_rows", f"{t['largest_bucket']:,} beside all else; {t['largest_bucket_alone']:,} alone"),
+        ("SAELens, buffers alone", f"{_size(t['sae_lens'])} for the same places and bucket"),
+        (
+            "disk",
+            f"{_size(t['disk'])} of {_size(t['disk_free'])} free: up to three checkpoints of {_size(t['checkpoint'])}, "
+            f"released files {_size(t['released'])}",
+        ),
+        ("store, if written", f"{_size(t['store'])} for all places"),
+    ]
+    if t["seconds"] is not None:
+        forward = f", forward passes {_time(t['forward_seconds'])}" if t["forward_seconds"] is not None else ""
+        lines.append(("time", f"steps {_time(t['seconds'])}{forward}"))
+    return [*lines, ("times rest on", plan.basis)]
+
+
+def _size(count: float) -> str:
+    for unit, size in (("PiB", 2**50), ("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 2**10:,.1f} KiB"
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("years", 31_557_600.0), ("days", 86_400.0), ("h", 3_600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -1,0 +1,148 @@
+"""The model card of a repository: what it holds, how it was made and how it is loaded. Nothing is invented."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from gemma_scope_tl.registry.widths import width_label
+from gemma_scope_tl.release.about import About
+from gemma_scope_tl.release.items import Item
+from gemma_scope_tl.release.metrics import COLUMNS, Row
+
+NOT_STATED = "Not stated by the authors."
+TAGS = ("sparse-autoencoder", "jumprelu", "mechanistic-interpretability")
+SAE_LENS_FOLDER = "sae_lens"
+CIRCUIT_TRACER_FOLDER = "circuit_tracer"
+
+
+def render_card(
+    name: str,
+    items: Sequence[Item],
+    paths: Sequence[str],
+    rows: Sequence[Row | None],
+    about: About,
+    layouts: Sequence[str],
+) -> str:
+    """The text of ``README.md``.
+
+    Args:
+        name: of the release.
+        items: its SAEs.
+        paths: their folders in the repository.
+        rows: their measurements; see :func:`match_metrics`.
+        about: what the files cannot say.
+        layouts: which of ``gemma-scope``, ``sae-lens`` and ``circuit-tracer`` are there.
+    """
+    kinds = {"transcoders" if item.site == "transcoder" else "SAEs" for item in items}
+    first = f"{len(items)} JumpReLU {' and '.join(sorted(kinds))} of {about.base_model or items[0].model}."
+    notes = "\n".join(f"- {note}" for note in about.notes)
+    sections = [
+        _front_matter(about, layouts),
+        f"# {name}",
+        f"{first} {about.description or ''}".strip(),
+        f"## What is here\n\n{_summary(items)}\n\n{_layout_text(layouts)}",
+        f"## Loading\n\n{_loading(name, paths[0], layouts)}",
+        f"## SAEs\n\n{_table(items, paths, rows, about)}",
+        f"## Training data\n\n{about.data or NOT_STATED}",
+        f"## Recipe\n\n{_recipe(about)}",
+        f"## Licence\n\nThe weights: {about.license}.",
+        *([f"## Notes\n\n{notes}"] if notes else []),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(about: About, layouts: Sequence[str]) -> str:
+    import yaml
+
+    head: dict[str, Any] = {"license": about.license}
+    if about.base_model:
+        head["base_model"] = about.base_model
+    head["library_name"] = "saelens" if "sae-lens" in layouts else "gemma-scope-tl"
+    head["tags"] = list(TAGS)
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
+
+
+def _summary(items: Sequence[Item]) -> str:
+    groups: defaultdict[tuple[str, str, int], list[Item]] = defaultdict(list)
+    for item in items:
+        groups[item.model, item.site, item.d_sae].append(item)
+    lines = ["| model | site | layers | width | SAEs | L0 |", "|---|---|---|---|---|---|"]
+    for (model, site, d_sae), here in groups.items():
+        layers = _ranges(sorted({item.layer for item in here if item.layer is not None}))
+        l0s = sorted(round(item.l0) for item in here)
+        span = str(l0s[0]) if l0s[0] == l0s[-1] else f"{l0s[0]}-{l0s[-1]}"
+        lines.append(f"| {model} | {site} | {layers} | {width_label(d_sae)} ({d_sae}) | {len(here)} | {span} |")
+    return "\n".join(lines)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Consecutive numbers as ranges: ``0-3, 7``."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and found[-1][-1] == number - 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)
+
+
+def _layout_text(layouts: Sequence[str]) -> str:
+    texts = {
+        "gemma-scope": "`layer_L/width_W/average_l0_N/params.npz` (Gemma Scope's layout, below a folder for the site "
+        "where there are several) holds `W_enc`, `W_dec`, `b_enc`, `b_dec` and `threshold`. Nothing is subtracted "
+        "before the encoder, and inputs are raw activations.",
+        "sae-lens": f"`{SAE_LENS_FOLDER}/` holds the same SAEs in SAELens's layout.",
+        "circuit-tracer": f"`{CIRCUIT_TRACER_FOLDER}/` holds sets of one transcoder a layer for circuit-tracer.",
+    }
+    return " ".join(texts[layout] for layout in layouts)
+
+
+def _loading(name: str, path: str, layouts: Sequence[str]) -> str:
+    ours = f'import gemma_scope_tl as gs; gs.register_release("{name}.yaml")\n'
+    ours += f'sae = gs.JumpReLUSAE.from_pretrained("{name}", "{path}")'
+    lines = [f"```python\n# in a copy of this repository\n{ours}\n```"]
+    if "sae-lens" in layouts:
+        inner = path if path.startswith(f"{SAE_LENS_FOLDER}/") else f"{SAE_LENS_FOLDER}/{path}"
+        theirs = f'from sae_lens import SAE\nsae = SAE.from_pretrained("OWNER/NAME", "{inner}")'
+        lines.append(f"```python\n# OWNER/NAME is this repository\n{theirs}\n```")
+    return "\n\n".join(lines)
+
+
+def _table(items: Sequence[Item], paths: Sequence[str], rows: Sequence[Row | None], about: About) -> str:
+    shown = [name for name in COLUMNS if any(row is not None and name in row for row in rows)]
+    head = ["SAE", "site", "layer", "latents", *(COLUMNS[name] for name in shown)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for item, path, row in zip(items, paths, rows, strict=True):
+        layer = "" if item.layer is None else str(item.layer)
+        cells = [f"`{path}`", item.site, layer, str(item.d_sae), *(_number((row or {}).get(name)) for name in shown)]
+        lines.append(f"| {' | '.join(cells)} |")
+    if not shown:
+        return "\n".join([*lines, "", "No measurements were given; the number in a folder's name is its rounded L0."])
+    left = sum(row is None for row in rows)
+    text = f"Measured on: {about.evaluated_on or NOT_STATED} Losses and KL in nats a token."
+    return "\n".join([*lines, "", text + (f" {left} of {len(rows)} were not measured." if left else "")])
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) and value == value else ""
+
+
+def _recipe(about: About) -> str:
+    if not about.recipe:
+        return NOT_STATED
+    from gemma_scope_tl.training.recipe import PAPER
+
+    papers = {field.name: getattr(PAPER, field.name) for field in fields(PAPER)}
+    lines = ["| setting | here | paper | chosen by |", "|---|---|---|---|"]
+    for name, value in about.recipe.items():
+        paper = papers.get(name, "")
+        same = name in papers and (list(value) if isinstance(value, (list, tuple)) else value) == (
+            list(paper) if isinstance(paper, tuple) else paper
+        )
+        by = "search" if name in about.searched else "the paper" if same else "set beforehand"
+        lines.append(f"| {name} | {value} | {paper} | {by} |")
+    source = "Gemma Scope (Lieberum et al., 2024)"
+    return "\n".join([*lines, "", f"The paper is {source}; it has no value where the column is empty."])

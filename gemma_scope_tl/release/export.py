@@ -1,0 +1,184 @@
+"""``export_suite``: SAEs as one or several repositories, ready to be uploaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.files import replace_files, write_atomically
+from gemma_scope_tl.release.about import About
+from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER, render_card
+from gemma_scope_tl.release.items import Item, collect
+from gemma_scope_tl.release.metrics import match_metrics
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Layout = Literal["gemma-scope", "sae-lens", "both"]
+Repos = Literal["one", "site"]
+
+
+def export_suite(
+    source: Any,
+    out: str | PathLike[str],
+    about: About,
+    *,
+    name: str | None = None,
+    layout: Layout = "gemma-scope",
+    repos: Repos = "one",
+    circuit_tracer: bool = False,
+    model: str | None = None,
+    site: str | None = None,
+    metrics: pd.DataFrame | None = None,
+    canonical: bool = False,
+    progress: bool = True,
+) -> list[Path]:
+    """Write SAEs as repositories: weights, model card and registry file.
+
+    A ``params.npz`` of the source is copied byte for byte; anything else is written by :func:`save_sae`. An export that
+    was interrupted is made whole by running it again into the same folder.
+
+    Args:
+        source: a folder of SAEs; the name of a registered release; a suite of ``load_suite``; an SAE or several.
+        out: the folder of the repository; with ``repos="site"`` the folder that holds one a site.
+        about: what the files cannot say; only the licence must be given.
+        name: the release's; by default the name of ``out``.
+        layout: ``"gemma-scope"`` writes ``layer_L/width_W/average_l0_N/params.npz`` (embeddings
+            ``embedding/width_W/…``), below a folder for the site where there are several; ``"sae-lens"`` writes
+            ``cfg.json`` and ``sae_weights.safetensors`` below ``sae_lens/``; ``"both"`` writes both.
+        repos: ``"one"`` repository, or one a ``"site"`` as Google has them, called ``<name>-<site>``; the embedding's
+            SAEs go with those of res.
+        circuit_tracer: write transcoders for circuit-tracer too, below ``circuit_tracer/width_W/``; needs
+            ``about.base_model``.
+        model: the model's name, where the source does not say it.
+        site: the site, for a source folder that does not say it.
+        metrics: the table that ``evaluate`` returned.
+        canonical: mark the SAE nearest to an L0 of 100 for every site, layer and width.
+        progress: show a bar on standard error.
+
+    Returns:
+        The folders of the repositories.
+
+    Raises:
+        GemmaScopeError: a fact is missing, two SAEs would get one folder, or a folder holds other files already.
+        WeightsError: a file of the source fails a check.
+    """
+    for kind, given, valid in (
+        ("layout", layout, get_args(Layout)),
+        ("choice of repositories", repos, get_args(Repos)),
+    ):
+        if given not in valid:
+            raise unknown_name(kind, given, valid)
+    if circuit_tracer and not about.base_model:
+        raise GemmaScopeError("circuit-tracer's config.yaml names the model on the Hub: give about.base_model.")
+    root = Path(out).expanduser()
+    title = name or root.resolve().name
+    items = collect(source, model, site)
+    _check_out(root, source)
+    groups = _groups(items, repos, title, root)
+    matched = dict(zip(map(id, items), match_metrics(items, metrics), strict=True))
+    layouts = ["gemma-scope", "sae-lens"] if layout == "both" else [layout]
+    with _bar(len(items), progress) as step:
+        for release, (folder, here) in groups.items():
+            extra = circuit_tracer and any(item.site == "transcoder" for item in here)
+            paths = _write_weights(folder, here, layouts, step)
+            if extra:
+                _write_transcoders(folder, here, about.base_model or "")
+            shown = [*layouts, *(["circuit-tracer"] if extra else [])]
+            rows = [matched[id(item)] for item in here]
+            text = render_card(release, here, paths, rows, about, shown)
+            write_atomically(folder / "README.md", text)
+            _write_registry(folder, release, here, about, layouts[0], canonical)
+    return [folder for folder, _ in groups.values()]
+
+
+def _check_out(root: Path, source: Any) -> None:
+    if isinstance(source, (str, PathLike)) and Path(source).is_dir():
+        inner, outer = root.resolve(), Path(source).resolve()
+        if inner == outer or outer in inner.parents or inner in outer.parents:
+            raise GemmaScopeError(f"{root} and the source {source} lie in each other: export to another folder.")
+
+
+def _groups(items: Sequence[Item], repos: Repos, title: str, root: Path) -> dict[str, tuple[Path, list[Item]]]:
+    """The repositories by release name. A site's folder is left out where a repository holds one site."""
+    if repos == "one":
+        return {title: (root, list(items))}
+    groups: dict[str, tuple[Path, list[Item]]] = {}
+    for item in items:
+        site = "res" if item.site == "embedding" else item.site
+        release = f"{title}-{site}"
+        groups.setdefault(release, (root / release, []))[1].append(item)
+    return groups
+
+
+def _write_weights(folder: Path, items: Sequence[Item], layouts: Sequence[str], step: Any) -> list[str]:
+    """Write the SAEs of a repository. Returns the folders of its first layout."""
+    from gemma_scope_tl.sae.save import save_sae
+
+    sites = {item.site for item in items if item.site != "embedding"}
+    inner = [item.inner if len(sites) < 2 or item.layer is None else f"{item.site}/{item.inner}" for item in items]
+    _refuse_strangers(folder, {f"{prefix}{path}" for path in inner for prefix in ("", f"{SAE_LENS_FOLDER}/")})
+    for item, path in zip(items, inner, strict=True):
+        if "gemma-scope" in layouts:
+            file = item.params_file()
+            if file is not None:
+                copy = file
+                replace_files(folder / path, {"params.npz": lambda to, copy=copy: shutil.copyfile(copy, to)})
+            else:
+                save_sae(item.load(), folder / path)
+        if "sae-lens" in layouts:
+            save_sae(item.load(), folder / SAE_LENS_FOLDER / path, format="sae-lens")
+        step()
+    return inner if layouts[0] == "gemma-scope" else [f"{SAE_LENS_FOLDER}/{path}" for path in inner]
+
+
+def _refuse_strangers(folder: Path, expected: set[str]) -> None:
+    """Raise when a folder holds weights of another export, which would be published with this one."""
+    names = ("params.npz", "sae_weights.safetensors")
+    there = {file.parent.relative_to(folder).as_posix() for name in names for file in folder.rglob(name)}
+    strangers = sorted(there - expected)
+    if strangers:
+        raise GemmaScopeError(f"{folder} holds SAEs that are not of this export, such as {strangers[0]}. Empty it.")
+
+
+def _write_transcoders(folder: Path, items: Sequence[Item], base_model: str) -> None:
+    from gemma_scope_tl.release.circuit_tracer import transcoder_sets, write_transcoder_set
+
+    for width, chosen in transcoder_sets(items).items():
+        write_transcoder_set(folder / CIRCUIT_TRACER_FOLDER / width, chosen, base_model)
+
+
+def _write_registry(
+    folder: Path, release: str, items: Sequence[Item], about: About, layout: str, canonical: bool
+) -> None:
+    """The registry file of a repository, which names its own folder; the upload writes one that names the Hub's."""
+    from gemma_scope_tl.contributing.draft import Options, draft_release, write_draft
+    from gemma_scope_tl.contributing.facts import checked_format
+
+    sites = {item.site for item in items if item.site != "embedding"}
+    options = Options(
+        release=release,
+        model=items[0].model,
+        site=next(iter(sites)) if len(sites) == 1 else None,
+        license=about.license,
+        description=about.description,
+        format=checked_format(layout),
+        canonical=canonical,
+    )
+    write_draft(draft_release(str(folder), folder, options), folder, force=True)
+
+
+@contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
+        task = bar.add_task("exporting", total=total)
+        yield lambda: bar.advance(task)

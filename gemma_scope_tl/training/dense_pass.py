@@ -1,0 +1,107 @@
+"""Loss and gradients of one SAE where many latents are active, as early in training: dense products, block by block.
+
+The equations are those of ``sparse_pass.py``. Both halves go over blocks of latents; the second computes the block's
+pre-activations again, one product in six, so that neither ``[batch, latents]`` nor a full gradient ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gemma_scope_tl.training.optimizer import chunk_rows
+from gemma_scope_tl.training.penalties import Prices
+from gemma_scope_tl.training.stack import Batch, Chunk, Member, Vectors, residuals_
+from gemma_scope_tl.training.weights import Weights
+
+BLOCK_BYTES = 8 << 20
+"""Size of one ``[batch, block]`` temporary; a step has some four at a time."""
+
+
+class DensePass:
+    """The :class:`~gemma_scope_tl.training.stack.Pass` of one member of the stack."""
+
+    def __init__(self, weights: Weights, member: Member, batch: Batch) -> None:
+        self.members: Sequence[Member] = [member]
+        self.batch, self.member = batch, member
+        self.enc, self.dec = weights.enc[member.rows], weights.dec[member.rows]
+        self.b_dec_old = weights.b_dec[member.index]
+        self.theta = weights.log_threshold[member.rows].exp()
+        self.bias = weights.b_enc[member.rows]
+        if batch.centred:
+            self.bias = self.bias - self.enc @ self.b_dec_old
+        n, shard = batch.x.shape[0], batch.shard
+        partial = batch.x.new_zeros(n, len(member.segments), weights.dec.shape[1])
+        self.l0 = torch.zeros(n, dtype=torch.int64, device=batch.x.device)
+        entries = self.l0.new_zeros(())
+        for segment, at in self._blocks():
+            z = self._pre(at)
+            on = z > self.theta[at]
+            self.l0 += on.sum(1)
+            entries += (z > self.theta[at] - 0.5 * member.bandwidth).sum()
+            partial[:, segment].addmm_(z.mul_(on), self.dec[at])
+        self.g_out, squares = residuals_(shard.sum_latents(partial), self.b_dec_old, batch.y, batch.n)
+        squares = squares.double()
+        counts = shard.sum_latents(torch.stack([self.l0.sum(), entries]).double())
+        self.sums = shard.sum_data(torch.cat([squares[-1:], squares.mean().view(1), counts]).unsqueeze(0))
+
+    def _blocks(self) -> Iterator[tuple[int, slice]]:
+        """Blocks of latents, counted from the SAE's first here, with the number of their segment."""
+        size = max(1, BLOCK_BYTES // (self.batch.x.shape[0] * self.batch.x.element_size()))
+        first = self.member.rows.start
+        for number, segment in enumerate(self.member.segments):
+            for i in range(segment.start - first, segment.stop - first, size):
+                yield number, slice(i, min(i + size, segment.stop - first))
+
+    def _pre(self, at: slice) -> Tensor:
+        """Pre-activations ``[batch, block]``."""
+        return torch.addmm(self.bias[at], self.batch.x, self.enc[at].T)
+
+    def backward(self, prices: Sequence[Prices]) -> None:
+        """The prices and the direct part of ``b_dec``'s gradient; the rest comes with the blocks."""
+        (self.prices,) = prices
+        l0 = self.l0.to(self.theta.dtype)
+        if self.prices.around is not None:
+            l0 = self.batch.shard.sum_latents(l0)
+        self.row_prices = self.prices.of_rows(l0, self.batch.n).unsqueeze(1)
+        self.b_dec = self.batch.shard.sum_data(self.g_out[:, 0].sum(0, keepdim=True))
+        zeros = torch.zeros_like(self.theta)
+        self.vectors = Vectors(zeros, zeros.clone(), zeros.clone())
+
+    def chunks(self, member: int) -> Iterator[Chunk]:
+        """See :class:`~gemma_scope_tl.training.stack.Pass`."""
+        shard = self.batch.shard
+        first = self.member.rows.start
+        size = chunk_rows(max(self.enc.shape[1], self.dec.shape[1]), self.enc.element_size())
+        pulled = torch.zeros_like(self.b_dec_old)
+        for segment, at in self._blocks():
+            enc, dec = (shard.sum_data(grad) for grad in self._block_gradients(segment, at))
+            if self.batch.centred:
+                pulled.addmv_(self.enc[at].T, self.vectors.b_enc[at])
+                enc.addr_(self.vectors.b_enc[at], self.b_dec_old, alpha=-1.0)
+            for i in range(0, at.stop - at.start, size):
+                j = min(i + size, at.stop - at.start)
+                yield Chunk(slice(first + at.start + i, first + at.start + j), None, enc[i:j], dec[i:j])
+        if self.batch.centred:
+            self.b_dec[0] -= shard.sum_latents(pulled)
+
+    def _block_gradients(self, segment: int, at: slice) -> tuple[Tensor, Tensor]:
+        """Gradients of this block's rows of both matrices from this process's rows; fills the block of the vectors."""
+        theta, half, g_out = self.theta[at], 0.5 * self.member.bandwidth, self.g_out[:, segment]
+        z = self._pre(at)
+        on = z > theta
+        near = ((z > theta - half) & (z < theta + half)).to(z.dtype)
+        dec = z.mul_(on).T @ g_out
+        g = torch.mm(g_out, self.dec[at].T, out=z)
+        charge = (g * theta).add_(self.row_prices).mul_(near).sum(0)
+        g.mul_(on)
+        sums = torch.stack([g.sum(0), charge, on.sum(0).to(z.dtype), near.sum(0)])
+        b_enc, charge, fired, close = self.batch.shard.sum_data(sums).unbind()
+        if self.prices.frequency:
+            charge = charge + close * self.prices.of_latents(fired, self.batch.n)
+        self.vectors.b_enc[at] = b_enc
+        self.vectors.log_threshold[at] = charge * (-theta / self.member.bandwidth)
+        self.vectors.fired[at] = fired
+        return g.T @ self.batch.x, dec

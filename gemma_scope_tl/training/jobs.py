@@ -1,0 +1,375 @@
+"""One configuration's SAEs as jobs on Ray: harvest the store, train the places, put the suite together.
+
+A job trains the SAEs of one place and length, by ``train_suite`` in a folder of its own, ``jobs/NAME`` in the run's. Its
+SAEs see what they would see in one process with all the others, and the seeds of weights follow from names; so the
+suite is the same to the bit where a job has as many threads as that process. All nodes must see the run's folder (and
+the store) under the same path: that is where a job that is started again finds its checkpoint, and where this process
+finds the results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from filelock import FileLock, Timeout
+
+from gemma_scope_tl import __version__
+from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.training.checkpoint import check_same_run
+from gemma_scope_tl.training.cluster import Job, JobStatus, Report, run_jobs
+from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
+from gemma_scope_tl.training.grid import Group, groups_of, places_of
+from gemma_scope_tl.training.model_sizes import sizes_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from gemma_scope_tl.activations.source import Place, Source
+
+JOBS = "jobs"
+_RUN, _SUITE, _METRICS = "run.json", "suite.json", "metrics.jsonl"
+_PATIENCE = 120.0  # seconds in which a lost node's processes should be gone
+_HARVEST = "harvest"
+
+
+class JobsFailed(TrainingStateError):
+    """Some jobs failed; the others are done and stay done.
+
+    Attributes:
+        statuses: of all jobs.
+    """
+
+    def __init__(self, message: str, statuses: Sequence[JobStatus]) -> None:
+        super().__init__(message)
+        self.statuses = list(statuses)
+
+
+def train_on_ray(
+    config: str | Path | Mapping[str, Any] | SuiteConfig,
+    *,
+    overrides: Sequence[str] = (),
+    address: str | None = None,
+    by: Literal["place", "width"] = "place",
+    harvesters: int = 1,
+    retries: int = 3,
+    resume: bool = True,
+    show: Callable[[Sequence[JobStatus]], None] = lambda statuses: None,
+) -> pd.DataFrame:
+    """Train the SAEs of a configuration as jobs on Ray; the folder and table of ``train_suite``, plus ``jobs/``.
+
+    A configuration whose source is a store, and which has ``data``, harvests the store first if it is not there. Called
+    again, it does what is missing: finished jobs and harvested shards stay, others go on from their checkpoints.
+
+    Args:
+        config, overrides: as for ``train_suite``. ``threads`` are a job's, 1 unless given.
+        address: of a cluster; None starts a Ray on this machine.
+        by: a job a place (and length), or one a place and width, which is smaller.
+        harvesters: jobs that share the harvest, each with its own copy of the model.
+        retries: how often a job is started again after its worker or node was lost.
+        resume: False throws away what jobs have done, but not the store.
+        show: takes the statuses of all jobs now and then.
+
+    Raises:
+        JobsFailed: naming each job and its reason; their tracebacks are in ``jobs/NAME.error.txt``.
+        TrainingStateError: a wrong configuration, a folder that holds another run, or that the jobs' nodes do not see.
+        GemmaScopeError: as :func:`~gemma_scope_tl.training.cluster.run_jobs`.
+    """
+    checked = load_config(config, overrides)
+    folder = Path(checked.output).absolute()
+    (folder / JOBS).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return _train(checked, folder, address, by, harvesters, retries, resume, show)
+    except Timeout:
+        raise TrainingStateError(
+            f"Another process trains in {folder}: wait for it, or choose another output."
+        ) from None
+
+
+def _train(
+    config: SuiteConfig,
+    folder: Path,
+    address: str | None,
+    by: Literal["place", "width"],
+    harvesters: int,
+    retries: int,
+    resume: bool,
+    show: Callable[[Sequence[JobStatus]], None],
+) -> pd.DataFrame:
+    import pandas as pd
+
+    groups = groups_of(config, sizes_of(config.model.name).dims)
+    _begin(folder, config, resume)
+    if not (folder / _SUITE).exists():
+        jobs = jobs_of(config, groups, by, harvesters)
+        statuses = run_jobs(jobs, address=address, retries=retries, show=show)
+        _report_failures(folder, statuses)
+        _join(folder, config, groups, [folder / JOBS / job.name for job in jobs if job.function is train_job])
+    facts = json.loads((folder / _SUITE).read_text(encoding="utf-8"))
+    return pd.DataFrame(facts["saes"]).astype({"layer": "Int64"})
+
+
+def jobs_of(
+    config: SuiteConfig, groups: Sequence[Group], by: Literal["place", "width"] = "place", harvesters: int = 1
+) -> list[Job]:
+    """The jobs of a configuration, with what each takes.
+
+    Args:
+        config: the run.
+        groups: its SAEs, from ``groups_of``.
+        by, harvesters: as for :func:`train_on_ray`.
+
+    Raises:
+        TrainingStateError: ``by`` or ``harvesters`` are not what they can be.
+    """
+    if by not in ("place", "width") or harvesters < 1:
+        raise TrainingStateError(f"Jobs are by place or width, with a harvester at least; not {by!r}, {harvesters}.")
+    harvest: list[Job] = []
+    if config.source.kind == "store" and config.data is not None and not _is_store(str(config.source.path)):
+        places = [place.key for place in places_of(groups)]
+        harvest = [
+            _job(f"{_HARVEST}_{part}", harvest_job, config, {"places": places, "part": (part, harvesters)}, 0.0)
+            for part in range(harvesters)
+        ]
+    parts = [part for group in groups for part in (_by_width(group) if by == "width" else [(group.name, group)])]
+    after = tuple(job.name for job in harvest)
+    return [
+        *harvest,
+        *(
+            replace(_job(name, train_job, _alone(config, name, group), {}, _cost(group)), after=after)
+            for name, group in parts
+        ),
+    ]
+
+
+def train_job(report: Report, config: Mapping[str, Any]) -> str:
+    """A job: ``train_suite`` in a worker process. Returns the folder of its results."""
+    import torch
+
+    from gemma_scope_tl.training.sources import source_opener
+    from gemma_scope_tl.training.suite import train_suite
+
+    checked = load_config(config)
+    torch.set_num_threads(checked.threads or 1)
+    steps = max(group.steps for group in groups_of(checked, sizes_of(checked.model.name).dims))
+    opener: list[Callable[[Sequence[Place]], Source]] = []
+
+    def source(places: Sequence[Place]) -> Source:
+        if not opener:  # a finished run is found before the model would be loaded
+            opener.append(source_opener(checked, None, progress=False))
+        return _Reporting(opener[0](places), report, steps)
+
+    folder = Path(checked.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock", timeout=_PATIENCE):
+        pass  # an earlier attempt, on a node that was only cut off, may still be about to end
+    train_suite(checked, source=source, progress=False)
+    return str(folder)
+
+
+def harvest_job(report: Report, config: Mapping[str, Any], places: Sequence[str], part: tuple[int, int]) -> bool:
+    """A job: one part of the store. Returns whether the store is finished."""
+    import torch
+
+    from gemma_scope_tl.activations.source import Place
+    from gemma_scope_tl.activations.store import write_store
+    from gemma_scope_tl.training.sources import load_data
+
+    checked = load_config(config)
+    torch.set_num_threads(checked.threads or 1)
+    model, rows = load_data(checked, progress=False)
+    report(0, 1)
+    finished = write_store(
+        str(checked.source.path),
+        model,
+        rows,
+        [Place.parse(key) for key in places],
+        dtype=checked.source.dtype,
+        batch_rows=checked.source.batch_rows,
+        part=part,
+        progress=False,
+    )
+    report(1, 1)
+    return finished
+
+
+class _Reporting:
+    """A source that says how many batches were taken from it."""
+
+    def __init__(self, source: Source, report: Report, steps: int) -> None:
+        self._source, self._report, self._steps = source, report, steps
+
+    @property
+    def widths(self) -> Mapping[Place, int]:
+        return self._source.widths
+
+    @property
+    def rows(self) -> int:
+        return self._source.rows
+
+    @property
+    def bucket_rows(self) -> int:
+        return self._source.bucket_rows
+
+    def mean_squares(self, rows: int) -> dict[Place, float]:
+        self._report(0, self._steps)
+        return self._source.mean_squares(rows)
+
+    def batches(self, batch_size: int, start: int = 0) -> Iterator[Mapping[Place, torch.Tensor]]:
+        for step, batch in enumerate(self._source.batches(batch_size, start), start):
+            self._report(min(step, self._steps), self._steps)
+            yield batch
+
+
+def _alone(config: SuiteConfig, name: str, group: Group) -> SuiteConfig:
+    """The configuration of one job: some SAEs, a folder of their own, and the run's tokens."""
+    folder = Path(config.output).absolute()
+    data = config.data
+    if data is not None and data.folder is None:
+        data = data.model_copy(update={"folder": str(folder / "tokens")})
+    changes = {
+        "output": str(folder / JOBS / name),
+        "only": [spec.name for spec in group.specs],
+        "data": data,
+        "threads": config.threads or 1,
+    }
+    return config.model_copy(update=changes)
+
+
+def _job(
+    name: str, function: Callable[..., Any], config: SuiteConfig, arguments: Mapping[str, Any], cost: float
+) -> Job:
+    from gemma_scope_tl.training.plan import plan_suite
+
+    totals = plan_suite(config, measure=False).totals
+    on_gpu = [(config.device, totals["memory"] - totals["bucket"]), (config.source.device, totals["bucket"])]
+    memory = sum(size for device, size in on_gpu if not device.startswith("cuda"))
+    devices = (config.device, config.source.device, config.model.device or "cpu")
+    return Job(
+        name=name,
+        function=function,
+        arguments={"config": config.model_dump(mode="json"), **arguments},
+        num_cpus=config.threads or 1,
+        num_gpus=float(any(device.startswith("cuda") for device in devices)),
+        memory=int(memory) if function is train_job else 0,
+        cost=cost,
+    )
+
+
+def _by_width(group: Group) -> list[tuple[str, Group]]:
+    specs = sorted(group.specs, key=lambda spec: spec.d_sae)
+    parts = [(width, tuple(same)) for width, same in groupby(specs, key=lambda spec: spec.d_sae)]
+    return [(f"{group.name}_width_{width}", replace(group, specs=same)) for width, same in parts]
+
+
+def _cost(group: Group) -> float:
+    return float(group.steps * sum(spec.d_sae for spec in group.specs))
+
+
+def _is_store(path: str) -> bool:
+    from gemma_scope_tl.activations.folder import open_folder
+    from gemma_scope_tl.activations.manifest import STORE_NAME
+
+    return STORE_NAME in open_folder(path).sizes("")
+
+
+def _begin(folder: Path, config: SuiteConfig, resume: bool) -> None:
+    """Say what the folder holds, or find that it holds another run."""
+    if not resume:
+        for name in (_RUN, _SUITE, _METRICS):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / JOBS, ignore_errors=True)
+        (folder / JOBS).mkdir()
+    for name in (_SUITE, _RUN):
+        if (folder / name).exists():
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            check_same_run(found["config"], config.results, folder)
+            return
+    facts = {"format": "gemma_scope_tl run", "version": __version__, "config": config.results}
+    write_atomically(folder / _RUN, json.dumps(facts, indent=1) + "\n")
+
+
+def _report_failures(folder: Path, statuses: Sequence[JobStatus]) -> None:
+    for status in statuses:
+        path = folder / JOBS / f"{status.name}.error.txt"
+        if status.trace:
+            write_atomically(path, status.trace + "\n")
+        else:
+            path.unlink(missing_ok=True)
+    failed = [f"{status.name}: {status.reason}" for status in statuses if status.state == "failed"]
+    if failed:
+        undone = sum(status.state != "done" for status in statuses)
+        raise JobsFailed(
+            f"{undone} of {len(statuses)} jobs are not done. " + " | ".join(failed) + f" | Tracebacks are in "
+            f"{folder / JOBS}. What is done stays done: run the same again after the cause is gone.",
+            statuses,
+        )
+
+
+def _join(folder: Path, config: SuiteConfig, groups: Sequence[Group], parts: Sequence[Path]) -> None:
+    """Put the jobs' suites together as one process would have written them."""
+    from gemma_scope_tl.training.release import STAGE, folder_names
+    from gemma_scope_tl.weights.sniff import PARAMS_NAME
+
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    scales: dict[str, float] = {}
+    for part in parts:
+        if not (part / _SUITE).exists():
+            raise TrainingStateError(
+                f"A job is done, and {part / _SUITE} is not there: output must be a folder that all nodes share, under "
+                "one path."
+            )
+        facts = json.loads((part / _SUITE).read_text(encoding="utf-8"))
+        scales |= facts["scales"]
+        found |= {row["name"]: (part, row) for row in facts["saes"]}
+    specs = [spec for group in groups for spec in group.specs]
+    names = folder_names([(spec, found[spec.name][1]["l0"]) for spec in specs])
+    stage = folder / STAGE
+    for old in (stage, *(folder / site for site in {spec.place.site for spec in specs})):
+        shutil.rmtree(old, ignore_errors=True)
+    rows: list[dict[str, Any]] = []
+    for spec, name in zip(specs, names, strict=True):
+        part, row = found[spec.name]
+        (stage / name).mkdir(parents=True)
+        _link(part / row["path"] / PARAMS_NAME, stage / name / PARAMS_NAME)
+        rows.append({**row, "id": name.removeprefix(f"{spec.place.site}/"), "path": name})
+    for site in sorted(path.name for path in stage.iterdir()):
+        os.replace(stage / site, folder / site)
+    stage.rmdir()
+    write_atomically(
+        folder / _METRICS, _metrics(specs_order={spec.name: i for i, spec in enumerate(specs)}, parts=parts)
+    )
+    facts = {
+        "format": "gemma_scope_tl suite",
+        "version": __version__,
+        "config": config.results,
+        "scales": {place.key: scales[place.key] for place in places_of(groups)},
+        "saes": rows,
+    }
+    write_atomically(folder / _SUITE, json.dumps(facts, indent=1) + "\n")
+
+
+def _metrics(specs_order: Mapping[str, int], parts: Sequence[Path]) -> bytes:
+    """All jobs' metrics, by step and then in the order of the grid, as one process writes them."""
+    lines: list[tuple[int, int, bytes]] = []
+    for part in parts:
+        for line in (part / _METRICS).read_bytes().splitlines(keepends=True):
+            row = json.loads(line)
+            lines.append((row["step"], specs_order[row["name"]], line))
+    return b"".join(line for _, _, line in sorted(lines))
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name; a copy where file systems have no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

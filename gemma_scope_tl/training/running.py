@@ -1,0 +1,204 @@
+"""The loop of a run: batches in, steps of all groups, metrics and checkpoints out."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.training.checkpoint import (
+    Manifest,
+    check_same_run,
+    load_manifest,
+    load_state,
+    save_checkpoint,
+    steps_of,
+)
+from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
+from gemma_scope_tl.training.grid import Group, places_of
+from gemma_scope_tl.training.logs import Logger, MetricsFile, open_loggers
+from gemma_scope_tl.training.place import PlaceTrainer
+from gemma_scope_tl.training.progress import suite_bar
+from gemma_scope_tl.training.release import Finished, measure
+from gemma_scope_tl.training.sources import OpenSource
+from gemma_scope_tl.training.stopping import StopSignals, TrainingStopped
+
+Each = Callable[[Callable[[Group], None], Iterable[Group]], Any]
+"""Calls a function with every group."""
+
+
+class Run:
+    """A run from where it was to its end.
+
+    Attributes:
+        step: steps done.
+        scales: ``C`` of every place.
+        threads: processor threads.
+    """
+
+    def __init__(
+        self,
+        config: SuiteConfig,
+        groups: Sequence[Group],
+        source: OpenSource,
+        metrics: Path,
+        checkpoints: Path,
+        progress: bool = True,
+    ) -> None:
+        """Read the last checkpoint, if there is one, or measure the scales."""
+        self.config, self.groups, self.checkpoints, self.progress = config, groups, checkpoints, progress
+        self.threads = config.threads or torch.get_num_threads()
+        self.ends = sorted({group.steps for group in groups})
+        self.status: dict[str, dict[str, Any]] = {}
+        self._open, self._source = source, source(places_of(groups))
+        self.trainers = {group.name: self._trainer(group) for group in groups}
+        steps = steps_of(checkpoints)
+        manifest = self._restored(checkpoints / f"step_{steps[-1]}") if steps else None
+        if manifest is None:
+            squares = self._source.mean_squares(config.source.scale_rows)
+            self.step, self.scales = 0, {place: _scale(place, squares) for place in places_of(groups)}
+        else:
+            self.step = manifest.step
+            self.scales = {Place.parse(key): value for key, value in manifest.scales.items()}
+        self.metrics = MetricsFile(metrics, manifest.metrics_bytes if manifest else 0)
+        self.loggers: list[Logger] = [self.metrics, *open_loggers(config, metrics.parent, self.step)]
+
+    def to_the_end(self) -> list[Finished]:
+        """Train, and measure what came out.
+
+        Raises:
+            TrainingStopped: after a signal.
+        """
+        with StopSignals() as stop, suite_bar(self.ends[-1], self.step, self.config.batch_size, self.progress) as bar:
+            for end in self.ends:
+                if end > self.step:
+                    self._segment(end, stop, bar)
+        saes = [
+            Finished(spec, group.steps, self.trainers[group.name].released(i, self.scales[group.place]), {})
+            for group in self.groups
+            for i, spec in enumerate(group.specs)
+        ]
+        if self._source_places() != set(places_of(self.groups)):
+            self._source = self._open(places_of(self.groups))
+        measure(saes, self._source.batches(self.config.batch_size, self.ends[-1]), self.config.eval_batches)
+        for sae in saes:
+            sae.status = self.status.get(sae.spec.name, {})
+        return saes
+
+    def close(self) -> None:
+        """Close the loggers."""
+        for logger in self.loggers:
+            logger.close()
+
+    def save(self) -> Path:
+        """Write a checkpoint of where the run is."""
+        manifest = Manifest(
+            step=self.step,
+            config=self.config.results,
+            scales={place.key: value for place, value in self.scales.items()},
+            metrics_bytes=self.metrics.sync(),
+            threads=self.threads,
+            files={},
+            status=self.status,
+        )
+        return save_checkpoint(
+            self.checkpoints, manifest, {name: trainer.state() for name, trainer in self.trainers.items()}
+        )
+
+    def _segment(self, end: int, stop: StopSignals, bar: Callable[[int, Sequence[Mapping[str, Any]]], None]) -> None:
+        """Steps up to ``end``, where some groups are done, with a source of the places that are not."""
+        active = [group for group in self.groups if group.steps >= end]
+        if self._source_places() > set(places_of(active)):
+            self._source = self._open(places_of(active))
+        batches = iter(self._source.batches(self.config.batch_size, self.step))
+        with self._each(len(active)) as each:
+            while self.step < end:
+                torch.set_num_threads(self.threads)
+                batch = next(batches)
+                each(lambda group, batch=batch: self._train(group, batch), active)
+                self.step += 1
+                rows = self._log(active) if self.step % self.config.log_every == 0 or self.step == end else []
+                if stop.seen or self.step % self.config.checkpoint_every == 0 or self.step == end:
+                    folder = self.save()
+                    if stop.seen:
+                        name = signal.Signals(stop.seen).name
+                        raise TrainingStopped(
+                            f"Stopped by {name} after step {self.step} of {self.ends[-1]}; {folder} is written, and the "
+                            "same call goes on from there.",
+                            stop.seen,
+                        )
+                bar(self.step, rows)
+
+    @torch.no_grad()
+    def _train(self, group: Group, batch: Mapping[Place, Tensor]) -> None:
+        scale = self.scales[group.place]
+        x = (batch[group.place] / scale).to(self.config.device)
+        if group.place.target == group.place:
+            self.trainers[group.name].step(x)
+        else:
+            self.trainers[group.name].step(x, (batch[group.place.target] / scale).to(self.config.device))
+
+    @contextmanager
+    def _each(self, groups: int) -> Generator[Each, None, None]:
+        """One thread for each group where there are enough of them; otherwise all threads for one after the other."""
+        if self.threads == 1 or groups < self.threads or torch.device(self.config.device).type != "cpu":
+            yield lambda function, active: [function(group) for group in active]
+            return
+        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+            def each(function: Callable[[Group], None], active: Iterable[Group]) -> None:
+                torch.set_num_threads(1)  # some of PyTorch's libraries have one number for all threads
+                list(pool.map(function, active))
+
+            yield each
+
+    def _log(self, active: Sequence[Group]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for group in active:
+            statuses = self.trainers[group.name].status()
+            for spec, status in zip(group.specs, statuses, strict=True):
+                where = {"name": spec.name, "site": spec.place.site, "layer": spec.place.layer, "d_sae": spec.d_sae}
+                numbers = {key: value for key, value in status.items() if key not in ("step", *where)}
+                rows.append({**where, "target_l0": spec.target_l0, **numbers})
+                self.status[spec.name] = numbers
+        for logger in self.loggers:
+            logger.log(self.step, rows)
+        return rows
+
+    def _restored(self, folder: Path) -> Manifest:
+        """The trainers as a checkpoint has them."""
+        manifest = load_manifest(folder)
+        check_same_run(manifest.config, self.config.results, folder)
+        missing = [place.key for place in places_of(self.groups) if place.key not in manifest.scales]
+        if missing:
+            raise TrainingStateError(f"{folder} has no scale of {missing[0]}: it is damaged. Remove it.")
+        for group in self.groups:
+            self.trainers[group.name].load_state(load_state(folder, manifest, group.name))
+        self.status = {name: dict(values) for name, values in manifest.status.items()}
+        return manifest
+
+    def _trainer(self, group: Group) -> PlaceTrainer:
+        widths = self._source.widths
+        place = group.place
+        return PlaceTrainer(
+            widths[place], widths[place.target], group.specs, total_steps=group.steps, device=self.config.device
+        )
+
+    def _source_places(self) -> set[Place]:
+        """Places that the source in use serves for themselves, targets of transcoders apart."""
+        return set(places_of(self.groups)) & set(self._source.widths)
+
+
+def _scale(place: Place, squares: Mapping[Place, float]) -> float:
+    mean = squares[place]
+    if not 0.0 < mean < math.inf:
+        raise TrainingStateError(f"{place.key}: E ||x||^2 is {mean}, so there is no scale to train in.")
+    return math.sqrt(mean)

@@ -1,0 +1,67 @@
+"""The activations that a configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma_scope_tl.activations.source import Place, Source
+from gemma_scope_tl.dtypes import parse_dtype
+from gemma_scope_tl.training.config import SuiteConfig
+
+OpenSource = Callable[[Sequence[Place]], Source]
+"""Makes the source of some places; equal places give equal batches."""
+BUNDLED_TEXT = Path(__file__).resolve().parent.parent / "bundled" / "text" / "heldout.jsonl"
+
+
+def source_opener(config: SuiteConfig, model: Any = None, progress: bool = True) -> OpenSource:
+    """What makes the sources of a run. Loads the model and packs the tokens, once, if the source streams.
+
+    Args:
+        config: the run.
+        model: a model from ``load_model``; loaded unless given.
+        progress: show bars.
+
+    Raises:
+        GemmaScopeError: whatever is wrong with the model, the text or the store.
+    """
+    own = config.source
+    shared: dict[str, Any] = {
+        "bucket_rows": own.bucket_rows,
+        "seed": config.seed,
+        "dtype": parse_dtype(own.dtype),
+        "device": own.device,
+    }
+    if own.kind == "store":
+        from gemma_scope_tl.activations.reader import StoreSource
+
+        assert own.path is not None  # the configuration was checked
+        path = own.path
+        return lambda places: StoreSource(path, places, **shared)
+    return _streaming(config, model, shared, progress)
+
+
+def _streaming(config: SuiteConfig, model: Any, shared: dict[str, Any], progress: bool) -> OpenSource:
+    from gemma_scope_tl.activations.sequences import pack_tokens
+    from gemma_scope_tl.activations.streaming import StreamSource
+    from gemma_scope_tl.adapters.loading import load_model
+
+    data, own = config.data, config.model
+    assert data is not None  # the configuration was checked
+    loaded = model or load_model(own.name, backend=own.backend, dtype=own.dtype, device=own.device)
+    rows = pack_tokens(
+        str(BUNDLED_TEXT) if data.dataset == "bundled" else data.dataset,
+        loaded.tokenizer,
+        data.context,
+        data.folder or Path(config.output) / "tokens",
+        column=data.column,
+        split=data.split,
+        config=data.config,
+        revision=data.revision,
+        streaming=data.streaming,
+        chat=data.chat,
+        limit_tokens=data.limit_tokens,
+        progress=progress,
+    )
+    return lambda places: StreamSource(loaded, rows, places, batch_rows=config.source.batch_rows, **shared)

@@ -1,0 +1,153 @@
+"""Training many SAEs from one stream of activations: ``train_suite``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from gemma_scope_tl import __version__
+from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.training.checkpoint import check_same_run
+from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
+from gemma_scope_tl.training.grid import Group, groups_of, places_of
+from gemma_scope_tl.training.model_sizes import sizes_of
+from gemma_scope_tl.training.plan import plan_suite
+from gemma_scope_tl.training.release import STAGE, write_release
+from gemma_scope_tl.training.running import Run
+from gemma_scope_tl.training.sources import OpenSource, source_opener
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RUN_NAME, SUITE_NAME, METRICS_NAME, CHECKPOINTS = "run.json", "suite.json", "metrics.jsonl", "checkpoints"
+
+
+def train_suite(
+    config: str | Path | Mapping[str, Any] | SuiteConfig,
+    *,
+    overrides: Sequence[str] = (),
+    model: Any = None,
+    source: OpenSource | None = None,
+    resume: bool = True,
+    force: bool = False,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train the SAEs of a configuration together, and write them in Gemma Scope's layout.
+
+    All are stepped from one stream of batches. A place's activations are divided by one scalar, ``C = sqrt(E ||x||^2)``
+    (section 3.1); a transcoder's target by its input's (appendix B). A run that was stopped, by a signal or by a crash,
+    goes on from its last checkpoint and ends with the same bits; one that is finished is returned at once.
+
+    The run's folder gets ``<site>/layer_L/width_W/average_l0_N/params.npz``, N being the L0 measured on batches after
+    training; ``suite.json`` (configuration, scales, a row per SAE); ``metrics.jsonl``; and ``runs.jsonl``, which says
+    when each process ran.
+
+    Args:
+        config: a YAML file, its content, or a configuration.
+        overrides: ``"key=value"``, as the command line's ``--set``.
+        model: from ``load_model``; loaded by the configuration's name unless given.
+        source: makes the source of some places, in place of the configuration's.
+        resume: go on where an unfinished run was; False starts it over.
+        force: train although the plan says that memory or disk do not suffice.
+        progress: show bars.
+
+    Returns:
+        A row for each SAE: the registry's columns, ``l0``, ``fvu``, ``silent``, and how it was trained.
+
+    Raises:
+        TrainingStateError: a wrong configuration; a folder that holds another run or other things; a damaged
+            checkpoint; memory or disk that do not suffice.
+        TrainingStopped: SIGINT or SIGTERM came, and a checkpoint was written.
+        GemmaScopeError: whatever is wrong with the model, the text or the store.
+    """
+    checked = load_config(config, overrides)
+    groups = groups_of(checked, sizes_of(checked.model.name).dims if model is None else model.dims)
+    folder = Path(checked.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise TrainingStateError(
+            f"Another process trains in {folder}: wait for it, or choose another output."
+        ) from None
+    with lock:
+        if resume and (folder / SUITE_NAME).exists():
+            return _finished(folder, checked)
+        if not force and source is None:
+            plan_suite(checked, measure=False).check()
+        _prepare(folder, checked, groups, resume)
+        return _train(folder, checked, groups, source or source_opener(checked, model, progress), progress)
+
+
+def _train(
+    folder: Path, config: SuiteConfig, groups: Sequence[Group], source: OpenSource, progress: bool
+) -> pd.DataFrame:
+    began, run = time.time(), Run(config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, progress)
+    first = run.step
+    try:
+        saes = run.to_the_end()
+    finally:
+        run.close()
+        with (folder / "runs.jsonl").open("a", encoding="utf-8") as file:
+            facts = {"began": round(began), "seconds": round(time.time() - began, 1), "threads": run.threads}
+            file.write(json.dumps({"from_step": first, "to_step": run.step, **facts}) + "\n")
+    rows = write_release(folder, saes)
+    facts = {
+        "format": "gemma_scope_tl suite",
+        "version": __version__,
+        "config": config.results,
+        "scales": {place.key: run.scales[place] for place in run.scales},
+        "saes": rows,
+    }
+    write_atomically(folder / SUITE_NAME, json.dumps(facts, indent=1) + "\n")
+    return _finished(folder, config)
+
+
+def _finished(folder: Path, config: SuiteConfig) -> pd.DataFrame:
+    """The table of a finished run; checkpoints are of no more use."""
+    import pandas as pd
+
+    facts = _read(folder / SUITE_NAME)
+    check_same_run(facts["config"], config.results, folder)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return pd.DataFrame(facts["saes"]).astype({"layer": "Int64"})
+
+
+def _prepare(folder: Path, config: SuiteConfig, groups: Sequence[Group], resume: bool) -> None:
+    """Begin a run in a folder, or find that one of the same configuration has begun there."""
+    for name in (RUN_NAME, SUITE_NAME):
+        for left in folder.glob(f".{name}.*"):  # by a process that was killed while it wrote
+            left.unlink()
+    shutil.rmtree(folder / STAGE, ignore_errors=True)
+    sites = sorted({place.site for place in places_of(groups)})
+    if (folder / RUN_NAME).exists():
+        if resume:
+            check_same_run(_read(folder / RUN_NAME)["config"], config.results, folder)
+            return
+        for name in (CHECKPOINTS, *sites):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (SUITE_NAME, METRICS_NAME, "runs.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    taken = [name for name in (*sites, CHECKPOINTS, SUITE_NAME, METRICS_NAME) if (folder / name).exists()]
+    if taken:
+        raise TrainingStateError(f"{folder} holds {', '.join(taken)}, and no run: choose another output.")
+    facts = {"format": "gemma_scope_tl run", "version": __version__, "config": config.results}
+    write_atomically(folder / RUN_NAME, json.dumps(facts, indent=1) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and isinstance(found.get("config"), dict):
+            return found
+        reason = "it has no configuration"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise TrainingStateError(f"{path} is not what a run writes: {reason}. Restore it, or choose another output.")
