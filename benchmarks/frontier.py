@@ -86,7 +86,9 @@ def batches(x: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
             yield x.index_select(0, rows).float()
 
 
-def ours(x: Tensor, recipe: Recipe, targets: Sequence[float], budget: Budget, place: Place) -> list[Trained]:
+def ours(
+    x: Tensor, recipe: Recipe, targets: Sequence[float], budget: Budget, place: Place, name: str = "ours"
+) -> list[Trained]:
     """An SAE per target L0, all trained together by ``PlaceTrainer``."""
     from gemma_scope_tl.training.place import PlaceTrainer
 
@@ -106,7 +108,7 @@ def ours(x: Tensor, recipe: Recipe, targets: Sequence[float], budget: Budget, pl
         trainer.step(next(stream).div_(rms.scale))
     seconds = (time.perf_counter() - began) / len(targets)
     return [
-        Trained("ours", trainer.released(i, rms.scale), {"target_l0": t, **asdict(recipe)}, seconds)
+        Trained(name, trainer.released(i, rms.scale), {"target_l0": t, **asdict(recipe)}, seconds)
         for i, t in enumerate(targets)
     ]
 
@@ -236,7 +238,7 @@ def coefficient_for(
 def comparison(points: Sequence[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     """Rows for the README's table: our FVU and delta loss beside the peer's, interpolated to our L0."""
     rows: list[dict[str, Any]] = []
-    peers = [point for point in points if point["recipe"] != "ours"]
+    peers = [point for point in points if point["recipe"].startswith(PEER)]
     for point in (point for point in points if point["recipe"] == "ours"):
         for metric, label in (("fvu", "FVU"), ("delta_loss", "delta loss")):
             other = interpolated([(p["l0"], p[metric]) for p in peers], point["l0"])

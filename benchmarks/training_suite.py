@@ -211,10 +211,8 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
 
 
 def _speed(data: Data, quick: bool) -> dict[str, Any]:
-    job = Job(ALL, replace(FAST, batch_size=2_048), steps=4 if quick else 60, bucket=8_192 if quick else 32_768)
-    row = paired(
-        lambda: train_ours(data, job), lambda: train_peer(data, job, our_class=False), runs=1 if quick else 2, warmup=0
-    )
+    job = Job(ALL, replace(FAST, batch_size=2_048), steps=4 if quick else 200, bucket=8_192 if quick else 32_768)
+    row = paired(lambda: train_ours(data, job), lambda: train_peer(data, job, our_class=False), runs=1, warmup=0)
     return {
         "what": f"train {len(ALL)} SAEs of the bundled model (res, mlp, att; {D_SAE} latents), model included",
         "peer": PEER,

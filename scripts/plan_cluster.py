@@ -16,7 +16,8 @@ from typing import Any
 
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.registry import list_saes
-from gemma_scope_tl.sites import ModelDims, get_site
+from gemma_scope_tl.sites import get_site
+from gemma_scope_tl.training.model_sizes import ModelSizes, sizes_of
 from scripts.plan_measured import measured
 from scripts.plan_tables import with_tables
 
@@ -44,41 +45,21 @@ class Hardware:
     days: float = 30.0
 
 
-@dataclass(frozen=True)
-class Gemma:
-    """Sizes of a Gemma 2, from its config."""
-
-    name: str
-    dims: ModelDims
-    kv_heads: int
-    d_ff: int
-
-    def flops_per_token(self, layers: float, context: int = 1024) -> float:
-        """Of a forward pass through ``layers`` blocks, no unembedding: 2 a weight, and the attention scores.
-
-        Scores and their use cost ``4 n_heads d_head`` for each of the ``context / 2`` tokens attended to on average.
-        """
-        d, heads = self.dims.d_model, self.dims.n_heads * self.dims.d_head
-        weights = 2 * d * heads + 2 * d * self.kv_heads * self.dims.d_head + 3 * d * self.d_ff
-        return layers * (2.0 * weights + 4.0 * heads * context / 2)
-
-
-GEMMA_9B = Gemma("gemma-2-9b", ModelDims(n_layers=42, d_model=3584, n_heads=16, d_head=256), kv_heads=8, d_ff=14336)
-GEMMA_2B = Gemma("gemma-2-2b", ModelDims(n_layers=26, d_model=2304, n_heads=8, d_head=256), kv_heads=4, d_ff=9216)
+GEMMA_9B, GEMMA_2B = sizes_of("gemma-2-9b"), sizes_of("gemma-2-2b")
 SITES = ("res", "mlp", "att")
-BATCH = 4096
+BATCH, CONTEXT = 4096, 1024
 L0S = 6  # SAEs of one place and width; the release has 3 to 8, mostly 6
 TOKENS = {2**12: 4e9, 2**14: 4e9, 2**15: 8e9, 2**16: 8e9, 2**17: 8e9, 2**18: 8e9, 2**19: 8e9, 2**20: 16e9}
 WIDTHS = (2**14, 2**17)
 ROWS = TOKENS[2**17]  # a store that serves both widths
 
 
-def width(model: Gemma, site: str) -> int:
+def width(model: ModelSizes, site: str) -> int:
     """``d`` of a site."""
     return get_site(site).d_in(model.dims)
 
 
-def store_bytes(model: Gemma, site: str, rows: float, itemsize: int = FLOAT32) -> float:
+def store_bytes(model: ModelSizes, site: str, rows: float, itemsize: int = FLOAT32) -> float:
     """A store of ``rows`` activations of one place."""
     return rows * width(model, site) * itemsize
 
@@ -125,7 +106,7 @@ def total_hours(rows: list[dict[str, Any]], precision: str) -> float:
 def harvest(hardware: Hardware) -> dict[str, Any]:
     """One forward pass over all tokens, in bfloat16, through all layers, and what it writes."""
     layers = GEMMA_9B.dims.n_layers
-    per_token = GEMMA_9B.flops_per_token(layers)
+    per_token = GEMMA_9B.flops_per_token(layers, CONTEXT)
     tokens_per_s = hardware.bf16_flops * hardware.share_of_peak / per_token
     layer = FLOAT32 * sum(width(GEMMA_9B, site) for site in SITES)
     return {
@@ -270,7 +251,7 @@ def plan(results: Path = ROOT / "benchmarks" / "results") -> dict[str, Any]:
         "hardware": asdict(hardware),
         "measured": asdict(found),
         "model": {
-            "name": GEMMA_9B.name,
+            "name": "gemma-2-9b",
             "layers": GEMMA_9B.dims.n_layers,
             "places": GEMMA_9B.dims.n_layers * len(SITES),
         },

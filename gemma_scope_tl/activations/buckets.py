@@ -15,7 +15,10 @@ import torch
 from jaxtyping import Float, Int
 
 from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.activations.spare import SpareMemory
 from gemma_scope_tl.errors import GemmaScopeError
+
+_CHUNK = 512  # rows gathered at a time where they change their dtype: they stay in the cache
 
 
 def bucket_order(seed: int, number: int, rows: int) -> Int[torch.Tensor, " rows"]:
@@ -74,6 +77,7 @@ class Bucket:
                 f"({error}). Lower bucket_rows, store bfloat16, or train fewer places at a time."
             ) from error
         self._order: torch.Tensor | None = None
+        self._spare = SpareMemory()
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +127,17 @@ class Bucket:
         if index < 0 or batch_size < 1 or (index + 1) * batch_size > self.rows:
             raise GemmaScopeError(f"A bucket of {self.rows} rows has no batch {index} of {batch_size}.")
         rows = self._order[index * batch_size : (index + 1) * batch_size]
-        return {place: tensor.index_select(0, rows).to(dtype) for place, tensor in self.tensors.items()}
+        return {place: self._gather(tensor, rows, dtype) for place, tensor in self.tensors.items()}
+
+    def _gather(self, tensor: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if tensor.device.type != "cpu":
+            return tensor.index_select(0, rows).to(dtype)
+        out = self._spare.empty((len(rows), tensor.shape[1]), dtype)
+        if tensor.dtype == dtype:
+            return torch.index_select(tensor, 0, rows, out=out)
+        for at in range(0, len(rows), _CHUNK):
+            out[at : at + _CHUNK].copy_(tensor.index_select(0, rows[at : at + _CHUNK]))
+        return out
 
 
 def _keys(places: Mapping[Place, object]) -> str:

@@ -60,10 +60,6 @@ class Folder(Protocol):
         """Fill ``view`` from byte ``start`` on; a file that ends before raises."""
         ...
 
-    def expect(self, name: str, start: int, count: int) -> None:
-        """Say which bytes will be asked for soon."""
-        ...
-
     def put(self, name: str, data: bytes) -> None:
         """Write a small file, whole or not at all."""
         ...
@@ -135,16 +131,6 @@ class LocalFolder:
                 os.close(handle)
         except OSError as error:
             raise _unreadable(self.url(name), error) from error
-
-    def expect(self, name: str, start: int, count: int) -> None:
-        if not hasattr(os, "posix_fadvise"):
-            return
-        with suppress(OSError):
-            handle = os.open(self.root / name, os.O_RDONLY)
-            try:
-                os.posix_fadvise(handle, start, count, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(handle)
 
     def put(self, name: str, data: bytes) -> None:
         try:
@@ -221,9 +207,6 @@ class RemoteFolder:
             if len(data) != len(wanted):
                 raise _too_short(self.url(name), begin + len(data))
             wanted[:] = data
-
-    def expect(self, name: str, start: int, count: int) -> None:
-        pass
 
     def put(self, name: str, data: bytes) -> None:
         try:

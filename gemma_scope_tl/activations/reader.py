@@ -18,8 +18,8 @@ from gemma_scope_tl.activations.stored import Span, open_store
 from gemma_scope_tl.dtypes import parse_dtype
 
 READERS = 4
-"""Reads at a time; each needs ``CHUNK`` bytes where the bucket has another dtype than the store."""
-_CONVERTED = 16  # chunks to a read that converts: so that one is read while another is converted
+"""Places read at a time, each by one thread, for which the system reads ahead best; each takes ``CHUNK`` bytes where the
+bucket has another dtype than the store."""
 
 
 class StoreSource(BucketedSource):
@@ -88,13 +88,7 @@ class StoreSource(BucketedSource):
             reads: list[Future[None]] = []
             for span in self.store.spans(start, count):
                 for place in self.widths:
-                    into = bucket.tensors[place][at : at + span.rows]
-                    most = span.rows if self._as_stored(into) else self._chunk_rows(place) * _CONVERTED
-                    for first in range(0, span.rows, most):
-                        part = into[first : first + most]
-                        reads.append(
-                            pool.submit(self._read, place, Span(span.shard, span.first + first, len(part)), part)
-                        )
+                    reads.append(pool.submit(self._read, place, span, bucket.tensors[place][at : at + span.rows]))
                 at += span.rows
             for read in reads:
                 read.result()
@@ -102,7 +96,7 @@ class StoreSource(BucketedSource):
     def _read(self, place: Place, span: Span, into: torch.Tensor) -> None:
         """Read rows of a shard into ``[rows, d]`` of any dtype and device."""
         if self.verify and (place, span.shard.stem) not in self._verified:
-            self.store.verify_shard(place, span.shard, remembered=True)
+            self.store.verify_shard(place, span.shard, remembered=True)  # one thread has a shard at a time
             self._verified.add((place, span.shard.stem))
         if self._as_stored(into):
             self.store.read_into(place, span.shard, span.first, tensor_bytes(into))

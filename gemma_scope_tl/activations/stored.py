@@ -85,12 +85,6 @@ class Store:
         begin = HEADER_BYTES + first * self.contents.row_bytes(place.key)
         self.folder.read_into(f"{place.key}/{shard.file_name}", begin, view)
 
-    def expect(self, place: Place, span: Span) -> None:
-        """Let the system read these rows ahead, where it can."""
-        size = self.contents.row_bytes(place.key)
-        name = f"{place.key}/{span.shard.file_name}"
-        self.folder.expect(name, HEADER_BYTES + span.first * size, span.rows * size)
-
     def verify_shard(
         self, place: Place, shard: StoredSet, remembered: bool = False, done: Callable[[int], object] | None = None
     ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -13,9 +13,18 @@ from rich.table import Table
 from gemma_scope_tl.cli.output import Json, console, print_frame
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from gemma_scope_tl.training.plan import Plan
 
 GIB = 2.0**30
+Places = Annotated[
+    Literal["place", "width"], typer.Option("--jobs-by", help="On Ray: a job a place, or a width of it.")
+]
+Harvesters = Annotated[int, typer.Option(min=1, help="On Ray: jobs that write a store that is not there yet.")]
+Address = Annotated[
+    str | None, typer.Option("--ray-address", help="Train as jobs on this Ray cluster; auto, host:port.")
+]
 
 
 def train(
@@ -26,6 +35,10 @@ def train(
     device_flops: Annotated[float | None, typer.Option(min=1.0, help="FLOP/s to plan for; else measured.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Start an unfinished run over.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Run what the plan says does not fit.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Train as jobs on a Ray on this machine.")] = False,
+    ray_address: Address = None,
+    jobs_by: Places = "place",
+    harvesters: Harvesters = 1,
     as_json: Json = False,
 ) -> None:
     """Train the SAEs of a configuration; called again, go on where it was stopped.
@@ -35,6 +48,8 @@ def train(
         gemma-scope train configs/demo.yaml
 
         gemma-scope train configs/gemma-2-2b-paper.yaml --plan --memory 16 --set "only=[res/layer_12/*]"
+
+        gemma-scope train configs/gemma-2-9b-paper.yaml --ray-address auto
     """
     from gemma_scope_tl.training.plan import plan_suite
     from gemma_scope_tl.training.stopping import TrainingStopped
@@ -49,7 +64,12 @@ def train(
             raise typer.Exit(1)
         return
     try:
-        table = train_suite(config, overrides=overrides, resume=not restart, force=force, progress=sys.stderr.isatty())
+        if ray or ray_address is not None:
+            table = _on_ray(config, overrides, ray_address, jobs_by, harvesters, not restart)
+        else:
+            table = train_suite(
+                config, overrides=overrides, resume=not restart, force=force, progress=sys.stderr.isatty()
+            )
     except TrainingStopped as stopped:
         typer.secho(str(stopped), fg="yellow", err=True)
         raise typer.Exit(128 + stopped.signal) from None
@@ -57,14 +77,30 @@ def train(
     print_frame(shown, f"{len(table)} SAEs", as_json)
 
 
+def _on_ray(
+    config: Path,
+    overrides: list[str],
+    address: str | None,
+    by: Literal["place", "width"],
+    harvesters: int,
+    resume: bool,
+) -> pd.DataFrame:
+    from gemma_scope_tl.cli.output import progress
+    from gemma_scope_tl.training.job_table import shown_jobs
+    from gemma_scope_tl.training.jobs import train_on_ray
+
+    with shown_jobs(progress) as show:
+        return train_on_ray(
+            config, overrides=overrides, address=address, by=by, harvesters=harvesters, resume=resume, show=show
+        )
+
+
 def _print_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         facts = {"jobs": plan.jobs.to_dict("records"), "totals": dict(plan.totals), "basis": plan.basis}
         typer.echo(json.dumps({**facts, "refusals": plan.refusals}, indent=2))
         return
-    rows: list[dict[str, Any]] = [
-        {str(key): value for key, value in row.items()} for row in plan.jobs.to_dict("records")
-    ]
+    rows: list[dict[str, Any]] = [{str(key): row[key] for key in row} for row in plan.jobs.to_dict("records")]
     table = Table("place", "SAEs", "widths", "tokens", "steps", "parameters", "memory", "store", "checkpoint", "time")
     for row in rows:
         time = "" if row["seconds"] is None else _time(row["seconds"])

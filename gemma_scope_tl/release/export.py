@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -174,7 +174,7 @@ def _write_registry(
 
 
 @contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Any]:
+def _bar(total: int, progress: bool) -> Generator[Any]:
     from rich.console import Console
     from rich.progress import Progress
 

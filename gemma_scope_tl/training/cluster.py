@@ -168,7 +168,9 @@ def _work(job: Job, board: Any, version: str) -> Any:
 
     if __version__ != version:
         raise GemmaScopeError(f"This worker has gemma-scope-tl {__version__}; the run was started with {version}.")
-    board.started.remote(job.name, socket.gethostname())
+    ray = import_ray()
+    with suppress(ray.exceptions.RayError):  # waited for, so that a lost attempt is known; without a board work goes on
+        ray.get(board.started.remote(job.name, socket.gethostname()), timeout=10.0)
     said = -_SECONDS_BETWEEN_REPORTS
 
     def report(step: int, steps: int) -> None:

@@ -312,9 +312,7 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
     if base is None:
         return found
     if not isinstance(base, str) or depth >= _MAX_EXTENDS:
-        raise TrainingStateError(
-            f"{path}: extends names one file, and files extend others {_MAX_EXTENDS} deep at most."
-        )
+        raise TrainingStateError(f"{path}: extends names one file, and {_MAX_EXTENDS} may extend each other.")
     return _merged(_read(path.parent / base, depth + 1), found)
 
 

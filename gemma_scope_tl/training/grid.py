@@ -72,6 +72,12 @@ def places_of(groups: Sequence[Group]) -> list[Place]:
     return list(dict.fromkeys(group.place for group in groups))
 
 
+def last_step(config: SuiteConfig) -> int:
+    """Steps of the longest training in the whole grid, whatever ``only`` leaves of it: where measuring begins. So
+    an SAE is measured on the same activations whichever others train beside it."""
+    return max(_steps(config, entry, recipe) for entry, recipe in zip(config.grid, config.recipes, strict=True))
+
+
 def _steps(config: SuiteConfig, entry: GridEntry, recipe: Recipe) -> int:
     own = entry.steps is not None or entry.tokens is not None
     steps, tokens = (entry.steps, entry.tokens) if own else (config.steps, config.tokens)

@@ -1,7 +1,7 @@
 """One configuration's SAEs as jobs on Ray: harvest the store, train the places, put the suite together.
 
-A job trains the SAEs of one place and length, by ``train_suite`` in a folder of its own, ``jobs/NAME`` in the run's. Its
-SAEs see what they would see in one process with all the others, and the seeds of weights follow from names; so the
+A job trains the SAEs of one place and length, by ``train_suite`` in a folder of its own, ``jobs/NAME`` in the run's.
+Its SAEs see what they would see in one process with all the others, and the seeds of weights follow from names; so the
 suite is the same to the bit where a job has as many threads as that process. All nodes must see the run's folder (and
 the store) under the same path: that is where a job that is started again finds its checkpoint, and where this process
 finds the results.
@@ -10,7 +10,6 @@ finds the results.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +25,9 @@ from gemma_scope_tl.training.checkpoint import check_same_run
 from gemma_scope_tl.training.cluster import Job, JobStatus, Report, run_jobs
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
+from gemma_scope_tl.training.joining import join_suites
 from gemma_scope_tl.training.model_sizes import sizes_of
+from gemma_scope_tl.training.suite import METRICS_NAME, RUN_NAME, SUITE_NAME, train_suite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from gemma_scope_tl.activations.source import Place, Source
 
 JOBS = "jobs"
-_RUN, _SUITE, _METRICS = "run.json", "suite.json", "metrics.jsonl"
 _PATIENCE = 120.0  # seconds in which a lost node's processes should be gone
 _HARVEST = "harvest"
 
@@ -108,12 +108,12 @@ def _train(
 
     groups = groups_of(config, sizes_of(config.model.name).dims)
     _begin(folder, config, resume)
-    if not (folder / _SUITE).exists():
+    if not (folder / SUITE_NAME).exists():
         jobs = jobs_of(config, groups, by, harvesters)
         statuses = run_jobs(jobs, address=address, retries=retries, show=show)
         _report_failures(folder, statuses)
-        _join(folder, config, groups, [folder / JOBS / job.name for job in jobs if job.function is train_job])
-    facts = json.loads((folder / _SUITE).read_text(encoding="utf-8"))
+        join_suites(folder, config, groups, [folder / JOBS / job.name for job in jobs if job.function is train_job])
+    facts = json.loads((folder / SUITE_NAME).read_text(encoding="utf-8"))
     return pd.DataFrame(facts["saes"]).astype({"layer": "Int64"})
 
 
@@ -136,7 +136,13 @@ def jobs_of(
     if config.source.kind == "store" and config.data is not None and not _is_store(str(config.source.path)):
         places = [place.key for place in places_of(groups)]
         harvest = [
-            _job(f"{_HARVEST}_{part}", harvest_job, config, {"places": places, "part": (part, harvesters)}, 0.0)
+            _job(
+                f"{_HARVEST}_{part}",
+                harvest_job,
+                _for_workers(config),
+                {"places": places, "part": (part, harvesters)},
+                0.0,
+            )
             for part in range(harvesters)
         ]
     parts = [part for group in groups for part in (_by_width(group) if by == "width" else [(group.name, group)])]
@@ -155,7 +161,6 @@ def train_job(report: Report, config: Mapping[str, Any]) -> str:
     import torch
 
     from gemma_scope_tl.training.sources import source_opener
-    from gemma_scope_tl.training.suite import train_suite
 
     checked = load_config(config)
     torch.set_num_threads(checked.threads or 1)
@@ -231,17 +236,28 @@ class _Reporting:
 
 def _alone(config: SuiteConfig, name: str, group: Group) -> SuiteConfig:
     """The configuration of one job: some SAEs, a folder of their own, and the run's tokens."""
-    folder = Path(config.output).absolute()
-    data = config.data
-    if data is not None and data.folder is None:
-        data = data.model_copy(update={"folder": str(folder / "tokens")})
-    changes = {
-        "output": str(folder / JOBS / name),
-        "only": [spec.name for spec in group.specs],
-        "data": data,
-        "threads": config.threads or 1,
-    }
+    shared = _for_workers(config)
+    output = str(Path(shared.output) / JOBS / name)
+    return shared.model_copy(update={"output": output, "only": [spec.name for spec in group.specs]})
+
+
+def _for_workers(config: SuiteConfig) -> SuiteConfig:
+    """Paths that hold in any folder, tokens in one place, and a job's threads."""
+    changes: dict[str, Any] = {"output": _absolute(config.output), "threads": config.threads or 1}
+    data, model, source = config.data, config.model, config.source
+    if data is not None:
+        folder = data.folder or f"{config.output}/tokens"
+        dataset = _absolute(data.dataset) if Path(data.dataset).exists() else data.dataset
+        changes["data"] = data.model_copy(update={"folder": _absolute(folder), "dataset": dataset})
+    if Path(model.name).is_dir():
+        changes["model"] = model.model_copy(update={"name": _absolute(model.name)})
+    if source.path is not None and "://" not in source.path:
+        changes["source"] = source.model_copy(update={"path": _absolute(source.path)})
     return config.model_copy(update=changes)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
 
 
 def _job(
@@ -284,17 +300,17 @@ def _is_store(path: str) -> bool:
 def _begin(folder: Path, config: SuiteConfig, resume: bool) -> None:
     """Say what the folder holds, or find that it holds another run."""
     if not resume:
-        for name in (_RUN, _SUITE, _METRICS):
+        for name in (RUN_NAME, SUITE_NAME, METRICS_NAME):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / JOBS, ignore_errors=True)
         (folder / JOBS).mkdir()
-    for name in (_SUITE, _RUN):
+    for name in (SUITE_NAME, RUN_NAME):
         if (folder / name).exists():
             found = json.loads((folder / name).read_text(encoding="utf-8"))
             check_same_run(found["config"], config.results, folder)
             return
     facts = {"format": "gemma_scope_tl run", "version": __version__, "config": config.results}
-    write_atomically(folder / _RUN, json.dumps(facts, indent=1) + "\n")
+    write_atomically(folder / RUN_NAME, json.dumps(facts, indent=1) + "\n")
 
 
 def _report_failures(folder: Path, statuses: Sequence[JobStatus]) -> None:
@@ -312,64 +328,3 @@ def _report_failures(folder: Path, statuses: Sequence[JobStatus]) -> None:
             f"{folder / JOBS}. What is done stays done: run the same again after the cause is gone.",
             statuses,
         )
-
-
-def _join(folder: Path, config: SuiteConfig, groups: Sequence[Group], parts: Sequence[Path]) -> None:
-    """Put the jobs' suites together as one process would have written them."""
-    from gemma_scope_tl.training.release import STAGE, folder_names
-    from gemma_scope_tl.weights.sniff import PARAMS_NAME
-
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    scales: dict[str, float] = {}
-    for part in parts:
-        if not (part / _SUITE).exists():
-            raise TrainingStateError(
-                f"A job is done, and {part / _SUITE} is not there: output must be a folder that all nodes share, under "
-                "one path."
-            )
-        facts = json.loads((part / _SUITE).read_text(encoding="utf-8"))
-        scales |= facts["scales"]
-        found |= {row["name"]: (part, row) for row in facts["saes"]}
-    specs = [spec for group in groups for spec in group.specs]
-    names = folder_names([(spec, found[spec.name][1]["l0"]) for spec in specs])
-    stage = folder / STAGE
-    for old in (stage, *(folder / site for site in {spec.place.site for spec in specs})):
-        shutil.rmtree(old, ignore_errors=True)
-    rows: list[dict[str, Any]] = []
-    for spec, name in zip(specs, names, strict=True):
-        part, row = found[spec.name]
-        (stage / name).mkdir(parents=True)
-        _link(part / row["path"] / PARAMS_NAME, stage / name / PARAMS_NAME)
-        rows.append({**row, "id": name.removeprefix(f"{spec.place.site}/"), "path": name})
-    for site in sorted(path.name for path in stage.iterdir()):
-        os.replace(stage / site, folder / site)
-    stage.rmdir()
-    write_atomically(
-        folder / _METRICS, _metrics(specs_order={spec.name: i for i, spec in enumerate(specs)}, parts=parts)
-    )
-    facts = {
-        "format": "gemma_scope_tl suite",
-        "version": __version__,
-        "config": config.results,
-        "scales": {place.key: scales[place.key] for place in places_of(groups)},
-        "saes": rows,
-    }
-    write_atomically(folder / _SUITE, json.dumps(facts, indent=1) + "\n")
-
-
-def _metrics(specs_order: Mapping[str, int], parts: Sequence[Path]) -> bytes:
-    """All jobs' metrics, by step and then in the order of the grid, as one process writes them."""
-    lines: list[tuple[int, int, bytes]] = []
-    for part in parts:
-        for line in (part / _METRICS).read_bytes().splitlines(keepends=True):
-            row = json.loads(line)
-            lines.append((row["step"], specs_order[row["name"]], line))
-    return b"".join(line for _, _, line in sorted(lines))
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy where file systems have no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -111,6 +111,7 @@ def process_mesh(
             data_ranks=data_ranks,
             mesh=mesh,
         )
+        dist.barrier()  # a process that leaves while another still talks to it would abort it
     finally:
         if begun:
             dist.destroy_process_group()

@@ -56,7 +56,7 @@ class Plan:
             )
         if t["disk"] > t["disk_free"]:
             found.append(
-                f"it needs {t['disk'] / GIB:,.1f} GiB of disk and {t['disk_free'] / GIB:,.1f} GiB are free at its output"
+                f"it needs {t['disk'] / GIB:,.1f} GiB of disk and {t['disk_free'] / GIB:,.1f} GiB are free there"
             )
         return found
 

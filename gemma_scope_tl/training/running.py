@@ -23,7 +23,7 @@ from gemma_scope_tl.training.checkpoint import (
     steps_of,
 )
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
-from gemma_scope_tl.training.grid import Group, places_of
+from gemma_scope_tl.training.grid import Group, last_step, places_of
 from gemma_scope_tl.training.logs import Logger, MetricsFile, open_loggers
 from gemma_scope_tl.training.place import PlaceTrainer
 from gemma_scope_tl.training.progress import suite_bar
@@ -56,6 +56,7 @@ class Run:
         """Read the last checkpoint, if there is one, or measure the scales."""
         self.config, self.groups, self.checkpoints, self.progress = config, groups, checkpoints, progress
         self.threads = config.threads or torch.get_num_threads()
+        torch.set_num_threads(self.threads)  # scales have their bits from it too
         self.ends = sorted({group.steps for group in groups})
         self.status: dict[str, dict[str, Any]] = {}
         self._open, self._source = source, source(places_of(groups))
@@ -88,7 +89,9 @@ class Run:
         ]
         if self._source_places() != set(places_of(self.groups)):
             self._source = self._open(places_of(self.groups))
-        measure(saes, self._source.batches(self.config.batch_size, self.ends[-1]), self.config.eval_batches)
+        torch.set_num_threads(self.threads)
+        unseen = self._source.batches(self.config.batch_size, last_step(self.config))
+        measure(saes, unseen, self.config.eval_batches)
         for sae in saes:
             sae.status = self.status.get(sae.spec.name, {})
         return saes
@@ -131,8 +134,8 @@ class Run:
                     if stop.seen:
                         name = signal.Signals(stop.seen).name
                         raise TrainingStopped(
-                            f"Stopped by {name} after step {self.step} of {self.ends[-1]}; {folder} is written, and the "
-                            "same call goes on from there.",
+                            f"Stopped by {name} after step {self.step} of {self.ends[-1]}; {folder} is written, and "
+                            "the same call goes on from there.",
                             stop.seen,
                         )
                 bar(self.step, rows)

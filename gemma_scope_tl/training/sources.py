@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_scope_tl.activations.source import Place, Source
+from gemma_scope_tl.activations.token_rows import TokenRows
 from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.training.config import SuiteConfig
 
@@ -43,8 +44,19 @@ def source_opener(config: SuiteConfig, model: Any = None, progress: bool = True)
 
 
 def _streaming(config: SuiteConfig, model: Any, shared: dict[str, Any], progress: bool) -> OpenSource:
-    from gemma_scope_tl.activations.sequences import pack_tokens
     from gemma_scope_tl.activations.streaming import StreamSource
+
+    loaded, rows = load_data(config, model, progress)
+    return lambda places: StreamSource(loaded, rows, places, batch_rows=config.source.batch_rows, **shared)
+
+
+def load_data(config: SuiteConfig, model: Any = None, progress: bool = True) -> tuple[Any, TokenRows]:
+    """The model of a run and its packed tokens; the configuration has ``data``.
+
+    Raises:
+        GemmaScopeError: whatever is wrong with the model or the text.
+    """
+    from gemma_scope_tl.activations.sequences import pack_tokens
     from gemma_scope_tl.adapters.loading import load_model
 
     data, own = config.data, config.model
@@ -64,4 +76,4 @@ def _streaming(config: SuiteConfig, model: Any, shared: dict[str, Any], progress
         limit_tokens=data.limit_tokens,
         progress=progress,
     )
-    return lambda places: StreamSource(loaded, rows, places, batch_rows=config.source.batch_rows, **shared)
+    return loaded, rows

@@ -74,9 +74,7 @@ def train_suite(
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise TrainingStateError(
-            f"Another process trains in {folder}: wait for it, or choose another output."
-        ) from None
+        raise TrainingStateError(f"Another process trains in {folder}: wait for it, or give another output.") from None
     with lock:
         if resume and (folder / SUITE_NAME).exists():
             return _finished(folder, checked)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from benchmarks.frontier import Budget, PeerSettings, comparison, load_points, ours, save_points
 from benchmarks.pareto import peers
-from benchmarks.peer_search import FOLDER, Log, chosen, search
+from benchmarks.recipe_search import FOLDER, Log, chosen, search
 from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.files import write_atomically
-from gemma_scope_tl.training.recipe import FAST
+from gemma_scope_tl.training.recipe import Recipe
 from gemma_scope_tl.viz.figures import save_figure
 from gemma_scope_tl.viz.training_figures import pareto
 from scripts.smollm2.data import describe, load_activations, token_rows
@@ -62,12 +62,13 @@ def harvest(work: Work = DEFAULT_WORK, tokens: Tokens = TOKENS, threads: Threads
 
 @app.command(name="search")
 def search_command(work: Work = DEFAULT_WORK, threads: Threads = 2) -> None:
-    """Adapt the peer's settings, found on the bundled model, to this one: its learning rate and coefficients."""
+    """Adapt the peer's settings found on the bundled model: learning rate, coefficients. Ours are taken over."""
     torch.set_num_threads(threads)
     held, x = _activations(work)
     plan = {
         mode: (PeerSettings(**entry["settings"]), float(entry["coefficient"]) * WIDTHS)
         for mode, entry in chosen(BUNDLED).items()
+        if mode != "ours"
     }
     stages = {
         mode: (one, (({"lr": one.lr / 3}, {"lr": one.lr * 3}),))
@@ -87,7 +88,7 @@ def run(work: Work = DEFAULT_WORK, threads: Threads = 2, steps: int = BUDGET.ste
     torch.set_num_threads(threads)
     held, x = _activations(work)
     budget = replace(BUDGET, steps=steps)
-    trained = ours(x, FAST, TARGETS, budget, Place("res", LAYER))
+    trained = ours(x, Recipe.from_json(chosen(BUNDLED)["ours"]), TARGETS, budget, Place("res", LAYER))
     trained += peers(x, held, chosen(NAME), PEER_TARGETS, budget, MIDDLE)
     points = evaluated(work / "model", token_rows(work, "heldout", HELDOUT_TOKENS), trained)
     setting: dict[str, Any] = {

@@ -93,6 +93,26 @@ print((peak() - before) / bucket.nbytes)
     assert 0.9 < float(done.stdout) < 1.33
 
 
+def test_memory_is_used_again_only_when_no_tensor_is_on_it() -> None:
+    bucket = Bucket(64, {A: 4, B: 3})
+    bucket.fill(0, values(64))
+    bucket.shuffle(0, 0)
+    held = [bucket.take(i, 8) for i in range(8)]
+    assert len({batch[A].data_ptr() for batch in held}) == 8
+    view, pointer = held[0][A][2:3, 1], held[0][A].data_ptr()
+    value = view.clone()
+    del held
+    later = [bucket.take(i, 8)[A] for i in range(8)]
+    assert pointer not in {x.data_ptr() for x in later} and torch.equal(view, value)
+    del later
+    first = bucket.take(0, 8)[A]
+    pointer = first.data_ptr()
+    del first
+    again = [bucket.take(1, 8)[A] for _ in range(2)]
+    assert pointer in {x.data_ptr() for x in again}
+    assert torch.equal(again[0], again[1])
+
+
 def test_bad_input_is_refused() -> None:
     for rows, widths, dtype in ((0, {A: 4}, torch.float32), (4, {}, torch.float32), (4, {A: 4}, torch.int32)):
         with pytest.raises(GemmaScopeError, match="No bucket"):

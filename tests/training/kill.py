@@ -96,7 +96,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
-        steps = max(options.steps, 8 * options.kills)
+        steps = max(options.steps, 60 * options.kills)
         killed_run(whole, 0, 0, steps)
         began = time.monotonic()
         hits = killed_run(broken, options.kills, options.seed, steps)

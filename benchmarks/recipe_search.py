@@ -1,4 +1,7 @@
-"""The search for SAELens's best JumpReLU settings: one setting at a time, from its documentation's, at one L0.
+"""The search for the best settings of both: one setting at a time, at one L0.
+
+SAELens's starts from its documentation's values, once for each penalty; ours from ``FAST``, without leaving the paper's
+loss and optimizer but for Adam's first beta.
 
 Every run of the search is kept in ``results/search/<name>.jsonl``, and none is run twice. A candidate's coefficient is
 adjusted so that its L0 comes near the target, and its FVU is taken at the target from the runs on both sides of it (or
@@ -16,9 +19,11 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.frontier import STEP, Budget, PeerSettings, coefficient_for, measure, theirs
+from benchmarks.frontier import STEP, Budget, PeerSettings, coefficient_for, measure, ours, theirs
 from benchmarks.timing import RESULTS
+from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.training.recipe import FAST, Recipe
 
 FOLDER = RESULTS / "search"
 RATES = ({"lr": 1e-3}, {"lr": 3e-3}, {"lr": 1e-2}, {"lr": 3e-2})
@@ -49,6 +54,17 @@ STAGES: dict[str, Stages] = {
     ),
 }
 """Where each penalty's search starts, and the changes tried one after the other; a change that helps is kept."""
+
+
+OUR_STAGES: Sequence[Sequence[dict[str, Any]]] = (
+    ({"lr": 1e-2}, {"lr": 1.5e-2}, {"lr": 2e-2}),
+    ({"bandwidth": 0.05}, {"bandwidth": 0.2}),
+    ({"init_threshold": 0.03}, {"init_threshold": 0.1}),
+    ({"l0_warm_up_steps": 500},),
+    ({"lr_decay": 0.5},),
+    ({"betas": (0.9, 0.999)},),
+)
+"""What is tried for ours, as above."""
 
 
 @dataclass
@@ -131,6 +147,40 @@ def search(
     best, _ = found["step"]
     found["quadratic"] = (replace(best, mode="quadratic"), guesses["quadratic"])
     return found
+
+
+def search_ours(
+    log: Log,
+    x: Tensor,
+    held: Tensor,
+    target: float,
+    budget: Budget,
+    place: Place,
+    *,
+    report: Callable[[str], Any] = print,
+) -> Recipe:
+    """Our best settings at the target L0, which is steered to and not searched for. Arguments as :func:`search`'s."""
+
+    def score(recipe: Recipe) -> float:
+        key = {"mode": "ours", **json.loads(json.dumps(asdict(recipe))), **asdict(budget), "target": target}
+
+        def train() -> dict[str, Any]:
+            (trained,) = ours(x, recipe, [target], budget, place)
+            return {**measure(trained.arrays, held), "seconds": round(trained.seconds, 1)}
+
+        row = log.run(key, train)
+        found = fvu_at([(row["l0"], row["fvu"])], target)
+        report(f"ours: FVU {found:.4f} with {recipe}")
+        return found
+
+    best = replace(FAST, batch_size=budget.batch_size)
+    lowest = score(best)
+    for stage in OUR_STAGES:
+        scored = [(score(one), one) for one in (replace(best, **change) for change in stage)]
+        value, one = min(scored, key=lambda pair: pair[0])
+        if value < lowest:
+            best, lowest = one, value
+    return best
 
 
 def _score(

@@ -1,0 +1,93 @@
+"""The suites that jobs have written, put together as one process would have written them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma_scope_tl import __version__
+from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
+from gemma_scope_tl.training.grid import Group, places_of
+from gemma_scope_tl.training.release import STAGE, folder_names
+from gemma_scope_tl.training.suite import METRICS_NAME, SUITE_NAME
+from gemma_scope_tl.weights.sniff import PARAMS_NAME
+
+
+def join_suites(folder: Path, config: SuiteConfig, groups: Sequence[Group], parts: Sequence[Path]) -> None:
+    """Write the suite of a run from those of its jobs.
+
+    ``params.npz`` are hard links to the jobs' files where the file system has them. Equal to the bit to what one
+    process writes; ``metrics.jsonl`` too where all lengths are multiples of ``log_every`` (a process that trains
+    several lengths logs at each one's end).
+
+    Args:
+        folder: of the run.
+        config: its configuration.
+        groups: its SAEs, in the order of the grid.
+        parts: folders of the jobs.
+
+    Raises:
+        TrainingStateError: a job's suite is not there.
+    """
+    found, scales = _suites(parts)
+    specs = [spec for group in groups for spec in group.specs]
+    names = folder_names([(spec, found[spec.name][1]["l0"]) for spec in specs])
+    stage = folder / STAGE
+    for old in (stage, *(folder / site for site in {spec.place.site for spec in specs})):
+        shutil.rmtree(old, ignore_errors=True)
+    rows: list[dict[str, Any]] = []
+    for spec, name in zip(specs, names, strict=True):
+        part, row = found[spec.name]
+        (stage / name).mkdir(parents=True)
+        _link(part / row["path"] / PARAMS_NAME, stage / name / PARAMS_NAME)
+        rows.append({**row, "id": name.removeprefix(f"{spec.place.site}/"), "path": name})
+    for site in sorted(path.name for path in stage.iterdir()):
+        os.replace(stage / site, folder / site)
+    stage.rmdir()
+    write_atomically(folder / METRICS_NAME, _metrics({spec.name: i for i, spec in enumerate(specs)}, parts))
+    facts = {
+        "format": "gemma_scope_tl suite",
+        "version": __version__,
+        "config": config.results,
+        "scales": {place.key: scales[place.key] for place in places_of(groups)},
+        "saes": rows,
+    }
+    write_atomically(folder / SUITE_NAME, json.dumps(facts, indent=1) + "\n")
+
+
+def _suites(parts: Sequence[Path]) -> tuple[dict[str, tuple[Path, dict[str, Any]]], dict[str, float]]:
+    """Every SAE's job and row, by its name, and all scales."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    scales: dict[str, float] = {}
+    for part in parts:
+        if not (part / SUITE_NAME).exists():
+            raise TrainingStateError(
+                f"A job is done, and {part / SUITE_NAME} is not there: output must be a folder that all nodes share, "
+                "under one path."
+            )
+        facts = json.loads((part / SUITE_NAME).read_text(encoding="utf-8"))
+        scales |= facts["scales"]
+        found |= {row["name"]: (part, row) for row in facts["saes"]}
+    return found, scales
+
+
+def _metrics(order: Mapping[str, int], parts: Sequence[Path]) -> bytes:
+    """All jobs' metrics, by step and then in the order of the grid."""
+    lines: list[tuple[int, int, bytes]] = []
+    for part in parts:
+        for line in (part / METRICS_NAME).read_bytes().splitlines(keepends=True):
+            row = json.loads(line)
+            lines.append((row["step"], order[row["name"]], line))
+    return b"".join(line for _, _, line in sorted(lines))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without a second name for a file
+        shutil.copyfile(source, target)

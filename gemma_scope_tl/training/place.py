@@ -1,0 +1,264 @@
+"""All SAEs of one place, stepped together from one stream of batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.training.dense_pass import DensePass
+from gemma_scope_tl.training.optimizer import Rate, adam_, on_sphere_
+from gemma_scope_tl.training.penalties import Prices
+from gemma_scope_tl.training.releasing import folded
+from gemma_scope_tl.training.shard import WHOLE, Shard
+from gemma_scope_tl.training.sparse_pass import SparsePass
+from gemma_scope_tl.training.spec import SAESpec, check_one_place
+from gemma_scope_tl.training.stack import Batch, Chunk, Member, Pass, members_of
+from gemma_scope_tl.training.state import flat_state, restore
+from gemma_scope_tl.training.steering import Lambda
+from gemma_scope_tl.training.weights import Weights, start
+from gemma_scope_tl.training.window import Window
+
+DENSE_ENTRIES = 0.06
+"""Share of pre-activations above the kernel's lower end from which on dense products are faster."""
+
+TEAM_VALUES = 1 << 20
+"""SAEs are computed together while their reconstructions of a batch have at most so many values. Above that the
+encoder's product and the sums are long enough by themselves, and each SAE's errors in memory at once would cost more."""
+
+
+class PlaceTrainer:
+    """Trains all SAEs of one place by the recipe of each; works in units of ``E ||x||^2 = 1``.
+
+    A step computes the losses of all SAEs, then changes them; the same batches give the same bits with the same number
+    of threads. Which others share a place changes an SAE's numbers by rounding only (the encoder's product and the
+    order of some sums depend on it).
+
+    Attributes:
+        specs: the SAEs.
+        members: where each lies in the stack.
+        weights: the parameters.
+        second: Adam's second moments; of a row of ``enc`` and ``dec`` it is right up to the step in ``last``.
+        steps_done: how many steps were made.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        specs: Sequence[SAESpec],
+        *,
+        total_steps: int,
+        device: str | torch.device = "cpu",
+        shard: Shard = WHOLE,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """
+        Args:
+            d_in, d_out: widths of the input and of what is reconstructed; equal but for transcoders.
+            specs: SAEs of one place with one batch size.
+            total_steps: length of the run, for recipes that decay the learning rate.
+            device: where parameters and batches are.
+            shard: this process's part of latents and batch.
+            dtype: float32 as in the paper, or float64.
+
+        Raises:
+            GemmaScopeError: SAEs that cannot be trained together, or a recipe with momentum.
+        """
+        check_one_place(specs)
+        _check(d_in, d_out, specs, total_steps, dtype)
+        self.specs, self.total_steps, self.shard = tuple(specs), total_steps, shard
+        self.d_in, self.d_out, self.dtype, self.device = d_in, d_out, dtype, torch.device(device)
+        self.members = members_of(specs, shard)
+        latents = self.members[-1].rows.stop
+        self.weights = Weights.zeros(latents, len(specs), d_in, d_out, dtype, self.device)
+        self.second = Weights.zeros(latents, len(specs), d_in, d_out, dtype, self.device)
+        start(self.weights, specs, [member.rows for member in self.members], shard)
+        self.last = torch.zeros(latents, dtype=torch.int64, device=self.device)
+        self.lambdas = [Lambda.of(spec) for spec in specs]
+        self.windows = [Window(m.rows.stop - m.rows.start, self.device) for m in self.members]
+        self.entries = [1.0] * len(specs)  # the share above the kernel's lower end, in the step before
+        self.steps_done = 0
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether the SAEs reconstruct another tensor than they read."""
+        return self.specs[0].is_transcoder
+
+    @torch.no_grad()
+    def step(self, x: Tensor, y: Tensor | None = None) -> None:
+        """One step of all SAEs.
+
+        Args:
+            x: ``[rows, d_in]``, this process's rows of the batch divided by ``C``; left as it is.
+            y: what transcoders reconstruct, ``[rows, d_out]``, divided by the input's ``C`` (appendix B).
+
+        Raises:
+            GemmaScopeError: another shape, a target where none belongs or none where one is needed, or a loss that is
+                not finite; no parameter has changed then.
+        """
+        batch = self._batch(x, y)
+        passes = self._passes(batch)
+        found = [row for each in passes for row in each.sums.tolist()]
+        self._check_finite(found)
+        for each in passes:
+            self._update(each, found, batch.n)
+        self.steps_done += 1
+
+    def _batch(self, x: Tensor, y: Tensor | None) -> Batch:
+        if (y is None) == self.is_transcoder:
+            what = "need a target y" if self.is_transcoder else "reconstruct their input: give no y"
+            raise GemmaScopeError(f"The SAEs of {self.specs[0].place.key} {what}.")
+        for name, tensor, width in (("x", x, self.d_in), ("y", x if y is None else y, self.d_out)):
+            if tensor.ndim != 2 or tensor.shape != (x.shape[0], width) or not x.shape[0]:
+                raise GemmaScopeError(f"{name} must be [{x.shape[0] or 'rows'}, {width}], not {list(tensor.shape)}.")
+        x = x.to(self.device, self.dtype).contiguous()
+        target = x if y is None else y.to(self.device, self.dtype)
+        return Batch(x, target, x.shape[0] * self.shard.data_ranks, not self.is_transcoder, self.shard)
+
+    def _passes(self, batch: Batch) -> list[Pass]:
+        """The forward half: dense SAEs by themselves, neighbouring sparse ones together."""
+        found: list[Pass] = []
+        for team in self._teams(batch.x.shape[0]):
+            if self._is_dense(team[0]):
+                found.append(DensePass(self.weights, team[0], batch))
+            else:
+                found.append(SparsePass(self.weights, team, batch))
+        return found
+
+    def _is_dense(self, member: Member) -> bool:
+        return self.entries[member.index] > DENSE_ENTRIES
+
+    def _teams(self, rows: int) -> list[list[Member]]:
+        teams: list[list[Member]] = []
+        values = 0
+        for member in self.members:
+            size = rows * self.d_out * len(member.segments)
+            joins = bool(teams) and not (self._is_dense(member) or self._is_dense(teams[-1][0]))
+            if joins and values + size <= TEAM_VALUES:
+                teams[-1].append(member)
+                values += size
+            else:
+                teams.append([member])
+                values = size
+        return teams
+
+    def _check_finite(self, found: Sequence[Sequence[float]]) -> None:
+        bad = [spec.name for spec, sums in zip(self.specs, found, strict=True) if not math.isfinite(sums[0] + sums[1])]
+        if bad:
+            names = ", ".join(bad)
+            raise GemmaScopeError(f"Step {self.steps_done}: the loss of {names} is not finite. Nothing was changed.")
+
+    def _prices(self, member: Member) -> Prices:
+        spec, step = self.specs[member.index], self.steps_done
+        recipe = spec.recipe
+        around = spec.target_l0 if recipe.l0_penalty == "quadratic" else None
+        frequency = recipe.frequency_coefficient_at(step)
+        return Prices(self.lambdas[member.index].at(step), around, frequency, recipe.frequency_limit)
+
+    def _update(self, each: Pass, found: Sequence[Sequence[float]], n: int) -> None:
+        """The backward half of a pass, and Adam."""
+        each.backward([self._prices(member) for member in each.members])
+        first = each.members[0].rows.start
+        for number, member in enumerate(each.members):
+            rate = self._rate(member)
+            for chunk in each.chunks(number):
+                self._update_rows(chunk, rate)
+            own, index = slice(member.rows.start - first, member.rows.stop - first), member.index
+            for name in ("b_enc", "log_threshold"):
+                grad = getattr(each.vectors, name)[own]
+                adam_(getattr(self.weights, name)[member.rows], getattr(self.second, name)[member.rows], grad, rate)
+            adam_(self.weights.b_dec[index], self.second.b_dec[index], each.b_dec[number], rate)
+            squares, _, active, entries = found[index]
+            self.entries[index] = entries / (n * member.d_sae)
+            self.lambdas[index].saw(self.steps_done, active / n)
+            self.windows[index].saw(self.steps_done + 1, squares / n, active / n, each.vectors.fired[own])
+
+    def _rate(self, member: Member) -> Rate:
+        recipe = self.specs[member.index].recipe
+        lr = recipe.lr_at(self.steps_done, self.total_steps)
+        return Rate(lr, recipe.betas[1], recipe.eps, self.steps_done + 1)
+
+    def _update_rows(self, chunk: Chunk, rate: Rate) -> None:
+        """Adam on both matrices where a chunk has gradients."""
+        last = self.last[chunk.rows]
+        arrays = [w[chunk.rows] for w in (self.weights.enc, self.second.enc, self.weights.dec, self.second.dec)]
+        at = chunk.touched
+        if at is not None:
+            arrays, last = [array.index_select(0, at) for array in arrays], last.index_select(0, at)
+        decay = None if bool((last == self.steps_done).all()) else rate.decay(last)
+        enc, enc_second, dec, dec_second = arrays
+        adam_(enc, enc_second, chunk.enc, rate, decay)
+        on_sphere_(dec, dec_second, chunk.dec, rate, decay)
+        if at is None:
+            last.fill_(rate.step)
+            return
+        self.last[chunk.rows].index_fill_(0, at, rate.step)
+        wholes = (self.weights.enc, self.second.enc, self.weights.dec, self.second.dec)
+        for whole, array in zip(wholes, arrays, strict=True):
+            whole[chunk.rows].index_copy_(0, at, array)
+
+    def status(self) -> list[dict[str, float | int | str]]:
+        """One row for each SAE, and a new window: ``error`` and ``l0`` are means since the last call.
+
+        ``error`` is ``||y - y_hat||^2`` in scaled units (1 is the mean square of the input), ``lambda`` and ``lr`` are
+        those of the next step, ``threshold`` the geometric mean, ``silent`` the share of latents that were not active
+        since the last call, ``dead`` of those not active in the last 1,000 steps.
+        """
+        rows: list[dict[str, float | int | str]] = []
+        for spec, member, steer, window in zip(self.specs, self.members, self.lambdas, self.windows, strict=True):
+            log = self.weights.log_threshold[member.rows].double().sum()
+            row: dict[str, float | int | str] = {"name": spec.name, "step": self.steps_done}
+            row |= window.report(self.steps_done, spec.d_sae, self.shard)
+            row["lambda"] = steer.at(self.steps_done)
+            row["lr"] = spec.recipe.lr_at(self.steps_done, self.total_steps)
+            row["threshold"] = math.exp(self.shard.sum_latents(log).item() / spec.d_sae)
+            rows.append(row)
+        return rows
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a resumed run needs to go on to the bit: copies on the CPU, under ``name/what``.
+
+        With a divided trainer, of this process's latents.
+        """
+        return flat_state(self)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` gave.
+
+        Raises:
+            GemmaScopeError: another suite's, another shape or dtype, or a value that is not finite; nothing has changed
+                then.
+        """
+        restore(self, state)
+
+    def released(self, index: int, scale: float) -> dict[str, Tensor]:
+        """An SAE for raw activations under Gemma Scope's names and layout; folded in float64 (appendix A).
+
+        Args:
+            index: which of ``specs``.
+            scale: ``C``, what the (input) activations were divided by.
+
+        Returns:
+            ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc``, ``b_dec`` and ``threshold`` in the trainer's
+            dtype on the CPU. With a divided trainer, of this process's latents.
+        """
+        params = self.weights.of(index, self.members[index].rows)
+        return folded(params, scale, pre_encoder_bias=not self.is_transcoder)
+
+
+def _check(d_in: int, d_out: int, specs: Sequence[SAESpec], total_steps: int, dtype: torch.dtype) -> None:
+    if min(d_in, d_out, total_steps) < 1:
+        raise GemmaScopeError(f"d_in, d_out and total_steps must be 1 or more, not {d_in}, {d_out}, {total_steps}.")
+    if d_in != d_out and not specs[0].is_transcoder:
+        raise GemmaScopeError(
+            f"{specs[0].place.key}: an SAE reconstructs its input, so d_out = {d_out} must be {d_in}."
+        )
+    if dtype not in (torch.float32, torch.float64):
+        raise GemmaScopeError(f"Training is in float32 (the paper's) or float64, not {dtype}.")
+    for spec in specs:
+        if spec.recipe.betas[0] != 0.0:
+            raise GemmaScopeError(f"{spec.name}: no first moment is kept, so the first of betas must be 0.")

@@ -1,0 +1,142 @@
+"""Configurations: what is read, merged and overridden, and what is refused with which words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.registry import list_saes
+from gemma_scope_tl.training.config import TrainingStateError, load_config
+from gemma_scope_tl.training.grid import groups_of
+from gemma_scope_tl.training.model_sizes import sizes_of
+from gemma_scope_tl.training.recipe import FAST, PAPER
+from tests.training.planted import DIMS, tiny_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def test_all_problems_at_once_with_nearest_names(tmp_path: Path) -> None:
+    bad = tiny_config(tmp_path, sead=1, checkpoint_every=0)
+    bad["source"]["bucket_row"] = 3
+    bad["grid"][0]["sites"] = ["ress"]
+    bad["grid"][1]["width"] = [1]
+    bad["recipe"]["lrr"] = 1
+    with pytest.raises(TrainingStateError) as caught:
+        load_config(bad)
+    text = str(caught.value)
+    assert "6 problems" in text
+    for part in (
+        "sead: Unknown key 'sead'. Nearest: seed",
+        "source.bucket_row: Unknown key 'bucket_row'. Nearest: bucket_rows",
+        "Unknown site 'ress'. Nearest: res",
+        "grid.1.width: Unknown key 'width'. Nearest: widths",
+        "Unknown recipe value 'lrr'. Nearest: lr",
+        "checkpoint_every: Input should be greater than 0, not 0",
+    ):
+        assert part in text, text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 5}, "one of steps and tokens"),
+        ({"steps": None}, "say how long to train"),
+        ({"source": {"kind": "streaming"}}, "data is missing"),
+        ({"source": {"kind": "store"}}, "source.path"),
+        ({"source": {"kind": "store", "path": "x", "bucket_rows": 100}}, "no multiple of the batch size, 64"),
+        ({"recipe": {"preset": "papr"}}, "Unknown recipe preset 'papr'. Nearest: paper"),
+        ({"grid": []}, "at least 1 item"),
+        ({"grid": [{"sites": ["res"], "widths": ["15k"], "lambdas": [1]}]}, "No power of two is written '15k'"),
+        ({"grid": [{"sites": ["res"], "widths": [64]}]}, "one of lambdas and target_l0s"),
+        ({"grid": [{"sites": ["res"], "widths": [64], "lambdas": [float("nan")]}]}, "finite number"),
+    ],
+)
+def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainingStateError, match=message):
+        load_config(tiny_config(tmp_path, **changes))
+
+
+def test_files_extend_each_other_and_are_overridden(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "output: a\nsteps: 5\nsource: {kind: store, path: s, bucket_rows: 128}\n"
+        "recipe: {preset: fast, batch_size: 64, lr: 7e-5}\n"
+        "grid:\n- {sites: [res], layers: [1], widths: [1k], lambdas: [6e-4]}\n"
+    )
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\noutput: b\nsource: {bucket_rows: 256}\n")
+    config = load_config(tmp_path / "top.yaml", ["grid.0.widths=[512, 16k]", "steps=4e3", "data.dataset=bundled"])
+    assert (config.output, config.source.path, config.source.bucket_rows) == ("b", "s", 256)
+    assert (config.steps, config.grid[0].widths, config.data and config.data.dataset) == (4000, [512, 16384], "bundled")
+    assert config.recipes == [replace(FAST, batch_size=64, lr=7e-5)]  # YAML reads 7e-5 as a word
+    assert load_config(config) == config
+    (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
+    for path, overrides, message in (
+        ("loop.yaml", [], "may extend each other"),
+        ("top.yaml", ["steps"], "no override"),
+        ("top.yaml", ["grid.3.widths=[1]"], "none of the list's numbers"),
+        ("none.yaml", [], "cannot be read"),
+    ):
+        with pytest.raises(GemmaScopeError, match=message):
+            load_config(tmp_path / path, overrides)
+
+
+def test_grid_names_groups_and_seeds(tmp_path: Path) -> None:
+    config = load_config(tiny_config(tmp_path))
+    groups = groups_of(config, DIMS)
+    assert [(g.place.key, g.steps, len(g.specs)) for g in groups] == [
+        ("res/layer_0", 24, 2),
+        ("res/layer_1", 24, 2),
+        ("transcoder/layer_1", 17, 1),
+    ]
+    specs = [spec for group in groups for spec in group.specs]
+    assert [s.name for s in specs][::2] == [
+        "res/layer_0/width_64/target_l0_4",
+        "res/layer_1/width_64/target_l0_4",
+        "transcoder/layer_1/width_64/lambda_0.01",
+    ]
+    assert len({spec.seed for spec in specs}) == 5
+    assert specs[-1].recipe.l0_coefficient == 0.01
+    part = groups_of(load_config(tiny_config(tmp_path, only=["*/target_l0_9"])), DIMS)
+    assert [s for g in part for s in g.specs] == [specs[1], specs[3]]  # their seeds do not depend on the others
+    twice = tiny_config(tmp_path)
+    twice["grid"].append(twice["grid"][0])
+    with pytest.raises(TrainingStateError, match="twice: res/layer_0/width_64/target_l0_4"):
+        groups_of(load_config(twice), DIMS)
+    with pytest.raises(TrainingStateError, match="fits no SAE"):
+        groups_of(load_config(tiny_config(tmp_path, only=["att/*"])), DIMS)
+    with pytest.raises(GemmaScopeError, match="has no layer 4"):
+        groups_of(load_config(tiny_config(tmp_path), ["grid.0.layers=[4]"]), DIMS)
+
+
+@pytest.mark.parametrize("size", ["2b", "9b"])
+def test_paper_configs_are_the_release(size: str) -> None:
+    """Every site, layer and width of the release's main suite is in the grid, and nothing else."""
+    config = load_config(CONFIGS / f"gemma-2-{size}-paper.yaml")
+    groups = groups_of(config, sizes_of(f"gemma-2-{size}").dims)
+    ours = {(g.place.site, g.place.layer, spec.d_sae) for g in groups for spec in g.specs}
+    table = list_saes(model=f"gemma-2-{size}")
+    layers = [None if layer is None or layer != layer else int(layer) for layer in table["layer"].astype(object)]
+    theirs = set(zip(table["site"], layers, table["d_sae"].astype(int), strict=True))
+    assert ours == theirs
+    tokens = {spec.d_sae: g.steps * config.batch_size for g in groups for spec in g.specs}
+    assert {d: round(n / 1e9) for d, n in tokens.items()} == {
+        d: 16 if d == 2**20 else 4 if d <= 2**14 else 8 for d in tokens
+    }
+    assert all(replace(spec.recipe, l0_coefficient=6e-4) == PAPER for g in groups for spec in g.specs)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_first_line_is_the_command(path: Path) -> None:
+    assert path.read_text().startswith(f"# gemma-scope train configs/{path.name}")
+    config = load_config(path)
+    assert groups_of(config, sizes_of(config.model.name).dims)
+
+
+def test_bundled_config_has_every_place() -> None:
+    config = load_config(CONFIGS / "bundled.yaml")
+    groups = groups_of(config, sizes_of("bundled").dims)
+    assert len(groups) == 17
+    assert sum(len(group.specs) for group in groups) == 12 * 6 + 5 * 3
