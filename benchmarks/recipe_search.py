@@ -1,7 +1,7 @@
 """The search for the best settings of both: one setting at a time, at one L0.
 
 SAELens's starts from its documentation's values, once for each penalty; ours from ``FAST``, without leaving the paper's
-loss and optimizer but for Adam's first beta.
+loss and optimizer.
 
 Every run of the search is kept in ``results/search/<name>.jsonl``, and none is run twice. A candidate's coefficient is
 adjusted so that its L0 comes near the target, and its FVU is taken at the target from the runs on both sides of it (or
@@ -62,7 +62,6 @@ OUR_STAGES: Sequence[Sequence[dict[str, Any]]] = (
     ({"init_threshold": 0.03}, {"init_threshold": 0.1}),
     ({"l0_warm_up_steps": 500},),
     ({"lr_decay": 0.5},),
-    ({"betas": (0.9, 0.999)},),
 )
 """What is tried for ours, as above."""
 
@@ -149,6 +148,32 @@ def search(
     return found
 
 
+def slower_too(
+    log: Log,
+    x: Tensor,
+    held: Tensor,
+    target: float,
+    budget: Budget,
+    found: Mapping[str, tuple[PeerSettings, float]],
+    *,
+    report: Callable[[str], Any] = print,
+) -> dict[str, tuple[PeerSettings, float]]:
+    """The searched settings again at the full budget, where half the rate may be better."""
+    settled: dict[str, tuple[PeerSettings, float]] = {}
+    for mode, (best, guess) in found.items():
+        if mode == "quadratic":  # takes over what is settled for ``step``
+            settled[mode] = (replace(settled["step"][0], mode=mode), guess)
+            continue
+        scored = [
+            (_score(log, x, held, one, guess, target, budget), one) for one in (best, replace(best, lr=best.lr / 2))
+        ]
+        for (value, _), one in scored:
+            report(f"{mode}, {budget.steps} steps: FVU {value:.4f} with {one}")
+        (_, at), one = min(scored, key=lambda pair: pair[0][0])
+        settled[mode] = (one, at)
+    return settled
+
+
 def search_ours(
     log: Log,
     x: Tensor,
@@ -161,26 +186,39 @@ def search_ours(
 ) -> Recipe:
     """Our best settings at the target L0, which is steered to and not searched for. Arguments as :func:`search`'s."""
 
-    def score(recipe: Recipe) -> float:
-        key = {"mode": "ours", **json.loads(json.dumps(asdict(recipe))), **asdict(budget), "target": target}
-
-        def train() -> dict[str, Any]:
-            (trained,) = ours(x, recipe, [target], budget, place)
-            return {**measure(trained.arrays, held), "seconds": round(trained.seconds, 1)}
-
-        row = log.run(key, train)
-        found = fvu_at([(row["l0"], row["fvu"])], target)
-        report(f"ours: FVU {found:.4f} with {recipe}")
-        return found
-
     best = replace(FAST, batch_size=budget.batch_size)
-    lowest = score(best)
+    lowest = score_ours(log, x, held, best, target, budget, place, report=report)
     for stage in OUR_STAGES:
-        scored = [(score(one), one) for one in (replace(best, **change) for change in stage)]
+        tried = [replace(best, **change) for change in stage]
+        scored = [(score_ours(log, x, held, one, target, budget, place, report=report), one) for one in tried]
         value, one = min(scored, key=lambda pair: pair[0])
         if value < lowest:
             best, lowest = one, value
     return best
+
+
+def score_ours(
+    log: Log,
+    x: Tensor,
+    held: Tensor,
+    recipe: Recipe,
+    target: float,
+    budget: Budget,
+    place: Place,
+    *,
+    report: Callable[[str], Any] = print,
+) -> float:
+    """FVU of ours at the target L0; infinite where L0 did not come within a factor of two."""
+    key = {"mode": "ours", **json.loads(json.dumps(asdict(recipe))), **asdict(budget), "target": target}
+
+    def train() -> dict[str, Any]:
+        (trained,) = ours(x, recipe, [target], budget, place)
+        return {**measure(trained.arrays, held), "seconds": round(trained.seconds, 1)}
+
+    row = log.run(key, train)
+    found = fvu_at([(row["l0"], row["fvu"])], target)
+    report(f"ours, {budget.steps} steps: FVU {found:.4f} with {recipe}")
+    return found
 
 
 def _score(

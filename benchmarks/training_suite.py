@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from gemma_scope_tl.training.place import PlaceTrainer
 from sae_lens.config import LoggingConfig
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAEConfig
@@ -36,6 +35,7 @@ from gemma_scope_tl.activations.token_rows import TokenRows
 from gemma_scope_tl.evals.packing import pack_texts
 from gemma_scope_tl.sae.training import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from gemma_scope_tl.sites import get_site
+from gemma_scope_tl.training.place import PlaceTrainer
 from gemma_scope_tl.training.recipe import FAST, Recipe
 from gemma_scope_tl.training.runners import GemmaScopeMultiTrainingRunner
 from gemma_scope_tl.training.spec import SAESpec
@@ -83,7 +83,10 @@ class Data:
         self.held = self._packed(texts[::5])
 
     def _packed(self, texts: Iterable[str]) -> TokenRows:
-        return TokenRows.from_ids(pack_texts(self.model.tokenizer, texts, CONTEXT), special=(BOS, EOS, PAD))
+        """Rows in a shuffled order: the text comes domain by domain, and the two buffers mix differently far."""
+        rows = pack_texts(self.model.tokenizer, texts, CONTEXT)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        return TokenRows.from_ids(rows[order], special=(BOS, EOS, PAD))
 
     @cached_property
     def dataset(self) -> Dataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,25 @@ class Measured:
 
 
 def measured(results: Path) -> Measured:
-    """Read training_step.json and store.json of the folder ``results``, if they are there."""
-    return Measured()
+    """What training_step.json and store.json of the folder ``results`` say: rows with these keys.
+
+    ``encoder_products`` of a training step, the largest of the file (the least favourable shape measured);
+    ``read_bytes_per_s`` and ``write_bytes_per_s`` of a store, likewise the least.
+    """
+    products = [row["encoder_products"] for row in _rows(results / "training_step.json", "encoder_products")]
+    reads = [row["read_bytes_per_s"] for row in _rows(results / "store.json", "read_bytes_per_s")]
+    writes = [row["write_bytes_per_s"] for row in _rows(results / "store.json", "write_bytes_per_s")]
+    found = Measured()
+    if products:
+        source = "benchmarks/results/training_step.json, on a processor: that a GPU has the same ratio is assumed"
+        found = replace(found, products=max(products), products_source=source)
+    if reads or writes:
+        speeds = {"store_read": min(reads, default=None), "store_write": min(writes, default=None)}
+        found = replace(found, **speeds, store_source="benchmarks/results/store.json")
+    return found
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _rows(path: Path, key: str) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if row.get(key) is not None]

@@ -120,7 +120,7 @@ def test_the_peer_is_compared_at_our_l0_on_its_lower_envelope() -> None:
     with pytest.raises(GemmaScopeError, match="both sides of L0 9"):
         frontier.interpolated(points, 9.0)
     ours = {"recipe": "ours", "l0": 20.0, "fvu": 0.1, "delta_loss": 0.05}
-    peers = [{"recipe": "peer", "l0": l0, "fvu": fvu, "delta_loss": fvu / 4} for l0, fvu in points]
+    peers = [{"recipe": f"{frontier.PEER}, tanh", "l0": l0, "fvu": fvu, "delta_loss": fvu / 4} for l0, fvu in points]
     assert [row["ratio"] for row in frontier.comparison([ours, *peers], "x")] == pytest.approx([2.0, 1.0])
 
 

@@ -18,8 +18,8 @@ from gemma_scope_tl.activations.stored import Span, open_store
 from gemma_scope_tl.dtypes import parse_dtype
 
 READERS = 4
-"""Places read at a time, each by one thread, for which the system reads ahead best; each takes ``CHUNK`` bytes where the
-bucket has another dtype than the store."""
+"""Places read at a time, each by one thread, for which the system reads ahead best; each takes ``CHUNK`` bytes where
+the bucket has another dtype than the store."""
 
 
 class StoreSource(BucketedSource):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -78,21 +78,8 @@ def write_store(
     kept = kept_by_pass(token_rows, batch_rows)
     if not sum(kept):
         raise GemmaScopeError("The token rows hold no position to train on: nothing to store.")
-    contents = Contents(
-        model=str(model.model_id or getattr(model.cfg, "model_name", "")),
-        backend=model.backend,
-        weights=fingerprint(model),
-        tokens=token_rows.sha256,
-        tokenizer=token_rows.tokenizer,
-        context=token_rows.context,
-        token_rows=len(token_rows),
-        batch_rows=batch_rows,
-        rows=sum(kept),
-        dtype=_stored_dtype(dtype),
-        shard_bytes=_checked_size(shard_bytes),
-        parts=_checked_part(part),
-        places={place.key: width for place, width in harvester.widths.items()},
-    )
+    cuts = {"shard_bytes": _checked_size(shard_bytes), "batch_rows": batch_rows, "parts": _checked_part(part)}
+    contents = _contents(model, token_rows, harvester.widths, sum(kept), _stored_dtype(dtype), cuts)
 
     def run(number: int) -> dict[Place, torch.Tensor]:
         tokens = token_rows[number * batch_rows : (number + 1) * batch_rows]
@@ -148,6 +135,29 @@ def fingerprint(model: Any) -> str:
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _contents(
+    model: GemmaModel,
+    token_rows: TokenRows,
+    widths: Mapping[Place, int],
+    rows: int,
+    dtype: Literal["float32", "bfloat16"],
+    cuts: Mapping[str, int],
+) -> Contents:
+    return Contents(
+        model=str(model.model_id or getattr(model.cfg, "model_name", "")),
+        backend=model.backend,
+        weights=fingerprint(model),
+        tokens=token_rows.sha256,
+        tokenizer=token_rows.tokenizer,
+        context=token_rows.context,
+        token_rows=len(token_rows),
+        rows=rows,
+        dtype=dtype,
+        places={place.key: width for place, width in widths.items()},
+        **cuts,
+    )
 
 
 def _finished(folder: Folder, contents: Contents) -> bool:

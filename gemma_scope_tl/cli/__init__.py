@@ -8,7 +8,7 @@ import sys
 import typer
 from rich.table import Table
 
-from gemma_scope_tl.cli import catalogue, evals, models, train
+from gemma_scope_tl.cli import catalogue, evals, models, studies, train
 from gemma_scope_tl.cli.output import Json, console, progress
 from gemma_scope_tl.cli.registry import registry_app
 from gemma_scope_tl.errors import GemmaScopeError
@@ -27,6 +27,7 @@ app.command("top-tokens")(models.top_tokens_command)
 app.command()(models.attribute)
 app.command("eval")(evals.eval_command)
 app.command()(train.train)
+app.add_typer(studies.studies_app, name="study")
 app.add_typer(registry_app, name="registry")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from gemma_scope_tl.errors import unknown_name
+from gemma_scope_tl.errors import RegistryError, unknown_name
 from gemma_scope_tl.registry.catalog import checked_model, header_of, headers, load_release, releases
 from gemma_scope_tl.registry.schema import SAERow
 from gemma_scope_tl.registry.widths import width_label
@@ -39,6 +40,23 @@ COLUMNS = {
 }
 """The table's columns and their dtypes, the same for an empty one."""
 
+METRICS = {
+    "l0_measured": "float64",
+    **{
+        name: "float64"
+        for metric in ("fvu", "delta_loss", "loss_recovered", "kl")
+        for name in (metric, f"{metric}_low", f"{metric}_high")
+    },
+    "loss_clean": "float64",
+    "loss_spliced": "float64",
+    "dead": "float64",
+    "dense": "float64",
+    "tokens": "Int64",
+}
+"""Columns that ``with_metrics`` adds, of the results in :data:`RESULTS`."""
+RESULTS = Path(__file__).resolve().parents[1] / "bundled" / "results"
+"""A ``<release>.csv`` for each release that was measured, and the configuration beside it."""
+
 
 def list_saes(
     model: str | Iterable[str] | None = None,
@@ -47,16 +65,25 @@ def list_saes(
     width: str | int | Iterable[str | int] | None = None,
     release: str | Iterable[str] | None = None,
     pattern: str | None = None,
+    *,
+    with_metrics: bool = False,
 ) -> pd.DataFrame:
     """A row per SAE that fits every condition, by release, layer, site, width and L0.
 
-    Args and errors are those of :func:`select_rows`.
+    Args and errors are those of :func:`select_rows`, and:
+        with_metrics: add the measured metrics that come with the package (:data:`METRICS`); missing where an SAE was
+            not measured, or its weights are others now (the results know the sha256 of the weights).
 
     Returns:
-        The columns of :data:`COLUMNS`. ``canonical`` marks the rows that ``canonical_id`` names as well.
+        The columns of :data:`COLUMNS`. ``canonical`` marks the rows that ``canonical_id`` names as well; ``l0`` is the
+        registry's, ``l0_measured`` that of the results.
         Conditions that are valid and fit nothing give an empty table with the same columns.
+
+    Raises:
+        RegistryError: for a file of results that cannot be read, with ``with_metrics``.
     """
-    return _table(select_rows(model, site, layer, width, release, pattern))
+    table = _table(select_rows(model, site, layer, width, release, pattern))
+    return _with_metrics(table) if with_metrics else table
 
 
 def select_rows(
@@ -123,6 +150,31 @@ def _table(rows: Sequence[SAERow]) -> pd.DataFrame:
         for name, dtype in COLUMNS.items()
     }
     return pd.DataFrame(columns)
+
+
+def _with_metrics(table: pd.DataFrame) -> pd.DataFrame:
+    import pandas as pd
+
+    keys = ["release", "id", "sha256"]
+    empty = pd.DataFrame(
+        {name: pd.Series(dtype=dtype) for name, dtype in {**dict.fromkeys(keys, "string"), **METRICS}.items()}
+    )  # pyright: ignore
+    files = [RESULTS / f"{name}.csv" for name in table["release"].unique()]
+    frames = [empty, *(_results(path) for path in files if path.is_file())]
+    measured = pd.concat([frame[[*keys, *METRICS]] for frame in frames if len(frame)] or [empty])
+    joined = table.merge(measured, on=keys, how="left", validate="one_to_one")
+    return joined.astype({**COLUMNS, **METRICS})  # pyright: ignore
+
+
+def _results(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path, dtype=dict.fromkeys(("release", "id", "sha256"), "string"))
+        found = frame.rename(columns={"l0": "l0_measured"})
+        return found.astype(METRICS)  # pyright: ignore
+    except (OSError, ValueError, KeyError) as error:  # pandas' parser errors are ValueErrors
+        raise RegistryError(f"{path} does not hold results: {error} Install the package again.") from error
 
 
 def _matches(row: SAERow, canonical_release: str | None, pattern: str) -> bool:

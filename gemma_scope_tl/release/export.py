@@ -48,15 +48,11 @@ def export_suite(
         out: the folder of the repository; with ``repos="site"`` the folder that holds one a site.
         about: what the files cannot say; only the licence must be given.
         name: the release's; by default the name of ``out``.
-        layout: ``"gemma-scope"`` writes ``layer_L/width_W/average_l0_N/params.npz`` (embeddings
-            ``embedding/width_W/…``), below a folder for the site where there are several; ``"sae-lens"`` writes
-            ``cfg.json`` and ``sae_weights.safetensors`` below ``sae_lens/``; ``"both"`` writes both.
-        repos: ``"one"`` repository, or one a ``"site"`` as Google has them, called ``<name>-<site>``; the embedding's
-            SAEs go with those of res.
-        circuit_tracer: write transcoders for circuit-tracer too, below ``circuit_tracer/width_W/``; needs
-            ``about.base_model``.
-        model: the model's name, where the source does not say it.
-        site: the site, for a source folder that does not say it.
+        layout: ``"gemma-scope"`` writes ``params.npz`` as released, below a folder for the site where there are
+            several; ``"sae-lens"`` its two files below ``sae_lens/``; ``"both"`` writes both.
+        repos: ``"one"``, or one a ``"site"`` as Google has them, ``<name>-<site>``; the embedding's go with res.
+        circuit_tracer: write transcoders for circuit-tracer too (``circuit_tracer/width_W/``).
+        model, site: the model's name and the site, where the source does not say them.
         metrics: the table that ``evaluate`` returned.
         canonical: mark the SAE nearest to an L0 of 100 for every site, layer and width.
         progress: show a bar on standard error.
@@ -68,33 +64,34 @@ def export_suite(
         GemmaScopeError: a fact is missing, two SAEs would get one folder, or a folder holds other files already.
         WeightsError: a file of the source fails a check.
     """
-    for kind, given, valid in (
-        ("layout", layout, get_args(Layout)),
-        ("choice of repositories", repos, get_args(Repos)),
-    ):
-        if given not in valid:
-            raise unknown_name(kind, given, valid)
-    if circuit_tracer and not about.base_model:
-        raise GemmaScopeError("circuit-tracer's config.yaml names the model on the Hub: give about.base_model.")
+    _check_choices(layout, repos, circuit_tracer, about)
     root = Path(out).expanduser()
     title = name or root.resolve().name
     items = collect(source, model, site)
     _check_out(root, source)
     groups = _groups(items, repos, title, root)
     matched = dict(zip(map(id, items), match_metrics(items, metrics), strict=True))
-    layouts = ["gemma-scope", "sae-lens"] if layout == "both" else [layout]
+    layouts: list[str] = ["gemma-scope", "sae-lens"] if layout == "both" else [layout]
     with _bar(len(items), progress) as step:
         for release, (folder, here) in groups.items():
-            extra = circuit_tracer and any(item.site == "transcoder" for item in here)
             paths = _write_weights(folder, here, layouts, step)
-            if extra:
+            shown = list(layouts)
+            if circuit_tracer and any(item.site == "transcoder" for item in here):
                 _write_transcoders(folder, here, about.base_model or "")
-            shown = [*layouts, *(["circuit-tracer"] if extra else [])]
-            rows = [matched[id(item)] for item in here]
-            text = render_card(release, here, paths, rows, about, shown)
+                shown.append("circuit-tracer")
+            text = render_card(release, here, paths, [matched[id(item)] for item in here], about, shown)
             write_atomically(folder / "README.md", text)
             _write_registry(folder, release, here, about, layouts[0], canonical)
     return [folder for folder, _ in groups.values()]
+
+
+def _check_choices(layout: str, repos: str, circuit_tracer: bool, about: About) -> None:
+    if layout not in get_args(Layout):
+        raise unknown_name("layout", layout, get_args(Layout))
+    if repos not in get_args(Repos):
+        raise unknown_name("choice of repositories", repos, get_args(Repos))
+    if circuit_tracer and not about.base_model:
+        raise GemmaScopeError("circuit-tracer's config.yaml names the model on the Hub: give about.base_model.")
 
 
 def _check_out(root: Path, source: Any) -> None:

@@ -17,7 +17,8 @@ from gemma_scope_tl.training.stack import Batch, Chunk, Member, Vectors, residua
 from gemma_scope_tl.training.weights import Weights
 
 BLOCK_BYTES = 8 << 20
-"""Size of one ``[batch, block]`` temporary; a step has some four at a time."""
+"""Size of one ``[batch, block]`` temporary; a step has some four at a time. Masks are floating-point: comparing into
+them, and adding them up by products with ones, takes a third of the time that boolean masks take."""
 
 
 class DensePass:
@@ -34,13 +35,14 @@ class DensePass:
             self.bias = self.bias - self.enc @ self.b_dec_old
         n, shard = batch.x.shape[0], batch.shard
         partial = batch.x.new_zeros(n, len(member.segments), weights.dec.shape[1])
-        self.l0 = torch.zeros(n, dtype=torch.int64, device=batch.x.device)
-        entries = self.l0.new_zeros(())
+        self.l0 = batch.x.new_zeros(n)
+        entries = self.l0.new_zeros((), dtype=torch.float64)
         for segment, at in self._blocks():
             z = self._pre(at)
-            on = z > self.theta[at]
+            mask = torch.gt(z, self.theta[at] - 0.5 * member.bandwidth, out=torch.empty_like(z))
+            entries += mask.sum(1).double().sum()
+            on = torch.gt(z, self.theta[at], out=mask)
             self.l0 += on.sum(1)
-            entries += (z > self.theta[at] - 0.5 * member.bandwidth).sum()
             partial[:, segment].addmm_(z.mul_(on), self.dec[at])
         self.g_out, squares = residuals_(shard.sum_latents(partial), self.b_dec_old, batch.y, batch.n)
         squares = squares.double()
@@ -62,10 +64,10 @@ class DensePass:
     def backward(self, prices: Sequence[Prices]) -> None:
         """The prices and the direct part of ``b_dec``'s gradient; the rest comes with the blocks."""
         (self.prices,) = prices
-        l0 = self.l0.to(self.theta.dtype)
+        l0 = self.l0
         if self.prices.around is not None:
-            l0 = self.batch.shard.sum_latents(l0)
-        self.row_prices = self.prices.of_rows(l0, self.batch.n).unsqueeze(1)
+            l0 = self.batch.shard.sum_latents(l0.clone())
+        self.row_prices = self.prices.of_rows(l0, self.batch.n)
         self.b_dec = self.batch.shard.sum_data(self.g_out[:, 0].sum(0, keepdim=True))
         zeros = torch.zeros_like(self.theta)
         self.vectors = Vectors(zeros, zeros.clone(), zeros.clone())
@@ -91,13 +93,15 @@ class DensePass:
         """Gradients of this block's rows of both matrices from this process's rows; fills the block of the vectors."""
         theta, half, g_out = self.theta[at], 0.5 * self.member.bandwidth, self.g_out[:, segment]
         z = self._pre(at)
-        on = z > theta
-        near = ((z > theta - half) & (z < theta + half)).to(z.dtype)
+        on, near, work = (torch.empty_like(z) for _ in range(3))
+        torch.gt(z, theta, out=on)
+        torch.gt(z, theta - half, out=near).mul_(torch.lt(z, theta + half, out=work))
         dec = z.mul_(on).T @ g_out
         g = torch.mm(g_out, self.dec[at].T, out=z)
-        charge = (g * theta).add_(self.row_prices).mul_(near).sum(0)
+        ones = g.new_ones(g.shape[0])
+        charge = (ones @ torch.mul(g, near, out=work)) * theta + self.row_prices @ near
         g.mul_(on)
-        sums = torch.stack([g.sum(0), charge, on.sum(0).to(z.dtype), near.sum(0)])
+        sums = torch.stack([ones @ g, charge, ones @ on, ones @ near])
         b_enc, charge, fired, close = self.batch.shard.sum_data(sums).unbind()
         if self.prices.frequency:
             charge = charge + close * self.prices.of_latents(fired, self.batch.n)

@@ -27,7 +27,7 @@ DENSE_ENTRIES = 0.06
 
 TEAM_VALUES = 1 << 20
 """SAEs are computed together while their reconstructions of a batch have at most so many values. Above that the
-encoder's product and the sums are long enough by themselves, and each SAE's errors in memory at once would cost more."""
+encoder's product and the sums are long enough by themselves, and all SAEs' errors in memory at once would cost more."""
 
 
 class PlaceTrainer:

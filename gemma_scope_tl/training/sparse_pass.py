@@ -2,8 +2,8 @@
 
 All other work is on *entries*: pre-activations above the lower end of the threshold's kernel, active or not, a few
 dozen of thousands a token. The SAEs are one stack of latents that read one input, so they share the encoder's product
-and every operation after it. Entries come in the order (token, SAE, prefix segment, latent), so each token has a row for
-each segment of each SAE: decoding and the gradients of the values are sums over such rows.
+and every operation after it. Entries come in the order (token, SAE, prefix segment, latent), so each token has a row
+for each segment of each SAE: decoding and the gradients of the values are sums over such rows.
 
 With ``G_t`` the error term's gradient at a row's reconstruction, ``g = G_t . d_i`` that of a latent, ``on`` its being
 active, ``K`` the kernel at its pre-activation and ``price`` the penalties', the sums running over the batch::

@@ -78,7 +78,7 @@ def train_suite(
     with lock:
         if resume and (folder / SUITE_NAME).exists():
             return _finished(folder, checked)
-        if not force and source is None:
+        if not force and source is None and model is None:  # of a model in hand the sizes are not looked up
             plan_suite(checked, measure=False).check()
         _prepare(folder, checked, groups, resume)
         return _train(folder, checked, groups, source or source_opener(checked, model, progress), progress)

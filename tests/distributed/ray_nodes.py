@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,4 +42,8 @@ def two_nodes() -> Iterator[Any]:
             ray.shutdown()
             if cluster is not None:
                 cluster.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+            for _ in range(20):  # processes that are about to end may still write logs
+                shutil.rmtree(folder, ignore_errors=True)
+                if not os.path.exists(folder):
+                    break
+                time.sleep(0.1)

@@ -93,6 +93,15 @@ def test_without_results_the_plan_says_what_it_assumes(tmp_path: Path) -> None:
     assert found.store_read is None
 
 
+def test_with_results_the_plan_uses_the_least_favourable(tmp_path: Path) -> None:
+    rows = [{"what": "a", "encoder_products": 1.5}, {"what": "b", "encoder_products": 2.5}, {"what": "c"}]
+    (tmp_path / "training_step.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "store.json").write_text(json.dumps({"rows": [{"read_bytes_per_s": 3e9}, {"read_bytes_per_s": 2e9}]}))
+    found = measured(tmp_path)
+    assert (found.products, found.store_read, found.store_write) == (2.5, 2e9, None)
+    assert "training_step.json" in found.products_source
+
+
 def test_faster_hardware_takes_fewer_hours() -> None:
     slow = plan_cluster.Hardware()
     fast = plan_cluster.Hardware(fp32_flops=2 * slow.fp32_flops, gpu_memory_bandwidth=2 * slow.gpu_memory_bandwidth)

@@ -12,7 +12,7 @@ from benchmarks.table import with_table
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/clusters.md")
 
 
 def test_the_python_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,7 +45,7 @@ def test_links_lead_somewhere(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), f"{document}: {target}"
+            assert ((ROOT / document).parent / target).exists(), f"{document}: {target}"
 
 
 def test_every_make_target_in_the_documents_exists() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from gemma_scope_tl.errors import GemmaScopeError
@@ -118,7 +119,7 @@ def test_paper_configs_are_the_release(size: str) -> None:
     groups = groups_of(config, sizes_of(f"gemma-2-{size}").dims)
     ours = {(g.place.site, g.place.layer, spec.d_sae) for g in groups for spec in g.specs}
     table = list_saes(model=f"gemma-2-{size}")
-    layers = [None if layer is None or layer != layer else int(layer) for layer in table["layer"].astype(object)]
+    layers = [None if pd.isna(layer) else int(layer) for layer in table["layer"]]
     theirs = set(zip(table["site"], layers, table["d_sae"].astype(int), strict=True))
     assert ours == theirs
     tokens = {spec.d_sae: g.steps * config.batch_size for g in groups for spec in g.specs}

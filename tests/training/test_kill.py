@@ -15,9 +15,9 @@ from tests.training.planted import PlantedSource, tiny_config
 
 
 def test_killed_runs_end_equal(tmp_path: Path) -> None:
-    killed_run(tmp_path / "whole", 0, 0, steps=240)
-    hits = killed_run(tmp_path / "broken", 4, 1, steps=240)
-    assert len(hits) == 4
+    killed_run(tmp_path / "whole", 0, 0, steps=180)
+    hits = killed_run(tmp_path / "broken", 3, 1, steps=180)
+    assert len(hits) == 3
     assert "write" in hits  # a checkpoint was being written
     whole = hashes(tmp_path / "whole")
     assert len(whole) == 8  # five SAEs, run.json, suite.json, metrics.jsonl: nothing was left behind
@@ -26,7 +26,7 @@ def test_killed_runs_end_equal(tmp_path: Path) -> None:
 
 def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
     """The process ends with its error after a checkpoint of the step that it was in; the next call goes on."""
-    command = [sys.executable, "-m", "tests.training.kill", "--child", str(tmp_path / "run"), "--steps", "2000"]
+    command = [sys.executable, "-m", "tests.training.kill", "--child", str(tmp_path / "run"), "--steps", "800"]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
     while not list((tmp_path / "run").glob("checkpoints/step_*")) and process.poll() is None:
         time.sleep(0.01)
@@ -36,7 +36,7 @@ def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
     assert "TrainingStopped: Stopped by SIGTERM after step" in error
     step = int(error.split("after step ")[1].split()[0])
     assert (tmp_path / "run" / "checkpoints" / f"step_{step}").is_dir()
-    config = tiny_config(tmp_path / "run", steps=2000, only=[])
+    config = tiny_config(tmp_path / "run", steps=800, only=[])
     table = train_suite(config, overrides=["checkpoint_every=500"], source=PlantedSource, progress=False)
     assert len(table) == 5
     assert f'"from_step": {step}' in (tmp_path / "run" / "runs.jsonl").read_text()

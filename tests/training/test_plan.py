@@ -32,7 +32,7 @@ def test_sizes_of_known_models_without_loading() -> None:
 
 
 def test_all_sites_of_2b_fit_sixteen_gibibytes() -> None:
-    """78 buffers in bfloat16: 49,152 rows; SAELens's peak at the same bucket is three times as much."""
+    """78 buffers in bfloat16: 49,152 rows; SAELens would need three buckets, or 1,000 batches at once."""
     plan = plan_suite(
         CONFIGS / "gemma-2-2b-paper.yaml",
         overrides=["source.bucket_rows=49152", "only=[res/*width_16k*, mlp/*width_16k*, att/*width_16k*]"],
@@ -44,7 +44,9 @@ def test_all_sites_of_2b_fit_sixteen_gibibytes() -> None:
     assert plan.totals["largest_bucket_alone"] == 49_152
     assert plan.totals["sae_lens"] == 1000 * 4096 * row  # the norm estimate is the larger of both here
     big = plan_suite(CONFIGS / "gemma-2-2b-paper.yaml", overrides=["source.bucket_rows=8388608"], measure=False)
-    assert big.totals["sae_lens"] == 3 * 8_388_608 * (row + 2304 * 2)  # with the embedding, 79 places
+    assert big.totals["sae_lens"] == 3 * 8_388_608 * (
+        row + 27 * 2304 * 2
+    )  # and the embedding, and 26 inputs of transcoders
 
 
 def test_a_plan_that_cannot_fit_is_refused_with_the_number() -> None:

@@ -43,7 +43,7 @@ def test_files_and_measurements(finished: Path) -> None:
     table = _train(finished)
     assert len(table) == 5
     places = [Place("res", 0), Place("res", 1), Place("transcoder", 1)]
-    batches = list(islice(PlantedSource(places, seed=3).batches(64, 24), 2))
+    batches = list(islice(PlantedSource(places).batches(64, 24), 2))
     for row in table.to_dict("records"):
         p = dict(np.load(finished / row["path"] / "params.npz"))
         place = Place(row["site"], int(row["layer"]))
@@ -148,7 +148,6 @@ def test_starting_over(tmp_path: Path, finished: Path) -> None:
 def test_equal_rounded_l0s_get_decimals() -> None:
     spec = SAESpec("a", Place("res", 0), 64, FAST, 0)
     names = folder_names([(spec, l0) for l0 in (3.2, 3.4, 3.41, 9.0, 5.0, 5.0)])
-    assert [n.rsplit("_", 1)[0][-10:] + "_" + n.split("average_l0_")[1] for n in names[:1]]
     assert [n.split("average_l0_")[1] for n in names] == ["3.2", "3.40", "3.41", "9", "5.000", "5.000_2"]
     assert len(set(names)) == len(names)
 
@@ -173,7 +172,6 @@ def test_the_demo_on_the_bundled_model(tmp_path: Path) -> None:
     )
     assert list(table["site"]) == ["transcoder", "embedding"]
     embedding = table.iloc[1]
-    assert embedding["layer"] is not embedding["site"]
     folder = tmp_path / embedding["path"]
     sae = gs.JumpReLUSAE.from_folder(folder, site="embedding")
     raw = np.load(folder / "params.npz")

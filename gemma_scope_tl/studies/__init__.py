@@ -1,0 +1,23 @@
+"""The paper's studies: each a function from a model, SAEs and text to a table. ``viz.study_figures`` draws them."""
+
+from gemma_scope_tl.studies.domains import by_domain, labelled_texts, pile_texts
+from gemma_scope_tl.studies.fidelity import importance_uniformity, sparsity_fidelity
+from gemma_scope_tl.studies.firing import count_firing, firing_frequencies
+from gemma_scope_tl.studies.positions import binned_by_position, position_edges
+from gemma_scope_tl.studies.precision import by_dtype
+from gemma_scope_tl.studies.transfer import base_on_tuned, rescaled
+
+__all__ = [
+    "base_on_tuned",
+    "binned_by_position",
+    "by_domain",
+    "by_dtype",
+    "count_firing",
+    "firing_frequencies",
+    "importance_uniformity",
+    "labelled_texts",
+    "pile_texts",
+    "position_edges",
+    "rescaled",
+    "sparsity_fidelity",
+]

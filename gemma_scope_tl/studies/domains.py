@@ -1,0 +1,118 @@
+"""How SAEs do on texts of different kinds (section 4.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.evals.packing import as_tokens, pack_texts
+from gemma_scope_tl.evals.suite import evaluate
+from gemma_scope_tl.evals.texts import read_texts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PILE = "ArmelR/the-pile-splitted"
+"""The Pile with a configuration for each of its subsets, which can be streamed one by one."""
+PILE_SUBSETS: Mapping[str, str] = {
+    "wikipedia_en": "Wikipedia (en)",
+    "europarl": "EuroParl",
+    "openwebtext2": "OpenWebText2",
+    "arxiv": "ArXiv",
+    "freelaw": "FreeLaw",
+    "hackernews": "HackerNews",
+    "dm_mathematics": "DM Mathematics",
+    "github": "Github",
+}
+"""The paper's subsets, and their names in the data set."""
+
+
+def by_domain(
+    model: Any,
+    saes: Any,
+    domains: Mapping[str, Iterable[str] | torch.Tensor],
+    rows: int | None = None,
+    context: int = 256,
+    **options: Any,
+) -> pd.DataFrame:
+    """The metrics on each domain of a text by itself (section 4.6); FVU is around the domain's own mean.
+
+    Args:
+        model, saes: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
+        domains: texts (read one by one, no more than needed) or token ids of each: :func:`labelled_texts`,
+            :func:`pile_texts`.
+        rows: of tokens of each domain at most. The same for all makes intervals comparable.
+        context: tokens in a row.
+        options: others of ``evaluate``.
+
+    Returns:
+        A row per domain and SAE: ``domain``, then the columns of ``evaluate``.
+
+    Raises:
+        GemmaScopeError: without domains, or when one has less text than one row, naming it.
+    """
+    import pandas as pd
+
+    if not domains:
+        raise GemmaScopeError("No domain was given.")
+    packed = {name: _tokens(model, name, data, rows, context) for name, data in domains.items()}
+    frames: list[pd.DataFrame] = []
+    for name, tokens in packed.items():
+        table = evaluate(model, saes, tokens, by_position=False, **options)
+        table.insert(0, "domain", name)
+        frames.append(table)
+    return pd.concat(frames, ignore_index=True)
+
+
+def labelled_texts(
+    source: str | PathLike[str] | None = None, column: str = "text", label: str = "domain", split: str = "train"
+) -> dict[str, list[str]]:
+    """All texts of a file or data set by their label, in the order of first appearance.
+
+    Args:
+        source, split: as :func:`~gemma_scope_tl.evals.texts.read_texts`; None for the bundled held-out text.
+        column: where the text is.
+        label: the column that says what kind of text it is.
+
+    Raises:
+        UnknownNameError: for a column that does not exist.
+    """
+    found: dict[str, list[str]] = {}
+    for name, text in zip(read_texts(source, label, split), read_texts(source, column, split), strict=True):
+        found.setdefault(name, []).append(text)
+    return found
+
+
+def pile_texts(
+    names: Iterable[str] = tuple(PILE_SUBSETS), source: str = PILE, column: str = "text", split: str = "test"
+) -> dict[str, Iterator[str]]:
+    """Subsets of the Pile, streamed when they are read.
+
+    Args:
+        names: of :data:`PILE_SUBSETS`.
+        source: a data set, or a folder, with the subsets as configurations.
+        column, split: where the text is.
+
+    Raises:
+        UnknownNameError: for a subset that is not in the table.
+    """
+    chosen = list(names)
+    for name in chosen:
+        if name not in PILE_SUBSETS:
+            raise unknown_name("subset of the Pile", name, PILE_SUBSETS)
+    return {name: read_texts(f"{source}:{PILE_SUBSETS[name]}", column, split) for name in chosen}
+
+
+def _tokens(
+    model: Any, name: str, data: Iterable[str] | torch.Tensor, rows: int | None, context: int
+) -> Sequence[str] | torch.Tensor:
+    try:
+        if isinstance(data, torch.Tensor):
+            return as_tokens(model, data, context)[:rows]
+        return pack_texts(model.tokenizer, data, context, rows)
+    except GemmaScopeError as error:
+        raise GemmaScopeError(f"Domain {name!r}: {error}") from error

@@ -1,0 +1,77 @@
+"""What SAEs lose at their sparsity (section 4.1, figures 2 and 5), and how evenly their latents matter (C.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.evals.suite import evaluate
+from gemma_scope_tl.registry.widths import width_label
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+FIDELITY = ("delta_loss", "fvu")
+NAMES = ["release", "id", "site", "layer", "d_sae"]
+
+
+def sparsity_fidelity(model: Any, saes: Any, data: Sequence[str] | torch.Tensor, **options: Any) -> pd.DataFrame:
+    """L0 against delta loss and FVU of SAEs that see the same tokens, by site, layer and width (section 4.1).
+
+    Args:
+        model, saes, data, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them, but for ``by_position``.
+
+    Returns:
+        The table of ``evaluate``, by site, layer, width and L0, with three more columns: ``width``, and
+        ``delta_loss_best`` and ``fvu_best``. They are True on the Pareto frontier of a site and layer: no other SAE
+        there is at least as sparse and loses as little, and is better in one of the two.
+    """
+    table = evaluate(model, saes, data, by_position=False, **options)
+    table.insert(table.columns.get_loc("d_sae"), "width", [width_label(int(d)) for d in table["d_sae"]])  # type: ignore[arg-type]
+    for metric in FIDELITY:
+        table[f"{metric}_best"] = on_frontier(table, metric)
+    return table.sort_values(["site", "layer", "d_sae", "l0"], ignore_index=True)
+
+
+def importance_uniformity(
+    model: Any, saes: Any, data: Sequence[str] | torch.Tensor, positions: int = 8, **options: Any
+) -> pd.DataFrame:
+    """The uniformity r_L0 of active latent importance against L0 (appendix C.3).
+
+    ``r_L0 = exp(S(p)) / L0``, where p are the absolute effects of a token's active latents on the mean-centred logit of
+    its correct next token, normalised, and S is their entropy: the effective number of latents as a share of the
+    active ones.
+
+    Args:
+        model, saes, data, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
+        positions: of each row, drawn at random: a backward pass of the model each.
+
+    Returns:
+        A row per SAE, by site, layer and L0: ``release, id, site, layer, d_sae, l0, uniformity, uniformity_low,
+        uniformity_high, sequences``, the bounds being those of the confidence interval.
+
+    Raises:
+        GemmaScopeError: for no positions.
+    """
+    if positions < 1:
+        raise GemmaScopeError(f"Uniformity needs a position of each row or more, not {positions}.")
+    options = {"ablations": (), **options}
+    table = evaluate(model, saes, data, by_position=False, uniformity=positions, **options)
+    kept = table[[*NAMES, "l0", "uniformity", "uniformity_low", "uniformity_high", "sequences"]]
+    return kept.sort_values(["site", "layer", "l0"], ignore_index=True)
+
+
+def on_frontier(table: pd.DataFrame, metric: str) -> list[bool]:
+    """Which rows no other row of the same site and layer beats in ``l0`` and ``metric``; lower is better in both.
+
+    A row whose metric is NaN is not on the frontier.
+    """
+    best = dict.fromkeys(table.index, False)
+    for _, rows in table.groupby(["site", "layer"], dropna=False, sort=False):
+        l0, loss = rows["l0"].to_numpy(), rows[metric].to_numpy()
+        for at, label in enumerate(rows.index):
+            beaten = (l0 <= l0[at]) & (loss <= loss[at]) & ((l0 < l0[at]) | (loss < loss[at]))
+            best[label] = bool(loss[at] == loss[at]) and not beaten.any()
+    return [best[label] for label in table.index]

@@ -1,0 +1,119 @@
+"""How SAEs do along the sequence (section 4.2)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.evals.accumulators import TokenMean
+from gemma_scope_tl.evals.suite import Evaluation, measure_suite
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SINGLE = 16
+"""Positions before this one have a bin each: there the error rises fast."""
+GROWTH = 1.25
+"""How much longer each bin after those is than the one before."""
+
+
+def binned_by_position(
+    model: Any,
+    saes: Any,
+    data: Sequence[str] | torch.Tensor,
+    edges: Sequence[int] | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """The metrics without the sum over positions, in bins of positions (section 4.2). Position 0 is a row's BOS.
+
+    Args:
+        model, saes, data, options: as :func:`~gemma_scope_tl.evals.suite.measure_suite` takes them.
+        edges: where bins begin, and where the last ends; :func:`position_edges` by default.
+
+    Returns:
+        A row per SAE and bin: ``release, id, site, layer, d_sae, start, stop`` (positions ``start`` to ``stop - 1``),
+        ``l0, squared_error`` (mean ``‖x - x̂‖²``), ``fvu`` (the bin's error over the variance there, around the mean of
+        the whole dataset), ``loss_clean, loss_spliced, delta_loss, kl`` (of the predictions made there, nats),
+        ``tokens, predictions``. A bin without ordinary tokens, such as that of BOS, has no row.
+
+    Raises:
+        GemmaScopeError: for edges that do not increase or leave the sequence.
+    """
+    import pandas as pd
+
+    options = {"ablations": (), **options}
+    found = measure_suite(model, saes, data, **options)
+    length = int(found.units["sae 0"].token_mean("l0").position_counts.shape[0])
+    bins = _checked(edges, length)
+    rows = [row for number in range(len(found.subjects)) for row in _rows(found, number, bins)]
+    return pd.DataFrame(rows)
+
+
+def position_edges(length: int, single: int = SINGLE, growth: float = GROWTH) -> list[int]:
+    """Edges of bins over positions 0 to ``length - 1``: one position each at first, then longer and longer.
+
+    >>> position_edges(24, single=4, growth=2)
+    [0, 1, 2, 3, 4, 6, 10, 18, 24]
+    """
+    edges, size = list(range(min(single, length) + 1)), 1.0
+    while edges[-1] < length:
+        size = max(size * growth, 1.0)
+        edges.append(min(length, edges[-1] + int(size)))
+    return edges
+
+
+def _checked(edges: Sequence[int] | None, length: int) -> list[int]:
+    if edges is None:
+        return position_edges(length)
+    found = list(edges)
+    increasing = all(a < b for a, b in itertools.pairwise(found))
+    if len(found) < 2 or not increasing or found[0] < 0 or found[-1] > length:
+        raise GemmaScopeError(f"Edges of bins increase from 0 or later to {length} or earlier, unlike {found}.")
+    return found
+
+
+def _rows(found: Evaluation, number: int, edges: list[int]) -> list[dict[str, Any]]:
+    subject, unit = found.subjects[number], found.units[f"sae {number}"]
+    deviation = found.units[f"deviation {subject.place.target.key}"].token_mean("value")
+    means = {name: unit.token_mean(name) for name in ("l0", "error", "loss", "kl")}
+    sums = {name: _binned(mean, edges) for name, mean in {**means, "clean": found.clean(), "var": deviation}.items()}
+    (error, tokens), (loss, predictions) = sums["error"], sums["loss"]
+    with np.errstate(all="ignore"):
+        columns = {
+            "l0": sums["l0"][0] / tokens,
+            "squared_error": error / tokens,
+            "fvu": error / sums["var"][0],
+            "loss_clean": sums["clean"][0] / predictions,
+            "loss_spliced": loss / predictions,
+            "delta_loss": (loss - sums["clean"][0]) / predictions,
+            "kl": sums["kl"][0] / predictions,
+            "tokens": tokens.astype(int),
+            "predictions": predictions.astype(int),
+        }
+    names = {"release": subject.release, "id": subject.id, "site": subject.place.site, "layer": subject.place.layer}
+    return [
+        {
+            **names,
+            "d_sae": subject.d_sae,
+            "start": edges[at],
+            "stop": edges[at + 1],
+            **{name: values[at].item() for name, values in columns.items()},
+        }
+        for at in range(len(edges) - 1)
+        if tokens[at]
+    ]
+
+
+def _binned(mean: TokenMean, edges: list[int]) -> tuple[Any, Any]:
+    """Sums and counts of each bin. A loss has one position less than the tokens: none is predicted at the last."""
+    out: list[Any] = []
+    for values in (mean.position_sums, mean.position_counts):
+        running = np.concatenate([[0.0], np.cumsum(values.double().numpy())])
+        ends = np.minimum(edges, running.shape[0] - 1)
+        out.append(running[ends[1:]] - running[ends[:-1]])
+    return out[0], out[1]

@@ -1,0 +1,130 @@
+"""SAEs of a base model on its instruction-tuned sibling (sections 4.5 and C.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.evals.accumulators import Mean
+from gemma_scope_tl.evals.clean_pass import clean_batches
+from gemma_scope_tl.evals.packing import as_tokens
+from gemma_scope_tl.evals.subjects import Subject, subjects_of
+from gemma_scope_tl.evals.suite import evaluate
+from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
+from gemma_scope_tl.sae.suite import SAESuite
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def base_on_tuned(
+    base: Any,
+    tuned: Any,
+    data: Sequence[str] | torch.Tensor,
+    base_saes: Any,
+    tuned_saes: Any = None,
+    *,
+    rescale: bool = False,
+    context: int = 256,
+    batch_size: int = 8,
+    **options: Any,
+) -> pd.DataFrame:
+    """How well a base model's SAEs reconstruct a tuned model's activations, on the same tokens (section 4.5).
+
+    Args:
+        base, tuned: the models, of the same sizes.
+        data: texts or token ids, such as rollouts of the tuned model; the tuned model's tokenizer packs texts.
+        base_saes, tuned_saes: of the base model, and of the tuned one where there are any.
+        rescale: measure the base SAEs a second time, with the tuned model's activations scaled to the base model's
+            mean norm at the site (appendix C.4), by :func:`rescaled`.
+        context, batch_size, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
+
+    Returns:
+        A row per pair of model and SAE: ``model`` (``base`` or ``tuned``), ``saes`` (``base``, ``base rescaled`` or
+        ``tuned``), ``scale`` (1 unless rescaled), then the columns of ``evaluate``.
+
+    Raises:
+        GemmaScopeError: when the models differ in their sizes, or a transcoder should be rescaled.
+    """
+    import pandas as pd
+
+    if base.dims != tuned.dims or base.cfg.d_vocab != tuned.cfg.d_vocab:
+        raise GemmaScopeError(f"The models differ in their sizes: {base.dims} and {tuned.dims}.")
+    tokens = as_tokens(tuned, data, context)
+    pairs: list[tuple[str, str, Any, Any]] = [("base", "base", base, base_saes), ("tuned", "base", tuned, base_saes)]
+    scales: dict[Place, float] = {}
+    if rescale:
+        subjects = subjects_of(base, base_saes)
+        scales = norm_ratios(base, tuned, tokens, [subject.place for subject in subjects], batch_size)
+        pairs.append(("tuned", "base rescaled", tuned, _all_rescaled(base_saes, subjects, scales)))
+    if tuned_saes is not None:
+        pairs.append(("tuned", "tuned", tuned, tuned_saes))
+    frames: list[pd.DataFrame] = []
+    for name, kind, model, saes in pairs:
+        table = evaluate(model, saes, tokens, batch_size=batch_size, by_position=False, **options)
+        used = [scales[s.place] if kind == "base rescaled" else 1.0 for s in subjects_of(model, saes)]
+        for at, (column, value) in enumerate((("model", name), ("saes", kind), ("scale", used))):
+            table.insert(at, column, value)
+        frames.append(table)
+    return pd.concat(frames, ignore_index=True)
+
+
+@torch.no_grad()
+def norm_ratios(
+    base: Any, tuned: Any, tokens: torch.Tensor, places: Sequence[Place], batch_size: int = 8
+) -> dict[Place, float]:
+    """The base model's mean activation norm over the tuned one's, at each place, on the ordinary ones of ``tokens``.
+
+    Raises:
+        GemmaScopeError: when there is no ordinary token.
+    """
+    kept = list(dict.fromkeys(places))
+    means: list[dict[Place, Mean]] = []
+    for model in (base, tuned):
+        found = {place: Mean() for place in kept}
+        for batch in clean_batches(model, tokens, kept, model._excluded_ids(True), batch_size):
+            for place, mean in found.items():
+                mean.update(batch.activations(place).double().norm(dim=1))
+        means.append(found)
+    if any(not mean.count for mean in means[0].values()):
+        raise GemmaScopeError("There is no ordinary token in the data: all are BOS, EOS or padding.")
+    return {place: means[0][place].value / means[1][place].value for place in kept}
+
+
+@torch.no_grad()
+def rescaled(sae: Any, scale: float) -> Any:
+    """An SAE that does to x what ``sae`` does to ``scale · x``, and takes the scale out of the reconstruction.
+
+    ``f(s x)`` has the encoder ``s W_enc``; ``x̂(s x) / s`` has the decoder ``W_dec / s`` and the bias ``b_dec / s``.
+
+    Raises:
+        GemmaScopeError: for a transcoder, whose input and output have scales of their own, or a scale that is not
+            positive.
+    """
+    if sae.site == "transcoder":
+        raise GemmaScopeError("A transcoder reads one tensor and writes another, so one scale does not fit: leave it.")
+    if not 0 < scale < float("inf"):
+        raise GemmaScopeError(f"A scale is a positive number, not {scale}.")
+    arrays = {
+        "W_enc": sae.W_enc * scale,
+        "b_enc": sae.b_enc,
+        "threshold": sae.threshold,
+        "W_dec": sae.W_dec / scale,
+        "b_dec": sae.b_dec / scale,
+    }
+    dtype = str(sae.dtype).removeprefix("torch.")
+    made = JumpReLUSAE.from_arrays(arrays, site=sae.site, layer=sae.layer, device=sae.device, dtype=dtype)
+    made.row = sae.row
+    return made
+
+
+def _all_rescaled(saes: Any, subjects: list[Subject], scales: Mapping[Place, float]) -> Any:
+    """The same SAEs rescaled, those of a suite when they are asked for."""
+    if isinstance(saes, SAESuite):
+        load = saes.load
+        return SAESuite(saes.rows, lambda row: rescaled(load(row), scales[Place(row.site, row.layer)]), saes.memory)
+    return [rescaled(subject.get(), scales[subject.place]) for subject in subjects]

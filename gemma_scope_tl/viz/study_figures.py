@@ -1,0 +1,225 @@
+"""Figures of the paper's studies: each draws a table of :mod:`gemma_scope_tl.studies`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.viz.training_figures import LABELS, LOGARITHMIC
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LABELS = {**LABELS, "squared_error": "squared error", "uniformity": "uniformity r_L0", "kl": "KL, nats"}
+_MARKERS = "osD^vP*X"
+_STYLES = ("-", "--", ":", "-.")
+_COLORS = 10  # of the default cycle
+_MOST_NAMES = 16
+
+
+def fidelity_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "fvu")) -> Figure:
+    """Metrics over L0 (section 4.1): a row of panels per metric, a column per site, a line per layer and width.
+
+    Args:
+        table: of :func:`~gemma_scope_tl.studies.sparsity_fidelity`.
+        metrics: columns to draw; lower and further left is better.
+
+    Raises:
+        GemmaScopeError: a column is missing, or there is no row. So of every figure here.
+    """
+    return _over_l0(table, metrics, ["layer", "d_sae"])
+
+
+def transfer_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "fvu")) -> Figure:
+    """Base SAEs on the tuned model (section 4.5): as :func:`fidelity_figure`, a line per model and kind of SAE.
+
+    Args:
+        table: of :func:`~gemma_scope_tl.studies.base_on_tuned`.
+        metrics: columns to draw.
+    """
+    return _over_l0(table, metrics, ["model", "saes"])
+
+
+def uniformity_figure(table: pd.DataFrame) -> Figure:
+    """Uniformity of active latent importance over L0 (appendix C.3), with its intervals: a panel per site, a line per
+    layer and width.
+
+    Args:
+        table: of :func:`~gemma_scope_tl.studies.importance_uniformity`.
+    """
+    return _over_l0(table, ["uniformity"], ["layer", "d_sae"], bounds=True)
+
+
+def position_figure(table: pd.DataFrame, metrics: Sequence[str] = ("squared_error", "fvu", "delta_loss")) -> Figure:
+    """Metrics over the position in the sequence (section 4.2): a panel per metric, a line per SAE.
+
+    Args:
+        table: of :func:`~gemma_scope_tl.studies.binned_by_position`.
+        metrics: columns to draw.
+    """
+    _check(table, ["start", "stop", "site", "layer", "id", *metrics])
+    figure, panels = _grid(1, len(metrics))
+    for ax, metric in zip(panels[0], metrics, strict=True):
+        for number, (name, rows) in enumerate(_groups(table, ["site", "layer", "id"])):
+            middle = (rows["start"] + rows["stop"] - 1) / 2
+            ax.plot(middle.to_list(), rows[metric].to_list(), color=f"C{number % _COLORS}", lw=1.1, label=name)
+        ax.set_xscale("symlog", linthresh=16)
+        _label(ax, "position", metric)
+    _legend(figure, panels[0][0])
+    return figure
+
+
+def frequency_figure(table: pd.DataFrame) -> Figure:
+    """Histograms of how often latents fire (section 4.3): a panel per site, a line per SAE, a colour per width.
+
+    Args:
+        table: of :func:`~gemma_scope_tl.studies.firing_frequencies`.
+    """
+    _check(table, ["site", "layer", "id", "d_sae", "low", "high", "share", "dead"])
+    sites = list(dict.fromkeys(table["site"]))
+    widths = sorted(set(table["d_sae"]))
+    figure, panels = _grid(1, len(sites))
+    for ax, site in zip(panels[0], sites, strict=True):
+        named: set[int] = set()
+        for _, rows in _groups(table[table["site"] == site], ["layer", "id"]):
+            width = int(rows["d_sae"].iloc[0])
+            edges = [*rows["low"].to_list(), rows["high"].iloc[-1]]
+            label = None if width in named else f"{width:,} latents"
+            named.add(width)
+            color = f"C{widths.index(width) % _COLORS}"
+            ax.stairs(rows["share"].to_list(), edges, color=color, alpha=0.7, lw=1.1, label=label)
+        ax.set_title(site, fontsize=9)
+        _label(ax, "log10 of the share of tokens", "share of latents")
+        ax.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def domain_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "fvu")) -> Figure:
+    """Metrics by kind of text (section 4.6): a panel per metric, a point per SAE, domains from best to worst.
+
+    Args:
+        table: of :func:`~gemma_scope_tl.studies.by_domain`.
+        metrics: columns to draw.
+    """
+    _check(table, ["domain", "site", *metrics])
+    sites = list(dict.fromkeys(table["site"]))
+    figure, panels = _grid(1, len(metrics))
+    for ax, metric in zip(panels[0], metrics, strict=True):
+        means = table.groupby("domain")[metric].mean().sort_values()
+        places = {name: at for at, name in enumerate(means.index)}
+        for number, site in enumerate(sites):
+            rows = table[table["site"] == site]
+            across = [places[name] + 0.6 * (number + 0.5) / len(sites) - 0.3 for name in rows["domain"]]
+            ax.plot(across, rows[metric].to_list(), _MARKERS[number % len(_MARKERS)], ms=4, alpha=0.7, label=site)
+        ax.plot(range(len(means)), means.to_list(), "k_", ms=18, label="mean")
+        ax.set_xticks(range(len(means)), list(means.index), rotation=40, ha="right")
+        _label(ax, "", metric)
+        _scale(ax.set_yscale, table, metric)
+    panels[0][0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def precision_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "fvu", "l0")) -> Figure:
+    """Metrics in a dtype over those in the first one (section 4.7): on the diagonal nothing changed.
+
+    Args:
+        table: of :func:`~gemma_scope_tl.studies.by_dtype`.
+        metrics: columns to draw.
+    """
+    _check(table, ["dtype", *metrics])
+    dtypes = list(dict.fromkeys(table["dtype"]))
+    if len(dtypes) < 2:
+        raise GemmaScopeError(f"A comparison needs two dtypes; the table has {dtypes}.")
+    figure, panels = _grid(1, len(metrics))
+    for ax, metric in zip(panels[0], metrics, strict=True):
+        reference = table.loc[table["dtype"] == dtypes[0], metric].to_list()
+        for number, dtype in enumerate(dtypes[1:]):
+            values = table.loc[table["dtype"] == dtype, metric].to_list()
+            ax.plot(reference, values, _MARKERS[number % len(_MARKERS)], ms=4, alpha=0.8, label=dtype)
+        _scale(ax.set_xscale, table, metric)
+        _scale(ax.set_yscale, table, metric)
+        ax.axline((min(reference),) * 2, (max(reference) + 1e-9,) * 2, color="0.6", lw=0.8)
+        _label(ax, f"{_LABELS.get(metric, metric)}, {dtypes[0]}", metric)
+    panels[0][0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _over_l0(table: pd.DataFrame, metrics: Sequence[str], by: list[str], bounds: bool = False) -> Figure:
+    _check(table, ["site", "l0", *by, *metrics])
+    sites = list(dict.fromkeys(table["site"]))
+    first, second = ([name for name, _ in _groups(table, [column])] for column in by)
+    figure, panels = _grid(len(metrics), len(sites))
+    for line, metric in zip(panels, metrics, strict=True):
+        for ax, site in zip(line, sites, strict=True):
+            rows = table[table["site"] == site]
+            for name, group in _groups(rows, by):
+                ordered = group.sort_values("l0")
+                color = first.index(_name([by[0]], group.iloc[0])) % _COLORS
+                kind = second.index(_name([by[1]], group.iloc[0]))
+                line_style, marker = _STYLES[kind % len(_STYLES)], _MARKERS[kind % len(_MARKERS)]
+                x, y = ordered["l0"].to_list(), ordered[metric].to_list()
+                ax.plot(x, y, label=name, color=f"C{color}", ls=line_style, marker=marker, ms=4, lw=1)
+                if bounds:
+                    ax.vlines(x, ordered[f"{metric}_low"], ordered[f"{metric}_high"], color=f"C{color}", lw=0.8)
+            ax.set_title(site, fontsize=9)
+            _label(ax, "L0", metric)
+            _scale(ax.set_xscale, rows, "l0")
+            _scale(ax.set_yscale, rows, metric)
+    _legend(figure, panels[0][0])
+    return figure
+
+
+def _check(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise GemmaScopeError(f"The figure needs the columns {', '.join(missing)}; there are {list(table.columns)}.")
+    if not len(table):
+        raise GemmaScopeError("There is no row to draw.")
+
+
+def _groups(table: pd.DataFrame, by: list[str]) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each combination of values, in order of appearance, and its name; missing values count as one."""
+    return [(_name(by, rows.iloc[0]), rows) for _, rows in table.groupby(by, sort=False, dropna=False)]
+
+
+def _name(by: list[str], row: pd.Series[Any]) -> str:
+    words: list[str] = []
+    for column in by:
+        value = row[column]
+        if value is None or value != value:  # the embedding's layer; an SAE outside the registry
+            continue
+        number = int(value) if column in ("layer", "d_sae") else value
+        words.append({"layer": f"layer {number}", "d_sae": f"{number} latents"}.get(column, str(number)))
+    return ", ".join(words) or "–"
+
+
+def _grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(3.6 * columns, 5.0), 3.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [list(line) for line in figure.subplots(rows, columns, squeeze=False)]
+
+
+def _label(ax: Axes, x: str, metric: str) -> None:
+    ax.set_xlabel(x, fontsize=8)
+    ax.set_ylabel(_LABELS.get(metric, metric), fontsize=8)
+    ax.tick_params(labelsize=7)
+    ax.grid(visible=True, alpha=0.25, lw=0.6)
+
+
+def _scale(set_scale: Any, table: pd.DataFrame, metric: str) -> None:
+    """Logarithmic where the metric is drawn so and is positive: a splice may lower the loss."""
+    if metric in LOGARITHMIC and bool((table[metric] > 0).all()):
+        set_scale("log")
+
+
+def _legend(figure: Figure, ax: Axes) -> None:
+    """One legend below all panels, where the names are few enough to be read."""
+    handles, labels = ax.get_legend_handles_labels()
+    if 1 < len(labels) <= _MOST_NAMES:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
