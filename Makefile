@@ -42,7 +42,7 @@ bench-splice: $(READY)
 	$(BIN)/python -m benchmarks sparse splice
 
 bench-training: $(READY)
-	$(BIN)/python -m benchmarks buckets store training_step training_suite
+	$(BIN)/python -m benchmarks buckets store training_suite
 
 bench-evals: $(READY)
 	$(BIN)/python -m benchmarks evals
