@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test lint types bench bench-loading bench-splice bench-training bench-evals clean
+.PHONY: help setup demo docs test lint types bench bench-loading bench-splice bench-training bench-evals clean
 help:
 	@echo "make demo   the main job, offline, on the bundled model"
+	@echo "make docs   the documentation as a site, in build/site"
 	@echo "make test   all tests"
 	@echo "make lint   ruff;  make types  pyright;  make setup  only the environment"
 	@echo "make bench  benchmarks (bench-loading, bench-splice, bench-training, bench-evals: a part)"
@@ -16,11 +17,14 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $(READY)
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -42,7 +46,7 @@ bench-splice: $(READY)
 	$(BIN)/python -m benchmarks sparse splice
 
 bench-training: $(READY)
-	$(BIN)/python -m benchmarks buckets store training_suite
+	$(BIN)/python -m benchmarks buckets store training_step training_suite
 
 bench-evals: $(READY)
 	$(BIN)/python -m benchmarks evals

@@ -25,16 +25,15 @@ from typing import Any
 
 import torch
 from sae_lens import HookedSAETransformer, JumpReLUSAE, JumpReLUSAEConfig
-from sae_lens.evals import EvalConfig, run_evals
-from sae_lens.training.activation_scaler import ActivationScaler
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import gemma_scope_tl as gs
 from benchmarks.splice import random_weights
 from benchmarks.timing import paired, save
-from gemma_scope_tl.contributing.measure import HELD_OUT
+from gemma_scope_tl.evals.bridges import sae_lens_metrics
 from gemma_scope_tl.evals.packing import pack_texts
 from gemma_scope_tl.evals.suite import measure_suite
+from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 
 ROWS, CONTEXT, BATCH = 32, 256, 8
 PEER = "SAELens run_evals, SAE by SAE"
@@ -44,25 +43,9 @@ HOOKS = {"res": "blocks.{}.hook_resid_post", "mlp": "blocks.{}.hook_mlp_out", "a
 VOCABULARY, LONG = 256_000, 1024
 
 
-class FixedTokens:
-    """What ``run_evals`` asks of an activation store; the same batches again and again."""
-
-    def __init__(self, tokens: torch.Tensor, batch: int) -> None:
-        self.batches, self.served = list(tokens.split(batch)), 0
-        self.store_batch_size_prompts, self.context_size = batch, tokens.shape[1]
-
-    def get_batch_tokens(self, *_: Any) -> torch.Tensor:
-        """The next batch, after the last the first."""
-        self.served += 1
-        return self.batches[(self.served - 1) % len(self.batches)]
-
-    def reset_input_dataset(self) -> None:
-        """Nothing to do."""
-
-
 def held_out(model: Any, rows: int = ROWS) -> torch.Tensor:
     """Rows of BOS and held-out text without EOS."""
-    texts = [json.loads(line)["text"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    texts = [json.loads(line)["text"] for line in HELD_OUT_TEXT.read_text(encoding="utf-8").splitlines()]
     return pack_texts(model.tokenizer, ["\n".join(texts)], CONTEXT)[:rows]
 
 
@@ -84,26 +67,10 @@ def stock_copy(sae: Any) -> Any:
 
 def evaluate_stock(peer: Any, sae: Any, tokens: torch.Tensor, batch: int) -> dict[str, float]:
     """``run_evals`` with the metrics that both sides have."""
-    batches = -(-tokens.shape[0] // batch)
-    config = EvalConfig(
-        batch_size_prompts=batch,
-        n_eval_reconstruction_batches=batches,
-        n_eval_sparsity_variance_batches=batches,
-        compute_kl=True,
-        compute_ce_loss=True,
-        compute_sparsity_metrics=True,
-        compute_variance_metrics=True,
-    )
-    found, _ = run_evals(sae, FixedTokens(tokens, batch), peer, ActivationScaler(), config)  # type: ignore[arg-type]
-    losses, quality = found["model_performance_preservation"], found["reconstruction_quality"]
-    return {
-        "l0": found["sparsity"]["l0"],
-        "fvu": 1 - quality["explained_variance"],
-        "loss_clean": losses["ce_loss_without_sae"],
-        "loss_spliced": losses["ce_loss_with_sae"],
-        "loss_zero_ablated": losses["ce_loss_with_ablation"],
-        "kl": found["model_behavior_preservation"]["kl_div_with_sae"],
-    }
+    found = sae_lens_metrics(peer, sae, tokens, batch)
+    names = {"sae_lens_loss_ablated": "loss_zero_ablated", "sae_lens_kl": "kl"}
+    left_out = ("delta_loss", "sae_lens_ce_score")
+    return {names.get(name, name): value for name, value in found.items() if name not in left_out}
 
 
 def run() -> list[dict[str, Any]]:

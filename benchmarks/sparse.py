@@ -39,7 +39,8 @@ def case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
 def stock_sae(weights: list[Tensor]) -> JumpReLUSAE:
     """SAELens's own class with the same weights, frozen."""
     dtype = str(weights[0].dtype).removeprefix("torch.")
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=D_IN, d_sae=D_SAE, dtype=dtype, apply_b_dec_to_input=False))
+    d_in, d_sae = weights[0].shape
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae, dtype=dtype, apply_b_dec_to_input=False))
     for name, value in zip(("W_enc", "b_enc", "threshold", "W_dec", "b_dec"), weights, strict=True):
         getattr(sae, name).data = value
     return sae.requires_grad_(False)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _NAMES = {
+    "About": "release.about",
     "AdapterMismatch": "errors",
     "GemmaScopeError": "errors",
     "JumpReLUSAE": "sae.jumprelu",
@@ -21,6 +22,7 @@ _NAMES = {
     "clamp": "interventions",
     "evaluate": "evals.suite",
     "export_suite": "release.export",
+    "feature_page": "viz.latent_page",
     "features": "feature_table",
     "list_saes": "registry",
     "load_latents": "sae.partial",
@@ -36,6 +38,7 @@ _NAMES = {
     "steer": "interventions",
     "top_tokens": "logit_lens",
     "train_suite": "training.suite",
+    "upload_suite": "release.upload",
 }
 _MODULES = ("adapters", "attributions", "errors", "evals", "registry", "sae", "sites", "training", "viz", "weights")
 
@@ -53,7 +56,9 @@ if TYPE_CHECKING:
     from gemma_scope_tl.interventions import ablate, clamp, mean_norms, scale, steer
     from gemma_scope_tl.logit_lens import top_tokens
     from gemma_scope_tl.registry import list_saes, register_release
+    from gemma_scope_tl.release.about import About
     from gemma_scope_tl.release.export import export_suite
+    from gemma_scope_tl.release.upload import upload_suite
     from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, load_sae
     from gemma_scope_tl.sae.partial import load_latents
     from gemma_scope_tl.sae.sae_lens_releases import register_with_sae_lens
@@ -62,6 +67,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.sae.transcoder import JumpReLUTranscoder
     from gemma_scope_tl.splicing import splice
     from gemma_scope_tl.training.suite import train_suite
+    from gemma_scope_tl.viz.latent_page import feature_page
 
 
 def __getattr__(name: str) -> Any:

@@ -1,68 +1,261 @@
-"""What ``gemma-scope doctor`` looks at."""
+"""What ``gemma-scope doctor`` looks at: facts about the installation, and what to do about what is wrong with it."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = ("gemma-scope-tl", "torch", "transformers", "transformer-lens", "sae-lens", "huggingface_hub", "safetensors")
+PACKAGES = (
+    "gemma-scope-tl",
+    "torch",
+    "transformers",
+    "transformer-lens",
+    "sae-lens",
+    "huggingface_hub",
+    "safetensors",
+    "triton",
+)
+PYTHONS = ((3, 10), (3, 13))
+GATED = "google/gemma-2-2b"
+HUB_SECONDS = 5.0
+ROOM = 20e9  # bytes: Gemma 2 2B and some SAEs
 
 
-def diagnose() -> tuple[dict[str, Any], bool]:
-    """Facts about this installation by name, and whether every check passed. Tokens are never shown."""
-    facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    facts.update({name: _version(name) for name in PACKAGES})
-    healthy = True
-    for name, check in (("registry", _registry), ("devices", _devices), ("hub", _hub)):
-        facts[name] = check()
-    for backend in ("bridge", "hooked_transformer"):
+@dataclass(frozen=True)
+class Advice:
+    """Something to know, and what to do.
+
+    Attributes:
+        what: is the case.
+        do: about it.
+        serious: whether the package cannot be relied on until it is done.
+    """
+
+    what: str
+    do: str
+    serious: bool = False
+
+
+@dataclass(frozen=True)
+class KnownBad:
+    """Versions of a library that do something wrong here, as a specifier of PEP 440."""
+
+    package: str
+    versions: str
+    what: str
+    do: str
+    serious: bool = True
+
+
+_LENS, _SAES = "pip install 'transformer-lens>=3.9,<4'", "pip install 'sae-lens>=6.54,<7'"
+KNOWN_BAD = (
+    KnownBad(
+        "transformers",
+        "<5.21.1",
+        "sdpa attention drops Gemma 2's soft-cap in models that Hugging Face loads by default",
+        "pip install 'transformers>=5.21.1'",
+    ),
+    KnownBad(
+        "transformers",
+        ">=5.24",
+        "TransformerLens's bridge ignores the cache while generating, because an argument was renamed",
+        "nothing for models of load_model, which are checked and repaired; load no bridge in another way, or use "
+        "transformers 5.23",
+        serious=False,
+    ),
+    KnownBad("transformer-lens", ">=4", "SAELens cannot be imported with it, and HookedTransformer is gone", _LENS),
+    KnownBad("transformer-lens", "<3.9", "edits at ln2.hook_normalized do not reach the MLP", _LENS),
+    KnownBad("sae-lens", "<6.54", "its SAE classes are not those that this package extends", _SAES),
+    KnownBad("sae-lens", ">=7", "its SAE classes may not be those that this package extends", _SAES),
+    KnownBad("torch", "<2.4", "it is older than this package needs", "pip install 'torch>=2.4'"),
+)
+
+
+@dataclass
+class Diagnosis:
+    """What was found.
+
+    Attributes:
+        facts: by name, for people. Tokens are never shown.
+        advice: what to do, the serious first.
+    """
+
+    facts: dict[str, str] = field(default_factory=dict[str, str])
+    advice: list[Advice] = field(default_factory=list[Advice])
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing serious was found."""
+        return not any(one.serious for one in self.advice)
+
+
+def diagnose() -> Diagnosis:
+    """Look at versions, registry, devices, the Hub, disk space, and run the bundled model on both backends."""
+    found = Diagnosis({"python": platform.python_version(), "platform": platform.platform()})
+    installed = {name: _version(name) for name in PACKAGES}
+    found.facts.update({name: number or "not installed" for name, number in installed.items()})
+    found.advice += [*python_advice(sys.version_info[:2]), *version_advice(installed)]
+    checks: tuple[tuple[str, Callable[[], tuple[str, list[Advice]]]], ...] = (
+        ("registry", _registry),
+        ("devices", _devices),
+        ("hub", _hub),
+        ("disk", _disk),
+        ("bundled model on bridge", lambda: (_self_check("bridge"), [])),
+        ("bundled model on hooked_transformer", lambda: (_self_check("hooked_transformer"), [])),
+    )
+    for name, check in checks:
         try:
-            facts[f"bundled model on {backend}"] = _self_check(backend)
+            found.facts[name], advice = check()
+            found.advice += advice
         except Exception as error:  # a broken installation fails in ways nobody foresaw; that is what this shows
-            facts[f"bundled model on {backend}"] = f"FAILED: {type(error).__name__}: {error}"
-            healthy = False
-    return facts, healthy
+            found.facts[name] = f"FAILED: {type(error).__name__}: {error}"
+            do = "install the package again in a new environment, with the versions in constraints.txt"
+            found.advice.append(Advice(f"the check of the {name} failed", do, serious=True))
+    found.advice.sort(key=lambda one: not one.serious)
+    return found
 
 
-def _version(name: str) -> str:
+def python_advice(running: tuple[int, ...]) -> Iterator[Advice]:
+    """Whether this Python is one that the package supports."""
+    low, high = PYTHONS
+    if not low <= running[:2] <= high:
+        names = f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
+        yield Advice(f"Python {running[0]}.{running[1]} is not supported", f"use Python {names}", serious=True)
+
+
+def version_advice(installed: dict[str, str | None]) -> Iterator[Advice]:
+    """Known-bad versions among the installed ones, and packages that are missing.
+
+    >>> [one.serious for one in version_advice({"transformers": "5.20.2", "torch": "2.5.0"})]
+    [True]
+    """
+    from packaging.specifiers import SpecifierSet
+
+    for bad in KNOWN_BAD:
+        number = installed.get(bad.package)
+        if number is not None and SpecifierSet(bad.versions).contains(number, prereleases=True):
+            yield Advice(f"{bad.package} {number}: {bad.what}", bad.do, bad.serious)
+    for name in ("torch", "transformers", "transformer-lens", "sae-lens"):
+        if name in installed and installed[name] is None:
+            yield Advice(f"{name} is not installed", "pip install gemma-scope-tl, in a new environment", serious=True)
+
+
+def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
-def _registry() -> str:
+def _registry() -> tuple[str, list[Advice]]:
     from gemma_scope_tl.registry import list_saes, releases
 
-    return f"{len(list_saes()):,} SAEs in {len(releases())} releases"
+    return f"{len(list_saes()):,} SAEs in {len(releases())} releases", []
 
 
-def _devices() -> str:
+def _devices() -> tuple[str, list[Advice]]:
     import torch
 
     found = [f"cpu ({torch.get_num_threads()} threads)"]
-    found += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
-    return ", ".join(found)
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        bf16 = "bfloat16" if torch.cuda.get_device_capability(number) >= (8, 0) else "no bfloat16"
+        name = torch.cuda.get_device_name(number)
+        found.append(f"cuda:{number} ({name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {bf16})")
+    seen = shutil.which("nvidia-smi") is not None
+    advice = device_advice(torch.cuda.is_available(), seen, torch.version.cuda, _version("triton") is not None)
+    return ", ".join(found), list(advice)
 
 
-def _hub() -> str:
+def device_advice(usable: bool, driver: bool, built_for: str | None, triton: bool) -> Iterator[Advice]:
+    """What to do about a GPU.
+
+    Args:
+        usable: whether PyTorch can use one.
+        driver: whether NVIDIA's tools are on this machine.
+        built_for: the CUDA version that PyTorch was built for, None for a build without.
+        triton: whether it is installed.
+    """
+    if driver and not usable and built_for is None:
+        yield Advice(
+            "there is an NVIDIA driver, and PyTorch was built without CUDA",
+            "install a CUDA build of the same version of torch, from the index that pytorch.org names",
+        )
+    elif driver and not usable:
+        yield Advice(
+            f"there is an NVIDIA driver, and PyTorch (for CUDA {built_for}) cannot use it",
+            "run nvidia-smi: update the driver, or install torch for an older CUDA; look at CUDA_VISIBLE_DEVICES",
+        )
+    if usable and not triton:
+        yield Advice("without triton, sparse kernels on the GPU are PyTorch's, which are slower", "pip install triton")
+
+
+def _hub() -> tuple[str, list[Advice]]:
     from huggingface_hub import constants, get_token
 
-    token = "logged in" if get_token() else "not logged in (Gemma 2 is gated; its SAEs are not)"
-    offline = ", offline" if constants.HF_HUB_OFFLINE else ""
-    return f"{token}{offline}; cache {os.path.expanduser(constants.HF_HUB_CACHE)}"
+    token = "logged in" if get_token() else "not logged in"
+    cache = f"cache {os.path.expanduser(constants.HF_HUB_CACHE)}"
+    if constants.HF_HUB_OFFLINE:
+        do = "unset HF_HUB_OFFLINE to download; the bundled model and what is in the cache work without"
+        return f"{token}, offline; {cache}", [Advice("HF_HUB_OFFLINE is set: nothing is downloaded", do)]
+    access, advice = hub_access()
+    return f"{token}, {access}; {cache}", advice
+
+
+def hub_access() -> tuple[str, list[Advice]]:
+    """Whether the Hub answers and gives out Gemma 2: one request for the size of a small file, without a retry."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    licence = f"accept the licence on the page of {GATED} with your account, then `hf auth login`"
+    ungated = "the SAEs are not gated, and the bundled model needs no account"
+    try:
+        get_hf_file_metadata(hf_hub_url(GATED, "config.json"), timeout=HUB_SECONDS)
+    except errors.GatedRepoError:
+        return "Gemma 2 is gated for you", [Advice("no access to Gemma 2", f"{licence}; {ungated}")]
+    except errors.RepositoryNotFoundError:  # so the Hub answers a token that it does not know
+        return "the Hub refuses the token", [Advice("the Hub refuses the token", "log in again with `hf auth login`")]
+    except errors.HfHubHTTPError as error:
+        number = getattr(error.response, "status_code", "an error")
+        return f"the Hub answers with {number}", [Advice(f"the Hub answers with {number}", "try again later")]
+    except Exception as error:  # whatever the HTTP library and the operating system raise
+        do = "look at the network, a proxy (HTTPS_PROXY) and HF_ENDPOINT; without a network set HF_HUB_OFFLINE=1"
+        return "the Hub cannot be reached", [Advice(f"the Hub cannot be reached ({type(error).__name__})", do)]
+    return f"access to {GATED}", []
+
+
+def _disk() -> tuple[str, list[Advice]]:
+    from huggingface_hub import constants
+
+    folder = os.path.expanduser(constants.HF_HUB_CACHE)
+    there = folder
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    free = shutil.disk_usage(there).free
+    return f"{free / 1e9:.0f} GB free for downloads", list(disk_advice(free, folder))
+
+
+def disk_advice(free: float, folder: str) -> Iterator[Advice]:
+    """What to do about little room (bytes) where the Hub's client keeps its files."""
+    if free < ROOM:
+        do = f"make room, or set HF_HOME to a larger disk; Gemma 2 2B and some SAEs take {ROOM / 1e9:.0f} GB"
+        yield Advice(f"{free / 1e9:.1f} GB are free at {folder}", do)
 
 
 def _self_check(backend: str) -> str:
     from transformers import Gemma2ForCausalLM
 
     from gemma_scope_tl.adapters.check import self_check
-    from gemma_scope_tl.adapters.loading import BUNDLED_FOLDER, load_model
+    from gemma_scope_tl.adapters.loading import load_model
     from gemma_scope_tl.adapters.reference import probe_tokens, run_reference
+    from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 
-    hf_model: Any = Gemma2ForCausalLM.from_pretrained(BUNDLED_FOLDER, attn_implementation="eager")
+    hf_model: Any = Gemma2ForCausalLM.from_pretrained(BUNDLED_MODEL, attn_implementation="eager")
     reference = run_reference(hf_model, probe_tokens(hf_model))
     model = load_model(hf_model=hf_model, backend=backend, check=False)
     worst = max(self_check(model, reference).values())

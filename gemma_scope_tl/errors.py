@@ -47,6 +47,10 @@ def nearest(given: str, valid: Iterable[str], n: int = 5) -> list[str]:
     return difflib.get_close_matches(given, names, n=n, cutoff=0.0)
 
 
+class TrainingStateError(GemmaScopeError, ValueError):
+    """A configuration, a checkpoint or a run's folder that cannot be used as it is."""
+
+
 def unknown_name(kind: str, given: object, valid: Iterable[str], hint: str = "") -> UnknownNameError:
     """An :class:`UnknownNameError` that names the five nearest valid names.
 

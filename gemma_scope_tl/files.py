@@ -1,12 +1,15 @@
-"""Writing files so that a crash leaves the old file or the new one, never half of one."""
+"""Writing files so that a crash leaves the old file or the new one, never half of one; telling files apart."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+_BLOCK = 4 << 20
 
 
 def replace_files(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], Any]]) -> None:
@@ -41,6 +44,15 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
     encoded = data.encode() if isinstance(data, str) else data
     replace_files(target.parent, {target.name: lambda temporary: temporary.write_bytes(encoded)})
     return target
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Hex digest of a file, read a few MiB at a time."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -54,10 +54,8 @@ def top_tokens(model: Any, sae: Source, latent: int | Iterable[int], k: int = 10
     """
     import pandas as pd
 
-    site, layer = place_of(sae)
-    site.check_layer(layer, model.dims)
     chosen = chosen_latents(sae, latent)
-    logits = _logits(model, site, layer, decoder_rows(sae, chosen))
+    logits = latent_logits(model, sae, chosen)
     if not 1 <= k <= logits.shape[-1]:
         raise GemmaScopeError(f"k is between 1 and the {logits.shape[-1]} tokens of the vocabulary; given: {k}.")
     frames: list[pd.DataFrame] = []
@@ -77,6 +75,18 @@ def top_tokens(model: Any, sae: Source, latent: int | Iterable[int], k: int = 10
                 )
             )
     return pd.concat(frames, ignore_index=True)
+
+
+@torch.no_grad()
+def latent_logits(model: Any, sae: Source, latents: list[int]) -> Float[torch.Tensor, "k d_vocab"]:
+    """What each latent adds to the logits per unit of activation, as :func:`top_tokens` explains, in float32.
+
+    Raises:
+        SpliceError: for an SAE that does not fit the model's layers and widths.
+    """
+    site, layer = place_of(sae)
+    site.check_layer(layer, model.dims)
+    return _logits(model, site, layer, decoder_rows(sae, latents))
 
 
 def _logits(model: Any, site: Site, layer: int | None, rows: torch.Tensor) -> Float[torch.Tensor, "k d_vocab"]:

@@ -21,10 +21,10 @@ import gemma_scope_tl as gs
 from gemma_scope_tl.attributions.ablations import ablation_effects
 from gemma_scope_tl.attributions.targets import logit_difference
 from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 from gemma_scope_tl.viz.figures import save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
-HELD_OUT = Path(gs.__file__).parent / "bundled" / "text" / "heldout.jsonl"
 PLACES = (("res", 2), ("mlp", 1))
 METHODS = {"gradient": "activation x gradient", "integrated": "integrated gradients"}
 COLORS = {"res": "C0", "mlp": "C1"}
@@ -60,7 +60,7 @@ def main() -> None:
 
 def prompts(model: Any, count: int, length: int) -> list[torch.Tensor]:
     """Prompts ``[1, length]`` from the beginnings of held-out documents, the domains in turn."""
-    documents = pd.read_json(HELD_OUT, lines=True)
+    documents = pd.read_json(HELD_OUT_TEXT, lines=True)
     turn = documents.groupby("domain").cumcount()
     ordered = documents.loc[turn.sort_values(kind="stable").index, "text"]
     rows = [model.to_tokens(text[: 12 * length])[:, :length] for text in ordered]

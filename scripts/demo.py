@@ -16,11 +16,11 @@ from rich.table import Table
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.attributions.targets import logit_difference
+from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 from gemma_scope_tl.viz.circuit_figure import draw_circuit
 from gemma_scope_tl.viz.figures import latent_heatmap, metric_by_layer, new_figure, save_figure
 
 SENTENCE = "In the beginning God created the heaven and the earth. And the earth was without form."
-HELD_OUT = Path(gs.__file__).parent / "bundled" / "text" / "heldout.jsonl"
 PROMPT = "In the beginning God created the heaven and the"
 OUTPUT = Path("demo-output")
 LAYER = 2
@@ -48,7 +48,7 @@ def main() -> None:
     _print_features(table)
 
     console.rule("4  what splicing costs")
-    held_out = pd.read_json(HELD_OUT, lines=True).groupby("domain")["text"].first().str[:2500]
+    held_out = pd.read_json(HELD_OUT_TEXT, lines=True).groupby("domain")["text"].first().str[:2500]
     metrics = gs.evaluate(model, saes, list(held_out), progress=console.is_terminal)
     _print_metrics(metrics)
     _print_all_at_once(model, saes, rows)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from gemma_scope_tl.adapters.loading import BUNDLED_FOLDER, load_model
+from gemma_scope_tl.adapters.loading import load_model
+from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import ModelDims, get_site
 
@@ -38,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def random_gemma(config: str = "grouped", seed: int = 0, dtype: torch.dtype = torch.float32) -> Gemma2ForCausalLM:
     """A random Gemma 2 with weights and gains so large that a wrong tensor cannot look right; or the bundled one."""
     if config == "bundled":
-        bundled = Gemma2ForCausalLM.from_pretrained(BUNDLED_FOLDER, attn_implementation="eager")
+        bundled = Gemma2ForCausalLM.from_pretrained(BUNDLED_MODEL, attn_implementation="eager")
         return bundled.to(dtype).eval()
     torch.manual_seed(seed)
     model = Gemma2ForCausalLM(Gemma2Config(**{**DEFAULT, **CONFIGS[config]}, attn_implementation="eager"))

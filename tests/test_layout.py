@@ -37,8 +37,10 @@ ORDER = [
     "studies",
     "attributions",
     "contributing",
+    "interp",
     "release",
     "viz",
+    "demo",
     "diagnose",
     "cli",
 ]

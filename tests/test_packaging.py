@@ -14,13 +14,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CHECK = """
 import gemma_scope_tl as gs
-from gemma_scope_tl.adapters.loading import BUNDLED_FOLDER
+from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.weights.fetch import fetch
 assert gs.__file__.startswith({root!r}), gs.__file__
 row = gs.registry.resolve("gemma-scope-2b-pt-res", "layer_20/width_16k/canonical")
 bundled = gs.list_saes(model="bundled")
 assert row.l0 == 71 and len(gs.list_saes()) == 2430 + len(bundled) and len(bundled) > 0
-assert (BUNDLED_FOLDER / "model.safetensors").is_file()
+assert (BUNDLED_MODEL / "model.safetensors").is_file()
 assert all(fetch(gs.registry.resolve(r.release, r.id)).is_file() for r in bundled.itertuples())
 print("found")
 """

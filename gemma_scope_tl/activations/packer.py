@@ -25,12 +25,11 @@ from gemma_scope_tl.activations.token_rows import (
     Record,
     Request,
     TokenId,
-    file_sha256,
     header,
     read_manifest,
 )
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.files import file_sha256, write_atomically
 
 PARTIAL_NAME, PROGRESS_NAME = ".tokens.partial", "progress.json"
 CHECKPOINT_SECONDS = 30.0

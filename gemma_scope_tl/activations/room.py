@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 
 from gemma_scope_tl.activations.direct_file import unfinished
@@ -16,14 +15,6 @@ from gemma_scope_tl.errors import GemmaScopeError
 
 SHARD_BYTES = 4 << 30
 """Size of a shard unless another is asked for."""
-
-
-def kept_by_pass(token_rows: TokenRows, batch_rows: int) -> list[int]:
-    """How many activations every forward pass of a run gives, from the tokens alone."""
-    if batch_rows < 1:
-        raise GemmaScopeError(f"A forward pass takes one token row at least, not {batch_rows}.")
-    kept = token_rows.kept
-    return np.add.reduceat(kept, np.arange(0, len(kept), batch_rows), dtype=np.int64).tolist()
 
 
 def store_bytes(
@@ -45,7 +36,7 @@ def store_bytes(
         dtype, shard_bytes, batch_rows, parts: as in :func:`~gemma_scope_tl.activations.store.write_store`.
     """
     row_bytes = {place.key: width * dtype.itemsize for place, width in widths.items()}
-    sets = cut(kept_by_pass(token_rows, batch_rows), row_bytes, shard_bytes, parts)
+    sets = cut(token_rows.kept_by_pass(batch_rows).tolist(), row_bytes, shard_bytes, parts)
     rows = sum(one.rows for one in sets)
     return {place: len(sets) * HEADER_BYTES + rows * row_bytes[place.key] for place in widths}
 

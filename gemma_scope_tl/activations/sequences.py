@@ -37,10 +37,10 @@ def pack_tokens(
     """Rows of ``context`` tokens, in ``folder``; found again and not packed twice.
 
     Documents follow each other with EOS between, cut into rows that begin with BOS; what is left at the end is dropped
-    (the rule of :func:`gemma_scope_tl.evals.pack_texts`). With ``chat``, a document is a row: BOS, the user's prefix,
-    the document, cut so that the model's prefix still fits after it, and padding on the right. A dataset of token ids
-    is packed likewise, without the BOS that documents begin with; but when its first row has ``context`` ids and begins
-    with BOS, its rows are taken as they are.
+    (the rule of :func:`gemma_scope_tl.evals.packing.pack_texts`). With ``chat``, a document is a row: BOS, the user's
+    prefix, the document, cut so that the model's prefix still fits after it, and padding on the right. A dataset of
+    token ids is packed likewise, without the BOS that documents begin with; but when its first row has ``context`` ids
+    and begins with BOS, its rows are taken as they are.
 
     A packing that was stopped goes on where it was; two processes may ask for the same folder, one of them packs. Where
     documents come from an iterator, they can be told from others only by packing them again.

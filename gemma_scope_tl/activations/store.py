@@ -24,7 +24,7 @@ from gemma_scope_tl.activations.manifest import (
     read_record,
     to_json,
 )
-from gemma_scope_tl.activations.room import SHARD_BYTES, check_room, kept_by_pass
+from gemma_scope_tl.activations.room import SHARD_BYTES, check_room
 from gemma_scope_tl.activations.shards import Run, stored_sets, write_set
 from gemma_scope_tl.activations.source import Place, with_targets
 from gemma_scope_tl.activations.token_rows import TokenRows
@@ -75,7 +75,7 @@ def write_store(
             other activations; another process writes this part; activations are not finite.
     """
     harvester = Harvester(model, with_targets(places))
-    kept = kept_by_pass(token_rows, batch_rows)
+    kept = token_rows.kept_by_pass(batch_rows).tolist()
     if not sum(kept):
         raise GemmaScopeError("The token rows hold no position to train on: nothing to store.")
     cuts = {"shard_bytes": _checked_size(shard_bytes), "batch_rows": batch_rows, "parts": _checked_part(part)}

@@ -54,13 +54,9 @@ class StreamSource(BucketedSource):
             SpliceError: not such a model, or no such layer.
             GemmaScopeError: the tokens are not the model's, or hold no position to train on.
         """
-        if batch_rows < 1:
-            raise GemmaScopeError(f"A forward pass takes one token row at least, not {batch_rows}.")
+        self._ends = np.cumsum(token_rows.kept_by_pass(batch_rows))
         self.harvester = Harvester(model, with_targets(places))
         self.token_rows, self.batch_rows = token_rows, batch_rows
-        kept = token_rows.kept
-        passes = np.add.reduceat(kept, np.arange(0, len(kept), batch_rows), dtype=np.int64)
-        self._ends = np.cumsum(passes)
         self._last: tuple[int, dict[Place, torch.Tensor]] | None = None
         on_gpu = self.harvester.device.type == "cuda"
         super().__init__(

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.files import file_sha256
 from gemma_scope_tl.tokens import special_mask
 
 DATA_NAME, MANIFEST_NAME, TENSOR = "tokens.safetensors", "tokens.json", "tokens"
@@ -198,6 +199,12 @@ class TokenRows:
             counts[at : at + len(chunk)] = chunk.shape[1] - special.sum(1)
         return counts
 
+    def kept_by_pass(self, batch_rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """How many activations every forward pass over ``batch_rows`` rows gives, from the tokens alone."""
+        if batch_rows < 1:
+            raise GemmaScopeError(f"A forward pass takes one token row at least, not {batch_rows}.")
+        return np.add.reduceat(self.kept, np.arange(0, len(self), batch_rows), dtype=np.int64)
+
     def verify(self) -> None:
         """Read the file and compare its sha256 with the manifest's.
 
@@ -216,15 +223,6 @@ def header(rows: int, context: int) -> bytes:
     entry = {"dtype": "I32", "shape": [rows, context], "data_offsets": [0, rows * context * 4]}
     length = HEADER_BYTES - 8
     return length.to_bytes(8, "little") + json.dumps({TENSOR: entry}).encode().ljust(length)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest | None:

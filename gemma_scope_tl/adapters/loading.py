@@ -12,6 +12,7 @@ from gemma_scope_tl.adapters.check import self_check
 from gemma_scope_tl.adapters.reference import probe_tokens, run_reference
 from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.errors import AdapterError, unknown_name
+from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sites import BACKENDS
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BUNDLED = "bundled"
-BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / "model"
 MODELS = {
     f"gemma-2-{size}{kind}": f"google/gemma-2-{size}{kind}" for size in ("2b", "9b", "27b") for kind in ("", "-it")
 }
@@ -88,7 +88,7 @@ def load_model(
 def _source(name: str) -> str:
     """The folder or Hugging Face id that ``name`` stands for."""
     if name == BUNDLED:
-        return str(BUNDLED_FOLDER)
+        return str(BUNDLED_MODEL)
     if name in MODELS:
         return MODELS[name]
     if Path(name).is_dir():
@@ -99,7 +99,7 @@ def _source(name: str) -> str:
 
 
 def _model_id(source: str | None, name: str | Path | None) -> str | None:
-    if source == str(BUNDLED_FOLDER):
+    if source == str(BUNDLED_MODEL):
         return BUNDLED
     last = str(name).rstrip("/").split("/")[-1].lower() if name is not None else ""
     return last if last in MODELS else None

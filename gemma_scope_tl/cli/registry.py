@@ -75,6 +75,10 @@ def check(
     model_path: Annotated[
         str | None, typer.Option(help="The model for --run, where it is not the bundled one.")
     ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Table of `eval` (.csv, .json, .parquet) whose L0s the rows are compared with."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Check a registry file against the schema, the other releases and its SAEs' files; exit status 1 on any problem.
@@ -92,6 +96,10 @@ def check(
         from gemma_scope_tl.contributing.measure import measure_l0
 
         report = report.extended(measure_l0(report.rows, run, model_path, remote, progress=not as_json))
+    if results is not None:
+        from gemma_scope_tl.contributing.measure import results_l0
+
+        report = report.extended(results_l0(report.rows, results))
     if as_json:
         facts: dict[str, Any] = {"file": str(report.path), "ok": not report.problems}
         typer.echo(json.dumps(facts | {"findings": [asdict(finding) for finding in report.findings]}, indent=2))

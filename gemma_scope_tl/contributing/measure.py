@@ -13,7 +13,8 @@ from rich.progress import track
 
 from gemma_scope_tl.contributing.check import Finding
 from gemma_scope_tl.contributing.places import is_remote
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 from gemma_scope_tl.registry.schema import SAERow
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ Labels of the released SAEs and L0s measured on other texts differ by about a te
 input changes the L0 by far more.
 """
 CONTEXT, ROWS, BATCH = 256, 16, 2  # a small batch: its latents of a million-wide SAE take 2 GB
-HELD_OUT = Path(__file__).resolve().parents[1] / "bundled" / "text" / "heldout.jsonl"
 
 
 def measure_l0(
@@ -68,6 +68,47 @@ def measure_l0(
             findings.append(Finding("l0", row.id, False, str(error)))
     measured = l0_of(model, [sae for _, sae in loaded], held_out_tokens(model), progress)
     return findings + [_compared(row, l0) for (row, _), l0 in zip(loaded, measured, strict=True)]
+
+
+def results_l0(rows: Sequence[SAERow], results: str | Path) -> list[Finding]:
+    """The L0 of each row compared with the measured one in a table of results, as ``evaluate`` gives.
+
+    Args:
+        rows: of one release.
+        results: a ``.csv``, ``.json`` (a list of rows) or ``.parquet`` file with columns ``release``, ``id``, ``l0``.
+
+    Returns:
+        A finding per row; one that the table has not is not looked at, and one that it has twice is wrong.
+
+    Raises:
+        GemmaScopeError: for a file that cannot be read or lacks a column.
+    """
+    measured: dict[tuple[str, str], list[float]] = {}
+    for release, id_, l0 in _results(Path(results)):
+        measured.setdefault((release, id_), []).append(l0)
+    findings: list[Finding] = []
+    for row in rows:
+        found = measured.get((row.release, row.id), [])
+        if not found:
+            findings.append(Finding("l0", row.id, None, "not in the results"))
+        elif len(set(found)) > 1:
+            findings.append(Finding("l0", row.id, False, f"the results hold {len(found)} different L0s"))
+        else:
+            findings.append(_compared(row, found[0]))
+    return findings
+
+
+def _results(path: Path) -> list[tuple[str, str, float]]:
+    import pandas as pd
+
+    readers: dict[str, Any] = {".csv": pd.read_csv, ".json": pd.read_json, ".parquet": pd.read_parquet}
+    if path.suffix not in readers:
+        raise unknown_name("format of results", path.suffix, readers)
+    try:
+        table = readers[path.suffix](path)
+        return [(str(r), str(i), float(v)) for r, i, v in zip(table["release"], table["id"], table["l0"], strict=True)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GemmaScopeError(f"Cannot read results with release, id and l0 from {path}: {error!r}") from error
 
 
 def l0_of(
@@ -112,7 +153,7 @@ def held_out_tokens(model: Any) -> torch.Tensor:
     """Rows of BOS and held-out text, ``[16, 256]``."""
     from gemma_scope_tl.evals.packing import pack_texts
 
-    texts = [json.loads(line)["text"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    texts = [json.loads(line)["text"] for line in HELD_OUT_TEXT.read_text(encoding="utf-8").splitlines()]
     return pack_texts(model.tokenizer, texts[:: max(len(texts) // ROWS, 1)], CONTEXT)[:ROWS]
 
 

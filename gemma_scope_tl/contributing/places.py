@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError
+from gemma_scope_tl.files import file_sha256
 from gemma_scope_tl.registry.containment import inside
 from gemma_scope_tl.registry.schema import CFG_FILE, WEIGHTS_FILES
 from gemma_scope_tl.weights.checks import Expected, canonical_names, check_shapes
@@ -22,7 +22,6 @@ from gemma_scope_tl.weights.sniff import weights_error
 
 KEPT_NAMES = frozenset((*WEIGHTS_FILES.values(), CFG_FILE))
 BUNDLED = "bundled"
-_CHUNK = 1 << 22
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -106,14 +105,10 @@ class LocalFolder:
 
     def sha256(self, path: str) -> str | None:
         """See :class:`Place`. Reads the whole file."""
-        digest = hashlib.sha256()
         try:
-            with self._at(path).open("rb") as file:
-                while chunk := file.read(_CHUNK):
-                    digest.update(chunk)
+            return file_sha256(self._at(path))
         except OSError as error:
             raise weights_error(self._at(path), f"cannot be read ({error.strerror or error})", "") from error
-        return digest.hexdigest()
 
     def _at(self, path: str) -> Path:
         return inside(self.root, path)

@@ -121,15 +121,7 @@ class Run:
 
     @cached_property
     def _common(self) -> dict[str, Any]:
-        cfg = self.model.cfg
-        sizes = ("output_logits_soft_cap", "attn_scores_soft_cap", "eps", "window_size", "attn_scale", "rotary_base")
-        return {
-            "model": fingerprint(self.model),
-            "config": [self.model.backend, *(repr(getattr(cfg, name, None)) for name in sizes)],
-            "tokens": hashlib.sha256(self.tokens.contiguous().numpy().tobytes()).hexdigest(),
-            "shape": list(self.tokens.shape),
-            "special": list(self.special),
-        }
+        return facts_of(self.model, self.tokens, self.special)
 
     def _key(self, name: str) -> str:
         return key_of({**self._common, **self.units[name].facts})
@@ -209,3 +201,25 @@ class Run:
         for number, name in enumerate(self._pending()):
             self.units[name].restore(kept, f"{number}/")
         return int(kept["rows"])
+
+
+def facts_of(model: Any, tokens: Int[torch.Tensor, "rows pos"], special: tuple[int, ...]) -> dict[str, Any]:
+    """What every number measured on a model and tokens depends on, SAEs aside: part of the key of what is kept.
+
+    Raises:
+        GemmaScopeError: when there are hooks on the model, which no key can name.
+    """
+    hooked = [name for name, point in model.hook_dict.items() if point.fwd_hooks]
+    if hooked:
+        raise GemmaScopeError(
+            f"There are hooks on the model ({', '.join(hooked[:3])}), and a cache cannot tell what they do: remove "
+            "them, or measure without cache=."
+        )
+    sizes = ("output_logits_soft_cap", "attn_scores_soft_cap", "eps", "window_size", "attn_scale", "rotary_base")
+    return {
+        "model": fingerprint(model),
+        "config": [model.backend, *(repr(getattr(model.cfg, name, None)) for name in sizes)],
+        "tokens": hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest(),
+        "shape": list(tokens.shape),
+        "special": list(special),
+    }

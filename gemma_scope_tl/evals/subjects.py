@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,20 +60,39 @@ def subjects_of(model: Any, saes: Any) -> list[Subject]:
 
 
 @torch.no_grad()
+def latents_of(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> SparseActs:
+    """The active latents of ``x`` alone; hooks on the SAE's own points fire."""
+    if _encodes_sparsely(sae):
+        return encode_sparse(x, sae.W_enc, sae.b_enc, sae.threshold)
+    with _flat(sae):
+        return SparseActs.from_dense(sae.encode(x.to(sae.dtype)))
+
+
+@torch.no_grad()
 def latents_and_output(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> tuple[SparseActs, Float[torch.Tensor, "n d_out"]]:
     """The active latents of ``x`` and the SAE's output, from one encoding; hooks on the SAE's own points fire."""
-    hooked = any(is_hooked(point) for point in sae.hook_dict.values())
-    if isinstance(sae, GemmaScopeMixin) and not hooked:
-        acts = encode_sparse(x, sae.W_enc, sae.b_enc, sae.threshold)
+    if _encodes_sparsely(sae):
+        acts = latents_of(sae, x)
         out, skipped = decode_sparse(acts, sae.W_dec, sae.b_dec), sae.skip(x)
         return acts, out if skipped is None else out + skipped
-    flattened = getattr(sae, "hook_z_reshaping_mode", False) and not isinstance(sae, GemmaScopeMixin)
-    if flattened:  # heads are flat here, stock SAEs are told
-        sae.turn_off_forward_pass_hook_z_reshaping()
-    try:
+    with _flat(sae):
         x = x.to(sae.dtype)
         dense = sae.encode(x)
         return SparseActs.from_dense(dense), decode_with_skip(sae, dense, x)
+
+
+def _encodes_sparsely(sae: Any) -> bool:
+    return isinstance(sae, GemmaScopeMixin) and not any(is_hooked(point) for point in sae.hook_dict.values())
+
+
+@contextmanager
+def _flat(sae: Any) -> Generator[None]:
+    """Heads are flat here; stock SAEs are told."""
+    flattened = getattr(sae, "hook_z_reshaping_mode", False) and not isinstance(sae, GemmaScopeMixin)
+    if flattened:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
     finally:
         if flattened:
             sae.turn_on_forward_pass_hook_z_reshaping()

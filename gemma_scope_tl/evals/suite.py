@@ -88,12 +88,6 @@ def measure_suite(
     subjects = subjects_of(model, saes)
     tokens = as_tokens(model, data, context)
     settings = Settings(batch_size, tuple(ablations), uniformity, memory_budget, checkpoint_every, progress)
-    hooked = [name for name, point in model.hook_dict.items() if point.fwd_hooks] if cache is not None else []
-    if hooked:
-        raise GemmaScopeError(
-            f"There are hooks on the model ({', '.join(hooked[:3])}), and a cache cannot tell what they do: remove "
-            "them, or evaluate without cache=."
-        )
     run = Run(model, subjects, tokens, model._excluded_ids(True), settings, Store(cache))
     run.finish()
     return Evaluation(subjects, run.units, tokens.shape[0], settings.ablations)

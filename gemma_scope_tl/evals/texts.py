@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-
-HELD_OUT = Path(__file__).resolve().parents[1] / "bundled" / "text" / "heldout.jsonl"
+from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 
 
 def read_texts(source: str | PathLike[str] | None = None, column: str = "text", split: str = "train") -> Iterator[str]:
@@ -27,13 +26,24 @@ def read_texts(source: str | PathLike[str] | None = None, column: str = "text", 
         UnknownNameError: for a column that does not exist.
         GemmaScopeError: for a file that cannot be read, or a data set that cannot be had.
     """
-    path = HELD_OUT if source is None else Path(source)
+    return (_text_of(record, column) for record in read_records(source, split, column))
+
+
+def read_records(
+    source: str | PathLike[str] | None = None, split: str = "train", column: str = "text"
+) -> Iterator[dict[str, Any]]:
+    """All columns of what :func:`read_texts` reads, record by record; a ``.txt`` file is one, with its ``column``.
+
+    Raises:
+        GemmaScopeError: for a file that cannot be read, or a data set that cannot be had.
+    """
+    path = HELD_OUT_TEXT if source is None else Path(source)
     if path.suffix == ".txt":
-        yield _content(path)
+        yield {column: _content(path)}
     elif path.suffix in (".jsonl", ".json"):
-        yield from _lines(path, column)
+        yield from _lines(path)
     else:
-        yield from _dataset(str(source), column, split)
+        yield from _dataset(str(source), split)
 
 
 def _content(path: Path) -> str:
@@ -43,24 +53,24 @@ def _content(path: Path) -> str:
         raise GemmaScopeError(f"Cannot read {path} as UTF-8 text: {error}") from error
 
 
-def _lines(path: Path, column: str) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(_content(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            yield _text_of(json.loads(line), column)
+            record: Any = json.loads(line)
         except json.JSONDecodeError as error:
             raise GemmaScopeError(f"{path}, line {number}, is not JSON: {error}") from error
+        yield record if isinstance(record, dict) else {}
 
 
-def _dataset(name: str, column: str, split: str) -> Iterator[str]:
+def _dataset(name: str, split: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
     path, _, config = name.partition(":")
     try:
         found: Any = load_dataset(path, config or None, split=split, streaming=True)
-        for record in found:
-            yield _text_of(record, column)
+        yield from found
     except GemmaScopeError:
         raise
     except Exception as error:  # the library raises whatever its readers and the network raise

@@ -1,4 +1,4 @@
-"""Where the registry files are: the one place that knows how the package is laid out on disk.
+"""Where registry files and bundled data are: the one place that knows how the package is laid out on disk.
 
 The package's own folder comes first. Files from outside join it in four ways: folders that the environment variable
 ``GEMMA_SCOPE_TL_REGISTRY`` names, the user's folder, installed packages (the entry-point group
@@ -22,6 +22,9 @@ EXTRA_FOLDERS_VARIABLE = "GEMMA_SCOPE_TL_REGISTRY"
 ENTRY_POINT_GROUP = "gemma_scope_tl.releases"
 FOLDER_NAME = "pretrained_yaml"
 _PACKAGE = Path(__file__).resolve().parents[1]
+BUNDLED_MODEL = _PACKAGE / "bundled" / "model"
+BUNDLED_SAES = _PACKAGE / "bundled" / "saes"
+HELD_OUT_TEXT = _PACKAGE / "bundled" / "text" / "heldout.jsonl"
 _registered: dict[Path, None] = {}  # in the order of register_release
 
 

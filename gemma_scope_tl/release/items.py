@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 SUITE_FILE = "suite.json"
+_DEAD = (
+    "No latent of it fires, and a registry file cannot hold it: leave it out, or name the folder average_l0_N with its "
+    "measured L0."
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Item:
     def inner(self) -> str:
         """Gemma Scope's folder, without the site's: ``layer_L/width_W/average_l0_N`` or ``embedding/width_W/…``."""
         head = "embedding" if self.layer is None else f"layer_{self.layer}"
-        return f"{head}/width_{width_label(self.d_sae)}/average_l0_{round(self.l0)}"
+        return f"{head}/width_{width_label(self.d_sae)}/average_l0_{_l0_label(self.l0)}"
 
     def load(self) -> Any:
         """The SAE, checked."""
@@ -62,6 +66,11 @@ class Item:
 
         self.load()
         return fetch(self.row)
+
+
+def _l0_label(l0: float) -> str:
+    """The L0 in a folder's name: rounded, and below one half, where that would say 0, with decimals."""
+    return str(round(l0)) if round(l0) else f"{l0:.3f}"
 
 
 def collect(source: Any, model: str | None = None, site: str | None = None) -> list[Item]:
@@ -89,6 +98,8 @@ def collect(source: Any, model: str | None = None, site: str | None = None) -> l
         raise GemmaScopeError(f"The SAEs are of several models ({', '.join(models)}): export each model's alone.")
     seen: set[tuple[str, str]] = set()
     for item in items:
+        if float(_l0_label(item.l0)) <= 0:
+            raise GemmaScopeError(f"The {item.site} SAE of layer {item.layer} has an L0 of {item.l0:g}. {_DEAD}")
         if (item.site, item.inner) in seen:
             raise GemmaScopeError(f"Two SAEs of site {item.site} would both be {item.inner}. Export one of them.")
         seen.add((item.site, item.inner))
@@ -98,6 +109,9 @@ def collect(source: Any, model: str | None = None, site: str | None = None) -> l
 def _from_place(source: str | PathLike[str], model: str | None, site: str | None) -> list[Item]:
     folder = Path(source).expanduser()
     if folder.is_dir():
+        dead = sorted(str(path) for path in folder.rglob("average_l0_0") if path.is_dir())
+        if dead:
+            raise GemmaScopeError(f"{dead[0]} says that its SAE has an L0 of 0. {_DEAD}")
         from gemma_scope_tl.contributing.draft import Options, draft_release
 
         said = model or _model_of_suite(folder)

@@ -44,6 +44,7 @@ DENSE_LATENTS = 0.12  # the gradient of a matrix
 BLOCK_BYTES = 8 << 20
 BLOCK_TOKENS = 512
 DENSE_BYTES = 64 << 20  # bound of every dense temporary
+GPU_BLOCK_BYTES = 256 << 20  # of a block on a GPU, where few large kernels are what is fast
 
 Entries = tuple[Tensor, Tensor, Tensor]
 
@@ -107,6 +108,11 @@ def encode(x: Tensor, w_enc: Tensor, b_enc: Tensor, limit: Tensor) -> Entries:
     """
     n, d_sae = x.shape[0], w_enc.shape[1]
     limit = floor_to(limit, x.dtype)
+    kernels = _triton(x)
+    if kernels is not None:
+        step = max(1, GPU_BLOCK_BYTES // (d_sae * x.element_size()))
+        blocks = (torch.addmm(b_enc, x[i : i + step], w_enc) for i in range(0, n, step))
+        return _stack([kernels.compact(pre, limit) for pre in blocks], x)
     tokens, width = _block_shape(x, d_sae)
     buffer = torch.empty(tokens * width, dtype=x.dtype, device=x.device)
     mask = torch.empty(tokens * width, dtype=torch.bool, device=x.device)
@@ -128,6 +134,9 @@ def compact(dense: Tensor, limit: Tensor | None) -> Entries:
     """The entries of ``dense [n, d_sae]`` not at or below ``limit``; without a limit those not 0. NaN is kept."""
     n, d_sae = dense.shape
     limit = None if limit is None else floor_to(limit, dense.dtype)
+    kernels = _triton(dense)
+    if kernels is not None:
+        return kernels.compact(dense, limit)
     tokens = max(1, min(n, BLOCK_BYTES // d_sae))
     mask = torch.empty(tokens * d_sae, dtype=torch.bool, device=dense.device)
     parts = [_by_row([_select(dense[i : i + tokens], limit, mask)], min(tokens, n - i)) for i in range(0, n, tokens)]
@@ -149,7 +158,7 @@ def floor_to(limit: Tensor, dtype: torch.dtype) -> Tensor:
 def _block_shape(x: Tensor, d_sae: int) -> tuple[int, int]:
     """Tokens and latents of a block. A GPU compacts whole rows: it has no cache worth staying in."""
     if x.is_cuda:
-        return max(1, min(x.shape[0], DENSE_BYTES // (d_sae * x.element_size()))), d_sae
+        return max(1, min(x.shape[0], GPU_BLOCK_BYTES // (d_sae * x.element_size()))), d_sae
     tokens = max(1, min(x.shape[0], BLOCK_TOKENS))
     width = BLOCK_BYTES // (tokens * x.element_size()) // 8 * 8  # a multiple of 8 for _nonzero
     return tokens, max(1, min(width, d_sae))
@@ -157,10 +166,6 @@ def _block_shape(x: Tensor, d_sae: int) -> tuple[int, int]:
 
 def _select(values: Tensor, limit: Tensor | None, mask: Tensor) -> Entries:
     """Rows, columns and values of the entries that :func:`compact` keeps; ``mask`` is space to work in."""
-    kernels = _triton(values)
-    if kernels is not None:
-        offsets, columns, kept = kernels.compact(values, limit)
-        return rows_of(offsets, columns.shape[0]), columns, kept
     on = mask[: values.numel()].view(values.shape)
     if limit is None:
         torch.ne(values, 0, out=on)

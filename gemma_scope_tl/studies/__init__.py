@@ -5,11 +5,15 @@ from gemma_scope_tl.studies.fidelity import importance_uniformity, sparsity_fide
 from gemma_scope_tl.studies.firing import count_firing, firing_frequencies
 from gemma_scope_tl.studies.positions import binned_by_position, position_edges
 from gemma_scope_tl.studies.precision import by_dtype
+from gemma_scope_tl.studies.probe_data import bundled_concepts
+from gemma_scope_tl.studies.probes import probe_concepts
+from gemma_scope_tl.studies.random_twin import random_twin
 from gemma_scope_tl.studies.transfer import base_on_tuned, rescaled
 
 __all__ = [
     "base_on_tuned",
     "binned_by_position",
+    "bundled_concepts",
     "by_domain",
     "by_dtype",
     "count_firing",
@@ -18,6 +22,8 @@ __all__ = [
     "labelled_texts",
     "pile_texts",
     "position_edges",
+    "probe_concepts",
+    "random_twin",
     "rescaled",
     "sparsity_fidelity",
 ]

@@ -1,7 +1,8 @@
 """Checkpoints of a run: whole or not there, verified when they are read, the last two kept.
 
 A checkpoint is a folder ``step_N`` with a safetensors file for each group of SAEs and ``manifest.json``, which is
-written last and has every file's sha256. It is made under another name, flushed to the disk, and renamed.
+written last and has every file's sha256. It is made under another name, flushed to the disk, and renamed. Where several
+processes divide the latents, each writes its own files (``group.0_of_2``) into the one folder, and all wait for all.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemma_scope_tl.activations.token_rows import file_sha256
-from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.files import file_sha256, write_atomically
 from gemma_scope_tl.training.config import TrainingStateError
+from gemma_scope_tl.training.shard import WHOLE, Shard
 
 MANIFEST_NAME, UNFINISHED, KEPT = "manifest.json", ".unfinished", 2
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -36,7 +37,7 @@ class Manifest(BaseModel):
         metrics_bytes: length of ``metrics.jsonl`` at this step.
         threads: what the run had; other numbers may give other last bits.
         status: the last metrics of every SAE.
-        files: sha256 of every file, by the group's name.
+        files: sha256 of every file, by the group's name and, where latents are divided, the part.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,13 +53,16 @@ class Manifest(BaseModel):
     files: dict[str, Sha256]
 
 
-def save_checkpoint(root: Path, manifest: Manifest, states: Mapping[str, Mapping[str, Tensor]]) -> Path:
+def save_checkpoint(
+    root: Path, manifest: Manifest, states: Mapping[str, Mapping[str, Tensor]], shard: Shard = WHOLE
+) -> Path:
     """Write a checkpoint, then remove all but the last two.
 
     Args:
-        root: the folder of the run's checkpoints.
-        manifest: its ``files`` are filled in here.
-        states: tensors of every group, by its name.
+        root: the folder of the run's checkpoints, which all processes see.
+        manifest: the leading process's; its ``files`` are filled in here.
+        states: tensors of every group, by its name: this process's part.
+        shard: this process's place among those of the run.
 
     Returns:
         The checkpoint's folder. One of the same step is left as it is: equal steps are equal.
@@ -69,27 +73,56 @@ def save_checkpoint(root: Path, manifest: Manifest, states: Mapping[str, Mapping
     final, partial = root / f"step_{manifest.step}", root / UNFINISHED
     if final.exists():
         return final
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        hashes: dict[str, str] = {}
-        for name, state in states.items():
-            hashes[name] = _write_tensors(partial / f"{name}.safetensors", state)
-        text = manifest.model_copy(update={"files": hashes}).model_dump_json(indent=1)
-        write_atomically(partial / MANIFEST_NAME, text + "\n")
-        partial.rename(final)
-        _sync(root)
-    except (OSError, SafetensorError) as error:
+    problem = _attempt(lambda: _empty(partial)) if shard.leads else ""
+    hashes: dict[str, str] = {}
+    if not any(shard.gather(problem)) and shard.data_rank == 0:
+        problem = _attempt(lambda: hashes.update(_write_states(partial, states, shard)))
+    found = shard.gather((problem, hashes))
+    problem = next((other for other, _ in found if other), "")
+    if not problem and shard.leads:
+        problem = _attempt(
+            lambda: _complete(partial, final, manifest, {k: v for _, own in found for k, v in own.items()})
+        )
+    problem = next((other for other in shard.gather(problem) if other), "")
+    if problem:
         shutil.rmtree(partial, ignore_errors=True)
         steps = steps_of(root)
         kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no earlier one"
         raise TrainingStateError(
-            f"The checkpoint of step {manifest.step} could not be written to {root} ({error}); {kept}. Make room and "
+            f"The checkpoint of step {manifest.step} could not be written to {root} ({problem}); {kept}. Make room and "
             "start the same run again: it goes on there."
-        ) from error
-    for step in steps_of(root)[:-KEPT]:
-        shutil.rmtree(root / f"step_{step}", ignore_errors=True)
+        )
+    if shard.leads:
+        for step in steps_of(root)[:-KEPT]:
+            shutil.rmtree(root / f"step_{step}", ignore_errors=True)
     return final
+
+
+def _attempt(write: Callable[[], object]) -> str:
+    """What went wrong with the disk, for all processes to hear; nothing otherwise."""
+    try:
+        write()
+    except (OSError, SafetensorError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_states(folder: Path, states: Mapping[str, Mapping[str, Tensor]], shard: Shard) -> dict[str, str]:
+    names = {f"{name}{shard.part}": state for name, state in states.items()}
+    return {name: _write_tensors(folder / f"{name}.safetensors", state) for name, state in names.items()}
+
+
+def _complete(partial: Path, final: Path, manifest: Manifest, hashes: Mapping[str, str]) -> None:
+    """The manifest, and the name by which the checkpoint exists."""
+    text = manifest.model_copy(update={"files": dict(hashes)}).model_dump_json(indent=1)
+    write_atomically(partial / MANIFEST_NAME, text + "\n")
+    partial.rename(final)
+    _sync(final.parent)
 
 
 def steps_of(root: Path) -> list[int]:

@@ -1,8 +1,4 @@
-"""What a training run is, as a YAML file says it: every error of the file at once, unknown keys with the nearest names.
-
-A file may say ``extends: other.yaml`` (counted from its own folder) and give only what differs: mappings are merged,
-anything else is replaced. Other relative paths count from where the command runs.
-"""
+"""What a training run is, as a YAML file says it: all errors of the file at once, unknown keys with the nearest names."""
 
 from __future__ import annotations
 
@@ -15,21 +11,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from gemma_scope_tl.activations.source import Place
-from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
-from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
+from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError, UnknownNameError, unknown_name
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.sites import SITES, SiteName, get_site
+from gemma_scope_tl.training.config_file import override_key, read_config
 from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER, Recipe
 
 PRESETS: Mapping[str, Recipe] = {"paper": PAPER, "fast": FAST, "gemma_scope_2": GEMMA_SCOPE_2}
 NO_EFFECT = ("output", "threads", "checkpoint_every", "loggers")
 """Keys that may change between a run and its continuation: they do not change what is trained."""
-_MAX_EXTENDS = 8
 _SHOWN_PROBLEMS = 50
-
-
-class TrainingStateError(GemmaScopeError, ValueError):
-    """A configuration, a checkpoint or a run's folder that cannot be used as it is."""
 
 
 def _number(value: object) -> object:
@@ -133,6 +124,24 @@ class SourceSection(Section):
     device: str = "cpu"
 
 
+class MeshSection(Section):
+    """How many processes divide each SAE, and each batch: ``torchrun`` starts ``latents * data`` of them.
+
+    Attributes:
+        latents: equal parts of every SAE's latents, each with its own process: for SAEs that are too wide for one.
+        data: equal parts of every batch. Every process reads the whole batch, so a store suits better than streaming,
+            where each of them runs the model.
+    """
+
+    latents: Count = 1
+    data: Count = 1
+
+    @property
+    def processes(self) -> int:
+        """In all."""
+        return self.latents * self.data
+
+
 class GridEntry(Section):
     """SAEs at every combination of these sites, layers, widths and sparsities.
 
@@ -195,6 +204,7 @@ class SuiteConfig(Section):
         only: patterns of names; SAEs of the grid that fit none of them are left out. Empty for all.
         seed: of everything that is drawn.
         device: where SAEs are trained.
+        mesh: see there.
         threads: processor threads; by default PyTorch's number. Equal numbers give equal bits.
         eval_batches: batches after training on which the L0 in an SAE's name is measured.
         checkpoint_every, log_every: steps.
@@ -212,6 +222,7 @@ class SuiteConfig(Section):
     only: list[str] = Field(default_factory=list[str])
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     device: str = "cpu"
+    mesh: MeshSection = MeshSection()
     threads: Count | None = None
     eval_batches: Count = 16
     checkpoint_every: Count = 1_000
@@ -234,9 +245,18 @@ class SuiteConfig(Section):
             problems.append(f"all SAEs of a run share its batches: one batch_size, not {sorted(sizes)}")
         elif self.source.bucket_rows % (size := sizes.pop()):
             problems.append(f"source.bucket_rows, {self.source.bucket_rows}, is no multiple of the batch size, {size}")
+        problems += self._undivided()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _undivided(self) -> list[str]:
+        """Why the mesh cannot divide the work equally."""
+        widths = sorted({width for entry in self.grid for width in entry.widths if width % self.mesh.latents})
+        found = [f"mesh.latents, {self.mesh.latents}, does not divide the widths {widths}"] if widths else []
+        if self.batch_size % self.mesh.data:
+            found.append(f"mesh.data, {self.mesh.data}, does not divide the batch size, {self.batch_size}")
+        return found
 
     @property
     def recipes(self) -> list[Recipe]:
@@ -251,7 +271,8 @@ class SuiteConfig(Section):
     @property
     def results(self) -> dict[str, Any]:
         """Everything that the trained weights and the log depend on, as plain data."""
-        return self.model_dump(mode="json", exclude=set(NO_EFFECT))
+        left_out = {*NO_EFFECT, *(("mesh",) if self.mesh.processes == 1 else ())}
+        return self.model_dump(mode="json", exclude=left_out)
 
 
 def merged_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -284,9 +305,9 @@ def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: S
     elif isinstance(path, Mapping):
         data, source = dict(path), "the configuration"
     else:
-        data, source = _read(Path(path), 0), str(path)
+        data, source = read_config(Path(path)), str(path)
     for override in overrides:
-        _override(data, override)
+        override_key(data, override)
     try:
         return SuiteConfig.model_validate(data)
     except ValidationError as error:
@@ -301,55 +322,6 @@ def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: S
 def place_of(site: str, layer: int | None) -> Place:
     """The place, without a layer where the site has none."""
     return Place(site, layer if get_site(site).per_layer else None)
-
-
-def _read(path: Path, depth: int) -> dict[str, Any]:
-    data = load_yaml(read_text(path), str(path))
-    if not isinstance(data, dict):
-        raise TrainingStateError(f"{path} holds no mapping: a configuration has keys such as output, grid and steps.")
-    found = cast("dict[str, Any]", data)
-    base = found.pop("extends", None)
-    if base is None:
-        return found
-    if not isinstance(base, str) or depth >= _MAX_EXTENDS:
-        raise TrainingStateError(f"{path}: extends names one file, and {_MAX_EXTENDS} may extend each other.")
-    return _merged(_read(path.parent / base, depth + 1), found)
-
-
-def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in top.items():
-        old = result.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        result[key] = _merged(cast("Mapping[str, Any]", old), cast("Mapping[str, Any]", value)) if both else value
-    return result
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise TrainingStateError(f"{override!r} is no override: write key=value, such as source.bucket_rows=65536.")
-    at: Any = data
-    *path, last = key.split(".")
-    for part in path:
-        if isinstance(at, list):
-            at = _item(cast("list[Any]", at), part, override)
-        else:
-            if not isinstance(at.get(part), (dict, list)):
-                at[part] = {}
-            at = at[part]
-    value = load_yaml(text, f"the value of {key}")
-    if isinstance(at, list):
-        _item(cast("list[Any]", at), last, override)
-        at[int(last)] = value
-    else:
-        at[last] = value
-
-
-def _item(values: list[Any], part: str, override: str) -> Any:
-    if not part.isdecimal() or int(part) >= len(values):
-        raise TrainingStateError(f"{override!r}: {part!r} is none of the list's numbers, 0 to {len(values) - 1}.")
-    return values[int(part)]
 
 
 def _problem(detail: ErrorDetails) -> str:

@@ -16,7 +16,7 @@ from gemma_scope_tl.training.penalties import Prices
 from gemma_scope_tl.training.stack import Batch, Chunk, Member, Vectors, residuals_
 from gemma_scope_tl.training.weights import Weights
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
 """Size of one ``[batch, block]`` temporary; a step has some four at a time. Masks are floating-point: comparing into
 them, and adding them up by products with ones, takes a third of the time that boolean masks take."""
 
@@ -51,7 +51,8 @@ class DensePass:
 
     def _blocks(self) -> Iterator[tuple[int, slice]]:
         """Blocks of latents, counted from the SAE's first here, with the number of their segment."""
-        size = max(1, BLOCK_BYTES // (self.batch.x.shape[0] * self.batch.x.element_size()))
+        x = self.batch.x
+        size = max(1, BLOCK_BYTES["cuda" if x.is_cuda else "cpu"] // (x.shape[0] * x.element_size()))
         first = self.member.rows.start
         for number, segment in enumerate(self.member.segments):
             for i in range(segment.start - first, segment.stop - first, size):
@@ -76,7 +77,7 @@ class DensePass:
         """See :class:`~gemma_scope_tl.training.stack.Pass`."""
         shard = self.batch.shard
         first = self.member.rows.start
-        size = chunk_rows(max(self.enc.shape[1], self.dec.shape[1]), self.enc.element_size())
+        size = chunk_rows(self.enc, max(self.enc.shape[1], self.dec.shape[1]))
         pulled = torch.zeros_like(self.b_dec_old)
         for segment, at in self._blocks():
             enc, dec = (shard.sum_data(grad) for grad in self._block_gradients(segment, at))

@@ -9,7 +9,6 @@ finds the results.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,9 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from gemma_scope_tl import __version__
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.training.checkpoint import check_same_run
 from gemma_scope_tl.training.cluster import Job, JobStatus, Report, run_jobs
@@ -27,7 +25,17 @@ from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
 from gemma_scope_tl.training.joining import join_suites
 from gemma_scope_tl.training.model_sizes import sizes_of
-from gemma_scope_tl.training.suite import METRICS_NAME, RUN_NAME, SUITE_NAME, train_suite
+from gemma_scope_tl.training.records import (
+    LOCK_NAME,
+    METRICS_NAME,
+    RUN_NAME,
+    SUITE_NAME,
+    alone,
+    read_record,
+    suite_table,
+    write_run,
+)
+from gemma_scope_tl.training.suite import train_suite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,15 +91,14 @@ def train_on_ray(
         GemmaScopeError: as :func:`~gemma_scope_tl.training.cluster.run_jobs`.
     """
     checked = load_config(config, overrides)
+    if checked.mesh.processes > 1:
+        raise TrainingStateError(
+            "A job on Ray is one process, so mesh does not go with it: start the run with torchrun."
+        )
     folder = Path(checked.output).absolute()
     (folder / JOBS).mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return _train(checked, folder, address, by, harvesters, retries, resume, show)
-    except Timeout:
-        raise TrainingStateError(
-            f"Another process trains in {folder}: wait for it, or choose another output."
-        ) from None
+    with alone(folder):
+        return _train(checked, folder, address, by, harvesters, retries, resume, show)
 
 
 def _train(
@@ -104,8 +111,6 @@ def _train(
     resume: bool,
     show: Callable[[Sequence[JobStatus]], None],
 ) -> pd.DataFrame:
-    import pandas as pd
-
     groups = groups_of(config, sizes_of(config.model.name).dims)
     _begin(folder, config, resume)
     if not (folder / SUITE_NAME).exists():
@@ -113,8 +118,7 @@ def _train(
         statuses = run_jobs(jobs, address=address, retries=retries, show=show)
         _report_failures(folder, statuses)
         join_suites(folder, config, groups, [folder / JOBS / job.name for job in jobs if job.function is train_job])
-    facts = json.loads((folder / SUITE_NAME).read_text(encoding="utf-8"))
-    return pd.DataFrame(facts["saes"]).astype({"layer": "Int64"})
+    return suite_table(folder)
 
 
 def jobs_of(
@@ -174,7 +178,7 @@ def train_job(report: Report, config: Mapping[str, Any]) -> str:
 
     folder = Path(checked.output)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock", timeout=_PATIENCE):
+    with FileLock(folder / LOCK_NAME, timeout=_PATIENCE):
         pass  # an earlier attempt, on a node that was only cut off, may still be about to end
     train_suite(checked, source=source, progress=False)
     return str(folder)
@@ -306,11 +310,9 @@ def _begin(folder: Path, config: SuiteConfig, resume: bool) -> None:
         (folder / JOBS).mkdir()
     for name in (SUITE_NAME, RUN_NAME):
         if (folder / name).exists():
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
-            check_same_run(found["config"], config.results, folder)
+            check_same_run(read_record(folder / name)["config"], config.results, folder)
             return
-    facts = {"format": "gemma_scope_tl run", "version": __version__, "config": config.results}
-    write_atomically(folder / RUN_NAME, json.dumps(facts, indent=1) + "\n")
+    write_run(folder, config)
 
 
 def _report_failures(folder: Path, statuses: Sequence[JobStatus]) -> None:

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_tl import __version__
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
 from gemma_scope_tl.training.grid import Group, places_of
-from gemma_scope_tl.training.release import STAGE, folder_names
-from gemma_scope_tl.training.suite import METRICS_NAME, SUITE_NAME
+from gemma_scope_tl.training.records import METRICS_NAME, SUITE_NAME, read_record, write_suite
+from gemma_scope_tl.training.release import folder_names, staged
 from gemma_scope_tl.weights.sniff import PARAMS_NAME
 
 
@@ -37,27 +36,15 @@ def join_suites(folder: Path, config: SuiteConfig, groups: Sequence[Group], part
     found, scales = _suites(parts)
     specs = [spec for group in groups for spec in group.specs]
     names = folder_names([(spec, found[spec.name][1]["l0"]) for spec in specs])
-    stage = folder / STAGE
-    for old in (stage, *(folder / site for site in {spec.place.site for spec in specs})):
-        shutil.rmtree(old, ignore_errors=True)
     rows: list[dict[str, Any]] = []
-    for spec, name in zip(specs, names, strict=True):
-        part, row = found[spec.name]
-        (stage / name).mkdir(parents=True)
-        _link(part / row["path"] / PARAMS_NAME, stage / name / PARAMS_NAME)
-        rows.append({**row, "id": name.removeprefix(f"{spec.place.site}/"), "path": name})
-    for site in sorted(path.name for path in stage.iterdir()):
-        os.replace(stage / site, folder / site)
-    stage.rmdir()
+    with staged(folder, specs) as stage:
+        for spec, name in zip(specs, names, strict=True):
+            part, row = found[spec.name]
+            (stage / name).mkdir(parents=True)
+            _link(part / row["path"] / PARAMS_NAME, stage / name / PARAMS_NAME)
+            rows.append({**row, "id": name.removeprefix(f"{spec.place.site}/"), "path": name})
     write_atomically(folder / METRICS_NAME, _metrics({spec.name: i for i, spec in enumerate(specs)}, parts))
-    facts = {
-        "format": "gemma_scope_tl suite",
-        "version": __version__,
-        "config": config.results,
-        "scales": {place.key: scales[place.key] for place in places_of(groups)},
-        "saes": rows,
-    }
-    write_atomically(folder / SUITE_NAME, json.dumps(facts, indent=1) + "\n")
+    write_suite(folder, config, {place: scales[place.key] for place in places_of(groups)}, rows)
 
 
 def _suites(parts: Sequence[Path]) -> tuple[dict[str, tuple[Path, dict[str, Any]]], dict[str, float]]:
@@ -70,7 +57,7 @@ def _suites(parts: Sequence[Path]) -> tuple[dict[str, tuple[Path, dict[str, Any]
                 f"A job is done, and {part / SUITE_NAME} is not there: output must be a folder that all nodes share, "
                 "under one path."
             )
-        facts = json.loads((part / SUITE_NAME).read_text(encoding="utf-8"))
+        facts = read_record(part / SUITE_NAME)
         scales |= facts["scales"]
         found |= {row["name"]: (part, row) for row in facts["saes"]}
     return found, scales

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_scope_tl.errors import AdapterError, unknown_name
+from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sites import ModelDims
 
 
@@ -47,7 +48,6 @@ class ModelSizes:
         return blocks * (2.0 * self.block_parameters + 4.0 * heads * context / 2)
 
 
-_BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / "model"
 _KNOWN = {
     "gemma-2-2b": ModelSizes(ModelDims(26, 2304, 8, 256), 4, 9216, 256_000),
     "gemma-2-9b": ModelSizes(ModelDims(42, 3584, 16, 256), 8, 14_336, 256_000),
@@ -64,7 +64,7 @@ def sizes_of(name: str) -> ModelSizes:
         AdapterError: there is no such config, or it is no Gemma 2's.
     """
     if name == "bundled":
-        return _from_folder(_BUNDLED_FOLDER)
+        return _from_folder(BUNDLED_MODEL)
     last = name.rstrip("/").split("/")[-1].lower().removesuffix("-it")
     if Path(name).is_dir():
         return _from_folder(Path(name))

@@ -18,13 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 512 << 10
-"""A chunk's share of each array: parameter, second moment, gradient and working space fit 2 MB of cache together."""
+from gemma_scope_tl.training.recipe import project_out_rows_, unit_rows_
+
+CHUNK_BYTES = {"cpu": 512 << 10, "cuda": 64 << 20}
+"""A chunk's share of each array. On a processor parameter, second moment, gradient and working space fit 2 MB of cache
+together; a GPU wants few kernels that are large, as long as the working space is small beside the weights."""
 
 
-def chunk_rows(width: int, item_size: int) -> int:
-    """Rows of ``width`` values that make a chunk."""
-    return max(1, CHUNK_BYTES // (width * item_size))
+def chunk_rows(like: Tensor, width: int) -> int:
+    """Rows of ``width`` values that make a chunk, in the dtype and on the device of ``like``."""
+    size = CHUNK_BYTES["cuda" if like.is_cuda else "cpu"]
+    return max(1, size // (width * like.element_size()))
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,6 @@ def on_sphere_(rows: Tensor, second: Tensor, grad: Tensor, rate: Rate, decay: Te
 
     The gradient first loses its part along each row; after the step the row is scaled to length 1.
     """
-    along = torch.linalg.vecdot(grad, rows) / torch.linalg.vecdot(rows, rows).clamp_min(1e-30)
-    grad.addcmul_(rows, along.unsqueeze(1), value=-1.0)
+    project_out_rows_(grad, rows)
     adam_(rows, second, grad, rate, decay)
-    rows.div_(torch.linalg.vecdot(rows, rows).sqrt_().clamp_min(1e-30).unsqueeze(1))
+    unit_rows_(rows)

@@ -48,23 +48,35 @@ class MeshShard(Shard):
     def _sum(self, tensor: Tensor, axis: str, ranks: int) -> Tensor:
         if ranks == 1 or self.mesh is None:
             return tensor
-        whole = tensor.contiguous()
+        whole = tensor.to(self.mesh.device_type).contiguous()  # NCCL adds up what is on a GPU only
         dist.all_reduce(whole, group=self.mesh.get_group(axis))
-        return whole
+        return whole.to(tensor.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """All-gather of small values over all processes."""
+        if self.mesh is None:
+            return [value]
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value)
+        return found
+
+    def most(self, value: int) -> int:
+        """All-reduce of the greatest value over all processes."""
+        if self.mesh is None:
+            return value
+        found = torch.tensor(value, device=self.mesh.device_type)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found)
 
     def whole(self, local: Tensor, chunk: int | None = None) -> Generator[Tensor, None, None]:
-        """A tensor whose first dimension is divided over ``latents``, whole, ``chunk`` columns at a time.
-
-        Every process must take part. With ``chunk`` no process holds more than ``[latents, chunk]`` of it.
-        """
-        if self.mesh is None:
-            yield local
+        """As :meth:`Shard.whole`, by DTensor."""
+        if self.mesh is None or self.latent_ranks == 1:
+            yield from super().whole(local, chunk)
             return
-        step = local.shape[1] if local.ndim > 1 and chunk is None else chunk or 1
-        parts = [local] if local.ndim == 1 else local.split(step, dim=1)
-        for part in parts:
-            placed = DTensor.from_local(part.contiguous(), self.mesh, [Replicate(), ShardedDim(0)], run_check=False)
-            yield placed.full_tensor()
+        for part in [local] if local.ndim == 1 or chunk is None else local.split(chunk, dim=1):
+            here = part.to(self.mesh.device_type).contiguous()
+            placed = DTensor.from_local(here, self.mesh, [Replicate(), ShardedDim(0)], run_check=False)
+            yield placed.full_tensor().to(local.device)
 
 
 def launched() -> bool:
@@ -91,7 +103,7 @@ def process_mesh(
     if world != wanted:
         raise GemmaScopeError(
             f"{data_ranks} x {latent_ranks} (data x latents) needs {wanted} processes, this run has {world}: "
-            f"start it with torchrun --nproc-per-node {wanted}."
+            f"start it with torchrun --nproc-per-node {wanted}, or say in mesh how the processes divide the work."
         )
     if wanted == 1:
         yield WHOLE

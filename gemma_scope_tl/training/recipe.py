@@ -265,13 +265,18 @@ def project_out_rows(grad: Tensor, rows: Tensor) -> Tensor:
     >>> project_out_rows(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]])).tolist()
     [[3.0, 0.0]]
     """
-    along = (grad * rows).sum(-1, keepdim=True) / (rows * rows).sum(-1, keepdim=True).clamp_min(1e-30)
-    return grad - along * rows
+    return project_out_rows_(grad.clone(), rows)
+
+
+def project_out_rows_(grad: Tensor, rows: Tensor) -> Tensor:
+    """:func:`project_out_rows` in place."""
+    along = torch.linalg.vecdot(grad, rows) / torch.linalg.vecdot(rows, rows).clamp_min(1e-30)
+    return grad.addcmul_(rows, along.unsqueeze(-1), value=-1.0)
 
 
 def unit_rows_(rows: Tensor) -> Tensor:
     """Scale each row of ``[d_sae, d_in]`` to length 1, in place."""
-    return rows.div_(rows.norm(dim=-1, keepdim=True).clamp_min(1e-30))
+    return rows.div_(torch.linalg.vecdot(rows, rows).sqrt_().clamp_min(1e-30).unsqueeze(-1))
 
 
 @contextmanager
@@ -296,7 +301,7 @@ def decoder_on_sphere(
                     grad.div_(grad_scale)
         rows = decoder()
         if rows.grad is not None:
-            rows.grad.copy_(project_out_rows(rows.grad, rows))
+            project_out_rows_(rows.grad, rows)
 
     @torch.no_grad()
     def after(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

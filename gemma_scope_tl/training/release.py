@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from gemma_scope_tl.activations.source import Place
-from gemma_scope_tl.files import replace_files
+from gemma_scope_tl.files import file_sha256, replace_files
 from gemma_scope_tl.registry.widths import width_label
+from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.spec import SAESpec
 
 _VALUES = 1 << 25  # pre-activations at a time
@@ -32,14 +35,16 @@ class Finished:
     Attributes:
         spec: what was asked for.
         steps: how long it was trained.
-        arrays: its weights for raw activations, Gemma Scope's names and layout.
+        arrays: its weights for raw activations, Gemma Scope's names and layout; of this process's latents.
         status: its last row of metrics.
+        shard: whose latents these are. Where latents are divided, every process measures and writes along.
     """
 
     spec: SAESpec
     steps: int
     arrays: Mapping[str, Tensor]
     status: Mapping[str, Any]
+    shard: Shard = WHOLE
     rows: int = 0
     active: float = 0.0
     error: float = 0.0
@@ -55,11 +60,11 @@ class Finished:
         for inputs, targets in zip(x.float().cpu().split(part), y.float().cpu().split(part), strict=True):
             z = inputs @ a["W_enc"] + a["b_enc"]
             on = z > a["threshold"]
-            error = targets - ((z * on) @ a["W_dec"] + a["b_dec"])
+            error = targets - (self.shard.sum_latents((z * on) @ a["W_dec"]) + a["b_dec"])
             wide = targets.double()
             fired = on.any(0)
             self.rows += len(inputs)
-            self.active += float(on.sum())
+            self.active += float(self.shard.sum_latents(on.sum()))
             self.error += error.double().square().sum().item()
             self.squares += wide.square().sum().item()
             self.total = wide.sum(0) if self.total is None else self.total + wide.sum(0)
@@ -74,7 +79,7 @@ class Finished:
         return {
             "l0": self.active / self.rows,
             "fvu": self.error / variance if variance > 0.0 else float("nan"),
-            "silent": 1.0 - self.fired.float().mean().item(),
+            "silent": 1.0 - float(self.shard.sum_latents(self.fired.sum())) / self.spec.d_sae,
         }
 
 
@@ -112,34 +117,92 @@ def folder_names(saes: Sequence[tuple[SAESpec, float]]) -> list[str]:
     return names
 
 
-def write_release(folder: Path, saes: Sequence[Finished]) -> list[dict[str, Any]]:
+def write_release(folder: Path, saes: Sequence[Finished], shard: Shard = WHOLE) -> list[dict[str, Any]]:
     """Write ``<site>/layer_L/width_W/average_l0_N/params.npz`` of every SAE; a registry row and metrics of each.
 
-    What an interrupted call has left is replaced.
+    What an interrupted call has left is replaced. Where processes divide the latents, all must call it; the leading one
+    writes, and holds no whole matrix in memory: parts go to the disk a few columns at a time. The others get no rows.
     """
-    from gemma_scope_tl.sae.loading import scale_embedding
     from gemma_scope_tl.sae.save import write_npz
     from gemma_scope_tl.weights.sniff import PARAMS_NAME
 
-    stage = folder / STAGE
-    for old in [stage, *(folder / site for site in {sae.spec.place.site for sae in saes})]:
-        shutil.rmtree(old, ignore_errors=True)
+    measured = [sae.metrics for sae in saes]
+    names = folder_names([(sae.spec, row["l0"]) for sae, row in zip(saes, measured, strict=True)])
+    if not shard.leads:
+        for sae in saes:
+            for array in _divided(sae).values():
+                deque(shard.whole(array, _columns(sae)), maxlen=0)
+        return []
     rows: list[dict[str, Any]] = []
-    names = folder_names([(sae.spec, sae.metrics["l0"]) for sae in saes])
-    for sae, name in zip(saes, names, strict=True):
-        arrays = {key: value.detach().cpu().float().contiguous() for key, value in sae.arrays.items()}
-        if sae.spec.place.site == "embedding":  # in the units of the table's rows, as released
-            arrays = scale_embedding(arrays, inverse=True)
-        found = {key: value.numpy() for key, value in arrays.items()}
-        replace_files(stage / name, {PARAMS_NAME: lambda path, found=found: write_npz(path, found)})
-        rows.append(_row(sae, name, stage / name / PARAMS_NAME))
-    for site in sorted(path.name for path in stage.iterdir()):
-        os.replace(stage / site, folder / site)
-    stage.rmdir()
+    with staged(folder, [sae.spec for sae in saes]) as stage:
+        for sae, name, metrics in zip(saes, names, measured, strict=True):
+            parts = stage / "parts"
+            found = _whole_arrays(sae, shard, parts)
+            replace_files(stage / name, {PARAMS_NAME: lambda path, found=found: write_npz(path, found)})
+            del found
+            shutil.rmtree(parts, ignore_errors=True)
+            rows.append(_row(sae, name, stage / name / PARAMS_NAME, metrics))
     return rows
 
 
-def _row(sae: Finished, name: str, path: Path) -> dict[str, Any]:
+def _release_arrays(sae: Finished) -> dict[str, Tensor]:
+    """This process's part of the released arrays, in the file's order and layout."""
+    from gemma_scope_tl.sae.loading import scale_embedding
+
+    arrays = {key: value.detach().cpu().float().contiguous() for key, value in sae.arrays.items()}
+    if sae.spec.place.site == "embedding":  # in the units of the table's rows, as released
+        arrays = scale_embedding(arrays, inverse=True)
+    return arrays
+
+
+def _divided(sae: Finished) -> dict[str, Tensor]:
+    """The arrays that the processes divide, latents first."""
+    arrays = _release_arrays(sae)
+    return {key: arrays[key].T if key == "W_enc" else arrays[key] for key in sorted(arrays) if key != "b_dec"}
+
+
+def _whole_arrays(sae: Finished, shard: Shard, parts: Path) -> dict[str, np.ndarray]:
+    """The released arrays, gathered from all processes."""
+    own = _release_arrays(sae)
+    if shard.latent_ranks == 1:
+        return {key: value.numpy() for key, value in own.items()}
+    parts.mkdir(parents=True)
+    found = {key: _gathered(local, key, sae, shard, parts) for key, local in _divided(sae).items()}
+    return {key: found[key] if key in found else value.numpy() for key, value in own.items()}
+
+
+def _gathered(local: Tensor, key: str, sae: Finished, shard: Shard, parts: Path) -> np.ndarray:
+    """A whole array, filled a few columns at a time and mapped from a file where it is a matrix."""
+    if local.ndim == 1:
+        return next(shard.whole(local)).numpy()
+    shape = (sae.spec.d_sae, local.shape[1])
+    encoder = key == "W_enc"
+    array = open_memmap(parts / f"{key}.npy", "w+", np.float32, shape[::-1] if encoder else shape)
+    by_latent, at = array.T if encoder else array, 0
+    for piece in shard.whole(local, _columns(sae)):
+        by_latent[:, at : at + piece.shape[1]] = piece.numpy()
+        at += piece.shape[1]
+    return array
+
+
+def _columns(sae: Finished) -> int:
+    """Columns of a matrix that are gathered at a time: 64 MiB of them."""
+    return max(1, (1 << 24) // sae.spec.d_sae)
+
+
+@contextmanager
+def staged(folder: Path, specs: Sequence[SAESpec]) -> Generator[Path]:
+    """A hidden folder for the folders of all sites, which on leaving take the place of what was in ``folder``."""
+    stage = folder / STAGE
+    for old in [stage, *(folder / site for site in {spec.place.site for spec in specs})]:
+        shutil.rmtree(old, ignore_errors=True)
+    yield stage
+    for site in sorted(path.name for path in stage.iterdir()):
+        os.replace(stage / site, folder / site)
+    stage.rmdir()
+
+
+def _row(sae: Finished, name: str, path: Path, metrics: Mapping[str, float]) -> dict[str, Any]:
     """The registry's columns first."""
     spec = sae.spec
     return {
@@ -150,8 +213,8 @@ def _row(sae: Finished, name: str, path: Path) -> dict[str, Any]:
         "d_sae": spec.d_sae,
         "d_in": sae.arrays["W_enc"].shape[0],
         "path": name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        **sae.metrics,
+        "sha256": file_sha256(path),
+        **metrics,
         "name": spec.name,
         "target_l0": spec.target_l0,
         "lambda": sae.status.get("lambda"),

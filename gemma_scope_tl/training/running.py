@@ -28,6 +28,7 @@ from gemma_scope_tl.training.logs import Logger, MetricsFile, open_loggers
 from gemma_scope_tl.training.place import PlaceTrainer
 from gemma_scope_tl.training.progress import suite_bar
 from gemma_scope_tl.training.release import Finished, measure
+from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.sources import OpenSource
 from gemma_scope_tl.training.stopping import StopSignals, TrainingStopped
 
@@ -52,9 +53,11 @@ class Run:
         metrics: Path,
         checkpoints: Path,
         progress: bool = True,
+        shard: Shard = WHOLE,
     ) -> None:
         """Read the last checkpoint, if there is one, or measure the scales."""
-        self.config, self.groups, self.checkpoints, self.progress = config, groups, checkpoints, progress
+        self.config, self.groups, self.checkpoints, self.shard = config, groups, checkpoints, shard
+        self.progress = progress and shard.leads
         self.threads = config.threads or torch.get_num_threads()
         torch.set_num_threads(self.threads)  # scales have their bits from it too
         self.ends = sorted({group.steps for group in groups})
@@ -69,8 +72,10 @@ class Run:
         else:
             self.step = manifest.step
             self.scales = {Place.parse(key): value for key, value in manifest.scales.items()}
-        self.metrics = MetricsFile(metrics, manifest.metrics_bytes if manifest else 0)
-        self.loggers: list[Logger] = [self.metrics, *open_loggers(config, metrics.parent, self.step)]
+        self.metrics = MetricsFile(metrics, manifest.metrics_bytes if manifest else 0) if shard.leads else None
+        self.loggers: list[Logger] = []
+        if self.metrics is not None:
+            self.loggers += [self.metrics, *open_loggers(config, metrics.parent, self.step)]
 
     def to_the_end(self) -> list[Finished]:
         """Train, and measure what came out.
@@ -83,7 +88,7 @@ class Run:
                 if end > self.step:
                     self._segment(end, stop, bar)
         saes = [
-            Finished(spec, group.steps, self.trainers[group.name].released(i, self.scales[group.place]), {})
+            Finished(spec, group.steps, self._released(group, i), self.status.get(spec.name, {}), self.shard)
             for group in self.groups
             for i, spec in enumerate(group.specs)
         ]
@@ -92,9 +97,10 @@ class Run:
         torch.set_num_threads(self.threads)
         unseen = self._source.batches(self.config.batch_size, last_step(self.config))
         measure(saes, unseen, self.config.eval_batches)
-        for sae in saes:
-            sae.status = self.status.get(sae.spec.name, {})
         return saes
+
+    def _released(self, group: Group, index: int) -> dict[str, Tensor]:
+        return self.trainers[group.name].released(index, self.scales[group.place])
 
     def close(self) -> None:
         """Close the loggers."""
@@ -107,14 +113,13 @@ class Run:
             step=self.step,
             config=self.config.results,
             scales={place.key: value for place, value in self.scales.items()},
-            metrics_bytes=self.metrics.sync(),
+            metrics_bytes=self.metrics.sync() if self.metrics is not None else 0,
             threads=self.threads,
             files={},
             status=self.status,
         )
-        return save_checkpoint(
-            self.checkpoints, manifest, {name: trainer.state() for name, trainer in self.trainers.items()}
-        )
+        states = {name: trainer.state() for name, trainer in self.trainers.items()}
+        return save_checkpoint(self.checkpoints, manifest, states, self.shard)
 
     def _segment(self, end: int, stop: StopSignals, bar: Callable[[int, Sequence[Mapping[str, Any]]], None]) -> None:
         """Steps up to ``end``, where some groups are done, with a source of the places that are not."""
@@ -129,30 +134,32 @@ class Run:
                 each(lambda group, batch=batch: self._train(group, batch), active)
                 self.step += 1
                 rows = self._log(active) if self.step % self.config.log_every == 0 or self.step == end else []
-                if stop.seen or self.step % self.config.checkpoint_every == 0 or self.step == end:
+                seen = self.shard.most(stop.seen or 0)
+                if seen or self.step % self.config.checkpoint_every == 0 or self.step == end:
                     folder = self.save()
-                    if stop.seen:
-                        name = signal.Signals(stop.seen).name
+                    if seen:
+                        name = signal.Signals(seen).name
                         raise TrainingStopped(
                             f"Stopped by {name} after step {self.step} of {self.ends[-1]}; {folder} is written, and "
                             "the same call goes on from there.",
-                            stop.seen,
+                            seen,
                         )
                 bar(self.step, rows)
 
     @torch.no_grad()
     def _train(self, group: Group, batch: Mapping[Place, Tensor]) -> None:
-        scale = self.scales[group.place]
-        x = (batch[group.place] / scale).to(self.config.device)
+        scale, own = self.scales[group.place], self.shard.rows(self.config.batch_size)
+        x = (batch[group.place][own] / scale).to(self.config.device)
         if group.place.target == group.place:
             self.trainers[group.name].step(x)
         else:
-            self.trainers[group.name].step(x, (batch[group.place.target] / scale).to(self.config.device))
+            self.trainers[group.name].step(x, (batch[group.place.target][own] / scale).to(self.config.device))
 
     @contextmanager
     def _each(self, groups: int) -> Generator[Each, None, None]:
         """One thread for each group where there are enough of them; otherwise all threads for one after the other."""
-        if self.threads == 1 or groups < self.threads or torch.device(self.config.device).type != "cpu":
+        divided = self.shard is not WHOLE  # processes talk to each other in one order
+        if divided or self.threads == 1 or groups < self.threads or torch.device(self.config.device).type != "cpu":
             yield lambda function, active: [function(group) for group in active]
             return
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -184,7 +191,7 @@ class Run:
         if missing:
             raise TrainingStateError(f"{folder} has no scale of {missing[0]}: it is damaged. Remove it.")
         for group in self.groups:
-            self.trainers[group.name].load_state(load_state(folder, manifest, group.name))
+            self.trainers[group.name].load_state(load_state(folder, manifest, f"{group.name}{self.shard.part}"))
         self.status = {name: dict(values) for name, values in manifest.status.items()}
         return manifest
 
@@ -192,7 +199,12 @@ class Run:
         widths = self._source.widths
         place = group.place
         return PlaceTrainer(
-            widths[place], widths[place.target], group.specs, total_steps=group.steps, device=self.config.device
+            widths[place],
+            widths[place.target],
+            group.specs,
+            total_steps=group.steps,
+            device=self.config.device,
+            shard=self.shard,
         )
 
     def _source_places(self) -> set[Place]:

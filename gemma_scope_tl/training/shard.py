@@ -7,7 +7,9 @@ A distributed shard overrides the two sums; nothing else in a training step talk
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -53,6 +55,34 @@ class Shard:
             GemmaScopeError: ``batch_size`` cannot be divided equally.
         """
         return _part(batch_size, self.data_rank, self.data_ranks, "rows of a batch")
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what all of them have in common; one does."""
+        return self.latent_rank == 0 and self.data_rank == 0
+
+    @property
+    def part(self) -> str:
+        """What the name of a file with this process's latents ends with."""
+        return "" if self.latent_ranks == 1 else f".{self.latent_rank}_of_{self.latent_ranks}"
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, small ones; every process waits for the others here."""
+        return [value]
+
+    def most(self, value: int) -> int:
+        """The greatest value of all processes."""
+        return value
+
+    def whole(self, local: Tensor, chunk: int | None = None) -> Generator[Tensor, None, None]:
+        """A tensor whose first dimension is divided over the latents, whole, ``chunk`` columns at a time.
+
+        Every process must take part. With ``chunk`` no process holds more than ``[latents, chunk]`` of it.
+        """
+        if local.ndim == 1 or chunk is None:
+            yield local
+        else:
+            yield from local.split(chunk, dim=1)
 
     def sum_latents(self, tensor: Tensor) -> Tensor:
         """The sum of ``tensor`` over the processes that have the same rows and other latents; may be in place."""

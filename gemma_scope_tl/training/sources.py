@@ -9,11 +9,11 @@ from typing import Any
 from gemma_scope_tl.activations.source import Place, Source
 from gemma_scope_tl.activations.token_rows import TokenRows
 from gemma_scope_tl.dtypes import parse_dtype
+from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 from gemma_scope_tl.training.config import SuiteConfig
 
 OpenSource = Callable[[Sequence[Place]], Source]
 """Makes the source of some places; equal places give equal batches."""
-BUNDLED_TEXT = Path(__file__).resolve().parent.parent / "bundled" / "text" / "heldout.jsonl"
 
 
 def source_opener(config: SuiteConfig, model: Any = None, progress: bool = True) -> OpenSource:
@@ -63,7 +63,7 @@ def load_data(config: SuiteConfig, model: Any = None, progress: bool = True) -> 
     assert data is not None  # the configuration was checked
     loaded = model or load_model(own.name, backend=own.backend, dtype=own.dtype, device=own.device)
     rows = pack_tokens(
-        str(BUNDLED_TEXT) if data.dataset == "bundled" else data.dataset,
+        str(HELD_OUT_TEXT) if data.dataset == "bundled" else data.dataset,
         loaded.tokenizer,
         data.context,
         data.folder or Path(config.output) / "tokens",

@@ -130,7 +130,7 @@ class SparsePass:
     def chunks(self, member: int) -> Iterator[Chunk]:
         """See :class:`~gemma_scope_tl.training.stack.Pass`."""
         own, shard = self._own(self.members[member]), self.batch.shard
-        size = chunk_rows(max(self.enc.shape[1], self.dec.shape[1]), self.enc.element_size())
+        size = chunk_rows(self.enc, max(self.enc.shape[1], self.dec.shape[1]))
         pulled = torch.zeros_like(self.b_dec[member])
         for i in range(own.start, own.stop, size):
             j = min(i + size, own.stop)

@@ -6,26 +6,34 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
-from gemma_scope_tl import __version__
-from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.training.checkpoint import check_same_run
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
 from gemma_scope_tl.training.model_sizes import sizes_of
+from gemma_scope_tl.training.parallel import agreed, process_mesh
 from gemma_scope_tl.training.plan import plan_suite
+from gemma_scope_tl.training.records import (
+    CHECKPOINTS,
+    METRICS_NAME,
+    RUN_NAME,
+    SUITE_NAME,
+    alone,
+    read_record,
+    suite_table,
+    write_run,
+    write_suite,
+)
 from gemma_scope_tl.training.release import STAGE, write_release
 from gemma_scope_tl.training.running import Run
+from gemma_scope_tl.training.shard import Shard
 from gemma_scope_tl.training.sources import OpenSource, source_opener
 
 if TYPE_CHECKING:
     import pandas as pd
-
-RUN_NAME, SUITE_NAME, METRICS_NAME, CHECKPOINTS = "run.json", "suite.json", "metrics.jsonl", "checkpoints"
 
 
 def train_suite(
@@ -47,6 +55,10 @@ def train_suite(
     The run's folder gets ``<site>/layer_L/width_W/average_l0_N/params.npz``, N being the L0 measured on batches after
     training; ``suite.json`` (configuration, scales, a row per SAE); ``metrics.jsonl``; and ``runs.jsonl``, which says
     when each process ran.
+
+    With ``mesh`` in the configuration, several processes (``torchrun``, one folder that all see) divide every SAE and
+    every batch; each calls this function, the first writes, and the result is that of one process within rounding. A
+    run goes on with the mesh that it was begun with. Memory and disk are not planned for then.
 
     Args:
         config: a YAML file, its content, or a configuration.
@@ -70,52 +82,53 @@ def train_suite(
     groups = groups_of(checked, sizes_of(checked.model.name).dims if model is None else model.dims)
     folder = Path(checked.output)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise TrainingStateError(f"Another process trains in {folder}: wait for it, or give another output.") from None
-    with lock:
-        if resume and (folder / SUITE_NAME).exists():
-            return _finished(folder, checked)
-        if not force and source is None and model is None:  # of a model in hand the sizes are not looked up
-            plan_suite(checked, measure=False).check()
-        _prepare(folder, checked, groups, resume)
-        return _train(folder, checked, groups, source or source_opener(checked, model, progress), progress)
+    mesh = checked.mesh
+    with process_mesh(mesh.latents, mesh.data, device=checked.device) as shard:
+        agreed({"resume": resume, **checked.results})
+        with alone(folder) if shard.leads else nullcontext():
+            if resume and (folder / SUITE_NAME).exists():
+                return _finished(folder, checked, shard)
+            if not (force or source or model) and mesh.processes == 1:  # of a model in hand sizes are not looked up
+                plan_suite(checked, measure=False).check()
+            if shard.leads:
+                _prepare(folder, checked, groups, resume)
+            shard.gather(None)  # nobody looks for checkpoints before that
+            opener = source or source_opener(checked, model, progress and shard.leads)
+            return _train(folder, checked, groups, opener, progress, shard)
 
 
 def _train(
-    folder: Path, config: SuiteConfig, groups: Sequence[Group], source: OpenSource, progress: bool
+    folder: Path, config: SuiteConfig, groups: Sequence[Group], source: OpenSource, progress: bool, shard: Shard
 ) -> pd.DataFrame:
-    began, run = time.time(), Run(config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, progress)
+    began = time.time()
+    run = Run(config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, progress, shard)
     first = run.step
     try:
         saes = run.to_the_end()
     finally:
         run.close()
-        with (folder / "runs.jsonl").open("a", encoding="utf-8") as file:
-            facts = {"began": round(began), "seconds": round(time.time() - began, 1), "threads": run.threads}
-            file.write(json.dumps({"from_step": first, "to_step": run.step, **facts}) + "\n")
-    rows = write_release(folder, saes)
-    facts = {
-        "format": "gemma_scope_tl suite",
-        "version": __version__,
-        "config": config.results,
-        "scales": {place.key: run.scales[place] for place in run.scales},
-        "saes": rows,
-    }
-    write_atomically(folder / SUITE_NAME, json.dumps(facts, indent=1) + "\n")
-    return _finished(folder, config)
+        if shard.leads:
+            _note_run(folder, began, first, run)
+    rows = write_release(folder, saes, shard)
+    if shard.leads:
+        write_suite(folder, config, run.scales, rows)
+    return _finished(folder, config, shard)
 
 
-def _finished(folder: Path, config: SuiteConfig) -> pd.DataFrame:
+def _note_run(folder: Path, began: float, first: int, run: Run) -> None:
+    """A line of ``runs.jsonl``."""
+    facts = {"began": round(began), "seconds": round(time.time() - began, 1), "threads": run.threads}
+    with (folder / "runs.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"from_step": first, "to_step": run.step, **facts}) + "\n")
+
+
+def _finished(folder: Path, config: SuiteConfig, shard: Shard) -> pd.DataFrame:
     """The table of a finished run; checkpoints are of no more use."""
-    import pandas as pd
-
-    facts = _read(folder / SUITE_NAME)
-    check_same_run(facts["config"], config.results, folder)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return pd.DataFrame(facts["saes"]).astype({"layer": "Int64"})
+    shard.gather(None)  # the leading process has written it
+    check_same_run(read_record(folder / SUITE_NAME)["config"], config.results, folder)
+    if shard.leads:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return suite_table(folder)
 
 
 def _prepare(folder: Path, config: SuiteConfig, groups: Sequence[Group], resume: bool) -> None:
@@ -127,7 +140,7 @@ def _prepare(folder: Path, config: SuiteConfig, groups: Sequence[Group], resume:
     sites = sorted({place.site for place in places_of(groups)})
     if (folder / RUN_NAME).exists():
         if resume:
-            check_same_run(_read(folder / RUN_NAME)["config"], config.results, folder)
+            check_same_run(read_record(folder / RUN_NAME)["config"], config.results, folder)
             return
         for name in (CHECKPOINTS, *sites):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -136,16 +149,4 @@ def _prepare(folder: Path, config: SuiteConfig, groups: Sequence[Group], resume:
     taken = [name for name in (*sites, CHECKPOINTS, SUITE_NAME, METRICS_NAME) if (folder / name).exists()]
     if taken:
         raise TrainingStateError(f"{folder} holds {', '.join(taken)}, and no run: choose another output.")
-    facts = {"format": "gemma_scope_tl run", "version": __version__, "config": config.results}
-    write_atomically(folder / RUN_NAME, json.dumps(facts, indent=1) + "\n")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and isinstance(found.get("config"), dict):
-            return found
-        reason = "it has no configuration"
-    except (OSError, ValueError) as error:
-        reason = str(error)
-    raise TrainingStateError(f"{path} is not what a run writes: {reason}. Restore it, or choose another output.")
+    write_run(folder, config)

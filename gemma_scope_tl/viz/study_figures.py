@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.viz.training_figures import LABELS, LOGARITHMIC
+from gemma_scope_tl.viz.panels import COLORS, LABELS, MARKERS, check_columns, grid, is_logarithmic, legend
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LABELS = {**LABELS, "squared_error": "squared error", "uniformity": "uniformity r_L0", "kl": "KL, nats"}
-_MARKERS = "osD^vP*X"
 _STYLES = ("-", "--", ":", "-.")
-_COLORS = 10  # of the default cycle
 _MOST_NAMES = 16
 
 
@@ -60,15 +57,15 @@ def position_figure(table: pd.DataFrame, metrics: Sequence[str] = ("squared_erro
         table: of :func:`~gemma_scope_tl.studies.binned_by_position`.
         metrics: columns to draw.
     """
-    _check(table, ["start", "stop", "site", "layer", "id", *metrics])
+    check_columns(table, ["start", "stop", "site", "layer", "id", *metrics])
     figure, panels = _grid(1, len(metrics))
     for ax, metric in zip(panels[0], metrics, strict=True):
         for number, (name, rows) in enumerate(_groups(table, ["site", "layer", "id"])):
             middle = (rows["start"] + rows["stop"] - 1) / 2
-            ax.plot(middle.to_list(), rows[metric].to_list(), color=f"C{number % _COLORS}", lw=1.1, label=name)
+            ax.plot(middle.to_list(), rows[metric].to_list(), color=f"C{number % COLORS}", lw=1.1, label=name)
         ax.set_xscale("symlog", linthresh=16)
         _label(ax, "position", metric)
-    _legend(figure, panels[0][0])
+    legend(figure, panels[0][0], _MOST_NAMES)
     return figure
 
 
@@ -78,7 +75,7 @@ def frequency_figure(table: pd.DataFrame) -> Figure:
     Args:
         table: of :func:`~gemma_scope_tl.studies.firing_frequencies`.
     """
-    _check(table, ["site", "layer", "id", "d_sae", "low", "high", "share", "dead"])
+    check_columns(table, ["site", "layer", "id", "d_sae", "low", "high", "share", "dead"])
     sites = list(dict.fromkeys(table["site"]))
     widths = sorted(set(table["d_sae"]))
     figure, panels = _grid(1, len(sites))
@@ -89,7 +86,7 @@ def frequency_figure(table: pd.DataFrame) -> Figure:
             edges = [*rows["low"].to_list(), rows["high"].iloc[-1]]
             label = None if width in named else f"{width:,} latents"
             named.add(width)
-            color = f"C{widths.index(width) % _COLORS}"
+            color = f"C{widths.index(width) % COLORS}"
             ax.stairs(rows["share"].to_list(), edges, color=color, alpha=0.7, lw=1.1, label=label)
         ax.set_title(site, fontsize=9)
         _label(ax, "log10 of the share of tokens", "share of latents")
@@ -104,7 +101,7 @@ def domain_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "
         table: of :func:`~gemma_scope_tl.studies.by_domain`.
         metrics: columns to draw.
     """
-    _check(table, ["domain", "site", *metrics])
+    check_columns(table, ["domain", "site", *metrics])
     sites = list(dict.fromkeys(table["site"]))
     figure, panels = _grid(1, len(metrics))
     for ax, metric in zip(panels[0], metrics, strict=True):
@@ -113,7 +110,7 @@ def domain_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "
         for number, site in enumerate(sites):
             rows = table[table["site"] == site]
             across = [places[name] + 0.6 * (number + 0.5) / len(sites) - 0.3 for name in rows["domain"]]
-            ax.plot(across, rows[metric].to_list(), _MARKERS[number % len(_MARKERS)], ms=4, alpha=0.7, label=site)
+            ax.plot(across, rows[metric].to_list(), MARKERS[number % len(MARKERS)], ms=4, alpha=0.7, label=site)
         ax.plot(range(len(means)), means.to_list(), "k_", ms=18, label="mean")
         ax.set_xticks(range(len(means)), list(means.index), rotation=40, ha="right")
         _label(ax, "", metric)
@@ -129,7 +126,7 @@ def precision_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss"
         table: of :func:`~gemma_scope_tl.studies.by_dtype`.
         metrics: columns to draw.
     """
-    _check(table, ["dtype", *metrics])
+    check_columns(table, ["dtype", *metrics])
     dtypes = list(dict.fromkeys(table["dtype"]))
     if len(dtypes) < 2:
         raise GemmaScopeError(f"A comparison needs two dtypes; the table has {dtypes}.")
@@ -138,17 +135,45 @@ def precision_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss"
         reference = table.loc[table["dtype"] == dtypes[0], metric].to_list()
         for number, dtype in enumerate(dtypes[1:]):
             values = table.loc[table["dtype"] == dtype, metric].to_list()
-            ax.plot(reference, values, _MARKERS[number % len(_MARKERS)], ms=4, alpha=0.8, label=dtype)
+            ax.plot(reference, values, MARKERS[number % len(MARKERS)], ms=4, alpha=0.8, label=dtype)
         _scale(ax.set_xscale, table, metric)
         _scale(ax.set_yscale, table, metric)
         ax.axline((min(reference),) * 2, (max(reference) + 1e-9,) * 2, color="0.6", lw=0.8)
-        _label(ax, f"{_LABELS.get(metric, metric)}, {dtypes[0]}", metric)
+        _label(ax, f"{LABELS.get(metric, metric)}, {dtypes[0]}", metric)
     panels[0][0].legend(fontsize=7, frameon=False)
     return figure
 
 
+def probe_figure(table: pd.DataFrame) -> Figure:
+    """AUROC of probes by concept: a panel per k, for each concept the mean over SAEs of their latents, of random SAEs'
+    latents and of the raw activations, with a line from lowest to highest SAE.
+
+    Args:
+        table: of :func:`~gemma_scope_tl.studies.probe_concepts`.
+    """
+    check_columns(table, ["concept", "features", "k", "auroc"])
+    sparse = table[table["features"] != "dense"]
+    sizes = sorted(set(sparse["k"])) or [0]
+    order = table.groupby("concept")["auroc"].mean().sort_values().index.to_list()
+    kinds = ("random", "latents", "dense")
+    figure, panels = grid(1, len(sizes), (2.2 + 2.4 * len(sizes), 1.4 + 0.3 * len(order)))
+    for ax, k in zip(panels[0], sizes, strict=True):
+        for number, kind in enumerate(kinds):
+            rows = table[(table["features"] == kind) & ((table["k"] == k) | (kind == "dense"))]
+            found = rows.groupby("concept")["auroc"].agg(["mean", "min", "max"]).reindex(order)
+            y = [at + 0.2 * (number - 1) for at in range(len(order))]
+            ax.hlines(y, found["min"].to_list(), found["max"].to_list(), color=f"C{number}", lw=1, alpha=0.6)
+            ax.plot(found["mean"].to_list(), y, MARKERS[number], ms=4, color=f"C{number}", label=kind)
+        ax.axvline(0.5, color="0.6", ls="--", lw=0.8)
+        ax.set_title(f"k = {k}", fontsize=9)
+        ax.set_yticks(range(len(order)), order if ax is panels[0][0] else [""] * len(order))
+        _label(ax, "AUROC", "")
+    legend(figure, panels[0][0], _MOST_NAMES)
+    return figure
+
+
 def _over_l0(table: pd.DataFrame, metrics: Sequence[str], by: list[str], bounds: bool = False) -> Figure:
-    _check(table, ["site", "l0", *by, *metrics])
+    check_columns(table, ["site", "l0", *by, *metrics])
     sites = list(dict.fromkeys(table["site"]))
     first, second = ([name for name, _ in _groups(table, [column])] for column in by)
     figure, panels = _grid(len(metrics), len(sites))
@@ -157,9 +182,9 @@ def _over_l0(table: pd.DataFrame, metrics: Sequence[str], by: list[str], bounds:
             rows = table[table["site"] == site]
             for name, group in _groups(rows, by):
                 ordered = group.sort_values("l0")
-                color = first.index(_name([by[0]], group.iloc[0])) % _COLORS
+                color = first.index(_name([by[0]], group.iloc[0])) % COLORS
                 kind = second.index(_name([by[1]], group.iloc[0]))
-                line_style, marker = _STYLES[kind % len(_STYLES)], _MARKERS[kind % len(_MARKERS)]
+                line_style, marker = _STYLES[kind % len(_STYLES)], MARKERS[kind % len(MARKERS)]
                 x, y = ordered["l0"].to_list(), ordered[metric].to_list()
                 ax.plot(x, y, label=name, color=f"C{color}", ls=line_style, marker=marker, ms=4, lw=1)
                 if bounds:
@@ -168,16 +193,8 @@ def _over_l0(table: pd.DataFrame, metrics: Sequence[str], by: list[str], bounds:
             _label(ax, "L0", metric)
             _scale(ax.set_xscale, rows, "l0")
             _scale(ax.set_yscale, rows, metric)
-    _legend(figure, panels[0][0])
+    legend(figure, panels[0][0], _MOST_NAMES)
     return figure
-
-
-def _check(table: pd.DataFrame, columns: Sequence[str]) -> None:
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        raise GemmaScopeError(f"The figure needs the columns {', '.join(missing)}; there are {list(table.columns)}.")
-    if not len(table):
-        raise GemmaScopeError("There is no row to draw.")
 
 
 def _groups(table: pd.DataFrame, by: list[str]) -> list[tuple[str, pd.DataFrame]]:
@@ -197,29 +214,16 @@ def _name(by: list[str], row: pd.Series[Any]) -> str:
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(3.6 * columns, 5.0), 3.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, [list(line) for line in figure.subplots(rows, columns, squeeze=False)]
+    return grid(rows, columns, (max(3.6 * columns, 5.0), 3.2 * rows))
 
 
 def _label(ax: Axes, x: str, metric: str) -> None:
     ax.set_xlabel(x, fontsize=8)
-    ax.set_ylabel(_LABELS.get(metric, metric), fontsize=8)
+    ax.set_ylabel(LABELS.get(metric, metric), fontsize=8)
     ax.tick_params(labelsize=7)
     ax.grid(visible=True, alpha=0.25, lw=0.6)
 
 
 def _scale(set_scale: Any, table: pd.DataFrame, metric: str) -> None:
-    """Logarithmic where the metric is drawn so and is positive: a splice may lower the loss."""
-    if metric in LOGARITHMIC and bool((table[metric] > 0).all()):
+    if is_logarithmic(table, metric):
         set_scale("log")
-
-
-def _legend(figure: Figure, ax: Axes) -> None:
-    """One legend below all panels, where the names are few enough to be read."""
-    handles, labels = ax.get_legend_handles_labels()
-    if 1 < len(labels) <= _MOST_NAMES:
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)

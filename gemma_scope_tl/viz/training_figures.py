@@ -8,30 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.viz.panels import COLORS, LABELS, MARKERS, check_columns, grid, is_logarithmic, legend
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LABELS = {
-    "l0": "L0",
-    "fvu": "FVU",
-    "delta_loss": "delta loss, nats",
-    "loss_recovered": "loss recovered",
-    "error": "squared error",
-    "lambda": "lambda",
-    "threshold": "threshold",
-    "silent": "share of silent latents",
-    "lr": "learning rate",
-}
-LOGARITHMIC = ("delta_loss", "error", "l0", "lambda", "threshold", "lr")
-"""Metrics that are drawn on a logarithmic axis where all their values are positive."""
 CURVES = ("error", "l0", "lambda", "threshold")
 SERIES = ("name", "site", "layer", "width", "d_sae", "target_l0", "seed")
 """Columns of a training log that say which SAE a row belongs to."""
-_MARKERS = "osD^vP*X"
-_COLORS = 10  # of the default cycle
+_MOST_NAMES = 24
 
 
 def pareto(
@@ -49,12 +36,12 @@ def pareto(
     Raises:
         GemmaScopeError: a column is missing, there is no row, or a value is not finite.
     """
-    _check(frame, ["l0", by, *metrics])
+    check_columns(frame, ["l0", by, *metrics], finite=True)
     figure, panels = _panels(len(metrics), columns=len(metrics))
     for ax, metric in zip(panels, metrics, strict=True):
         for number, (name, rows) in enumerate(frame.groupby(by, sort=False)):
             ordered = rows.sort_values("l0")
-            mark, color = _MARKERS[number % len(_MARKERS)], f"C{number % _COLORS}"
+            mark, color = MARKERS[number % len(MARKERS)], f"C{number % COLORS}"
             x, y = ordered["l0"].to_list(), ordered[metric].to_list()
             ax.plot(x, y, label=str(name), marker=mark, color=color, ms=5, lw=1.2)
         _axis(ax, "x", "l0", frame)
@@ -85,9 +72,9 @@ def training_curves(
         GemmaScopeError: the log cannot be read, or holds no row with these columns.
     """
     frame = _read_log(log) if isinstance(log, (str, Path)) else log
-    _check(frame, ["step", *metrics], finite=False)
+    check_columns(frame, ["step", *metrics])
     frame = frame.dropna(subset=["step", *metrics])
-    _check(frame, ["step", *metrics])
+    check_columns(frame, ["step", *metrics], finite=True)
     keys = _series(frame, by)
     figure, panels = _panels(len(metrics), columns=min(2, len(metrics)))
     series = _split(frame, keys)
@@ -98,7 +85,7 @@ def training_curves(
     for ax, metric in zip(panels, metrics, strict=True):
         _axis(ax, "x", "step", frame)
         _axis(ax, "y", metric, frame)
-    _legend(figure, panels[0])
+    legend(figure, panels[0], _MOST_NAMES)
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
@@ -127,23 +114,10 @@ def _read_log(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _check(frame: pd.DataFrame, columns: Sequence[str], *, finite: bool = True) -> None:
-    import numpy as np
-
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise GemmaScopeError(f"The figure needs the columns {', '.join(missing)}; there are {list(frame.columns)}.")
-    if not len(frame):
-        raise GemmaScopeError(f"There is no row with {', '.join(columns)} to draw.")
-    for column in columns if finite else ():
-        if frame[column].dtype.kind in "fiu" and not np.isfinite(frame[column].to_numpy()).all():
-            raise GemmaScopeError(f"{column!r} holds values that are not finite.")
-
-
 def _series(frame: pd.DataFrame, by: str | Sequence[str] | None) -> list[str]:
     if by is not None:
         keys = [by] if isinstance(by, str) else list(by)
-        _check(frame, keys, finite=False)
+        check_columns(frame, keys)
         return keys
     if "name" in frame.columns:
         return ["name"]
@@ -160,7 +134,7 @@ def _colors(count: int) -> list[Any]:
     """The default cycle while it lasts, else as many colours of one map as there are lines."""
     from matplotlib import colormaps
 
-    if count <= _COLORS:
+    if count <= COLORS:
         return [f"C{number}" for number in range(count)]
     return [colormaps["turbo"](0.05 + 0.9 * number / (count - 1)) for number in range(count)]
 
@@ -173,13 +147,9 @@ def _name(keys: list[str], values: Any) -> str:
 
 
 def _panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = -(-count // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.3 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure, lines = grid(rows, columns, (4.6 * columns, 3.3 * rows))
+    axes = [ax for line in lines for ax in line]
     for ax in axes[count:]:
         ax.remove()
     return figure, axes[:count]
@@ -190,7 +160,7 @@ def _axis(ax: Axes, which: str, metric: str, frame: pd.DataFrame) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis = ax.xaxis if which == "x" else ax.yaxis
-    if metric in LOGARITHMIC and bool((frame[metric] > 0).all()):
+    if is_logarithmic(frame, metric):
         (ax.set_xscale if which == "x" else ax.set_yscale)("log")
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -198,10 +168,3 @@ def _axis(ax: Axes, which: str, metric: str, frame: pd.DataFrame) -> None:
     axis.set_label_text(LABELS.get(metric, metric), fontsize=9)
     axis.set_tick_params(labelsize=8)
     ax.grid(visible=True, which="major", alpha=0.25, lw=0.6)
-
-
-def _legend(figure: Figure, ax: Axes, most: int = 24) -> None:
-    """One legend below all panels, where the names are few enough to be read."""
-    handles, labels = ax.get_legend_handles_labels()
-    if 1 < len(labels) <= most:
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import traceback
@@ -11,14 +10,15 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError
+from gemma_scope_tl.files import file_sha256
 from gemma_scope_tl.registry.containment import inside
+from gemma_scope_tl.registry.locate import BUNDLED_SAES
 from gemma_scope_tl.weights.sniff import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME, weights_error
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 BUNDLED = "bundled"
-_CHUNK = 1 << 22
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]*")  # a signed address: whoever has it can read the file
 _USER = re.compile(r"(?<=://)[^\s/@]+@")  # a user and password in HF_ENDPOINT
@@ -79,17 +79,14 @@ def find_local(row: SAERow) -> Path | None:
 
 def bundled_root() -> Path:
     """The folder in this package that holds the bundled SAEs."""
-    return Path(__file__).resolve().parent.parent / "bundled" / "saes"
+    return BUNDLED_SAES
 
 
 def verify_download(path: Path, wanted: str) -> None:
     """Raise :func:`wrong_hash` unless the file's sha256 is ``wanted`` (hexadecimal)."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    if digest.hexdigest() != wanted:
-        raise wrong_hash(path, digest.hexdigest(), wanted)
+    found = file_sha256(path)
+    if found != wanted:
+        raise wrong_hash(path, found, wanted)
 
 
 def wrong_hash(path: Path, found: str, wanted: str) -> WeightsError:
@@ -137,8 +134,8 @@ def hub_error(error: Exception, repo: str, filename: str, revision: str | None) 
         The error, to be raised ``from`` its own ``__cause__``: the client's error, or None where that would show a
         token or a signed address.
     """
-    raised = WeightsError(_without_secrets(_explain(_root(error), repo, filename, revision)))
-    raised.__cause__ = None if _shows_secrets(error) else error
+    raised = WeightsError(without_secrets(_explain(_root(error), repo, filename, revision)))
+    raised.__cause__ = None if shows_secrets(error) else error
     return raised
 
 
@@ -285,16 +282,18 @@ def _endpoint() -> str:
     return constants.ENDPOINT
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
+    """``text`` without the user's token, signatures of addresses and passwords in them."""
     from huggingface_hub import get_token
 
     token = get_token()
     return _USER.sub("", _QUERY.sub(r"\1", text.replace(token, "[token]") if token else text))
 
 
-def _shows_secrets(error: Exception) -> bool:
+def shows_secrets(error: Exception) -> bool:
+    """Whether an error, or one behind it, says something that :func:`without_secrets` takes out."""
     shown = "".join(traceback.format_exception_only(type(error), error))
     for linked in (error.__cause__, error.__context__):
-        if isinstance(linked, Exception) and _shows_secrets(linked):
+        if isinstance(linked, Exception) and shows_secrets(linked):
             return True
-    return _without_secrets(shown) != shown
+    return without_secrets(shown) != shown

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 from gemma_scope_tl.activations import packer
 from gemma_scope_tl.activations.documents import open_documents
 from gemma_scope_tl.activations.sequences import TokenRows, pack_tokens
-from gemma_scope_tl.adapters.loading import BUNDLED_FOLDER
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
 from gemma_scope_tl.evals.packing import pack_texts
+from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from tests.helpers import CharTokenizerFactory
 
 TEXTS = [f"Document {i}: " + "the quick brown fox. " * (i % 7) for i in range(300)] + ["", "end"]
@@ -26,7 +26,7 @@ TEXTS = [f"Document {i}: " + "the quick brown fox. " * (i % 7) for i in range(30
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
+    return AutoTokenizer.from_pretrained(BUNDLED_MODEL)
 
 
 def pack(data: Any, tokenizer: Any, folder: Path, **options: Any) -> TokenRows:
@@ -177,7 +177,7 @@ def chat_wanted(tokenizer: Any, text: str, context: int) -> tuple[list[int], lis
 
 @pytest.mark.parametrize("template", [False, True])
 def test_chat_rows_are_wrapped_and_the_users_prefix_dropped(tmp_path: Path, template: bool) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
     if template:  # Gemma's, for one user's turn
         tokenizer.chat_template = (
             "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] | trim "

@@ -11,9 +11,10 @@ import torch
 from gemma_scope_tl.adapters import check
 from gemma_scope_tl.adapters.bridge import GemmaBridge
 from gemma_scope_tl.adapters.check import cached_logits, relative_difference, self_check
-from gemma_scope_tl.adapters.loading import BUNDLED_FOLDER, load_model
+from gemma_scope_tl.adapters.loading import load_model
 from gemma_scope_tl.adapters.reference import probe_tokens, run_reference
 from gemma_scope_tl.errors import AdapterError, AdapterMismatch, UnknownNameError
+from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import hooked, random_gemma, random_tokens
 
@@ -198,4 +199,4 @@ def test_the_self_check_catches(broken: str, backend: str, monkeypatch: pytest.M
 
 
 def test_bundled_folder_is_inside_the_package() -> None:
-    assert (BUNDLED_FOLDER / "config.json").is_file()
+    assert (BUNDLED_MODEL / "config.json").is_file()

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_scope_tl.adapters.loading import BUNDLED_FOLDER, load_model
-from gemma_scope_tl.contributing.measure import HELD_OUT
+from gemma_scope_tl.adapters.loading import load_model
 from gemma_scope_tl.registry import clear_cache, locate
+from gemma_scope_tl.registry.locate import BUNDLED_MODEL, HELD_OUT_TEXT
 from gemma_scope_tl.sae.save import save_sae
 from gemma_scope_tl.sites import ModelDims, get_site
 from tests.helpers import random_sae
@@ -36,9 +36,9 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     pre-activations at ``1 - L0 / width``, in NumPy.
     """
     model: Any = load_model("bundled")
-    texts = [json.loads(line)["text"] for line in HELD_OUT.read_text().splitlines()[:40:4]]
+    texts = [json.loads(line)["text"] for line in HELD_OUT_TEXT.read_text().splitlines()[:40:4]]
     tokens = model.tokenizer(texts, return_tensors="pt", truncation=True, max_length=96, padding=True)["input_ids"]
-    dims = ModelDims.from_config(json.loads((BUNDLED_FOLDER / "config.json").read_text()))
+    dims = ModelDims.from_config(json.loads((BUNDLED_MODEL / "config.json").read_text()))
     ordinary = torch.isin(tokens, torch.tensor(model.tokenizer.all_special_ids), invert=True)
     root = tmp_path_factory.mktemp("made-up")
     places = {"gemma-scope": root / "my-saes", "sae-lens": root / "lens-saes"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,23 +91,38 @@ def running(job: str) -> psutil.Process | None:
 
 
 class Killer:
-    """A ``show`` that kills a worker of one job, and then the second node, each once and in the middle of training."""
+    """A ``show`` that kills a worker of one job, and then the second node with another job on it, both in mid-training.
+
+    The job on the node is halted until then, so that it is not over before its turn comes.
+    """
 
     def __init__(self, jobs: Path, cluster: Any, node: Any) -> None:
         self.jobs, self.cluster, self.node = jobs, cluster, node
+        self.raylet = node.all_processes["raylet"][0].process.pid
+        self.halted: psutil.Process | None = None
         self.killed: list[str] = []
 
-    def midway(self, job: str) -> bool:
-        return (self.jobs / job / "checkpoints").is_dir() and not (self.jobs / job / "suite.json").exists()
+    def midway(self) -> Iterator[tuple[str, psutil.Process]]:
+        """Jobs that have written a checkpoint and are not done, with their workers."""
+        for job in JOBS:
+            written = any((self.jobs / job / "checkpoints").glob("step_*"))
+            if written and not (self.jobs / job / "suite.json").exists() and (process := running(job)) is not None:
+                yield job, process
 
     def __call__(self, rows: Sequence[JobStatus]) -> None:
-        ready = [job for job in JOBS if self.midway(job) and any((self.jobs / job / "checkpoints").glob("step_*"))]
-        if not self.killed and ready and (process := running(ready[0])) is not None:
-            os.kill(process.pid, signal.SIGKILL)
-            self.killed.append(ready[0])
-        elif len(self.killed) == 1 and len(ready) > 1:
+        if self.halted is not None and self.killed == ["worker"]:
             self.cluster.remove_node(self.node, allow_graceful=False)
+            self.halted.kill()
             self.killed.append("node")
+            return
+        for _, process in self.midway():
+            on_node = process.ppid() == self.raylet
+            if on_node and self.halted is None:
+                process.suspend()
+                self.halted = process
+            elif not on_node and not self.killed:
+                process.kill()
+                self.killed.append("worker")
 
 
 def test_lost_workers_and_nodes_do_not_change_a_bit(cluster: Any, alone: Path, tmp_path: Path) -> None:
@@ -124,8 +138,8 @@ def test_lost_workers_and_nodes_do_not_change_a_bit(cluster: Any, alone: Path, t
         table = train_on_ray(config(tmp_path / "run", tmp_path / "store"), harvesters=2, show=show)
     finally:
         cluster.add_node(num_cpus=1, **WORKER)
-    assert len(killer.killed) == 2
-    assert max(status.starts for status in statuses) > 1
+    assert killer.killed == ["worker", "node"]
+    assert sorted(status.starts for status in statuses)[-2:] == [2, 2]
     assert {status.state for status in statuses} == {"done"}
     expected = contents(alone / "run")
     assert len(expected) == 7  # five SAEs, suite.json, metrics.jsonl

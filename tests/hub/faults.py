@@ -28,6 +28,9 @@ class Fault:
         ignore_range: answer 200 with the whole file although a range was asked for.
         shift_range: claim a range this many bytes off.
         etag: another ETag than the file's.
+        after: do what was asked, and only then answer with ``status``.
+        cut_upload: take so many bytes of the request's body, then close the connection.
+        stall: wait so many seconds before a request's body is read.
     """
 
     times: int | None = 1
@@ -43,6 +46,9 @@ class Fault:
     ignore_range: bool = False
     shift_range: int = 0
     etag: str | None = None
+    after: bool = False
+    cut_upload: int | None = None
+    stall: float = 0.0
 
 
 class FaultBook:

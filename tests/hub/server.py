@@ -1,8 +1,8 @@
-"""A small Hugging Face Hub on this machine, for the stock client: what it asks to list and to download.
+"""A small Hugging Face Hub on this machine, for the stock client: what it asks to list, to download and to upload.
 
-Two hosts, as in life: 127.0.0.1 answers as the Hub, 127.0.0.2 serves LFS content to signed addresses. It models the API
-as ``huggingface_hub`` calls it; passing it does not prove that the real Hub agrees. Not covered: uploads, Xet, pull
-requests, pagination.
+Two hosts, as in life: 127.0.0.1 answers as the Hub, 127.0.0.2 serves and takes LFS content at signed addresses. It
+models the API as ``huggingface_hub`` calls it; passing it does not prove that the real Hub agrees. Not covered: pull
+requests, pagination, Xet (the client uses it unless ``HF_HUB_DISABLE_XET`` is set: no answer can ask for LFS instead).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tests.hub.faults import Fault, FaultBook
 from tests.hub.repos import HubFile, Repo
 from tests.hub.routes import Routes
 from tests.hub.serving import Logged
+from tests.hub.writing import Writing
 
 _HUB, _CDN = "127.0.0.1", "127.0.0.2"
 _START_S = 20.0
@@ -34,6 +35,9 @@ class LocalHub:
         url: the endpoint, for ``HF_ENDPOINT``.
         repos: by kind and id.
         tokens: those that the Hub knows at all; any other is refused with 401.
+        readers: tokens that may not write.
+        part_size: LFS files larger than this are uploaded in parts of so many bytes; None for never.
+        store: LFS contents that were uploaded, by repository and sha256, committed or not.
         faults: what goes wrong; see :meth:`fail`.
         log: every request so far.
         signed: valid signatures of LFS addresses, with what they give.
@@ -42,12 +46,15 @@ class LocalHub:
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.tokens: set[str] = set()
+        self.readers: set[str] = set()
+        self.part_size: int | None = None
+        self.store: dict[str, dict[str, bytes]] = {}
         self.faults = FaultBook()
         self.log: list[Logged] = []
         self.signed: dict[str, tuple[str, HubFile]] = {}
         self._sockets = [_listen(_HUB), _listen(_CDN)]
         self.url, self.cdn_url = (f"http://{s.getsockname()[0]}:{s.getsockname()[1]}" for s in self._sockets)
-        app = _Front(self, Routes(self))
+        app = _Front(self, Routes(self), Writing(self))
         config = uvicorn.Config(app, lifespan="off", log_config=None, log_level="critical", loop="asyncio", http="h11")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -100,11 +107,11 @@ class LocalHub:
 class _Front:
     """Logs each request and hands it to the routes of the host it came in on."""
 
-    def __init__(self, hub: LocalHub, routes: Routes) -> None:
+    def __init__(self, hub: LocalHub, routes: Routes, writing: Writing) -> None:
         self.log = hub.log
         self.apps: dict[str, ASGIApp] = {
-            _HUB: Starlette(routes=routes.table()),
-            _CDN: Starlette(routes=routes.cdn_table()),
+            _HUB: Starlette(routes=[*writing.table(), *routes.table()]),
+            _CDN: Starlette(routes=[*writing.cdn_table(), *routes.cdn_table()]),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -26,6 +26,7 @@ class Logged:
         authorized: whether an Authorization header came with it.
         status: of the answer.
         sent: bytes of body handed to the connection.
+        taken: bytes of LFS content that came with it.
     """
 
     method: str
@@ -35,6 +36,7 @@ class Logged:
     authorized: bool
     status: int = 0
     sent: int = 0
+    taken: int = 0
 
 
 def error(status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> Response:

@@ -149,3 +149,20 @@ def test_what_cannot_be_exported(saes: list[Any], trained: Path, tmp_path: Path)
     del saes[0].cfg.metadata.l0
     with pytest.raises(GemmaScopeError, match="does not say its L0"):
         collect(saes)
+
+
+def test_an_l0_that_rounds_to_zero(tmp_path: Path) -> None:
+    (out,) = export_suite([named("res", 1, 0.25, 0)], tmp_path / "rare", ABOUT, progress=False)
+    (row,) = read_release(out / "rare.yaml").rows
+    assert row.l0 == 0.25 and row.path == "layer_1/width_1k/average_l0_0.250"
+    with pytest.raises(GemmaScopeError, match=r"res SAE of layer 1 has an L0 of 0.0001. No latent of it fires"):
+        export_suite([named("res", 1, 1e-4, 0)], tmp_path / "never", ABOUT, progress=False)
+    dead = tmp_path / "dead" / "res" / "layer_1" / "width_1k" / "average_l0_0"
+    save_sae(named("res", 1, 0.25, 0), dead)
+    with pytest.raises(GemmaScopeError, match=r"average_l0_0 says that its SAE has an L0 of 0.*leave it out"):
+        export_suite(tmp_path / "dead", tmp_path / "out", ABOUT, model="tiny", progress=False)
+    dead.rename(dead.with_name("average_l0_0.4"))
+    (out,) = export_suite(tmp_path / "dead", tmp_path / "out", ABOUT, model="tiny", progress=False)
+    assert [row.l0 for row in read_release(out / "out.yaml").rows] == [0.4] and not check_release(
+        out / "out.yaml"
+    ).problems

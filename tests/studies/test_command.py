@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from gemma_scope_tl.adapters.loading import BUNDLED_FOLDER
 from gemma_scope_tl.cli.studies import studies_app
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
+from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from tests.helpers import random_gemma
 
 SMALL = ("layer_1/*", "--site", "res", "--canonical", "--rows", "2", "--context", "32")
@@ -34,7 +34,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in model.parameters():
         parameter.data.mul_(1.02)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(BUNDLED_FOLDER).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BUNDLED_MODEL).save_pretrained(folder)
     return folder
 
 
@@ -47,6 +47,11 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("domains", ("--subset", "maths", "--subset", "code"), ("domain", "delta_loss")),
         ("precision", (), ("dtype", "fvu_change")),
         ("uniformity", ("--positions", "2"), ("uniformity", "uniformity_low")),
+        (
+            "probes",
+            ("--concept", "domain: code", "--k", "1", "--k", "3"),
+            ("concept", "features", "auroc_low", "best_latent"),
+        ),
     ],
 )
 def test_every_verb(verb: str, more: tuple[str, ...], columns: tuple[str, ...], tmp_path: Path) -> None:
@@ -71,7 +76,7 @@ def test_transfer_to_a_folder(tuned: Path) -> None:
 
 def test_help_names_all_verbs_and_options() -> None:
     text = _run("--help")
-    for verb in ("fidelity", "position", "frequency", "domains", "precision", "transfer", "uniformity"):
+    for verb in ("fidelity", "position", "frequency", "domains", "precision", "transfer", "uniformity", "probes"):
         assert verb in text
     shown = _run("domains", "--help")
     assert all(option in shown for option in ("--pile", "--rows", "--figure", "gemma-scope study domains"))
@@ -101,3 +106,38 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
 def test_no_sae_fits() -> None:
     with pytest.raises(GemmaScopeError, match="No SAE fits"):
         _run("fidelity", "nothing/*")
+
+
+def test_frequency_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("frequency", *SMALL, "--bins", "5", "--json", "--resume", str(tmp_path))
+    first = _run(*args)
+    assert list(tmp_path.glob("*.safetensors"))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a pass was made")
+
+    monkeypatch.setattr("gemma_scope_tl.studies.firing.clean_batches", refuse)
+    assert _run(*args) == first
+    with pytest.raises(AssertionError, match="a pass was made"):
+        _run(*args, "--context", "16")
+
+
+def test_probes_keep_nothing(tmp_path: Path) -> None:
+    with pytest.raises(GemmaScopeError, match="leave --resume out"):
+        _run("probes", *SMALL, "--resume", str(tmp_path))
+
+
+@pytest.mark.parametrize(("given", "wanted"), [((), "test"), (("--split", "train"), "train")])
+def test_the_split_of_the_pile_is_the_one_asked_for(
+    given: tuple[str, ...], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def pile(names: Any, source: str, column: str, split: str) -> Any:
+        seen.append(split)
+        raise GemmaScopeError("enough")
+
+    monkeypatch.setattr("gemma_scope_tl.studies.domains.pile_texts", pile)
+    with pytest.raises(GemmaScopeError, match="enough"):
+        _run("domains", *SMALL, "--pile", *given)
+    assert seen == [wanted]

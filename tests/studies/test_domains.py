@@ -11,7 +11,7 @@ import pytest
 
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
 from gemma_scope_tl.evals.suite import evaluate
-from gemma_scope_tl.evals.texts import HELD_OUT
+from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 from gemma_scope_tl.studies import by_domain, labelled_texts, pile_texts
 from gemma_scope_tl.studies.domains import PILE_SUBSETS
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
@@ -49,7 +49,7 @@ def test_a_domain_that_is_too_short_is_named() -> None:
 
 def test_bundled_text_by_its_labels() -> None:
     found = labelled_texts()
-    records = [json.loads(line) for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in HELD_OUT_TEXT.read_text(encoding="utf-8").splitlines()]
     assert {name: len(texts) for name, texts in found.items()} == pd.Series(
         [record["domain"] for record in records]
     ).value_counts().to_dict()

@@ -24,13 +24,18 @@ PAUSE = "KILL_TEST_PAUSE"
 """Seconds that the child below waits at each point of a write, so that a kill can hit any of them."""
 
 
-def child(output: Path, steps: int) -> None:
-    """Train; where ``PAUSE`` is set, slowly while files are flushed and renamed."""
+def slow_writes() -> None:
+    """Wait ``PAUSE`` seconds before files are flushed and renamed."""
     pause = float(os.environ.get(PAUSE, "0"))
     if pause:
         flush, rename = os.fsync, Path.rename
         os.fsync = lambda handle: (time.sleep(pause), flush(handle))[1]
         Path.rename = lambda self, target: (time.sleep(pause), rename(self, target))[1]  # type: ignore[method-assign]
+
+
+def child(output: Path, steps: int) -> None:
+    """Train; where ``PAUSE`` is set, slowly while files are flushed and renamed."""
+    slow_writes()
     from gemma_scope_tl.training.suite import train_suite
 
     train_suite(tiny_config(output, steps=steps), source=PlantedSource, progress=False)

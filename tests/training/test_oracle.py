@@ -149,8 +149,8 @@ def test_fifty_steps(recipe: Recipe, target: float | None, transcoder: bool, den
     x, y = _data(3)
     with (
         patch.object(place, "DENSE_ENTRIES", dense_from),
-        patch.object(dense_pass, "BLOCK_BYTES", 8 * BATCH * 8),
-        patch.object(optimizer, "CHUNK_BYTES", 8 * D_IN * 4),
+        patch.object(dense_pass, "BLOCK_BYTES", {"cpu": 8 * BATCH * 8}),
+        patch.object(optimizer, "CHUNK_BYTES", {"cpu": 8 * D_IN * 4}),
     ):
         trainer = _trainer(recipe, target, transcoder)
         starts = [_start(trainer, i) for i in range(2)]

@@ -96,7 +96,10 @@ def test_any_shape_agrees_with_autograd(
     trainer = _trainer(specs, torch.float64, d=d)
     batches = _batches(4, torch.float64, d, rows, seed)
     expected = [_autograd(trainer, i, batches) for i in range(len(specs))]
-    with patch.object(place, "DENSE_ENTRIES", 2.0 if sparse else 0.0), patch.object(optimizer, "CHUNK_BYTES", 200):
+    with (
+        patch.object(place, "DENSE_ENTRIES", 2.0 if sparse else 0.0),
+        patch.object(optimizer, "CHUNK_BYTES", {"cpu": 200}),
+    ):
         for x in batches:
             trainer.step(x)
     for i, theirs in enumerate(expected):
@@ -113,7 +116,7 @@ def test_silent_latents_that_return_agree_with_a_dense_adam(chunk: int) -> None:
     batches = _batches(60, torch.float64)
     (expected,) = [_autograd(trainer, 0, batches)]
     waits = torch.zeros_like(trainer.last)
-    with patch.object(place, "DENSE_ENTRIES", 2.0), patch.object(optimizer, "CHUNK_BYTES", chunk):
+    with patch.object(place, "DENSE_ENTRIES", 2.0), patch.object(optimizer, "CHUNK_BYTES", {"cpu": chunk}):
         for x in batches:
             before = trainer.last.clone()
             trainer.step(x)
@@ -130,7 +133,7 @@ def test_a_resumed_run_is_the_run_to_the_bit(tmp_path: Path, recipe: Recipe) -> 
     recipe = replace(recipe, batch_size=BATCH, lr=5e-3, bandwidth=0.05, init_threshold=0.6)
     specs = _specs(2, recipe, 4.0)
     batches = _batches(30)
-    with patch.object(place, "DENSE_ENTRIES", 0.2), patch.object(optimizer, "CHUNK_BYTES", 200):
+    with patch.object(place, "DENSE_ENTRIES", 0.2), patch.object(optimizer, "CHUNK_BYTES", {"cpu": 200}):
         whole = _trainer(specs)
         for x in batches:
             whole.step(x)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemma_scope_tl.activations.source import Place
-from gemma_scope_tl.adapters.loading import BUNDLED_FOLDER
+from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.training import costs
 from gemma_scope_tl.training.config import TrainingStateError
 from gemma_scope_tl.training.model_sizes import sizes_of
@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 def test_sizes_of_known_models_without_loading() -> None:
     from safetensors import safe_open
 
-    with safe_open(BUNDLED_FOLDER / "model.safetensors", "np") as file:
+    with safe_open(BUNDLED_MODEL / "model.safetensors", "np") as file:
         count = sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
     assert sizes_of("bundled").parameters == count
     assert round(sizes_of("gemma-2-2b").parameters / 1e6) == 2614  # as on the model's card: 2.61B

@@ -1,0 +1,239 @@
+"""One training step of a JumpReLU SAE against SAELens's, both against the bare encoder product ``x @ W_enc``.
+
+Ours is a step of ``PlaceTrainer`` by the paper's recipe; the peer's is ``SAETrainer._train_step`` with
+``JumpReLUTrainingSAE`` (forward, backward, clipping, Adam). Both start from the same number of latents, with thresholds
+at which that many are active on the same batches. A process of each then says how much memory its steps took beyond the
+process before them, parameters, optimizer state and batches. ``python -m benchmarks.training_step [--device cuda]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+from benchmarks.timing import save
+from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.training.place import PlaceTrainer
+from gemma_scope_tl.training.recipe import PAPER
+from gemma_scope_tl.training.spec import SAESpec
+
+PEER = "SAELens JumpReLUTrainingSAE"
+BATCHES = 4
+WARM_UP = 2  # the first step of ours takes every latent for active, and the second knows better
+STEP = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An SAE and what it is trained on."""
+
+    d_in: int
+    d_sae: int
+    batch: int
+    l0: int
+
+    @property
+    def threshold(self) -> float:
+        """At which ``l0`` of ``d_sae`` latents are active on unit-length rows: pre-activations are N(0, 1/d_in)."""
+        upper = torch.tensor(1.0 - self.l0 / self.d_sae, dtype=torch.float64)
+        return float(torch.special.ndtri(upper)) / self.d_in**0.5
+
+    def batches(self, device: str) -> list[Tensor]:
+        """Rows of unit length."""
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(BATCHES, self.batch, self.d_in, generator=generator)
+        return list(torch.nn.functional.normalize(rows, dim=2).to(device))
+
+
+CASES = (Shape(1_024, 16_384, 2_048, 64), Shape(2_304, 16_384, 4_096, 64))
+GPU_CASES = (*CASES, Shape(2_304, 65_536, 4_096, 64))
+
+
+def ours(shape: Shape, device: str) -> tuple[STEP, Callable[[], float], int]:
+    """A step, what tells the mean L0 of the last steps, and the bytes of parameters and state."""
+    recipe = replace(PAPER, batch_size=shape.batch, init_threshold=shape.threshold, lr_warm_up_steps=1_000)
+    spec = SAESpec("ours", Place("res", 0), shape.d_sae, recipe, 0)
+    trainer = PlaceTrainer(shape.d_in, shape.d_in, [spec], total_steps=100_000, device=device)
+    kept = [*vars(trainer.weights).values(), *vars(trainer.second).values(), trainer.last]
+    return trainer.step, lambda: float(trainer.status()[0]["l0"]), sum(t.numel() * t.element_size() for t in kept)
+
+
+def theirs(shape: Shape, device: str) -> tuple[STEP, Callable[[], float], int]:
+    """The same of SAELens's trainer, with its documentation's defaults and the same kernel width."""
+    cfg = JumpReLUTrainingSAEConfig(
+        d_in=shape.d_in,
+        d_sae=shape.d_sae,
+        device=device,
+        jumprelu_init_threshold=shape.threshold,
+        jumprelu_bandwidth=PAPER.bandwidth,
+        l0_coefficient=PAPER.l0_coefficient,
+        decoder_init_norm=1.0,
+    )
+    settings = SAETrainerConfig(
+        n_checkpoints=0,
+        checkpoint_path=None,
+        save_final_checkpoint=False,
+        total_training_samples=100_000 * shape.batch,
+        device=device,
+        autocast=False,
+        lr=PAPER.lr,
+        lr_end=PAPER.lr,
+        lr_scheduler_name="constant",
+        lr_warm_up_steps=1_000,
+        adam_beta1=0.0,
+        adam_beta2=0.999,
+        lr_decay_steps=0,
+        n_restart_cycles=1,
+        train_batch_size_samples=shape.batch,
+        dead_feature_window=1_000,
+        feature_sampling_window=2_000,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    torch.manual_seed(0)
+    sae = JumpReLUTrainingSAE(cfg)
+    trainer = SAETrainer(settings, sae, iter(()))
+    last: list[Tensor] = []
+
+    def step(x: Tensor) -> None:
+        out = trainer._train_step(sae, x)
+        last[:] = [out.feature_acts.detach().bool().sum(1).float().mean()]
+
+    # parameters, and both moments of Adam
+    return step, lambda: float(last[0]), 3 * sum(p.numel() * p.element_size() for p in sae.parameters())
+
+
+MAKERS = {"ours": ours, "theirs": theirs}
+
+
+def run(device: str = "cpu", cases: tuple[Shape, ...] | None = None, rounds: int = 5) -> list[dict[str, Any]]:
+    """A row for each shape."""
+    return [_row(shape, device, rounds) for shape in cases or (CASES if device == "cpu" else GPU_CASES)]
+
+
+def _row(shape: Shape, device: str, rounds: int) -> dict[str, Any]:
+    batches = shape.batches(device)
+    w_enc = torch.randn(shape.d_in, shape.d_sae, device=device)
+    (mine, my_l0, _), (its, its_l0, _) = ours(shape, device), theirs(shape, device)
+    functions: dict[str, STEP] = {"product": lambda x: _discard(x @ w_enc), "ours": mine, "theirs": its}
+    for x in batches[:WARM_UP]:
+        for function in functions.values():
+            function(x)
+    my_l0()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds):
+        for name, function in functions.items():
+            times[name].append(_seconds(function, batches[number % BATCHES], device))
+    l0s = my_l0(), its_l0()
+    functions.clear()
+    del mine, its, my_l0, its_l0, batches
+    memory = {who: _child(who, shape, device) for who in MAKERS}
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratios = [b / a for a, b in zip(times["ours"], times["theirs"], strict=True)]
+    products = statistics.median(a / b for a, b in zip(times["ours"], times["product"], strict=True))
+    return {
+        "what": f"training step, d {shape.d_in}, {shape.d_sae:,} latents, batch {shape.batch}, L0 {l0s[0]:.0f}",
+        "peer": PEER,
+        "ours": f"{medians['ours'] * 1e3:,.0f} ms, {memory['ours']:,.0f} MiB",
+        "theirs": f"{medians['theirs'] * 1e3:,.0f} ms, {memory['theirs']:,.0f} MiB",
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "ours_s": medians["ours"],
+        "peer_s": medians["theirs"],
+        "product_s": medians["product"],
+        "encoder_products": products,
+        "peer_encoder_products": statistics.median(
+            a / b for a, b in zip(times["theirs"], times["product"], strict=True)
+        ),
+        "ours_mib": memory["ours"],
+        "peer_mib": memory["theirs"],
+        "l0": l0s[0],
+        "peer_l0": l0s[1],
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "runs": rounds,
+    }
+
+
+def _discard(_: Tensor) -> None:
+    """The product is made and thrown away."""
+
+
+def _seconds(function: STEP, x: Tensor, device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    function(x)
+    wait()
+    return time.perf_counter() - started
+
+
+def _child(who: str, shape: Shape, device: str) -> float:
+    numbers = [str(value) for value in (shape.d_in, shape.d_sae, shape.batch, shape.l0)]
+    command = [sys.executable, "-m", "benchmarks.training_step", "--memory", who, *numbers, "--device", device]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _memory(who: str, shape: Shape, device: str) -> float:
+    """MiB that steps of ``who`` take at their peak beyond parameters, state and batches."""
+    MAKERS[who](Shape(8, 16, 4, 2), device)[0](torch.randn(4, 8, device=device))  # loads the code
+    batches, before = shape.batches(device), _held(device)
+    step, _, kept = MAKERS[who](shape, device)
+    step(batches[0])  # Adam's moments come into being
+    step(batches[1])
+    _forget_peak(device)
+    for x in batches[2:]:
+        step(x)
+    return (_peak(device) - before - kept) / 2**20
+
+
+def _held(device: str) -> int:
+    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+
+
+def _forget_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak starts anew
+
+
+def _status(name: str) -> int:
+    with Path("/proc/self/status").open(encoding="ascii") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{name}:"))
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--memory", nargs=5, metavar=("WHO", "D_IN", "D_SAE", "BATCH", "L0"))
+    options = parser.parse_args()
+    if options.memory:
+        who, *numbers = options.memory
+        print(json.dumps(_memory(who, Shape(*map(int, numbers)), options.device)))
+    else:
+        suffix = "" if options.device == "cpu" else "_gpu"
+        print(save(f"training_step{suffix}", run(options.device)))
+
+
+if __name__ == "__main__":
+    main()

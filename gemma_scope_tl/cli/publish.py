@@ -1,0 +1,152 @@
+"""``gemma-scope export`` and ``gemma-scope upload``: SAEs as a repository, and the repository onto the Hub."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from gemma_scope_tl.cli.output import Json, print_rows
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.release.upload import Upload
+
+_SHOWN_LEFT_OUT = 20
+
+
+def export(
+    source: Annotated[str, typer.Argument(help="A folder of SAEs, as training leaves it, or a registered release.")],
+    out: Annotated[Path, typer.Argument(help="The repository's folder; its name becomes the release's.")],
+    license: Annotated[str, typer.Option(help="SPDX identifier of the weights' licence, such as cc-by-4.0.")],
+    base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the model on the Hub.")] = None,
+    description: Annotated[str | None, typer.Option(help="What these SAEs are.")] = None,
+    data: Annotated[str | None, typer.Option(help="What they were trained on, and its licence.")] = None,
+    evaluated_on: Annotated[str | None, typer.Option(help="The text behind the metrics.")] = None,
+    note: Annotated[list[str] | None, typer.Option(help="What users should know; several times.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Hyper-parameters, a .json or .yaml file.")] = None,
+    searched: Annotated[list[str] | None, typer.Option(help="Name in the recipe whose value was searched for.")] = None,
+    metrics: Annotated[Path | None, typer.Option(help="What `gemma-scope eval --out` wrote.")] = None,
+    name: Annotated[str | None, typer.Option(help="The release's name.")] = None,
+    layout: Annotated[str, typer.Option(help="gemma-scope, sae-lens or both.")] = "gemma-scope",
+    repos: Annotated[str, typer.Option(help="one, or one a site.")] = "one",
+    circuit_tracer: Annotated[
+        bool, typer.Option("--circuit-tracer", help="Transcoders for circuit-tracer too.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="The model's name, where the source does not say it.")] = None,
+    site: Annotated[str | None, typer.Option(help="The site, where no folder's name says it.")] = None,
+    canonical: Annotated[bool, typer.Option("--canonical", help="Mark the SAEs nearest to an L0 of 100.")] = False,
+) -> None:
+    """Write SAEs as a repository: weights, model card and registry file. Nothing is sent anywhere.
+
+    Example:
+
+        gemma-scope export my-run my-saes --license cc-by-4.0 --base-model google/gemma-2-2b --layout both
+    """
+    from gemma_scope_tl.release.about import About
+    from gemma_scope_tl.release.export import Layout, Repos, export_suite
+
+    said = _recipe(recipe) if recipe else {}
+    about = About(
+        license, base_model, description, data, evaluated_on, said, tuple(searched or ()), tuple(note or ())
+    )  # fmt: skip
+    folders = export_suite(
+        source, out, about, name=name, layout=cast("Layout", layout), repos=cast("Repos", repos),
+        circuit_tracer=circuit_tracer, model=model, site=site, metrics=_table(metrics) if metrics else None,
+        canonical=canonical,
+    )  # fmt: skip
+    for folder in folders:
+        typer.echo(f"{folder}: {sum(1 for file in folder.rglob('*') if file.is_file())} files")
+        typer.echo(f"next: gemma-scope upload {folder} OWNER/{folder.resolve().name}")
+
+
+def upload(
+    folder: Annotated[Path, typer.Argument(help="The folder that `gemma-scope export` made.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if need be.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload; without it nothing is sent.")] = False,
+    private: Annotated[bool, typer.Option("--private/--public", help="Who sees a new repository.")] = True,
+    branch: Annotated[str, typer.Option(help="Made from main where it does not exist.")] = "main",
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    registry_out: Annotated[Path | None, typer.Option(help="The registry file, by default beside the folder.")] = None,
+    logs: Annotated[bool, typer.Option("--logs", help="Publish metrics.jsonl and the like too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a release and upload it in one commit. Without --yes: show what would be sent, and send nothing.
+
+    The token is that of HF_TOKEN or of `hf auth login`. An upload that was interrupted goes on when it is run again.
+    Afterwards a registry file that names the commit lies beside the folder.
+
+    Examples:
+
+        gemma-scope upload my-saes my-name/my-saes
+
+        gemma-scope upload my-saes my-name/my-saes --public --yes
+    """
+    from gemma_scope_tl.release.upload import upload_suite
+
+    done = upload_suite(
+        folder, repo, private=private, dry_run=not yes, branch=branch, commit_message=message,
+        registry_out=registry_out, logs=logs, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    if as_json:
+        facts = {**asdict(done), "registry_file": done.registry_file and str(done.registry_file)}
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    _print_upload(done, str(folder))
+
+
+def _print_upload(done: Upload, folder: str) -> None:
+    words = {"new": "new", "changed": "changed", "there": "already there"}
+    rows: list[dict[str, Any]] = [
+        {"file": file.path, "bytes": f"{file.size:,}", "state": words[file.state]} for file in done.files
+    ]
+    count = sum(file.state != "there" for file in done.files)
+    total = f"{len(done.files)} files, {sum(file.size for file in done.files):,} bytes"
+    more = "to send" if done.revision is None else "new to the branch"
+    print_rows(rows, f"{total}; {count} files, {done.bytes_to_send:,} bytes {more}", False)
+    _print_left_out(done.left_out)
+    seen = f"{'private' if done.private else 'public'}, {'exists' if done.exists else 'new'}"
+    typer.echo(f"repository: {done.repo} ({seen}), branch {done.branch}")
+    if done.revision is None:
+        options = ("" if done.private else "--public ") + (f"--branch {done.branch} " if done.branch != "main" else "")
+        typer.echo(f"nothing was sent. To upload: gemma-scope upload {folder} {done.repo} {options}--yes")
+        return
+    typer.echo(f"commit: {done.revision}")
+    typer.echo(f"registry file: {done.registry_file}")
+    typer.echo(f"next: gemma-scope registry check {done.registry_file} --remote")
+
+
+def _print_left_out(left_out: Sequence[str]) -> None:
+    if left_out:
+        more = f" and {len(left_out) - _SHOWN_LEFT_OUT} more" if len(left_out) > _SHOWN_LEFT_OUT else ""
+        typer.echo(f"not part of the release, stay here: {', '.join(left_out[:_SHOWN_LEFT_OUT])}{more}")
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """Hyper-parameters by name; JSON is YAML too."""
+    from gemma_scope_tl.errors import GemmaScopeError
+    from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
+
+    data = load_yaml(read_text(path), str(path))
+    if not isinstance(data, dict):
+        raise GemmaScopeError(f"{path} holds no hyper-parameters by name: write lines such as lr: 7e-5.")
+    return {str(key): value for key, value in cast("dict[object, Any]", data).items()}
+
+
+def _table(path: Path) -> Any:
+    """The table that ``eval`` wrote."""
+    import pandas as pd
+
+    from gemma_scope_tl.cli.choice import FORMATS, check_format
+    from gemma_scope_tl.errors import GemmaScopeError
+
+    check_format("table", path, FORMATS)
+    read = {".csv": pd.read_csv, ".json": pd.read_json, ".parquet": pd.read_parquet}[path.suffix]
+    try:
+        return read(path)
+    except (OSError, ValueError) as error:
+        raise GemmaScopeError(f"{path} cannot be read as a table ({error}). Write it with --out of `eval`.") from error

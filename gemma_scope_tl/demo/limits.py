@@ -1,0 +1,75 @@
+"""Bounds on what a visitor may ask for, checked before the model runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gemma_scope_tl.errors import GemmaScopeError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may cost.
+
+    Attributes:
+        characters, tokens: of a text, BOS included.
+        new_tokens: to generate.
+        strength: of steering either way, in norms of the activation.
+        spliced: SAEs at once.
+        temperature: of sampling.
+    """
+
+    characters: int = 4000
+    tokens: int = 256
+    new_tokens: int = 100
+    strength: float = 2.0
+    spliced: int = 32
+    temperature: float = 2.0
+
+    def text(self, text: object) -> str:
+        """A text that is not empty and not too long.
+
+        Raises:
+            GemmaScopeError: for any other.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise GemmaScopeError("Type some text first.")
+        if len(text) > self.characters:
+            raise GemmaScopeError(
+                f"The text has {len(text):,} characters; {self.characters:,} are allowed. Shorten it."
+            )
+        return text
+
+    def token_count(self, count: int) -> None:
+        """Raise :class:`GemmaScopeError` for more tokens than are allowed."""
+        if count > self.tokens:
+            raise GemmaScopeError(f"The text has {count:,} tokens; {self.tokens:,} are allowed. Shorten it.")
+
+
+def whole_number(name: str, given: Any, low: int, high: int) -> int:
+    """A whole number within bounds, from whatever a form sent.
+
+    Raises:
+        GemmaScopeError: for anything else.
+    """
+    value = number(name, given, low, high)
+    if value != int(value):
+        raise GemmaScopeError(f"{name} is a whole number; given: {given}.")
+    return int(value)
+
+
+def number(name: str, given: Any, low: float, high: float) -> float:
+    """A number within bounds, from whatever a form sent.
+
+    Raises:
+        GemmaScopeError: for anything else.
+    """
+    try:
+        value = math.nan if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not low <= value <= high:
+        raise GemmaScopeError(f"{name} is a number from {low:g} to {high:g}; given: {given}.")
+    return value

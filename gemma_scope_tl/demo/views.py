@@ -1,0 +1,125 @@
+"""How the demo's answers look: highlighted tokens, sentences, the heat map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from gemma_scope_tl.viz.latent_html import token_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gemma_scope_tl.demo.logic import Reading, SpliceEffect
+    from gemma_scope_tl.registry.schema import SAERow
+
+# Gradio styles tables and colours inside HTML by its own rules, hence !important.
+HEAT_STYLE = """
+.gs-heat { background: #fff; padding: 1rem; border-radius: 8px; overflow-x: auto; }
+.gs-heat table { border-collapse: separate !important; border-spacing: 3px; margin: 0; }
+.gs-heat table, .gs-heat thead, .gs-heat tbody, .gs-heat tr { border: 0 !important; background: none; }
+.gs-heat, .gs-heat * { color: #1c1917 !important; }
+.gs-heat p { margin: 0 0 .5rem; }
+.gs-heat th { font-weight: 600; padding: .3rem .6rem; border: 0 !important; text-align: center; }
+.gs-heat td { padding: .5rem .8rem; text-align: center; border: 0 !important; border-radius: 4px; min-width: 4.2rem;
+  font-variant-numeric: tabular-nums; }
+"""
+
+
+def sae_label(row: SAERow) -> str:
+    """An SAE of a known site and layer, for a list."""
+    l0 = "" if row.l0 is None else f", L0 {row.l0:g}"
+    return f"{row.width} latents{l0}{', canonical' if row.canonical else ''}"
+
+
+def place_label(row: SAERow) -> str:
+    """An SAE among all, for a list."""
+    return f"{row.site}{'' if row.layer is None else f' {row.layer}'}: {sae_label(row)}"
+
+
+def layer_label(layer: int | None) -> str:
+    return "none" if layer is None else str(layer)
+
+
+def highlighted(tokens: Sequence[str], values: Sequence[float], maximum: float) -> list[tuple[str, float | None]]:
+    """Tokens with their share of ``maximum`` in -1..1, None where the value is 0."""
+    pairs = zip(tokens, values, strict=True)
+    scale = maximum if maximum > 0 else 1.0
+    return [(token_text(token), value / scale if value else None) for token, value in pairs]
+
+
+def reading_view(reading: Reading, latent: int) -> list[tuple[str, float | None]]:
+    """A text's tokens by the activation of one latent, the strongest at 1."""
+    values = reading.activations(latent)
+    return highlighted(reading.tokens, values, max(values, default=0.0))
+
+
+def reading_words(reading: Reading, latent: int, position: int) -> str:
+    """A sentence on what the colours are."""
+    values = reading.activations(latent)
+    active = sum(value > 0 for value in values)
+    if not active:
+        return f"Latent {latent} is silent on this text."
+    here = f"{values[position]:.2f}" if values[position] else "silent"
+    return (
+        f"Latent {latent} is active on {active} of {len(values)} tokens, at most with {max(values):.2f}; "
+        f"on token {position} ({reading.tokens[position]!r}): {here}."
+    )
+
+
+def splice_view(effect: SpliceEffect) -> list[tuple[str, float | None]]:
+    """A text's tokens by the change of their loss: above 0 where the SAEs make them less likely."""
+    changes = effect.table["change"].tolist()
+    return highlighted(effect.tokens, [0.0, *changes], max((abs(change) for change in changes), default=0.0))
+
+
+def splice_words(effect: SpliceEffect) -> str:
+    """The means in a sentence."""
+    return (
+        f"Loss of the model {effect.clean:.3f} nats, with the SAEs {effect.spliced:.3f}: "
+        f"delta loss {effect.change:+.3f} nats over {len(effect.table)} tokens."
+    )
+
+
+def splice_table(effect: SpliceEffect) -> pd.DataFrame:
+    """The table with three decimals and visible tokens."""
+    shown = effect.table.assign(token=[token_text(token) for token in effect.table["token"]])
+    return shown.round({"clean": 3, "spliced": 3, "change": 3})
+
+
+def heat_map(grid: pd.DataFrame, label: str, lower_is_better: bool = True) -> str:
+    """Sites by layers as a table, its cells the more orange the worse they are.
+
+    Args:
+        grid: of :func:`~gemma_scope_tl.demo.suite_grid.suite_grid`.
+        label: of the metric.
+        lower_is_better: False where a high value is the good one.
+    """
+    values = [float(value) for value in grid.to_numpy().ravel() if value == value]
+    if not values:
+        return (
+            f'<style>{HEAT_STYLE}</style><div class="gs-heat">No measurement of these SAEs comes with the package: '
+            "<code>gemma-scope eval</code> makes one.</div>"
+        )
+    low, high = min(values), max(values)
+    heads = "".join(f"<th scope='col'>{escape(str(column))}</th>" for column in grid.columns)
+    lines: list[str] = []
+    for site, row in zip(grid.index, grid.to_numpy().tolist(), strict=True):
+        cells = "".join(_cell(float(value), low, high, lower_is_better) for value in row)
+        lines.append(f"<tr><th scope='row'>{escape(str(site))}</th>{cells}</tr>")
+    return (
+        f'<style>{HEAT_STYLE}</style><div class="gs-heat">'
+        f"<p>{escape(label)}, by site and layer; the darker the worse</p>"
+        f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        "</div>"
+    )
+
+
+def _cell(value: float, low: float, high: float, lower_is_better: bool) -> str:
+    if math.isnan(value):
+        return "<td>–</td>"
+    share = (value - low) / (high - low) if high > low else 0.5
+    worse = share if lower_is_better else 1 - share
+    return f'<td style="background:rgba(234,88,12,{0.08 + 0.62 * worse:.2f})">{value:.3f}</td>'

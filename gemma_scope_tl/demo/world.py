@@ -1,0 +1,166 @@
+"""What all visitors of a demo share: one model, its SAEs, and a lock around them. Nothing of any one visitor."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+
+from gemma_scope_tl.demo.limits import Limits
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.registry.listing import select_rows
+from gemma_scope_tl.sae.suite import SAESuite
+from gemma_scope_tl.sites import SITES
+from gemma_scope_tl.viz.latent_facts import PageText
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.registry.schema import SAERow
+
+GIB = 1 << 30
+
+
+class World:
+    """A model and the SAEs that a demo offers; an SAE is loaded when it is first asked for.
+
+    SAEs are named ``release/id``.
+
+    Attributes:
+        lock: hold it while the model runs: hooks and SAEs of one visitor must not act in the pass of another.
+        limits: what one request may cost.
+
+    Args:
+        model: from ``load_model``.
+        rows: registry rows of the SAEs.
+        limits: see :class:`Limits`.
+        text: of latents' pages; by default 64 rows of the held-out text.
+        sae_memory: bytes of SAEs to hold.
+        dtype: of the SAEs.
+
+    Raises:
+        GemmaScopeError: when there is no SAE, or the model has no tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[SAERow],
+        limits: Limits | None = None,
+        text: PageText | None = None,
+        sae_memory: int = 4 * GIB,
+        dtype: str = "float32",
+    ) -> None:
+        from gemma_scope_tl.sae.loading import load_row
+
+        if not rows:
+            raise GemmaScopeError("There is no SAE to show: choose another release.")
+        if model.tokenizer is None:
+            raise GemmaScopeError("This model has no tokenizer, and the demo reads text.")
+        self.model, self.limits, self.lock = model, limits or Limits(), threading.RLock()
+        self.rows = {f"{row.release}/{row.id}": row for row in rows}
+        self._text = text
+        keyed = {(name, row.layer): row for name, row in self.rows.items()}
+        self._suite = SAESuite(keyed, lambda row: load_row(row, device=model.cfg.device, dtype=dtype), sae_memory)
+
+    @property
+    def text(self) -> PageText:
+        """The text of latents' pages, read when first asked for."""
+        with self.lock:
+            if self._text is None:
+                self._text = PageText(self.model)
+            return self._text
+
+    def sae(self, name: str) -> Any:
+        """The SAE of this name.
+
+        Raises:
+            UnknownNameError: with the nearest names.
+            WeightsError: when its file cannot be had.
+        """
+        return self._suite[name, self.row(name).layer]
+
+    def row(self, name: str) -> SAERow:
+        """The registry row of this name.
+
+        Raises:
+            UnknownNameError: with the nearest names.
+        """
+        if not isinstance(name, str) or name not in self.rows:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise unknown_name("SAE of this demo", name, self.rows)
+        return self.rows[name]
+
+    def sites(self) -> list[str]:
+        """Sites that have an SAE, in the site table's order."""
+        found = {row.site for row in self.rows.values()}
+        return [site for site in SITES if site in found]
+
+    def layers(self, site: str) -> list[int | None]:
+        """Layers that have an SAE at ``site``, ascending; None alone for the embedding."""
+        found = {row.layer for row in self.rows.values() if row.site == site}
+        return sorted(found, key=lambda layer: -1 if layer is None else layer)
+
+    def names(self, site: str, layer: int | None) -> list[str]:
+        """SAEs of a place."""
+        return [name for name, row in self.rows.items() if (row.site, row.layer) == (site, layer)]
+
+    def first_name(self, site: str, layer: int | None) -> str:
+        """The SAE to show of a place: canonical where one is.
+
+        Raises:
+            GemmaScopeError: when the place has none.
+        """
+        names = self.names(site, layer)
+        if not names:
+            raise GemmaScopeError(f"There is no SAE at site {site!r}, layer {layer}.")
+        return next((name for name in names if self.rows[name].canonical), names[0])
+
+    def start(self) -> str:
+        """The SAE that a demo opens with: of the residual stream where there is one, at half of the layers."""
+        sites = self.sites()
+        site = "res" if "res" in sites else sites[0]
+        layers = self.layers(site)
+        return self.first_name(site, layers[len(layers) // 2])
+
+    def tokens(self, text: object) -> Int[torch.Tensor, "1 pos"]:
+        """A visitor's text as token ids.
+
+        Raises:
+            GemmaScopeError: for an empty text or one beyond the limits.
+        """
+        tokens = self.model.to_tokens(self.limits.text(text))
+        self.limits.token_count(int(tokens.shape[1]))
+        return tokens
+
+    def token_texts(self, tokens: Int[torch.Tensor, "1 pos"]) -> list[str]:
+        return [self.model.tokenizer.decode([i]) for i in tokens[0].tolist()]
+
+
+def load_world(
+    model: str = "bundled",
+    release: str | Iterable[str] | None = None,
+    *,
+    device: str | None = None,
+    dtype: str = "float32",
+    limits: Limits | None = None,
+    rows: int = 64,
+    context: int = 128,
+) -> World:
+    """A model by name with the SAEs of its releases.
+
+    Args:
+        model: as ``load_model`` takes it.
+        release: one or several; by default all of the registry's for this model.
+        device, dtype: of the model; the SAEs have the same.
+        limits: what one request may cost.
+        rows, context: of the held-out text that latents' pages look at.
+
+    Raises:
+        UnknownNameError: for a model or release that does not exist, before anything is loaded.
+    """
+    from gemma_scope_tl.adapters.loading import load_model
+
+    found = select_rows(model=None if release else model.rstrip("/").split("/")[-1], release=release)
+    loaded = load_model(model, device=device, dtype=dtype)
+    return World(loaded, found, limits, PageText(loaded, rows=rows, context=context), dtype=dtype)

@@ -1,0 +1,21 @@
+"""What latents stand for: examples of where they fire, explanations by a language model, scores of these, exports."""
+
+from gemma_scope_tl.interp.client import ChatClient, LocalModel
+from gemma_scope_tl.interp.examples import Example, Examples, top_examples
+from gemma_scope_tl.interp.explain import explain
+from gemma_scope_tl.interp.neuronpedia import export_neuronpedia
+from gemma_scope_tl.interp.sampling import Sampling
+from gemma_scope_tl.interp.scoring import detection_scores, simulation_scores
+
+__all__ = [
+    "ChatClient",
+    "Example",
+    "Examples",
+    "LocalModel",
+    "Sampling",
+    "detection_scores",
+    "explain",
+    "export_neuronpedia",
+    "simulation_scores",
+    "top_examples",
+]

@@ -1,0 +1,245 @@
+"""Examples of where latents fire, for any number of SAEs in one clean pass of the model over a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
+from gemma_scope_tl.evals.packing import as_tokens
+from gemma_scope_tl.evals.subjects import Subject, latents_of, subjects_of
+from gemma_scope_tl.interp.sampling import Collector, Sampling
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Example:
+    """A window of text, and what one latent does in it.
+
+    Attributes:
+        latent: its index.
+        kind: ``top``, ``quantile`` or ``silent``.
+        quantile: 0 for the weakest activations; -1 for other kinds.
+        row, start: of its first token in the corpus.
+        tokens: as text.
+        values: the latent's activation on each token, 0 where it does not fire or the token is BOS, EOS or padding.
+    """
+
+    latent: int
+    kind: str
+    quantile: int
+    row: int
+    start: int
+    tokens: tuple[str, ...]
+    values: NDArray[np.float32]
+
+    @property
+    def activation(self) -> float:
+        """The largest activation."""
+        return float(self.values.max())
+
+    @property
+    def text(self) -> str:
+        """The tokens, put together."""
+        return "".join(self.tokens)
+
+
+class Examples:
+    """The examples of one SAE's latents.
+
+    Attributes:
+        subject: which SAE.
+        latents: indices, ascending.
+        fired: tokens on which each of them fired, int64 ``[n]``.
+        maxima: their largest activations, ``[n]``.
+        tokens: ordinary tokens of the corpus.
+        sampling: what was kept.
+    """
+
+    def __init__(self, subject: Subject, kept: Collector, corpus: torch.Tensor, tokenizer: Any) -> None:
+        self.subject, self.latents, self.sampling = subject, kept.latents, kept.sampling
+        self.fired, self.maxima, self.tokens = kept.fired, kept.maxima, kept.tokens
+        self._kept, self._corpus, self._tokenizer = kept, corpus, tokenizer
+        self._words: dict[int, str] = {}
+        listed = [(number, *slot) for number in range(len(kept.latents)) for slot in kept.chosen(number)]
+        self._slots = np.asarray([(number, window) for number, _, _, window in listed], np.int64).reshape(-1, 2)
+        self._kinds = [(kind, quantile) for _, kind, quantile, _ in listed]
+        self._ends = np.searchsorted(self._slots[:, 0], np.arange(len(kept.latents) + 1))
+        self._values = np.zeros((len(listed), self.sampling.window), np.float32)
+        keys = self._key(self._slots[:, 1], self._slots[:, 0])
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def rows(self) -> set[int]:
+        """Rows of the corpus that examples come from."""
+        return set((self._slots[:, 1] // self._kept.windows_per_row).tolist())
+
+    def fill(self, start: int, acts: Any, batch: Batch) -> None:
+        """Take the activations on all tokens of the windows from a batch of rows that begins with row ``start``."""
+        _, window, where, values = self._kept.entries(start, acts, batch.ordinary)
+        positions = batch.ordinary.cpu().nonzero(as_tuple=True)[1].numpy()[acts.tokens().cpu().numpy()]
+        index = self._kept.index_of(acts)
+        positions = positions[(index >= 0) & (acts.values.detach().cpu().numpy() != 0)]
+        keys = self._key(window, where)
+        place = np.searchsorted(self._keys, keys).clip(0, max(len(self._keys) - 1, 0))
+        hit = self._keys[place] == keys if len(self._keys) else np.zeros(len(keys), bool)
+        self._values[self._order[place[hit]], positions[hit] % self.sampling.window] = values[hit]
+
+    def of(self, latent: int, *kinds: str) -> list[Example]:
+        """A latent's examples, of these kinds or all: the strongest first, then quantiles upwards, then silent ones.
+
+        Raises:
+            SpliceError: for a latent that was not collected.
+        """
+        number = int(np.searchsorted(self.latents, latent))
+        if number >= len(self.latents) or self.latents[number] != latent:
+            raise SpliceError(f"Latent {latent} was not collected; {len(self.latents)} latents were.")
+        found = [self._example(at) for at in range(self._ends[number], self._ends[number + 1])]
+        return [example for example in found if not kinds or example.kind in kinds]
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self._example(at) for at in range(len(self._slots)))
+
+    def frame(self, latents: Iterable[int] | None = None) -> pd.DataFrame:
+        """A row per example: ``release, id, site, layer, latent, kind, quantile, row, start, activation, text``, and
+        ``tokens`` and ``values`` as lists; of some latents or all.
+        """
+        import pandas as pd
+
+        place = self.subject.place
+        names = {"release": self.subject.release, "id": self.subject.id, "site": place.site, "layer": place.layer}
+        found = self if latents is None else (example for latent in latents for example in self.of(latent))
+        rows = [
+            {
+                **names,
+                **{key: getattr(one, key) for key in ("latent", "kind", "quantile", "row", "start", "activation")},
+                "text": one.text,
+                "tokens": list(one.tokens),
+                "values": one.values.tolist(),
+            }
+            for one in found
+        ]
+        return pd.DataFrame(rows)
+
+    def words(self, ids: Iterable[int]) -> list[str]:
+        """Tokens as text."""
+        out: list[str] = []
+        for i in ids:
+            if i not in self._words:
+                self._words[i] = self._tokenizer.decode([i]) if self._tokenizer else f"<{i}>"
+            out.append(self._words[i])
+        return out
+
+    def _example(self, at: int) -> Example:
+        number, window = (int(part) for part in self._slots[at])
+        row, start = divmod(window, self._kept.windows_per_row)
+        start *= self.sampling.window
+        ids = self._corpus[row, start : start + self.sampling.window].tolist()
+        kind, quantile = self._kinds[at]
+        values = self._values[at, : len(ids)]
+        return Example(int(self.latents[number]), kind, quantile, row, start, tuple(self.words(ids)), values)
+
+    def _key(self, window: NDArray[Any], number: NDArray[Any]) -> NDArray[Any]:
+        return window * max(len(self.latents), 1) + number
+
+
+def top_examples(
+    model: Any,
+    saes: Any,
+    data: Sequence[str] | torch.Tensor,
+    context: int = 256,
+    batch_size: int = 8,
+    progress: bool = True,
+    *,
+    latents: Iterable[int] | None = None,
+    sampling: Sampling | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+) -> list[Examples]:
+    """Examples of each SAE's latents: where they fire most, at each quantile of activation, and not at all.
+
+    Two passes of the model over the corpus, shared by all SAEs; the second reads the activations of the chosen windows,
+    and only the rows that have one. What is held is :meth:`Sampling.bytes_per_latent` for each latent (2.3 kB with the
+    defaults, 38 MB for 16,384 latents), then ``4 * window`` bytes for each example, and the token ids.
+
+    Args:
+        model, saes, data, context, batch_size, progress, memory_budget: as
+            :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
+        latents: which ones, of every SAE; None for all.
+        sampling: how many examples of each kind, the window and the seed.
+
+    Returns:
+        An :class:`Examples` for each SAE, in their order.
+
+    Raises:
+        SpliceError: when an SAE does not fit the model or has no such latent.
+        GemmaScopeError: when there is less text than one row.
+    """
+    subjects, tokens = subjects_of(model, saes), as_tokens(model, data, context)
+    settings = sampling or Sampling()
+    kept = [Collector(chosen_latents(s, latents), s.d_sae, tokens.shape[1], settings) for s in subjects]
+    rows = rows_that_fit(model, [s.place for s in subjects], tokens.shape[1], batch_size, memory_budget)
+    for start, batch, inputs in passes(model, subjects, tokens, rows, progress, "finding examples"):
+        for subject, collector in zip(subjects, kept, strict=True):
+            collector.update(start, latents_of(subject.get(), inputs[subject.place]), batch.ordinary)
+    pairs = zip(subjects, kept, strict=True)
+    found = [Examples(subject, collector, tokens, model.tokenizer) for subject, collector in pairs]
+    needed = sorted(set[int]().union(*(examples.rows() for examples in found)))
+    for run in _runs(needed):
+        part = tokens[run.start : run.stop]
+        for start, batch, inputs in passes(model, subjects, part, rows, False, ""):
+            for subject, examples in zip(subjects, found, strict=True):
+                acts = latents_of(subject.get(), inputs[subject.place])
+                examples.fill(run.start + start, acts, batch)
+    return found
+
+
+def passes(
+    model: Any, subjects: Sequence[Subject], tokens: torch.Tensor, rows: int, progress: bool, what: str
+) -> Iterator[tuple[int, Batch, dict[Any, torch.Tensor]]]:
+    """The number of the first row of each batch, the batch, and the activations at the places of all subjects."""
+    from rich.progress import track
+
+    places = list(dict.fromkeys(subject.place for subject in subjects))
+    total = -(-tokens.shape[0] // rows)
+    batches = clean_batches(model, tokens, places, model._excluded_ids(True), rows)
+    for batch in track(batches, what, total, transient=True, disable=not progress):
+        yield batch.start, batch, {place: batch.activations(place) for place in places}
+
+
+def _runs(rows: Sequence[int]) -> list[range]:
+    """Ascending numbers as runs of consecutive ones."""
+    found: list[range] = []
+    for row in rows:
+        if found and found[-1].stop == row:
+            found[-1] = range(found[-1].start, row + 1)
+        else:
+            found.append(range(row, row + 1))
+    return found
+
+
+def chosen_latents(subject: Subject, latents: Iterable[int] | None) -> NDArray[np.int64]:
+    """Indices of latents, ascending, each once; None for all.
+
+    Raises:
+        SpliceError: when the SAE has no such latent.
+        GemmaScopeError: for none at all.
+    """
+    if latents is None:
+        return np.arange(subject.d_sae)
+    chosen = np.unique(np.asarray(list(latents), np.int64))
+    if not len(chosen):
+        raise GemmaScopeError("No latent was given; None stands for all.")
+    if chosen[0] < 0 or chosen[-1] >= subject.d_sae:
+        raise SpliceError(f"Latents run from {chosen[0]} to {chosen[-1]}; the SAE's are 0..{subject.d_sae - 1}.")
+    return chosen

@@ -1,0 +1,265 @@
+"""Which windows of a corpus are kept as a latent's examples: streaming, mergeable, bounded, fixed by a seed.
+
+Rows of tokens are cut into windows; a window's activation is the largest of its tokens'. Each latent keeps
+
+- the windows of largest activation;
+- a uniform sample of the windows in which it fires, later cut into quantiles of activation: every pair of window and
+  latent has a priority, which is a hash of the seed and both, and the lowest ones stay. That is sampling without
+  replacement, and what stays depends neither on the order of the data nor on how it was cut into batches;
+- windows in which it does not fire, out of a pool of windows that all latents share and that is drawn the same way.
+
+Activations come from passes of the model, which round differently for other batch sizes; two windows whose activations
+agree to that many digits may change places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from numpy.typing import NDArray
+
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sae.sparse import SparseActs
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many examples of each kind are kept.
+
+    Attributes:
+        top: windows of largest activation.
+        quantiles, per_quantile: bins of activation, and windows from each.
+        silent: windows in which the latent does not fire.
+        window: tokens in a window.
+        pool: windows out of which silent ones are drawn; a latent that fires in almost all of them gets fewer.
+        seed: of all draws.
+    """
+
+    top: int = 10
+    quantiles: int = 4
+    per_quantile: int = 5
+    silent: int = 10
+    window: int = 32
+    pool: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        low = {"top": 1, "quantiles": 1, "window": 2, "pool": 1}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "seed" and value < low.get(field.name, 0):
+                raise GemmaScopeError(f"{field.name} is {low.get(field.name, 0)} or more, not {value}.")
+
+    @property
+    def reservoir(self) -> int:
+        """Firing windows sampled for each latent, four times as many as its quantiles give."""
+        return 4 * self.quantiles * self.per_quantile
+
+    def bytes_per_latent(self) -> int:
+        """What a latent costs while data streams by: 20 bytes a kept window, a byte for each window of the pool.
+
+        >>> Sampling().bytes_per_latent()
+        2332
+        """
+        return 20 * (self.top + self.reservoir) + self.pool + 20
+
+
+class Collector:
+    """The samples of one SAE's latents, fed batch by batch.
+
+    Args:
+        latents: which ones, int64 ``[n]``.
+        d_sae: how many the SAE has.
+        context: tokens in a row.
+        sampling: what to keep.
+    """
+
+    def __init__(self, latents: Array, d_sae: int, context: int, sampling: Sampling) -> None:
+        n = len(latents)
+        self.latents, self.sampling = latents, sampling
+        self.windows_per_row = -(-context // sampling.window)
+        self.top = Lowest(n, sampling.top)
+        self.sample = Lowest(n, sampling.reservoir)
+        self.pool = Pool(n, sampling.pool)
+        self.fired, self.maxima, self.tokens = np.zeros(n, np.int64), np.zeros(n, np.float32), 0
+        self._index = np.full(d_sae, -1, np.int64)
+        self._index[latents] = np.arange(n)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now; they do not grow with the data."""
+        held = (self.top, self.sample, self.pool)
+        return sum(part.nbytes for part in held) + self.fired.nbytes + self.maxima.nbytes + self._index.nbytes
+
+    def update(self, start: int, acts: SparseActs, ordinary: Bool[torch.Tensor, "batch pos"]) -> None:
+        """Take in rows of tokens.
+
+        Args:
+            start: number of the first row in the corpus.
+            acts: the latents of the ordinary tokens, in the order of ``ordinary``'s True entries.
+            ordinary: which tokens count.
+        """
+        seen, window, where, values = self.entries(start, acts, ordinary)
+        np.add.at(self.fired, where, 1)
+        np.maximum.at(self.maxima, where, values)
+        self.tokens += acts.n_tokens
+        order = np.lexsort((-values, where, window))
+        window, where, values = window[order], where[order], values[order]
+        first = np.ones(len(window), bool)
+        first[1:] = (np.diff(window) != 0) | (np.diff(where) != 0)
+        window, where, values = window[first], where[first], values[first]
+        self.top.update(where, -values.astype(np.float64), window, values)
+        priority = hashed(self.sampling.seed, window, self.latents[where])
+        self.sample.update(where, priority, window, values)
+        self.pool.update(seen, hashed(self.sampling.seed, seen, -1), window, where)
+
+    def entries(
+        self, start: int, acts: SparseActs, ordinary: Bool[torch.Tensor, "batch pos"]
+    ) -> tuple[Array, Array, Array, Array]:
+        """The windows that hold an ordinary token; and of each active entry its window, latent's index and value."""
+        rows, positions = (part.numpy() for part in ordinary.cpu().nonzero(as_tuple=True))
+        windows = (start + rows) * self.windows_per_row + positions // self.sampling.window
+        token, where = acts.tokens().cpu().numpy(), self.index_of(acts)
+        values = acts.values.detach().float().cpu().numpy()
+        kept = (where >= 0) & (values != 0)
+        return np.unique(windows), windows[token[kept]], where[kept], values[kept]
+
+    def index_of(self, acts: SparseActs) -> Array:
+        """The place of each entry's latent among those kept, -1 for the others."""
+        return self._index[acts.latents.cpu().numpy()]
+
+    def merge(self, other: Collector) -> None:
+        """Take in what ``other`` saw of other rows of the same corpus.
+
+        Raises:
+            GemmaScopeError: when it keeps other latents, or keeps them otherwise.
+        """
+        if self.sampling != other.sampling or not np.array_equal(self.latents, other.latents):
+            raise GemmaScopeError("Samples of other latents, or drawn otherwise, cannot be merged.")
+        for mine, theirs in ((self.top, other.top), (self.sample, other.sample)):
+            mine.update(*theirs.listed())
+        self.pool.merge(other.pool)
+        self.fired += other.fired
+        self.maxima = np.maximum(self.maxima, other.maxima)
+        self.tokens += other.tokens
+
+    def chosen(self, number: int) -> list[tuple[str, int, int]]:
+        """Kind, quantile (0 is the lowest; -1 for other kinds) and window of each example of latent ``number``."""
+        found = [("top", -1, int(window)) for window in self.top.of(number)[1]]
+        taken = {window for *_, window in found}
+        scores, windows, values = self.sample.of(number)
+        rest = [at for at in np.lexsort((windows, values)) if int(windows[at]) not in taken]
+        if len(rest) >= self.sampling.quantiles:
+            for quantile, part in enumerate(np.array_split(np.asarray(rest), self.sampling.quantiles)):
+                drawn = part[np.argsort(scores[part], kind="stable")][: self.sampling.per_quantile]
+                found += [("quantile", quantile, int(windows[at])) for at in drawn]
+        silent = self.pool.silent(number)
+        order = np.argsort(hashed(self.sampling.seed, silent, int(self.latents[number])), kind="stable")
+        return found + [("silent", -1, int(window)) for window in silent[order][: self.sampling.silent]]
+
+
+class Lowest:
+    """The ``k`` entries of lowest score of each latent, with their windows; of equal scores the earlier window."""
+
+    def __init__(self, n: int, k: int) -> None:
+        self.scores = np.full((n, k), np.inf)
+        self.windows = np.full((n, k), -1, np.int64)
+        self.values = np.zeros((n, k), np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: 20 an entry."""
+        return self.scores.nbytes + self.windows.nbytes + self.values.nbytes
+
+    def update(self, where: Array, scores: Array, windows: Array, values: Array) -> None:
+        """Take in entries, each of the latent with index ``where``."""
+        k = self.scores.shape[1]
+        order = np.lexsort((windows, scores, where))
+        where, scores, windows, values = where[order], scores[order], windows[order], values[order]
+        touched, starts, counts = np.unique(where, return_index=True, return_counts=True)
+        if not len(touched) or not k:
+            return
+        rank = np.arange(len(where)) - np.repeat(starts, counts)
+        line = np.repeat(np.arange(len(touched)), counts)
+        kept = rank < k
+        fresh = Lowest(len(touched), k)
+        place = (line[kept], rank[kept])
+        fresh.scores[place], fresh.windows[place], fresh.values[place] = scores[kept], windows[kept], values[kept]
+        both = np.concatenate([self.scores[touched], fresh.scores], 1)
+        all_windows = np.concatenate([self.windows[touched], fresh.windows], 1)
+        best = np.lexsort((all_windows, both), axis=-1)[:, :k]
+        self.scores[touched] = np.take_along_axis(both, best, 1)
+        self.windows[touched] = np.take_along_axis(all_windows, best, 1)
+        all_values = np.concatenate([self.values[touched], fresh.values], 1)
+        self.values[touched] = np.take_along_axis(all_values, best, 1)
+
+    def listed(self) -> tuple[Array, Array, Array, Array]:
+        """All entries, as :meth:`update` takes them."""
+        held = np.isfinite(self.scores)
+        return np.nonzero(held)[0], self.scores[held], self.windows[held], self.values[held]
+
+    def of(self, number: int) -> tuple[Array, Array, Array]:
+        """Scores, windows and values of one latent, lowest score first."""
+        held = np.isfinite(self.scores[number])
+        return self.scores[number][held], self.windows[number][held], self.values[number][held]
+
+
+class Pool:
+    """Windows of lowest priority, the same for all latents, and which latents fire in each."""
+
+    def __init__(self, n: int, size: int) -> None:
+        self.size = size
+        self.scores = np.zeros(0)
+        self.windows = np.zeros(0, np.int64)
+        self.active = np.zeros((0, n), bool)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: one for each latent and window."""
+        return self.scores.nbytes + self.windows.nbytes + self.active.nbytes
+
+    def update(self, seen: Array, scores: Array, window: Array, where: Array) -> None:
+        """Take in windows ``seen`` with their priorities, and the pairs of window and latent that are active."""
+        best = np.argsort(scores, kind="stable")[: self.size]
+        kept = np.sort(seen[best])
+        active = np.zeros((len(kept), self.active.shape[1]), bool)
+        place = np.searchsorted(kept, window).clip(0, max(len(kept) - 1, 0))
+        hit = kept[place] == window if len(kept) else np.zeros(len(window), bool)
+        active[place[hit], where[hit]] = True
+        self._add(scores[np.searchsorted(seen, kept)], kept, active)
+
+    def merge(self, other: Pool) -> None:
+        """Take in what ``other`` holds."""
+        self._add(other.scores, other.windows, other.active)
+
+    def silent(self, number: int) -> Array:
+        """Windows in which this latent does not fire."""
+        return self.windows[~self.active[:, number]]
+
+    def _add(self, scores: Array, windows: Array, active: Array) -> None:
+        scores, windows = np.concatenate([self.scores, scores]), np.concatenate([self.windows, windows])
+        best = np.lexsort((windows, scores))[: self.size]
+        self.active = np.concatenate([self.active, active])[best]
+        self.scores, self.windows = scores[best], windows[best]
+
+
+def hashed(seed: int, first: Array, second: Array | int) -> NDArray[np.float64]:
+    """Numbers in [0, 1) that look random and are functions of seed, ``first`` and ``second`` (splitmix64)."""
+    state = np.full(np.shape(first), np.uint64(seed & (2**64 - 1)))
+    for part in (np.asarray(first), np.asarray(second)):
+        state = _mixed(state ^ part.astype(np.int64).astype(np.uint64))
+    return (state >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))

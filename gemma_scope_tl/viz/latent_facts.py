@@ -1,0 +1,245 @@
+"""What a latent's page says: where the latent fires, how strongly, what it writes, and which latents resemble it."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.evals.packing import as_tokens, pack_texts
+from gemma_scope_tl.evals.texts import read_texts
+from gemma_scope_tl.interventions.sources import chosen_latents, decoder_rows, encode_latents, place_of
+from gemma_scope_tl.logit_lens import top_tokens
+from gemma_scope_tl.sae.latents import Latents
+from gemma_scope_tl.sites import flatten_heads
+from gemma_scope_tl.tokens import special_mask, special_token_ids
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gemma_scope_tl.registry.schema import SAERow
+
+NEURONPEDIA = "https://www.neuronpedia.org"
+_BINS = 24
+_CHUNK = 16384  # decoder rows in float32 at once
+
+
+class PageText:
+    """The text that latents are shown on, as token rows, and the model's activations at the places asked for last.
+
+    A second latent of one place costs no forward pass while its activations are held.
+
+    Args:
+        model: from ``load_model``. Hooks and SAEs attached to it act in the pass.
+        data: texts, or token ids ``[rows, pos]``; None for the held-out text in the package.
+        rows: of tokens, at most.
+        context: tokens in a row, BOS included.
+        batch_size: rows in a forward pass.
+        memory: bytes of activations to hold; those of one place are always held.
+
+    Raises:
+        GemmaScopeError: when the texts hold less than one row, or ``rows`` or ``batch_size`` is below 1.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: Sequence[str] | Int[torch.Tensor, "rows pos"] | None = None,
+        rows: int = 64,
+        context: int = 128,
+        batch_size: int = 8,
+        memory: int = 1 << 29,
+    ) -> None:
+        if rows < 1 or batch_size < 1:
+            raise GemmaScopeError(f"rows and batch_size are at least 1; given: {rows}, {batch_size}.")
+        if isinstance(data, (str, torch.Tensor)):
+            found = as_tokens(model, data, context)[:rows]
+        else:
+            found = pack_texts(model.tokenizer, read_texts() if data is None else data, context, rows)
+        self.model, self.tokens, self.batch_size, self.memory = model, found, batch_size, memory
+        self.ordinary: Bool[torch.Tensor, "rows pos"] = ~special_mask(found, special_token_ids(model.tokenizer))
+        self._held: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    @torch.no_grad()
+    def activations(self, sae: Any) -> Float[torch.Tensor, "rows pos d_in"]:
+        """What ``sae`` reads at every token, heads flattened, on the CPU."""
+        site, layer = place_of(sae)
+        site.check_layer(layer, self.model.dims)
+        name = site.hook_name(layer, "hooked_transformer")
+        if name in self._held:
+            self._held.move_to_end(name)
+            return self._held[name]
+        parts: list[torch.Tensor] = []
+
+        def keep(value: torch.Tensor, hook: Any) -> None:
+            parts.append(flatten_heads(value).to("cpu", copy=True))
+
+        for batch in self.tokens.split(self.batch_size):
+            self.model.run_with_hooks(batch.to(self.model.cfg.device), fwd_hooks=[(name, keep)])
+        self._held[name] = torch.cat(parts)
+        while len(self._held) > 1 and sum(x.nbytes for x in self._held.values()) > self.memory:
+            self._held.popitem(last=False)
+        return self._held[name]
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """Token ids as texts, one each."""
+        tokenizer = self.model.tokenizer
+        return [tokenizer.decode([i]) if tokenizer else str(i) for i in ids]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A stretch of text around the token on which the latent fires strongest in its row.
+
+    Attributes:
+        row: of the page's text; ``start``: position of the first token shown.
+        tokens, activations: one each; BOS, EOS and padding count as 0.
+        peak: index of the strongest token among ``tokens``.
+    """
+
+    row: int
+    start: int
+    tokens: list[str]
+    activations: list[float]
+    peak: int
+
+
+@dataclass(frozen=True)
+class LatentFacts:
+    """All numbers of a latent's page.
+
+    Attributes:
+        latent: index; ``d_sae``: of how many.
+        name: release and id of the SAE, or its site and layer outside the registry.
+        site, layer: where it reads.
+        tokens: ordinary tokens looked at; ``fired``: on how many of them the latent is active.
+        maximum: strongest activation there, 0 where it never fires.
+        examples: strongest first, each from another row of the text.
+        edges, counts: histogram of the activations above 0; empty where there is none.
+        lens: rows of :func:`~gemma_scope_tl.logit_lens.top_tokens`.
+        neighbours: ``latent, cosine``: the nearest decoder rows, nearest first.
+        neuronpedia: address of the latent's dashboard, where the registry knows one.
+    """
+
+    latent: int
+    d_sae: int
+    name: str
+    site: str
+    layer: int | None
+    tokens: int
+    fired: int
+    maximum: float
+    examples: list[Example]
+    edges: list[float]
+    counts: list[int]
+    lens: pd.DataFrame
+    neighbours: pd.DataFrame
+    neuronpedia: str | None
+
+    @property
+    def density(self) -> float:
+        """Share of the ordinary tokens on which the latent is active."""
+        return self.fired / self.tokens if self.tokens else math.nan
+
+
+@torch.no_grad()
+def latent_facts(
+    text: PageText,
+    sae: Any,
+    latent: int,
+    examples: int = 10,
+    around: int = 14,
+    k: int = 10,
+    neighbours: int = 8,
+) -> LatentFacts:
+    """Compute a latent's page. BOS, EOS and padding are left out, as everywhere.
+
+    Args:
+        text: what to look at.
+        sae: a whole SAE or transcoder.
+        latent: index.
+        examples: at most so many; ``around``: tokens shown on each side of the strongest.
+        k: promoted and suppressed tokens.
+        neighbours: at most so many similar latents.
+
+    Raises:
+        SpliceError: no such latent, or an SAE of another model.
+        GemmaScopeError: for ``Latents``, which lack the other decoder rows, or a count below 1.
+    """
+    if isinstance(sae, Latents):
+        raise GemmaScopeError("A latent's page compares it with all others: load the whole SAE with load_sae.")
+    if min(examples, k, neighbours) < 1 or around < 0:
+        raise GemmaScopeError(f"Counts are at least 1; given: {examples}, {k}, {neighbours}, around {around}.")
+    (index,) = chosen_latents(sae, latent)
+    site, layer = place_of(sae)
+    acts = encode_latents(sae, text.activations(sae).to(sae.device), [index])[..., 0].float().cpu()
+    acts = torch.where(text.ordinary, acts, 0.0)
+    active = acts[acts > 0]
+    counts, edges = _histogram(active)
+    row: SAERow | None = getattr(sae, "row", None)
+    return LatentFacts(
+        latent=index,
+        d_sae=int(sae.cfg.d_sae),
+        name=f"{row.release}/{row.id}" if row else site.name + ("" if layer is None else f", layer {layer}"),
+        site=site.name,
+        layer=layer,
+        tokens=int(text.ordinary.sum()),
+        fired=len(active),
+        maximum=float(active.max()) if len(active) else 0.0,
+        examples=_examples(text, acts, examples, around),
+        edges=edges,
+        counts=counts,
+        lens=top_tokens(text.model, sae, index, k=k),
+        neighbours=similar_latents(sae, index, neighbours),
+        neuronpedia=f"{NEURONPEDIA}/{row.neuronpedia}/{index}" if row and row.neuronpedia else None,
+    )
+
+
+@torch.no_grad()
+def similar_latents(sae: Any, latent: int, n: int = 8) -> pd.DataFrame:
+    """The latents whose decoder rows point most nearly where this one's does.
+
+    ``cosine(i, j) = W_dec[i] . W_dec[j] / (||W_dec[i]|| ||W_dec[j]||)``, in float32.
+
+    Returns:
+        A row per latent, nearest first, without the latent itself: ``latent, cosine``.
+
+    Raises:
+        SpliceError: no such latent.
+    """
+    import pandas as pd
+
+    (index,) = chosen_latents(sae, latent)
+    row = torch.nn.functional.normalize(decoder_rows(sae, [index]).float(), dim=-1)[0]
+    parts = [torch.nn.functional.normalize(rows.float(), dim=-1) @ row for rows in sae.W_dec.split(_CHUNK)]
+    cosines = torch.cat(parts).cpu()
+    cosines[index] = -math.inf
+    values, found = cosines.topk(min(n, len(cosines) - 1))
+    return pd.DataFrame({"latent": found.tolist(), "cosine": values.tolist()})
+
+
+def _histogram(active: torch.Tensor) -> tuple[list[int], list[float]]:
+    if not len(active):
+        return [], []
+    top = float(active.max())
+    return torch.histc(active, bins=_BINS, min=0.0, max=top).long().tolist(), torch.linspace(0, top, _BINS + 1).tolist()
+
+
+def _examples(text: PageText, acts: Float[torch.Tensor, "rows pos"], most: int, around: int) -> list[Example]:
+    strongest, where = acts.max(dim=1)
+    order = strongest.argsort(descending=True, stable=True)[:most].tolist()
+    found: list[Example] = []
+    for row in order:
+        if strongest[row] <= 0:
+            break
+        peak = int(where[row])
+        start, end = max(0, peak - around), min(acts.shape[1], peak + around + 1)
+        tokens = text.texts(text.tokens[row, start:end].tolist())
+        found.append(Example(row, start, tokens, acts[row, start:end].tolist(), peak - start))
+    return found

@@ -1,0 +1,229 @@
+"""Memory, disk and time of each model and width, from shapes: docs/hardware.json, and the tables of docs/hardware.md.
+
+Nothing is loaded or measured. Run: python -m scripts.hardware_table
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.registry.widths import parse_width
+from gemma_scope_tl.sites import get_site
+from gemma_scope_tl.training import costs
+from gemma_scope_tl.training.model_sizes import sizes_of
+from gemma_scope_tl.training.plan import plan_suite
+from scripts.plan_cluster import TOKENS, Hardware
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA, PAGE = ROOT / "docs" / "hardware.json", ROOT / "docs" / "hardware.md"
+MODELS = ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
+WIDTHS = ("16k", "65k", "131k", "1m")
+CONTEXT, BATCH, BUCKET = 1024, 4096, 1 << 20
+CARDS = (8, 16, 24, 40, 80)  # GB
+RESERVE = 2e9  # for activations, logits of 256,000 tokens, and CUDA itself
+GB, GIB, TIB = 1e9, 2.0**30, 2.0**40
+
+
+def models() -> list[dict[str, Any]]:
+    """Parameters, bytes and FLOP of each model."""
+    rows: list[dict[str, Any]] = []
+    for name in MODELS:
+        sizes = sizes_of(name)
+        rows.append(
+            {
+                "model": name,
+                "layers": sizes.dims.n_layers,
+                "parameters": sizes.parameters,
+                "bytes_float32": 4 * sizes.parameters,
+                "bytes_bfloat16": 2 * sizes.parameters,
+                "flops_per_token": sizes.flops_per_token(sizes.dims.n_layers, CONTEXT),
+            }
+        )
+    return rows
+
+
+def saes() -> list[dict[str, Any]]:
+    """Bytes of an SAE of each model, site and width, and what encoding a token costs beside the model's pass."""
+    rows: list[dict[str, Any]] = []
+    for name in MODELS:
+        sizes = sizes_of(name)
+        whole = sizes.flops_per_token(sizes.dims.n_layers, CONTEXT)
+        for site in ("res", "att"):
+            d = get_site(site).d_in(sizes.dims)
+            for width in WIDTHS:
+                d_sae = parse_width(width)
+                rows.append(
+                    {
+                        "model": name,
+                        "site": site,
+                        "d_in": d,
+                        "width": width,
+                        "bytes_float32": costs.released_bytes(d, d, d_sae),
+                        "bytes_bfloat16": costs.released_bytes(d, d, d_sae) // 2,
+                        "row_bytes": 4 * d,
+                        "share_of_forward": 2.0 * d * d_sae / whole,
+                    }
+                )
+    return rows
+
+
+def fits() -> list[dict[str, Any]]:
+    """The widest res SAE of :data:`WIDTHS` beside the model on each card; None where the model does not fit."""
+    rows: list[dict[str, Any]] = []
+    for name in MODELS:
+        sizes = sizes_of(name)
+        for dtype, item in (("bfloat16", 2), ("float32", 4)):
+            row: dict[str, Any] = {"model": name, "dtype": dtype}
+            for card in CARDS:
+                left = card * GB - RESERVE - item * sizes.parameters
+                d = sizes.dims.d_model
+                inside = [w for w in WIDTHS if item * costs.parameters(d, d, parse_width(w)) <= left]
+                row[str(card)] = inside[-1] if inside else ("model only" if left >= 0 else None)
+            rows.append(row)
+    return rows
+
+
+def training() -> list[dict[str, Any]]:
+    """One res SAE of each model and width with the paper's batch and tokens, as ``plan_suite`` plans it."""
+    hardware = Hardware()
+    flops = hardware.fp32_flops * hardware.share_of_peak
+    rows: list[dict[str, Any]] = []
+    for name in MODELS:
+        for width in WIDTHS:
+            config = {
+                "output": "hardware-table",
+                "model": {"name": name, "dtype": "bfloat16"},
+                "data": {"dataset": "any", "context": CONTEXT},
+                "source": {"dtype": "bfloat16", "bucket_rows": BUCKET},
+                "recipe": {"preset": "paper"},
+                "grid": [{"sites": ["res"], "layers": [12], "widths": [width], "lambdas": [6e-4]}],
+                "tokens": int(TOKENS[parse_width(width)]),
+            }
+            job = plan_suite(config, memory=1e15, device_flops=flops).jobs.iloc[0]
+            rows.append(
+                {
+                    "model": name,
+                    "width": width,
+                    "tokens": int(job["tokens"]),
+                    "state_and_step": int(job["memory"] - job["bucket"]),
+                    "bucket": int(job["bucket"]),
+                    "checkpoint": int(job["checkpoint"]),
+                    "store_bfloat16": int(job["store"]),
+                    "hours": float(job["seconds"]) / 3600,
+                }
+            )
+    return rows
+
+
+def numbers() -> dict[str, Any]:
+    """All that is in the file."""
+    hardware = Hardware()
+    assumed = {
+        "context": CONTEXT,
+        "batch": BATCH,
+        "bucket_rows": BUCKET,
+        "reserve_bytes": RESERVE,
+        "gpu": hardware.gpu,
+        "float32_flops": hardware.fp32_flops,
+        "share_of_peak": hardware.share_of_peak,
+    }
+    return {"assumed": assumed, "models": models(), "saes": saes(), "fits": fits(), "training": training()}
+
+
+def with_tables(page: str, data: dict[str, Any]) -> str:
+    """``page`` with what stands between ``<!-- NAME: start -->`` and ``<!-- NAME: end -->`` made anew.
+
+    Raises:
+        ValueError: a table that the page does not show once.
+    """
+    for name, table in TABLES.items():
+        marked = re.compile(f"<!-- {name}: start -->\n.*?<!-- {name}: end -->", re.DOTALL)
+        if len(marked.findall(page)) != 1:
+            raise ValueError(f"the page must have the marker {name!r} once")
+        made = f"<!-- {name}: start -->\n{table(data)}\n<!-- {name}: end -->"
+        page = marked.sub(lambda _, made=made: made, page)
+    return page
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _models(data: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{r['model']}`",
+            str(r["layers"]),
+            f"{r['parameters'] / 1e9:.2f} billion",
+            f"{r['bytes_bfloat16'] / GB:.1f} GB",
+            f"{r['bytes_float32'] / GB:.1f} GB",
+            f"{r['flops_per_token'] / 1e9:.1f} GFLOP",
+        ]
+        for r in data["models"]
+    ]
+    return _table(["model", "layers", "parameters", "bfloat16", "float32", "a token's forward pass"], rows)
+
+
+def _saes(data: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{r['model']}` {r['site']}",
+            r["width"],
+            str(r["d_in"]),
+            _size(r["bytes_float32"]),
+            _size(r["bytes_bfloat16"]),
+            f"{r['row_bytes'] / 1000:.0f} kB",
+            f"{r['share_of_forward']:.1%}",
+        ]
+        for r in data["saes"]
+    ]
+    head = ["SAE", "width", "d_in", "float32", "bfloat16", "one decoder row", "encoder, of the model's pass"]
+    return _table(head, rows)
+
+
+def _fits(data: dict[str, Any]) -> str:
+    rows = [[f"`{r['model']}` {r['dtype']}", *(r[str(card)] or "–" for card in CARDS)] for r in data["fits"]]
+    return _table(["model and SAE", *(f"{card} GB" for card in CARDS)], rows)
+
+
+def _training(data: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{r['model']}`",
+            r["width"],
+            f"{r['tokens'] / 1e9:.0f} billion",
+            f"{r['state_and_step'] / GIB:.1f} GiB",
+            f"{r['bucket'] / GIB:.1f} GiB",
+            f"{r['checkpoint'] / GIB:.1f} GiB",
+            f"{r['store_bfloat16'] / TIB:.1f} TiB",
+            f"{r['hours']:,.0f} h",
+        ]
+        for r in data["training"]
+    ]
+    head = ["model", "width", "activations", "SAE, Adam, a step", "bucket", "checkpoint", "store, bfloat16", "steps"]
+    return _table(head, rows)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:.0f} MB" if count < GB else f"{count / GB:.1f} GB"
+
+
+TABLES = {"models": _models, "saes": _saes, "fits": _fits, "training": _training}
+
+
+def main() -> None:
+    """Write the file and the page."""
+    data = json.loads(json.dumps(numbers()))
+    write_atomically(DATA, json.dumps(data, indent=1) + "\n")
+    write_atomically(PAGE, with_tables(PAGE.read_text(encoding="utf-8"), data))
+    print(f"{DATA.name} and {PAGE.name} written")
+
+
+if __name__ == "__main__":
+    main()

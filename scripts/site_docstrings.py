@@ -1,0 +1,46 @@
+"""A griffe extension for the site: doctests and headings of the docstrings as Markdown."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+_LITERAL = re.compile(r"::[ ]*$", re.MULTILINE)
+
+
+class Docstrings(griffe.Extension):
+    """Rewrites each docstring once, when it has been read."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = as_markdown(obj.docstring.value)
+
+
+def as_markdown(text: str) -> str:
+    """Doctests in fences, simple reStructuredText tables as code, and ``::`` before a block as a colon."""
+    out: list[str] = []
+    fence: str | None = None
+    for line in text.split("\n"):
+        indent = line[: len(line) - len(line.lstrip())]
+        if fence is None and line.lstrip().startswith(">>> "):
+            fence = indent
+            out.append(f"{indent}```pycon")
+        elif fence is not None and not line.strip():
+            out.append(f"{fence}```")
+            fence = None
+        out.append(line)
+    if fence is not None:
+        out.append(f"{fence}```")
+    return _LITERAL.sub(":", _tables_as_code("\n".join(out)))
+
+
+def _tables_as_code(text: str) -> str:
+    """A simple table, from its first rule of ``=`` to its last, in a fence."""
+    lines = text.split("\n")
+    rules = [number for number, line in enumerate(lines) if re.fullmatch(r"=+( +=+)+", line)]
+    if len(rules) < 2:
+        return text
+    first, last = rules[0], rules[-1]
+    return "\n".join([*lines[:first], "```text", *lines[first : last + 1], "```", *lines[last + 1 :]])

@@ -1,0 +1,22 @@
+"""One process of a divided ``train_suite``: ``torchrun ... -m tests.distributed.mesh_suite_worker OUT LATENTS DATA``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from gemma_scope_tl.training.suite import train_suite
+from tests.training.kill import slow_writes
+from tests.training.planted import PlantedSource, tiny_config
+
+
+def main() -> None:
+    """Train, and see that every process got the table."""
+    slow_writes()
+    out, latents, data = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    config = tiny_config(out, mesh={"latents": latents, "data": data})
+    assert len(train_suite(config, source=PlantedSource, progress=False)) == 5
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Every tutorial runs from top to bottom, and shows what its text speaks of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+import gemma_scope_tl as gs
+from scripts import tutorials
+
+SHOWN: dict[str, list[str]] = {
+    "1_load_and_look": [
+        r"layers, d_model",
+        r"W_enc +\[",
+        r"explained variance 0\.[5-9]",
+        r"by default: 0",
+        r"image/png",
+        r"text/html",
+    ],
+    "2_splice_ablate_steer": [
+        r"loss [\d.]+, spliced [\d.]+",
+        r"the same bits: True",
+        r"hook_sae_acts_post",
+        r"logits: \d\.\de-0[4-9]",
+        r"promotes \[",
+    ],
+    "3_circuit": [r"transcoders of \d+", r"metric -?[\d.]+", r"latents: (0\.[5-9]|1\.0)", r"image/png", r"promotes"],
+    "4_train": [r"l0_warm_up_steps", r"average_l0_\d+", r"image/png", r"decoder rows: 1\.0", r"suite\.json"],
+    "5_evaluate": [r"held-out tokens", r"loss_recovered", r"image/png"],
+    "6_publish": [r"params\.npz", r"release: tutorial-saes", r"no problems", r"sae_lens\S* True"],
+}
+FIGURES = {"1_load_and_look": 1, "3_circuit": 1, "4_train": 1, "5_evaluate": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all, so that 5 and 6 go on with the run of 4."""
+    return tmp_path_factory.mktemp("tutorials")
+
+
+@pytest.mark.parametrize("source", tutorials.sources(), ids=lambda path: path.stem)
+def test_a_tutorial_runs(source: Path, folder: Path) -> None:
+    if source.stem == "3_circuit" and gs.list_saes(model="bundled", site="transcoder").empty:
+        pytest.skip("no transcoders of the bundled model are registered")
+    notebook = tutorials.make(source)
+    tutorials.execute(notebook, folder)
+    text = nbformat.writes(notebook)
+    shown = "\n".join(_outputs(notebook))
+    for pattern in SHOWN[source.stem]:
+        assert re.search(pattern, shown), f"{source.stem} does not show {pattern}"
+    assert sum("image/png" in line for line in shown.splitlines()) == FIGURES.get(source.stem, 0)
+    assert len(text) < tutorials.LARGEST
+    for private in (str(folder), str(Path.home()), str(tutorials.ROOT)):
+        assert private == "/" or private not in text
+
+
+@pytest.mark.parametrize("source", tutorials.sources(), ids=lambda path: path.stem)
+def test_the_committed_notebook_is_made_from_its_source(source: Path) -> None:
+    path = tutorials.notebook_of(source)
+    assert tutorials.is_made_from(path, source), "run: python -m scripts.tutorials"
+    notebook = nbformat.read(path, as_version=4)
+    assert all(cell["execution_count"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    assert path.stat().st_size < tutorials.LARGEST
+    shown = "\n".join(_outputs(notebook))
+    assert sum("image/png" in line for line in shown.splitlines()) == FIGURES.get(source.stem, 0)
+
+
+def test_all_are_listed() -> None:
+    assert [path.stem for path in tutorials.sources()] == list(SHOWN)
+    page = (tutorials.ROOT / "docs" / "tutorials.md").read_text(encoding="utf-8")
+    assert re.findall(r"tutorials/(\w+)\.ipynb", page) == list(SHOWN)
+
+
+def test_stripping_leaves_no_paths_and_no_stderr(tmp_path: Path) -> None:
+    cell = nbformat.v4.new_code_cell("1")
+    cell["metadata"] = {"execution": {"iopub.status.busy": "now"}}
+    cell["outputs"] = [
+        nbformat.v4.new_output("stream", name="stderr", text="a warning"),
+        nbformat.v4.new_output("stream", name="stdout", text=f"in {tmp_path}/x"),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    tutorials.strip(notebook, tmp_path)
+    assert [output["text"] for output in cell["outputs"]] == ["in ./x"]
+    assert cell["metadata"] == {}
+
+
+def _outputs(notebook: Any) -> list[str]:
+    """What a notebook shows, a kind of picture as its own line."""
+    found: list[str] = []
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            found.append(output.get("text", ""))
+            for kind, value in output.get("data", {}).items():
+                found.append(kind if kind.startswith("image/") else f"{kind}\n{value}")
+    return found

@@ -1,0 +1,118 @@
+# %% [markdown]
+# # 6. Publish and contribute
+#
+# From the SAEs of tutorial 4 to a repository that others load by name, with this package and with stock SAELens.
+
+# %%
+# The run of tutorial 4. Where it is finished in this folder, it is read; else it trains now.
+CONFIG = {
+    "output": "my-suite",
+    "model": {"name": "bundled", "device": "cpu"},
+    "data": {"dataset": "bundled", "column": "text", "context": 256},
+    "source": {"bucket_rows": 16384, "scale_rows": 16384, "batch_rows": 16},
+    "steps": 150,
+    "recipe": {"preset": "fast", "batch_size": 1024, "lr_warm_up_steps": 25, "l0_warm_up_steps": 50},
+    "grid": [{"sites": ["res"], "layers": [2], "widths": [256], "target_l0s": [10, 30]}],
+    "eval_batches": 8,
+    "checkpoint_every": 100,
+    "log_every": 10,
+}
+
+# %%
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from IPython.display import Markdown
+
+import gemma_scope_tl as gs
+from gemma_scope_tl.evals.packing import as_tokens
+from gemma_scope_tl.evals.texts import read_texts
+
+trained = gs.train_suite(CONFIG, progress=False)
+model = gs.load_model("bundled")
+saes = [
+    gs.JumpReLUSAE.from_folder(Path(CONFIG["output"]) / path, model="bundled", site="res", layer=2)
+    for path in trained["path"]
+]
+metrics = gs.evaluate(model, saes, as_tokens(model, list(read_texts()), 256)[::24], progress=False)
+metrics["l0"] = trained["l0"].to_numpy()  # by which the folders are named
+metrics[["site", "layer", "d_sae", "l0", "fvu", "delta_loss"]].round(3)
+
+# %% [markdown]
+# ## A repository
+#
+# `About` says what files cannot: licence, data, recipe. What is not said is left out of the card, and the card says so.
+
+# %%
+about = gs.About(
+    "mit",
+    description="Two small SAEs of the bundled model, from a tutorial.",
+    data="The held-out text of gemma_scope_tl.",
+    evaluated_on="The same text, so the metrics flatter.",
+    recipe={"lr": 6e-3, "batch_size": 1024, "bandwidth": 0.1},
+)
+(repo,) = gs.export_suite(
+    CONFIG["output"],
+    "tutorial-saes",
+    about,
+    model="bundled",
+    metrics=metrics,
+    layout="both",
+    canonical=True,
+    progress=False,
+)
+for path in sorted(repo.rglob("*")):
+    if path.is_file():
+        print(path.as_posix())
+
+# %%
+Markdown("\n".join(line for line in (repo / "README.md").read_text().split("---", 2)[2].splitlines())[:2500])
+
+# %% [markdown]
+# ## The registry file
+#
+# One row for each SAE, written with it. `gemma-scope registry check` compares it with the schema, with every known
+# release, and with headers and hashes of the files; `--run 1` runs one SAE and compares its L0.
+
+# %%
+print((repo / "tutorial-saes.yaml").read_text())
+
+# %%
+checked = subprocess.run(
+    [sys.executable, "-m", "gemma_scope_tl.cli", "registry", "check", str(repo / "tutorial-saes.yaml"), "--run", "1"],
+    capture_output=True,
+    env={**os.environ, "FORCE_COLOR": "", "NO_COLOR": "1"},
+    text=True,
+)
+print(checked.stdout)
+assert checked.returncode == 0, checked.stderr
+
+# %% [markdown]
+# ## Load it by name
+
+# %%
+gs.register_release(repo / "tutorial-saes.yaml")
+row = gs.list_saes(release="tutorial-saes").iloc[0]
+sae = gs.JumpReLUSAE.from_pretrained(row["release"], row["id"])
+print(row["release"], row["id"], "->", sae.cfg.metadata.hook_name)
+
+# %% [markdown]
+# Stock SAELens reads the second layout from disk, and knows every release of the registry once it is told. The bits are
+# the same.
+
+# %%
+import sae_lens
+
+theirs = sae_lens.SAE.load_from_disk(str(repo / "sae_lens" / row["path"]))
+ours = sae.state_dict()
+print(type(theirs).__module__, all(bool((value == ours[name]).all()) for name, value in theirs.state_dict().items()))
+
+# %% [markdown]
+# ## Upload
+#
+# The folder is the repository. `gemma-scope upload tutorial-saes my-name/tutorial-saes` checks everything and says what
+# would be sent. With `--yes` it sends it in one commit, privately unless `--public`, and writes a registry file that
+# names the repository and the commit. That file is what you register, or contribute by a pull request to
+# `pretrained_yaml/`. In Python: `gs.upload_suite("tutorial-saes", "my-name/tutorial-saes", dry_run=True)`.
