@@ -1,6 +1,6 @@
 """Evaluating a whole suite in one pass, against SAELens's ``run_evals`` called once for each SAE on the same tokens.
 
-The model and its 24 SAEs (res, mlp, att; four layers; two sparsities) are the bundled ones; the text is held out and
+The model and its SAEs (res, mlp, att; four layers; two widths, three sparsities) are the bundled ones; the text is held out and
 packed without EOS inside. What is compared, and where the two must differ:
 
 - L0, FVU (1 - its explained variance) and the losses with and without SAE: equal up to rounding. With EOS inside rows
@@ -80,7 +80,7 @@ def run() -> list[dict[str, Any]]:
 
 def _suite() -> list[dict[str, Any]]:
     model = gs.load_model("bundled")
-    rows = gs.list_saes(model="bundled")
+    rows = gs.list_saes(model="bundled", site=["res", "mlp", "att"])
     saes = [gs.JumpReLUSAE.from_pretrained(row.release, row.id) for row in rows.itertuples()]
     tokens = held_out(model)
     peer = stock_model(gs.load_model("bundled", backend="hooked_transformer"))

@@ -1,4 +1,4 @@
-"""The README's benchmark table, made from results/*.json."""
+"""The README's benchmark tables, made from results/*.json."""
 
 from __future__ import annotations
 
@@ -10,25 +10,39 @@ from benchmarks.timing import RESULTS
 from gemma_scope_tl.files import write_atomically
 
 README = Path(__file__).parent.parent / "README.md"
-START, END = "<!-- benchmarks: start -->", "<!-- benchmarks: end -->"
+GPU = RESULTS / "gpu.json"
 
 
 def table() -> str:
     """Markdown, a row per measurement."""
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if path != GPU]
+    return _table([row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]])
+
+
+def gpu_table() -> str:
+    """The same for what has a peer in gpu.json, and which GPU it was."""
+    found = json.loads(GPU.read_text(encoding="utf-8"))
+    rows = [row for part in found.values() if isinstance(part, list) for row in part if "peer" in row]
+    return f"{found['machine']['device']}, PyTorch {found['machine']['torch']}.\n\n{_table(rows)}"
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
     lines = ["| | ours | peer | peer / ours |", "|---|---|---|---|"]
-    for path in sorted(RESULTS.glob("*.json")):
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-            ours = (row.get("ours") or _seconds(row["ours_s"])) + _memory(row, "ours")
-            theirs = (row.get("theirs") or _seconds(row["peer_s"])) + _memory(row, "peer")
-            lines.append(f"| {row['what']} | {ours} | {theirs} ({row['peer']}) | **{_ratio(row['ratio'])}** |")
+    for row in rows:
+        ours = (row.get("ours") or _seconds(row["ours_s"])) + _memory(row, "ours")
+        theirs = (row.get("theirs") or _seconds(row["peer_s"])) + _memory(row, "peer")
+        lines.append(f"| {row['what']} | {ours} | {theirs} ({row['peer']}) | **{_ratio(row['ratio'])}** |")
     return "\n".join(lines)
 
 
 def with_table(text: str) -> str:
-    """``text`` with the part between the two markers replaced."""
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    return f"{before}{START}\n{table()}\n{END}{after}"
+    """``text`` with what is between each pair of markers replaced."""
+    for name, make in (("benchmarks", table), ("gpu", gpu_table)):
+        start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
+        before, rest = text.split(start)
+        _, after = rest.split(end)
+        text = f"{before}{start}\n{make()}\n{end}{after}"
+    return text
 
 
 def update_readme() -> None:

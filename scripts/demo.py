@@ -39,9 +39,10 @@ def main() -> None:
     )
     console.rule("2  its SAEs, by name from the registry")
     rows = gs.list_saes(model="bundled")
+    console.print(f"{len(rows)} SAEs: " + ", ".join(f"{site} {len(part)}" for site, part in rows.groupby("site")))
+    rows = rows[rows["canonical"] & (rows["width"] == "1k") & rows["site"].isin(["res", "mlp", "att"])].reset_index()
     saes = [gs.JumpReLUSAE.from_pretrained(row.release, row.id) for row in rows.itertuples()]
-    console.print(f"{len(saes)} SAEs: " + ", ".join(f"{site} {len(part)}" for site, part in rows.groupby("site")))
-    sae = gs.load_sae("bundled", "res", LAYER, width=str(rows["width"].iloc[0]))
+    sae = gs.load_sae("bundled", "res", LAYER, width="1k")
 
     console.rule("3  which latents fire on which token")
     table = gs.features(model, SENTENCE, sae)

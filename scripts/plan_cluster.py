@@ -65,8 +65,12 @@ def store_bytes(model: ModelSizes, site: str, rows: float, itemsize: int = FLOAT
 
 
 def step_seconds(d: int, d_sae: int, saes: int, flops: float, hardware: Hardware, products: float) -> float:
-    """One step of ``saes`` SAEs from one batch: the products, and Adam's traffic (read p, g, v; write p, v)."""
-    compute = products * 2.0 * BATCH * d * d_sae / (flops * hardware.share_of_peak)
+    """One step of ``saes`` SAEs from one batch, and Adam's traffic (read p, g, v; write p, v).
+
+    The encoder's product is at ``flops``; what else a step does, in such products, at float32's.
+    """
+    size = 2.0 * BATCH * d * d_sae / hardware.share_of_peak
+    compute = size / flops + (products - 1.0) * size / hardware.fp32_flops
     adam = 5.0 * FLOAT32 * 2.0 * d * d_sae / hardware.gpu_memory_bandwidth
     return saes * (compute + adam)
 
@@ -103,11 +107,11 @@ def total_hours(rows: list[dict[str, Any]], precision: str) -> float:
     return GEMMA_9B.dims.n_layers * sum(row[precision]["gpu_hours"] for row in rows)
 
 
-def harvest(hardware: Hardware) -> dict[str, Any]:
+def harvest(hardware: Hardware, share: float) -> dict[str, Any]:
     """One forward pass over all tokens, in bfloat16, through all layers, and what it writes."""
     layers = GEMMA_9B.dims.n_layers
     per_token = GEMMA_9B.flops_per_token(layers, CONTEXT)
-    tokens_per_s = hardware.bf16_flops * hardware.share_of_peak / per_token
+    tokens_per_s = hardware.bf16_flops * hardware.share_of_peak * share / per_token
     layer = FLOAT32 * sum(width(GEMMA_9B, site) for site in SITES)
     return {
         "flops_per_token": per_token,
@@ -246,7 +250,7 @@ def plan(results: Path = ROOT / "benchmarks" / "results") -> dict[str, Any]:
     """Everything that docs/clusters.json holds."""
     hardware, found = Hardware(), measured(results)
     rows = training(hardware, found.products)
-    pass_ = harvest(hardware)
+    pass_ = harvest(hardware, found.harvest or 1.0)
     return {
         "hardware": asdict(hardware),
         "measured": asdict(found),

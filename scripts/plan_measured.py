@@ -15,32 +15,38 @@ class Measured:
     """Inputs that were measured here, or not.
 
     Attributes:
-        products: how long a step takes, in encoder products (``batch x d x d_sae``).
+        products: how long a step takes, in encoder products (``batch x d x d_sae``, float32).
         products_source: the file and row, or what was assumed.
+        harvest: of what the model's own forward pass reaches, the share left when all sites are read.
+        harvest_source: the file.
         store_read, store_write: bytes a second of a store on the benchmark's disk; None where not measured.
         store_source: the file.
     """
 
     products: float = DENSE_PRODUCTS
     products_source: str = "assumed: a dense step is five products of the encoder's size"
+    harvest: float | None = None
+    harvest_source: str = "not measured"
     store_read: float | None = None
     store_write: float | None = None
     store_source: str = "not measured"
 
 
 def measured(results: Path) -> Measured:
-    """What training_step.json and store.json of the folder ``results`` say: rows with these keys.
+    """What gpu.json and store.json of the folder ``results`` say.
 
-    ``encoder_products`` of a training step, the largest of the file (the least favourable shape measured);
-    ``read_bytes_per_s`` and ``write_bytes_per_s`` of a store, likewise the least.
+    ``encoder_products`` of a training step at the paper's batch, the largest (the least favourable shape measured);
+    ``ratio`` of a harvest; ``read_bytes_per_s`` and ``write_bytes_per_s`` of a store, the least.
     """
-    products = [row["encoder_products"] for row in _rows(results / "training_step.json", "encoder_products")]
+    gpu = json.loads((results / "gpu.json").read_text(encoding="utf-8")) if (results / "gpu.json").exists() else {}
+    products = [row["encoder_products"] for row in gpu.get("steps", []) if "batch 4096" in row["what"]]
     reads = [row["read_bytes_per_s"] for row in _rows(results / "store.json", "read_bytes_per_s")]
     writes = [row["write_bytes_per_s"] for row in _rows(results / "store.json", "write_bytes_per_s")]
     found = Measured()
     if products:
-        source = "benchmarks/results/training_step.json, on a processor: that a GPU has the same ratio is assumed"
-        found = replace(found, products=max(products), products_source=source)
+        where = f"measured on an {gpu['machine']['device']}, benchmarks/results/gpu.json"
+        shares = {"harvest": min(row["ratio"] for row in gpu["harvest"]), "harvest_source": where}
+        found = replace(found, products=max(products), products_source=f"{where}, float32", **shares)
     if reads or writes:
         speeds = {"store_read": min(reads, default=None), "store_write": min(writes, default=None)}
         found = replace(found, **speeds, store_source="benchmarks/results/store.json")

@@ -55,9 +55,14 @@ def _assumptions(plan: dict[str, Any]) -> str:
         ],
         ["a node's network", f"{hardware['node_network'] / GB:.0f} GB/s", "assumed"],
         ["a training step, in encoder products", f"{found['products']:.2f}", found["products_source"]],
+        ["a harvest's share of the model's own speed", _share(found["harvest"]), found["harvest_source"]],
         ["our store reads / writes, one process", _speeds(found), found["store_source"]],
     ]
     return _table(["input", "value", "source"], rows)
+
+
+def _share(value: float | None) -> str:
+    return "?" if value is None else f"{value:.0%}"
 
 
 def _speeds(found: dict[str, Any]) -> str:

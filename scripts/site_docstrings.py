@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from typing import Any
 
 import griffe
@@ -33,7 +34,17 @@ def as_markdown(text: str) -> str:
         out.append(line)
     if fence is not None:
         out.append(f"{fence}```")
-    return _LITERAL.sub(":", _tables_as_code("\n".join(out)))
+    return _LITERAL.sub(":", _returns_as_text(_tables_as_code("\n".join(out))))
+
+
+def _returns_as_text(text: str) -> str:
+    """What is returned as plain text: griffe would take its words up to a colon for a type."""
+    head, found, rest = text.partition("\nReturns:\n")
+    if not found:
+        return text
+    body = re.match(r"(?:[ ]+.*\n|\n)*(?:[ ]+.*)?", rest)
+    assert body is not None  # an empty match at least
+    return f"{head}\n**Returns:**\n\n{textwrap.dedent(body[0]).rstrip()}\n\n{rest[body.end() :]}"
 
 
 def _tables_as_code(text: str) -> str:

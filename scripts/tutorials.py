@@ -93,7 +93,18 @@ def strip(notebook: Any, folder: Path) -> None:
         if cell["cell_type"] != "code":
             continue
         kept = [output for output in cell["outputs"] if output.get("name") != "stderr"]
-        cell["outputs"] = [_without_paths(output, folder) for output in kept]
+        cell["outputs"] = [_without_paths(output, folder) for output in _joined(kept)]
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Pieces of printed text as one: where it was cut depends on the moment."""
+    found: list[Any] = []
+    for output in outputs:
+        if found and output["output_type"] == found[-1]["output_type"] == "stream":
+            found[-1]["text"] += output["text"]
+        else:
+            found.append(output)
+    return found
 
 
 def _without_paths(value: Any, folder: Path) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +14,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
-console = Console()
+_PIPED = 160  # columns where there is no terminal that has a width
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED)
 progress = Console(stderr=True)  # standard output holds nothing but the answer
 _FRAMED_ROWS = 100
 

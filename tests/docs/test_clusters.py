@@ -94,12 +94,13 @@ def test_without_results_the_plan_says_what_it_assumes(tmp_path: Path) -> None:
 
 
 def test_with_results_the_plan_uses_the_least_favourable(tmp_path: Path) -> None:
-    rows = [{"what": "a", "encoder_products": 1.5}, {"what": "b", "encoder_products": 2.5}, {"what": "c"}]
-    (tmp_path / "training_step.json").write_text(json.dumps({"rows": rows}))
+    steps = [{"what": f"batch {n}", "encoder_products": p} for n, p in ((4096, 1.5), (4096, 2.5), (2048, 3.5))]
+    gpu = {"machine": {"device": "G1"}, "steps": steps, "harvest": [{"ratio": 0.75}]}
+    (tmp_path / "gpu.json").write_text(json.dumps(gpu))
     (tmp_path / "store.json").write_text(json.dumps({"rows": [{"read_bytes_per_s": 3e9}, {"read_bytes_per_s": 2e9}]}))
     found = measured(tmp_path)
     assert (found.products, found.store_read, found.store_write) == (2.5, 2e9, None)
-    assert "training_step.json" in found.products_source
+    assert "G1" in found.products_source and found.harvest == 0.75
 
 
 def test_faster_hardware_takes_fewer_hours() -> None:

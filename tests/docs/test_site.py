@@ -117,3 +117,5 @@ def test_docstrings_become_markdown() -> None:
     assert as_markdown("Text::\n\n    x = 1") == "Text:\n\n    x = 1"
     assert as_markdown(">>> f([1])\n[1]\n\nMore") == "```pycon\n>>> f([1])\n[1]\n```\n\nMore"
     assert as_markdown("a\n==== ===\nx    y\n==== ===") == "a\n```text\n==== ===\nx    y\n==== ===\n```"
+    told = "f\n\nReturns:\n    A row: ``a``.\n\n    More.\n\nRaises:\n    X: y"
+    assert as_markdown(told) == "f\n\n**Returns:**\n\nA row: ``a``.\n\nMore.\n\nRaises:\n    X: y"

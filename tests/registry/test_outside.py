@@ -17,7 +17,8 @@ from gemma_scope_tl.errors import RegistryError, UnknownNameError, WeightsError
 from gemma_scope_tl.registry import clear_cache, locate, read_release, releases, resolve
 from gemma_scope_tl.registry.containment import inside
 from gemma_scope_tl.registry.locate import EXTRA_FOLDERS_VARIABLE, files_of_entry_point, user_folder
-from gemma_scope_tl.registry.schema import parse_release
+from gemma_scope_tl.registry.listing import select_rows
+from gemma_scope_tl.registry.schema import SAERow, parse_release
 from gemma_scope_tl.weights.fetch import bundled_root, fetch
 
 ROW = "{id: %s, site: res, layer: 0, width: 1k, d_sae: 1024, d_in: 64, l0: 50, path: %s%s}"
@@ -183,10 +184,14 @@ def test_installed_packages_are_looked_up_without_importing_them(tmp_path: Path)
 # --- local repositories and what they cannot reach
 
 
+def bundled_row() -> SAERow:
+    """Any one of 1,024 latents."""
+    return select_rows("bundled", site="res", layer=0, width="1k")[0]
+
+
 def local_release(folder: Path, repo: str) -> Path:
     """A registry file beside a copy of a bundled SAE."""
-    source = bundled_root() / "res" / "layer_0" / "width_1k" / "average_l0_12"
-    shutil.copytree(source, folder / "saes" / "deep" / "a")
+    shutil.copytree(bundled_root() / bundled_row().path, folder / "saes" / "deep" / "a")
     row = (ROW % ("a", "deep/a", "")).replace("d_in: 64", "d_in: 128")
     return write(folder, repo=repo, rows=f"  - {row}\n")
 
@@ -198,7 +203,7 @@ def test_a_folder_beside_the_file_is_a_repository(tmp_path: Path, monkeypatch: p
     row = resolve("mine", "a")
     assert row.repo == str(tmp_path / "x" / "saes") and fetch(row).parent.name == "a"
     sae = gs.JumpReLUSAE.from_pretrained("mine", "a")
-    theirs = gs.JumpReLUSAE.from_pretrained("bundled-res", "layer_0/width_1k/average_l0_12")
+    theirs = gs.JumpReLUSAE.from_pretrained("bundled-res", bundled_row().id)
     assert (sae.W_dec == theirs.W_dec).all()
     shutil.move(tmp_path / "x", tmp_path / "y")  # both move together
     assert fetch(read_release(tmp_path / "y" / "mine.yaml").rows[0]).is_file()
