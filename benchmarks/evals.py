@@ -1,7 +1,7 @@
 """Evaluating a whole suite in one pass, against SAELens's ``run_evals`` called once for each SAE on the same tokens.
 
-The model and its SAEs (res, mlp, att; four layers; two widths, three sparsities) are the bundled ones; the text is held out and
-packed without EOS inside. What is compared, and where the two must differ:
+The model and its SAEs (res, mlp, att; four layers; two widths, three sparsities) are the bundled ones; the text is
+held out and packed without EOS inside. What is compared, and where the two must differ:
 
 - L0, FVU (1 - its explained variance) and the losses with and without SAE: equal up to rounding. With EOS inside rows
   ``run_evals`` also counts predictions *of* EOS, which the paper masks; hence text without it.

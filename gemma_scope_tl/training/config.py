@@ -1,4 +1,4 @@
-"""What a training run is, as a YAML file says it: all errors of the file at once, unknown keys with the nearest names."""
+"""What a training run is, as a YAML file says it: all errors of the file at once, unknown keys with nearest names."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Training inside one job on many processes: a DeviceMesh of batch parts times latent parts, started by ``torchrun``.
 
-Latents are divided as Megatron divides the hidden layer of an MLP (paper, section 4): a process has some latents of
+Latents are divided as Megatron divides the hidden layer of an MLP (paper, section 3.3): a process has some latents of
 every SAE, sees the same rows as its neighbours along the mesh's ``latents`` axis, and a step exchanges one partial
 reconstruction ``[rows, d_out]`` and a few numbers. Along the ``data`` axis processes have the same latents and other
 rows, and exchange the gradients of their latents. So the traffic of the first grows with the batch, of the second with

@@ -1,6 +1,6 @@
 """Which part of the latents and of the batch a process has, and how parts are added up.
 
-Training is split as in the paper's section 4: over latents (each process has some latents of every SAE and sees every
+Training is split as in the paper's section 3.3: over latents (each process has some latents of every SAE and sees every
 row), over the batch (each has all latents and sees some rows), or both. :data:`WHOLE` is one process with everything.
 A distributed shard overrides the two sums; nothing else in a training step talks to other processes.
 """

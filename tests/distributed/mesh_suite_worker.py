@@ -1,4 +1,4 @@
-"""One process of a divided ``train_suite``: ``torchrun ... -m tests.distributed.mesh_suite_worker OUT LATENTS DATA``."""
+"""One process of a divided ``train_suite``: ``torchrun -m tests.distributed.mesh_suite_worker OUT LATENTS DATA``."""
 
 from __future__ import annotations
 

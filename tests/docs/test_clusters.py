@@ -35,7 +35,7 @@ def test_a_changed_number_shows_in_the_page() -> None:
 
 
 def test_the_formulas_give_what_the_paper_says() -> None:
-    """Section 4 of the paper rounds ("about", "more than"), so do the bounds here."""
+    """Section 3.3 of the paper rounds ("about", "more than"), so do the bounds here."""
     checks = {check["said"]: check["ours"] for check in PLAN["paper"]}
     assert checks["about 100 TiB"] == pytest.approx(100, rel=0.1)
     assert checks["about 17 PiB"] == pytest.approx(17, rel=0.1)

@@ -186,7 +186,8 @@ def test_the_bundled_suite_on_the_bundled_model(backend: str) -> None:
     text = "And God said, Let there be light: and there was light. " * 6
     tokens = model.to_tokens(text)
     assert tokens.shape[1] > 64  # longer than the sliding window
-    rows = gs.list_saes(model="bundled")
+    rows = gs.list_saes(model="bundled", site=["res", "mlp", "att"])
+    rows = rows[rows["canonical"]]  # one of each width
     assert rows.groupby(["site", "layer"]).size().eq(2).all()
     saes = [gs.JumpReLUSAE.from_pretrained(row.release, row.id) for row in rows.itertuples()]
     with torch.no_grad():
