@@ -51,10 +51,14 @@ class Published:
 
 
 def publish_folder(root: Path, folder: Path, place: Place, row: dict[str, Any], metrics: dict[str, Any]) -> Published:
-    """Move an SAE to `<site>/layer_L/width_W/average_l0_N` below `root`, N being the held-out L0."""
-    name = f"{place.key}/width_{width_label(row['d_sae'])}/average_l0_{round(metrics['l0'])}"
+    """Copy an SAE to `<site>/layer_L/width_W/average_l0_N` below `root`, N being the held-out L0.
+
+    A second one of that name gets a decimal.
+    """
+    head = f"{place.key}/width_{width_label(row['d_sae'])}/average_l0_"
+    name = f"{head}{metrics['l0']:.0f}"
     if (root / name).exists():
-        raise FileExistsError(f"{root / name}: two SAEs of one place and width have the same rounded L0")
+        name = f"{head}{metrics['l0']:.1f}"
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder, root / name)
     data = (root / name / "params.npz").read_bytes()
@@ -85,11 +89,11 @@ def _row(p: Published, *, canonical: bool) -> dict[str, Any]:
     return {
         "id": p.id,
         "site": p.place.site,
-        **({} if p.place.layer is None else {"layer": p.place.layer}),
+        "layer": p.place.layer,
         "width": width_label(p.d_sae),
         "d_sae": p.d_sae,
         "d_in": p.d_in,
-        "l0": float(round(p.metrics["l0"])),
+        "l0": float(p.folder.rsplit("_", 1)[1]),
         "path": p.folder,
         "canonical": canonical,
         "sha256": p.sha256,
@@ -139,7 +143,8 @@ CARD = """# Sparse autoencoders of the bundled Gemma 2
 {count} JumpReLU SAEs on the small Gemma 2 in `../model`, in Gemma Scope's layout, {size:.1f} MB in all: every layer's
 `res`, `mlp` and `att` site at two widths and three sparsities, transcoders of every layer, and the embedding. They
 exist so that loading, splicing, steering and evaluation can be tried and tested offline. The model is small and so are
-they: expect what a small model knows.
+they: expect what a small model knows. The transcoders and the embedding were still on their way to the larger L0
+targets when training ended.
 
 `<site>/layer_L/width_W/average_l0_N/params.npz` holds `W_enc`, `W_dec`, `b_enc`, `b_dec` and `threshold` as float32,
 with values of the matrices rounded to five significant binary digits so that they compress. N is the L0 measured below,

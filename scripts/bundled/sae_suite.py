@@ -56,7 +56,8 @@ def publish(suite: Path, *, windows: int | None, report: Callable[[str], object]
     for row in facts["saes"]:
         _round(suite / row["path"] / "params.npz", staging / "rounded" / row["path"] / "params.npz")
     tokens = heldout_tokens(BUNDLED / "model", BUNDLED / "text" / "heldout.jsonl", limit=windows)
-    table = _measure([(row, staging / "rounded" / row["path"]) for row in facts["saes"]], tokens)
+    pairs = [(row, staging / "rounded" / row["path"]) for row in facts["saes"]]
+    table = _measure(pairs, tokens, suite / "measured")
     published: list[Published] = []
     for row, metrics in zip(facts["saes"], table.to_dict("records"), strict=True):
         place = Place(row["site"], row["layer"])
@@ -103,14 +104,14 @@ def _round(path: Path, to: Path) -> None:
     write_atomic(to, lambda temporary: write_npz(temporary, arrays, compress=True))
 
 
-def _measure(saes: list[tuple[dict, Path]], tokens: torch.Tensor) -> pd.DataFrame:
-    """A row for each SAE, read from the file that will ship."""
+def _measure(saes: list[tuple[dict, Path]], tokens: torch.Tensor, cache: Path) -> pd.DataFrame:
+    """A row for each SAE, read from the file that will ship; ``cache`` is where a run that was stopped goes on."""
     model = gs.load_model("bundled")
     loaded = []
     for row, folder in saes:
         kind = gs.JumpReLUTranscoder if row["site"] == "transcoder" else gs.JumpReLUSAE
         loaded.append(kind.from_folder(folder, model="bundled", site=row["site"], layer=row["layer"]))
-    return gs.evaluate(model, loaded, tokens, batch_size=16, ablations=("zero",), resamples=200)
+    return gs.evaluate(model, loaded, tokens, batch_size=16, ablations=("zero",), resamples=200, cache=cache)
 
 
 def _swap(staging: Path, root: Path) -> None:

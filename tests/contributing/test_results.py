@@ -15,7 +15,7 @@ from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
 from gemma_scope_tl.registry.listing import select_rows
 from gemma_scope_tl.registry.locate import builtin_folder
 
-ROWS = [row for row in select_rows("bundled", site=["res"]) if row.l0]
+ROWS = select_rows("bundled", release="bundled-res")
 
 
 def _table(changed: float = 0.0) -> pd.DataFrame:

@@ -36,7 +36,7 @@ def test_entries_are_added_beside_sae_lens_own(tmp_path: Path, monkeypatch: pyte
     directory = get_pretrained_saes_directory()
     before = copy.deepcopy(directory)
     added = gs.register_with_sae_lens()
-    assert added == ["bundled-att", "bundled-mlp", "bundled-res"] and set(directory) == {*before, *added}
+    assert added == ["bundled-att", "bundled-mlp", "bundled-res", "bundled-transcoders"] and set(directory) == {*before, *added}
     assert {name: directory[name] for name in before} == before  # Google's too: SAELens goes on loading them
     assert directory["gemma-scope-2b-pt-res"].conversion_func == "gemma_2"
 
@@ -45,7 +45,7 @@ def test_entries_are_added_beside_sae_lens_own(tmp_path: Path, monkeypatch: pyte
     gs.register_release(tmp_path / "mine.yaml")
     for _ in range(2):  # the second call changes nothing
         assert gs.register_with_sae_lens() == [*added, "mine", "mine-canonical"]
-        assert get_pretrained_saes_directory() is directory and len(directory) == len(before) + 5
+        assert get_pretrained_saes_directory() is directory and len(directory) == len(before) + len(added) + 2
     assert len(directory["mine"].saes_map) == 12 and len(directory["mine-canonical"].saes_map) == 4
     assert all(id_.endswith("/canonical") for id_ in directory["mine-canonical"].saes_map)
 

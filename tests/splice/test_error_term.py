@@ -242,10 +242,13 @@ def test_gradients_are_those_of_the_dense_formula(backend: str, error_term: bool
     with model.hooks([(write, leaf), (write, dense)]):
         model(tokens).square().mean().backward()
     got, wanted = (_grad(one) for one in leaves)
-    assert relative_difference(got, wanted) < 1e-10
+    # Hugging Face's norms are float32 in a float64 model too: where the two sums of the error term differ in float64's
+    # last bit, which depends on the processor, a value there may round to float32's next.
+    tolerance = 1e-6 if backend == "bridge" and error_term else 1e-10
+    assert relative_difference(got, wanted) < tolerance
     assert wanted.norm() > 0
     if point:
-        assert relative_difference(_grad(kept[point]), _grad(kept[f"dense {point}"])) < 1e-10
+        assert relative_difference(_grad(kept[point]), _grad(kept[f"dense {point}"])) < tolerance
         inactive = kept["dense hook_sae_acts_post"] == 0
         wanted_inactive = _grad(kept[f"dense {point}"])[inactive]
         assert torch.allclose(_grad(kept[point])[inactive], wanted_inactive, rtol=1e-10, atol=1e-14)
