@@ -47,7 +47,7 @@ def test_entries_are_added_beside_sae_lens_own(tmp_path: Path, monkeypatch: pyte
     for _ in range(2):  # the second call changes nothing
         assert gs.register_with_sae_lens() == [*added, "mine", "mine-canonical"]
         assert get_pretrained_saes_directory() is directory and len(directory) == len(before) + len(added) + 2
-    rows = gs.registry.releases()["mine"].rows
+    rows = gs.registry.read_release(tmp_path / "mine.yaml").rows
     assert len(directory["mine"].saes_map) == len(rows)
     assert len(directory["mine-canonical"].saes_map) == sum(row.canonical for row in rows)
     assert all(id_.endswith("/canonical") for id_ in directory["mine-canonical"].saes_map)
