@@ -48,8 +48,9 @@ def test_entries_are_added_beside_sae_lens_own(tmp_path: Path, monkeypatch: pyte
         assert gs.register_with_sae_lens() == [*added, "mine", "mine-canonical"]
         assert get_pretrained_saes_directory() is directory and len(directory) == len(before) + len(added) + 2
     rows = gs.registry.read_release(tmp_path / "mine.yaml").rows
-    assert len(directory["mine"].saes_map) == len(rows)
-    assert len(directory["mine-canonical"].saes_map) == sum(row.canonical for row in rows)
+    canonical = sum(row.canonical for row in rows)
+    assert len(directory["mine"].saes_map) == len(rows) + canonical
+    assert len(directory["mine-canonical"].saes_map) == canonical
     assert all(id_.endswith("/canonical") for id_ in directory["mine-canonical"].saes_map)
 
     monkeypatch.setattr(locate, "_registered", {})
