@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from gemma_scope_tl.errors import GemmaScopeError
 
@@ -48,6 +48,19 @@ def check_columns(frame: pd.DataFrame, columns: Sequence[str], *, finite: bool =
 def is_logarithmic(frame: pd.DataFrame, metric: str) -> bool:
     """Whether the metric is drawn on a logarithmic axis and is positive: a splice may lower the loss."""
     return metric in _LOGARITHMIC and bool((frame[metric] > 0).all())
+
+
+def scale(ax: Axes, which: Literal["x", "y"], frame: pd.DataFrame, metric: str) -> None:
+    """Make an axis logarithmic where the metric asks for it, with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if not is_logarithmic(frame, metric):
+        return
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    (ax.set_xscale if which == "x" else ax.set_yscale)("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def grid(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[list[Axes]]]:

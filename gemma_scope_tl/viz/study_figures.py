@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.viz.panels import COLORS, LABELS, MARKERS, check_columns, grid, is_logarithmic, legend
+from gemma_scope_tl.viz.panels import COLORS, LABELS, MARKERS, check_columns, grid, legend, scale
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,7 +114,7 @@ def domain_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "
         ax.plot(range(len(means)), means.to_list(), "k_", ms=18, label="mean")
         ax.set_xticks(range(len(means)), list(means.index), rotation=40, ha="right")
         _label(ax, "", metric)
-        _scale(ax.set_yscale, table, metric)
+        scale(ax, "y", table, metric)
     panels[0][0].legend(fontsize=7, frameon=False)
     return figure
 
@@ -136,8 +136,8 @@ def precision_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss"
         for number, dtype in enumerate(dtypes[1:]):
             values = table.loc[table["dtype"] == dtype, metric].to_list()
             ax.plot(reference, values, MARKERS[number % len(MARKERS)], ms=4, alpha=0.8, label=dtype)
-        _scale(ax.set_xscale, table, metric)
-        _scale(ax.set_yscale, table, metric)
+        scale(ax, "x", table, metric)
+        scale(ax, "y", table, metric)
         ax.axline((min(reference),) * 2, (max(reference) + 1e-9,) * 2, color="0.6", lw=0.8)
         _label(ax, f"{LABELS.get(metric, metric)}, {dtypes[0]}", metric)
     panels[0][0].legend(fontsize=7, frameon=False)
@@ -191,8 +191,8 @@ def _over_l0(table: pd.DataFrame, metrics: Sequence[str], by: list[str], bounds:
                     ax.vlines(x, ordered[f"{metric}_low"], ordered[f"{metric}_high"], color=f"C{color}", lw=0.8)
             ax.set_title(site, fontsize=9)
             _label(ax, "L0", metric)
-            _scale(ax.set_xscale, rows, "l0")
-            _scale(ax.set_yscale, rows, metric)
+            scale(ax, "x", rows, "l0")
+            scale(ax, "y", rows, metric)
     legend(figure, panels[0][0], _MOST_NAMES)
     return figure
 
@@ -222,8 +222,3 @@ def _label(ax: Axes, x: str, metric: str) -> None:
     ax.set_ylabel(LABELS.get(metric, metric), fontsize=8)
     ax.tick_params(labelsize=7)
     ax.grid(visible=True, alpha=0.25, lw=0.6)
-
-
-def _scale(set_scale: Any, table: pd.DataFrame, metric: str) -> None:
-    if is_logarithmic(table, metric):
-        set_scale("log")

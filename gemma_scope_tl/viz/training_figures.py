@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.viz.panels import COLORS, LABELS, MARKERS, check_columns, grid, is_logarithmic, legend
+from gemma_scope_tl.viz.panels import COLORS, LABELS, MARKERS, check_columns, grid, legend, scale
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,16 +155,10 @@ def _panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
     return figure, axes[:count]
 
 
-def _axis(ax: Axes, which: str, metric: str, frame: pd.DataFrame) -> None:
-    """Label, scale and ticks of one axis; a logarithmic one shows plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+def _axis(ax: Axes, which: Literal["x", "y"], metric: str, frame: pd.DataFrame) -> None:
+    """Label, scale and ticks of one axis."""
+    scale(ax, which, frame, metric)
     axis = ax.xaxis if which == "x" else ax.yaxis
-    if is_logarithmic(frame, metric):
-        (ax.set_xscale if which == "x" else ax.set_yscale)("log")
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
     axis.set_label_text(LABELS.get(metric, metric), fontsize=9)
     axis.set_tick_params(labelsize=8)
     ax.grid(visible=True, which="major", alpha=0.25, lw=0.6)

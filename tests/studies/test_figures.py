@@ -50,6 +50,15 @@ def test_a_splice_that_lowers_the_loss_is_drawn_on_a_plain_axis() -> None:
     assert figure.axes[1].get_yscale() == "log"
 
 
+def test_logarithmic_axes_have_few_plain_numbers() -> None:
+    figure = study_figures.fidelity_figure(_suite())
+    figure.canvas.draw()
+    axis = figure.axes[0].xaxis
+    shown = [label.get_text() for label in axis.get_majorticklabels()]
+    assert {"10", "20"} <= set(shown) and all(text.replace(".", "").isdecimal() for text in shown)
+    assert not any(label.get_text() for label in axis.get_minorticklabels())
+
+
 def test_uniformity_shows_intervals(tmp_path: Path) -> None:
     figure = study_figures.uniformity_figure(_suite())
     bars = figure.axes[0].collections[0].get_segments()
