@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from gemma_scope_tl.training.checkpoint import check_same_run
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
@@ -100,13 +102,14 @@ def train_suite(
 def _train(
     folder: Path, config: SuiteConfig, groups: Sequence[Group], source: OpenSource, progress: bool, shard: Shard
 ) -> pd.DataFrame:
-    began = time.time()
+    began, before = time.time(), torch.get_num_threads()
     run = Run(config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, progress, shard)
     first = run.step
     try:
         saes = run.to_the_end()
     finally:
         run.close()
+        torch.set_num_threads(before)  # the run's number is not the caller's
         if shard.leads:
             _note_run(folder, began, first, run)
     rows = write_release(folder, saes, shard)

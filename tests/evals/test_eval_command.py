@@ -10,6 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import gemma_scope_tl as gs
 from gemma_scope_tl.cli.evals import eval_command
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.texts import read_texts
@@ -26,13 +27,14 @@ def _run(*args: str) -> str:
 def test_eval_writes_every_format_and_resumes(tmp_path: Path) -> None:
     base = ["layer_1/*", "--site", "res", "--rows", "2", "--context", "32", "--resume", str(tmp_path / "cache")]
     rows = json.loads(_run(*base, "--json"))
-    assert [row["layer"] for row in rows] == [1, 1]
+    measured = len(gs.list_saes(model="bundled", site="res", layer=1))
+    assert [row["layer"] for row in rows] == [1] * measured
     assert all(row["tokens"] > 0 and row["fvu"] < 0.5 for row in rows)
     for name, read in (("t.csv", pd.read_csv), ("t.parquet", pd.read_parquet), ("t.json", pd.read_json)):
         _run(*base, "--out", str(tmp_path / name))
         assert read(tmp_path / name)["l0"].tolist() == pytest.approx([row["l0"] for row in rows])
     positions = json.loads(_run(*base, "--by-position", "--json"))
-    assert len(positions) == 2 * 32
+    assert len(positions) == measured * 32
     assert "gemma-scope eval" in _run("--help")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 
 import gemma_scope_tl as gs
@@ -36,6 +37,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("suite") / "run"
     _train(folder)
     return folder
+
+
+def test_the_number_of_threads_is_the_callers_again(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    _train(tmp_path / "run", threads=1)
+    assert torch.get_num_threads() == 2
 
 
 def test_files_and_measurements(finished: Path) -> None:
