@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.timing import RESULTS
 from gemma_scope_tl.files import write_atomically
+from scripts.page_tables import with_tables
 
 README = Path(__file__).parent.parent / "README.md"
 GPU = RESULTS / "gpu.json"
@@ -37,12 +38,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def with_table(text: str) -> str:
     """``text`` with what is between each pair of markers replaced."""
-    for name, make in (("benchmarks", table), ("gpu", gpu_table)):
-        start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
-        before, rest = text.split(start)
-        _, after = rest.split(end)
-        text = f"{before}{start}\n{make()}\n{end}{after}"
-    return text
+    return with_tables(text, {"benchmarks": table(), "gpu": gpu_table()})
 
 
 def update_readme() -> None:

@@ -6,8 +6,6 @@ Nothing is loaded or measured. Run: python -m scripts.hardware_table
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from gemma_scope_tl.sites import get_site
 from gemma_scope_tl.training import costs
 from gemma_scope_tl.training.model_sizes import sizes_of
 from gemma_scope_tl.training.plan import plan_suite
+from scripts import page_tables
 from scripts.plan_cluster import TOKENS, Hardware
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,23 +135,8 @@ def numbers() -> dict[str, Any]:
 
 
 def with_tables(page: str, data: dict[str, Any]) -> str:
-    """``page`` with what stands between ``<!-- NAME: start -->`` and ``<!-- NAME: end -->`` made anew.
-
-    Raises:
-        ValueError: a table that the page does not show once.
-    """
-    for name, table in TABLES.items():
-        marked = re.compile(f"<!-- {name}: start -->\n.*?<!-- {name}: end -->", re.DOTALL)
-        if len(marked.findall(page)) != 1:
-            raise ValueError(f"the page must have the marker {name!r} once")
-        made = f"<!-- {name}: start -->\n{table(data)}\n<!-- {name}: end -->"
-        page = marked.sub(lambda _, made=made: made, page)
-    return page
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """``page`` with its tables made anew from ``data``; errors are those of :mod:`scripts.page_tables`."""
+    return page_tables.with_tables(page, {name: make(data) for name, make in TABLES.items()})
 
 
 def _models(data: dict[str, Any]) -> str:
@@ -167,7 +151,7 @@ def _models(data: dict[str, Any]) -> str:
         ]
         for r in data["models"]
     ]
-    return _table(["model", "layers", "parameters", "bfloat16", "float32", "a token's forward pass"], rows)
+    return page_tables.table(["model", "layers", "parameters", "bfloat16", "float32", "a token's forward pass"], rows)
 
 
 def _saes(data: dict[str, Any]) -> str:
@@ -184,12 +168,12 @@ def _saes(data: dict[str, Any]) -> str:
         for r in data["saes"]
     ]
     head = ["SAE", "width", "d_in", "float32", "bfloat16", "one decoder row", "encoder, of the model's pass"]
-    return _table(head, rows)
+    return page_tables.table(head, rows)
 
 
 def _fits(data: dict[str, Any]) -> str:
     rows = [[f"`{r['model']}` {r['dtype']}", *(r[str(card)] or "–" for card in CARDS)] for r in data["fits"]]
-    return _table(["model and SAE", *(f"{card} GB" for card in CARDS)], rows)
+    return page_tables.table(["model and SAE", *(f"{card} GB" for card in CARDS)], rows)
 
 
 def _training(data: dict[str, Any]) -> str:
@@ -207,7 +191,7 @@ def _training(data: dict[str, Any]) -> str:
         for r in data["training"]
     ]
     head = ["model", "width", "activations", "SAE, Adam, a step", "bucket", "checkpoint", "store, bfloat16", "steps"]
-    return _table(head, rows)
+    return page_tables.table(head, rows)
 
 
 def _size(count: float) -> str:

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
+
+from scripts import page_tables
 
 TIB, PIB, GB = 2.0**40, 2.0**50, 1e9
 
 
 def with_tables(page: str, plan: dict[str, Any]) -> str:
-    """``page`` with what stands between ``<!-- NAME: start -->`` and ``<!-- NAME: end -->`` made anew from ``plan``.
-
-    Raises:
-        KeyError: a marker in the page of which there is no table.
-        ValueError: a table that the page does not show, or twice.
-    """
-    for name in TABLES:
-        if page.count(f"<!-- {name}: start -->") != 1:
-            raise ValueError(f"the page must have the marker {name!r} once")
-
-    def made(match: re.Match[str]) -> str:
-        name = match[1]
-        return f"<!-- {name}: start -->\n{TABLES[name](plan)}\n<!-- {name}: end -->"
-
-    return re.sub(r"<!-- (\w+): start -->\n.*?<!-- \1: end -->", made, page, flags=re.DOTALL)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """``page`` with its tables made anew from ``plan``; errors are those of :mod:`scripts.page_tables`."""
+    return page_tables.with_tables(page, {name: make(plan) for name, make in TABLES.items()})
 
 
 def _assumptions(plan: dict[str, Any]) -> str:
@@ -58,7 +41,7 @@ def _assumptions(plan: dict[str, Any]) -> str:
         ["a harvest's share of the model's own speed", _share(found["harvest"]), found["harvest_source"]],
         ["our store reads / writes, one process", _speeds(found), found["store_source"]],
     ]
-    return _table(["input", "value", "source"], rows)
+    return page_tables.table(["input", "value", "source"], rows)
 
 
 def _share(value: float | None) -> str:
@@ -78,7 +61,7 @@ def _stores(plan: dict[str, Any]) -> str:
     layer = [sum(s[kind] for s in plan["stores"]) for kind in ("fp32", "bf16")]
     rows.append(["one layer, all three", "", *(f"{size / TIB:.0f} TiB" for size in layer)])
     rows.append([f"all {plan['model']['places']} places", "", *(f"{layers * size / PIB:.2f} PiB" for size in layer)])
-    return _table(["8 billion activations of", "d", "float32", "bfloat16"], rows)
+    return page_tables.table(["8 billion activations of", "d", "float32", "bfloat16"], rows)
 
 
 def _training(plan: dict[str, Any]) -> str:
@@ -107,7 +90,7 @@ def _training(plan: dict[str, Any]) -> str:
         "GPUs at least",
         "checkpoint",
     ]
-    return _table(head, rows)
+    return page_tables.table(head, rows)
 
 
 def _harvest(plan: dict[str, Any]) -> str:
@@ -126,14 +109,14 @@ def _harvest(plan: dict[str, Any]) -> str:
         f"A pass through all layers takes {found['flops_per_token'] / 1e9:.1f} GFLOP a token, in bfloat16 "
         f"{found['tokens_per_s_per_gpu']:,.0f} tokens a second and GPU, {found['gpu_hours']:,.0f} GPU hours for 8e9."
     )
-    return f"{lead}\n\n{_table(head, rows)}"
+    return f"{lead}\n\n{page_tables.table(head, rows)}"
 
 
 def _sharing(plan: dict[str, Any]) -> str:
     rows = [
         [s["what"], str(s["jobs"]), f"{s['bytes'] / TIB:,.0f} TiB", f"{s['node_hours']:,.1f}"] for s in plan["sharing"]
     ]
-    return _table(["trainers of one residual place", "jobs", "read", "hours at a node's disk speed"], rows)
+    return page_tables.table(["trainers of one residual place", "jobs", "read", "hours at a node's disk speed"], rows)
 
 
 def _choices(plan: dict[str, Any]) -> str:
@@ -156,7 +139,7 @@ def _choices(plan: dict[str, Any]) -> str:
         "of training (TF32)",
         "node hours to write it all",
     ]
-    return _table(head, rows)
+    return page_tables.table(head, rows)
 
 
 def _cluster(plan: dict[str, Any]) -> str:
@@ -179,7 +162,7 @@ def _cluster(plan: dict[str, Any]) -> str:
         "read, all",
         "read, a node",
     ]
-    return _table(head, rows)
+    return page_tables.table(head, rows)
 
 
 def _paper(plan: dict[str, Any]) -> str:
@@ -187,7 +170,7 @@ def _paper(plan: dict[str, Any]) -> str:
         [c["what"], f"{c['ours']:.3g} {c['unit']}".strip(), c["said"], f"{c['ours'] / c['paper']:.2f}"]
         for c in plan["paper"]
     ]
-    return _table(["", "formula", "paper", "ratio"], rows)
+    return page_tables.table(["", "formula", "paper", "ratio"], rows)
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {

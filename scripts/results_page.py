@@ -5,7 +5,6 @@ python -m scripts.results_page
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +15,7 @@ from gemma_scope_tl.registry.locate import BUNDLED_SAES
 from gemma_scope_tl.viz.figures import save_figure
 from gemma_scope_tl.viz.study_figures import fidelity_figure
 from gemma_scope_tl.viz.training_figures import training_curves
+from scripts.page_tables import with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -50,16 +50,8 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def with_table(page: str) -> str:
-    """``page`` with the table made anew.
-
-    Raises:
-        ValueError: the page does not have the markers once.
-    """
-    start, end = "<!-- results: start -->", "<!-- results: end -->"
-    made, count = re.subn(f"{start}\n.*?{end}", f"{start}\n{markdown(results())}\n{end}", page, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"{PAGE.name} must have {start} ... {end} once")
-    return made
+    """``page`` with the table made anew; errors as :func:`scripts.page_tables.with_tables` raises them."""
+    return with_tables(page, {"results": markdown(results())})
 
 
 def main() -> None:

@@ -130,7 +130,7 @@ def write_release(folder: Path, saes: Sequence[Finished], shard: Shard = WHOLE) 
     names = folder_names([(sae.spec, row["l0"]) for sae, row in zip(saes, measured, strict=True)])
     if not shard.leads:
         for sae in saes:
-            for array in _divided(sae).values():
+            for array in _divided(_release_arrays(sae)).values():
                 deque(shard.whole(array, _columns(sae)), maxlen=0)
         return []
     rows: list[dict[str, Any]] = []
@@ -155,9 +155,8 @@ def _release_arrays(sae: Finished) -> dict[str, Tensor]:
     return arrays
 
 
-def _divided(sae: Finished) -> dict[str, Tensor]:
-    """The arrays that the processes divide, latents first."""
-    arrays = _release_arrays(sae)
+def _divided(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the released arrays those that the processes divide, latents first."""
     return {key: arrays[key].T if key == "W_enc" else arrays[key] for key in sorted(arrays) if key != "b_dec"}
 
 
@@ -167,7 +166,7 @@ def _whole_arrays(sae: Finished, shard: Shard, parts: Path) -> dict[str, np.ndar
     if shard.latent_ranks == 1:
         return {key: value.numpy() for key, value in own.items()}
     parts.mkdir(parents=True)
-    found = {key: _gathered(local, key, sae, shard, parts) for key, local in _divided(sae).items()}
+    found = {key: _gathered(local, key, sae, shard, parts) for key, local in _divided(own).items()}
     return {key: found[key] if key in found else value.numpy() for key, value in own.items()}
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import nbformat
 import pytest
 
-import gemma_scope_tl as gs
 from scripts import tutorials
 
 SHOWN: dict[str, list[str]] = {
@@ -44,8 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("source", tutorials.sources(), ids=lambda path: path.stem)
 def test_a_tutorial_runs(source: Path, folder: Path) -> None:
-    if source.stem == "3_circuit" and gs.list_saes(model="bundled", site="transcoder").empty:
-        pytest.skip("no transcoders of the bundled model are registered")
     notebook = tutorials.make(source)
     tutorials.execute(notebook, folder)
     text = nbformat.writes(notebook)
