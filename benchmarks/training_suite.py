@@ -43,7 +43,9 @@ from gemma_scope_tl.weights.fold import fold
 from scripts.bundled.files import read_jsonl
 from scripts.bundled.tokenizer import BOS, EOS, PAD
 
-CONTEXT, BATCH_ROWS, D_SAE = 256, 16, 1_024
+CONTEXT, D_SAE = 256, 1_024
+BATCH_ROWS, PEER_BATCH_ROWS = 8, 16
+"""Rows of tokens to a forward pass: what each is fastest with on two cores."""
 SITES = ("res", "mlp", "att")
 ALL = [Place(site, layer) for layer in range(4) for site in SITES]
 ONE_LAYER = [Place(site, 2) for site in SITES]
@@ -150,7 +152,7 @@ def train_peer(data: Data, job: Job, *, our_class: bool) -> dict[Place, Arrays]:
             "model_name": "bundled",
             "dataset_path": "bundled",
             "training_tokens": job.tokens,
-            "store_batch_size_prompts": BATCH_ROWS,
+            "store_batch_size_prompts": PEER_BATCH_ROWS,
             "exclude_special_tokens": [PAD, EOS, BOS],
             "n_batches_for_norm_estimate": job.norm_batches,
             "seed": job.seed,

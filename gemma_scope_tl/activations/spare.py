@@ -1,7 +1,7 @@
-"""Memory of batches that nobody holds any more, for the batches to come.
+"""Memory of tensors that nobody holds any more, for tensors of the same size to come.
 
-A C library gives tensors above 32 MiB back to the system when they are freed. A batch of 4,096 rows of 2,304 floats is
-such a tensor; touching its pages anew costs twice what gathering the rows does.
+A C library gives large tensors back to the system when they are freed. Touching the pages of a new one costs twice what
+gathering a batch of rows into it does, and ten times what a comparison into it does.
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 
-_KEPT = 2  # blocks of a size: one may still be in use while the next batch is made
-
 Block = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class SpareMemory:
     """Makes uninitialised CPU tensors out of blocks that come back when the last tensor on them is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int = 2) -> None:
+        """
+        Args:
+            keep: blocks of each size that may wait unused.
+        """
+        self.keep = keep
         self._blocks: dict[int, deque[Block]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor like ``torch.empty``; views of it keep it from being used again, as any tensor."""
         size = math.prod(shape) * dtype.itemsize
-        spare = self._blocks.setdefault(size, deque(maxlen=_KEPT))
+        spare = self._blocks.setdefault(size, deque(maxlen=self.keep))
         try:
             block = spare.pop()
         except IndexError:

@@ -143,13 +143,19 @@ CASES: list[Any] = [
 
 
 @pytest.mark.parametrize(("recipe", "target", "transcoder"), CASES)
-@pytest.mark.parametrize("dense_from", [0.0, 0.2, 2.0], ids=["dense", "mixed", "sparse"])
-def test_fifty_steps(recipe: Recipe, target: float | None, transcoder: bool, dense_from: float) -> None:
+@pytest.mark.parametrize(
+    ("dense_from", "few"),
+    [(0.0, 0.0), (0.0, 2.0), (0.2, 0.2), (2.0, 0.0)],
+    ids=["dense", "dense pre-activations", "mixed", "sparse"],
+)
+def test_fifty_steps(recipe: Recipe, target: float | None, transcoder: bool, dense_from: float, few: float) -> None:
     """Sums in another order differ by some 1e-16 a step, and Adam divides small numbers by small numbers."""
     x, y = _data(3)
     with (
         patch.object(place, "DENSE_ENTRIES", dense_from),
         patch.object(dense_pass, "BLOCK_BYTES", {"cpu": 8 * BATCH * 8}),
+        patch.object(dense_pass, "ACTIVE_ENTRIES", few),
+        patch.object(dense_pass, "KEPT_BYTES", 8 * BATCH * 8),  # one block is kept, the others are computed again
         patch.object(optimizer, "CHUNK_BYTES", {"cpu": 8 * D_IN * 4}),
     ):
         trainer = _trainer(recipe, target, transcoder)
