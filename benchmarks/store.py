@@ -115,7 +115,9 @@ def _drop(place: Path) -> None:
 def _row(what: str, peer: str, size: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, Any]:
     times = paired(ours, theirs, runs=RUNS)
     speed = lambda seconds: f"{size / seconds / 1e9:.2f} GB/s"  # noqa: E731
-    return {"what": what, "peer": peer, "ours": speed(times["ours_s"]), "theirs": speed(times["peer_s"]), **times}
+    way = "write" if what.startswith("store: write") else "read"
+    measured = {f"{way}_bytes_per_s": size / times["ours_s"], **times}
+    return {"what": what, "peer": peer, "ours": speed(times["ours_s"]), "theirs": speed(times["peer_s"]), **measured}
 
 
 def _cold(place: Path, read: Callable[[], Any]) -> Callable[[], None]:

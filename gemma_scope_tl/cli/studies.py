@@ -183,20 +183,31 @@ def transfer(
     tuned: Annotated[str, typer.Option(help="The tuned model; --model is the base.")] = "gemma-2-2b-it",
     tuned_sae_model: Annotated[str | None, typer.Option(help="The registry's model of its own SAEs.")] = None,
     rescale: Annotated[bool, typer.Option("--rescale", help="Also with activations at the base's norm.")] = False,
+    rollouts: Annotated[
+        int, typer.Option(min=0, help="Answers of so many tokens to --rows prompts, measured apart from them; 0: none.")
+    ] = 0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, with --rollouts.")] = 32,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the answers.")] = 1.0,
     dtype: Dtype = "float32",
 ) -> Table:
-    """Base SAEs on the instruction-tuned model (section 4.5); give rollouts with --data.
+    """Base SAEs on the instruction-tuned model (section 4.5), on text or on the tuned model's own answers to it.
 
-    Example:
+    Examples:
 
         gemma-scope study transfer --model gemma-2-9b --tuned gemma-2-9b-it --tuned-sae-model gemma-2-9b-it
-        --site res --width 16k --data rollouts.jsonl --dtype bfloat16
+        --site res --width 16k --data prompts.jsonl --rows 1024 --rollouts 256 --dtype bfloat16
+
+        gemma-scope study transfer --tuned bundled --site res --layer 2 --rollouts 64 --figure transfer.png
     """
+    from gemma_scope_tl.studies.rollouts import roll_out
     from gemma_scope_tl.studies.transfer import base_on_tuned
 
     base, other = choice.load_model(dtype), choice.load_model(dtype, tuned)
     own = choice.suite(other, dtype, tuned_sae_model) if tuned_sae_model else None
     saes, tokens = choice.suite(base, dtype), choice.tokens(other)
+    if rollouts:
+        prompts, shown = tokens[:, 1 : 1 + prompt_tokens], choice.options()["progress"]
+        tokens = roll_out(other, prompts, new_tokens=rollouts, temperature=temperature, progress=shown)
     return base_on_tuned(base, other, tokens, saes, own, rescale=rescale, **choice.options())
 
 

@@ -8,9 +8,11 @@ from gemma_scope_tl.studies.precision import by_dtype
 from gemma_scope_tl.studies.probe_data import bundled_concepts
 from gemma_scope_tl.studies.probes import probe_concepts
 from gemma_scope_tl.studies.random_twin import random_twin
+from gemma_scope_tl.studies.rollouts import Rollouts, roll_out
 from gemma_scope_tl.studies.transfer import base_on_tuned, rescaled
 
 __all__ = [
+    "Rollouts",
     "base_on_tuned",
     "binned_by_position",
     "bundled_concepts",
@@ -25,5 +27,6 @@ __all__ = [
     "probe_concepts",
     "random_twin",
     "rescaled",
+    "roll_out",
     "sparsity_fidelity",
 ]

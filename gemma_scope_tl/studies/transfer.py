@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,8 @@ from gemma_scope_tl.evals.subjects import Subject, subjects_of
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.suite import SAESuite
+from gemma_scope_tl.studies.positions import binned_by_position
+from gemma_scope_tl.studies.rollouts import Rollouts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 def base_on_tuned(
     base: Any,
     tuned: Any,
-    data: Sequence[str] | torch.Tensor,
+    data: Sequence[str] | torch.Tensor | Rollouts,
     base_saes: Any,
     tuned_saes: Any = None,
     *,
@@ -37,7 +39,8 @@ def base_on_tuned(
 
     Args:
         base, tuned: the models, of the same sizes.
-        data: texts or token ids, such as rollouts of the tuned model; the tuned model's tokenizer packs texts.
+        data: :func:`~gemma_scope_tl.studies.roll_out` of the tuned model, as in the paper; or texts, which the tuned
+            model's tokenizer packs, or token ids.
         base_saes, tuned_saes: of the base model, and of the tuned one where there are any.
         rescale: measure the base SAEs a second time, with the tuned model's activations scaled to the base model's
             mean norm at the site (appendix C.4), by :func:`rescaled`.
@@ -45,7 +48,8 @@ def base_on_tuned(
 
     Returns:
         A row per pair of model and SAE: ``model`` (``base`` or ``tuned``), ``saes`` (``base``, ``base rescaled`` or
-        ``tuned``), ``scale`` (1 unless rescaled), then the columns of ``evaluate``.
+        ``tuned``), ``scale`` (1 unless rescaled), then the columns of ``evaluate``. Of rollouts, two rows: ``part`` is
+        ``prompt`` or ``rollout``, and the columns are those of ``binned_by_position``.
 
     Raises:
         GemmaScopeError: when the models differ in their sizes, or a transcoder should be rescaled.
@@ -54,7 +58,8 @@ def base_on_tuned(
 
     if base.dims != tuned.dims or base.cfg.d_vocab != tuned.cfg.d_vocab:
         raise GemmaScopeError(f"The models differ in their sizes: {base.dims} and {tuned.dims}.")
-    tokens = as_tokens(tuned, data, context)
+    parts = data if isinstance(data, Rollouts) else None
+    tokens = data.tokens if isinstance(data, Rollouts) else as_tokens(tuned, data, context)
     pairs: list[tuple[str, str, Any, Any]] = [("base", "base", base, base_saes), ("tuned", "base", tuned, base_saes)]
     scales: dict[Place, float] = {}
     if rescale:
@@ -65,12 +70,26 @@ def base_on_tuned(
         pairs.append(("tuned", "tuned", tuned, tuned_saes))
     frames: list[pd.DataFrame] = []
     for name, kind, model, saes in pairs:
-        table = evaluate(model, saes, tokens, batch_size=batch_size, by_position=False, **options)
-        used = [scales[s.place] if kind == "base rescaled" else 1.0 for s in subjects_of(model, saes)]
+        table = _measured(model, saes, tokens, parts, batch_size, options)
+        places = [Place(site, None if pd.isna(layer) else int(layer)) for site, layer in _sites(table)]
+        used = [scales[place] if kind == "base rescaled" else 1.0 for place in places]
         for at, (column, value) in enumerate((("model", name), ("saes", kind), ("scale", used))):
             table.insert(at, column, value)
         frames.append(table)
     return pd.concat(frames, ignore_index=True)
+
+
+def _measured(
+    model: Any, saes: Any, tokens: torch.Tensor, parts: Rollouts | None, batch_size: int, options: Mapping[str, Any]
+) -> pd.DataFrame:
+    if parts is None:
+        return evaluate(model, saes, tokens, batch_size=batch_size, by_position=False, **options)
+    edges = [0, parts.prompt, tokens.shape[1]]
+    return parts.by_part(binned_by_position(model, saes, tokens, edges, batch_size=batch_size, **options))
+
+
+def _sites(table: pd.DataFrame) -> Iterable[tuple[str, Any]]:
+    return zip(table["site"], table["layer"], strict=True)
 
 
 @torch.no_grad()

@@ -1,11 +1,10 @@
 """Loss and gradients of one SAE where many latents are near their thresholds: dense products, block by block.
 
-The equations are those of ``sparse_pass.py``. Where in a block few latents are active although many are near, the
-decoder's product and the gradients of both matrices are sums over the active ones, which on a CPU are many times faster;
-early in training, and on a GPU, they are dense products too.
-Both halves go over blocks of latents. Of a small SAE the first keeps the
+The equations are those of ``sparse_pass.py``. Both halves go over blocks of latents. Of a small SAE the first keeps the
 pre-activations; of a large one the second computes them again, one product in six, so that neither
-``[batch, latents]`` nor a full gradient ever exists.
+``[batch, latents]`` nor a full gradient ever exists. In a block where few latents are active although many are near,
+the decoder's product and the gradients of both matrices are sums over the active ones, on a CPU many times faster than
+products; early in training, and on a GPU, they are products too.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ ACTIVE_ENTRIES = 0.08
 KEPT_BYTES = 16 << 20
 """Pre-activations that the first half keeps for the second."""
 
-
-_SPARE = SpareMemory(keep=8)
+_SPARE = SpareMemory(keep=4)
 
 
 class DensePass:
@@ -181,8 +179,8 @@ def _decoded(z: Tensor, on: Tensor, dec: Tensor) -> Tensor:
 
 
 def _by_latent(on: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The entries of a block's mask ``on [batch, block]``, latent by latent: their tokens, their places in the block, and
-    where each latent's begin, ``[block + 1]``."""
+    """The entries of a block's mask ``on [batch, block]``, latent by latent: their tokens, their places in the block,
+    and where each latent's begin, ``[block + 1]``."""
     n, block = on.shape
     flat = ops.nonzero(on.bool().T.contiguous().view(-1))
     latent = flat.div(n, rounding_mode="floor")

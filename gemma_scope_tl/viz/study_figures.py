@@ -37,7 +37,7 @@ def transfer_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss",
         table: of :func:`~gemma_scope_tl.studies.base_on_tuned`.
         metrics: columns to draw.
     """
-    return _over_l0(table, metrics, ["model", "saes"])
+    return _over_l0(table, metrics, [*(["part"] if "part" in table else []), "model", "saes"])
 
 
 def uniformity_figure(table: pd.DataFrame) -> Figure:

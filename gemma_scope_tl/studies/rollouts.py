@@ -1,0 +1,125 @@
+"""Rollouts: prompts, and what a tuned model answers at temperature 1 (sections 4.5 and C.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from rich.progress import track
+
+from gemma_scope_tl.activations.chat import END, chat_wrapping
+from gemma_scope_tl.errors import GemmaScopeError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Prompts of one length and their answers.
+
+    Attributes:
+        tokens: ``[rows, pos]``; padding after an answer's end.
+        prompt: positions before this one are the prompt's, BOS and turn marks included.
+    """
+
+    tokens: Int[torch.Tensor, "rows pos"]
+    prompt: int
+
+    @property
+    def edges(self) -> dict[str, tuple[int, int]]:
+        """First position and end of each part."""
+        return {"prompt": (0, self.prompt), "rollout": (self.prompt, self.tokens.shape[1])}
+
+    def by_part(self, binned: pd.DataFrame) -> pd.DataFrame:
+        """The table of ``binned_by_position`` with ``part`` instead of the edges of its bins."""
+        starts = {start: part for part, (start, _) in self.edges.items()}
+        table = binned.drop(columns=["start", "stop"])
+        table.insert(0, "part", [starts[start] for start in binned["start"]])
+        return table
+
+
+@torch.no_grad()
+def roll_out(
+    model: Any,
+    prompts: Sequence[str] | Int[torch.Tensor, "rows words"],
+    prompt_tokens: int = 32,
+    new_tokens: int = 128,
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> Rollouts:
+    """Sample an answer to each prompt (the paper: 1,024 rollouts of 9B IT at temperature 1).
+
+    A model whose tokenizer has a chat template gets each prompt as a user's turn. All prompts have one length, so that
+    prompts and answers are told apart by position: longer ones are cut, shorter ones left out.
+
+    Args:
+        model: from ``load_model``.
+        prompts: texts, or token ids without BOS and turn marks.
+        prompt_tokens: of each text.
+        new_tokens: of each answer at most; it ends with the first EOS or ``<end_of_turn>``.
+        temperature: of the sampling.
+        batch_size: prompts answered at a time.
+        seed: of the sampling; the same seed and batch size give the same answers.
+        progress: show a bar.
+
+    Raises:
+        GemmaScopeError: when no text is long enough, the model's context is too short, or a number makes no sense.
+    """
+    if min(prompt_tokens, new_tokens, batch_size) < 1 or temperature <= 0:
+        raise GemmaScopeError(
+            "prompt_tokens, new_tokens and batch_size are 1 or more and temperature is above 0, not "
+            f"{prompt_tokens}, {new_tokens}, {batch_size}, {temperature}."
+        )
+    starts = _framed(model.tokenizer, _cut(model.tokenizer, prompts, prompt_tokens))
+    length = starts.shape[1]
+    if length + new_tokens > model.cfg.n_ctx:
+        raise GemmaScopeError(
+            f"Prompts of {length} tokens and {new_tokens} new ones do not fit the model's context, {model.cfg.n_ctx}."
+        )
+    device = next(model.embedding_module().parameters()).device
+    found: list[torch.Tensor] = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for part in track(starts.split(batch_size), "rollouts", disable=not progress, transient=True):
+            settings = {"do_sample": True, "temperature": temperature, "stop_at_eos": False, "return_type": "tokens"}
+            found.append(model.generate(part.to(device), max_new_tokens=new_tokens, **settings).cpu())
+    return Rollouts(_ended(torch.cat(found), length, model.tokenizer), length)
+
+
+def _cut(tokenizer: Any, prompts: Any, prompt_tokens: int) -> torch.Tensor:
+    if isinstance(prompts, torch.Tensor):
+        if prompts.ndim != 2 or not prompts.numel() or prompts.is_floating_point():
+            raise GemmaScopeError(f"Prompts are ids [rows, words], not {prompts.dtype} {list(prompts.shape)}.")
+        return prompts.long()
+    ids = [tokenizer.encode(text, add_special_tokens=False)[:prompt_tokens] for text in prompts]
+    kept = [row for row in ids if len(row) == prompt_tokens]
+    if not kept:
+        raise GemmaScopeError(f"None of {len(ids)} prompts has {prompt_tokens} tokens: ask for fewer.")
+    return torch.tensor(kept)
+
+
+def _framed(tokenizer: Any, words: torch.Tensor) -> torch.Tensor:
+    """BOS before every row, and the marks of a user's turn around it where the tokenizer has a chat template."""
+    prefix, suffix = chat_wrapping(tokenizer) if getattr(tokenizer, "chat_template", None) else ([], [])
+    before, after = (
+        torch.tensor(ids, dtype=torch.int64).expand(len(words), -1)
+        for ids in ([tokenizer.bos_token_id, *prefix], suffix)
+    )
+    return torch.cat([before, words, after], dim=1)
+
+
+def _ended(tokens: torch.Tensor, prompt: int, tokenizer: Any) -> torch.Tensor:
+    """Padding in the place of everything after an answer's end."""
+    ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get(END)} - {None}
+    answer = tokens[:, prompt:]
+    stops = torch.isin(answer, torch.tensor(sorted(ends)))
+    over = stops.long().cumsum(1) - stops.long() > 0
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return torch.cat([tokens[:, :prompt], answer.masked_fill(over, pad)], dim=1)
