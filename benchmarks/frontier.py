@@ -163,9 +163,13 @@ def _norm_batches_first(x: Tensor, budget: Budget) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def peer_arrays(sae: Any) -> Arrays:
-    """A trained SAELens JumpReLU SAE as Gemma Scope weights: the pre-encoder bias goes into ``b_enc``."""
+    """A trained SAELens JumpReLU SAE as Gemma Scope weights: the pre-encoder bias goes into ``b_enc``.
+
+    SAELens sets thresholds below 0 to 0 at every forward pass, so those that its last update left there become 0 here.
+    """
     b_enc = sae.b_enc - sae.b_dec @ sae.W_enc if sae.cfg.apply_b_dec_to_input else sae.b_enc
-    named = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_enc": b_enc, "b_dec": sae.b_dec, "threshold": sae.threshold}
+    named = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_enc": b_enc, "b_dec": sae.b_dec}
+    named["threshold"] = sae.threshold.clamp_min(0.0)
     return {name: value.detach().clone().float() for name, value in named.items()}
 
 

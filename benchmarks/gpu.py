@@ -30,8 +30,10 @@ from gemma_scope_tl.sae.sparse import reconstruct
 from gemma_scope_tl.training.place import PlaceTrainer
 from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER
 from gemma_scope_tl.training.spec import SAESpec
+from scripts.bundled.sae_suite import heldout_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
+MODEL = Path(gs.__file__).parent / "bundled" / "model"
 
 
 class Bench:
@@ -168,6 +170,26 @@ class Bench:
         return [{"what": f"{len(table)} SAEs of the bundled model, {steps} steps of 1,024 activations, all included",
                  "seconds": seconds, "activations_per_s": rows / seconds, "median_fvu": fvu}]  # fmt: skip
 
+    def evaluated(self) -> list[dict[str, Any]]:
+        """Metrics of four bundled SAEs on the device and on the processor, float32 on both."""
+        tokens = heldout_tokens(MODEL, MODEL.parent / "text" / "heldout.jsonl", limit=4 if self.quick else 64)
+        columns = ["l0", "fvu", "loss_clean", "delta_loss", "loss_recovered"]
+        tables = [
+            gs.evaluate(
+                gs.load_model("bundled", device=device),
+                [
+                    gs.load_sae("bundled", site, 2, width="512" if site == "transcoder" else "1k", device=device)
+                    for site in ("res", "mlp", "att", "transcoder")
+                ],
+                tokens,
+                progress=False,
+            )[columns]
+            for device in ("cpu", self.device)
+        ]
+        worst = (tables[0] - tables[1]).abs().max()
+        return [{"what": f"gs.evaluate, {name}: greatest difference of four SAEs", "difference": float(worst[name]),
+                 "processor": float(tables[0][name].iloc[0])} for name in columns]  # fmt: skip
+
     def steps(self) -> list[dict[str, Any]]:
         """One training step: :mod:`benchmarks.training_step`."""
         cases = (training_step.Shape(64, 256, 128, 8),) if self.quick else training_step.GPU_CASES
@@ -179,7 +201,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", nargs="*", default=["equal_steps", "splice", "steps", "suite", "harvest"])
+    parser.add_argument(
+        "--only", nargs="*", default=["equal_steps", "evaluated", "splice", "steps", "suite", "harvest"]
+    )
     options = parser.parse_args()
     bench, found = Bench(options.quick), dict[str, Any]()
     path = options.out / "gpu.json"

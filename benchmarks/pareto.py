@@ -93,6 +93,7 @@ def run(threads: Threads = 2, quick: Quick = False) -> None:
     trained = ours(x, Recipe.from_json(best["ours"]), TARGETS, budget, PLACE)
     trained += ours(x, FAST, TARGETS, budget, PLACE, "ours, FAST unchanged")
     trained += peers(x, held, best, PEER_TARGETS, budget)
+    torch.save(trained, WORK / f"{name}.pt")  # so that a failure below loses no training
     points = evaluated(trained)
     what = f"bundled model, layer {PLACE.layer} residual stream"
     setting = {"budget": asdict(budget), "place": PLACE.key, "tokens": budget.steps * budget.batch_size}

@@ -1,7 +1,7 @@
 """The search for the best settings of both: one setting at a time, at one L0.
 
 SAELens's starts from its documentation's values, once for each penalty; ours from ``FAST``, without leaving the paper's
-loss and optimizer.
+loss and Adam without momentum.
 
 Every run of the search is kept in ``results/search/<name>.jsonl``, and none is run twice. A candidate's coefficient is
 adjusted so that its L0 comes near the target, and its FVU is taken at the target from the runs on both sides of it (or
@@ -57,7 +57,8 @@ STAGES: dict[str, Stages] = {
 
 
 OUR_STAGES: Sequence[Sequence[dict[str, Any]]] = (
-    ({"lr": 1e-2}, {"lr": 1.5e-2}, {"lr": 2e-2}),
+    ({"betas": (0.0, 0.999)}, {"betas": (0.0, 0.99)}, {"betas": (0.0, 0.95)}),
+    ({"lr": 4e-3}, {"lr": 1e-2}, {"lr": 1.5e-2}),
     ({"bandwidth": 0.05}, {"bandwidth": 0.2}),
     ({"init_threshold": 0.03}, {"init_threshold": 0.1}),
     ({"l0_warm_up_steps": 500},),

@@ -209,7 +209,8 @@ PAPER = Recipe()
 FAST = Recipe(
     lr=6e-3,
     lr_warm_up_steps=100,
-    lr_decay=0.25,
+    lr_decay=0.5,
+    betas=(0.0, 0.95),
     batch_size=2_048,
     l0_coefficient=2e-3,
     l0_warm_up_steps=200,
@@ -224,9 +225,11 @@ FAST = Recipe(
   about two thresholds, so that nearly all of the kernel lies on positive pre-activations.
 - Lambda is larger: with fewer latents and a lower L0, each active latent explains more of the error.
 - The warm-ups of learning rate and lambda are shorter, as the run is, and the batch is half as large.
-- The learning rate falls linearly to 0 over the last quarter, since without a decay the higher rate leaves noise.
+- The learning rate falls linearly to 0 over the last half, since without a decay the higher rate leaves noise.
+- The second moment is a mean over about 20 steps and not 1,000: what it holds of the first steps, when gradients are
+  large, would slow a run that is no longer than that memory.
 
-Loss, Adam's betas and epsilon, unit decoder rows, projection and initialisation are the paper's.
+Loss, no momentum, Adam's epsilon, unit decoder rows, projection and initialisation are the paper's.
 """
 
 GEMMA_SCOPE_2 = Recipe(l0_penalty="quadratic", l0_warm_up_steps=50_000, frequency_coefficient=1e-2)
