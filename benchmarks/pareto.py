@@ -141,7 +141,7 @@ def peers(
                 train(guess)
             else:
                 start = guess * (middle / target) ** 1.4
-                coefficient_for(train, target, start, tries=2, close=0.15)
+                coefficient_for(train, target, start, tries=4, close=0.15)
     return found
 
 

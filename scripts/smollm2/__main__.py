@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 FIGURE = ROOT / "docs" / "pareto_smollm2.png"
 NAME, BUNDLED = "smollm2_pareto", "pareto"
 TOKENS, HELD_ROWS, HELDOUT_TOKENS = 2_000_000, 50_000, 64 * 256
-BUDGET, SEARCH_BUDGET = Budget(d_sae=1_024, steps=600), Budget(d_sae=1_024, steps=300)
+BUDGET, SEARCH_BUDGET = Budget(d_sae=2_048, steps=1_800), Budget(d_sae=2_048, steps=600)
 TARGETS, PEER_TARGETS, MIDDLE = (16.0, 32.0, 64.0), (14.0, 32.0, 76.0), 32.0
 WIDTHS = 576 / 128
 """In SAELens's units errors grow with the width of the activations, and so does a coefficient of the same effect."""
