@@ -33,7 +33,6 @@ from gemma_scope_tl.training.spec import SAESpec
 from scripts.bundled.sae_suite import heldout_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = Path(gs.__file__).parent / "bundled" / "model"
 
 
 class Bench:
@@ -172,7 +171,7 @@ class Bench:
 
     def evaluated(self) -> list[dict[str, Any]]:
         """Metrics of four bundled SAEs on the device and on the processor, float32 on both."""
-        tokens = heldout_tokens(MODEL, MODEL.parent / "text" / "heldout.jsonl", limit=4 if self.quick else 64)
+        tokens = heldout_tokens(limit=4 if self.quick else 64)
         columns = ["l0", "fvu", "loss_clean", "delta_loss", "loss_recovered"]
         tables = [
             gs.evaluate(

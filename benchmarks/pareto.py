@@ -1,9 +1,9 @@
 """Quality on the bundled model's residual stream: L0 against FVU and delta loss, ours against SAELens's own recipe.
 
 ``python -m benchmarks.pareto search`` looks for the best settings of both (an hour on two idle cores, resumed if
-stopped); ``run`` trains both on the same activations and evaluates them on the held-out text (15 minutes); ``figure``
-draws ``docs/pareto.png`` from ``results/pareto.json``. The training text is the bundled model's own: ``python
-scripts/train_bundled.py corpus``, then ``tokenizer``, fetch and tokenize it.
+stopped); ``run`` trains both on the same activations and evaluates them on the held-out text (half an hour;
+``evaluate`` does only that again); ``figure`` draws ``docs/pareto.png`` from ``results/pareto.json``. The training text
+is the bundled model's own: ``python scripts/train_bundled.py corpus``, then ``tokenizer``, fetch and tokenize it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from gemma_scope_tl.tokens import special_mask
 from gemma_scope_tl.training.recipe import FAST, Recipe
 from gemma_scope_tl.viz.figures import save_figure
 from gemma_scope_tl.viz.training_figures import pareto
+from scripts.bundled.files import write_atomic
 from scripts.bundled.sae_suite import heldout_tokens
 from scripts.bundled.tokenizer import BOS, EOS, PAD
 
@@ -85,7 +86,7 @@ def search_command(threads: Threads = 2, quick: Quick = False) -> None:
 
 @app.command()
 def run(threads: Threads = 2, quick: Quick = False) -> None:
-    """Train both at three sparsities and evaluate them."""
+    """Train both at three sparsities, keep the SAEs, and evaluate them."""
     torch.set_num_threads(threads)
     budget, name = _budget(BUDGET, quick), _name(quick)
     held, x = activations(budget)
@@ -93,8 +94,16 @@ def run(threads: Threads = 2, quick: Quick = False) -> None:
     trained = ours(x, Recipe.from_json(best["ours"]), TARGETS, budget, PLACE)
     trained += ours(x, FAST, TARGETS, budget, PLACE, "ours, FAST unchanged")
     trained += peers(x, held, best, PEER_TARGETS, budget)
-    torch.save(trained, WORK / f"{name}.pt")  # so that a failure below loses no training
-    points = evaluated(trained)
+    write_atomic(WORK / f"{name}.pt", lambda temporary: torch.save(trained, temporary))
+    evaluate(threads, quick)
+
+
+@app.command()
+def evaluate(threads: Threads = 2, quick: Quick = False) -> None:
+    """Evaluate what ``run`` trained last; ``run`` does it too."""
+    torch.set_num_threads(threads)
+    budget, name = _budget(BUDGET, quick), _name(quick)
+    points = evaluated(torch.load(WORK / f"{name}.pt", weights_only=False))  # our own file
     what = f"bundled model, layer {PLACE.layer} residual stream"
     setting = {"budget": asdict(budget), "place": PLACE.key, "tokens": budget.steps * budget.batch_size}
     path = save_points(name, comparison(points, what), setting=setting, points=points)
@@ -168,7 +177,7 @@ def activations(budget: Budget) -> tuple[Tensor, Tensor]:
 def evaluated(trained: Sequence[Trained], windows: int = 240) -> list[dict[str, Any]]:
     """A row per SAE: held-out L0, FVU and losses on the bundled text, and how it was made."""
     model = gs.load_model(MODEL)
-    tokens = heldout_tokens(MODEL, HELDOUT, limit=windows)
+    tokens = heldout_tokens(limit=windows)
     saes = [JumpReLUSAE.from_arrays(one.arrays, site=PLACE.site, layer=PLACE.layer) for one in trained]
     frame = gs.evaluate(model, saes, tokens)
     names = ["l0", "fvu", "delta_loss", "loss_recovered", "loss_clean", "tokens"]

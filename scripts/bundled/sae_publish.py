@@ -171,7 +171,7 @@ shortened.
 The recipe is the paper's: JumpReLU with the rectangle-kernel pseudo-derivative and log thresholds, squared error plus
 lambda times L0, one scale for each site, pre-encoder bias while training (not for transcoders), Adam without momentum,
 unit decoder rows with projected gradients, the encoder started as the decoder's transpose (transcoders: independently).
-Values that differ, and why, stand at `FAST` in `gemma_scope_tl/training/recipe.py`:
+Why values differ stands at `FAST` in `gemma_scope_tl/training/recipe.py`; the values, in `configs/bundled.yaml`:
 
 {settings}
 

@@ -55,7 +55,7 @@ def publish(suite: Path, *, windows: int | None, report: Callable[[str], object]
     shutil.rmtree(staging, ignore_errors=True)
     for row in facts["saes"]:
         _round(suite / row["path"] / "params.npz", staging / "rounded" / row["path"] / "params.npz")
-    tokens = heldout_tokens(BUNDLED / "model", BUNDLED / "text" / "heldout.jsonl", limit=windows)
+    tokens = heldout_tokens(limit=windows)
     pairs = [(row, staging / "rounded" / row["path"]) for row in facts["saes"]]
     table = _measure(pairs, tokens, suite / "measured")
     published: list[Published] = []
@@ -75,14 +75,14 @@ def publish(suite: Path, *, windows: int | None, report: Callable[[str], object]
     return published
 
 
-def heldout_tokens(model_folder: Path, text: Path, *, context: int = 256, limit: int | None = None) -> torch.Tensor:
-    """Windows `[n, context]` of the held-out documents, each with BOS first; the tail of a document is padded.
+def heldout_tokens(*, context: int = 256, limit: int | None = None) -> torch.Tensor:
+    """Windows `[n, context]` of the bundled held-out documents, each with BOS first; the tail of a document is padded.
 
     With `limit`, that many windows spread evenly over the documents.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "model")
     windows: list[list[int]] = []
-    for row in read_jsonl(text):
+    for row in read_jsonl(BUNDLED / "text" / "heldout.jsonl"):
         ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
         pieces = [ids[i : i + context - 1] for i in range(0, len(ids), context - 1)]
         windows += [[BOS, *p, *[PAD] * (context - 1 - len(p))] for p in pieces if len(p) >= 32]

@@ -19,7 +19,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.registry.listing import select_rows
 
 gradio = pytest.importorskip("gradio", reason="pip install 'gemma-scope-tl[demo]'")
-gradio_client = pytest.importorskip("gradio_client")
+gradio_client = pytest.importorskip("gradio_client", reason="pip install 'gemma-scope-tl[demo]'")
 
 TEXTS = [f"The king said unto his {number} servants." for number in range(4)]
 

@@ -107,7 +107,7 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(find_spec("triton") is None, reason="pip install triton (Linux, x86_64)")
 def test_triton_kernels_in_the_interpreter() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     out = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, env=env)

@@ -45,7 +45,7 @@ def test_metrics_file_is_cut_at_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_tensorboard_changes_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="pip install 'gemma-scope-tl[tensorboard]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     plain = _run(tmp_path / "plain")

@@ -168,7 +168,7 @@ def test_presets() -> None:
     assert (PAPER.lr, PAPER.betas, PAPER.eps, PAPER.batch_size) == (7e-5, (0.0, 0.999), 1e-8, 4096)
     assert (PAPER.bandwidth, PAPER.init_threshold) == (1e-3, 1e-3)
     assert (PAPER.lr_warm_up_steps, PAPER.l0_warm_up_steps) == (1000, 10_000)
-    assert (FAST.betas[0], FAST.eps, FAST.lr_start) == (PAPER.betas[0], PAPER.eps, PAPER.lr_start)
+    assert (FAST.betas, FAST.eps, FAST.lr_start) == ((PAPER.betas[0], 0.95), PAPER.eps, PAPER.lr_start)
     with pytest.raises(AttributeError):
         PAPER.lr = 1.0  # type: ignore[misc]
 
