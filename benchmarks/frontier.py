@@ -31,6 +31,7 @@ from gemma_scope_tl.training.spec import SAESpec
 Arrays = dict[str, Tensor]
 NORM_BATCHES = 32
 PEER = "SAELens JumpReLU"
+DENSE = 0.1
 
 
 @dataclass(frozen=True)
@@ -185,20 +186,30 @@ def _check_same(sae: Any, arrays: Arrays, x: Tensor) -> None:
 
 @torch.no_grad()
 def measure(arrays: Arrays, x: Tensor) -> dict[str, float]:
-    """``l0``, ``fvu`` and the share of latents ``alive`` on raw activations ``x [n, d]``, sums in float64."""
-    active, error, total, square = 0.0, 0.0, torch.zeros(x.shape[1], dtype=torch.float64), 0.0
-    fired = torch.zeros(len(arrays["b_enc"]), dtype=torch.bool)
+    """``l0``, ``fvu``, ``alive`` and ``dense_share`` on raw activations ``x [n, d]``, sums in float64.
+
+    ``alive`` is the share of latents that fire at all, ``dense_share`` the share of L0 that comes from latents which
+    fire on more than a tenth of the activations: 0 for a sparse dictionary, 1 for a basis.
+    """
+    error, total, square = 0.0, torch.zeros(x.shape[1], dtype=torch.float64), 0.0
+    fired = torch.zeros(len(arrays["b_enc"]), dtype=torch.float64)
     for part in x.split(4096):
         rows = part.float()
         pre = rows @ arrays["W_enc"] + arrays["b_enc"]
         f = pre * (pre > arrays["threshold"])
-        active += float((f > 0).sum())
-        fired |= (f > 0).any(0)
+        fired += (f > 0).sum(0)
         error += float((rows - f @ arrays["W_dec"] - arrays["b_dec"]).double().square().sum())
         square += float(rows.double().square().sum())
         total += rows.double().sum(0)
     variance = square - float(total.square().sum()) / len(x)
-    return {"l0": active / len(x), "fvu": error / variance, "alive": fired.double().mean().item()}
+    frequency = fired / len(x)
+    l0 = float(frequency.sum())
+    return {
+        "l0": l0,
+        "fvu": error / variance,
+        "alive": float((fired > 0).double().mean()),
+        "dense_share": float(frequency[frequency > DENSE].sum()) / l0 if l0 else 0.0,
+    }
 
 
 def interpolated(points: Sequence[tuple[float, float]], l0: float) -> float:

@@ -111,6 +111,9 @@ def test_points_are_measured_as_numpy_does_in_float64() -> None:
     assert row["l0"] == pytest.approx((f > 0).sum() / len(x), rel=1e-5)
     assert row["fvu"] == pytest.approx(fvu, rel=1e-5)
     assert row["alive"] == (f > 0).any(0).mean()
+    frequency = (f > 0).mean(0)
+    assert 0.0 < row["dense_share"] < 1.0
+    assert row["dense_share"] == pytest.approx(frequency[frequency > 0.1].sum() / frequency.sum(), rel=1e-4)
 
 
 def test_the_peer_is_compared_at_our_l0_on_its_lower_envelope() -> None:

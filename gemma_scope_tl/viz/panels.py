@@ -24,6 +24,7 @@ LABELS = {
     "lambda": "lambda",
     "threshold": "threshold",
     "silent": "share of silent latents",
+    "dense_share": "share of L0 of latents firing on > 10 %",
     "lr": "learning rate",
 }
 _LOGARITHMIC = ("delta_loss", "error", "l0", "lambda", "threshold", "lr")

@@ -18,8 +18,9 @@ import typer
 from torch import Tensor
 
 from benchmarks.frontier import Budget, PeerSettings, comparison, load_points, ours, save_points
+from benchmarks.pareto import BUDGET as BUNDLED_BUDGET
 from benchmarks.pareto import peers
-from benchmarks.recipe_search import FOLDER, Log, chosen, search
+from benchmarks.recipe_search import FOLDER, Log, chosen, score_ours, search
 from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.training.recipe import Recipe
@@ -34,7 +35,8 @@ ROOT = Path(__file__).parents[2]
 FIGURE = ROOT / "docs" / "pareto_smollm2.png"
 NAME, BUNDLED = "smollm2_pareto", "pareto"
 TOKENS, HELD_ROWS, HELDOUT_TOKENS = 2_000_000, 50_000, 64 * 256
-BUDGET, SEARCH_BUDGET = Budget(d_sae=2_048, steps=1_800), Budget(d_sae=2_048, steps=600)
+BUDGET, SEARCH_BUDGET = Budget(d_sae=1_024, steps=600), Budget(d_sae=1_024, steps=300)
+PLACE = Place("res", LAYER)
 TARGETS, PEER_TARGETS, MIDDLE = (16.0, 32.0, 64.0), (14.0, 32.0, 76.0), 32.0
 WIDTHS = 576 / 128
 """In SAELens's units errors grow with the width of the activations, and so does a coefficient of the same effect."""
@@ -62,7 +64,7 @@ def harvest(work: Work = DEFAULT_WORK, tokens: Tokens = TOKENS, threads: Threads
 
 @app.command(name="search")
 def search_command(work: Work = DEFAULT_WORK, threads: Threads = 2) -> None:
-    """Adapt the peer's settings found on the bundled model: learning rate, coefficients. Ours are taken over."""
+    """Adapt the settings found on the bundled model: learning rates of both, the peer's coefficients."""
     torch.set_num_threads(threads)
     held, x = _activations(work)
     plan = {
@@ -78,7 +80,15 @@ def search_command(work: Work = DEFAULT_WORK, threads: Threads = 2) -> None:
     guesses = {mode: guess for mode, (_, guess) in plan.items()}
     log = Log(FOLDER / f"{NAME}.jsonl", f"layer {LAYER}")
     found = search(log, x, held, MIDDLE, SEARCH_BUDGET, stages=stages, guesses=guesses, report=typer.echo)
-    best = {mode: {"settings": asdict(one), "coefficient": at} for mode, (one, at) in found.items()}
+    best: dict[str, Any] = {mode: {"settings": asdict(one), "coefficient": at} for mode, (one, at) in found.items()}
+    recipe = Recipe.from_json(chosen(BUNDLED)["ours"])
+    tried = [replace(recipe, lr=recipe.lr * factor) for factor in (1.0, 1 / 3, 3.0)]
+
+    def score(one: Recipe) -> float:
+        short = shortened(one, SEARCH_BUDGET)
+        return score_ours(log, x, held, short, MIDDLE, SEARCH_BUDGET, PLACE, report=typer.echo)
+
+    best["ours"] = asdict(min(tried, key=score))
     write_atomically(FOLDER / f"{NAME}.json", json.dumps(best, indent=2) + "\n")
 
 
@@ -88,8 +98,9 @@ def run(work: Work = DEFAULT_WORK, threads: Threads = 2, steps: int = BUDGET.ste
     torch.set_num_threads(threads)
     held, x = _activations(work)
     budget = replace(BUDGET, steps=steps)
-    trained = ours(x, Recipe.from_json(chosen(BUNDLED)["ours"]), TARGETS, budget, Place("res", LAYER))
-    trained += peers(x, held, chosen(NAME), PEER_TARGETS, budget, MIDDLE)
+    best = chosen(NAME)
+    trained = ours(x, shortened(Recipe.from_json(best["ours"]), budget), TARGETS, budget, PLACE)
+    trained += peers(x, held, best, PEER_TARGETS, budget, MIDDLE)
     points = evaluated(work / "model", token_rows(work, "heldout", HELDOUT_TOKENS), trained)
     setting: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct, weights 4-bit quantised (GGUF Q4_1)",
@@ -112,7 +123,8 @@ def figure(out: Annotated[Path, typer.Option(help="Where to.")] = FIGURE) -> Non
     stored = load_points(NAME)
     tokens = stored["setting"]["tokens"] / 1e6
     title = f"SmolLM2-135M (4-bit), residual stream after layer {LAYER}, {BUDGET.d_sae} latents, {tokens:.1f}M tokens"
-    typer.echo(save_figure(pareto(pd.DataFrame(stored["points"]), title=title), out))
+    frame = pd.DataFrame(stored["points"])
+    typer.echo(save_figure(pareto(frame, ("fvu", "delta_loss", "dense_share"), title=title), out))
 
 
 @app.command(name="all")
@@ -122,6 +134,13 @@ def everything(work: Work = DEFAULT_WORK, threads: Threads = 2) -> None:
     search_command(work, threads)
     run(work, threads)
     figure()
+
+
+def shortened(recipe: Recipe, budget: Budget) -> Recipe:
+    """The recipe found on the bundled model with warm-ups that are the same share of a run of another length."""
+    share = budget.steps / BUNDLED_BUDGET.steps
+    warm_ups = {name: round(getattr(recipe, name) * share) for name in ("lr_warm_up_steps", "l0_warm_up_steps")}
+    return replace(recipe, **warm_ups)
 
 
 def _activations(work: Path) -> tuple[Tensor, Tensor]:
