@@ -119,6 +119,26 @@ def training() -> list[dict[str, Any]]:
     return rows
 
 
+def buffers() -> list[dict[str, Any]]:
+    """Shuffle buffers for all places of a model at once, in bfloat16, and what SAELens's runner needs for the same."""
+    rows: list[dict[str, Any]] = []
+    for name in MODELS:
+        dims = sizes_of(name).dims
+        for sites in (("res",), ("res", "mlp", "att")):
+            widths = [get_site(site).d_in(dims) for site in sites] * dims.n_layers
+            rows.append(
+                {
+                    "model": name,
+                    "sites": ", ".join(sites),
+                    "places": len(widths),
+                    "rows_in_16_gib": costs.largest_bucket(widths, 2, BATCH, 16 * GIB),
+                    "bucket": costs.bucket_bytes(widths, BUCKET, 2),
+                    "sae_lens": costs.sae_lens_bytes(widths, BUCKET, BATCH, 2),
+                }
+            )
+    return rows
+
+
 def numbers() -> dict[str, Any]:
     """All that is in the file."""
     hardware = Hardware()
@@ -131,7 +151,8 @@ def numbers() -> dict[str, Any]:
         "float32_flops": hardware.fp32_flops,
         "share_of_peak": hardware.share_of_peak,
     }
-    return {"assumed": assumed, "models": models(), "saes": saes(), "fits": fits(), "training": training()}
+    tables = {"models": models(), "saes": saes(), "fits": fits(), "buffers": buffers(), "training": training()}
+    return {"assumed": assumed, **tables}
 
 
 def with_tables(page: str, data: dict[str, Any]) -> str:
@@ -176,6 +197,21 @@ def _fits(data: dict[str, Any]) -> str:
     return page_tables.table(["model and SAE", *(f"{card} GB" for card in CARDS)], rows)
 
 
+def _buffers(data: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{r['model']}` {r['sites']}",
+            str(r["places"]),
+            f"{r['rows_in_16_gib']:,}",
+            f"{r['bucket'] / GIB:,.0f} GiB",
+            f"{r['sae_lens'] / GIB:,.0f} GiB",
+        ]
+        for r in data["buffers"]
+    ]
+    head = ["model and sites", "places", "rows in 16 GiB", "2^20 rows", "SAELens, 2^20 rows"]
+    return page_tables.table(head, rows)
+
+
 def _training(data: dict[str, Any]) -> str:
     rows = [
         [
@@ -198,7 +234,7 @@ def _size(count: float) -> str:
     return f"{count / 1e6:.0f} MB" if count < GB else f"{count / GB:.1f} GB"
 
 
-TABLES = {"models": _models, "saes": _saes, "fits": _fits, "training": _training}
+TABLES = {"models": _models, "saes": _saes, "fits": _fits, "buffers": _buffers, "training": _training}
 
 
 def main() -> None:
