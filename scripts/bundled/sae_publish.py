@@ -143,8 +143,8 @@ CARD = """# Sparse autoencoders of the bundled Gemma 2
 {count} JumpReLU SAEs on the small Gemma 2 in `../model`, in Gemma Scope's layout, {size:.1f} MB in all: every layer's
 `res`, `mlp` and `att` site at two widths and three sparsities, transcoders of every layer, and the embedding. They
 exist so that loading, splicing, steering and evaluation can be tried and tested offline. The model is small and so are
-they: expect what a small model knows. The transcoders and the embedding were still on their way to the larger L0
-targets when training ended.
+they: expect what a small model knows. The embedding's densest SAE was still on its way to its L0 target when training
+ended, and the wide attention SAEs have many dead latents.
 
 `<site>/layer_L/width_W/average_l0_N/params.npz` holds `W_enc`, `W_dec`, `b_enc`, `b_dec` and `threshold` as float32,
 with values of the matrices rounded to five significant binary digits so that they compress. N is the L0 measured below,
@@ -157,7 +157,8 @@ the model nor the SAEs saw. BOS, EOS and padding are neither replaced nor counte
 {clean:.4f} nats a token. Delta loss: the rise when the SAE's output replaces the activations. Loss recovered: 1 - delta
 loss / the rise under zero ablation, which is the column after it. FVU: squared error over variance. Learning rate,
 bandwidth, first threshold and controller gains were chosen in short runs of an earlier suite by L0 and FVU on 60
-windows of this same text; nothing was chosen by loss, and no SAE of several was picked.
+windows of this same text, Adam's second beta and the decay of the rate by FVU on training text; nothing was chosen by
+loss, and no SAE of several was picked.
 
 {table}
 
