@@ -47,10 +47,10 @@ def test_a_log_file_is_drawn_as_it_is() -> None:
     rows = [json.loads(line) for line in BUNDLED_LOG.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if "step" in row and "silent" in row]
     figure = training_curves(BUNDLED_LOG, metrics=("l0", "silent"))
-    one = [(r["step"], r["l0"]) for r in rows if r["name"] == "att/layer_2/width_1k/target_l0_26"]
+    one = [(r["step"], r["l0"]) for r in rows if r["name"] == "att/layer_2/width_1k/target_l0_16"]
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     assert len(lines) == len({r["name"] for r in rows})
-    assert [tuple(point) for point in np.transpose(lines["att/layer_2/width_1k/target_l0_26"].get_data())] == one
+    assert [tuple(point) for point in np.transpose(lines["att/layer_2/width_1k/target_l0_16"].get_data())] == one
     assert len(figure.axes) == 2
 
 
