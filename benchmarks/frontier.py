@@ -24,14 +24,16 @@ from torch import Tensor
 from benchmarks.timing import RESULTS, save
 from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.evals.metrics import DENSE_FREQUENCY
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.training.recipe import Recipe, StreamingRMS
 from gemma_scope_tl.training.spec import SAESpec
+from gemma_scope_tl.viz.figures import save_figure
+from gemma_scope_tl.viz.training_figures import pareto
 
 Arrays = dict[str, Tensor]
 NORM_BATCHES = 32
 PEER = "SAELens JumpReLU"
-DENSE = 0.1
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def measure(arrays: Arrays, x: Tensor) -> dict[str, float]:
         "l0": l0,
         "fvu": error / variance,
         "alive": float((fired > 0).double().mean()),
-        "dense_share": float(frequency[frequency > DENSE].sum()) / l0 if l0 else 0.0,
+        "dense_share": float(frequency[frequency > DENSE_FREQUENCY].sum()) / l0 if l0 else 0.0,
     }
 
 
@@ -278,3 +280,13 @@ def save_points(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
 def load_points(name: str) -> dict[str, Any]:
     """What :func:`save_points` wrote."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def draw(name: str, where: str, out: Path) -> Path:
+    """The figure of what :func:`save_points` wrote; ``where`` begins its title."""
+    import pandas as pd
+
+    stored = load_points(name)
+    setting = stored["setting"]
+    title = f"{where}, {setting['budget']['d_sae']} latents, {setting['tokens'] / 1e6:.1f}M tokens"
+    return save_figure(pareto(pd.DataFrame(stored["points"]), ("fvu", "delta_loss", "dense_share"), title=title), out)

@@ -25,7 +25,7 @@ from benchmarks.frontier import (
     Trained,
     coefficient_for,
     comparison,
-    load_points,
+    draw,
     measure,
     ours,
     save_points,
@@ -39,8 +39,6 @@ from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.tokens import special_mask
 from gemma_scope_tl.training.recipe import FAST, Recipe
-from gemma_scope_tl.viz.figures import save_figure
-from gemma_scope_tl.viz.training_figures import pareto
 from scripts.bundled.files import write_atomic
 from scripts.bundled.sae_suite import heldout_tokens
 from scripts.bundled.tokenizer import BOS, EOS, PAD
@@ -104,7 +102,7 @@ def evaluate(threads: Threads = 2, quick: Quick = False) -> None:
     """Evaluate what ``run`` trained last; ``run`` does it too."""
     torch.set_num_threads(threads)
     budget, name = _budget(BUDGET, quick), _name(quick)
-    held, _ = activations(budget)
+    held, _ = activations(replace(budget, steps=0))
     points = evaluated(torch.load(WORK / f"{name}.pt", weights_only=False), held)  # our own file
     what = f"bundled model, layer {PLACE.layer} residual stream"
     setting = {"budget": asdict(budget), "place": PLACE.key, "tokens": budget.steps * budget.batch_size}
@@ -115,13 +113,7 @@ def evaluate(threads: Threads = 2, quick: Quick = False) -> None:
 @app.command()
 def figure(out: Annotated[Path, typer.Option(help="Where to.")] = FIGURE, quick: Quick = False) -> None:
     """Draw the figure from the stored results."""
-    import pandas as pd
-
-    stored = load_points(_name(quick))
-    tokens = stored["setting"]["tokens"] / 1e6
-    title = f"Bundled model, residual stream of layer {PLACE.layer}, {BUDGET.d_sae} latents, {tokens:.1f}M tokens"
-    frame = pd.DataFrame(stored["points"])
-    typer.echo(save_figure(pareto(frame, ("fvu", "delta_loss", "dense_share"), title=title), out))
+    typer.echo(draw(_name(quick), f"Bundled model, residual stream of layer {PLACE.layer}", out))
 
 
 def peers(

@@ -12,13 +12,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.evals.packing import pack_texts
-from gemma_scope_tl.evals.texts import read_texts
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.registry.listing import select_rows
 from gemma_scope_tl.sae.loading import load_row
@@ -34,6 +32,7 @@ from gemma_scope_tl.studies import (
 )
 from gemma_scope_tl.viz import study_figures
 from gemma_scope_tl.viz.figures import save_figure
+from scripts.bundled_results import spread_rows
 from scripts.page_tables import table as markdown
 from scripts.page_tables import with_tables
 
@@ -42,7 +41,7 @@ PAGE = ROOT / "docs" / "studies.md"
 FOLDER = ROOT / "docs" / "studies"
 MODEL, LAYER, WIDTH = "bundled", 2, 1024
 SITES = ("res", "mlp", "att")
-CONTEXT, ROWS, DOMAIN_ROWS, POSITIONS, PROBE_K = 256, 64, 12, 8, (1, 5, 20)
+CONTEXT, ROWS, DOMAIN_ROWS, UNIFORMITY_ROWS, POSITIONS, PROBE_K = 256, 64, 12, 32, 8, (1, 5, 20)
 PLACES = ((0, 1), (8, 16), (128, 256))
 """Tokens of a row whose means the page shows: the first after BOS, some early ones, the second half."""
 
@@ -57,20 +56,16 @@ def _fits(row: Any, name: str, value: Any) -> bool:
     return getattr(row, name) in (value if isinstance(value, tuple) else (value,))
 
 
-def _tokens(model: Any, rows: int = ROWS) -> Any:
-    """Rows at even distances over the whole held-out text."""
-    tokens = pack_texts(model.tokenizer, read_texts(), CONTEXT)
-    return tokens[[at * len(tokens) // rows for at in range(rows)]]
-
-
 def position(model: Any) -> pd.DataFrame:
     """Section 4.2: the canonical SAEs of 1,024 latents of one layer."""
-    return binned_by_position(model, saes(site=SITES, layer=LAYER, d_sae=WIDTH, canonical=True), _tokens(model))
+    return binned_by_position(
+        model, saes(site=SITES, layer=LAYER, d_sae=WIDTH, canonical=True), spread_rows(model, None, CONTEXT, ROWS)
+    )
 
 
 def frequency(model: Any) -> pd.DataFrame:
     """Section 4.3: all SAEs of one layer."""
-    return firing_frequencies(model, saes(site=SITES, layer=LAYER), _tokens(model))
+    return firing_frequencies(model, saes(site=SITES, layer=LAYER), spread_rows(model, None, CONTEXT, ROWS))
 
 
 def domains(model: Any) -> pd.DataFrame:
@@ -86,28 +81,20 @@ def precision(model: Any) -> pd.DataFrame:
         loaded = model if dtype == "float32" else gs.load_model(MODEL, dtype=dtype)
         return loaded, saes(dtype, site=SITES, d_sae=WIDTH, canonical=True)
 
-    return by_dtype(load, _tokens(model))
+    return by_dtype(load, spread_rows(model, None, CONTEXT, ROWS))
 
 
 def uniformity(model: Any) -> pd.DataFrame:
     """Appendix C.3: all SAEs of one layer."""
-    return importance_uniformity(model, saes(site=SITES, layer=LAYER), _tokens(model, 32), POSITIONS)
+    return importance_uniformity(
+        model, saes(site=SITES, layer=LAYER), spread_rows(model, None, CONTEXT, UNIFORMITY_ROWS), POSITIONS
+    )
 
 
 def probes(model: Any) -> pd.DataFrame:
     """Do latents mean something? The three residual SAEs of 1,024 latents of one layer."""
     data = bundled_concepts(model.tokenizer)
     return probe_concepts(model, saes(site="res", layer=LAYER, d_sae=WIDTH), data, PROBE_K, batch_size=32)
-
-
-STUDIES: dict[str, tuple[Callable[[Any], pd.DataFrame], str]] = {
-    "position": (position, "position_figure"),
-    "frequency": (frequency, "frequency_figure"),
-    "domains": (domains, "domain_figure"),
-    "precision": (precision, "precision_figure"),
-    "uniformity": (uniformity, "uniformity_figure"),
-    "probes": (probes, "probe_figure"),
-}
 
 
 def _position(rows: pd.DataFrame) -> str:
@@ -163,22 +150,31 @@ def _probes(rows: pd.DataFrame) -> str:
     for concept in dict.fromkeys(rows["concept"]):
         lines.append([str(concept), *(f"{means[concept, kind, k]:.3f}" for kind, k in columns)])
     for name, tokens in (("mean of rows", False), ("mean of tokens", True)):
-        part = rows[rows["concept"].map(_of_tokens) == tokens].groupby(["features", "k"])["auroc"].mean()
+        part = rows[rows["concept"].map(of_tokens) == tokens].groupby(["features", "k"])["auroc"].mean()
         lines.append([f"**{name}**", *(f"**{part[kind, k]:.3f}**" for kind, k in columns)])
     return markdown(head, lines)
 
 
-def _of_tokens(concept: str) -> bool:
+def of_tokens(concept: str) -> bool:
+    """Whether a concept of the bundled text is about tokens, not rows."""
     return concept.startswith(("code: ", "sentence: "))
 
 
-TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
-    "position": _position,
-    "frequency": _frequency,
-    "domains": _domains,
-    "precision": _precision,
-    "uniformity": _uniformity,
-    "probes": _probes,
+class Study(NamedTuple):
+    """How a study is run, drawn by ``viz.study_figures`` and shown on the page."""
+
+    run: Callable[[Any], pd.DataFrame]
+    figure: str
+    table: Callable[[pd.DataFrame], str]
+
+
+STUDIES = {
+    "position": Study(position, "position_figure", _position),
+    "frequency": Study(frequency, "frequency_figure", _frequency),
+    "domains": Study(domains, "domain_figure", _domains),
+    "precision": Study(precision, "precision_figure", _precision),
+    "uniformity": Study(uniformity, "uniformity_figure", _uniformity),
+    "probes": Study(probes, "probe_figure", _probes),
 }
 
 
@@ -189,20 +185,20 @@ def stored(name: str) -> pd.DataFrame:
 
 def with_all_tables(page: str) -> str:
     """``page`` with every table made anew; errors as :func:`scripts.page_tables.with_tables` raises them."""
-    return with_tables(page, {name: make(stored(name)) for name, make in TABLES.items()})
+    return with_tables(page, {name: study.table(stored(name)) for name, study in STUDIES.items()})
 
 
 def main(names: list[str]) -> None:
     """Run the studies of these names, or all, and write figures and page."""
     model = None
-    for name, (study, drawn) in STUDIES.items():
+    for name, study in STUDIES.items():
         if names and name not in names:
             continue
         model = model or gs.load_model(MODEL)
-        found = study(model)
+        found = study.run(model)
         text = found.to_csv(index=False, float_format="%.6g", lineterminator="\n")
         write_atomically(FOLDER / f"{name}.csv", text)
-        save_figure(getattr(study_figures, drawn)(stored(name)), FOLDER / f"{name}.png")
+        save_figure(getattr(study_figures, study.figure)(stored(name)), FOLDER / f"{name}.png")
         print(name, len(found), "rows", flush=True)
     write_atomically(PAGE, with_all_tables(PAGE.read_text(encoding="utf-8")))
 

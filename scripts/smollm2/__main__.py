@@ -17,15 +17,13 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.frontier import Budget, PeerSettings, comparison, load_points, ours, save_points
+from benchmarks.frontier import Budget, PeerSettings, comparison, draw, ours, save_points
 from benchmarks.pareto import BUDGET as BUNDLED_BUDGET
 from benchmarks.pareto import peers
 from benchmarks.recipe_search import FOLDER, Log, chosen, score_ours, search
 from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.training.recipe import Recipe
-from gemma_scope_tl.viz.figures import save_figure
-from gemma_scope_tl.viz.training_figures import pareto
 from scripts.smollm2.data import describe, load_activations, token_rows
 from scripts.smollm2.data import harvest as harvest_activations
 from scripts.smollm2.measure import evaluated
@@ -118,13 +116,7 @@ def run(work: Work = DEFAULT_WORK, threads: Threads = 2, steps: int = BUDGET.ste
 @app.command()
 def figure(out: Annotated[Path, typer.Option(help="Where to.")] = FIGURE) -> None:
     """Draw the figure from the stored results."""
-    import pandas as pd
-
-    stored = load_points(NAME)
-    tokens = stored["setting"]["tokens"] / 1e6
-    title = f"SmolLM2-135M (4-bit), residual stream after layer {LAYER}, {BUDGET.d_sae} latents, {tokens:.1f}M tokens"
-    frame = pd.DataFrame(stored["points"])
-    typer.echo(save_figure(pareto(frame, ("fvu", "delta_loss", "dense_share"), title=title), out))
+    typer.echo(draw(NAME, f"SmolLM2-135M (4-bit), residual stream after layer {LAYER}", out))
 
 
 @app.command(name="all")

@@ -56,7 +56,7 @@ def test_which_latents_are_dense_or_dead() -> None:
 
 def test_what_is_said_of_the_studies() -> None:
     probes = study_page.stored("probes").groupby(["concept", "features", "k"])["auroc"].mean()
-    of_tokens = [name for name in probes.index.unique("concept") if study_page._of_tokens(name)]
+    of_tokens = [name for name in probes.index.unique("concept") if study_page.of_tokens(name)]
     assert len(of_tokens) == 4
     for concept in of_tokens:
         assert all(probes[concept, "latents", k] > probes[concept, "random", k] for k in study_page.PROBE_K)
