@@ -183,13 +183,15 @@ def search_ours(
     budget: Budget,
     place: Place,
     *,
+    start: Recipe = FAST,
+    stages: Sequence[Sequence[dict[str, Any]]] = OUR_STAGES,
     report: Callable[[str], Any] = print,
 ) -> Recipe:
     """Our best settings at the target L0, which is steered to and not searched for. Arguments as :func:`search`'s."""
 
-    best = replace(FAST, batch_size=budget.batch_size)
+    best = replace(start, batch_size=budget.batch_size)
     lowest = score_ours(log, x, held, best, target, budget, place, report=report)
-    for stage in OUR_STAGES:
+    for stage in stages:
         tried = [replace(best, **change) for change in stage]
         scored = [(score_ours(log, x, held, one, target, budget, place, report=report), one) for one in tried]
         value, one = min(scored, key=lambda pair: pair[0])

@@ -17,11 +17,12 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.frontier import Budget, PeerSettings, comparison, draw, ours, save_points
+from benchmarks.frontier import Budget, PeerSettings, comparison, draw, load_points, ours, save_points
 from benchmarks.pareto import BUDGET as BUNDLED_BUDGET
 from benchmarks.pareto import peers
-from benchmarks.recipe_search import FOLDER, Log, chosen, score_ours, search
+from benchmarks.recipe_search import FOLDER, Log, chosen, search, search_ours
 from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.training.recipe import Recipe
 from scripts.smollm2.data import describe, load_activations, token_rows
@@ -62,9 +63,16 @@ def harvest(work: Work = DEFAULT_WORK, tokens: Tokens = TOKENS, threads: Threads
 
 @app.command(name="search")
 def search_command(work: Work = DEFAULT_WORK, threads: Threads = 2) -> None:
-    """Adapt the settings found on the bundled model: learning rates of both, the peer's coefficients."""
+    """Adapt the settings found on the bundled model to this one: the peer's, then ours."""
     torch.set_num_threads(threads)
     held, x = _activations(work)
+    log = Log(FOLDER / f"{NAME}.jsonl", f"layer {LAYER}")
+    best = {**_search_peer(log, x, held), "ours": asdict(_search_ours(log, x, held))}
+    write_atomically(FOLDER / f"{NAME}.json", json.dumps(best, indent=2) + "\n")
+
+
+def _search_peer(log: Log, x: Tensor, held: Tensor) -> dict[str, Any]:
+    """SAELens's learning rates and coefficients."""
     plan = {
         mode: (PeerSettings(**entry["settings"]), float(entry["coefficient"]) * WIDTHS)
         for mode, entry in chosen(BUNDLED).items()
@@ -76,37 +84,60 @@ def search_command(work: Work = DEFAULT_WORK, threads: Threads = 2) -> None:
         if mode != "quadratic"
     }
     guesses = {mode: guess for mode, (_, guess) in plan.items()}
-    log = Log(FOLDER / f"{NAME}.jsonl", f"layer {LAYER}")
     found = search(log, x, held, MIDDLE, SEARCH_BUDGET, stages=stages, guesses=guesses, report=typer.echo)
-    best: dict[str, Any] = {mode: {"settings": asdict(one), "coefficient": at} for mode, (one, at) in found.items()}
-    recipe = Recipe.from_json(chosen(BUNDLED)["ours"])
-    tried = [replace(recipe, lr=recipe.lr * factor) for factor in (1.0, 1 / 3, 3.0)]
+    return {mode: {"settings": asdict(one), "coefficient": at} for mode, (one, at) in found.items()}
 
-    def score(one: Recipe) -> float:
-        short = shortened(one, SEARCH_BUDGET)
-        return score_ours(log, x, held, short, MIDDLE, SEARCH_BUDGET, PLACE, report=typer.echo)
 
-    best["ours"] = asdict(min(tried, key=score))
-    write_atomically(FOLDER / f"{NAME}.json", json.dumps(best, indent=2) + "\n")
+def _search_ours(log: Log, x: Tensor, held: Tensor) -> Recipe:
+    """Our settings, from the bundled model's in this width's units, at the full budget: L0 is steered and needs it."""
+    found = Recipe.from_json(chosen(BUNDLED)["ours"])
+    scale = WIDTHS**-0.5
+    start = replace(
+        shortened(found, BUDGET),
+        **{name: getattr(found, name) * scale for name in ("lr", "init_threshold", "bandwidth")},
+    )
+    return search_ours(log, x, held, MIDDLE, BUDGET, PLACE, start=start, stages=_stages(start), report=typer.echo)
+
+
+def _stages(start: Recipe) -> list[list[dict[str, Any]]]:
+    """What is tried for ours: each value of the start, and factors around it."""
+
+    def scaled(factors: tuple[float, ...], *names: str) -> list[dict[str, Any]]:
+        return [{name: getattr(start, name) * factor for name in names} for factor in factors]
+
+    return [
+        scaled((1 / 4, 1 / 16), "l0_coefficient"),
+        scaled((1 / 2, 2.0), "lr"),
+        scaled((1 / 3, 2.0), "init_threshold", "bandwidth"),
+        scaled((1 / 2,), "init_threshold"),
+        [{"betas": (0.0, 0.9)}, {"betas": (0.0, 0.99)}],
+        [{"lr_decay": 0.8}],
+    ]
 
 
 @app.command()
-def run(work: Work = DEFAULT_WORK, threads: Threads = 2, steps: int = BUDGET.steps) -> None:
+def run(
+    work: Work = DEFAULT_WORK,
+    threads: Threads = 2,
+    keep_peer: Annotated[bool, typer.Option(help="Train ours only, and keep the stored results of the peer.")] = False,
+) -> None:
     """Train both at three sparsities on the stored activations, and evaluate on held-out text."""
     torch.set_num_threads(threads)
     held, x = _activations(work)
-    budget = replace(BUDGET, steps=steps)
     best = chosen(NAME)
-    trained = ours(x, shortened(Recipe.from_json(best["ours"]), budget), TARGETS, budget, PLACE)
-    trained += peers(x, held, best, PEER_TARGETS, budget, MIDDLE)
+    trained = ours(x, Recipe.from_json(best["ours"]), TARGETS, BUDGET, PLACE)
+    if not keep_peer:
+        trained += peers(x, held, best, PEER_TARGETS, BUDGET, MIDDLE)
     points = evaluated(work / "model", token_rows(work, "heldout", HELDOUT_TOKENS), trained)
     setting: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct, weights 4-bit quantised (GGUF Q4_1)",
         "place": f"residual stream after layer {LAYER} of 30",
-        "budget": asdict(budget),
+        "budget": asdict(BUDGET),
         "activations": len(x),
-        "tokens": budget.steps * budget.batch_size,
+        "tokens": BUDGET.steps * BUDGET.batch_size,
     }
+    if keep_peer:
+        points += _stored_peer(setting)
     rows = comparison(points, "SmolLM2-135M (4-bit), middle residual stream")
     typer.echo(save_points(NAME, rows, setting=setting, points=points))
     for point in points:
@@ -126,6 +157,14 @@ def everything(work: Work = DEFAULT_WORK, threads: Threads = 2) -> None:
     search_command(work, threads)
     run(work, threads)
     figure()
+
+
+def _stored_peer(setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """The peer's points of the stored results, which must be of the same data and budget."""
+    stored = load_points(NAME)
+    if stored["setting"] != setting:
+        raise GemmaScopeError(f"The stored results are of {stored['setting']}, not {setting}: run without --keep-peer.")
+    return [point for point in stored["points"] if point["recipe"] != "ours"]
 
 
 def shortened(recipe: Recipe, budget: Budget) -> Recipe:
