@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,20 +102,30 @@ def train_suite(
 def _train(
     folder: Path, config: SuiteConfig, groups: Sequence[Group], source: OpenSource, progress: bool, shard: Shard
 ) -> pd.DataFrame:
-    began, before = time.time(), torch.get_num_threads()
-    run = Run(config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, progress, shard)
-    first = run.step
-    try:
-        saes = run.to_the_end()
-    finally:
-        run.close()
-        torch.set_num_threads(before)  # the run's number is not the caller's
-        if shard.leads:
-            _note_run(folder, began, first, run)
+    began = time.time()
+    with _own_threads():
+        run = Run(config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, progress, shard)
+        first = run.step
+        try:
+            saes = run.to_the_end()
+        finally:
+            run.close()
+            if shard.leads:
+                _note_run(folder, began, first, run)
     rows = write_release(folder, saes, shard)
     if shard.leads:
         write_suite(folder, config, run.scales, rows)
     return _finished(folder, config, shard)
+
+
+@contextmanager
+def _own_threads() -> Generator[None, None, None]:
+    """Within the context torch's number of threads may be changed; the caller's comes back."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _note_run(folder: Path, began: float, first: int, run: Run) -> None:

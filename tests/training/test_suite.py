@@ -45,6 +45,17 @@ def test_the_number_of_threads_is_the_callers_again(tmp_path: Path) -> None:
     assert torch.get_num_threads() == 2
 
 
+def test_the_number_of_threads_is_the_callers_again_after_a_failed_start(tmp_path: Path) -> None:
+    class NoScales(PlantedSource):
+        def mean_squares(self, rows: int) -> Any:
+            raise OSError("the disk went away")
+
+    torch.set_num_threads(2)
+    with pytest.raises(OSError, match="went away"):
+        _train(tmp_path / "run", NoScales, threads=1)
+    assert torch.get_num_threads() == 2
+
+
 def test_files_and_measurements(finished: Path) -> None:
     """L0 and FVU in the table are those of the files, computed by NumPy in float64 on the batches after training."""
     table = _train(finished)
