@@ -15,7 +15,7 @@ from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError, UnknownNa
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.sites import SITES, SiteName, get_site
 from gemma_scope_tl.training.config_file import override_key, read_config
-from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER, Recipe
+from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER, Recipe, fast
 
 PRESETS: Mapping[str, Recipe] = {"paper": PAPER, "fast": FAST, "gemma_scope_2": GEMMA_SCOPE_2}
 NO_EFFECT = ("output", "threads", "checkpoint_every", "loggers")
@@ -199,7 +199,8 @@ class SuiteConfig(Section):
         output: its folder: checkpoints, metrics and the finished suite.
         model, data, source: see there. Without ``data`` the source must be a store.
         steps, tokens: how long SAEs are trained; one of both, unless every entry of the grid says its own.
-        recipe: ``preset`` (paper, fast, gemma_scope_2) and values that differ from it.
+        recipe: ``preset`` (paper, fast, gemma_scope_2) and values that differ from it. ``fast`` adapts its rate,
+            threshold and bandwidth to the width of each place (:func:`~gemma_scope_tl.training.recipe.fast`).
         grid: the SAEs.
         only: patterns of names; SAEs of the grid that fit none of them are left out. Empty for all.
         seed: of everything that is drawn.
@@ -260,8 +261,12 @@ class SuiteConfig(Section):
 
     @property
     def recipes(self) -> list[Recipe]:
-        """The recipe of every entry of the grid."""
+        """The recipe of every entry of the grid, as it is before :meth:`recipe_at`."""
         return [merged_recipe({**self.recipe, **entry.recipe}) for entry in self.grid]
+
+    def recipe_at(self, entry: GridEntry, d_in: int) -> Recipe:
+        """The recipe of an entry for activations of ``d_in`` dimensions."""
+        return merged_recipe({**self.recipe, **entry.recipe}, d_in)
 
     @property
     def batch_size(self) -> int:
@@ -275,8 +280,12 @@ class SuiteConfig(Section):
         return self.model_dump(mode="json", exclude=left_out)
 
 
-def merged_recipe(values: Mapping[str, Any]) -> Recipe:
+def merged_recipe(values: Mapping[str, Any], d_in: int | None = None) -> Recipe:
     """The recipe that ``preset`` (the paper's unless given) and further values describe.
+
+    Args:
+        values: as in a configuration; what it gives is taken as it is.
+        d_in: the width of the activations, for the preset ``fast``, which depends on it.
 
     Raises:
         GemmaScopeError: no such preset or value, or a value that cannot be.
@@ -285,7 +294,8 @@ def merged_recipe(values: Mapping[str, Any]) -> Recipe:
     preset = rest.pop("preset", "paper")
     if preset not in PRESETS:
         raise unknown_name("recipe preset", preset, PRESETS)
-    return Recipe.from_json({**asdict(PRESETS[preset]), **rest})
+    recipe = fast(d_in) if preset == "fast" and d_in is not None else PRESETS[preset]
+    return Recipe.from_json({**asdict(recipe), **rest})
 
 
 def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: Sequence[str] = ()) -> SuiteConfig:

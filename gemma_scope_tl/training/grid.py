@@ -54,7 +54,8 @@ def groups_of(config: SuiteConfig, dims: ModelDims) -> list[Group]:
     for entry, recipe in zip(config.grid, config.recipes, strict=True):
         steps = _steps(config, entry, recipe)
         for place in _places(entry, dims):
-            for spec in _specs(entry, place, recipe, config.seed):
+            own = config.recipe_at(entry, get_site(place.site).d_in(dims))
+            for spec in _specs(entry, place, own, config.seed):
                 names.append(spec.name)
                 if not config.only or any(fnmatchcase(spec.name, pattern) for pattern in config.only):
                     groups.setdefault((place, steps), []).append(spec)

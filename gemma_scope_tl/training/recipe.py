@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -229,8 +229,28 @@ FAST = Recipe(
 - The second moment is a mean over about 20 steps and not 1,000: what it holds of the first steps, when gradients are
   large, would slow a run that is no longer than that memory.
 
-Loss, no momentum, Adam's epsilon, unit decoder rows, projection and initialisation are the paper's.
+Loss, no momentum, Adam's epsilon, unit decoder rows, projection and initialisation are the paper's. Rate, threshold and
+bandwidth are for :data:`FAST_WIDTH` dimensions: :func:`fast` has them for others.
 """
+
+FAST_WIDTH = 128
+"""The width of the activations on which :data:`FAST` was found."""
+
+
+def fast(d_in: int) -> Recipe:
+    """:data:`FAST` for activations of another width: rate, threshold and bandwidth times ``sqrt(FAST_WIDTH / d_in)``.
+
+    Of an activation of length 1, a unit direction sees about ``1 / sqrt(d_in)``. Pre-activations, entries of weights and
+    biases all have that size, and so must what is compared with them and what moves them.
+
+    >>> round(fast(512).init_threshold, 3), fast(FAST_WIDTH) == FAST
+    (0.03, True)
+    """
+    scale = math.sqrt(FAST_WIDTH / d_in)
+    return replace(
+        FAST, lr=FAST.lr * scale, init_threshold=FAST.init_threshold * scale, bandwidth=FAST.bandwidth * scale
+    )
+
 
 GEMMA_SCOPE_2 = Recipe(l0_penalty="quadratic", l0_warm_up_steps=50_000, frequency_coefficient=1e-2)
 """Gemma Scope 2's changes, as far as they are reported (second-hand), to the paper's recipe.

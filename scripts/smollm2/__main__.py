@@ -24,7 +24,7 @@ from benchmarks.recipe_search import FOLDER, Log, chosen, search, search_ours
 from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import write_atomically
-from gemma_scope_tl.training.recipe import Recipe
+from gemma_scope_tl.training.recipe import Recipe, fast
 from scripts.smollm2.data import describe, load_activations, token_rows
 from scripts.smollm2.data import harvest as harvest_activations
 from scripts.smollm2.measure import evaluated
@@ -126,6 +126,7 @@ def run(
     held, x = _activations(work)
     best = chosen(NAME)
     trained = ours(x, Recipe.from_json(best["ours"]), TARGETS, BUDGET, PLACE)
+    trained += ours(x, shortened(fast(x.shape[1]), BUDGET), TARGETS, BUDGET, PLACE, "ours, preset fast")
     if not keep_peer:
         trained += peers(x, held, best, PEER_TARGETS, BUDGET, MIDDLE)
     points = evaluated(work / "model", token_rows(work, "heldout", HELDOUT_TOKENS), trained)
@@ -164,7 +165,7 @@ def _stored_peer(setting: dict[str, Any]) -> list[dict[str, Any]]:
     stored = load_points(NAME)
     if stored["setting"] != setting:
         raise GemmaScopeError(f"The stored results are of {stored['setting']}, not {setting}: run without --keep-peer.")
-    return [point for point in stored["points"] if point["recipe"] != "ours"]
+    return [point for point in stored["points"] if not point["recipe"].startswith("ours")]
 
 
 def shortened(recipe: Recipe, budget: Budget) -> Recipe:
