@@ -240,8 +240,8 @@ FAST_WIDTH = 128
 def fast(d_in: int) -> Recipe:
     """:data:`FAST` for activations of another width: rate, threshold and bandwidth times ``sqrt(FAST_WIDTH / d_in)``.
 
-    Of an activation of length 1, a unit direction sees about ``1 / sqrt(d_in)``. Pre-activations, entries of weights and
-    biases all have that size, and so must what is compared with them and what moves them.
+    Of an activation of length 1, a unit direction sees about ``1 / sqrt(d_in)``. Pre-activations, biases and entries of
+    the weights all have that size, and so must what they are compared with and what moves them.
 
     >>> round(fast(512).init_threshold, 3), fast(FAST_WIDTH) == FAST
     (0.03, True)
