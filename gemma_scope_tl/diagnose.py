@@ -21,7 +21,7 @@ PACKAGES = (
     "safetensors",
     "triton",
 )
-PYTHONS = ((3, 10), (3, 13))
+PYTHONS = ((3, 11), (3, 13))
 GATED = "google/gemma-2-2b"
 HUB_SECONDS = 5.0
 ROOM = 20e9  # bytes: Gemma 2 2B and some SAEs

@@ -53,9 +53,9 @@ def test_the_requirements_of_the_package_leave_out_what_is_seriously_bad() -> No
 
 def test_python_versions() -> None:
     assert list(doctor.python_advice((3, 12))) == []
-    for running in ((3, 9), (3, 14)):
+    for running in ((3, 10), (3, 14)):
         (one,) = doctor.python_advice(running)
-        assert one.serious and "3.10 to 3.13" in one.do
+        assert one.serious and "3.11 to 3.13" in one.do
 
 
 def test_devices() -> None:

@@ -68,5 +68,5 @@ def test_from_the_source_tree() -> None:
 
 def test_python_and_ranges() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for wanted in ('"transformer-lens>=3.9,<4"', '"sae-lens>=6.54,<7"', 'requires-python = ">=3.10,<3.14"'):
+    for wanted in ('"transformer-lens>=3.9,<4"', '"sae-lens>=6.54,<7"', 'requires-python = ">=3.11,<3.14"'):
         assert wanted in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -216,4 +216,4 @@ def _looked_up(mean_norm: float | pd.DataFrame | None, hook: str) -> float:
     rows = mean_norm[mean_norm["hook"] == hook]
     if rows.empty:
         raise unknown_name("hook in mean_norm", hook, mean_norm["hook"], "Measure that site and layer too.")
-    return float(cast(Any, rows["mean_norm"].iloc[0]))
+    return float(rows["mean_norm"].iloc[0])

@@ -1,4 +1,4 @@
-"""SAEs on SmolLM2-135M's middle residual stream: ours and SAELens's own recipe at three sparsities each.
+"""SAEs on SmolLM2-135M's middle residual stream: ours and SAELens's own recipe at several sparsities each.
 
 ``python -m scripts.smollm2 all`` does everything: the model's folder (fetched, checked), activations (2.0M tokens, half
 an hour on one core), the search for the peer's settings, training, evaluation and the figure (about an hour on two idle
@@ -36,7 +36,7 @@ NAME, BUNDLED = "smollm2_pareto", "pareto"
 TOKENS, HELD_ROWS, HELDOUT_TOKENS = 2_000_000, 50_000, 64 * 256
 BUDGET, SEARCH_BUDGET = Budget(d_sae=1_024, steps=600), Budget(d_sae=1_024, steps=300)
 PLACE = Place("res", LAYER)
-TARGETS, PEER_TARGETS, MIDDLE = (16.0, 32.0, 64.0), (14.0, 32.0, 76.0), 32.0
+TARGETS, PEER_TARGETS, MIDDLE = (8.0, 16.0, 32.0, 64.0), (14.0, 32.0, 76.0), 32.0
 WIDTHS = 576 / 128
 """In SAELens's units errors grow with the width of the activations, and so does a coefficient of the same effect."""
 
@@ -121,7 +121,7 @@ def run(
     threads: Threads = 2,
     keep_peer: Annotated[bool, typer.Option(help="Train ours only, and keep the stored results of the peer.")] = False,
 ) -> None:
-    """Train both at three sparsities on the stored activations, and evaluate on held-out text."""
+    """Train both at several sparsities on the stored activations, and evaluate on held-out text."""
     torch.set_num_threads(threads)
     held, x = _activations(work)
     best = chosen(NAME)
