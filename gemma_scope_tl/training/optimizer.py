@@ -47,7 +47,7 @@ class Rate:
 
     def decay(self, last: Tensor) -> Tensor:
         """``beta2^skipped`` for rows whose second moments are right up to step ``last``: float64, ``[rows, 1]``."""
-        return torch.exp((self.step - last).double() * math.log(self.beta2)).unsqueeze(1)
+        return torch.pow(self.beta2, (self.step - last).double()).unsqueeze(1)
 
 
 def adam_(param: Tensor, second: Tensor, grad: Tensor, rate: Rate, decay: Tensor | None = None) -> None:
