@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
+
+from gemma_scope_tl.cli.output import console
 
 if TYPE_CHECKING:
     from gemma_scope_tl.contributing.check import Finding, Report
@@ -112,7 +113,6 @@ def check(
 def _print_report(report: Report) -> None:
     from gemma_scope_tl.contributing.check import CHECKS
 
-    console = Console()
     by_row: dict[str, dict[str, list[Finding]]] = {"": {}} | {row.id: {} for row in report.rows}
     for finding in report.findings:
         by_row.setdefault(finding.row, {}).setdefault(finding.check, []).append(finding)

@@ -190,6 +190,8 @@ def test_the_command(draft: Draft) -> None:
     done = CliRunner().invoke(registry_app, ["check", str(path), "--json"])
     facts = json.loads(done.output)
     assert done.exit_code == 0 and facts["ok"] and {f["check"] for f in facts["findings"]} == set(CHECKS) - {"l0"}
+    done = CliRunner().invoke(registry_app, ["check", str(path)])
+    assert all(row.id in done.output for row in read_release(path).rows), "a name is broken where there is no terminal"
     edit(path, ("d_in: 96", "d_in: 95"), ("site: embedding", "site: '[red]x'"))
     done = CliRunner().invoke(registry_app, ["check", str(path)])
     assert done.exit_code == 1 and "✗" in done.output and "2 problems" in done.output
