@@ -252,10 +252,15 @@ def coefficient_for(
     return math.exp(min(seen, key=lambda pair: abs(pair[1]))[0])
 
 
+def peer_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of SAELens's recipes."""
+    return [point for point in points if point["recipe"].startswith(PEER)]
+
+
 def comparison(points: Sequence[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     """Rows for the README's table: our FVU and delta loss beside the peer's, interpolated to our L0."""
     rows: list[dict[str, Any]] = []
-    peers = [point for point in points if point["recipe"].startswith(PEER)]
+    peers = peer_points(points)
     for point in (point for point in points if point["recipe"] == "ours"):
         for metric, label in (("fvu", "FVU"), ("delta_loss", "delta loss")):
             other = interpolated([(p["l0"], p[metric]) for p in peers], point["l0"])

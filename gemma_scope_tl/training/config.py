@@ -261,11 +261,11 @@ class SuiteConfig(Section):
 
     @property
     def recipes(self) -> list[Recipe]:
-        """The recipe of every entry of the grid, as it is before :meth:`recipe_at`."""
-        return [merged_recipe({**self.recipe, **entry.recipe}) for entry in self.grid]
+        """The recipe of every entry of the grid, for no width in particular."""
+        return [self.recipe_at(entry) for entry in self.grid]
 
-    def recipe_at(self, entry: GridEntry, d_in: int) -> Recipe:
-        """The recipe of an entry for activations of ``d_in`` dimensions."""
+    def recipe_at(self, entry: GridEntry, d_in: int | None = None) -> Recipe:
+        """The recipe of an entry, for activations of ``d_in`` dimensions."""
         return merged_recipe({**self.recipe, **entry.recipe}, d_in)
 
     @property

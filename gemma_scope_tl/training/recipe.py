@@ -173,6 +173,15 @@ class Recipe:
         """
         return 1.0 if step >= self.l0_warm_up_steps else step / self.l0_warm_up_steps
 
+    def rescaled(self, factor: float) -> Recipe:
+        """The recipe for activations of which a unit direction sees ``factor`` times as much.
+
+        Pre-activations, biases and entries of the weights are that much larger, and so are what they are compared with
+        (threshold, bandwidth) and what moves them (rate).
+        """
+        names = ("lr", "init_threshold", "bandwidth")
+        return replace(self, **{name: getattr(self, name) * factor for name in names})
+
     def sae_settings(self) -> dict[str, Any]:
         """Keyword arguments of :class:`~gemma_scope_tl.sae.training.GemmaScopeTrainingSAEConfig`.
 
@@ -238,18 +247,13 @@ FAST_WIDTH = 128
 
 
 def fast(d_in: int) -> Recipe:
-    """:data:`FAST` for activations of another width: rate, threshold and bandwidth times ``sqrt(FAST_WIDTH / d_in)``.
-
-    Of an activation of length 1, a unit direction sees about ``1 / sqrt(d_in)``. Pre-activations, biases and entries of
-    the weights all have that size, and so must what they are compared with and what moves them.
+    """:data:`FAST` :meth:`~Recipe.rescaled` for another width: of an activation of length 1 a unit direction sees about
+    ``1 / sqrt(d_in)``.
 
     >>> round(fast(512).init_threshold, 3), fast(FAST_WIDTH) == FAST
     (0.03, True)
     """
-    scale = math.sqrt(FAST_WIDTH / d_in)
-    return replace(
-        FAST, lr=FAST.lr * scale, init_threshold=FAST.init_threshold * scale, bandwidth=FAST.bandwidth * scale
-    )
+    return FAST.rescaled(math.sqrt(FAST_WIDTH / d_in))
 
 
 GEMMA_SCOPE_2 = Recipe(l0_penalty="quadratic", l0_warm_up_steps=50_000, frequency_coefficient=1e-2)

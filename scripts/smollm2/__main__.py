@@ -17,7 +17,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.frontier import Budget, PeerSettings, comparison, draw, load_points, ours, save_points
+from benchmarks.frontier import Budget, PeerSettings, comparison, draw, load_points, ours, peer_points, save_points
 from benchmarks.pareto import BUDGET as BUNDLED_BUDGET
 from benchmarks.pareto import peers
 from benchmarks.recipe_search import FOLDER, Log, chosen, search, search_ours
@@ -90,12 +90,7 @@ def _search_peer(log: Log, x: Tensor, held: Tensor) -> dict[str, Any]:
 
 def _search_ours(log: Log, x: Tensor, held: Tensor) -> Recipe:
     """Our settings, from the bundled model's in this width's units, at the full budget: L0 is steered and needs it."""
-    found = Recipe.from_json(chosen(BUNDLED)["ours"])
-    scale = WIDTHS**-0.5
-    start = replace(
-        shortened(found, BUDGET),
-        **{name: getattr(found, name) * scale for name in ("lr", "init_threshold", "bandwidth")},
-    )
+    start = shortened(Recipe.from_json(chosen(BUNDLED)["ours"]), BUDGET).rescaled(WIDTHS**-0.5)
     return search_ours(log, x, held, MIDDLE, BUDGET, PLACE, start=start, stages=_stages(start), report=typer.echo)
 
 
@@ -124,12 +119,6 @@ def run(
     """Train both at several sparsities on the stored activations, and evaluate on held-out text."""
     torch.set_num_threads(threads)
     held, x = _activations(work)
-    best = chosen(NAME)
-    trained = ours(x, Recipe.from_json(best["ours"]), TARGETS, BUDGET, PLACE)
-    trained += ours(x, shortened(fast(x.shape[1]), BUDGET), TARGETS, BUDGET, PLACE, "ours, preset fast")
-    if not keep_peer:
-        trained += peers(x, held, best, PEER_TARGETS, BUDGET, MIDDLE)
-    points = evaluated(work / "model", token_rows(work, "heldout", HELDOUT_TOKENS), trained)
     setting: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct, weights 4-bit quantised (GGUF Q4_1)",
         "place": f"residual stream after layer {LAYER} of 30",
@@ -137,8 +126,13 @@ def run(
         "activations": len(x),
         "tokens": BUDGET.steps * BUDGET.batch_size,
     }
-    if keep_peer:
-        points += _stored_peer(setting)
+    kept = _stored_peer(setting) if keep_peer else []
+    best = chosen(NAME)
+    trained = ours(x, Recipe.from_json(best["ours"]), TARGETS, BUDGET, PLACE)
+    trained += ours(x, shortened(fast(x.shape[1]), BUDGET), TARGETS, BUDGET, PLACE, "ours, preset fast")
+    if not keep_peer:
+        trained += peers(x, held, best, PEER_TARGETS, BUDGET, MIDDLE)
+    points = evaluated(work / "model", token_rows(work, "heldout", HELDOUT_TOKENS), trained) + kept
     rows = comparison(points, "SmolLM2-135M (4-bit), middle residual stream")
     typer.echo(save_points(NAME, rows, setting=setting, points=points))
     for point in points:
@@ -165,7 +159,7 @@ def _stored_peer(setting: dict[str, Any]) -> list[dict[str, Any]]:
     stored = load_points(NAME)
     if stored["setting"] != setting:
         raise GemmaScopeError(f"The stored results are of {stored['setting']}, not {setting}: run without --keep-peer.")
-    return [point for point in stored["points"] if not point["recipe"].startswith("ours")]
+    return peer_points(stored["points"])
 
 
 def shortened(recipe: Recipe, budget: Budget) -> Recipe:
