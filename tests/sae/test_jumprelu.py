@@ -316,7 +316,7 @@ def test_files_are_checked_against_the_row(registry: Path) -> None:
         JumpReLUSAE.from_pretrained("res", "any")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: reads /proc")
 def test_float32_on_the_cpu_is_mapped(tmp_path: Path) -> None:
     folder = write(tmp_path).resolve()
     sae = JumpReLUSAE.from_folder(folder)

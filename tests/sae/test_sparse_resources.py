@@ -38,7 +38,7 @@ print(acts.latents.numel(), acts.offsets[1].item(), peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: reads the peak from /proc")
 @pytest.mark.parametrize(
     ("layout", "what"), [("row-major", "forward"), ("row-major", "backward"), ("latent-major", "backward")]
 )

@@ -193,7 +193,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: reads /proc")
 @pytest.mark.parametrize("kind", ["stored", "deflated"])
 def test_the_peak_is_the_result_and_a_slice(tmp_path: Path, kind: str) -> None:
     """64 MiB of float32 to bfloat16: 32 MiB of result; and a few slices of 4 MiB beside it; mapped: neither."""

@@ -65,7 +65,7 @@ def test_deflated_equals_stored(tmp_path: Path) -> None:
     assert all(torch.equal(stored[name], deflated[name]) for name in stored)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: reads /proc")
 def test_tensors_share_the_file(tmp_path: Path) -> None:
     file = write(tmp_path / "params.npz", arrays()).resolve()
     tensor = load_arrays(file)["W_enc"]

@@ -88,7 +88,7 @@ def test_changing_an_array_leaves_the_file_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: reads /proc")
 def test_stored_members_are_mapped_and_not_copied(tmp_path: Path) -> None:
     path = save(tmp_path / "big.npz", x=np.zeros((512, 1024), np.float32)).resolve()
     array = map_array(path, inspect_npz(path)["x"])

@@ -106,7 +106,7 @@ def test_vectors_of_another_width_are_read_properly(tmp_path: Path, dtype: Any) 
     assert found.dtype == getattr(torch, np.dtype(dtype).name)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="holes in files")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: makes holes in files")
 def test_a_row_of_a_file_of_19_gb(tmp_path: Path) -> None:
     """Members over 4 GB have their sizes in zip64 fields; only the pages of the row are read."""
     row = np.arange(2304, dtype=np.float32)
