@@ -103,7 +103,7 @@ def crossover() -> list[str]:
         for name, function in sums.items():
             shares: list[float] = []
             for above in (2.0, -1.0):  # never dense, always dense
-                names = ("DENSE_ROWS", "DENSE_COLUMNS", "DENSE_LATENTS")
+                names = ("DENSE_ROWS", "DENSE_IN_ORDER", "DENSE_COLUMNS", "DENSE_LATENTS")
                 with patch.multiple(ops, **dict.fromkeys(names, above)):
                     shares.append(1 / paired(function, lambda: x @ w_enc, runs=5)["ratio"])
             lines.append(f"{density:6.1%}   {name:36s}{shares[0]:5.2f}  {shares[1]:5.2f}")

@@ -5,11 +5,16 @@ pre-activations; of a large one the second computes them again, one product in s
 ``[batch, latents]`` nor a full gradient ever exists. In a block where few latents are active although many are near,
 the decoder's product and the gradients of both matrices are sums over the active ones, on a CPU many times faster than
 products; early in training, and on a GPU, they are products too.
+
+The active ones are found token by token, as the decoder wants them, and sorted latent by latent, as the gradients do.
+Finding them is the dear part (a processor cannot guess which come next), and sorting many at once is cheap, so what was
+kept is sorted in one go.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +38,11 @@ short, and more is won by having the block in a core's cache (a step of width 12
 ACTIVE_ENTRIES = 0.08
 """Share of a block's pre-activations below which the active ones are added up one by one."""
 
+SAMPLE_ROWS = 512
+"""Pre-activations near their thresholds are counted on a batch's first rows: which pass is faster needs no more."""
+
 KEPT_BYTES = 16 << 20
-"""Pre-activations that the first half keeps for the second."""
+"""Pre-activations that the first half keeps for the second, with the active ones where they are few."""
 
 _SPARE = SpareMemory(keep=4)
 
@@ -54,26 +62,32 @@ class DensePass:
         n, shard = batch.x.shape[0], batch.shard
         partial = batch.x.new_zeros(n, len(member.segments), weights.dec.shape[1])
         self.l0 = batch.x.new_zeros(n)
-        entries = self.l0.new_zeros((), dtype=torch.float64)
+        entries = self.l0.new_zeros((), dtype=torch.int64)
         self.kept: dict[int, Tensor] = {}
+        self.active: dict[int, _Active] = {}  # of blocks whose pre-activations are kept
         whole = self._space(min(KEPT_BYTES // batch.x.element_size(), n * len(self.theta)))
         space = self._space(2 * n * self._block_size())
         for segment, at in self._blocks():
             own, mask = _cut(space, n, at, 2)
-            if whole.numel() >= own.numel():
+            keep = whole.numel() >= own.numel()
+            if keep:
                 own, whole = self.kept.setdefault(at.start, whole[: own.numel()].view_as(own)), whole[own.numel() :]
             z = self._pre(at, own)
-            entries += torch.gt(z, self.theta[at] - 0.5 * member.bandwidth, out=mask).sum(1).double().sum()
+            entries += (z[:SAMPLE_ROWS] > self.theta[at] - 0.5 * member.bandwidth).sum()
             on = torch.gt(z, self.theta[at], out=mask)
-            active = on.sum(1)
-            self.l0 += active
-            if self._few(active.sum(), z):
-                partial[:, segment] += _decoded(z, on, self.dec[at])
+            counts = on.sum(1)
+            self.l0 += counts
+            if self._few(counts.sum(), z):
+                active = _Active.find(z, on)
+                starts = ops.starts_of(counts.long())
+                partial[:, segment] += ops.weighted_rows(starts, active.latent, active.f, self.dec[at])
+                if keep:
+                    self.active[at.start] = active
             else:
                 partial[:, segment].addmm_(on.mul_(z), self.dec[at])
         self.g_out, squares = residuals_(shard.sum_latents(partial), self.b_dec_old, batch.y, batch.n)
         squares = squares.double()
-        counts = shard.sum_latents(torch.stack([self.l0.sum(), entries]).double())
+        counts = shard.sum_latents(torch.stack([self.l0.double().sum(), entries.double() * (n / min(n, SAMPLE_ROWS))]))
         self.sums = shard.sum_data(torch.cat([squares[-1:], squares.mean().view(1), counts]).unsqueeze(0))
 
     def _block_size(self) -> int:
@@ -108,6 +122,8 @@ class DensePass:
         self.b_dec = self.batch.shard.sum_data(self.g_out[:, 0].sum(0, keepdim=True))
         zeros = torch.zeros_like(self.theta)
         self.vectors = Vectors(zeros, zeros.clone(), zeros.clone())
+        if self.active:
+            self.sorted, self.starts = _Active.join(self.active).by_latent(len(self.theta))
 
     def chunks(self, member: int) -> Iterator[Chunk]:
         """See :class:`~gemma_scope_tl.training.stack.Pass`."""
@@ -131,6 +147,15 @@ class DensePass:
         """Whether sums over the ``active`` of a block's pre-activations are faster than products."""
         return not z.is_cuda and float(active) < ACTIVE_ENTRIES * z.numel()
 
+    def _if_few(self, at: slice, z: Tensor, on: Tensor) -> tuple[_Active, Tensor] | None:
+        """A block's active entries by latent and where each latent's begin, if they are few; else their mask ``on``."""
+        if at.start in self.active:
+            starts = self.starts[at.start : at.stop + 1]
+            first, last = int(starts[0]), int(starts[-1])
+            return _Active(*(values[first:last] for values in self.sorted)), starts - first
+        torch.gt(z, self.theta[at], out=on)
+        return _Active.find(z, on).by_latent(at.stop - at.start) if self._few(on.sum(), z) else None
+
     def _block_gradients(self, segment: int, at: slice, space: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of this block's rows of both matrices from this process's rows; fills the block of the vectors."""
         theta, half, g_out = self.theta[at], 0.5 * self.member.bandwidth, self.g_out[:, segment]
@@ -138,23 +163,26 @@ class DensePass:
         kept = self.kept.pop(at.start, None)
         z = self._pre(at, own) if kept is None else kept
         ones = z.new_ones(z.shape[0])
-        fired = ones @ torch.gt(z, theta, out=on)
         torch.gt(z, theta - half, out=near).mul_(torch.lt(z, theta + half, out=work))
-        if self._few(fired.sum(), z):
-            token, here, starts = _by_latent(on)
-            f = z.view(-1).take(here)
+        few = self._if_few(at, z, on)
+        if few is not None:
+            active, starts = few
+            fired = starts.diff().to(z.dtype)
             g = torch.mm(g_out, self.dec[at].T, out=z)
-            g_pre = g.view(-1).take(here)
-            dec, enc = (ops.weighted_rows(starts, token, v, m) for v, m in ((f, g_out), (g_pre, self.batch.x)))
+            g_pre = g.view(-1).index_select(0, active.flat)
+            dec = ops.weighted_rows(starts, active.token, active.f, g_out)
+            enc = ops.weighted_rows(starts, active.token, g_pre, self.batch.x)
             b_enc = torch.segment_reduce(g_pre, "sum", offsets=starts, initial=0)
             charge = (ones @ g.mul_(near)) * theta
         else:
+            fired = ones @ on
             dec = z.mul_(on).T @ g_out
             g = torch.mm(g_out, self.dec[at].T, out=z)
             charge = (ones @ torch.mul(g, near, out=work)) * theta
             b_enc = ones @ g.mul_(on)
             enc = g.T @ self.batch.x
-        sums = torch.stack([b_enc, charge + self.row_prices @ near, fired, ones @ near])
+        close = ones @ near if self.prices.frequency else torch.zeros_like(fired)
+        sums = torch.stack([b_enc, charge + self.row_prices @ near, fired, close])
         b_enc, charge, fired, close = self.batch.shard.sum_data(sums).unbind()
         if self.prices.frequency:
             charge = charge + close * self.prices.of_latents(fired, self.batch.n)
@@ -170,19 +198,30 @@ def _cut(space: Tensor, n: int, at: slice, count: int) -> list[Tensor]:
     return [part.view(n, -1) for part in space[: count * size].split(size)]
 
 
-def _decoded(z: Tensor, on: Tensor, dec: Tensor) -> Tensor:
-    """``(z * on) @ dec`` of a block ``z [batch, block]``, ``[batch, d_out]``."""
-    flat = ops.nonzero(on.bool().view(-1))
-    token = flat.div(z.shape[1], rounding_mode="floor")
-    starts = ops.starts_of(token.bincount(minlength=z.shape[0]))
-    return ops.weighted_rows(starts, flat - token * z.shape[1], z.view(-1).take(flat), dec)
+class _Active(NamedTuple):
+    """The active entries of a block, or of several one after the other."""
 
+    flat: Tensor
+    """Their places in their block ``[batch, block]``, read row by row."""
+    token: Tensor
+    latent: Tensor
+    f: Tensor
 
-def _by_latent(on: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The entries of a block's mask ``on [batch, block]``, latent by latent: their tokens, their places in the block,
-    and where each latent's begin, ``[block + 1]``."""
-    n, block = on.shape
-    flat = ops.nonzero(on.bool().T.contiguous().view(-1))
-    latent = flat.div(n, rounding_mode="floor")
-    token = flat - latent * n
-    return token, token * block + latent, ops.starts_of(latent.bincount(minlength=block))
+    @classmethod
+    def find(cls, z: Tensor, on: Tensor) -> _Active:
+        """Those of a block ``z [batch, block]`` and its mask, token by token."""
+        flat = ops.nonzero(on.bool().view(-1))
+        token = flat.div(z.shape[1], rounding_mode="floor")
+        return cls(flat, token, flat - token * z.shape[1], z.view(-1).index_select(0, flat))
+
+    @classmethod
+    def join(cls, blocks: dict[int, _Active]) -> _Active:
+        """Those of several blocks, each under the number of its first latent."""
+        shifted = (block._replace(latent=block.latent + first) for first, block in blocks.items())
+        return cls(*(torch.cat(parts) for parts in zip(*shifted, strict=True)))
+
+    def by_latent(self, latents: int) -> tuple[_Active, Tensor]:
+        """Latent by latent, tokens ascending, and where each latent's begin, ``[latents + 1]``."""
+        order = ops.stable_order(self.latent, latents)
+        starts = ops.starts_of(self.latent.bincount(minlength=latents))
+        return _Active(*(values.index_select(0, order) for values in self)), starts

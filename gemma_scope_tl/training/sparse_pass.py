@@ -93,7 +93,7 @@ class SparsePass:
         shard = self.batch.shard
         g = ops.sampled(self.offsets, self.latents, self.g_out, self.dec)
         price = self._row_prices(prices).index_select(0, self.row)
-        order = self.latents.to(torch.int32).argsort(stable=True)
+        order = ops.stable_order(self.latents, self.theta.shape[0])
         self.starts = ops.starts_of(self.latents.bincount(minlength=self.theta.shape[0]))
         on, near = self.on.to(g.dtype), self.near.to(g.dtype)
         g_pre = g * on

@@ -100,7 +100,7 @@ def test_any_shape_density_and_blocks(n: int, d_sae: int, threshold: float, widt
 @pytest.mark.parametrize("above", [-1.0, 2.0])
 def test_both_sides_of_the_crossover_agree(above: float, monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = inputs(11), weights()
-    for name in ("DENSE_ROWS", "DENSE_COLUMNS", "DENSE_LATENTS"):
+    for name in ("DENSE_ROWS", "DENSE_IN_ORDER", "DENSE_COLUMNS", "DENSE_LATENTS"):
         monkeypatch.setattr(ops, name, above)
     np.testing.assert_allclose(reconstruct(x, *w)[0].numpy(), dense(x, w)[0], rtol=0, atol=1e-12)
 
@@ -128,6 +128,25 @@ def test_nan_is_kept_and_stays_in_its_token() -> None:
     assert acts.to_dense()[1].isnan().all()
     assert out.isnan().any(1).tolist() == [False, True, False, False]
     assert SparseActs.from_dense(acts.to_dense()).latents.tolist() == acts.latents.tolist()
+
+
+@pytest.mark.parametrize("threads", [0, 1 << 10], ids=["torch", "numpy"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_true_bytes_are_found_in_order(threads: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "NUMPY_THREADS", threads)
+    whole = torch.rand(5_000, generator=torch.Generator().manual_seed(0)) < share
+    for first, size in ((0, 5_000), (8, 64), (3, 64), (1, 203), (0, 0)):
+        mask = whole[first : first + size]
+        assert ops.nonzero(mask).tolist() == [i for i, on in enumerate(mask.tolist()) if on]
+
+
+@pytest.mark.parametrize("below", [1 << 15, (1 << 15) + 1])
+def test_equal_numbers_stay_in_order(below: int) -> None:
+    """On both sides of the largest 16-bit number, with more entries than PyTorch's radix sort begins at."""
+    numbers = torch.randint(below, (40_000,), generator=torch.Generator().manual_seed(0))
+    numbers[::7] = below - 1
+    expected = np.argsort(numbers.numpy(), kind="stable")
+    np.testing.assert_array_equal(ops.stable_order(numbers, below).numpy(), expected)
 
 
 def test_a_pre_activation_at_its_threshold_is_off() -> None:

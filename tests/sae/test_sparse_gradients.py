@@ -32,12 +32,14 @@ def dense(x: Tensor, w_enc: Tensor, b_enc: Tensor, threshold: Tensor, w_dec: Ten
     return jumprelu(x @ w_enc + b_enc, threshold, BANDWIDTH).to(w_dec.dtype) @ w_dec + b_dec
 
 
-@pytest.fixture(params=["sparse", "dense", "latent-major"])
+@pytest.fixture(params=["sparse", "in order", "dense", "latent-major"])
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Sparse sums only; dense products only, in chunks of two tokens; W_enc with contiguous columns."""
-    for name in ("DENSE_ROWS", "DENSE_COLUMNS", "DENSE_LATENTS"):
+    """Sparse sums only, of a matrix that fits the cache or not; dense products only, in chunks of two tokens; and W_enc
+    with contiguous columns."""
+    for name in ("DENSE_ROWS", "DENSE_IN_ORDER", "DENSE_COLUMNS", "DENSE_LATENTS"):
         monkeypatch.setattr(ops, name, -1.0 if request.param == "dense" else 2.0)
     monkeypatch.setattr(ops, "DENSE_BYTES", 2 * 8 * D_SAE)
+    monkeypatch.setattr(ops, "CACHED_BYTES", 0 if request.param == "in order" else 1 << 40)
     return request.param
 
 
