@@ -210,9 +210,7 @@ class _Active(NamedTuple):
     @classmethod
     def find(cls, z: Tensor, on: Tensor) -> _Active:
         """Those of a block ``z [batch, block]`` and its mask, token by token."""
-        flat = ops.nonzero(on.bool().view(-1))
-        token = flat.div(z.shape[1], rounding_mode="floor")
-        return cls(flat, token, flat - token * z.shape[1], z.view(-1).index_select(0, flat))
+        return cls(*ops.entries(z, on.bool()))
 
     @classmethod
     def join(cls, blocks: dict[int, _Active]) -> _Active:
@@ -222,6 +220,5 @@ class _Active(NamedTuple):
 
     def by_latent(self, latents: int) -> tuple[_Active, Tensor]:
         """Latent by latent, tokens ascending, and where each latent's begin, ``[latents + 1]``."""
-        order = ops.stable_order(self.latent, latents)
-        starts = ops.starts_of(self.latent.bincount(minlength=latents))
+        order, starts = ops.groups(self.latent, latents)
         return _Active(*(values.index_select(0, order) for values in self)), starts

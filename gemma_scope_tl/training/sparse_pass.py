@@ -91,10 +91,9 @@ class SparsePass:
     def backward(self, prices: Sequence[Prices]) -> None:
         """Gradients of the entries' values, brought into the order of the latents, and their sums for each latent."""
         shard = self.batch.shard
-        g = ops.sampled(self.offsets, self.latents, self.g_out, self.dec)
+        order, self.starts = by_latent = ops.groups(self.latents, self.theta.shape[0])
+        g = ops.sampled(self.offsets, self.latents, self.g_out, self.dec, by_latent)
         price = self._row_prices(prices).index_select(0, self.row)
-        order = ops.stable_order(self.latents, self.theta.shape[0])
-        self.starts = ops.starts_of(self.latents.bincount(minlength=self.theta.shape[0]))
         on, near = self.on.to(g.dtype), self.near.to(g.dtype)
         g_pre = g * on
         columns = torch.stack([g_pre, near * (self.theta_at * g + price), on, near], 1).index_select(0, order)

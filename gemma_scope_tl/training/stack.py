@@ -102,7 +102,8 @@ class Pass(Protocol):
     Attributes:
         members: the SAEs.
         sums: ``[members, 4]`` in float64 after the forward half, over all processes: of ``||e||^2`` for the whole SAE
-            and for the mean of its prefixes, of active latents, and of pre-activations above the kernel's lower end.
+            and for the mean of its prefixes, of active latents, and of pre-activations above the kernel's lower end
+            (from a sample of the rows where products are dense).
         vectors: complete once the chunks of all members have been taken.
         b_dec: ``[members, d_out]``, likewise.
     """
