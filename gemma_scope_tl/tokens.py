@@ -46,6 +46,26 @@ def left_padding_mask(tokens: Int[torch.Tensor, "batch pos"], tokenizer: Any) ->
     return 1 - leading
 
 
+def text_mask(tokens: Int[torch.Tensor, "batch pos"], tokenizer: Any) -> Bool[torch.Tensor, "batch pos"]:
+    """True at text, False at the padding on either side of a row; a row of padding alone is False throughout.
+
+    Where the padding token is also BOS, the last of a leading run is the text's own BOS; where it is also EOS, the
+    first of a trailing run is the text's own EOS.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    is_pad = tokens == pad
+    leading = is_pad.long().cumprod(dim=-1).bool()
+    trailing = is_pad.flip(-1).long().cumprod(dim=-1).flip(-1).bool()
+    none = torch.zeros_like(is_pad[:, :1])
+    if pad == getattr(tokenizer, "bos_token_id", None):
+        leading = torch.cat([leading[:, 1:], none], dim=1)
+    if pad == getattr(tokenizer, "eos_token_id", None):
+        trailing = torch.cat([none, trailing[:, :-1]], dim=1)
+    return ~(leading | trailing | is_pad.all(dim=-1, keepdim=True))
+
+
 class TokenTracker:
     """Remembers the token ids that last entered the model's embedding, also through cached generation.
 

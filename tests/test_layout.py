@@ -25,6 +25,7 @@ ORDER = [
     "sae",
     "tokens",
     "positions",
+    "inputs",
     "attached",
     "splicing",
     "interventions",
