@@ -10,6 +10,7 @@ import torch
 
 from gemma_scope_tl.attached import AttachedSAE
 from gemma_scope_tl.errors import unknown_name
+from gemma_scope_tl.inputs import tokenize
 from gemma_scope_tl.interventions import Intervention
 from gemma_scope_tl.sites import ModelDims
 from gemma_scope_tl.splicing import SpliceMixin, translate_hook_name
@@ -139,3 +140,27 @@ class GemmaModel(SpliceMixin):
         if isinstance(input, torch.Tensor) and input.is_floating_point() and not self.token_tracker.generating:
             self.token_tracker.clear()
         return super().forward(input, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool | None = None,
+    ) -> torch.Tensor:
+        """Token ids ``[batch, pos]`` of a text or several, as in TransformerLens; a text that brings its own BOS (what
+        chat templates write) gets no second one.
+
+        Args:
+            input: a text or several.
+            prepend_bos: None for the model's default, which is True.
+            padding_side: ``"left"`` or ``"right"``, None for the tokenizer's.
+            move_to_device: put the ids where the model is.
+            truncate: True cuts texts to the model's context, None does so with a warning, False leaves them whole.
+
+        Raises:
+            GemmaScopeError: no tokenizer, no text, or a text that is no Unicode.
+        """
+        ids, _ = tokenize(self, input, prepend_bos, padding_side, truncate)
+        return ids.to(self.cfg.device) if move_to_device else ids
