@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from operator import index
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 
 from gemma_scope_tl.errors import SpliceError
+
+ExcludeTokens = bool | Iterable[int] | torch.Tensor
 
 
 def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -22,6 +25,57 @@ def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
         return ()
     ids = {getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
     return tuple(sorted(i for i in ids if i is not None))
+
+
+def excluded_choice(exclude: Any) -> bool | tuple[int, ...]:
+    """What ``exclude_special_tokens`` says, whatever it is given as: True, False, or token ids, sorted.
+
+    Raises:
+        SpliceError: for anything but a bool and an iterable of ids, such as one bare int, a mask, or a negative id.
+    """
+    single = exclude.item() if getattr(exclude, "ndim", None) == 0 else exclude
+    if isinstance(single, bool):
+        return single
+    try:
+        given = exclude.tolist() if hasattr(exclude, "tolist") else list(exclude)
+        if isinstance(exclude, (str, bytes)) or any(isinstance(one, bool) for one in given):
+            raise TypeError
+        ids = sorted({index(one) for one in given})
+    except TypeError:
+        ids = [-1]
+    if ids and ids[0] < 0:
+        raise SpliceError(
+            "exclude_special_tokens takes True (BOS, EOS and padding), False, or token ids such as [0, 1, 2]; given: "
+            f"{exclude!r}."
+        )
+    return tuple(ids)
+
+
+def excluded_ids(tokenizer: Any, exclude: ExcludeTokens, must_know: bool = False) -> tuple[int, ...]:
+    """The token ids that ``exclude_special_tokens`` names, for every function that has the argument.
+
+    Args:
+        tokenizer: of the model; may be None.
+        exclude: True for BOS, EOS and padding of ``tokenizer`` (none without one), False for none, or the ids
+            themselves: any iterable of ints, NumPy's and torch's included.
+        must_know: refuse True where no tokenizer says which ids are special, instead of excluding none.
+
+    Returns:
+        The ids, sorted.
+
+    Raises:
+        SpliceError: as :func:`excluded_choice`; with ``must_know``, as above.
+    """
+    choice = excluded_choice(exclude)
+    if not isinstance(choice, bool):
+        return choice
+    special = special_token_ids(tokenizer) if choice else ()
+    if choice and must_know and not special:
+        raise SpliceError(
+            "The model has no tokenizer, so BOS, EOS and padding are unknown: pass their ids, or "
+            "exclude_special_tokens=False."
+        )
+    return special
 
 
 def special_mask(tokens: Int[torch.Tensor, "batch pos"], ids: Iterable[int]) -> Bool[torch.Tensor, "batch pos"]:
