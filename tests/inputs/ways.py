@@ -38,9 +38,9 @@ def ways(tokenizer: Any) -> dict[str, Any]:
     left, right = padded(rows, "left"), padded(rows, "right")
     lists = [row.tolist() for row in rows]
     table = datasets.Dataset.from_dict({"text": TEXTS, "ids": lists})
-    encoded = {
-        side: tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side=side) for side in ("left", "right")
-    }
+    options = {"return_tensors": "pt", "padding": True}
+    encoded = {side: tokenizer(TEXTS, padding_side=side, **options) for side in ("left", "right")}
+    ones = padded([torch.ones_like(row) for row in rows], "right")
     return {
         "list": {"text": list(TEXTS)},
         "tuple": {"text": tuple(TEXTS)},
