@@ -34,7 +34,7 @@ class Rows:
 
     Attributes:
         start: ``[batch]``, the first column that is not padding.
-        length: ``[batch]``, how many tokens of the prompt follow from there, padding on the right not counted.
+        length: ``[batch]``, how many columns of the prompt follow from there, padding on the right not counted.
         total: columns so far.
         growing: whether more are being generated.
         moved: ``[batch]``, by how many columns each row was moved to the right before generation; None for not at all.
@@ -57,9 +57,9 @@ def rows_of_mask(mask: Bool[torch.Tensor, "batch total"], prompt: int, growing: 
 
     A row of padding alone has no positions.
     """
-    given = mask[:, :prompt].long()
-    start = (1 - given).cumprod(-1).sum(-1)
-    return Rows(start, given.sum(-1), mask.shape[1], growing)
+    padding = (~mask[:, :prompt]).long()
+    start, behind = padding.cumprod(-1).sum(-1), padding.flip(-1).cumprod(-1).sum(-1)
+    return Rows(start, (prompt - start - behind).clamp(min=0), mask.shape[1], growing)
 
 
 def rows_of_ids(ids: Int[torch.Tensor, "batch total"], prompt: int, tokenizer: Any, growing: bool) -> Rows:

@@ -12,7 +12,7 @@ from gemma_scope_tl.adapters.generation import Generates
 from gemma_scope_tl.adapters.keywords import check_keywords, named
 from gemma_scope_tl.attached import AttachedSAE
 from gemma_scope_tl.errors import SpliceError, unknown_name
-from gemma_scope_tl.inputs import as_batch
+from gemma_scope_tl.inputs import as_batch, tokenize
 from gemma_scope_tl.interventions import Intervention
 from gemma_scope_tl.sites import ModelDims
 from gemma_scope_tl.splicing import SpliceMixin, translate_hook_name
@@ -154,6 +154,9 @@ class GemmaModel(Generates, SpliceMixin):
         if embedded or call.get("start_at_layer") is not None:
             return self._forward_embedded(input, call)
         cache, seen = self._cache_of(call)
+        covered = getattr(call.get("attention_mask"), "shape", (0, 0))[-1]
+        if cache is not None and isinstance(input, torch.Tensor) and covered > input.shape[-1]:
+            seen = max(seen, covered - input.shape[-1])  # the caller knows what a cache holds that nothing has read yet
         if seen or self.token_tracker.generating:
             return self._forward_on(input, call, cache, seen)
         return self._forward_text(input, call, cache)
@@ -162,7 +165,7 @@ class GemmaModel(Generates, SpliceMixin):
         """A pass that begins a text."""
         how = {name: call.pop(name) for name in ("attention_mask", "prepend_bos", "padding_side") if name in call}
         pattern = how.pop("attention_mask") if getattr(how.get("attention_mask"), "ndim", 2) > 2 else None
-        batch = as_batch(self, input, **how)
+        batch = as_batch(self, input, holes=True, **how)
         unpadded = bool(batch.mask.all())
         if pattern is not None:
             call["attention_mask"] = pattern  # of every query: the caller's affair
@@ -222,3 +225,27 @@ class GemmaModel(Generates, SpliceMixin):
 
     def _both(self, logits: torch.Tensor, loss: torch.Tensor) -> Any:
         return logits, loss
+
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool | None = None,
+    ) -> torch.Tensor:
+        """Token ids ``[batch, pos]`` of a text or several, as in TransformerLens; a text that brings its own BOS (what
+        chat templates write) gets no second one.
+
+        Args:
+            input: a text or several.
+            prepend_bos: None for the model's default, which is True.
+            padding_side: ``"left"`` or ``"right"``, None for the tokenizer's.
+            move_to_device: put the ids where the model is.
+            truncate: True cuts texts to the model's context, None does so with a warning, False leaves them whole.
+
+        Raises:
+            GemmaScopeError: no tokenizer, no text, or a text that is no Unicode.
+        """
+        ids, _ = tokenize(self, input, prepend_bos, padding_side, truncate)
+        return ids.to(self.cfg.device) if move_to_device else ids

@@ -57,7 +57,7 @@ def prompts_of(model: Any, given: Any, call: dict[str, Any]) -> Prompts:
         return Prompts(given, None)
     given = given if hasattr(given, "__len__") or hasattr(given, "mask") else list(given)
     as_text = is_text(given)
-    batch = as_batch(model, given, **{**how, "padding_side": "left"})
+    batch = as_batch(model, given, **{**how, "padding_side": "left"}, add_generation_prompt=True)
     return align_right(Prompts(batch.ids, batch.mask, as_text=as_text))
 
 
@@ -92,10 +92,11 @@ def stop_ids(model: Any, call: dict[str, Any]) -> list[int] | int | None:
     given = call.get("eos_token_id")
     if given is not None or not call.get("stop_at_eos", True):
         return given
-    if not model.stop_token_ids:
+    eos = getattr(model.tokenizer, "eos_token_id", None)
+    ids = list(model.stop_token_ids) or ([] if eos is None else [eos])
+    if not ids:
         raise GemmaScopeError(
             "Nothing says at which token generation stops (no generation_config, no tokenizer): pass eos_token_id=, or "
             "stop_at_eos=False."
         )
-    ids = list(model.stop_token_ids)
     return ids[0] if len(ids) == 1 else ids
