@@ -7,6 +7,7 @@ It holds a second copy of the weights (and unties the unembedding), and its bflo
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformer_lens.HookedTransformer import Output
 from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
 from gemma_scope_tl.adapters.base import GemmaModel
+from gemma_scope_tl.adapters.generation import decoded
 from gemma_scope_tl.attached import AttachedSAE
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import Backend, ModelDims
@@ -35,6 +37,9 @@ class HookedGemma(GemmaModel, HookedTransformer):  # pyright: ignore[reportIncom
         if any(attached.site.name == "embedding" for attached in self._attached.values()):
             raise SpliceError('HookedTransformer.generate skips hook_embed: load with backend="bridge".')
         return super()._prepared(*args)
+
+    def _stream(self, pieces: Iterator[Any], return_type: str) -> Iterator[Any]:
+        return decoded(pieces, self.tokenizer) if return_type == "str" else pieces
 
     def _forward_embedded(self, embeddings: Any, call: dict[str, Any]) -> Any:
         call.setdefault("start_at_layer", 0)
