@@ -21,7 +21,11 @@ class UnknownNameError(GemmaScopeError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
-class UnknownKeywordError(GemmaScopeError, TypeError):
+class KeywordError(GemmaScopeError, TypeError):
+    """Keywords that contradict each other."""
+
+
+class UnknownKeywordError(KeywordError):
     """A keyword that a function does not take."""
 
 
