@@ -234,7 +234,7 @@ class SpliceMixin:
             raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
         excluded = self.excluded_ids(options.exclude_special_tokens)
         stage = self._next_stage(site.hook_name_out(layer, "hooked_transformer"), options.chain, site.is_transcoder)
-        if (device := self._device_of(layer)).type != "meta":  # weights that are kept elsewhere show at the pass
+        if (device := self.device_of(layer)).type != "meta":  # weights that are kept elsewhere show at the pass
             bring(sae, device)
         attached = AttachedSAE(sae, site, layer, options, excluded, stage, owner)
         try:
@@ -246,8 +246,8 @@ class SpliceMixin:
         self._after_attach(attached)
         return attached
 
-    def _device_of(self, layer: int | None) -> torch.device:
-        """Where the weights of a layer are, or those of the embedding."""
+    def device_of(self, layer: int | None) -> torch.device:
+        """Where the weights of a layer are; without a layer, those of the embedding, where token ids belong too."""
         module: Any = self.blocks[layer] if layer is not None else self.embedding_module()  # pyright: ignore
         return next(module.parameters()).device
 
