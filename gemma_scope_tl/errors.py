@@ -21,7 +21,11 @@ class UnknownNameError(GemmaScopeError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
-class UnknownKeywordError(GemmaScopeError, TypeError):
+class KeywordError(GemmaScopeError, TypeError):
+    """Keywords that contradict each other."""
+
+
+class UnknownKeywordError(KeywordError):
     """A keyword that a function does not take."""
 
 
@@ -43,6 +47,10 @@ class AdapterMismatch(GemmaScopeError, AssertionError):
 
 class SpliceError(GemmaScopeError, ValueError):
     """An SAE cannot be spliced: no such site, a site that is taken, or another model or width."""
+
+
+class DeviceError(GemmaScopeError, RuntimeError):
+    """Tensors on different devices, where nothing says which of them should move."""
 
 
 def nearest(given: str, valid: Iterable[str], n: int = 5) -> list[str]:
@@ -76,4 +84,15 @@ def unknown_keyword(function: str, given: str, valid: Iterable[str]) -> UnknownK
     close = nearest(given, valid, n=1)
     return UnknownKeywordError(
         f"{function}() takes no keyword {given!r}" + (f": did you mean {close[0]!r}?" if close else ".")
+    )
+
+
+def device_mismatch(what: str, its: object, given: object) -> DeviceError:
+    """A :class:`DeviceError` that says how to bring both together.
+
+    >>> print(device_mismatch("res, layer 20", "cpu", "cuda:0"))
+    res, layer 20 is on cpu, the tensor given on cuda:0: move one of them, for example with .to('cuda:0').
+    """
+    return DeviceError(
+        f"{what} is on {its}, the tensor given on {given}: move one of them, for example with .to({str(given)!r})."
     )

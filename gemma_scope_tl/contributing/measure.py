@@ -122,6 +122,7 @@ def l0_of(
     from gemma_scope_tl.attached import locate
     from gemma_scope_tl.evals.accumulators import Mean
     from gemma_scope_tl.evals.metrics import l0
+    from gemma_scope_tl.sae.placement import bring
     from gemma_scope_tl.sites import ModelDims, flatten_heads
     from gemma_scope_tl.tokens import special_mask, special_token_ids
 
@@ -143,7 +144,8 @@ def l0_of(
         model.run_with_hooks(batch.to(model.cfg.device), fwd_hooks=reads)
         for number in [n for n in hooks if n not in errors]:
             try:
-                means[number].update(l0(saes[number].encode(flatten_heads(seen[hooks[number]])[ordinary])))
+                x = flatten_heads(seen[hooks[number]])[ordinary]
+                means[number].update(l0(bring(saes[number], x.device).encode(x)))
             except GemmaScopeError as error:
                 errors[number] = error
     return [errors.get(number, mean.value) for number, mean in enumerate(means)]

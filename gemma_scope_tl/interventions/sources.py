@@ -11,6 +11,7 @@ from jaxtyping import Float
 from gemma_scope_tl.attached import locate
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sae.latents import Latents
+from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import Site, get_site
 
 if TYPE_CHECKING:
@@ -65,11 +66,14 @@ def encode_latents(
 ) -> Float[torch.Tensor, "... k"]:
     """Activations of some latents (None: all that ``source`` has) on flat ``x``, passing none of its hook points.
 
+    ``source`` moves to the device of ``x``, in place.
+
     Raises:
         SpliceError: for loaded latents without encoder columns.
     """
     from gemma_scope_tl.sae.base import GemmaScopeMixin
 
+    bring(source, x.device)
     if isinstance(source, Latents):
         acts = source.encode(x)
         return acts if latents is None else acts[..., [source.position(latent) for latent in latents]]

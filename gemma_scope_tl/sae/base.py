@@ -18,7 +18,7 @@ import torch
 from sae_lens.saes.sae import SAE, _disable_hooks  # pyright: ignore[reportPrivateUsage]
 from torch import nn
 
-from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError, device_mismatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -119,8 +119,11 @@ class GemmaScopeMixin(_Base):
 
         Raises:
             SpliceError: when the last dimension(s) are not the SAE's input width.
+            DeviceError: when ``x`` is elsewhere than the SAE.
         """
         d_in = self.cfg.d_in
+        if x.device != self.W_enc.device:
+            raise device_mismatch(self.get_name(), self.W_enc.device, x.device)
         if x.shape[-1:] == (d_in,):
             self.d_head = None
             return x
@@ -151,6 +154,8 @@ class GemmaScopeMixin(_Base):
 
         Raises:
             SpliceError: for another width, or a latent that does not exist.
+            DeviceError: for ``x`` on another device: an SAE moves by itself only when it is used with a model, which
+                has its device; called on a tensor it stays, as any module does.
         """
         if latents is not None:
             chosen = checked_latents(latents, self.cfg.d_sae)
@@ -169,7 +174,12 @@ class GemmaScopeMixin(_Base):
 
         Returns:
             ``[..., d_out]``, or ``[..., n_heads, d_head]`` at the att site.
+
+        Raises:
+            DeviceError: for latents on another device.
         """
+        if feature_acts.device != self.W_dec.device:
+            raise device_mismatch(self.get_name(), self.W_dec.device, feature_acts.device)
         recons = self.hook_sae_recons(feature_acts.to(self.dtype) @ self.W_dec + self.b_dec)
         if like is None:
             return self.reshape_fn_out(recons, self.d_head)
@@ -183,6 +193,9 @@ class GemmaScopeMixin(_Base):
         """``decode(encode(x))``, plus the skip path of skip transcoders, in the dtype and layout of ``x``.
 
         With SAELens' error term, the error is taken and added back in the wider of both dtypes.
+
+        Raises:
+            SpliceError, DeviceError: as :meth:`encode`.
         """
         out = self._reconstruct(x)
         if self.use_error_term:
