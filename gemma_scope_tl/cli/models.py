@@ -156,14 +156,18 @@ def _attribute(
     if choice.as_json:
         print_frame(table, "", True)
         return
-    latents = table[table["kind"] == "latent"][["position", "token", "latent", "activation", "attribution"]]
     rest = table[table["kind"] != "latent"].groupby("kind")["attribution"].sum()
     shares = ", ".join(f"{kind} {share:+.3f}" for kind, share in rest.items())
-    rows: list[dict[str, Any]] = [
-        {**{str(name): value for name, value in row.items()}, "token": repr(row["token"]), "activation": f"{row['activation']:.3f}",
-         "attribution": f"{row['attribution']:+.3f}"}
-        for row in latents.to_dict("records")
-    ]  # fmt: skip
+    rows = [
+        {
+            "position": row.position,
+            "token": repr(row.token),
+            "latent": row.latent,
+            "activation": f"{row.activation:.3f}",
+            "attribution": f"{row.attribution:+.3f}",
+        }
+        for row in table[table["kind"] == "latent"].itertuples()
+    ]
     print_rows(rows, f"metric {table.attrs['metric']:.3f}\nover all tokens: {shares}", False)
 
 

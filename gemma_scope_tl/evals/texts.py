@@ -17,8 +17,9 @@ def read_texts(source: str | PathLike[str] | None = None, column: str = "text", 
 
     Args:
         source: a ``.txt`` file (one text), a ``.jsonl`` file (an object with ``column`` per line), a ``.json`` file
-            (the same, or a list of objects), or a data set's name, with its configuration after a colon (``"monology/pile-uncopyrighted"``, ``"wikitext:wikitext-2-v1"``)
-            and streamed; None for the bundled held-out text.
+            (the same, or a list of objects), or a data set's name, with its configuration after a colon
+            (``"monology/pile-uncopyrighted"``, ``"wikitext:wikitext-2-v1"``) and streamed; None for the bundled
+            held-out text.
         column: where the text is.
         split: of a data set.
 
