@@ -81,9 +81,9 @@ def _show_usage(error: Any) -> None:
         error.show()
         return
     context = getattr(error, "ctx", None)
-    text = " ".join(error.format_message().split())
+    text = " ".join(error.format_message().split()).rstrip(".")
     hint = f" See `{context.command_path} --help`." if context is not None else ""
-    complain(f"error: {text}{hint}")
+    complain(f"error: {text}.{hint}")
 
 
 def _forget_output() -> None:
