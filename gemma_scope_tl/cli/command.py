@@ -22,6 +22,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "top-tokens": {"--k": "--top"},
 }
 """Old names of options by verb; they are accepted with a word about the new one."""
+_NARROW = 72
 _EXAMPLES = re.compile(r"\n\s*Examples?:\n")
 _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"])+""")
 
@@ -68,10 +69,14 @@ class Verb(TyperCommand):
             return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The help, then the examples."""
-        super().format_help(ctx, formatter)
+        """The help, then the examples. In a narrow terminal it is plain, since frames would cut long words."""
+        width = shutil.get_terminal_size().columns - 3
+        mode, self.rich_markup_mode = self.rich_markup_mode, self.rich_markup_mode if width > _NARROW else None
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.rich_markup_mode = mode
         if self.examples:
-            width = shutil.get_terminal_size().columns - 3
             lines = "\n".join(_indented(example, width) for example in self.examples)
             formatter.write(f"\n Example{'s' if len(self.examples) > 1 else ''}:\n{lines}\n")
 

@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """Explore latents in a browser: read a text, follow a latent, steer, splice. Stop it with Ctrl-C.
 
-    Needs the extra: pip install 'gemma-scope-tl\\[demo]'
+    Needs the extra: pip install 'gemma-scope-tl[demo]'
 
     Examples:
 

@@ -107,7 +107,7 @@ def interval(value: Any, low: Any, high: Any) -> Any:
     if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
         return value
     error = max(value - low, high - value)
-    if error <= 0:
+    if error <= 1e-9 * abs(value):  # rounding
         return value
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:.{digits}f} ± {error:.{digits}f}" if digits < 7 else f"{value:.3g} ± {error:.2g}"
@@ -150,11 +150,10 @@ def _laid_out(names: list[str], cells: list[list[str]], title: str, width: int) 
         Column(_folded(name, size, _HEADER_BREAK), no_wrap=True, min_width=size, max_width=size)
         for name, size in zip(names, widths, strict=True)
     ]
-    table = Table(*columns)
-    for line in cells:
-        table.add_row(
-            *(Text(_folded(text, size), _STYLES.get(text, "")) for text, size in zip(line, widths, strict=True))
-        )
+    folded = [[_folded(text, size) for text, size in zip(line, widths, strict=True)] for line in cells]
+    table = Table(*columns, show_lines=any("\n" in text for line in folded for text in line))
+    for line in folded:
+        table.add_row(*(Text(text, _STYLES.get(text, "")) for text in line))
     return [table, *last]
 
 
