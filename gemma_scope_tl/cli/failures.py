@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -63,7 +64,7 @@ def _told(error: Exception) -> int:
 def in_words(error: BaseException) -> str:
     """What an error says to people."""
     if isinstance(error, GemmaScopeError):
-        return f"error: {error}"
+        return "error: " + re.sub(r"\n(?! )", " ", str(error).strip())  # items of a list are indented, and stay lines
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"error: {where}{error.strerror}."

@@ -43,7 +43,7 @@ def _features(
         }
         for position, found in table.groupby("position", sort=True)
     ]
-    print_rows(rows, f"{len(rows)} tokens with active latents" if rows else "No latent is active on this text.", False)
+    print_rows(rows, f"tokens with active latents: {len(rows)}" if rows else "No latent is active on this text.", False)
 
 
 def _steer(

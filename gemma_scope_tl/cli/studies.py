@@ -254,6 +254,9 @@ def probes(
 
         gemma-scope study probes --model gemma-2-2b --layer 12 --canonical --data ag_news --split test
     """
+    least = min(choice.sae_rows(), key=lambda row: row.d_sae)
+    if max(k or [1]) > least.d_sae:
+        raise typer.BadParameter(f"{least.release} {least.id} has {least.d_sae:,} latents.", param_hint="'--k'")
     from gemma_scope_tl.studies.probe_data import bundled_concepts, labelled_rows, read_labelled
     from gemma_scope_tl.studies.probes import probe_concepts
 

@@ -87,6 +87,7 @@ CALLS = {
     "study transfer --tuned bundled --tuned-sae-model foo": "Unknown model 'foo'",
     "study transfer --tuned bundled --temperature nan": "'--temperature'",
     "study precision --dtype foo": "Unknown dtype 'foo'",
+    "study probes --site res --layer 2 --k 999": "has 256 latents",
     "study probes --resume cache": "leave --resume out",
     "explain": "--llm NAME",
     "explain --llm x --method foo": "Unknown method of scoring 'foo'",
@@ -175,6 +176,7 @@ def test_a_device_that_is_not_here(call: tuple[str, ...], capsys: pytest.Capture
         (RuntimeError("a\nb\nc"), 1, "error: RuntimeError: a `gemma-scope --debug"),
         (ZeroDivisionError(), 1, "error: ZeroDivisionError: no message"),
         (MemoryError(), 1, "There is not enough memory"),
+        (GemmaScopeError("It is\nso.\n  first\n  second"), 1, "error: It is so.\n  first\n  second\n"),
         (EOFError(), 1, "interrupted"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (BrokenPipeError(32, "Broken pipe"), 1, ""),
@@ -197,7 +199,7 @@ def test_whatever_happens_is_a_line_and_a_status(
     assert run(app, ["list"]) == status
     out, err = capfd.readouterr()
     assert out == "" and words in err
-    assert err.strip().count("\n") == 0 and "Traceback" not in err
+    assert err.strip().count("\n") == err.count("\n  ") and "Traceback" not in err
 
 
 @pytest.mark.parametrize("how", ["option", "variable"])
