@@ -10,9 +10,13 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import wraps
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.errors import GemmaScopeError
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.demo.names import Names
+    from gemma_scope_tl.demo.waiting import Places
 
 logger = logging.getLogger(__name__)
 
@@ -99,26 +103,14 @@ def launch(
     Raises:
         GemmaScopeError: when the port is taken or no port, or an allowed host is no name.
     """
-    from gemma_scope_tl.demo.guard import guarded
     from gemma_scope_tl.demo.names import bracketed, names_of
     from gemma_scope_tl.demo.waiting import PLACES, Places
 
     gr = gradio()
     check_address(host, port)
     names, frames = names_of(host, allowed_hosts), tuple(framed_by) or (NOTEBOOKS if gr.utils.ipython_check() else ())
-
     app.queue(max_size=PLACES, default_concurrency_limit=4)
-    app.places = places = Places(app._queue)
-
-    @asynccontextmanager
-    async def lifespan(served: Any) -> AsyncGenerator[None, None]:
-        """Before the first request, put the guard around Gradio's own middleware, which echoes origins."""
-        served.middleware_stack = guarded(served.middleware_stack, names, places, frames)
-        yield
-
-    theme = gr.themes.Default(
-        primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    ).set(**_BUTTONS)
+    app.places = Places(app._queue)
     try:
         _, address, _ = app.launch(
             server_name=bracketed(host),
@@ -127,19 +119,37 @@ def launch(
             share=False,
             ssr_mode=False,
             quiet=True,
-            theme=theme,
+            theme=_theme(gr),
             css=CSS,
             footer_links=[],
             run_history=False,
             state_session_capacity=SESSIONS,
             prevent_thread_lock=True,
-            app_kwargs={"lifespan": lifespan, "openapi_url": None},
+            app_kwargs={"lifespan": _behind_guard(names, app.places, frames), "openapi_url": None},
         )
     except OSError as error:
         raise GemmaScopeError(f"Cannot listen on {host}, port {port or '7860 and up'}: {error}") from error
     if wait:
         app.block_thread()
     return str(address)
+
+
+def _theme(gr: Any) -> Any:
+    return gr.themes.Default(
+        primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    ).set(**_BUTTONS)
+
+
+def _behind_guard(names: Names, places: Places, frames: Iterable[str]) -> Callable[[Any], Any]:
+    """A lifespan of Gradio's server that puts the guard around all of it, its own middleware included."""
+    from gemma_scope_tl.demo.guard import guarded
+
+    @asynccontextmanager
+    async def lifespan(served: Any) -> AsyncGenerator[None, None]:
+        served.middleware_stack = guarded(served.middleware_stack, names, places, frames)  # before the first request
+        yield
+
+    return lifespan
 
 
 def check_address(host: str, port: int | None) -> None:
