@@ -14,6 +14,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 EVERYWHERE = ("0.0.0.0", "[::]")
 _ALLOWED = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\]", re.ASCII)
+_ORIGIN = re.compile(r"https?://(\*\.)?(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:(\d+|\*))?", re.ASCII)
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:\d+)?", re.ASCII)
 
 
@@ -71,6 +72,19 @@ def names_of(host: str, allowed_hosts: Iterable[str] = ()) -> Names:
     return Names(
         frozenset({*LOCAL, socket.gethostname().lower() if everywhere else listens}), frozenset(given), everywhere
     )
+
+
+def origins_of(given: Iterable[str]) -> tuple[str, ...]:
+    """Origins for a policy of who may frame a page.
+
+    Raises:
+        GemmaScopeError: for what is none.
+    """
+    found = (given,) if isinstance(given, str) else tuple(given)
+    for one in found:
+        if not _ORIGIN.fullmatch(one.lower()):
+            raise GemmaScopeError(f"A framing page is named by its origin, as https://example.org; given: {one!r}.")
+    return found
 
 
 def bracketed(host: str) -> str:

@@ -28,6 +28,15 @@ _BUTTONS = {
     for part, color in (("", "#c2410c"), ("_hover", "#9a3412"), ("_dark", "#c2410c"), ("_hover_dark", "#9a3412"))
 }  # the theme's orange is too light under white words
 SESSIONS = 256  # visitors whose last reading is kept: a megabyte or so each
+_FIXED = {
+    "share": False,
+    "ssr_mode": False,
+    "quiet": True,
+    "footer_links": [],
+    "run_history": False,
+    "state_session_capacity": SESSIONS,
+    "prevent_thread_lock": True,
+}
 CSS = """
 .gradio-container { max-width: 72rem !important; margin: 0 auto !important; }
 footer { display: none !important; }
@@ -101,14 +110,16 @@ def launch(
         The page's address.
 
     Raises:
-        GemmaScopeError: when the port is taken or no port, or an allowed host is no name.
+        GemmaScopeError: when the port is taken or no port, an allowed host is no name, or a framing page's
+            origin is none.
     """
-    from gemma_scope_tl.demo.names import bracketed, names_of
+    from gemma_scope_tl.demo.names import bracketed, names_of, origins_of
     from gemma_scope_tl.demo.waiting import PLACES, Places
 
     gr = gradio()
     check_address(host, port)
-    names, frames = names_of(host, allowed_hosts), tuple(framed_by) or (NOTEBOOKS if gr.utils.ipython_check() else ())
+    names = names_of(host, allowed_hosts)
+    frames = origins_of(framed_by) or (NOTEBOOKS if gr.utils.ipython_check() else ())
     app.queue(max_size=PLACES, default_concurrency_limit=4)
     app.places = Places(app._queue)
     try:
@@ -116,15 +127,9 @@ def launch(
             server_name=bracketed(host),
             server_port=port,
             inbrowser=open_browser,
-            share=False,
-            ssr_mode=False,
-            quiet=True,
             theme=_theme(gr),
             css=CSS,
-            footer_links=[],
-            run_history=False,
-            state_session_capacity=SESSIONS,
-            prevent_thread_lock=True,
+            **_FIXED,
             app_kwargs={"lifespan": _behind_guard(names, app.places, frames), "openapi_url": None},
         )
     except OSError as error:

@@ -22,7 +22,7 @@ gradio = pytest.importorskip("gradio", reason="pip install 'gemma-scope-tl[demo]
 httpx = pytest.importorskip("httpx")
 
 from gemma_scope_tl.demo import guard, serving, waiting  # noqa: E402
-from gemma_scope_tl.demo.names import names_of  # noqa: E402
+from gemma_scope_tl.demo.names import names_of, origins_of  # noqa: E402
 
 FOREIGN = "http://attacker.example"
 PROXY = "demo.example.org"
@@ -123,6 +123,14 @@ def test_what_a_demo_may_be_called() -> None:
     for bad in ("http://a.example", "a.example:80", "a/b", "", "*", "a*b", "a b"):
         with pytest.raises(GemmaScopeError, match="An allowed host"):
             names_of("127.0.0.1", [bad])
+
+
+def test_who_may_frame_it() -> None:
+    origins = ("https://huggingface.co", "http://localhost:*", "https://*.example.org")
+    assert origins_of(origins) == origins and origins_of(origins[0]) == origins[:1]
+    for bad in ("example.org", "https://a/b", "https://a; script-src *", "https://a\r\nX: y", "*", "'self'"):
+        with pytest.raises(GemmaScopeError, match="framing page"):
+            origins_of([bad])
 
 
 def test_every_address_of_a_machine_that_listens_on_all(world: World) -> None:
