@@ -16,6 +16,10 @@ def demo(
     release: options.Releases = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default the first free one from 7860.")] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name by which browsers ask, such as a reverse proxy's; may be given several times."),
+    ] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     rows: Annotated[int, typer.Option(min=1, help="Rows of held-out text that a latent's page looks at.")] = 64,
     context: options.Context = 128,
@@ -45,6 +49,6 @@ def demo(
 
     with progress.status("loading"):
         app = build_app(model, release=release or None, device=device, dtype=dtype, rows=rows, context=context)
-    address = launch(app, host, port, open_browser, wait=False)
+    address = launch(app, host, port, open_browser, wait=False, allowed_hosts=allow_host or ())
     say(f"The demo is at {address} (Ctrl-C stops it)")
     app.block_thread()
