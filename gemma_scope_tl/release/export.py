@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.files import replace_files, write_atomically
+from gemma_scope_tl.files import checked_path, replace_files, write_atomically
 from gemma_scope_tl.release.about import About
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER, render_card
 from gemma_scope_tl.release.items import Item, collect
@@ -65,7 +65,7 @@ def export_suite(
         WeightsError: a file of the source fails a check.
     """
     _check_choices(layout, repos, circuit_tracer, about)
-    root = Path(out).expanduser()
+    root = checked_path(out)
     title = name or root.resolve().name
     items = collect(source, model, site)
     _check_out(root, source)

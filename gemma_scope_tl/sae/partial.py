@@ -14,6 +14,7 @@ from gemma_scope_tl.sae.config import expected_of_row
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sae.loading import folds_b_dec, site_units
 from gemma_scope_tl.weights.fetch import find_local
+from gemma_scope_tl.weights.modes import ordinary_tensors
 from gemma_scope_tl.weights.partial import Arrays, read_local, read_remote
 from gemma_scope_tl.weights.row_cache import read_cached
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 
+@ordinary_tensors()
 def load_latents(
     release: str,
     sae_id: str,

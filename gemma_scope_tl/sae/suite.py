@@ -41,8 +41,8 @@ def load_suite(
         width, l0: as :func:`load_sae`.
         device, dtype: as :meth:`JumpReLUSAE.from_pretrained`.
         memory: bytes that the loaded SAEs may take; beyond it, those unused for the longest are dropped and load again
-            when asked for. None keeps all. On the CPU in float32, SAEs are mapped from their files, so that the system
-            takes their pages back by itself when it needs them.
+            when asked for. None keeps all. On the CPU in float32, SAEs of the Hub's cache are mapped from their files,
+            so that the system takes their pages back by itself when it needs them.
 
     Raises:
         UnknownNameError: when a site, layer, width or L0 does not exist, before anything is loaded.
