@@ -142,6 +142,38 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
     return target
 
 
+def write_new(path: str | os.PathLike[str], text: str) -> Path:
+    """As :func:`write_atomically`, for a file that must not exist, not even when another process makes it meanwhile.
+
+    Raises:
+        FileExistsError: it exists.
+        WriteError: it cannot be written.
+    """
+    target = Path(path)
+    make_folder(target.parent)
+    temporary: Path | None = None
+    try:
+        with writing(target):
+            _check_name(target.name)
+            handle, name = tempfile.mkstemp(prefix=_prefix(target.name), dir=target.parent)
+            os.close(handle)
+            temporary = Path(name)
+            temporary.write_bytes(text.encode())
+            temporary.chmod(0o644)
+            sync_to_disk(temporary)
+        try:
+            os.link(temporary, target)  # unlike a rename, fails where the file exists
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without a second name for a file
+            with target.open("x"), writing(target):
+                temporary.replace(target)
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return target
+
+
 def append_line(path: str | os.PathLike[str], line: str) -> None:
     """Add a line of UTF-8 text to a file, which is made with its folder if need be.
 
@@ -168,8 +200,11 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     """A path that a user gave, its ``~`` expanded.
 
     Raises:
-        GemmaScopeError: there is no such home.
+        GemmaScopeError: there is no such home; the path is empty or has a NUL in it.
     """
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise GemmaScopeError(f"{text!r} is no path. Give a folder or a file; . is the working directory.")
     found = expanded(path)
     if found is None:
         what = f"{os.fspath(path)} is in a home folder, and there is none"

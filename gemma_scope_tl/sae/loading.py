@@ -33,6 +33,7 @@ from gemma_scope_tl.weights.fetch import fetch, known_sha256
 from gemma_scope_tl.weights.fold import fold
 from gemma_scope_tl.weights.load import Elementwise, canonical_arrays, inspect, load_arrays
 from gemma_scope_tl.weights.modes import ordinary_tensors
+from gemma_scope_tl.weights.npz import read_errors
 from gemma_scope_tl.weights.safetensors_file import read_cfg
 from gemma_scope_tl.weights.sniff import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME, short, weights_error
 
@@ -89,7 +90,9 @@ def load_folder(
     dtype: str | torch.dtype = "float32",
 ) -> Any:
     """See :meth:`GemmaScopeMixin.from_folder`."""
-    file = _find_file(checked_path(path))
+    given = checked_path(path)
+    with read_errors(given):
+        file = _find_file(given)
     expected = expected_sizes(model, site, layer)
     if file.suffix == ".safetensors":
         return _load_sae_lens(file, expected, name_of(model), site, layer, None, device, dtype)

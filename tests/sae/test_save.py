@@ -188,7 +188,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path: Path, format: Any, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("gemma_scope_tl.files.sync_to_disk", broken)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="the disk is full"):
         save_sae(make("mlp"), tmp_path, format)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
