@@ -74,8 +74,6 @@ def export_suite(
     _check_out(root, source)
     _check_title(title)
     groups = _groups(items, repos, title, root)
-    for folder, _ in groups.values():
-        make_folder(folder)
     matched = dict(zip(map(id, items), match_metrics(items, metrics), strict=True))
     layouts: list[str] = ["gemma-scope", "sae-lens"] if layout == "both" else [layout]
     with _bar(len(items), progress) as step:
@@ -132,6 +130,7 @@ def _write_weights(folder: Path, items: Sequence[Item], layouts: Sequence[str], 
 
     sites = {item.site for item in items if item.site != "embedding"}
     inner = [item.inner if len(sites) < 2 or item.layer is None else f"{item.site}/{item.inner}" for item in items]
+    make_folder(folder)
     _refuse_strangers(folder, {f"{prefix}{path}" for path in inner for prefix in ("", f"{SAE_LENS_FOLDER}/")})
     for item, path in zip(items, inner, strict=True):
         if "gemma-scope" in layouts:
