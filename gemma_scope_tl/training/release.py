@@ -184,7 +184,7 @@ def _gathered(local: Tensor, key: str, sae: Finished, shard: Shard, parts: Path)
     return array
 
 
-def _new_memmap(path: Path, shape: tuple[int, int]) -> np.ndarray:
+def _new_memmap(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A float32 matrix in a new file whose room on the disk is taken: a full disk would kill a process that writes
     through a map."""
     with writing(path):
