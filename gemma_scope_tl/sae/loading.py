@@ -14,7 +14,7 @@ import torch
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.saes.sae import SAEMetadata
 
-from gemma_scope_tl.dtypes import parse_dtype
+from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import WeightsError, unknown_name
 from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.sae.base import GemmaScopeMixin
@@ -72,6 +72,7 @@ def load_row(
     Raises:
         WeightsError: when the file cannot be had or fails a check.
     """
+    device = parse_device(device)
     path, expected = fetch(row, force_download=force_download), expected_of_row(row)
     if row.format == "sae-lens":
         return _load_sae_lens(path, expected, row.model, row.site, row.layer, row, device, dtype)
@@ -90,7 +91,7 @@ def load_folder(
     dtype: str | torch.dtype = "float32",
 ) -> Any:
     """See :meth:`GemmaScopeMixin.from_folder`."""
-    given = checked_path(path)
+    given, device = checked_path(path), parse_device(device)
     with read_errors(given):
         file = _find_file(given)
     expected = expected_sizes(model, site, layer)
@@ -112,7 +113,7 @@ def build(
     dtype: str | torch.dtype = "float32",
 ) -> Any:
     """See :meth:`GemmaScopeMixin.from_arrays`."""
-    source = "The set of arrays given"
+    source, device = "The set of arrays given", parse_device(device)
     tensors = canonical_arrays(arrays, source, expected_sizes(model, site, layer))
     return _build(tensors, name_of(model), site, layer, None, None, device, dtype, source)
 

@@ -185,3 +185,19 @@ def test_arrays_in_odd_memory_are_no_other_dtype() -> None:
     _same(JumpReLUSAE.from_arrays(turned), JumpReLUSAE.from_arrays(arrays))
     with pytest.raises(WeightsError, match="which is not a float"):
         JumpReLUSAE.from_arrays({**arrays, "b_enc": np.array(["x"] * 8)})
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta:7"])
+def test_a_device_that_is_not_there_is_named_before_anything_is_read(device: str, folders: dict[str, Path]) -> None:
+    sae = gs.load_sae("bundled", "res", 2, width="1k")
+    arrays = {name: getattr(sae, name).numpy() for name in NAMES}
+    attempts: list[Callable[[], Any]] = [
+        lambda: gs.load_sae("bundled", "res", 2, width="1k", device=device),
+        lambda: gs.load_suite("bundled", "res", [2], "1k", device=device),
+        lambda: gs.load_latents(sae.row.release, sae.row.id, [1], device=device),
+        lambda: JumpReLUSAE.from_folder(folders["stored"], device=device),
+        lambda: JumpReLUSAE.from_arrays(arrays, device=device),
+    ]
+    for attempt in attempts:
+        with pytest.raises(GemmaScopeError, match=f"{device}.*Available: cpu"):
+            attempt()
