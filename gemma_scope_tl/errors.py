@@ -37,6 +37,13 @@ class WeightsError(GemmaScopeError, ValueError):
     """A weights file is missing an array, truncated, corrupt, of another shape, or not a weights file at all."""
 
 
+class WriteError(GemmaScopeError, OSError):
+    """A file cannot be written: the disk is full or read-only, the name too long, a permission missing.
+
+    ``errno`` is that of the system's error, which is the ``__cause__``.
+    """
+
+
 class AdapterError(GemmaScopeError, ValueError):
     """A model cannot be loaded as a Gemma 2 with the Gemma Scope sites."""
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError, UnknownNameError, unknown_name
+from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.sites import SITES, SiteName, get_site
 from gemma_scope_tl.training.config_file import override_key, read_config
@@ -62,6 +63,13 @@ def _device(value: object) -> object:
     except RuntimeError:
         raise ValueError(f"{value!r} is no device: write cpu, cuda or cuda:1") from None
     return value
+
+
+def _path(value: str) -> str:
+    try:
+        return str(checked_path(value))
+    except GemmaScopeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _recipe(value: object) -> object:
@@ -235,7 +243,7 @@ class SuiteConfig(Section):
         loggers: see there.
     """
 
-    output: Annotated[str, Field(min_length=1)]
+    output: Annotated[str, AfterValidator(_path)]
     model: ModelSection = ModelSection()
     data: DataSection | None = None
     source: SourceSection = SourceSection()
