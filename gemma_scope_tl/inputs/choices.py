@@ -11,18 +11,21 @@ import torch
 from gemma_scope_tl.errors import SpliceError
 
 
-def as_saes(saes: Any, empty: bool = False) -> list[Any]:
+def as_saes(saes: Any, empty: bool = False, whole: bool = False) -> list[Any]:
     """One SAE (or transcoder, or loaded latents), several, a mapping of them or a suite as a list.
 
     Args:
         saes: what the user gave.
         empty: accept none at all.
+        whole: refuse loaded latents, of which only some are there.
 
     Raises:
         SpliceError: none (unless ``empty``), or what is no SAE.
     """
+    from gemma_scope_tl.sae.latents import Latents
+
     if _is_sae(saes):
-        return [saes]
+        saes = [saes]
     if saes is None or isinstance(saes, (str, bytes, torch.nn.Module, torch.Tensor)) or not isinstance(saes, Iterable):
         raise SpliceError(
             f"An SAE was expected, or several; given: {shown(saes)}. Load one with load_sae, many with load_saes."
@@ -31,6 +34,8 @@ def as_saes(saes: Any, empty: bool = False) -> list[Any]:
     for number, one in enumerate(several):
         if not _is_sae(one):
             raise SpliceError(f"Number {number} of the SAEs is none: {shown(one)}. Load them with load_sae.")
+        if whole and isinstance(one, Latents):
+            raise SpliceError("These are some latents of an SAE, and the whole SAE is needed: load it with load_sae.")
     if not several and not empty:
         raise SpliceError("No SAE was given: give one or several.")
     return several
