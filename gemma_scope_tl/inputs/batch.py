@@ -63,7 +63,15 @@ class TokenBatch:
 
 
 def as_batch(
-    model: Any, text: Text, attention_mask: Any = None, *, truncate: bool = False, add_generation_prompt: bool = False
+    model: Any,
+    text: Text,
+    attention_mask: Any = None,
+    *,
+    prepend_bos: bool | None = None,
+    padding_side: str | None = "left",
+    truncate: bool = False,
+    add_generation_prompt: bool = False,
+    holes: bool = False,
 ) -> TokenBatch:
     """Token ids and mask of whatever stands for texts.
 
@@ -78,8 +86,11 @@ def as_batch(
             :class:`TokenBatch`.
         attention_mask: 1 or True at text, in the shape of the ids; it wins over every other mask. By default the mask
             is that of the texts or the mapping; for ids, padding on either side is told by the tokenizer's padding id.
+        prepend_bos: put BOS before texts; None for the model's default, which is True.
+        padding_side: of texts and lists of ids of several lengths; None for the tokenizer's.
         truncate: cut texts to the model's context instead of raising.
         add_generation_prompt: for chat messages, end with the template's opening of the model's answer.
+        holes: accept a mask that hides tokens amid a text, as a forward pass does; they keep their positions.
 
     Raises:
         GemmaScopeError: nothing in it; what is neither text nor ids; several kinds in one list; a text that is no
@@ -105,20 +116,22 @@ def as_batch(
             given = [rendered(tokenizer, one, add_generation_prompt) for one in conversations]
         if kind in ("id", "row"):
             rows = [_row(one) or [] for one in (given if kind == "row" else [given])]
-            ids, filled = padded(rows, pad_id(tokenizer))
-            known, mask = None if bool(filled.all()) else filled, _padded_mask(mask, rows)
+            ids, filled = padded(rows, pad_id(tokenizer), padding_side or "left")
+            known, mask = None if bool(filled.all()) else filled, _padded_mask(mask, rows, padding_side or "left")
         else:
-            ids, known = _from_texts(model, given, truncate)
+            ids, known = _from_texts(model, given, prepend_bos, padding_side, truncate)
     ids = _checked_ids(model, ids)
     if mask is not None:
-        known = _checked_mask(mask, ids)
+        known = _checked_mask(mask, ids, holes)
     elif known is None:
         known = text_mask(ids, tokenizer)
     return TokenBatch(ids.to(model.cfg.device), known.to(model.cfg.device))
 
 
-def _from_texts(model: Any, texts: list[str], truncate: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    ids, mask = tokenize(model, texts, padding_side="left", truncate=truncate)
+def _from_texts(
+    model: Any, texts: list[str], prepend_bos: bool | None, padding_side: str | None, truncate: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = tokenize(model, texts, prepend_bos, padding_side, truncate)
     if over := too_long(model, [row[at].tolist() for row, at in zip(ids, mask, strict=True)]):
         raise GemmaScopeError(
             f"{over}. Cut it into several texts, or give its beginning: model.to_tokens(text, truncate=True)."
@@ -209,12 +222,12 @@ def _row(one: Any) -> list[int] | None:
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _padded_mask(mask: Any, rows: list[list[int]]) -> Any:
-    """The masks of lists of ids, padded on the left as these are."""
+def _padded_mask(mask: Any, rows: list[list[int]], side: str) -> Any:
+    """The masks of lists of ids, padded as these are."""
     if isinstance(mask, (list, tuple)):
         masks = [_row(one) for one in mask]
         if all(one is not None for one in masks) and list(map(len, mask)) == list(map(len, rows)):
-            return padded([one or [] for one in masks], 0)[0]
+            return padded([one or [] for one in masks], 0, side)[0]
     return mask
 
 
@@ -239,7 +252,7 @@ def _checked_ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return ids
 
 
-def _checked_mask(mask: Any, ids: torch.Tensor) -> torch.Tensor:
+def _checked_mask(mask: Any, ids: torch.Tensor, may_have_holes: bool) -> torch.Tensor:
     try:
         found = mask if isinstance(mask, torch.Tensor) else torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -252,6 +265,8 @@ def _checked_mask(mask: Any, ids: torch.Tensor) -> torch.Tensor:
     if found.dtype != torch.bool and not bool(((found == 0) | (found == 1)).all()):
         raise GemmaScopeError("attention_mask is 1 at text and 0 at padding; it has other values.")
     found = found.bool()
+    if may_have_holes:
+        return found.to(ids.device)
     begins = found.clone()
     begins[:, 1:] &= ~found[:, :-1]
     holes = begins.sum(-1) > 1
