@@ -13,10 +13,9 @@ from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gemma_scope_tl.attached import AttachedSAE, locate
 from gemma_scope_tl.errors import SpliceError, UnknownNameError, unknown_name
+from gemma_scope_tl.inputs import as_saes
 from gemma_scope_tl.positions import Positions
 from gemma_scope_tl.sites import Backend, ModelDims, Site, site_of_hook
 from gemma_scope_tl.tokens import ExcludeTokens, TokenTracker, excluded_ids
@@ -122,7 +121,7 @@ class SpliceMixin:
         """Attach ``saes`` inside the block; all of them or, on an error, none."""
         added: list[AttachedSAE] = []
         try:
-            for sae in _as_list(saes):
+            for sae in as_saes(saes, empty=True, whole=True):
                 self.add_sae(sae, use_error_term, exclude_special_tokens, positions, chain)
                 added.append(next(reversed(self._attached.values())))
             yield self
@@ -283,10 +282,6 @@ def translate_hook_name(name: str, valid: Iterable[str], backend: Backend) -> st
         return translated
     hint = "No SAE with that hook is attached." if dot else ""
     raise unknown_name("hook", name, names, hint)
-
-
-def _as_list(saes: SAE[Any] | Iterable[SAE[Any]]) -> list[SAE[Any]]:
-    return [saes] if isinstance(saes, torch.nn.Module) else list(saes)
 
 
 def _family(model_name: str) -> str:
