@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +29,7 @@ from gemma_scope_tl.activations.token_rows import (
 )
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import file_sha256, write_atomically, writing
+from gemma_scope_tl.inputs import text_ids, without_bos
 
 PARTIAL_NAME, PROGRESS_NAME = ".tokens.partial", "progress.json"
 CHECKPOINT_SECONDS = 30.0
@@ -135,11 +135,10 @@ class Packer:
         return out, stream[count * body :]
 
     def _encode(self, batch: Batch, read: int) -> list[Ids]:
-        """Ids of each document; of those that came as ids, without a leading BOS unless they are rows."""
+        """Ids of each document, without a leading BOS unless they came as ids and are rows."""
         if batch and isinstance(batch[0], str):
-            options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-            found: Sequence[Any] = self.tokenizer(batch, add_special_tokens=False, **options)["input_ids"]
-            return [np.array(ids, np.int32) for ids in found]
+            found = text_ids(self.tokenizer, batch)
+            return [np.array(without_bos(self.tokenizer, ids), np.int32) for ids in found]
         documents: list[Ids] = []
         for number, ids in enumerate(batch, read):
             wide = np.asarray(ids)

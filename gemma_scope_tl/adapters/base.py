@@ -53,13 +53,13 @@ class GemmaModel(Generates, SpliceMixin):
         self.token_tracker = TokenTracker()
         self._watch()
 
-    def embedding_module(self) -> torch.nn.Module:
-        """The module that turns token ids into embeddings."""
-        return self.embed  # pyright: ignore[reportAttributeAccessIssue]
-
     def _watch(self) -> None:
         """Let the token tracker know what enters the model."""
         raise NotImplementedError  # pragma: no cover - an abstract method
+
+    def embedding_module(self) -> torch.nn.Module:
+        """The module that turns token ids into embeddings."""
+        return self.embed  # pyright: ignore[reportAttributeAccessIssue]
 
     def site_hook_point(self, name: str) -> Any:
         """The ``HookPoint`` with this backend's canonical ``name``.

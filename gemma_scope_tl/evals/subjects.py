@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.attached import decode_with_skip, locate
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.inputs import as_saes
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.hooked_pass import is_hooked
 from gemma_scope_tl.sae.placement import bring
@@ -47,17 +47,11 @@ def subjects_of(model: Any, saes: Any) -> list[Subject]:
     """An SAE, several, a mapping of them, or a suite (whose SAEs are loaded one at a time) as subjects.
 
     Raises:
-        SpliceError: when an SAE does not fit the model, or does not say where it belongs.
-        GemmaScopeError: when there is none.
+        SpliceError: when there is none, one is no whole SAE, does not fit the model, or does not say where it belongs.
     """
-    if isinstance(saes, SAESuite):
-        found = [_of_suite(model, saes, key) for key in saes]
-    else:
-        given: Iterable[Any] = [saes] if isinstance(saes, torch.nn.Module) else saes
-        found = [_of_module(model, sae) for sae in (given.values() if isinstance(given, Mapping) else given)]
-    if not found:
-        raise GemmaScopeError("No SAE was given.")
-    return found
+    if isinstance(saes, SAESuite) and len(saes):
+        return [_of_suite(model, saes, key) for key in saes]
+    return [_of_module(model, sae) for sae in as_saes(saes, whole=True)]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from gemma_scope_tl.attached import locate
 from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.inputs import as_indices
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import Site, get_site
@@ -42,7 +43,7 @@ def chosen_latents(source: Source, latents: int | Iterable[int]) -> list[int]:
     """
     from gemma_scope_tl.sae.base import checked_latents
 
-    chosen = [int(latent) for latent in ([latents] if isinstance(latents, int) else latents)]
+    chosen = as_indices(latents)
     if isinstance(source, Latents):
         for latent in chosen:
             source.position(latent)

@@ -19,9 +19,10 @@ from sae_lens.saes.sae import SAE, _disable_hooks  # pyright: ignore[reportPriva
 from torch import nn
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, device_mismatch
+from gemma_scope_tl.sae.indices import as_indices
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     import numpy as np
 
@@ -32,13 +33,13 @@ else:
     _Base = object
 
 
-def checked_latents(latents: Sequence[int] | torch.Tensor, d_sae: int) -> list[int]:
+def checked_latents(latents: int | Iterable[int], d_sae: int) -> list[int]:
     """Indices of latents as a list.
 
     Raises:
-        SpliceError: for one that does not exist.
+        SpliceError: for one that does not exist, or is no integer.
     """
-    chosen = [int(latent) for latent in latents]
+    chosen = as_indices(latents)
     wrong = [latent for latent in chosen if not 0 <= latent < d_sae]
     if wrong:
         raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{d_sae - 1}.")
@@ -118,12 +119,15 @@ class GemmaScopeMixin(_Base):
         """``[..., n_heads, d_head]`` or ``[..., d_in]`` -> ``[..., d_in]``; remembers which in ``d_head``.
 
         Raises:
-            SpliceError: when the last dimension(s) are not the SAE's input width.
+            SpliceError: when the last dimension(s) are not the SAE's input width; complex numbers, whose imaginary
+                part a cast would drop.
             DeviceError: when ``x`` is elsewhere than the SAE.
         """
         d_in = self.cfg.d_in
         if x.device != self.W_enc.device:
             raise device_mismatch(self.get_name(), self.W_enc.device, x.device)
+        if x.is_complex():
+            raise SpliceError(f"{self.get_name()} reads real numbers, the tensor given is {x.dtype}.")
         if x.shape[-1:] == (d_in,):
             self.d_head = None
             return x
@@ -141,7 +145,7 @@ class GemmaScopeMixin(_Base):
         """Cast to the SAE's dtype, put heads together, pass ``hook_sae_input``."""
         return self.hook_sae_input(self.reshape_fn_in(sae_in).to(self.dtype))
 
-    def encode(self, x: torch.Tensor, latents: Sequence[int] | torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, x: torch.Tensor, latents: int | Iterable[int] | None = None) -> torch.Tensor:
         """Latents of activations.
 
         Args:

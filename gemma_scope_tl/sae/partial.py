@@ -11,6 +11,7 @@ import torch
 from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sae.config import expected_of_row
+from gemma_scope_tl.sae.indices import as_indices
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sae.loading import folds_b_dec, site_units
 from gemma_scope_tl.weights.fetch import find_local
@@ -55,7 +56,7 @@ def load_latents(
     from gemma_scope_tl.registry.catalog import resolve
 
     row, to, device = resolve(release, sae_id), parse_dtype(dtype), parse_device(device)
-    chosen = [int(latent) for latent in ([latents] if isinstance(latents, int) else latents)]
+    chosen = as_indices(latents)
     if not chosen:
         raise GemmaScopeError("No latents were given: name at least one.")
     path = find_local(row)
