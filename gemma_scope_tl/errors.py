@@ -21,6 +21,10 @@ class UnknownNameError(GemmaScopeError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class UnknownKeywordError(GemmaScopeError, TypeError):
+    """A keyword that a function does not take."""
+
+
 class RegistryError(GemmaScopeError, ValueError):
     """A registry file breaks the schema, or two files claim the same name."""
 
@@ -61,3 +65,15 @@ def unknown_name(kind: str, given: object, valid: Iterable[str], hint: str = "")
     listed = ", ".join(nearest(str(given), names)) or "none exist"
     text = f"Unknown {kind} {str(given)!r}. Nearest: {listed}."
     return UnknownNameError(f"{text} {hint}".rstrip())
+
+
+def unknown_keyword(function: str, given: str, valid: Iterable[str]) -> UnknownKeywordError:
+    """An :class:`UnknownKeywordError` (a ``TypeError``) that names the nearest valid keyword.
+
+    >>> print(unknown_keyword("run_with_saes", "sae", ["saes", "chain"]))
+    run_with_saes() takes no keyword 'sae': did you mean 'saes'?
+    """
+    close = nearest(given, valid, n=1)
+    return UnknownKeywordError(
+        f"{function}() takes no keyword {given!r}" + (f": did you mean {close[0]!r}?" if close else ".")
+    )

@@ -9,7 +9,7 @@ both backends: these are the cache keys of SAELens. A hook on one of them edits 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,10 @@ from gemma_scope_tl.attached import AttachedSAE, locate
 from gemma_scope_tl.errors import SpliceError, UnknownNameError, unknown_name
 from gemma_scope_tl.positions import Positions
 from gemma_scope_tl.sites import Backend, ModelDims, Site, site_of_hook
-from gemma_scope_tl.tokens import TokenTracker, special_token_ids
+from gemma_scope_tl.tokens import ExcludeTokens, TokenTracker, excluded_ids
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-ExcludeTokens = bool | Sequence[int]
 
 
 class SpliceMixin:
@@ -72,7 +70,7 @@ class SpliceMixin:
         self._check_fits(sae, site, layer)
         if any(attached.sae is sae for attached in self._attached.values()):
             raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
-        excluded = self._excluded_ids(exclude_special_tokens)
+        excluded = self.excluded_ids(exclude_special_tokens)
         error_term = bool(sae.use_error_term if use_error_term is None else use_error_term)
         stage = self._next_stage(site.hook_name_out(layer, "hooked_transformer"), chain, site.is_transcoder)
         attached = AttachedSAE(sae, site, layer, error_term, excluded, positions, stage)
@@ -196,18 +194,13 @@ class SpliceMixin:
         if theirs and ours and _family(theirs) != _family(ours):
             raise SpliceError(f"The SAE was trained on {theirs!r}; this model is {ours!r}.")
 
-    def _excluded_ids(self, exclude: ExcludeTokens) -> tuple[int, ...]:
-        if isinstance(exclude, bool):
-            if not exclude:
-                return ()
-            ids = special_token_ids(getattr(self, "tokenizer", None))
-            if not ids:
-                raise SpliceError(
-                    "The model has no tokenizer, so BOS, EOS and padding are unknown: pass their ids, or "
-                    "exclude_special_tokens=False."
-                )
-            return ids
-        return tuple(exclude)
+    def excluded_ids(self, exclude: ExcludeTokens = True) -> tuple[int, ...]:
+        """The token ids that ``exclude_special_tokens`` names (:func:`~gemma_scope_tl.tokens.excluded_ids`).
+
+        Raises:
+            SpliceError: for True where no tokenizer says which ids are special; for what is no choice of ids.
+        """
+        return excluded_ids(getattr(self, "tokenizer", None), exclude, must_know=True)
 
     def _next_stage(self, write_name: str, chain: bool, is_transcoder: bool) -> int:
         """The place of one more SAE that writes there: 0 where there is none."""

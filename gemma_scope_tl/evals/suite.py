@@ -88,7 +88,7 @@ def measure_suite(
     subjects = subjects_of(model, saes)
     tokens = as_tokens(model, data, context)
     settings = Settings(batch_size, tuple(ablations), uniformity, memory_budget, checkpoint_every, progress)
-    run = Run(model, subjects, tokens, model._excluded_ids(True), settings, Store(cache))
+    run = Run(model, subjects, tokens, model.excluded_ids(True), settings, Store(cache))
     run.finish()
     return Evaluation(subjects, run.units, tokens.shape[0], settings.ablations)
 

@@ -212,7 +212,7 @@ def passes(
 
     places = list(dict.fromkeys(subject.place for subject in subjects))
     total = -(-tokens.shape[0] // rows)
-    batches = clean_batches(model, tokens, places, model._excluded_ids(True), rows)
+    batches = clean_batches(model, tokens, places, model.excluded_ids(True), rows)
     for batch in track(batches, what, total, transient=True, disable=not progress):
         yield batch.start, batch, {place: batch.activations(place) for place in places}
 

@@ -11,6 +11,7 @@ from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, Steer, SteerLatents
 from gemma_scope_tl.interventions.sources import chosen_latents, decoder_rows, place_of
 from gemma_scope_tl.positions import Positions
+from gemma_scope_tl.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +30,7 @@ def steer(
     latent: int | Iterable[int],
     scale: Numbers,
     positions: Positions = None,
-    exclude_special_tokens: bool = True,
+    exclude_special_tokens: ExcludeTokens = True,
     unit: Unit = "activation",
     mean_norm: float | pd.DataFrame | None = None,
     on: On = "activations",
@@ -46,7 +47,8 @@ def steer(
         positions: an int, slice, list, or boolean mask; None for all. They count in the whole text, also while
             generating, and from each row's first token that is not padding
             (:mod:`gemma_scope_tl.positions`).
-        exclude_special_tokens: leave BOS, EOS and padding alone, on models from ``load_model``.
+        exclude_special_tokens: leave BOS, EOS and padding alone, on models from ``load_model``; or these token ids; or
+            False for none.
         unit: of ``scale``.
 
             - ``"activation"``: ``a = s``. Gemma Scope's rows have unit norm, so it is the length that is added.
@@ -90,7 +92,7 @@ def clamp(
     latents: int | Iterable[int],
     value: Numbers,
     positions: Positions = None,
-    exclude_special_tokens: bool = True,
+    exclude_special_tokens: ExcludeTokens = True,
     on: On = "activations",
 ) -> tuple[str, Clamp]:
     """Set latents' activations to ``value``: ``x + sum_i (c_i - f_i(x)) W_dec[i]``, or ``f_i = c_i`` on features.
@@ -122,7 +124,7 @@ def scale(
     latents: int | Iterable[int],
     factor: Numbers,
     positions: Positions = None,
-    exclude_special_tokens: bool = True,
+    exclude_special_tokens: ExcludeTokens = True,
     on: On = "activations",
 ) -> tuple[str, Scale]:
     """Multiply latents' activations: ``x + sum_i (s_i - 1) f_i(x) W_dec[i]``, or ``s_i f_i`` on features.
@@ -145,7 +147,7 @@ def ablate(
     sae: Source,
     latents: int | Iterable[int],
     positions: Positions = None,
-    exclude_special_tokens: bool = True,
+    exclude_special_tokens: ExcludeTokens = True,
     on: On = "activations",
 ) -> tuple[str, Ablate]:
     """Remove latents' contributions: ``x - sum_i f_i(x) W_dec[i]``, or ``f_i = 0`` on features.
@@ -163,7 +165,7 @@ def ablate(
 
 
 def _edit(
-    sae: Source, latents: int | Iterable[int], positions: Positions, exclude_special_tokens: bool, on: On
+    sae: Source, latents: int | Iterable[int], positions: Positions, exclude_special_tokens: ExcludeTokens, on: On
 ) -> tuple[str, list[int], dict[str, Any]]:
     name = _hook_name(sae, on, reads=True)
     where = {

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 
+from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.interventions.sources import decoder_rows, encode_latents
 from gemma_scope_tl.positions import Positions, chosen_columns, rows_of
 from gemma_scope_tl.sites import flatten_heads, unflatten_heads
-from gemma_scope_tl.tokens import TokenTracker, special_token_ids
+from gemma_scope_tl.tokens import ExcludeTokens, TokenTracker, excluded_choice, excluded_ids
 
 if TYPE_CHECKING:
     from gemma_scope_tl.interventions.sources import Source
@@ -24,11 +25,15 @@ class Intervention:
 
     Args:
         positions: see :mod:`gemma_scope_tl.positions`; None for all.
-        exclude_special_tokens: leave BOS, EOS and padding alone, on models from ``load_model``.
+        exclude_special_tokens: leave BOS, EOS and padding alone, on models from ``load_model``; or the token ids to
+            leave alone, or False for none.
+
+    Raises:
+        SpliceError: for another ``exclude_special_tokens``.
     """
 
-    def __init__(self, positions: Positions = None, exclude_special_tokens: bool = True) -> None:
-        self.positions, self.exclude_special_tokens = positions, exclude_special_tokens
+    def __init__(self, positions: Positions = None, exclude_special_tokens: ExcludeTokens = True) -> None:
+        self.positions, self.exclude_special_tokens = positions, excluded_choice(exclude_special_tokens)
         self._tracker: TokenTracker | None = None
         self._tokenizer: Any = None
 
@@ -61,7 +66,12 @@ class Intervention:
         if self.positions is not None:
             chosen = chosen_columns(self.positions, rows_of(x, self._tracker, self._tokenizer))
             keep = ~chosen[:, -x.shape[1] :]
-        special_ids = special_token_ids(self._tokenizer) if self.exclude_special_tokens else ()
+        special_ids = excluded_ids(self._tokenizer, self.exclude_special_tokens, must_know=self._tracker is not None)
+        if special_ids and self._tracker is None:
+            raise SpliceError(
+                "This model does not tell the token ids of a pass, so tokens cannot be left alone by id: use a model "
+                "from load_model, or exclude_special_tokens=False and positions=."
+            )
         if self._tracker is not None and special_ids:
             special = self._tracker.mask(x, special_ids)
             keep = special if keep is None else keep | special
@@ -78,7 +88,7 @@ class Steer(Intervention):
         self,
         vector: Float[torch.Tensor, " d"],
         positions: Positions = None,
-        exclude_special_tokens: bool = True,
+        exclude_special_tokens: ExcludeTokens = True,
         by_norm: bool = False,
     ) -> None:
         super().__init__(positions, exclude_special_tokens)
@@ -108,7 +118,7 @@ class LatentEdit(Intervention):
         source: Source,
         latents: list[int],
         positions: Positions = None,
-        exclude_special_tokens: bool = True,
+        exclude_special_tokens: ExcludeTokens = True,
         on_features: bool = False,
     ) -> None:
         super().__init__(positions, exclude_special_tokens)

@@ -78,7 +78,7 @@ def count_firing(
     from rich.progress import track
 
     subjects = subjects_of(model, saes)
-    tokens, special = as_tokens(model, data, context), tuple(model._excluded_ids(True))
+    tokens, special = as_tokens(model, data, context), tuple(model.excluded_ids(True))
     store, keys = Store(cache), _keys(model, tokens, special, subjects) if cache is not None else []
     kept = [store.load(key) for key in keys] or [None] * len(subjects)
     pairs = list(zip(subjects, kept, strict=True))

@@ -88,7 +88,7 @@ def probe_concepts(
     _need_sklearn()
     if not k or min(k) < 1:
         raise GemmaScopeError(f"A probe reads a latent or more, not {list(k)}.")
-    special = tuple(model._excluded_ids(True))
+    special = tuple(model.excluded_ids(True))
     asked = [_units(concept, data, special, most, seed) for concept in data.concepts]
     subjects = subjects_of(model, saes)
     options: dict[str, Any] = {"seed": seed, "confidence": confidence, "resamples": resamples}

@@ -105,7 +105,7 @@ def norm_ratios(
     means: list[dict[Place, Mean]] = []
     for model in (base, tuned):
         found = {place: Mean() for place in kept}
-        for batch in clean_batches(model, tokens, kept, model._excluded_ids(True), batch_size):
+        for batch in clean_batches(model, tokens, kept, model.excluded_ids(True), batch_size):
             for place, mean in found.items():
                 mean.update(batch.activations(place).double().norm(dim=1))
         means.append(found)
