@@ -11,9 +11,10 @@ import torch
 from sae_lens import HookedSAETransformer, SAETransformerBridge
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf, detect_tokenizer_bos_eos
 
-from gemma_scope_tl.sites import ModelDims
-from tests.helpers import CharTokenizerFactory, hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 
 STOCK = {
     "jumprelu": JumpReLUSAE,
@@ -48,7 +49,7 @@ class Side:
 def make_pair(backend: str) -> tuple[Side, Side]:
     """SAELens's model and ours."""
     ours = hooked(random_gemma("narrow-heads"), backend)
-    stock = _hooked_transformer() if backend == "hooked_transformer" else _bridge()
+    stock = (_hooked_transformer if backend == "hooked_transformer" else _bridge)(ours.tokenizer)
     saes = {name: random_sae(ours.dims, s, n, d_sae=64, skip=skip, seed=7) for name, (s, n, skip) in SAES.items()}
     tokens = random_tokens(ours, batch=2, length=9)
     theirs = {name: stock_twin(sae) for name, sae in saes.items()}
@@ -62,20 +63,21 @@ def stock_twin(sae: Any) -> Any:
     return twin.requires_grad_(False)
 
 
-def _hooked_transformer() -> Any:
+def _hooked_transformer(tokenizer: Any) -> Any:
     source = hooked(random_gemma("narrow-heads"), "hooked_transformer")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        model: Any = HookedSAETransformer(source.cfg, tokenizer=source.tokenizer, default_padding_side="left")
+        model: Any = HookedSAETransformer(source.cfg, tokenizer=tokenizer, default_padding_side="left")
     model.load_state_dict(source.state_dict(), strict=False)
     return model.eval()
 
 
-def _bridge() -> Any:
-    """As SAELens makes one, from a model that is in memory."""
-    from gemma_scope_tl.adapters import bridge as adapter
-
-    made: Any = adapter.build_bridge(random_gemma("narrow-heads"), CharTokenizerFactory.get(), None)
-    stock: Any = SAETransformerBridge(made.original_model, made.adapter, made.tokenizer)
-    assert isinstance(made.dims, ModelDims)
-    return stock.eval()
+def _bridge(tokenizer: Any) -> Any:
+    """As ``boot_transformers`` makes one, from a model that is in memory."""
+    hf_model = random_gemma("narrow-heads")
+    config = build_bridge_config_from_hf(hf_model.config, "Gemma2ForCausalLM", "gemma-2", torch.float32)
+    adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
+    adapter.cfg.device = "cpu"
+    adapter.prepare_model(hf_model)
+    adapter.cfg.tokenizer_prepends_bos, adapter.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
+    return SAETransformerBridge(hf_model, adapter, tokenizer).eval()
