@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def test_gradients_reach_the_weights_through_edits(model: Any, edit: str, on: An
         chosen[some] = True
         return torch.where(special, x, torch.where(chosen, new, acts) @ sae.W_dec + sae.b_dec)
 
-    with model.saes([sae] if on == "features" else []):
+    with model.saes([sae]) if on == "features" else nullcontext():
         model.run_with_hooks(tokens, fwd_hooks=[hook]).square().mean().backward()
     got = gradients(sae)
     model.run_with_hooks(tokens, fwd_hooks=[(name, dense)]).square().mean().backward()
