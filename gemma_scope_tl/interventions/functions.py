@@ -72,7 +72,7 @@ def steer(
         raise unknown_name("unit", unit, UNITS)
     name = _hook_name(sae, on, reads=False)
     chosen = chosen_latents(sae, latent)
-    amounts, rows = _numbers(scale, chosen, "scale"), decoder_rows(sae, chosen)
+    amounts, rows = _numbers(scale, chosen, "scale"), decoder_rows(sae, chosen).detach()
     if unit == "norm" and on == "features":
         raise SpliceError('A hook on features does not see ||x||: use unit="mean_norm", or on="activations".')
     if unit == "mean_norm":

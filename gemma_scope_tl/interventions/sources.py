@@ -57,9 +57,8 @@ def chosen_latents(source: Source, latents: int | Iterable[int]) -> list[int]:
 
 
 def decoder_rows(source: Source, latents: list[int]) -> Float[torch.Tensor, "k d_out"]:
-    """Decoder rows, without gradient."""
-    rows = source.decoder_rows(latents) if isinstance(source, Latents) else source.W_dec[latents]
-    return rows.detach()
+    """Decoder rows; gradients reach them."""
+    return source.decoder_rows(latents) if isinstance(source, Latents) else source.W_dec[latents]
 
 
 def encode_latents(

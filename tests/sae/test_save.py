@@ -114,7 +114,7 @@ def test_sae_lens_alone_reads_what_we_write(tmp_path: Path) -> None:
         *(tmp_path / name for name in kinds),
     )
     for name, sae in kinds.items():
-        np.testing.assert_array_equal(np.load(tmp_path / name / "out.npy"), sae(inputs).numpy())
+        np.testing.assert_array_equal(np.load(tmp_path / name / "out.npy"), sae(inputs).detach().numpy())
         again = JumpReLUSAE.from_folder(tmp_path / name / "again")
         assert same(again, sae)
         assert (again.site, again.layer) == (sae.site, sae.layer)
