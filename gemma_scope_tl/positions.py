@@ -6,23 +6,24 @@ generation, with a cache or without. Ints must exist (in every row), as in ``lis
 ``list[i:j]``, and go on into what is generated.
 
 A mask of shape ``[batch, pos]`` lies over the token ids as they were given, padding included; a mask ``[pos]`` stands
-for the positions at which it is True. Generated tokens that a mask does not reach are not chosen.
+for the positions at which it is True. Generated tokens that a mask does not reach are not chosen. A row of padding
+alone has no positions, and none is missed there.
 
-Where nothing tells the token ids (a model that ``load_model`` did not make, a pass from embeddings), and in a cached
-loop written by hand instead of ``generate``, positions count in the tensor at hand.
+Where nothing tells the token ids (a model that ``load_model`` did not make, a pass from embeddings), positions count in
+the tensor at hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.tokens import TokenTracker, left_padding_mask
+from gemma_scope_tl.tokens import TokenTracker, text_mask
 
 Positions = int | slice | Sequence[int] | torch.Tensor | None
 
@@ -33,15 +34,17 @@ class Rows:
 
     Attributes:
         start: ``[batch]``, the first column that is not padding.
-        length: ``[batch]``, how many tokens of the prompt follow from there, padding on the right not counted.
+        length: ``[batch]``, how many columns of the prompt follow from there, padding on the right not counted.
         total: columns so far.
         growing: whether more are being generated.
+        moved: ``[batch]``, by how many columns each row was moved to the right before generation; None for not at all.
     """
 
     start: Int[torch.Tensor, " batch"]
     length: Int[torch.Tensor, " batch"]
     total: int
     growing: bool
+    moved: Int[torch.Tensor, " batch"] | None = None
 
     @property
     def place(self) -> Int[torch.Tensor, "batch total"]:
@@ -49,23 +52,30 @@ class Rows:
         return torch.arange(self.total, device=self.start.device) - self.start[:, None]
 
 
+def rows_of_mask(mask: Bool[torch.Tensor, "batch total"], prompt: int, growing: bool) -> Rows:
+    """The rows of a mask (True at text, False at padding) of which the first ``prompt`` columns were given.
+
+    A row of padding alone has no positions.
+    """
+    padding = (~mask[:, :prompt]).long()
+    start, behind = padding.cumprod(-1).sum(-1), padding.flip(-1).cumprod(-1).sum(-1)
+    return Rows(start, (prompt - start - behind).clamp(min=0), mask.shape[1], growing)
+
+
 def rows_of_ids(ids: Int[torch.Tensor, "batch total"], prompt: int, tokenizer: Any, growing: bool) -> Rows:
-    """The rows of token ids of which the first ``prompt`` columns were given."""
-    given = ids[:, :prompt]
-    attended = left_padding_mask(given, tokenizer)
-    start = torch.zeros(len(ids), dtype=torch.long, device=ids.device) if attended is None else (1 - attended).sum(-1)
-    pad, bos = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "bos"))
-    trailing = torch.zeros_like(start)
-    if pad is not None and pad != bos:
-        trailing = (given == pad).flip(-1).long().cumprod(-1).sum(-1)
-    return Rows(start, prompt - start - trailing, ids.shape[1], growing)
+    """:func:`rows_of_mask` for token ids, whose padding tells what is text."""
+    return rows_of_mask(text_mask(ids, tokenizer), prompt, growing)
 
 
-def rows_of(x: torch.Tensor, tracker: TokenTracker | None, tokenizer: Any) -> Rows:
+def rows_of(x: torch.Tensor, tracker: TokenTracker | None, tokenizer: Any = None) -> Rows:
     """The rows that ``x`` (``[batch, pos, …]``) holds the last columns of; without token ids, ``x`` is all there is."""
     known = None if tracker is None else tracker.sequence(x)
     if tracker is not None and known is not None:
-        return rows_of_ids(*known, tokenizer=tokenizer, growing=tracker.generating)
+        moved = tracker.read.moved
+        moved = None if moved is None else moved.to(x.device).expand(x.shape[0])
+        mask, prompt = known
+        growing = tracker.generating or mask.shape[1] > prompt  # by generate, or in a cached loop written by hand
+        return replace(rows_of_mask(mask, prompt, growing), moved=moved)
     start = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
     return Rows(start, start + x.shape[1], x.shape[1], growing=False)
 
@@ -93,6 +103,7 @@ def chosen_columns(positions: Positions, rows: Rows) -> Bool[torch.Tensor, "batc
     wanted = wanted.long().reshape(1, -1)
     resolved = torch.where(wanted < 0, wanted + rows.length[:, None], wanted)
     too_far = resolved < 0 if rows.growing else (resolved < 0) | (resolved >= rows.length[:, None])
+    too_far &= rows.length[:, None] > 0
     if bool(too_far.any()):
         row, which = (int(i) for i in too_far.nonzero()[0])
         raise SpliceError(
@@ -100,7 +111,7 @@ def chosen_columns(positions: Positions, rows: Rows) -> Bool[torch.Tensor, "batc
             "each row from its first token that is not padding (a model that load_model did not make cannot tell, and "
             "counts in the tensor at hand). A slice takes what there is."
         )
-    return (rows.place[:, :, None] == resolved[:, None, :]).any(-1)
+    return (rows.place[:, :, None] == resolved[:, None, :]).any(-1) & (rows.place >= 0)
 
 
 def _in_slice(positions: slice, rows: Rows) -> torch.Tensor:
@@ -125,5 +136,11 @@ def _under_mask(mask: torch.Tensor, rows: Rows) -> torch.Tensor:
             f"The mask of positions is {list(mask.shape)}, the batch of tokens {[batch, rows.total]}: they must agree."
         )
     chosen = torch.zeros(batch, max(rows.total, width), dtype=torch.bool, device=mask.device)
-    chosen[:, :width] = mask
+    chosen[:, :width] = mask if rows.moved is None else move_rows(mask.expand(batch, -1), rows.moved)
     return chosen[:, : rows.total]
+
+
+def move_rows(x: Shaped[torch.Tensor, "batch pos"], by: Int[torch.Tensor, " batch"]) -> torch.Tensor:
+    """Each row rotated to the right by its own number of columns."""
+    columns = torch.arange(x.shape[1], device=x.device) - by.to(x.device)[:, None]
+    return x.gather(1, columns % x.shape[1])

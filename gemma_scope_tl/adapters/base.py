@@ -8,21 +8,24 @@ from typing import Any
 
 import torch
 
+from gemma_scope_tl.adapters.generation import Generates
+from gemma_scope_tl.adapters.keywords import check_keywords, named
 from gemma_scope_tl.attached import AttachedSAE
-from gemma_scope_tl.errors import unknown_name
+from gemma_scope_tl.errors import SpliceError, unknown_name
+from gemma_scope_tl.inputs import as_batch, tokenize
 from gemma_scope_tl.interventions import Intervention
 from gemma_scope_tl.owners import OwnedHook, Owner, Turns
 from gemma_scope_tl.sites import ModelDims
 from gemma_scope_tl.splicing import SpliceMixin, translate_hook_name
 from gemma_scope_tl.splicing.names import add_other_names, filter_of_both, other_names, positional_hooks
-from gemma_scope_tl.tokens import TokenTracker, left_padding_mask
+from gemma_scope_tl.tokens import TokenTracker, attendable
 
 HookName = str | Callable[[str], bool]
 Hooks = Iterable[tuple[HookName, Callable[..., Any]]]
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
-class GemmaModel(SpliceMixin):
+class GemmaModel(Generates, SpliceMixin):
     """A hooked Gemma 2 with the Gemma Scope sites; mixed into the backend's own model class.
 
     Attributes:
@@ -30,8 +33,12 @@ class GemmaModel(SpliceMixin):
         dims: layers, widths and heads.
         model_id: the name that SAEs know this model by (``"gemma-2-2b"``), or None for one they cannot know.
         fixes: the defects of the installed TransformerLens that were found here and worked around.
+        stop_token_ids: at which tokens generation stops.
+        return_types: what ``forward`` can return.
     """
 
+    return_types: tuple[str | None, ...] = ("logits", "loss", "both", None)
+    stop_token_ids: tuple[int, ...] = ()
     model_id: str | None
     fixes: list[str]
     tokenizer: Any
@@ -44,11 +51,15 @@ class GemmaModel(SpliceMixin):
         self._attached: dict[str, AttachedSAE] = {}
         self._turns = Turns()
         self.token_tracker = TokenTracker()
-        self.embedding_module().register_forward_pre_hook(self.token_tracker.observe, with_kwargs=True)
+        self._watch()
 
     def embedding_module(self) -> torch.nn.Module:
         """The module that turns token ids into embeddings."""
         return self.embed  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _watch(self) -> None:
+        """Let the token tracker know what enters the model."""
+        raise NotImplementedError  # pragma: no cover - an abstract method
 
     def site_hook_point(self, name: str) -> Any:
         """The ``HookPoint`` with this backend's canonical ``name``.
@@ -98,6 +109,7 @@ class GemmaModel(SpliceMixin):
 
         Hooks may follow the input as positional arguments, as in TransformerLens's bridge.
         """
+        check_keywords(self, "run_with_hooks", kwargs)
         model_args, given = positional_hooks(model_args, fwd_hooks, bwd_hooks)
         with self._turns.scope() as owner:
             fwd, bwd = self._resolve_hooks(given[0], owner), self._resolve_hooks(given[1])
@@ -119,6 +131,7 @@ class GemmaModel(SpliceMixin):
         What is asked for by name is in the cache under the name that was asked for, either backend's; a function is
         asked about both. Without a filter, hook points of attached SAEs are there under both names.
         """
+        check_keywords(self, "run_with_cache", kwargs)
         resolved = self._resolve_filter(names_filter)
         with self._turns.scope():
             output, cache = super().run_with_cache(  # pyright: ignore[reportAttributeAccessIssue]
@@ -143,23 +156,124 @@ class GemmaModel(SpliceMixin):
     def _add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
         super().add_hook(name, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
-    # -- tokens and padding -------------------------------------------------------------------------------------------
-
-    def _derived_mask(self, tokens: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """The attention mask of left-padded token ids, where the caller gave none and no cache is in play."""
-        cached = any(
-            kwargs.get(key) is not None for key in ("past_key_values", "cache", "past_kv_cache", "start_at_layer")
-        )
-        if cached or kwargs.get("attention_mask") is not None:
-            return None
-        if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point() or self.tokenizer is None:
-            return None
-        return left_padding_mask(tokens, self.tokenizer)
+    # -- passes -------------------------------------------------------------------------------------------------------
 
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; left-padded token ids get their attention mask from the padding token."""
-        if not args and (mask := self._derived_mask(input, kwargs)) is not None:
-            kwargs["attention_mask"] = mask
-        if isinstance(input, torch.Tensor) and input.is_floating_point() and not self.token_tracker.generating:
+        """As in TransformerLens, from whatever stands for texts; padding never counts.
+
+        Args:
+            input: as :func:`~gemma_scope_tl.inputs.as_batch` takes it: a text, several, token ids, a
+                ``BatchEncoding``, chat messages; or embeddings ``[batch, pos, d_model]``. Padding, on either side, is
+                masked without being asked; ``attention_mask=`` says otherwise. The loss is the mean over predictions
+                from text to text.
+            *args, **kwargs: of the backend's ``forward``.
+
+        Raises:
+            UnknownKeywordError: for a keyword that ``forward`` does not take.
+            UnknownNameError: for a return type that does not exist.
+        """
+        call = self._named_cache(named(self, "forward", args, kwargs))
+        if input is None:
+            input = call.pop("input_ids", None)
+            input = call.pop("inputs_embeds", None) if input is None else input
+        if call.get("return_type", "logits") not in self.return_types:
+            raise unknown_name("return_type", call["return_type"], map(str, self.return_types))
+        embedded = isinstance(input, torch.Tensor) and input.is_floating_point()
+        if embedded or call.get("start_at_layer") is not None:
+            return self._forward_embedded(input, call)
+        cache, seen = self._cache_of(call)
+        covered = getattr(call.get("attention_mask"), "shape", (0, 0))[-1]
+        if cache is not None and isinstance(input, torch.Tensor) and covered > input.shape[-1]:
+            seen = max(seen, covered - input.shape[-1])  # the caller knows what a cache holds that nothing has read yet
+        if seen or self.token_tracker.generating:
+            return self._forward_on(input, call, cache, seen)
+        return self._forward_text(input, call, cache)
+
+    def _forward_text(self, input: Any, call: dict[str, Any], cache: Any) -> Any:
+        """A pass that begins a text."""
+        how = {name: call.pop(name) for name in ("attention_mask", "prepend_bos", "padding_side") if name in call}
+        pattern = how.pop("attention_mask") if getattr(how.get("attention_mask"), "ndim", 2) > 2 else None
+        batch = as_batch(self, input, holes=True, **how)
+        unpadded = bool(batch.mask.all())
+        if pattern is not None:
+            call["attention_mask"] = pattern  # of every query: the caller's affair
+        elif not unpadded or self.backend == "hooked_transformer":  # which would ask the tokenizer
+            call["attention_mask"] = attendable(batch.mask).long()
+        wanted = call.get("return_type", "logits")
+        ours = wanted in ("loss", "both") and not unpadded
+        ours = ours and call.get("labels") is None and call.get("stop_at_layer") is None
+        with self.token_tracker.expecting(batch.mask, cache, 0):
+            if not ours:
+                return super().forward(batch.ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
+            per_token = call.pop("loss_per_token", False)
+            call["return_type"] = "logits"
+            logits = super().forward(batch.ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
+        loss = self.loss_fn(  # pyright: ignore[reportAttributeAccessIssue]
+            logits, batch.ids, attention_mask=batch.mask, per_token=per_token
+        )
+        return loss if wanted == "loss" else self._both(logits, loss)
+
+    def _forward_on(self, input: Any, call: dict[str, Any], cache: Any, seen: int) -> Any:
+        """A pass that goes on with a text: behind a key-value cache, or inside a generation."""
+        ids = input if isinstance(input, torch.Tensor) else as_batch(self, input, prepend_bos=False).ids
+        ids = ids[None] if ids.ndim == 1 else ids
+        generating = self.token_tracker.generating
+        mask = self.token_tracker.mask_of_next(ids, cache, seen)
+        if mask is not None and (generating or call.get("attention_mask") is None):
+            self._attend(call, attendable(mask), ids.shape[1])
+        with self.token_tracker.expecting(mask, cache, seen):
+            return super().forward(ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _forward_embedded(self, embeddings: Any, call: dict[str, Any]) -> Any:
+        """A pass from embeddings, or from the residual stream before a layer.
+
+        Raises:
+            SpliceError: with an SAE on the embedding, which such a pass skips.
+        """
+        read = self.token_tracker.read
+        if self.token_tracker.generating and read.mask is not None:  # HookedTransformer generates like this from ids
+            call["attention_mask"] = attendable(read.mask).long()
+        else:
             self.token_tracker.clear()
-        return super().forward(input, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            if not call.get("start_at_layer") and any(one.site.name == "embedding" for one in self._attached.values()):
+                raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
+        return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _named_cache(self, call: dict[str, Any]) -> dict[str, Any]:
+        """``call`` with its key-value cache under the name that the installed libraries use."""
+        return call
+
+    def _cache_of(self, call: dict[str, Any]) -> tuple[Any, int]:
+        """The key-value cache of a pass, None without, and how many positions it holds."""
+        raise NotImplementedError  # pragma: no cover - an abstract method
+
+    def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int) -> None:
+        """Make a pass over the last ``new`` columns of ``mask`` attend where it is True."""
+        raise NotImplementedError  # pragma: no cover - an abstract method
+
+    def _both(self, logits: torch.Tensor, loss: torch.Tensor) -> Any:
+        return logits, loss
+
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool | None = None,
+    ) -> torch.Tensor:
+        """Token ids ``[batch, pos]`` of a text or several, as in TransformerLens; a text that brings its own BOS (what
+        chat templates write) gets no second one.
+
+        Args:
+            input: a text or several.
+            prepend_bos: None for the model's default, which is True.
+            padding_side: ``"left"`` or ``"right"``, None for the tokenizer's.
+            move_to_device: put the ids where the model is.
+            truncate: True cuts texts to the model's context, None does so with a warning, False leaves them whole.
+
+        Raises:
+            GemmaScopeError: no tokenizer, no text, or a text that is no Unicode.
+        """
+        ids, _ = tokenize(self, input, prepend_bos, padding_side, truncate)
+        return ids.to(self.cfg.device) if move_to_device else ids

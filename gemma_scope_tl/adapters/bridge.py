@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -15,7 +16,12 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
 from transformer_lens.model_bridge.sources.transformers import setup_tokenizer
 
 from gemma_scope_tl.adapters.base import GemmaModel, HookName
+from gemma_scope_tl.adapters.generation import TrackedGenerate
+from gemma_scope_tl.adapters.keywords import named
+from gemma_scope_tl.adapters.prompts import prompts_of, stop_ids
+from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import Backend, ModelDims
+from gemma_scope_tl.tokens import attendable
 
 ARCHITECTURE = "Gemma2ForCausalLM"
 
@@ -24,6 +30,7 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
     """A Gemma 2 ``TransformerBridge`` with the SAE methods of this package. Made by ``load_model``."""
 
     backend: Backend = "bridge"
+    return_types = (*GemmaModel.return_types, "logits_and_cache")
 
     @property
     def hook_dict(self) -> dict[str, Any]:
@@ -53,26 +60,98 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
         for point in self.sae_hook_points().values():
             point.remove_hooks(direction, including_permanent, level)
 
-    def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; a key-value cache goes to Hugging Face under the name its version uses."""
-        cache = kwargs.pop("past_key_values", None)
+    def _watch(self) -> None:
+        """Token ids are read where every pass begins: at Hugging Face's decoder, also when others call it."""
+        decoder = self.original_model.model
+        decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
+        decoder.register_forward_hook(self._after_decoder)
+        self.original_model.generate = TrackedGenerate(self.original_model, self)
+
+    def _before_decoder(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        if ids is None:
+            if any(attached.site.name == "embedding" for attached in self._attached.values()):
+                raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
+            self.token_tracker.observe(None)
+            return
+        given = kwargs.get("attention_mask")
+        if isinstance(given, torch.Tensor) and given.ndim == 2 and self.token_tracker.expected is None:
+            mask = given.bool()
+        else:
+            mask = self.token_tracker.expected_mask(ids, self.tokenizer)
+        self.token_tracker.observe(ids, mask, cache, seen)
+
+    def _after_decoder(self, _module: Any, _args: Any, output: Any) -> None:
+        self.token_tracker.remember(getattr(output, "cache", getattr(output, "past_key_values", None)))
+
+    def _named_cache(self, call: dict[str, Any]) -> dict[str, Any]:
+        cache = call.pop("past_key_values", None)
         if cache is not None:
             parameters = inspect.signature(type(self.original_model).forward).parameters
-            kwargs["cache" if "cache" in parameters else "past_key_values"] = cache
-        return super().forward(input, *args, **kwargs)
+            call["cache" if "cache" in parameters else "past_key_values"] = cache
+        return call
 
-    def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; a left-padded tensor of ids gets its mask, and attached SAEs know the token ids."""
-        if not args and (mask := self._derived_mask(input, kwargs)) is not None:
-            kwargs["attention_mask"] = mask
-        kwargs.setdefault("verbose", False)
-        with self.token_tracker.generation():
-            return super().generate(input, *args, **kwargs)
+    def _cache_of(self, call: dict[str, Any]) -> tuple[Any, int]:
+        cache = call.get("cache", call.get("past_key_values"))
+        return cache, 0 if cache is None else int(cache.get_seq_length())
 
-    def hf_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Hugging Face's ``generate`` on the hooked model; attached SAEs know the token ids."""
-        with self.token_tracker.generation():
-            return super().hf_generate(*args, **kwargs)
+    def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int) -> None:
+        call["attention_mask"] = mask.long()
+        call["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+
+    def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's ``generate`` on the hooked model; attached SAEs know the token ids.
+
+        Args:
+            input: as for :meth:`generate`.
+            *args, **kwargs: TransformerLens's arguments of ``hf_generate``, with its defaults (it samples), and all of
+                Hugging Face's. Without ``eos_token_id`` it stops where the model says.
+
+        Returns:
+            Text for texts, ids for ids, a ``ModelOutput`` where Hugging Face's options ask for one, or what
+            ``return_type`` asks for.
+
+        Raises:
+            UnknownKeywordError: for a keyword that neither takes.
+            GemmaScopeError: as :meth:`generate`.
+        """
+        call = named(self, "hf_generate", args, kwargs)
+        prompts = prompts_of(self, input, call)
+        wanted = call.pop("return_type", "input")
+        as_text = wanted == "str" or (wanted in ("input", None) and prompts.as_text)
+        options = self._hf_options(call)
+        if prompts.mask is None:
+            options["inputs_embeds"] = prompts.ids
+        else:
+            options |= {"input_ids": prompts.ids, "attention_mask": attendable(prompts.mask).long()}
+        with self.token_tracker.running(prompts.generation()), torch.no_grad():
+            output = self.original_model.generate(**options)
+        if not as_text:
+            return output
+        rows = getattr(output, "sequences", output)
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        return texts[0] if isinstance(input, str) else texts
+
+    def _hf_options(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of Hugging Face's ``generate`` from those of TransformerLens's ``hf_generate``."""
+        stop = stop_ids(self, call)
+        options = {"max_new_tokens": 10, "do_sample": True, "temperature": 1.0}
+        options |= {name: value for name, value in call.items() if value is not None}
+        stopping = options.pop("stop_at_eos", True)
+        if not options.pop("use_past_kv_cache", True):
+            options.setdefault("use_cache", False)
+        if stopping:
+            options["eos_token_id"] = stop
+            options.setdefault("pad_token_id", stop if isinstance(stop, int) else stop[0] if stop else None)
+        elif "generation_config" not in options:
+            options["generation_config"] = copy.deepcopy(self.original_model.generation_config)
+            options["generation_config"].eos_token_id = None
+        flags = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        if any(options.get(flag) for flag in flags):
+            options.setdefault("return_dict_in_generate", True)
+        return options
 
     def read_cache_kwarg(self) -> None:
         """Make attention find its cache under the name that newer transformers versions give it.

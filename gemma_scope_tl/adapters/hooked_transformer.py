@@ -7,14 +7,17 @@ It holds a second copy of the weights (and unties the unembedding), and its bflo
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.HookedTransformer import Output
 from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
 from gemma_scope_tl.adapters.base import GemmaModel
+from gemma_scope_tl.adapters.generation import decoded
 from gemma_scope_tl.attached import AttachedSAE
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import Backend, ModelDims
@@ -25,17 +28,33 @@ class HookedGemma(GemmaModel, HookedTransformer):  # pyright: ignore[reportIncom
 
     backend: Backend = "hooked_transformer"
 
-    def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; attached SAEs know the token ids.
+    def _watch(self) -> None:
+        self.embed.register_forward_pre_hook(self._before_embedding)
 
-        Raises:
-            SpliceError: with an SAE on the embedding, whose hook ``HookedTransformer.generate`` never runs.
-        """
+    def _before_embedding(self, _module: Any, args: tuple[Any, ...]) -> None:
+        self.token_tracker.observe_embedded(args[0], self.tokenizer)
+
+    def _prepared(self, *args: Any) -> Any:
         if any(attached.site.name == "embedding" for attached in self._attached.values()):
             raise SpliceError('HookedTransformer.generate skips hook_embed: load with backend="bridge".')
-        kwargs.setdefault("verbose", False)
-        with self.token_tracker.generation():
-            return super().generate(input, *args, **kwargs)
+        return super()._prepared(*args)
+
+    def _stream(self, pieces: Iterator[Any], return_type: str) -> Iterator[Any]:
+        return decoded(pieces, self.tokenizer) if return_type == "str" else pieces
+
+    def _forward_embedded(self, embeddings: Any, call: dict[str, Any]) -> Any:
+        call.setdefault("start_at_layer", 0)
+        return super()._forward_embedded(embeddings, call)
+
+    def _cache_of(self, call: dict[str, Any]) -> tuple[Any, int]:
+        cache = call.get("past_kv_cache")
+        return cache, 0 if cache is None else int(cache[0].past_keys.shape[1])
+
+    def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int) -> None:
+        call["attention_mask"] = (mask if call.get("past_kv_cache") is None else mask[:, -new:]).long()
+
+    def _both(self, logits: torch.Tensor, loss: torch.Tensor) -> Any:
+        return Output(logits, loss)
 
     def _after_attach(self, attached: AttachedSAE) -> None:
         self.hook_dict.update(attached.hook_points)

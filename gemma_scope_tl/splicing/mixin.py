@@ -210,7 +210,7 @@ class SpliceMixin:
         added: list[AttachedSAE] = []
         owner = Owner()
         try:
-            for sae in as_saes(saes):
+            for sae in as_saes(saes, empty=True):
                 added.append(self._attach(sae, options, owner))
             yield
         except BaseException:

@@ -1,0 +1,132 @@
+"""Texts as token ids with one BOS, padded, and never cut without a word."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gemma_scope_tl.errors import GemmaScopeError
+
+Padded = tuple[torch.Tensor, torch.Tensor]
+"""Ids and mask, both ``[batch, pos]``."""
+
+
+def tokenize(
+    model: Any,
+    texts: str | Sequence[str],
+    prepend_bos: bool | None = None,
+    padding_side: str | None = None,
+    truncate: bool | None = None,
+) -> Padded:
+    """Token ids of texts with one BOS at the beginning, also where a text brings its own, and their mask.
+
+    ``""`` is BOS alone.
+
+    Args:
+        model: from ``load_model``.
+        texts: one or several.
+        prepend_bos: None for the model's default, which is True; False leaves texts as they are.
+        padding_side: ``"left"`` or ``"right"``, None for the tokenizer's.
+        truncate: what is done with a text longer than the context: True cuts it, None cuts it and warns, False leaves
+            it whole.
+
+    Returns:
+        Ids ``[batch, pos]`` on the CPU, and True at text.
+
+    Raises:
+        GemmaScopeError: no tokenizer; what is no text, or no Unicode; no token at all.
+    """
+    tokenizer, several = getattr(model, "tokenizer", None), [texts] if isinstance(texts, str) else list(texts)
+    rows = text_ids(tokenizer, several)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if prepend_bos is None:
+        prepend_bos = getattr(model.cfg, "default_prepend_bos", True)
+    if prepend_bos and bos is not None:
+        rows = [[bos, *without_bos(tokenizer, row)] for row in rows]
+    if not any(rows):
+        raise GemmaScopeError("The texts hold no token, and no BOS is put before them: there is nothing to run on.")
+    side = padding_side or getattr(tokenizer, "padding_side", None) or "left"
+    if side not in ("left", "right"):
+        raise GemmaScopeError(f"padding_side is 'left' or 'right', not {padding_side!r}.")
+    if truncate is not False and (over := too_long(model, rows)):
+        if truncate is None:
+            warnings.warn(f"{over}: the rest is cut off. truncate=True says that this is meant.", stacklevel=3)
+        rows = [row[: int(model.cfg.n_ctx)] for row in rows]
+    return padded(rows, pad_id(tokenizer), side)
+
+
+def text_ids(tokenizer: Any, texts: Sequence[Any]) -> list[list[int]]:
+    """Token ids of each text as it stands, without anything that the tokenizer would add.
+
+    Raises:
+        GemmaScopeError: no tokenizer; what is no text; a text that is no Unicode.
+    """
+    if tokenizer is None:
+        raise GemmaScopeError("The model has no tokenizer: give token ids instead of text, or load it with tokenizer=.")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise GemmaScopeError(f"Text {number} is a {type(text).__name__}, not a str.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise GemmaScopeError(
+                f"Text {number} is not valid Unicode: character {error.start} is the surrogate "
+                f"{text[error.start]!a}. Read the text with errors='replace', or repair it."
+            ) from None
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [list(row) for row in found]
+
+
+def without_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """``ids`` without the BOS that they may begin with: for whoever puts one there."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return ids[1:] if bos is not None and ids[:1] == [bos] else ids
+
+
+def rendered(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool) -> str:
+    """Chat messages as the tokenizer's template writes them, BOS included where it does.
+
+    Raises:
+        GemmaScopeError: no template, or one that does not take these messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise GemmaScopeError(
+            "Chat messages need a tokenizer with a chat template, and this model has none: give text, or set "
+            "model.tokenizer.chat_template."
+        )
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), **options))
+    except Exception as error:  # templates raise what they like, jinja2's errors and others
+        raise GemmaScopeError(f"The chat template does not take these messages: {error}") from error
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "left") -> Padded:
+    """Rows of several lengths as one tensor, and True at what is not padding."""
+
+    def stacked(parts: list[torch.Tensor], value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value, padding_side=side)
+
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return stacked(ids, pad), stacked([torch.ones_like(row) for row in ids], 0).bool()
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that padding has: EOS without a padding token, 0 without either."""
+    found = [getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos")]
+    return next((i for i in found if i is not None), 0)
+
+
+def too_long(model: Any, rows: Sequence[Sequence[int]] | torch.Tensor) -> str | None:
+    """What is to be said of the first row that is longer than the model's context; None where all fit."""
+    context = int(model.cfg.n_ctx)
+    long = next((number for number, row in enumerate(rows) if len(row) > context), None)
+    if long is None:
+        return None
+    which = f"Text {long} has" if len(rows) > 1 else "The text has"
+    return f"{which} {len(rows[long])} tokens, more than the model's context of {context}"
