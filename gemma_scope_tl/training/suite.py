@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from gemma_scope_tl.training.checkpoint import check_same_run
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
 from gemma_scope_tl.training.model_sizes import sizes_of
-from gemma_scope_tl.training.parallel import agreed, process_mesh
+from gemma_scope_tl.training.parallel import agreed, led, process_mesh
 from gemma_scope_tl.training.plan import plan_suite
 from gemma_scope_tl.training.records import (
     CHECKPOINTS,
@@ -87,14 +87,13 @@ def train_suite(
     mesh = checked.mesh
     with process_mesh(mesh.latents, mesh.data, device=checked.device) as shard:
         agreed({"resume": resume, **checked.results})
-        with alone(folder) if shard.leads else nullcontext():
+        with ExitStack() as held:
+            led(shard, lambda: held.enter_context(alone(folder)))
             if resume and (folder / SUITE_NAME).exists():
                 return _finished(folder, checked, shard)
             if not (force or source or model) and mesh.processes == 1:  # of a model in hand sizes are not looked up
                 plan_suite(checked, measure=False).check()
-            if shard.leads:
-                _prepare(folder, checked, groups, resume)
-            shard.gather(None)  # nobody looks for checkpoints before that
+            led(shard, lambda: _prepare(folder, checked, groups, resume))  # nobody looks for checkpoints before that
             opener = source or source_opener(checked, model, progress and shard.leads)
             return _train(folder, checked, groups, opener, progress, shard)
 
