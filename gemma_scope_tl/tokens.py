@@ -263,8 +263,9 @@ class TokenTracker:
         if not seen:
             return self.read if self.generating else TextRead()
         for read in (self.read if self.generating else TextRead(), getattr(cache, _ON_CACHE, TextRead())):
-            known = read.ids is not None and read.whole
-            if known and batch % read.ids.shape[0] == 0 and read.ids.shape[1] >= seen:
+            if read.ids is None or not read.whole:
+                continue
+            if batch % read.ids.shape[0] == 0 and read.ids.shape[1] >= seen:
                 return read
         return TextRead(whole=False)
 

@@ -95,7 +95,7 @@ class GemmaModel(Generates, SpliceMixin):
         if names is None:
             return None
         if callable(names):
-            return filter_of_both(names, self._other_names())
+            return filter_of_both(names, self._other_names())  # pyright: ignore[reportArgumentType]
         valid = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(names, str):
             return self._resolve_name(names, valid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
@@ -62,10 +62,11 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
 
     def _watch(self) -> None:
         """Token ids are read where every pass begins: at Hugging Face's decoder, also when others call it."""
-        decoder = self.original_model.model
+        hf_model: Any = self.original_model
+        decoder = hf_model.model
         decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         decoder.register_forward_hook(self._after_decoder)
-        self.original_model.generate = TrackedGenerate(self.original_model, self)
+        hf_model.generate = TrackedGenerate(hf_model, self)
 
     def _before_decoder(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
@@ -121,13 +122,13 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
         prompts = prompts_of(self, input, call)
         wanted = call.pop("return_type", "input")
         as_text = wanted == "str" or (wanted in ("input", None) and prompts.as_text)
-        options = self._hf_options(call)
+        options, hf_model = self._hf_options(call), cast("Any", self.original_model)
         if prompts.mask is None:
             options["inputs_embeds"] = prompts.ids
         else:
             options |= {"input_ids": prompts.ids, "attention_mask": attendable(prompts.mask).long()}
         with self.token_tracker.running(prompts.generation()), torch.no_grad():
-            output = self.original_model.generate(**options)
+            output = hf_model.generate(**options)
         if not as_text:
             return output
         rows = getattr(output, "sequences", output)
@@ -137,7 +138,7 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
     def _hf_options(self, call: dict[str, Any]) -> dict[str, Any]:
         """Arguments of Hugging Face's ``generate`` from those of TransformerLens's ``hf_generate``."""
         stop = stop_ids(self, call)
-        options = {"max_new_tokens": 10, "do_sample": True, "temperature": 1.0}
+        options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": True, "temperature": 1.0}
         options |= {name: value for name, value in call.items() if value is not None}
         stopping = options.pop("stop_at_eos", True)
         if not options.pop("use_past_kv_cache", True):
@@ -146,8 +147,9 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
             options["eos_token_id"] = stop
             options.setdefault("pad_token_id", stop if isinstance(stop, int) else stop[0] if stop else None)
         elif "generation_config" not in options:
-            options["generation_config"] = copy.deepcopy(self.original_model.generation_config)
-            options["generation_config"].eos_token_id = None
+            endless = copy.deepcopy(cast("Any", self.original_model).generation_config)
+            endless.eos_token_id = None
+            options["generation_config"] = endless
         flags = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
         if any(options.get(flag) for flag in flags):
             options.setdefault("return_dict_in_generate", True)

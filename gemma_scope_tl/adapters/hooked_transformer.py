@@ -34,10 +34,10 @@ class HookedGemma(GemmaModel, HookedTransformer):  # pyright: ignore[reportIncom
     def _before_embedding(self, _module: Any, args: tuple[Any, ...]) -> None:
         self.token_tracker.observe_embedded(args[0], self.tokenizer)
 
-    def _prepared(self, *args: Any) -> Any:
+    def _prepared(self, method: str, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(attached.site.name == "embedding" for attached in self._attached.values()):
             raise SpliceError('HookedTransformer.generate skips hook_embed: load with backend="bridge".')
-        return super()._prepared(*args)
+        return super()._prepared(method, input, args, kwargs)
 
     def _stream(self, pieces: Iterator[Any], return_type: str) -> Iterator[Any]:
         return decoded(pieces, self.tokenizer) if return_type == "str" else pieces
