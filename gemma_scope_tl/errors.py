@@ -46,15 +46,11 @@ class AdapterMismatch(GemmaScopeError, AssertionError):
 
 
 class DeviceError(GemmaScopeError, RuntimeError):
-    """A device that does not exist, or not on this machine."""
+    """A device that does not exist, or not on this machine; tensors on two, where nothing says which should move."""
 
 
 class SpliceError(GemmaScopeError, ValueError):
     """An SAE cannot be spliced: no such site, a site that is taken, or another model or width."""
-
-
-class DeviceError(GemmaScopeError, RuntimeError):
-    """Tensors on different devices, where nothing says which of them should move."""
 
 
 def nearest(given: str, valid: Iterable[str], n: int = 5) -> list[str]:
