@@ -84,7 +84,7 @@ def random_tokens(model: Any, batch: int = 2, length: int = 24, seed: int = 0) -
 def random_sae(
     dims: ModelDims, site: str, layer: int | None, d_sae: int = 256, seed: int = 0, skip: bool = False
 ) -> Any:
-    """A random JumpReLU SAE or transcoder at a site, of which a third of the latents fire."""
+    """A random JumpReLU SAE or transcoder at a site, of which a third of the latents fire; its parameters frozen."""
     generator = torch.Generator().manual_seed(seed)
     d_in = get_site(site).d_in(dims)
     d_out = dims.d_model if site == "transcoder" else d_in
@@ -101,4 +101,4 @@ def random_sae(
     }
     if skip:
         arrays["W_skip"] = normal(d_out, d_in, scale=d_in**-0.5)
-    return JumpReLUSAE.from_arrays(arrays, site=site, layer=layer)
+    return JumpReLUSAE.from_arrays(arrays, site=site, layer=layer).requires_grad_(False)

@@ -16,6 +16,7 @@ from gemma_scope_tl.attached import decode_with_skip, locate
 from gemma_scope_tl.inputs import as_saes
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.hooked_pass import is_hooked
+from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sae.sparse import SparseActs, decode_sparse, encode_sparse
 from gemma_scope_tl.sae.suite import SAESuite
 
@@ -55,7 +56,8 @@ def subjects_of(model: Any, saes: Any) -> list[Subject]:
 
 @torch.no_grad()
 def latents_of(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> SparseActs:
-    """The active latents of ``x`` alone; hooks on the SAE's own points fire."""
+    """The active latents of ``x`` alone; hooks on the SAE's own points fire. The SAE moves to the device of ``x``."""
+    bring(sae, x.device)
     if _encodes_sparsely(sae):
         return encode_sparse(x, sae.W_enc, sae.b_enc, sae.threshold)
     with _flat(sae):
@@ -65,6 +67,7 @@ def latents_of(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> SparseActs:
 @torch.no_grad()
 def latents_and_output(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> tuple[SparseActs, Float[torch.Tensor, "n d_out"]]:
     """The active latents of ``x`` and the SAE's output, from one encoding; hooks on the SAE's own points fire."""
+    bring(sae, x.device)
     if _encodes_sparsely(sae):
         acts = latents_of(sae, x)
         out, skipped = decode_sparse(acts, sae.W_dec, sae.b_dec), sae.skip(x)
@@ -135,8 +138,6 @@ def _of_suite(model: Any, suite: SAESuite, key: tuple[str, int | None]) -> Subje
 
     def get() -> Any:
         sae = suite[key]
-        if sae.device != torch.device(model.cfg.device):
-            sae = sae.to(model.cfg.device)
         site, layer = locate(sae)
         model._check_fits(sae, site, layer)
         return sae

@@ -12,6 +12,7 @@ from gemma_scope_tl.attached import locate
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.inputs import as_indices
 from gemma_scope_tl.sae.latents import Latents
+from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import Site, get_site
 
 if TYPE_CHECKING:
@@ -56,9 +57,8 @@ def chosen_latents(source: Source, latents: int | Iterable[int]) -> list[int]:
 
 
 def decoder_rows(source: Source, latents: list[int]) -> Float[torch.Tensor, "k d_out"]:
-    """Decoder rows, without gradient."""
-    rows = source.decoder_rows(latents) if isinstance(source, Latents) else source.W_dec[latents]
-    return rows.detach()
+    """Decoder rows; gradients reach them."""
+    return source.decoder_rows(latents) if isinstance(source, Latents) else source.W_dec[latents]
 
 
 def encode_latents(
@@ -66,11 +66,14 @@ def encode_latents(
 ) -> Float[torch.Tensor, "... k"]:
     """Activations of some latents (None: all that ``source`` has) on flat ``x``, passing none of its hook points.
 
+    ``source`` moves to the device of ``x``, in place.
+
     Raises:
         SpliceError: for loaded latents without encoder columns.
     """
     from gemma_scope_tl.sae.base import GemmaScopeMixin
 
+    bring(source, x.device)
     if isinstance(source, Latents):
         acts = source.encode(x)
         return acts if latents is None else acts[..., [source.position(latent) for latent in latents]]

@@ -6,7 +6,13 @@ It changes four things in SAELens' inference classes and nothing else:
 - methods stand where SAELens keeps local functions on the object, so SAEs can be pickled and deep-copied;
 - activations with heads apart (``[..., n_heads, d_head]``) and flat ones (``[..., d_in]``) are told apart at every call
   instead of once for the lifetime of the object;
-- ``forward`` answers in the dtype and the shape of its input, and parameters never require gradients.
+- ``forward`` answers in the dtype and the shape of its input.
+
+Parameters require gradients, as SAELens's do, so an optimiser moves them through a splice. Inference pays nothing for
+that (``sparse.py``): a pass costs the same with gradients of the weights, without, and under ``torch.no_grad()``, and
+their gradients are computed by ``backward()`` alone, not by ``torch.autograd.grad(metric, activations)``.
+``sae.requires_grad_(False)`` freezes an SAE; an optimiser's step on frozen parameters moves nothing, as everywhere in
+PyTorch. Weights mapped from a file are private copies once written to: training never reaches the file.
 """
 
 from __future__ import annotations
@@ -18,7 +24,8 @@ import torch
 from sae_lens.saes.sae import SAE, _disable_hooks  # pyright: ignore[reportPrivateUsage]
 from torch import nn
 
-from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.dtypes import parse_dtype
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError, device_mismatch
 from gemma_scope_tl.sae.indices import as_indices
 
 if TYPE_CHECKING:
@@ -31,6 +38,10 @@ if TYPE_CHECKING:
     _Base = SAE[Any]
 else:
     _Base = object
+
+
+def _name(dtype: str | torch.dtype) -> str:
+    return str(parse_dtype(dtype)).removeprefix("torch.")
 
 
 def checked_latents(latents: int | Iterable[int], d_sae: int) -> list[int]:
@@ -80,7 +91,6 @@ class GemmaScopeMixin(_Base):
                 "normalize_activations='none', and fold both into the weights (from_folder folds b_dec)."
             )
         super().__init__(cfg, *args, **kwargs)
-        self.requires_grad_(False)
 
     @property
     def model_name(self) -> str | None:
@@ -121,8 +131,11 @@ class GemmaScopeMixin(_Base):
         Raises:
             SpliceError: when the last dimension(s) are not the SAE's input width; complex numbers, whose imaginary
                 part a cast would drop.
+            DeviceError: when ``x`` is elsewhere than the SAE.
         """
         d_in = self.cfg.d_in
+        if x.device != self.W_enc.device:
+            raise device_mismatch(self.get_name(), self.W_enc.device, x.device)
         if x.is_complex():
             raise SpliceError(f"{self.get_name()} reads real numbers, the tensor given is {x.dtype}.")
         if x.shape[-1:] == (d_in,):
@@ -155,6 +168,8 @@ class GemmaScopeMixin(_Base):
 
         Raises:
             SpliceError: for another width, or a latent that does not exist.
+            DeviceError: for ``x`` on another device: an SAE moves by itself only when it is used with a model, which
+                has its device; called on a tensor it stays, as any module does.
         """
         if latents is not None:
             chosen = checked_latents(latents, self.cfg.d_sae)
@@ -173,7 +188,12 @@ class GemmaScopeMixin(_Base):
 
         Returns:
             ``[..., d_out]``, or ``[..., n_heads, d_head]`` at the att site.
+
+        Raises:
+            DeviceError: for latents on another device.
         """
+        if feature_acts.device != self.W_dec.device:
+            raise device_mismatch(self.get_name(), self.W_dec.device, feature_acts.device)
         recons = self.hook_sae_recons(feature_acts.to(self.dtype) @ self.W_dec + self.b_dec)
         if like is None:
             return self.reshape_fn_out(recons, self.d_head)
@@ -187,6 +207,9 @@ class GemmaScopeMixin(_Base):
         """``decode(encode(x))``, plus the skip path of skip transcoders, in the dtype and layout of ``x``.
 
         With SAELens' error term, the error is taken and added back in the wider of both dtypes.
+
+        Raises:
+            SpliceError, DeviceError: as :meth:`encode`.
         """
         out = self._reconstruct(x)
         if self.use_error_term:
@@ -241,6 +264,8 @@ class GemmaScopeMixin(_Base):
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
         force_download: bool = False,
+        converter: Any = None,
+        fold_W_dec_norm: bool = False,
     ) -> Any:
         """The SAE (or transcoder) that a release has under an id.
 
@@ -250,16 +275,18 @@ class GemmaScopeMixin(_Base):
             device: where the parameters go.
             dtype: of all parameters but the thresholds: float32, bfloat16 or float16 (also fp32, bf16, fp16, torch's).
             force_download: download a file of the Hub again although it is in the cache.
+            converter: one of SAELens's Hub loaders, or a function of that kind, which then reads the repository in
+                place of this package. With one, ``release`` may also be a repository, ``"owner/name"``, and ``sae_id``
+                a folder in it.
+            fold_W_dec_norm: call :meth:`fold_W_dec_norm` on what is loaded.
 
         Raises:
             UnknownNameError: for a release, id or dtype that does not exist, with the nearest ones.
             WeightsError: when the file cannot be had or fails a check.
         """
-        from gemma_scope_tl.registry.catalog import resolve
-        from gemma_scope_tl.sae.loading import load_row
-
-        row = resolve(release, sae_id)
-        return cls._own(load_row(row, device=device, dtype=dtype, force_download=force_download))
+        return cls.from_pretrained_with_cfg_and_sparsity(
+            release, sae_id, device, dtype, force_download, converter, fold_W_dec_norm
+        )[0]
 
     @classmethod
     def from_pretrained_with_cfg_and_sparsity(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -269,10 +296,33 @@ class GemmaScopeMixin(_Base):
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
         force_download: bool = False,
-    ) -> tuple[Any, dict[str, Any], None]:
-        """:meth:`from_pretrained`, with the config as a dict and no sparsity, in SAELens' shape."""
-        sae = cls.from_pretrained(release, sae_id, device=device, dtype=dtype, force_download=force_download)
-        return sae, sae.cfg.to_dict(), None
+        converter: Any = None,
+        fold_W_dec_norm: bool = False,
+    ) -> tuple[Any, dict[str, Any], torch.Tensor | None]:
+        """:meth:`from_pretrained`, with the config as a dict and the sparsity that a ``converter`` may know, in
+        SAELens' shape."""
+        from gemma_scope_tl.registry.catalog import resolve
+        from gemma_scope_tl.sae.loading import from_converter, load_row
+
+        sparsity = None
+        if converter is None:
+            sae = load_row(resolve(release, sae_id), device=device, dtype=dtype, force_download=force_download)
+        else:
+            row = None if "/" in release else resolve(release, sae_id)
+            repo, folder = (release, sae_id) if row is None else (row.repo, row.path)
+            options = {"device": str(device), "dtype": _name(dtype)}
+            cfg, state, sparsity = converter(
+                repo_id=repo,
+                folder_name=folder,
+                device=str(device),
+                force_download=force_download,
+                cfg_overrides=options,
+            )
+            sae = from_converter(cfg, state, f"{repo}/{folder}", row, device, dtype)
+        own = cls._own(sae)
+        if fold_W_dec_norm:
+            own.fold_W_dec_norm()
+        return own, own.cfg.to_dict(), sparsity
 
     @classmethod
     def from_folder(
@@ -324,12 +374,37 @@ class GemmaScopeMixin(_Base):
 
     @classmethod
     def load_from_disk(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, path: str | PathLike[str], device: str = "cpu", dtype: str | None = None, **kwargs: Any
+        cls,
+        path: str | PathLike[str],
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        converter: Any = None,
+        fold_W_dec_norm: bool = False,
     ) -> Any:
-        """SAELens' name for :meth:`from_folder`; ``converter=`` and ``fold_W_dec_norm=`` go to SAELens' own loader."""
-        if kwargs:
-            return super().load_from_disk(path, device=device, dtype=dtype, **kwargs)  # type: ignore[misc]
-        return cls.from_folder(path, device=device, dtype=dtype or "float32")
+        """:meth:`from_folder` under SAELens' name and with its arguments.
+
+        Args:
+            path: as for :meth:`from_folder`.
+            device: where the parameters go.
+            dtype: None keeps the one in which the SAE was saved.
+            converter: a function ``(path, device, cfg_overrides) -> (config, parameters)`` that reads the folder in
+                place of this package.
+            fold_W_dec_norm: call :meth:`fold_W_dec_norm` on what is loaded.
+
+        Raises:
+            WeightsError: when the files are missing or fail a check.
+        """
+        from gemma_scope_tl.sae.loading import from_converter, saved_dtype
+
+        if converter is None:
+            own = cls.from_folder(path, device=device, dtype=dtype or saved_dtype(path))
+        else:
+            named = None if dtype is None else {"dtype": _name(dtype)}
+            cfg, state = converter(path, str(device), cfg_overrides=named)
+            own = cls._own(from_converter(cfg, state, str(path), device=device, dtype=dtype))
+        if fold_W_dec_norm:
+            own.fold_W_dec_norm()
+        return own
 
     @classmethod
     def _own(cls, sae: GemmaScopeMixin) -> Any:

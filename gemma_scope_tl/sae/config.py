@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 CONTEXT_SIZE = 1024
+_GEMMA_SCOPE, _TEXT = "google/gemma-scope", "monology/pile-uncopyrighted"  # what SAELens's evaluations run Google's on
 _ROW_FIELDS = ("release", "id", "width", "l0")
 
 
@@ -61,11 +62,14 @@ def make_metadata(
         fields["model_name"] = model_name
     if site is not None:
         spec = get_site(site)
-        fields |= {"site": site, "layer": layer if spec.per_layer else None}
+        layer = layer if spec.per_layer else None
+        fields |= {"site": site, "layer": layer, "hook_layer": layer}
         fields["hook_name"] = spec.hook_name(layer, "hooked_transformer")
         if spec.is_transcoder:
             fields |= {"hook_name_out": spec.hook_name_out(layer, "hooked_transformer"), "hook_head_index_out": None}
     if row is not None:
+        if row.repo.startswith(_GEMMA_SCOPE):
+            fields.setdefault("dataset_path", _TEXT)
         fields |= {name: getattr(row, name) for name in _ROW_FIELDS} | {"neuronpedia_id": row.neuronpedia}
     return SAEMetadata(**fields)
 

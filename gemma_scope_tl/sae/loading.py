@@ -14,8 +14,9 @@ import torch
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.saes.sae import SAEMetadata
 
-from gemma_scope_tl.dtypes import parse_dtype
-from gemma_scope_tl.errors import WeightsError, unknown_name
+from gemma_scope_tl.dtypes import parse_device, parse_dtype
+from gemma_scope_tl.errors import GemmaScopeError, WeightsError, unknown_name
+from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.config import (
     expected_of_row,
@@ -27,10 +28,13 @@ from gemma_scope_tl.sae.config import (
 )
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
+from gemma_scope_tl.sae.unfinished import HOW_TO_FINISH, UNFINISHED
 from gemma_scope_tl.weights.checks import Expected, value_range
 from gemma_scope_tl.weights.fetch import fetch, known_sha256
 from gemma_scope_tl.weights.fold import fold
 from gemma_scope_tl.weights.load import Elementwise, canonical_arrays, inspect, load_arrays
+from gemma_scope_tl.weights.modes import ordinary_tensors
+from gemma_scope_tl.weights.npz import read_errors
 from gemma_scope_tl.weights.safetensors_file import read_cfg
 from gemma_scope_tl.weights.sniff import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME, short, weights_error
 
@@ -57,6 +61,7 @@ def class_of(architecture: str) -> type[GemmaScopeMixin]:
         raise unknown_name("JumpReLU architecture", architecture, _CLASSES) from None
 
 
+@ordinary_tensors()
 def load_row(
     row: SAERow,
     device: str | torch.device = "cpu",
@@ -68,6 +73,7 @@ def load_row(
     Raises:
         WeightsError: when the file cannot be had or fails a check.
     """
+    device = parse_device(device)
     path, expected = fetch(row, force_download=force_download), expected_of_row(row)
     if row.format == "sae-lens":
         return _load_sae_lens(path, expected, row.model, row.site, row.layer, row, device, dtype)
@@ -76,6 +82,7 @@ def load_row(
     return _build(arrays, row.model, row.site, row.layer, row, None, device, dtype, str(path))
 
 
+@ordinary_tensors()
 def load_folder(
     path: str | PathLike[str],
     model: Any = None,
@@ -85,7 +92,9 @@ def load_folder(
     dtype: str | torch.dtype = "float32",
 ) -> Any:
     """See :meth:`GemmaScopeMixin.from_folder`."""
-    file = _find_file(Path(path))
+    given, device = checked_path(path), parse_device(device)
+    with read_errors(given):
+        file = _find_file(given)
     expected = expected_sizes(model, site, layer)
     if file.suffix == ".safetensors":
         return _load_sae_lens(file, expected, name_of(model), site, layer, None, device, dtype)
@@ -95,6 +104,7 @@ def load_folder(
     return _build(arrays, name_of(model), site, layer, None, None, device, dtype, str(file))
 
 
+@ordinary_tensors()
 def build(
     arrays: Mapping[str, torch.Tensor | np.ndarray],
     model: Any = None,
@@ -104,7 +114,7 @@ def build(
     dtype: str | torch.dtype = "float32",
 ) -> Any:
     """See :meth:`GemmaScopeMixin.from_arrays`."""
-    source = "The set of arrays given"
+    source, device = "The set of arrays given", parse_device(device)
     tensors = canonical_arrays(arrays, source, expected_sizes(model, site, layer))
     return _build(tensors, name_of(model), site, layer, None, None, device, dtype, source)
 
@@ -208,6 +218,56 @@ def _load_sae_lens(
     return _build(arrays, model_name, site, layer, row, metadata, device, dtype, str(file), transcoder)
 
 
+def saved_dtype(path: str | PathLike[str]) -> str:
+    """The dtype in which an SAE was saved: what ``cfg.json`` says, or that of ``W_enc`` in an npz.
+
+    Raises:
+        WeightsError: when the files are missing or are none.
+        UnknownNameError: for a dtype that SAEs cannot have.
+    """
+    file = _find_file(Path(path))
+    named = read_cfg(file.parent).get("dtype") if file.suffix == ".safetensors" else None
+    stored = named if isinstance(named, str) else inspect(file)["W_enc"].dtype
+    return str(parse_dtype(stored)).removeprefix("torch.")
+
+
+def from_converter(
+    given: dict[str, Any],
+    state: Mapping[str, torch.Tensor],
+    source: str,
+    row: SAERow | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+) -> Any:
+    """The SAE of a configuration and parameters, as SAELens's converters give them.
+
+    Args:
+        given: the configuration, of any version of SAELens.
+        state: the parameters; they act on the site's own tensor.
+        source: where they came from, for errors.
+        row: their registry row, if they have one.
+        device, dtype: of the SAE; without a dtype the configuration's.
+
+    Raises:
+        WeightsError: when a check fails.
+        GemmaScopeError: for a configuration that is not of a JumpReLU SAE or normalises activations.
+    """
+    try:
+        cfg = handle_config_defaulting(given)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise GemmaScopeError(f"The converter's configuration of {source} is not SAELens's ({error}).") from error
+    kind = class_of(cfg["architecture"])
+    if cfg.get("normalize_activations") not in (None, "none"):
+        raise GemmaScopeError(f"{source} normalises activations ({cfg['normalize_activations']}). {_FOLD_FIRST}")
+    arrays, metadata = canonical_arrays(state, source), dict(cfg.get("metadata") or {})
+    if _folds(cfg):
+        arrays, metadata["folded_b_dec"] = fold_b_dec(arrays), True
+    site, layer = (row.site, row.layer) if row is not None else site_in_metadata(metadata)
+    to = dtype or cfg.get("dtype") or "float32"
+    name = None if row is None else row.model
+    return _build(arrays, name, site, layer, row, metadata, device, to, source, kind.is_transcoder)
+
+
 def folds_b_dec(folder: Path) -> bool:
     """Whether an SAE in SAELens' layout subtracts ``b_dec`` from its input, which loading folds into ``b_enc``."""
     return _folds(_read_sae_lens_cfg(folder))
@@ -219,6 +279,8 @@ def _folds(cfg: dict[str, Any]) -> bool:
 
 def _read_sae_lens_cfg(folder: Path) -> dict[str, Any]:
     raw = read_cfg(folder)
+    if raw.get("architecture") == UNFINISHED:
+        raise weights_error(folder / CFG_NAME, "is of a training checkpoint, not of an SAE", HOW_TO_FINISH)
     try:
         cfg = handle_config_defaulting(raw)
         _check_types(cfg)
@@ -285,7 +347,6 @@ def _build(
     state = {name: _cast(a, name, wide if name == "threshold" else to, device, source) for name, a in arrays.items()}
     sae.load_state_dict(state, assign=True)
     sae.to(device=device)
-    sae.requires_grad_(False)
     sae.eval()
     sae.site, sae.layer, sae.row = site, metadata.layer if site is not None else None, row
     return sae

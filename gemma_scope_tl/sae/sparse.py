@@ -15,7 +15,8 @@ Backward, with ``g`` the gradient of ``x_hat`` and sums over tokens written out:
     dx = dz W_enc^T      dW_enc = x^T dz      db_enc = sum_t dz_t      dW_dec = f^T g      db_dec = sum_t g_t
     dtheta_i = -(theta_i / epsilon) sum_t K((z_ti - theta_i) / epsilon) df_ti              (ste.py; with a bandwidth)
 
-Only those asked for are computed; with frozen weights that is ``dx``.
+Only those asked for are computed: weights hang on nodes of their own in autograd's graph, so that neither frozen
+weights nor ``torch.autograd.grad(metric, activations)`` cost more than ``dx``. A pass itself costs the same either way.
 
 Rounding: every sum has the dense formula's terms, less zeros, in another order. A sum of n terms is then off by at most
 n u times the sum of their sizes, u = 2^-53 or 2^-24, and by about sqrt(n) u as a rule: within 1e-12 in float64 and 1e-5
@@ -147,8 +148,12 @@ def encode_sparse(
     if bandwidth is not None and not bandwidth > 0:
         raise GemmaScopeError(f"The bandwidth must be positive, not {bandwidth}.")
     flat = x.reshape(-1, d_in).to(W_enc.dtype)
-    values, offsets, latents = _Encode.apply(flat, W_enc, b_enc, threshold, bandwidth)  # type: ignore[misc]
-    return SparseActs(offsets, latents, values, (*x.shape[:-1], d_sae))
+    weights = (W_enc, b_enc) if bandwidth is None else (W_enc, b_enc, threshold)
+    fixed = W_enc.detach(), b_enc.detach(), threshold.detach(), bandwidth
+    values, *entries = _Encode.apply(flat, *fixed)  # type: ignore[misc]
+    if _tracked(*weights):
+        values = values + _EncodeWeights.apply(W_enc, b_enc, threshold, flat.detach(), bandwidth, *entries)
+    return SparseActs(entries[0], entries[1], values, (*x.shape[:-1], d_sae))
 
 
 def decode_sparse(acts: SparseActs | Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -169,10 +174,16 @@ def decode_sparse(acts: SparseActs | Tensor, W_dec: Tensor, b_dec: Tensor) -> Te
             f"W_dec is [{d_sae}, {d_out}]: acts must be [..., {d_sae}] and b_dec [{d_out}]; given are "
             f"{list(acts.shape)} and {list(b_dec.shape)}."
         )
+    out: Any
+    fixed = W_dec.detach(), b_dec.detach()
     if isinstance(acts, Tensor):
-        out: Any = _DecodeDense.apply(acts.reshape(-1, d_sae).to(W_dec.dtype), W_dec, b_dec)
+        out, *entries = _DecodeDense.apply(acts.reshape(-1, d_sae).to(W_dec.dtype), *fixed)  # type: ignore[misc]
     else:
-        out = _Decode.apply(acts.values.to(W_dec.dtype), W_dec, b_dec, acts.offsets, acts.latents)
+        values = acts.values.to(W_dec.dtype)
+        entries = [acts.offsets, acts.latents, values.detach()]
+        out = _Decode.apply(values, *fixed, acts.offsets, acts.latents)
+    if _tracked(W_dec, b_dec):
+        out = out + _DecodeWeights.apply(W_dec, b_dec, *entries)
     return out.view(*acts.shape[:-1], d_out)
 
 
@@ -194,13 +205,18 @@ def reconstruct(
     return decode_sparse(acts, W_dec, b_dec), acts
 
 
+def _tracked(*weights: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+
+
 class _Encode(torch.autograd.Function):
-    """Values, offsets and latents of ``x [n, d_in]``; use :func:`encode_sparse`."""
+    """Values, offsets and latents of ``x [n, d_in]``, and with a bandwidth what of them is on and what is near its
+    threshold; differentiable with respect to ``x`` alone. Use :func:`encode_sparse`."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         # The limit is a little low, so that rounding in theta - epsilon / 2 loses nothing that the kernel counts.
         limit = threshold if bandwidth is None else threshold - 0.51 * bandwidth
         offsets, latents, values = ops.encode(x, w_enc, b_enc, limit)
@@ -213,37 +229,65 @@ class _Encode(torch.autograd.Function):
             offsets = ops.starts_of(rows.bincount(minlength=x.shape[0]))
             latents, values, on, near = (t.index_select(0, kept) for t in (latents, values, on, near))
             values = torch.where(on, values, 0.0)
-        ctx.bandwidth = bandwidth
-        ctx.save_for_backward(x, w_enc, threshold, offsets, latents, on, near)
+            ctx.mark_non_differentiable(on, near)
+        ctx.save_for_backward(w_enc, offsets, latents, on)
         ctx.mark_non_differentiable(offsets, latents)
-        return values, offsets, latents
+        return values, offsets, latents, on, near
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, w_enc, threshold, offsets, latents, on, near = ctx.saved_tensors
+        w_enc, offsets, latents, on = ctx.saved_tensors
+        grad_pre = grads[0].contiguous() if on is None else grads[0] * on
+        return ops.column_sums(offsets, latents, grad_pre, w_enc), None, None, None, None
+
+
+class _EncodeWeights(torch.autograd.Function):
+    """Zeros beside the values of :class:`_Encode`, ``[nnz]``, which carry the gradients of the encoder's weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        w_enc: Tensor,
+        b_enc: Tensor,
+        threshold: Tensor,
+        x: Tensor,
+        bandwidth: float | None,
+        offsets: Tensor,
+        latents: Tensor,
+        on: Tensor | None,
+        near: Tensor | None,
+    ) -> Tensor:
+        ctx.bandwidth, ctx.like = bandwidth, w_enc.dtype
+        ctx.save_for_backward(x, threshold, offsets, latents, on, near)
+        return x.new_zeros(latents.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, threshold, offsets, latents, on, near = ctx.saved_tensors
         grad = grads[0].contiguous()
-        need_x, need_w, need_b, need_threshold, _ = ctx.needs_input_grad
-        grad_pre = grad if on is None else grad * on
-        d_sae = w_enc.shape[1]
-        grad_x = ops.column_sums(offsets, latents, grad_pre, w_enc) if need_x else None
+        need_w, need_b, need_threshold = ctx.needs_input_grad[:3]
+        grad_pre, d_sae = grad if on is None else grad * on, threshold.shape[0]
         grad_w = ops.latent_sums(offsets, latents, grad_pre, d_sae, x).T if need_w else None
-        grad_b = ops.bias_sums(offsets, latents, grad_pre, d_sae).to(w_enc.dtype) if need_b else None
+        grad_b = ops.bias_sums(offsets, latents, grad_pre, d_sae).to(ctx.like) if need_b else None
         grad_threshold = None
         if need_threshold and near is not None:  # without a bandwidth there is none
             total = ops.bias_sums(offsets, latents, near * grad, d_sae)
             grad_threshold = -(threshold / ctx.bandwidth) * total.to(threshold.dtype)
-        return grad_x, grad_w, grad_b, grad_threshold, None
+        return grad_w, grad_b, grad_threshold, None, None, None, None, None, None
 
 
 class _Decode(torch.autograd.Function):
-    """``f W_dec + b_dec`` of CSR values; use :func:`decode_sparse`."""
+    """``f W_dec + b_dec`` of CSR values, differentiable with respect to these alone; use :func:`decode_sparse`."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, w_dec: Tensor, b_dec: Tensor, offsets: Tensor, latents: Tensor) -> Tensor:
-        ctx.save_for_backward(values, w_dec, offsets, latents)
+        ctx.save_for_backward(w_dec, offsets, latents)
         return ops.row_sums(offsets, latents, values, w_dec).add_(b_dec)
 
     @staticmethod
@@ -251,31 +295,44 @@ class _Decode(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        values, w_dec, offsets, latents = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        need_values, need_w, need_b = ctx.needs_input_grad[:3]
-        grad_values = ops.sampled(offsets, latents, grad, w_dec) if need_values else None
-        grad_w = ops.latent_sums(offsets, latents, values, w_dec.shape[0], grad) if need_w else None
-        return grad_values, grad_w, grad.sum(0) if need_b else None, None, None
+        w_dec, offsets, latents = ctx.saved_tensors
+        return ops.sampled(offsets, latents, grads[0].contiguous(), w_dec), None, None, None, None
 
 
 class _DecodeDense(torch.autograd.Function):
-    """``f W_dec + b_dec`` of a dense ``f [n, d_sae]`` that is mostly 0, with a dense gradient."""
+    """``f W_dec + b_dec`` of a dense ``f [n, d_sae]`` that is mostly 0, with a dense gradient; and the entries of f."""
 
     @staticmethod
-    def forward(ctx: Any, acts: Tensor, w_dec: Tensor, b_dec: Tensor) -> Tensor:
+    def forward(ctx: Any, acts: Tensor, w_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, ...]:
         offsets, latents, values = ops.compact(acts, None)
-        ctx.save_for_backward(w_dec, offsets, latents, values)
-        return ops.row_sums(offsets, latents, values, w_dec).add_(b_dec)
+        ctx.save_for_backward(w_dec)
+        ctx.mark_non_differentiable(offsets, latents, values)
+        return ops.row_sums(offsets, latents, values, w_dec).add_(b_dec), offsets, latents, values
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        w_dec, offsets, latents, values = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        need_acts, need_w, need_b = ctx.needs_input_grad
-        grad_acts = ops.product(grad, w_dec.T) if need_acts else None
-        grad_w = ops.latent_sums(offsets, latents, values, w_dec.shape[0], grad) if need_w else None
-        return grad_acts, grad_w, grad.sum(0) if need_b else None
+        (w_dec,) = ctx.saved_tensors
+        return ops.product(grads[0].contiguous(), w_dec.T), None, None
+
+
+class _DecodeWeights(torch.autograd.Function):
+    """A zero beside the output of a decoder, which carries the gradients of its weights."""
+
+    @staticmethod
+    def forward(ctx: Any, w_dec: Tensor, b_dec: Tensor, offsets: Tensor, latents: Tensor, values: Tensor) -> Tensor:
+        ctx.d_sae = w_dec.shape[0]
+        ctx.save_for_backward(offsets, latents, values)
+        return b_dec.new_zeros(1).expand(offsets.shape[0] - 1, w_dec.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        offsets, latents, values = ctx.saved_tensors
+        grad, (need_w, need_b) = grads[0].contiguous(), ctx.needs_input_grad[:2]
+        grad_w = ops.latent_sums(offsets, latents, values, ctx.d_sae, grad) if need_w else None
+        return grad_w, grad.sum(0) if need_b else None, None, None, None

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.sae.ste import jumprelu, step
+from gemma_scope_tl.sae.unfinished import UNFINISHED
 from gemma_scope_tl.weights.fold import fold
 
-ARCHITECTURE = "gemma_scope_jumprelu"
+ARCHITECTURE = UNFINISHED
 SCALINGS = ("none", "expected_average_only_in")
 DTYPES = ("float32", "float64")
 

@@ -176,7 +176,8 @@ def latent_facts(
         raise GemmaScopeError(f"Counts are at least 1; given: {examples}, {k}, {neighbours}, around {around}.")
     (index,) = chosen_latents(sae, latent)
     site, layer = place_of(sae)
-    acts = encode_latents(sae, text.activations(sae).to(sae.device), [index])[..., 0].float().cpu()
+    x = text.activations(sae).to(text.model.device_of(layer))
+    acts = encode_latents(sae, x, [index])[..., 0].float().cpu()
     acts = torch.where(text.ordinary, acts, 0.0)
     active = acts[acts > 0]
     counts, edges = _histogram(active)

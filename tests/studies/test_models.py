@@ -66,7 +66,7 @@ def test_rescaled_by_hand(site: str) -> None:
     wanted = (acts @ w_dec + b_dec) / 0.7
     clear = (np.abs(before - threshold) > 1e-4).all(1)  # tokens where rounding cannot switch a latent
     assert clear.sum() > 10
-    np.testing.assert_allclose(made(x).numpy()[clear], wanted[clear], rtol=1e-4, atol=1e-4)  # float32
+    np.testing.assert_allclose(made(x).detach().numpy()[clear], wanted[clear], rtol=1e-4, atol=1e-4)  # float32
     np.testing.assert_array_equal(sae.W_enc.double().numpy(), w_enc)
 
 
