@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 from typing import Any
 
@@ -115,12 +115,13 @@ def _told_apart(data: Any) -> tuple[Any, Iterable[str] | None]:
     """Data that can be read again, and the texts where it holds texts."""
     if isinstance(data, str):
         return data, [data]
-    if isinstance(data, (torch.Tensor, TokenBatch)) or hasattr(data, "keys") or not hasattr(data, "__iter__"):
-        return data, None
-    if getattr(data, "ndim", 1) != 1:
+    whole = isinstance(data, (torch.Tensor, TokenBatch, Mapping)) or not hasattr(data, "__iter__")
+    if whole or getattr(data, "ndim", 1) != 1:
         return data, None
     found = iter(data)
     first = list(islice(found, 1))
     if first and isinstance(first[0], str):
         return data, chain(first, found)
+    if first and isinstance(first[0], Mapping) and "role" not in first[0]:
+        return first, None  # records, of which there may be no end: refused by the first
     return ([*first, *found] if iter(data) is data else data), None
