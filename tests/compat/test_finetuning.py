@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from sae_lens import HookedSAETransformer
@@ -228,3 +230,26 @@ def test_a_steering_vector_is_a_constant(model: Any) -> None:
     for _ in range(2):
         model.run_with_hooks(random_tokens(model, length=6), fwd_hooks=[hook]).sum().backward()
     assert sae.W_dec.grad is None
+
+
+def test_functions_of_this_package_leave_trainable_saes_as_they_are() -> None:
+    """Results are those of frozen SAEs, without a graph, without a gradient, without a warning."""
+    model = hooked(random_gemma("narrow-heads"), "bridge")
+    tokens, text = random_tokens(model, length=8), "And God said, Let there be light"
+    results: list[list[Any]] = []
+    for trainable in (False, True):
+        saes = [random_sae(model.dims, "res", i, d_sae=64).requires_grad_(trainable) for i in (0, 1)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Converting a tensor with requires_grad")
+            results.append(
+                [
+                    gs.features(model, tokens, saes),
+                    gs.attribute(model, text, saes, lambda logits: logits[0, -1, 40]),
+                    gs.circuit(model, text, saes, lambda logits: logits[0, -1, 40], nodes=4).nodes,
+                    gs.top_tokens(model, saes[0], [1, 2]),
+                    gs.evaluate(model, saes, tokens, context=8, progress=False, resamples=20),
+                ]
+            )
+        assert all(p.grad is None and p.requires_grad == trainable for sae in saes for p in sae.parameters())
+    for frozen, free in zip(*results, strict=True):
+        pd.testing.assert_frame_equal(frozen, free)
