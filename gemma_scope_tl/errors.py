@@ -37,6 +37,10 @@ class AdapterMismatch(GemmaScopeError, AssertionError):
     """The self-check on load found a site or a cached forward pass that differs from the plain model."""
 
 
+class DeviceError(GemmaScopeError, RuntimeError):
+    """A device that does not exist, or not on this machine."""
+
+
 class SpliceError(GemmaScopeError, ValueError):
     """An SAE cannot be spliced: no such site, a site that is taken, or another model or width."""
 
