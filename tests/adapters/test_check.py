@@ -60,14 +60,6 @@ def in_eight_bits(model: Any, per_row: bool) -> Any:
     return model
 
 
-def plain_spread(model: Any, tokens: torch.Tensor) -> float:
-    """How far the plain model's own cached and uncached logits are apart at the last position."""
-    with torch.no_grad():
-        whole = model(tokens).logits[:, -1]
-        cached = model(tokens[:, -1:], past_key_values=model(tokens[:, :-1]).past_key_values).logits[:, -1]
-    return float((whole - cached).double().norm() / whole.double().norm())
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_a_deep_model_passes_in_every_dtype(dtype: torch.dtype, backend: str) -> None:
@@ -75,13 +67,13 @@ def test_a_deep_model_passes_in_every_dtype(dtype: torch.dtype, backend: str) ->
     assert model.cfg.dtype == dtype
 
 
-def test_a_model_passes_whose_own_cached_logits_differ_more_than_any_fixed_tolerance() -> None:
-    plain = deep_gemma(torch.bfloat16)
-    tokens = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(0))
-    assert plain_spread(plain, tokens) > 0.05
-    model = load_model(hf_model=deep_gemma(torch.bfloat16))
-    with torch.no_grad():
-        assert torch.equal(model(tokens), plain(tokens).logits)
+def test_a_model_passes_whose_rounding_exceeds_any_fixed_tolerance() -> None:
+    """HookedTransformer rounds elsewhere than Hugging Face, and twelve such layers make that a tenth."""
+    hf_model = deep_gemma(torch.bfloat16)
+    plain = run_plain(hf_model)
+    found = differences(built(hf_model, "hooked_transformer"), plain)
+    assert found["cached logits"].rows[0] > 0.1
+    assert not any(value.wrong for value in found.values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
