@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+from functools import partial
 from typing import Any, cast
 
 import torch
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources._bridge_builder import (
-    build_bridge_config_from_hf,
-    detect_tokenizer_bos_eos,
-)
-from transformer_lens.model_bridge.sources.transformers import setup_tokenizer
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
 from gemma_scope_tl.adapters.base import GemmaModel, HookName
 from gemma_scope_tl.adapters.generation import TrackedGenerate
 from gemma_scope_tl.adapters.keywords import named
 from gemma_scope_tl.adapters.prompts import prompts_of, stop_ids
+from gemma_scope_tl.adapters.tokenizer import HasTokenizer
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import Backend, ModelDims
 from gemma_scope_tl.tokens import attendable
@@ -26,7 +24,7 @@ from gemma_scope_tl.tokens import attendable
 ARCHITECTURE = "Gemma2ForCausalLM"
 
 
-class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncompatibleMethodOverride]
+class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A Gemma 2 ``TransformerBridge`` with the SAE methods of this package. Made by ``load_model``."""
 
     backend: Backend = "bridge"
@@ -160,20 +158,17 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
 
         transformers 5.24 hands Gemma 2's attention ``cache=`` where it was ``past_key_values=``; an attention bridge
         that does not know the name attends to the new token alone. Applied to this model's own blocks, and only after
-        the self-check has seen the defect.
+        the defect was seen there (``repairs.py``).
         """
         for block in self.blocks:
-            block.attn._update_kv_cache = _with_cache_kwarg(block.attn._update_kv_cache)
+            block.attn._update_kv_cache = partial(_update_kv_cache, block.attn)  # a copy of a model copies it too
         self.fixes.append("attention reads its cache from the keyword `cache`")
 
 
-def _with_cache_kwarg(update: Any) -> Any:
-    def update_kv_cache(k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
-            kwargs["past_key_values"] = kwargs["cache"]
-        return update(k, v, **kwargs)
-
-    return update_kv_cache
+def _update_kv_cache(attention: Any, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> Any:
+    if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
+        kwargs["past_key_values"] = kwargs["cache"]
+    return type(attention)._update_kv_cache(attention, k, v, **kwargs)
 
 
 def build_bridge(hf_model: Any, tokenizer: Any, model_id: str | None) -> GemmaBridge:
@@ -183,9 +178,6 @@ def build_bridge(hf_model: Any, tokenizer: Any, model_id: str | None) -> GemmaBr
     adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
     adapter.cfg.device = str(parameter.device)
     adapter.prepare_model(hf_model)
-    if tokenizer is not None:
-        tokenizer = setup_tokenizer(tokenizer, default_padding_side="left")
-        adapter.cfg.tokenizer_prepends_bos, adapter.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
     bridge = GemmaBridge(hf_model, adapter, tokenizer)
     bridge.prepare(ModelDims.from_config(hf_model.config), model_id)
     return bridge.eval()
