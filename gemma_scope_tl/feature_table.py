@@ -65,13 +65,12 @@ def features(
     names = [site.hook_name(layer, "hooked_transformer") for site, layer in places]
     seen = _activations(model, batch, names)
     counted = batch.ordinary(excluded_ids(model.tokenizer, exclude_special_tokens))
-    position = batch.place
     frames: list[pd.DataFrame] = []
     for i, (sae, name, (site, layer)) in enumerate(zip(several, names, places, strict=True)):
         rows, columns, latents, values = _active(sae, seen[name], counted, top, min_activation)
         listed = {
             "sequence": rows.tolist(),
-            "position": position[rows, columns].tolist(),
+            "position": batch.place[rows, columns].tolist(),
             "token": _texts(model.tokenizer, batch.ids[rows, columns].tolist()),
             "sae": i,
             "site": site.name,

@@ -118,10 +118,11 @@ def _told_apart(data: Any) -> tuple[Any, Iterable[str] | None]:
     whole = isinstance(data, (torch.Tensor, TokenBatch, Mapping)) or not hasattr(data, "__iter__")
     if whole or getattr(data, "ndim", 1) != 1:
         return data, None
-    found = iter(data)
-    first = list(islice(found, 1))
+    plain: Any = data
+    found = iter(plain)
+    first: list[Any] = list(islice(found, 1))
     if first and isinstance(first[0], str):
         return data, chain(first, found)
     if first and isinstance(first[0], Mapping) and "role" not in first[0]:
         return first, None  # records, of which there may be no end: refused by the first
-    return ([*first, *found] if iter(data) is data else data), None
+    return ([*first, *found] if found is plain else plain), None

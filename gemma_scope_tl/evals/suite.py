@@ -116,7 +116,7 @@ def evaluate(
     exclude_special_tokens: ExcludeTokens = True,
     attention_mask: Any = None,
 ) -> pd.DataFrame:
-    """Measure SAEs on a model (paper, section 4.1). All see the same tokens and share one clean pass.
+    """Measure SAEs on a model (paper, section 4.1), on the same tokens and one clean pass.
 
     An SAE re-runs only the layers behind its site, from one encoding that gives L0, FVU and the splice; ablations are
     shared by the SAEs of a place. BOS, EOS and padding are neither spliced, ablated nor counted. Losses are in nats,
@@ -139,8 +139,7 @@ def evaluate(
         memory_budget: bytes that tensors may take beside the weights, 1 GiB by default (:class:`~run.Settings`).
         cache: a folder. What was measured before is read from it, and an evaluation that was stopped goes on, to the
             same bits; model, SAEs and tokens are told apart by their content.
-        exclude_special_tokens: what is neither spliced, ablated nor counted: BOS, EOS and padding, or the given ids, or
-            padding alone.
+        exclude_special_tokens: what is left alone: BOS, EOS and padding, or the given ids, or padding alone (False).
         attention_mask: of token ids, ``[rows, pos]``, 1 at text; by default it follows from their padding.
 
     Returns:
@@ -154,7 +153,7 @@ def evaluate(
         GemmaScopeError: when there is less text than one row, or another argument makes no sense.
         AdapterMismatch: when re-running layers does not reproduce the full pass.
     """
-    options: dict[str, Any] = {"uniformity": uniformity, "memory_budget": memory_budget, "cache": cache}
+    options: dict[str, Any] = {"ablations": ablations, "uniformity": uniformity, "memory_budget": memory_budget}
     options |= {"exclude_special_tokens": exclude_special_tokens, "attention_mask": attention_mask}
-    found = measure_suite(model, saes, data, context, batch_size, progress, ablations=ablations, **options)
+    found = measure_suite(model, saes, data, context, batch_size, progress, cache=cache, **options)
     return found.by_position() if by_position else found.table(confidence, resamples, seed)

@@ -109,23 +109,28 @@ def as_batch(
         text = text["input_ids"]
     ids, known = _array(text), None  # known: which columns are text, where padding ids need not tell
     if ids is None:
-        given = _listed(text)
-        kind = _common_kind(given)
-        if kind in ("message", "conversation"):
-            conversations = [given] if kind == "message" else given
-            given = [rendered(tokenizer, one, add_generation_prompt) for one in conversations]
-        if kind in ("id", "row"):
+        given, kind = _texts_of(tokenizer, _listed(text), add_generation_prompt)
+        if kind == "text":
+            ids, known = _from_texts(model, given, prepend_bos, padding_side, truncate)
+        else:
             rows = [_row(one) or [] for one in (given if kind == "row" else [given])]
             ids, filled = padded(rows, pad_id(tokenizer), padding_side or "left")
             known, mask = None if bool(filled.all()) else filled, _padded_mask(mask, rows, padding_side or "left")
-        else:
-            ids, known = _from_texts(model, given, prepend_bos, padding_side, truncate)
     ids = _checked_ids(model, ids)
     if mask is not None:
         known = _checked_mask(mask, ids, holes)
     elif known is None:
         known = text_mask(ids, tokenizer)
     return TokenBatch(ids.to(model.cfg.device), known.to(model.cfg.device))
+
+
+def _texts_of(tokenizer: Any, given: list[Any], add_generation_prompt: bool) -> tuple[list[Any], str]:
+    """``given`` and its kind, conversations as texts."""
+    kind = _common_kind(given)
+    if kind not in ("message", "conversation"):
+        return given, kind
+    conversations = [given] if kind == "message" else given
+    return [rendered(tokenizer, one, add_generation_prompt) for one in conversations], "text"
 
 
 def _from_texts(
