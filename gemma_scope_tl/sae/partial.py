@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma_scope_tl.dtypes import parse_dtype
+from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sae.config import expected_of_row
 from gemma_scope_tl.sae.latents import Latents
@@ -52,7 +52,8 @@ def load_latents(
     """
     from gemma_scope_tl.registry.catalog import resolve
 
-    row, to = resolve(release, sae_id), parse_dtype(dtype)
+    to, device = parse_dtype(dtype), parse_device(device)
+    row = resolve(release, sae_id)
     chosen = [int(latent) for latent in ([latents] if isinstance(latents, int) else latents)]
     if not chosen:
         raise GemmaScopeError("No latents were given: name at least one.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def load_suite(
     from gemma_scope_tl.registry.widths import width_label
     from gemma_scope_tl.sae.loading import load_row
 
+    dtype, device = parse_dtype(dtype), parse_device(device)
     rows: dict[Key, SAERow] = {}
     label = width_label(width) if isinstance(width, int) else width
     for site in [sites] if isinstance(sites, str) else list(sites):
