@@ -68,6 +68,7 @@ def write(path: Path, d_sae: int, d_in: int = D_IN) -> Path:
     vectors = {"b_enc": np.zeros(d_sae, np.float32), "b_dec": np.zeros(d_in, np.float32)}
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, W_dec=w_dec, W_enc=np.ascontiguousarray(w_dec.T), **vectors, threshold=np.ones(d_sae, np.float32))
+    path.chmod(0o444)  # nobody writes into it, as into the files of the Hub's cache, so it may be mapped
     os.sync()  # so that writing it back does not disturb what follows
     return path
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
 
 from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.owners import Owner
 from gemma_scope_tl.positions import Positions, chosen_columns, rows_of
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.hooked_pass import hooked_pass, is_hooked
+from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import Site, flatten_heads, get_site, site_of_hook, unflatten_heads
+from gemma_scope_tl.tokens import ExcludeTokens, excluded_choice
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
     from gemma_scope_tl.adapters.base import GemmaModel
-
-_names: WeakKeyDictionary[torch.nn.Module, list[str]] = WeakKeyDictionary()  # of hook points, from all models, in order
 
 
 def locate(sae: SAE[Any]) -> tuple[Site, int | None]:
@@ -46,52 +46,92 @@ def decode_with_skip(sae: SAE[Any], acts: torch.Tensor, x: torch.Tensor) -> torc
     return out if w_skip is None else out + x.to(out.dtype) @ w_skip.T
 
 
+@dataclass(frozen=True)
+class SpliceOptions:
+    """How SAEs are spliced; :meth:`~gemma_scope_tl.splicing.SpliceMixin.add_sae` says what each means.
+
+    Attributes:
+        error_term: None for the SAE's own setting.
+        exclude_special_tokens: True, False or token ids.
+        positions: None for all.
+        chain: read the output of an SAE that writes there already.
+    """
+
+    error_term: bool | None = None
+    exclude_special_tokens: ExcludeTokens = True
+    positions: Positions = None
+    chain: bool = False
+
+    def __post_init__(self) -> None:
+        choice = excluded_choice(self.exclude_special_tokens)  # an iterator is read once, for all SAEs
+        object.__setattr__(self, "exclude_special_tokens", choice)
+
+
 class AttachedSAE:
-    """One SAE on one model: where it reads and writes, and how its output replaces the activation."""
+    """One SAE on one model: where it reads and writes, and how its output replaces the activation.
+
+    Attributes:
+        name: what the names of its hook points begin with; unique on the model.
+        owner: the context whose passes may run through it.
+        options: as given, so that a copy of the model can be given the same.
+    """
 
     def __init__(
         self,
         sae: SAE[Any],
         site: Site,
         layer: int | None,
-        error_term: bool,
+        options: SpliceOptions,
         excluded: tuple[int, ...],
-        positions: Positions = None,
-        stage: int = 0,
+        stage: int,
+        owner: Owner,
     ) -> None:
         self.sae, self.site, self.layer = sae, site, layer
-        self.error_term, self.excluded, self.positions = error_term, excluded, positions
+        self.options, self.excluded, self.stage, self.owner = options, excluded, stage, owner
+        self.error_term = bool(sae.use_error_term if options.error_term is None else options.error_term)
+        self.positions = options.positions
         self.read_name = site.hook_name(layer, "hooked_transformer")
         self.write_name = site.hook_name_out(layer, "hooked_transformer")
-        self.stage = stage  # 0, or the place in a chain of SAEs that write here
-        self.name = self.write_name + (f".{stage}" if stage else "")
+        self.name = self.write_name + (f".{stage}" if stage else "")  # stage: 0, or the place in a chain
         self.hook_points = {f"{self.name}.{name}": point for name, point in sae.hook_dict.items()}
         self._read: torch.Tensor | None = None
-        self._detachers: list[Callable[[], None]] = []
         self._hooks: list[tuple[Any, Callable[..., torch.Tensor | None], Any]] = []  # point, function, handle
+        self._before: list[Any] = []  # handles that were on the SAE's own points
+        self._named = self._told = False
 
     def attach(self, model: GemmaModel) -> None:
         """Put the hooks on ``model``'s hook points; :meth:`detach` takes back exactly these."""
         self._tracker, self._tokenizer = model.token_tracker, getattr(model, "tokenizer", None)
+        self._heads_apart = model.backend == "hooked_transformer"
         if self.site.is_transcoder:
             self._hook(model.site_hook_point(self.site.hook_name(self.layer, model.backend)), self._on_read)
         self._hook(model.site_hook_point(self.site.hook_name_out(self.layer, model.backend)), self._on_write)
-        for short_name, point in self.sae.hook_dict.items():
-            before = {id(handle) for handle in (*point.fwd_hooks, *point.bwd_hooks)}
-            self._detachers.append(partial(_end_blocks, point, before))
-            self._detachers.append(_rename(point, f"{self.name}.{short_name}", short_name))
+        self.claim_names()
         stock = not isinstance(self.sae, GemmaScopeMixin)
         if stock and getattr(self.sae, "hook_z_reshaping_mode", False):  # heads are flattened here, stock SAEs are told
             self.sae.turn_off_forward_pass_hook_z_reshaping()
-            self._detachers.append(self.sae.turn_on_forward_pass_hook_z_reshaping)
+            self._told = True
 
     def detach(self) -> None:
-        """Undo :meth:`attach`."""
-        while self._detachers:
-            self._detachers.pop()()
-        for point, _, handle in self._hooks:
+        """Undo :meth:`attach`, the model first; after an error it can be called again."""
+        self.unhook()
+        if self._told:
+            self.sae.turn_on_forward_pass_hook_z_reshaping()
+            self._told = False
+        if self._named:
+            for point in self.hook_points.values():
+                _end_blocks(point, self._before)
+            names = _given_names(self.sae)
+            names.remove(self.name)
+            _name_points(self.sae, names)
+            self._named = False
+
+    def unhook(self) -> None:
+        """Take the hooks off the model, and leave the SAE as it is."""
+        while self._hooks:
+            point, _, handle = self._hooks[-1]
             _remove(point.fwd_hooks, handle)
-        self._hooks.clear()
+            self._hooks.pop()
         self._read = None
 
     def put_back(self) -> None:
@@ -101,14 +141,25 @@ class AttachedSAE:
                 point.add_hook(fn, is_permanent=True)
                 self._hooks[i] = (point, fn, point.fwd_hooks[-1])
 
+    def claim_names(self) -> None:
+        """Name the SAE's hook points by where it is attached."""
+        points = self.hook_points.values()
+        self._before = [handle for point in points for handle in (*point.fwd_hooks, *point.bwd_hooks)]
+        names = _given_names(self.sae)
+        names.append(self.name)
+        _name_points(self.sae, names)
+        self._named = True
+
     def _hook(self, point: Any, fn: Callable[..., torch.Tensor | None]) -> None:
         point.add_hook(fn, is_permanent=True)
         self._hooks.append((point, fn, point.fwd_hooks[-1]))
 
     def _on_read(self, value: torch.Tensor, hook: Any) -> None:
+        self.owner.check(f"An SAE was attached at {self.write_name}")
         self._read = value
 
     def _on_write(self, value: torch.Tensor, hook: Any) -> torch.Tensor:
+        self.owner.check(f"An SAE was attached at {self.write_name}")
         source = value
         if self.site.is_transcoder:
             if self._read is None:
@@ -131,7 +182,12 @@ class AttachedSAE:
         With the error term the result is ``x̂ + (target - x̂_clean)``, where the clean reconstruction knows nothing of
         the hooks on the SAE; the error carries no gradient. It is computed in the wider of both dtypes, so that an
         unedited pass gives ``target`` to that dtype's rounding, and returned in ``target``'s.
+
+        Hooks on ``hook_sae_error`` and ``hook_sae_output`` see heads apart where SAELens's models show them so, on
+        HookedTransformer; all other hook points of the SAE are flat. An SAE on another device than ``target`` moves
+        there, for good.
         """
+        bring(self.sae, target.device)
         wide = torch.promote_types(target.dtype, self.sae.dtype)  # so that what is kept is kept exactly
         x, y = flatten_heads(source), flatten_heads(target).to(wide)
         out, clean = self._pass(x)
@@ -139,11 +195,14 @@ class AttachedSAE:
             with torch.no_grad():
                 error = y - clean
                 error = error if mask is None else error.masked_fill(mask.unsqueeze(-1), 0.0)
-                error = self.sae.hook_sae_error(error)
-            out = out + error
+                error = self.sae.hook_sae_error(self._shown(error, target))
+            out = out + flatten_heads(error)
         if mask is not None:
             out = torch.where(mask.unsqueeze(-1), y, out)
-        return unflatten_heads(self.sae.hook_sae_output(out).to(target.dtype), target)
+        return unflatten_heads(self.sae.hook_sae_output(self._shown(out, target)).to(target.dtype), target)
+
+    def _shown(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return unflatten_heads(x, like) if self._heads_apart else x
 
     def _pass(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Reconstruction with hooks, and without them where the error term asks for it."""
@@ -159,27 +218,35 @@ class AttachedSAE:
             return out, decode_with_skip(self.sae, self.sae.encode(x), x)
 
 
-def _rename(point: Any, name: str, short_name: str) -> Callable[[], None]:
-    """Name a hook point of an SAE; what is returned takes the name back, in whatever order models let go of the SAE."""
-    names = _names.setdefault(point, [])
-    names.append(name)
-    vars(point)["name"] = name  # past torch's __setattr__, which would take a third of attaching's time
+class _GivenNames(list[str]):
+    """The names under which an SAE is attached, oldest first; a copy of the SAE is attached nowhere."""
 
-    def take_back() -> None:
-        names.remove(name)
-        vars(point)["name"] = names[-1] if names else short_name
+    def __deepcopy__(self, memo: Any) -> _GivenNames:
+        return _GivenNames()
 
-    return take_back
+    def __reduce__(self) -> Any:
+        return _GivenNames, ()
 
 
-def _end_blocks(point: Any, before: set[int]) -> None:
+def _given_names(sae: Any) -> list[str]:
+    return vars(sae).setdefault("_given_names", _GivenNames())
+
+
+def _name_points(sae: Any, names: list[str]) -> None:
+    """Name hook points by the last place of the SAE that still stands, in whatever order models let go of it."""
+    for short_name, point in sae.hook_dict.items():
+        # past torch's __setattr__, which would take a third of attaching's time
+        vars(point)["name"] = f"{names[-1]}.{short_name}" if names else short_name
+
+
+def _end_blocks(point: Any, before: list[Any]) -> None:
     """Remove what ``model.hooks`` blocks put on an SAE's hook point: once detached, the end of a block misses it."""
+    kept = {id(handle) for handle in before}
     for held in (point.fwd_hooks, point.bwd_hooks):
-        for handle in [one for one in held if one.context_level is not None and id(one) not in before]:
+        for handle in [one for one in held if one.context_level is not None and id(one) not in kept]:
             _remove(held, handle)
 
 
 def _remove(held: list[Any], handle: Any) -> None:
     handle.hook.remove()
-    if handle in held:
-        held.remove(handle)
+    held[:] = [one for one in held if one is not handle]

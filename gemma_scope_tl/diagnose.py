@@ -233,7 +233,7 @@ def _disk() -> tuple[str, list[Advice]]:
     from huggingface_hub import constants
 
     folder = os.path.expanduser(constants.HF_HUB_CACHE)
-    there = folder
+    there = os.path.abspath(folder)  # a user without a home has a relative one
     while not os.path.exists(there):
         there = os.path.dirname(there)
     free = shutil.disk_usage(there).free

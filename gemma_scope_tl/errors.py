@@ -21,7 +21,11 @@ class UnknownNameError(GemmaScopeError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
-class UnknownKeywordError(GemmaScopeError, TypeError):
+class KeywordError(GemmaScopeError, TypeError):
+    """Keywords that contradict each other."""
+
+
+class UnknownKeywordError(KeywordError):
     """A keyword that a function does not take."""
 
 
@@ -33,12 +37,23 @@ class WeightsError(GemmaScopeError, ValueError):
     """A weights file is missing an array, truncated, corrupt, of another shape, or not a weights file at all."""
 
 
+class WriteError(GemmaScopeError, OSError):
+    """A file cannot be written: the disk is full or read-only, the name too long, a permission missing.
+
+    ``errno`` is that of the system's error, which is the ``__cause__``.
+    """
+
+
 class AdapterError(GemmaScopeError, ValueError):
     """A model cannot be loaded as a Gemma 2 with the Gemma Scope sites."""
 
 
 class AdapterMismatch(GemmaScopeError, AssertionError):
     """The self-check on load found a site or a cached forward pass that differs from the plain model."""
+
+
+class DeviceError(GemmaScopeError, RuntimeError):
+    """A device that does not exist here, or tensors on different ones where nothing says which should move."""
 
 
 class SpliceError(GemmaScopeError, ValueError):
@@ -76,4 +91,15 @@ def unknown_keyword(function: str, given: str, valid: Iterable[str]) -> UnknownK
     close = nearest(given, valid, n=1)
     return UnknownKeywordError(
         f"{function}() takes no keyword {given!r}" + (f": did you mean {close[0]!r}?" if close else ".")
+    )
+
+
+def device_mismatch(what: str, its: object, given: object) -> DeviceError:
+    """A :class:`DeviceError` that says how to bring both together.
+
+    >>> print(device_mismatch("res, layer 20", "cpu", "cuda:0"))
+    res, layer 20 is on cpu, the tensor given on cuda:0: move one of them, for example with .to('cuda:0').
+    """
+    return DeviceError(
+        f"{what} is on {its}, the tensor given on {given}: move one of them, for example with .to({str(given)!r})."
     )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.inputs import Text, TokenBatch, as_batch, as_saes
 from gemma_scope_tl.interventions.sources import encode_latents, place_of
-from gemma_scope_tl.positions import rows_of_ids
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import flatten_heads
-from gemma_scope_tl.tokens import special_mask, special_token_ids
+from gemma_scope_tl.tokens import ExcludeTokens, excluded_ids
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def features(
     model: Any,
-    text: str | Sequence[str] | Int[torch.Tensor, "batch pos"],
+    text: Text,
     saes: Any | Iterable[Any],
     top: int | None = None,
-    exclude_special_tokens: bool = True,
+    exclude_special_tokens: ExcludeTokens = True,
     min_activation: float = 0.0,
+    attention_mask: Any = None,
 ) -> pd.DataFrame:
     """The active latents of ``saes`` on ``text``, from one forward pass for all of them.
 
@@ -35,41 +36,43 @@ def features(
 
     Args:
         model: from ``load_model``.
-        text: a text, several (padded on the left), or token ids.
-        saes: one SAE, transcoder or :class:`~gemma_scope_tl.sae.latents.Latents` (with encoder columns), or several.
+        text: a text, several (padded on the left), chat messages, or token ids, in whatever holds them
+            (:func:`~gemma_scope_tl.inputs.as_batch`); no longer than the model's context.
+        saes: one SAE, transcoder or :class:`~gemma_scope_tl.sae.latents.Latents` (with encoder columns), or several: a
+            list, an iterator, a mapping, a suite.
         top: keep the strongest latents of each token and SAE; None for all.
         exclude_special_tokens: leave out BOS, EOS and padding, on which Gemma Scope was not trained: on BOS, whose
-            activations can be far longer than any other token's, thousands of latents fire.
+            activations can be far longer than any other token's, thousands of latents fire. Or the ids to leave out;
+            False for none. Padding is no text and never listed.
         min_activation: leave out latents that fire less than this, in units of the latent.
+        attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
 
     Returns:
         A row per active latent, strongest first within a token: ``sequence, position, token, sae, site, layer, latent,
-        activation``. ``position`` counts from 0 at the first token that is not padding, as interventions count;
-        ``sae`` is the place in ``saes``, which tells two SAEs of one site and layer apart.
+        activation``. ``position`` counts from 0 at the first token of the text, as interventions count; ``sae`` is
+        the place in ``saes``, which tells two SAEs of one site and layer apart.
 
     Raises:
-        GemmaScopeError: when ``top`` is below 1 or ``min_activation`` below 0.
-        SpliceError: when an SAE does not say where it belongs.
+        GemmaScopeError: when ``top`` is below 1 or ``min_activation`` below 0; text that is none, or too long.
+        SpliceError: without an SAE, or when one does not say where it belongs.
     """
     import pandas as pd
 
     if (top is not None and top < 1) or not min_activation >= 0:
         raise GemmaScopeError(f"top is at least 1 and min_activation at least 0; given: {top}, {min_activation}.")
-    several: list[Any] = [saes] if isinstance(saes, (torch.nn.Module, Latents)) else list(saes)
-    tokens = text if isinstance(text, torch.Tensor) else model.to_tokens(text)
-    tokens = (tokens[None] if tokens.ndim == 1 else tokens).to(model.cfg.device)
+    several, batch = as_saes(saes), as_batch(model, text, attention_mask)
     places = [place_of(sae) for sae in several]
     names = [site.hook_name(layer, "hooked_transformer") for site, layer in places]
-    seen = _activations(model, tokens, names)
-    counted = ~special_mask(tokens, special_token_ids(model.tokenizer) if exclude_special_tokens else ())
-    position = rows_of_ids(tokens, tokens.shape[1], model.tokenizer, growing=False).place
+    seen = _activations(model, batch, names)
+    counted = batch.ordinary(excluded_ids(model.tokenizer, exclude_special_tokens))
+    position = batch.place
     frames: list[pd.DataFrame] = []
     for i, (sae, name, (site, layer)) in enumerate(zip(several, names, places, strict=True)):
         rows, columns, latents, values = _active(sae, seen[name], counted, top, min_activation)
         listed = {
             "sequence": rows.tolist(),
             "position": position[rows, columns].tolist(),
-            "token": _texts(model.tokenizer, tokens[rows, columns].tolist()),
+            "token": _texts(model.tokenizer, batch.ids[rows, columns].tolist()),
             "sae": i,
             "site": site.name,
             "layer": pd.array([layer] * len(latents), dtype="Int64"),
@@ -80,14 +83,14 @@ def features(
     return pd.concat(frames, ignore_index=True)
 
 
-def _activations(model: Any, tokens: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
+def _activations(model: Any, batch: TokenBatch, names: list[str]) -> dict[str, torch.Tensor]:
     """The tensors at some hooks, heads flattened, from one pass."""
     seen: dict[str, torch.Tensor] = {}
     hooks = [
         (name, lambda value, hook, name=name: seen.__setitem__(name, flatten_heads(value)))
         for name in dict.fromkeys(names)
     ]
-    model.run_with_hooks(tokens, fwd_hooks=hooks)
+    model.run_with_hooks(batch.ids, attention_mask=batch.attention_mask, fwd_hooks=hooks)
     return seen
 
 

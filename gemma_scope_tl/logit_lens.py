@@ -100,8 +100,8 @@ def _logits(model: Any, site: Site, layer: int | None, rows: torch.Tensor) -> Fl
     w_u = model.W_U
     u = rows.to(w_u.device, torch.float32)
     if block is not None:
-        u = u @ block.attn.W_O.float().reshape(width, -1) * _gain(model, block.ln1_post)
-    u = u * _gain(model, model.ln_final)
+        u = u @ block.attn.W_O.to(u).reshape(width, -1) * _gain(model, block.ln1_post).to(u)  # layers may be apart
+    u = u * _gain(model, model.ln_final).to(u)
     return torch.cat([u @ columns.float() for columns in w_u.split(_CHUNK, dim=1)], dim=1)
 
 

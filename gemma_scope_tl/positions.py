@@ -73,7 +73,9 @@ def rows_of(x: torch.Tensor, tracker: TokenTracker | None, tokenizer: Any = None
     if tracker is not None and known is not None:
         moved = tracker.read.moved
         moved = None if moved is None else moved.to(x.device).expand(x.shape[0])
-        return replace(rows_of_mask(*known, growing=tracker.generating), moved=moved)
+        mask, prompt = known
+        growing = tracker.generating or mask.shape[1] > prompt  # by generate, or in a cached loop written by hand
+        return replace(rows_of_mask(mask, prompt, growing), moved=moved)
     start = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
     return Rows(start, start + x.shape[1], x.shape[1], growing=False)
 

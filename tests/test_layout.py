@@ -26,6 +26,7 @@ ORDER = [
     "tokens",
     "positions",
     "inputs",
+    "owners",
     "attached",
     "splicing",
     "interventions",

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.activations.spare import SpareMemory
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.weights.modes import is_out_of_memory
 
 _CHUNK = 512  # rows gathered at a time where they change their dtype: they stay in the cache
 
@@ -71,6 +72,8 @@ class Bucket:
                 for place, width in widths.items()
             }
         except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             size = rows * sum(widths.values()) * dtype.itemsize / 2**30
             raise GemmaScopeError(
                 f"A bucket of {rows} rows at {len(widths)} places takes {size:.1f} GiB, which {device} does not have "

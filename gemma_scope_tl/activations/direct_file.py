@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import mmap
 import os
@@ -11,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.files import sync_folder, writing
 
 BLOCK = 4096
 """Direct writes begin and end at multiples of it."""
@@ -19,28 +18,13 @@ CHUNK = 1 << 22
 """Bytes handed to the system at a time."""
 WRITERS = 4
 """Files written at a time; each has two chunks under way."""
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+GO_ON = "What was whole before stays; write again to go on."
 _UNFINISHED = ".unfinished"
 
 
 def unfinished(name: str) -> str:
     """What a local file is called until it is whole."""
     return name + _UNFINISHED
-
-
-def write_error(where: str, error: OSError) -> GemmaScopeError:
-    """The error for a write that the system refused; says when the disk is full."""
-    why = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
-    return GemmaScopeError(f"{where} cannot be written: {why}. What was whole before stays; write again to go on.")
-
-
-def sync_folder(path: Path) -> None:
-    """Bring the names of a folder's files to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class _Staging:
@@ -79,11 +63,9 @@ class DirectFile:
         self._path, self._temporary = path, path.with_name(unfinished(path.name))
         self._digest, self._at, self._rest = hashlib.sha256(), 0, b""
         self._staging = _shared_staging()
-        try:
+        with writing(path, GO_ON):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = self._open()
-        except OSError as error:
-            raise write_error(str(path), error) from error
 
     def _open(self) -> int:
         """With direct writes if one block can be written so; the block is written over later."""
@@ -121,15 +103,14 @@ class DirectFile:
         finally:
             error = _failed(hashing) or _failed(under_way[turn]) or _failed(under_way[1 - turn])
             self._staging.pairs.put(pair)
-        if isinstance(error, OSError):
-            raise write_error(str(self._path), error) from error
         if error is not None:
-            raise error
+            with writing(self._path, GO_ON):
+                raise error
 
     def commit(self) -> str:
         """Bring everything to the disk, give the file its name, and return its sha256."""
         size = self._at + len(self._rest)
-        try:
+        with writing(self._path, GO_ON):
             if self._rest:  # a whole block, because writes are direct; then cut off what is too much
                 block = mmap.mmap(-1, BLOCK)
                 block[: len(self._rest)] = self._rest
@@ -141,8 +122,6 @@ class DirectFile:
             self._handle = -1
             self._temporary.replace(self._path)
             sync_folder(self._path.parent)
-        except OSError as error:
-            raise write_error(str(self._path), error) from error
         return self._digest.hexdigest()
 
     def abort(self) -> None:

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 import fsspec
 
-from gemma_scope_tl.activations.direct_file import CHUNK, DirectFile, write_error
+from gemma_scope_tl.activations.direct_file import CHUNK, GO_ON, DirectFile
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.files import write_atomically, writing
 
 _REMOTE_CHUNK = 1 << 24
 
@@ -133,10 +133,7 @@ class LocalFolder:
             raise _unreadable(self.url(name), error) from error
 
     def put(self, name: str, data: bytes) -> None:
-        try:
-            write_atomically(self.root / name, data)
-        except OSError as error:
-            raise write_error(self.url(name), error) from error
+        write_atomically(self.root / name, data)
 
     def create(self, name: str) -> OpenFile:
         return DirectFile(self.root / name)
@@ -155,11 +152,9 @@ class LocalFolder:
     @contextmanager
     def lock(self, name: str) -> Generator[None]:
         path = self.root / name
-        try:
+        with writing(path, GO_ON):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise write_error(str(path), error) from error
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -209,18 +204,14 @@ class RemoteFolder:
             wanted[:] = data
 
     def put(self, name: str, data: bytes) -> None:
-        try:
+        with writing(self.url(name), GO_ON):
             self.fs.makedirs(self.fs._parent(self._path(name)), exist_ok=True)
             self.fs.pipe_file(self._path(name), data)
-        except OSError as error:
-            raise write_error(self.url(name), error) from error
 
     def create(self, name: str) -> OpenFile:
-        try:
+        with writing(self.url(name), GO_ON):
             self.fs.makedirs(self.fs._parent(self._path(name)), exist_ok=True)
             return _RemoteFile(self.fs.open(self._path(name), "wb"), self.url(name), lambda: self.remove(name))
-        except OSError as error:
-            raise write_error(self.url(name), error) from error
 
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
@@ -241,18 +232,14 @@ class _RemoteFile:
         self._file, self._url, self._remove, self._digest = file, url, remove, hashlib.sha256()
 
     def write(self, data: memoryview) -> None:
-        try:
+        with writing(self._url, GO_ON):
             for done in range(0, len(data), CHUNK):
                 self._file.write(data[done : done + CHUNK])
                 self._digest.update(data[done : done + CHUNK])
-        except OSError as error:
-            raise write_error(self._url, error) from error
 
     def commit(self) -> str:
-        try:
+        with writing(self._url, GO_ON):
             self._file.close()
-        except OSError as error:
-            raise write_error(self._url, error) from error
         return self._digest.hexdigest()
 
     def abort(self) -> None:

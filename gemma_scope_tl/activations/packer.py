@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,10 +28,12 @@ from gemma_scope_tl.activations.token_rows import (
     read_manifest,
 )
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.files import file_sha256, write_atomically
+from gemma_scope_tl.files import file_sha256, write_atomically, writing
+from gemma_scope_tl.inputs import text_ids, without_bos
 
 PARTIAL_NAME, PROGRESS_NAME = ".tokens.partial", "progress.json"
 CHECKPOINT_SECONDS = 30.0
+_GO_ON = "Make room and pack again: where the documents come from files, it goes on from where it was."
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -73,9 +74,9 @@ class Packer:
         size = HEADER_BYTES + reached.rows * self.request.context * 4
         if reached.rows == 0 or not partial.is_file() or partial.stat().st_size < size:
             reached, size = Reached(request=self.request), HEADER_BYTES
-            partial.write_bytes(b"")
+            write_atomically(partial, b"")
         self._record(reached)
-        with partial.open("r+b") as file:
+        with partial.open("r+b", buffering=0) as file:
             file.truncate(size)
             file.seek(size)
             reached = self._write(file, documents, reached, progress)
@@ -85,8 +86,8 @@ class Packer:
                     "context."
                 )
             file.seek(0)
-            file.write(header(reached.rows, self.request.context))
-            _sync(file)
+            self._put(file, header(reached.rows, self.request.context))
+            self._sync(file)
         return self._finish(partial, reached)
 
     def _write(self, file: BinaryIO, documents: Documents, reached: Reached, progress: bool) -> Reached:
@@ -98,14 +99,14 @@ class Packer:
             for batch in documents.read(read):
                 block, carry = self._rows(batch, carry, read)
                 block = block if self.most is None else block[: self.most - rows]
-                file.write(block.astype("<i4", copy=False).tobytes())
+                self._put(file, block.astype("<i4", copy=False).tobytes())
                 read, rows = read + len(batch), rows + len(block)
                 reached = Reached(request=self.request, documents=read, rows=rows, carry=tuple(carry.tolist()))
                 bar.update(task, completed=self._done(read, rows))
                 if self.most is not None and rows >= self.most:
                     break
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    _sync(file)
+                    self._sync(file)
                     self._record(reached)
                     saved = time.monotonic()
         return reached
@@ -134,11 +135,10 @@ class Packer:
         return out, stream[count * body :]
 
     def _encode(self, batch: Batch, read: int) -> list[Ids]:
-        """Ids of each document; of those that came as ids, without a leading BOS unless they are rows."""
+        """Ids of each document, without a leading BOS unless they came as ids and are rows."""
         if batch and isinstance(batch[0], str):
-            options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-            found: Sequence[Any] = self.tokenizer(batch, add_special_tokens=False, **options)["input_ids"]
-            return [np.array(ids, np.int32) for ids in found]
+            found = text_ids(self.tokenizer, batch)
+            return [np.array(without_bos(self.tokenizer, ids), np.int32) for ids in found]
         documents: list[Ids] = []
         for number, ids in enumerate(batch, read):
             wide = np.asarray(ids)
@@ -170,7 +170,8 @@ class Packer:
             (self.folder / PROGRESS_NAME).unlink()
             raise GemmaScopeError(f"{self.folder} holds other token rows: choose another folder.")
         manifest = Manifest(request=self.request, documents=reached.documents, rows=reached.rows, sha256=digest)
-        partial.replace(self.folder / DATA_NAME)
+        with writing(self.folder / DATA_NAME, _GO_ON):
+            partial.replace(self.folder / DATA_NAME)
         write_atomically(self.folder / MANIFEST_NAME, manifest.model_dump_json(indent=1) + "\n")
         (self.folder / PROGRESS_NAME).unlink()
         return manifest
@@ -183,6 +184,15 @@ class Packer:
         except (FileNotFoundError, UnicodeDecodeError, ValidationError):
             return Reached(request=self.request)
         return found if found.request == self.request else Reached(request=self.request)
+
+    def _put(self, file: BinaryIO, data: bytes) -> None:
+        with writing(self.folder / PARTIAL_NAME, _GO_ON):
+            while data:
+                data = data[file.write(data) :]
+
+    def _sync(self, file: BinaryIO) -> None:
+        with writing(self.folder / PARTIAL_NAME, _GO_ON):
+            os.fsync(file.fileno())
 
     def _record(self, reached: Reached) -> None:
         write_atomically(self.folder / PROGRESS_NAME, reached.model_dump_json() + "\n")
@@ -198,8 +208,3 @@ class Packer:
 def _bar(shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not shown)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gemma_scope_tl.activations.documents import Documents, open_documents
 from gemma_scope_tl.activations.packer import PROGRESS_NAME, Packer
 from gemma_scope_tl.activations.token_rows import DATA_NAME, Layout, Request, TokenRows, read_manifest
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.files import make_folder, writing
 
 __all__ = ["TokenRows", "pack_tokens", "tokenizer_fingerprint"]
 
@@ -62,8 +64,10 @@ def pack_tokens(
     documents = open_documents(data, column=column, split=split, config=config, revision=revision, streaming=streaming)
     request = _request(documents, tokenizer, context, chat, limit_tokens)
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / ".lock"):
+    make_folder(place)
+    with ExitStack() as held:
+        with writing(place / ".lock"):
+            held.enter_context(FileLock(place / ".lock"))
         found = read_manifest(place)
         if found is not None:
             _check_same(place, found.request, request)

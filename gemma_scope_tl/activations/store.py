@@ -30,6 +30,7 @@ from gemma_scope_tl.activations.source import Place, with_targets
 from gemma_scope_tl.activations.token_rows import TokenRows
 from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.weights.modes import ordinary_tensors
 
 if TYPE_CHECKING:
     from gemma_scope_tl.adapters.base import GemmaModel
@@ -38,6 +39,7 @@ _SAMPLES = 64
 _MIN_SHARD = 1 << 13
 
 
+@ordinary_tensors()
 def write_store(
     path: str | os.PathLike[str],
     model: GemmaModel,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from gemma_scope_tl.attached import AttachedSAE
 from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.inputs import as_batch, tokenize
 from gemma_scope_tl.interventions import Intervention
+from gemma_scope_tl.owners import OwnedHook, Owner, Turns
 from gemma_scope_tl.sites import ModelDims
 from gemma_scope_tl.splicing import SpliceMixin, translate_hook_name
+from gemma_scope_tl.splicing.names import add_other_names, filter_of_both, other_names, positional_hooks
 from gemma_scope_tl.tokens import TokenTracker, attendable
 
 HookName = str | Callable[[str], bool]
@@ -47,12 +49,17 @@ class GemmaModel(Generates, SpliceMixin):
         self.dims, self.model_id = dims, model_id
         self.fixes = []
         self._attached: dict[str, AttachedSAE] = {}
+        self._turns = Turns()
         self.token_tracker = TokenTracker()
         self._watch()
 
     def _watch(self) -> None:
         """Let the token tracker know what enters the model."""
         raise NotImplementedError  # pragma: no cover - an abstract method
+
+    def embedding_module(self) -> torch.nn.Module:
+        """The module that turns token ids into embeddings."""
+        return self.embed  # pyright: ignore[reportAttributeAccessIssue]
 
     def site_hook_point(self, name: str) -> Any:
         """The ``HookPoint`` with this backend's canonical ``name``.
@@ -71,58 +78,83 @@ class GemmaModel(Generates, SpliceMixin):
     def _resolve_name(self, name: Any, valid: Any) -> Any:
         return translate_hook_name(name, valid, self.backend) if isinstance(name, str) else name
 
-    def _resolve_hooks(self, hooks: Hooks) -> list[tuple[HookName, Callable[..., Any]]]:
+    def _resolve_hooks(self, hooks: Hooks, owner: Owner | None = None) -> list[tuple[HookName, Callable[..., Any]]]:
+        """Hooks by the names that they have here, bound to the model; functions of an ``owner`` run for it alone."""
         valid = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
-        return [(self._resolve_name(name, valid), self._bound(fn)) for name, fn in hooks]
+        resolved: list[tuple[HookName, Callable[..., Any]]] = []
+        for name, fn in hooks:
+            bound = self._bound(fn)
+            owned = bound if owner is None or isinstance(bound, OwnedHook) else OwnedHook(bound, owner)
+            resolved.append((self._resolve_filter(name) if callable(name) else self._resolve_name(name, valid), owned))
+        return resolved
 
     def _bound(self, fn: Any) -> Any:
         return fn.bound_to(self.token_tracker, self.tokenizer) if isinstance(fn, Intervention) else fn
 
-    def _resolve_filter(self, names: NamesFilter) -> NamesFilter:
-        if names is None or callable(names):
-            return names
+    def _resolve_filter(self, names: Any) -> Any:
+        if names is None:
+            return None
+        if callable(names):
+            return filter_of_both(names, self._other_names())
         valid = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(names, str):
             return self._resolve_name(names, valid)
         return [self._resolve_name(name, valid) for name in names]
 
-    def run_with_hooks(self, *model_args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any) -> Any:
-        """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
-        check_keywords(self, "run_with_hooks", kwargs)
-        return super().run_with_hooks(  # pyright: ignore[reportAttributeAccessIssue]
-            *model_args, fwd_hooks=self._resolve_hooks(fwd_hooks), bwd_hooks=self._resolve_hooks(bwd_hooks), **kwargs
-        )
+    def _other_names(self) -> dict[str, str]:
+        return other_names(self._attached.values(), self.dims, self.backend)
 
-    def hooks(
-        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), *args: Any, **kwargs: Any
-    ) -> AbstractContextManager[Any]:
+    def run_with_hooks(self, *model_args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any) -> Any:
+        """As in TransformerLens, but a hook name of either backend works and an unknown one raises.
+
+        Hooks may follow the input as positional arguments, as in TransformerLens's bridge.
+        """
+        check_keywords(self, "run_with_hooks", kwargs)
+        model_args, given = positional_hooks(model_args, fwd_hooks, bwd_hooks)
+        with self._turns.scope() as owner:
+            fwd, bwd = self._resolve_hooks(given[0], owner), self._resolve_hooks(given[1])
+            if not kwargs.get("reset_hooks_end", True):
+                owner.keep()
+            return super().run_with_hooks(  # pyright: ignore[reportAttributeAccessIssue]
+                *model_args, fwd_hooks=fwd, bwd_hooks=bwd, **kwargs
+            )
+
+    @contextmanager
+    def hooks(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), *args: Any, **kwargs: Any) -> Generator[Any]:
         """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
-        return super().hooks(  # pyright: ignore[reportAttributeAccessIssue]
-            self._resolve_hooks(fwd_hooks), self._resolve_hooks(bwd_hooks), *args, **kwargs
-        )
+        with self._turns.scope() as owner:
+            fwd, bwd = self._resolve_hooks(fwd_hooks, owner), self._resolve_hooks(bwd_hooks)
+            if not kwargs.get("reset_hooks_end", args[0] if args else True):
+                owner.keep()
+            with super().hooks(fwd, bwd, *args, **kwargs) as model:  # pyright: ignore[reportAttributeAccessIssue]
+                yield model
 
     def run_with_cache(self, *model_args: Any, names_filter: NamesFilter = None, **kwargs: Any) -> Any:
         """As in TransformerLens, but an unknown name in ``names_filter`` raises.
 
-        What is asked for by name is in the cache under the name that was asked for.
+        What is asked for by name is in the cache under the name that was asked for, either backend's; a function is
+        asked about both. Without a filter, hook points of attached SAEs are there under both names.
         """
         check_keywords(self, "run_with_cache", kwargs)
         resolved = self._resolve_filter(names_filter)
-        output, cache = super().run_with_cache(  # pyright: ignore[reportAttributeAccessIssue]
-            *model_args, names_filter=resolved, **kwargs
-        )
+        with self._turns.scope():
+            output, cache = super().run_with_cache(  # pyright: ignore[reportAttributeAccessIssue]
+                *model_args, names_filter=resolved, **kwargs
+            )
+        stored = getattr(cache, "cache_dict", cache)
+        if names_filter is None or callable(names_filter):
+            add_other_names(stored, names_filter, self._other_names())
+            return output, cache
         if isinstance(names_filter, str):
             names_filter, resolved = [names_filter], [str(resolved)]
-        if names_filter is not None and not callable(names_filter):
-            stored = getattr(cache, "cache_dict", cache)
-            for asked, name in zip(names_filter, resolved, strict=True):  # pyright: ignore[reportArgumentType]
-                if asked not in stored and name in stored:
-                    stored[asked] = stored[name]
+        for asked, name in zip(names_filter, resolved, strict=True):
+            if asked not in stored and name in stored:
+                stored[asked] = stored[name]
         return output, cache
 
     def add_hook(self, name: HookName, hook_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
-        resolved = self._resolve_name(name, self.hook_dict)  # pyright: ignore[reportAttributeAccessIssue]
+        resolved = self._resolve_filter(name)
         self._add_hook(resolved, self._bound(hook_fn), *args, **kwargs)
 
     def _add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:

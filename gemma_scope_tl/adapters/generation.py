@@ -47,7 +47,12 @@ class Generates:
         """
         prompts, call = self._prepared("generate_stream", input, args, kwargs)
         pieces = super().generate_stream(prompts.ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
-        return self._pieces(pieces, prompts.generation())
+        pieces = self._pieces(pieces, prompts.generation())
+        return self._stream(pieces, call.get("return_type", "input"))
+
+    def _stream(self, pieces: Iterator[Any], return_type: str) -> Iterator[Any]:
+        """For a backend that does not turn what it streams into what ``return_type`` asks for."""
+        return pieces
 
     def _pieces(self, pieces: Generator[Any], generation: Generation) -> Iterator[Any]:
         try:
@@ -72,6 +77,24 @@ class Generates:
         if prompts.as_text and call.get("return_type", "input") == "input":
             call["return_type"] = "str"
         return prompts, call
+
+
+def decoded(pieces: Iterator[torch.Tensor], tokenizer: Any) -> Iterator[str | list[str]]:
+    """Pieces of ids ``[batch, new]`` as the text that each adds; a character that is not whole waits for its rest."""
+    history: torch.Tensor | None = None
+    given: list[str] = []
+    for piece in pieces:
+        history = piece if history is None else torch.cat([history, piece], dim=-1)
+        texts = [tokenizer.decode(row, skip_special_tokens=True).rstrip("\ufffd") for row in history]
+        given = given or [""] * len(texts)
+        added = [text[len(before) :] for text, before in zip(texts, given, strict=True)]
+        given = texts
+        yield added[0] if len(added) == 1 else added
+    if history is not None:
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in history]
+        rest = [text[len(before) :] for text, before in zip(texts, given, strict=True)]
+        if any(rest):
+            yield rest[0] if len(rest) == 1 else rest
 
 
 class TrackedGenerate:

@@ -7,14 +7,17 @@ It holds a second copy of the weights (and unties the unembedding), and its bflo
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedTransformer import Output
 from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
 from gemma_scope_tl.adapters.base import GemmaModel
+from gemma_scope_tl.adapters.generation import decoded
 from gemma_scope_tl.attached import AttachedSAE
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import Backend, ModelDims
@@ -35,6 +38,9 @@ class HookedGemma(GemmaModel, HookedTransformer):  # pyright: ignore[reportIncom
         if any(attached.site.name == "embedding" for attached in self._attached.values()):
             raise SpliceError('HookedTransformer.generate skips hook_embed: load with backend="bridge".')
         return super()._prepared(*args)
+
+    def _stream(self, pieces: Iterator[Any], return_type: str) -> Iterator[Any]:
+        return decoded(pieces, self.tokenizer) if return_type == "str" else pieces
 
     def _forward_embedded(self, embeddings: Any, call: dict[str, Any]) -> Any:
         call.setdefault("start_at_layer", 0)
@@ -96,6 +102,10 @@ def _config(hf_config: Any, dtype: torch.dtype, device: str, model_id: str | Non
     )
 
 
+def _through_hook_in(mlp: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (mlp.hook_in(args[0]), *args[1:])
+
+
 def build_hooked_transformer(hf_model: Any, tokenizer: Any, model_id: str | None) -> HookedGemma:
     """Copy the weights of ``hf_model`` into a :class:`HookedGemma`, unprocessed."""
     parameter = next(hf_model.parameters())
@@ -103,6 +113,10 @@ def build_hooked_transformer(hf_model: Any, tokenizer: Any, model_id: str | None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model = HookedGemma(config, tokenizer=tokenizer, default_padding_side="left" if tokenizer is not None else None)
+    for block in model.blocks:
+        block.mlp.hook_in = HookPoint()  # as in HookedSAETransformer
+        block.mlp.register_forward_pre_hook(_through_hook_in)
+    model.setup()
     model.load_and_process_state_dict(
         convert_gemma_weights(hf_model, config),
         fold_ln=False,

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from gemma_scope_tl.attributions.passes import Text, places_of, prompt_of, token_row
-from gemma_scope_tl.attributions.targets import Metric
-from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.splicing import ExcludeTokens
+from gemma_scope_tl.attributions.passes import one_prompt, places_of, token_row
+from gemma_scope_tl.attributions.targets import Metric, Tokens, metric_on
+from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.inputs import Text, as_indices
+from gemma_scope_tl.tokens import ExcludeTokens
 
 
 @torch.no_grad()
@@ -18,10 +19,11 @@ def ablation_effects(
     model: Any,
     text: Text,
     sae: Any,
-    metric: Metric,
+    metric: Metric | Tokens,
     pairs: Sequence[tuple[int, int]],
     batch_size: int = 32,
     exclude_special_tokens: ExcludeTokens = True,
+    attention_mask: Any = None,
 ) -> list[float]:
     """Change of ``metric`` when each latent is set to zero at its position, one at a time: ``m(edited) - m(clean)``.
 
@@ -29,7 +31,7 @@ def ablation_effects(
     (:func:`~gemma_scope_tl.attribute`) predicts minus this number.
 
     Args:
-        model, metric, exclude_special_tokens: as for :func:`~gemma_scope_tl.attribute`.
+        model, metric, exclude_special_tokens, attention_mask: as for :func:`~gemma_scope_tl.attribute`.
         text: one text, or its ids.
         sae: an SAE or transcoder.
         pairs: ``(position, latent)``; positions count from the first token that is not padding.
@@ -40,15 +42,13 @@ def ablation_effects(
         GemmaScopeError: several texts; a position that the text has not.
     """
     places_of(model, sae, exclude_special_tokens)
-    prompt = prompt_of(model, text, exclude_special_tokens)
-    if prompt.ids.shape[0] != 1:
-        raise GemmaScopeError(
-            f"Ablations are measured on one text, {prompt.ids.shape[0]} were given: call it for each."
-        )
-    wrong = [latent for _, latent in pairs if not 0 <= latent < sae.cfg.d_sae]
+    prompt = one_prompt(model, text, exclude_special_tokens, attention_mask, "Ablations are measured on")
+    metric = metric_on(model, metric, prompt)
+    wanted = [as_indices(pair) for pair in pairs]
+    wrong = [latent for _, latent in wanted if not 0 <= latent < sae.cfg.d_sae]
     if wrong:
         raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{sae.cfg.d_sae - 1}.")
-    rows = [(token_row(prompt, position), latent) for position, latent in pairs]
+    rows = [(token_row(prompt, position), latent) for position, latent in wanted]
     name = model.get_sae_hook_name(sae)
     found: list[float] = []
     for start in range(0, len(rows), batch_size):
@@ -62,6 +62,7 @@ def ablation_effects(
 
         logits = model.run_with_hooks_with_saes(
             prompt.ids.expand(batch, -1),
+            attention_mask=prompt.attention_mask.expand(batch, -1),
             saes=[sae],
             use_error_term=True,
             exclude_special_tokens=exclude_special_tokens,

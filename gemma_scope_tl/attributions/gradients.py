@@ -32,17 +32,17 @@ from gemma_scope_tl.attributions.passes import (
     Pass,
     Place,
     Prompt,
-    Text,
     differentiable,
     places_of,
     prompt_of,
     run_probed,
 )
 from gemma_scope_tl.attributions.rows import strongest, table_of
-from gemma_scope_tl.attributions.targets import Metric, metric_value
+from gemma_scope_tl.attributions.targets import Metric, Tokens, metric_on, metric_value
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.inputs import Text
 from gemma_scope_tl.sites import flatten_heads
-from gemma_scope_tl.splicing import ExcludeTokens
+from gemma_scope_tl.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,13 +54,14 @@ def attribute(
     model: Any,
     text: Text,
     saes: Any | Iterable[Any],
-    metric: Metric,
+    metric: Metric | Tokens,
     method: str = "gradient",
     baseline: str | None = None,
     counterfactual: Text | None = None,
     steps: int = 32,
     top: int | None = None,
     exclude_special_tokens: ExcludeTokens = True,
+    attention_mask: Any = None,
 ) -> pd.DataFrame:
     """What each latent, the SAE's error and its bias contribute to ``metric`` on ``text``.
 
@@ -68,9 +69,11 @@ def attribute(
 
     Args:
         model: from ``load_model``; left as it was.
-        text: a text, several (padded on the left), or token ids ``[batch, pos]``.
-        saes: SAEs or transcoders of any site, each attributed as if it alone were spliced, with its error term.
-        metric: logits ``[batch, pos, vocab]`` to one number; ``attributions.targets`` makes some.
+        text: as :func:`~gemma_scope_tl.features` takes it.
+        saes: SAEs or transcoders of any site (one, several, a mapping or a suite), each attributed as if it alone were
+            spliced, with its error term.
+        metric: a word that is one token (``" earth"``) or an id: its logit behind each text. Or logits
+            ``[batch, pos, vocab]`` to one number; ``attributions.targets`` makes some.
         method: ``"gradient"``: one forward and backward pass for all SAEs. ``"integrated"``: the mean over a path.
         baseline: ``"zero"``: nothing. ``"bias"``: ``b_dec`` alone; latents, error and skip at zero. ``"latents"``: only
             the latents at zero, so that these alone add up to the effect of ablating them all. By default ``"zero"``
@@ -80,6 +83,7 @@ def attribute(
         top: keep the ``top`` strongest latents of each sequence; the other kinds stay. None keeps all.
         exclude_special_tokens: as in :func:`~gemma_scope_tl.splice`. Where SAEs are not applied, the whole tensor has
             one row, of kind ``unspliced``.
+        attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
 
     Returns:
         Strongest first within a sequence: ``sequence, position, token, site, layer, kind, latent, activation,
@@ -96,7 +100,8 @@ def attribute(
     """
     chosen = _checked(method, baseline, counterfactual, steps, top)
     places = places_of(model, saes, exclude_special_tokens)
-    prompt = prompt_of(model, text, exclude_special_tokens)
+    prompt = prompt_of(model, text, exclude_special_tokens, attention_mask)
+    metric = metric_on(model, metric, prompt)
     other = None if counterfactual is None else prompt_of(model, counterfactual, exclude_special_tokens)
     with differentiable(model):
         table = _attributions(model, prompt, other, places, metric, chosen, steps if method == "integrated" else None)
@@ -115,7 +120,7 @@ def _attributions(
     """The rows of every place, unsorted; first order where ``steps`` is None."""
     import pandas as pd
 
-    clean = run_probed(model, prompt.ids, places)
+    clean = run_probed(model, prompt, places)
     value = metric_value(metric, clean.logits)
     moves = _moves(model, prompt, other, places, clean, baseline)
     attrs: dict[str, Any] = {"metric": float(value.detach())}
@@ -164,7 +169,7 @@ def _moves(
         if other is None:
             return [moves_from(parts(place, clean), baseline) for place in places]
         _check_alike(prompt, other)
-        reference = run_probed(model, other.ids, places)
+        reference = run_probed(model, other, places)
         return [moves_from(parts(place, clean), baseline, parts(place, reference)) for place in places]
 
 
@@ -174,8 +179,8 @@ def _check_alike(prompt: Prompt, other: Prompt) -> None:
             f"The counterfactual's ids are {list(other.ids.shape)}, the text's {list(prompt.ids.shape)}: positions are "
             "compared one by one, so both need the same number of sequences and tokens."
         )
-    if not torch.equal(other.spliced, prompt.spliced):
-        raise GemmaScopeError("The counterfactual has special tokens at other positions than the text.")
+    if not torch.equal(other.mask, prompt.mask) or not torch.equal(other.spliced, prompt.spliced):
+        raise GemmaScopeError("The counterfactual has padding or special tokens at other positions than the text.")
 
 
 def _mean_gradient(
@@ -186,12 +191,12 @@ def _mean_gradient(
         end = flatten_heads(value)
         span = moves.total(place.sae.W_dec)
         start = end.to(span.dtype) - span
-        logits = run_probed(model, prompt.ids, [place], replaced={place.write: start}).logits
+        logits = run_probed(model, prompt, [place], replaced={place.write: start}).logits
         at_start = float(metric(logits.to(torch.promote_types(logits.dtype, torch.float32))))
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     mean = torch.zeros_like(span)
     for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-        one = run_probed(model, prompt.ids, [place], replaced={place.write: start + float(node) * span})
+        one = run_probed(model, prompt, [place], replaced={place.write: start + float(node) * span})
         found = one.gradients(metric_value(metric, one.logits))[place.write]
         mean += float(weight) * flatten_heads(found).to(span.dtype)
     return mean, at_start

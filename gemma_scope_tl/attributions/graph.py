@@ -27,18 +27,18 @@ from gemma_scope_tl.attributions.passes import (
     Pass,
     Place,
     Prompt,
-    Text,
     differentiable,
+    one_prompt,
     places_of,
-    prompt_of,
     run_probed,
     token_row,
 )
 from gemma_scope_tl.attributions.rows import COLUMNS, strongest, table_of, token_names
-from gemma_scope_tl.attributions.targets import Metric, metric_value
+from gemma_scope_tl.attributions.targets import Metric, Tokens, metric_on, metric_value
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.inputs import Text, as_indices
 from gemma_scope_tl.sites import flatten_heads
-from gemma_scope_tl.splicing import ExcludeTokens
+from gemma_scope_tl.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,10 +79,11 @@ def circuit(
     model: Any,
     text: Text,
     saes: Any | Iterable[Any],
-    metric: Metric,
+    metric: Metric | Tokens,
     nodes: int = 24,
     edges: int = 60,
     exclude_special_tokens: ExcludeTokens = True,
+    attention_mask: Any = None,
 ) -> Circuit:
     """The strongest latents behind a metric and the strongest direct edges between them.
 
@@ -97,6 +98,7 @@ def circuit(
         nodes: how many, beside the metric's own.
         edges: how many.
         exclude_special_tokens: as in :func:`~gemma_scope_tl.splice`.
+        attention_mask: ``[1, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
 
     Raises:
         SpliceError: an SAE that does not fit; two that write at the same place.
@@ -106,9 +108,10 @@ def circuit(
 
     if nodes < 1 or edges < 1:
         raise GemmaScopeError(f"nodes={nodes}, edges={edges}: a circuit needs at least 1 of each.")
-    places, prompt = _one_prompt(model, text, saes, exclude_special_tokens)
+    places, prompt = _scenery(model, text, saes, exclude_special_tokens, attention_mask)
+    metric = metric_on(model, metric, prompt)
     with differentiable(model):
-        whole = run_probed(model, prompt.ids, places)
+        whole = run_probed(model, prompt, places)
         value = metric_value(metric, whole.logits)
         gradients = {name: flatten_heads(g) for name, g in whole.gradients(value).items()}
         scene = _scene(model, prompt, places)
@@ -121,14 +124,10 @@ def circuit(
         direct = metric_value(metric, scene.cut.logits)
         found = _edges(scene, ranked, gradients, direct)
     kept = found.loc[found["effect"].abs().sort_values(ascending=False, kind="stable").index].head(edges)
-    last = {
-        "kind": "metric",
-        "attribution": float(value.detach()),
-        "position": prompt.ids.shape[1] - 1 - int(prompt.padding[0]),
-    }
+    last = {"kind": "metric", "attribution": float(value.detach()), "position": int(prompt.length[0]) - 1}
     end = pd.DataFrame([{**last, "token": "", "site": "", "rank": len(order)}])
     table = pd.concat([ranked, end], ignore_index=True)[[*COLUMNS[1:], "rank"]]
-    tokens = token_names(model, prompt.ids)[0][int(prompt.padding[0]) :]
+    tokens = token_names(model, prompt.ids[prompt.mask][None])[0]
     return Circuit(table, kept.reset_index(drop=True), tokens, float(value.detach()))
 
 
@@ -140,11 +139,12 @@ def latent_edges(
     targets: Sequence[tuple[int, int]],
     top: int | None = None,
     exclude_special_tokens: ExcludeTokens = True,
+    attention_mask: Any = None,
 ) -> pd.DataFrame:
     """What each part of an upstream site contributes to chosen latents of a downstream SAE, along every path.
 
     Args:
-        model, text, exclude_special_tokens: as for :func:`circuit`.
+        model, text, exclude_special_tokens, attention_mask: as for :func:`circuit`.
         upstream, downstream: the two SAEs or transcoders.
         targets: ``(position, latent)`` pairs of latents of ``downstream`` that are active; positions as in
             :func:`~gemma_scope_tl.features`.
@@ -162,14 +162,14 @@ def latent_edges(
 
     if not targets:
         raise GemmaScopeError("No targets were given: name (position, latent) pairs of the downstream SAE.")
-    places, prompt = _one_prompt(model, text, [upstream, downstream], exclude_special_tokens)
+    places, prompt = _scenery(model, text, [upstream, downstream], exclude_special_tokens, attention_mask)
     frames: list[pd.DataFrame] = []
     with differentiable(model):
         scene = _scene(model, prompt, places)
         order = list(scene.cut.values)
         if order.index(places[0].write) >= order.index(places[1].read):
             raise SpliceError(f"{places[0].write} is not before {places[1].read} in the forward pass: swap the two.")
-        for position, latent in targets:
+        for position, latent in map(as_indices, targets):
             activation = scene.parts[1].acts[0, token_row(prompt, position), _checked_latent(downstream, latent)]
             if float(activation.detach()) == 0:
                 raise GemmaScopeError(
@@ -186,10 +186,11 @@ def latent_edges(
     return pd.concat(frames, ignore_index=True)
 
 
-def _one_prompt(model: Any, text: Text, saes: Any, exclude: ExcludeTokens) -> tuple[list[Place], Prompt]:
-    places, prompt = places_of(model, saes, exclude), prompt_of(model, text, exclude)
-    if prompt.ids.shape[0] != 1:
-        raise GemmaScopeError(f"A circuit is of one text, {prompt.ids.shape[0]} were given: call it for each.")
+def _scenery(
+    model: Any, text: Text, saes: Any, exclude: ExcludeTokens, attention_mask: Any
+) -> tuple[list[Place], Prompt]:
+    places = places_of(model, saes, exclude)
+    prompt = one_prompt(model, text, exclude, attention_mask, "A circuit is of")
     writes = [place.write for place in places]
     for name in writes:
         if writes.count(name) > 1:
@@ -204,7 +205,7 @@ def _checked_latent(sae: Any, latent: int) -> int:
 
 
 def _scene(model: Any, prompt: Prompt, places: list[Place]) -> _Scene:
-    cut = run_probed(model, prompt.ids, places, cut=True)
+    cut = run_probed(model, prompt, places, cut=True)
     parts = [decompose(p, cut.values[p.read], cut.values[p.write], prompt.spliced) for p in places]
     still = [Parts(one.acts.detach(), {k: v.detach() for k, v in one.vectors.items()}) for one in parts]
     return _Scene(prompt, places, cut, parts, [moves_from(one, "zero") for one in still])

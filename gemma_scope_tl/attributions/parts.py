@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from gemma_scope_tl.attached import decode_with_skip
 from gemma_scope_tl.attributions.passes import Place
 from gemma_scope_tl.errors import unknown_name
+from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import flatten_heads
 
 BASELINES = ("zero", "bias", "latents")
@@ -84,7 +85,7 @@ def decompose(place: Place, read: torch.Tensor, write: torch.Tensor, spliced: Bo
         read, write: the tensors at its hooks, heads apart or not; the same one but for transcoders.
         spliced: where the SAE applies.
     """
-    sae = place.sae
+    sae = bring(place.sae, read.device)
     x, y = flatten_heads(read).to(sae.dtype), flatten_heads(write)
     wide = torch.promote_types(torch.promote_types(y.dtype, sae.dtype), torch.float32)
     where = spliced.unsqueeze(-1)

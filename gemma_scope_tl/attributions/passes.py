@@ -15,15 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
 from gemma_scope_tl.attached import locate
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.inputs import Text, TokenBatch, as_batch, as_saes
 from gemma_scope_tl.sites import Site
-from gemma_scope_tl.splicing import ExcludeTokens
-from gemma_scope_tl.tokens import left_padding_mask, special_mask, special_token_ids
-
-Text = str | Sequence[str] | torch.Tensor
+from gemma_scope_tl.tokens import ExcludeTokens, excluded_ids
 
 
 @dataclass(frozen=True)
@@ -70,18 +68,14 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Prompt(TokenBatch):
     """Token ids and what is known of them.
 
     Attributes:
-        ids: ``[batch, pos]``.
-        spliced: True where SAEs are spliced: everywhere but at special tokens.
-        padding: how many padding tokens each row starts with.
+        spliced: True where SAEs are spliced: in the text, everywhere but at special tokens.
     """
 
-    ids: Int[torch.Tensor, "batch pos"]
     spliced: Bool[torch.Tensor, "batch pos"]
-    padding: Int[torch.Tensor, " batch"]
 
 
 def places_of(model: Any, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> list[Place]:
@@ -90,9 +84,7 @@ def places_of(model: Any, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> 
     Raises:
         SpliceError: no SAE; one that does not fit, or whose site is taken; one that rescales its input.
     """
-    several: list[Any] = [saes] if isinstance(saes, torch.nn.Module) else list(saes)
-    if not several:
-        raise SpliceError("No SAE was given: attributions are per latent, so give one or several.")
+    several = as_saes(saes, whole=True)
     for sae in several:
         with model.saes([sae], exclude_special_tokens=exclude):  # every check of add_sae, and detached again
             pass
@@ -104,27 +96,37 @@ def places_of(model: Any, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> 
     return [Place(sae, *locate(sae)) for sae in several]
 
 
-def prompt_of(model: Any, text: Text, exclude: ExcludeTokens) -> Prompt:
+def prompt_of(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: Any = None) -> Prompt:
     """Token ids of ``text`` on the model's device, and which positions are spliced."""
-    given: Any = text if isinstance(text, torch.Tensor) else model.to_tokens(text)
-    given = given[None] if given.ndim == 1 else given
-    ids = given.to(model.cfg.device).clone()  # a copy, so that ids made in inference mode serve here
-    excluded = (special_token_ids(model.tokenizer) if exclude else ()) if isinstance(exclude, bool) else tuple(exclude)
-    attended = left_padding_mask(ids, model.tokenizer)
-    padding = torch.zeros_like(ids[:, 0]) if attended is None else (1 - attended).sum(-1)
-    return Prompt(ids, ~special_mask(ids, excluded), padding)
+    batch = as_batch(model, text, attention_mask)
+    ids, mask = batch.ids.clone(), batch.mask.clone()  # copies, so that those made in inference mode serve here
+    return Prompt(ids, mask, batch.ordinary(excluded_ids(model.tokenizer, exclude)).clone())
+
+
+def one_prompt(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: Any, what: str) -> Prompt:
+    """The prompt of one text.
+
+    Raises:
+        GemmaScopeError: for several, or a row of padding alone.
+    """
+    prompt = prompt_of(model, text, exclude, attention_mask)
+    if len(prompt.ids) != 1:
+        raise GemmaScopeError(f"{what} one text, {len(prompt.ids)} were given: call it for each.")
+    if not bool(prompt.mask.any()):
+        raise GemmaScopeError("The text is padding alone: there is nothing to explain.")
+    return prompt
 
 
 def token_row(prompt: Prompt, position: int) -> int:
-    """Index along the tensor of the ``position``-th token of a single prompt, which may begin with padding.
+    """Index along the tensor of the ``position``-th token of a single prompt, which may be padded.
 
     Raises:
         GemmaScopeError: when the prompt has no such position.
     """
-    row, length = position + int(prompt.padding[0]), prompt.ids.shape[1]
-    if position < 0 or row >= length:
-        raise GemmaScopeError(f"No position {position}: the text has 0..{length - 1 - int(prompt.padding[0])}.")
-    return row
+    length = int(prompt.length[0])
+    if not 0 <= position < length:
+        raise GemmaScopeError(f"No position {position}: the text has 0..{length - 1}.")
+    return position + int(prompt.start[0])
 
 
 @contextmanager
@@ -143,7 +145,7 @@ def differentiable(model: Any) -> Generator[None]:
 
 def run_probed(
     model: Any,
-    ids: torch.Tensor,
+    batch: TokenBatch,
     places: Sequence[Place],
     cut: bool = False,
     replaced: Mapping[str, torch.Tensor] | None = None,
@@ -152,7 +154,7 @@ def run_probed(
 
     Args:
         model: from ``load_model``.
-        ids: ``[batch, pos]``.
+        batch: the ids, padded where its mask says so.
         places: whose tensors are kept, and whose write hooks get a probe.
         cut: let no gradient through a place, so that gradients are of the direct paths between neighbours only.
         replaced: tensors that stand in for what comes to a write hook.
@@ -174,5 +176,5 @@ def run_probed(
 
     names = dict.fromkeys(name for place in places for name in (place.read, place.write))
     hooks = [(name, lambda value, hook, name=name: visit(value, name)) for name in names]
-    logits = model.run_with_hooks(ids, fwd_hooks=hooks)
+    logits = model.run_with_hooks(batch.ids, attention_mask=batch.attention_mask, fwd_hooks=hooks)
     return Pass(logits, values, probes)

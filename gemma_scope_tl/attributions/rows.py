@@ -37,7 +37,7 @@ def table_of(model: Any, prompt: Prompt, place: Place, moves: Moves, gradient: t
         "attribution": moves.latents_along(gradient, place.sae.W_dec).tolist(),
     }
     for kind, shares in moves.vectors_along(gradient).items():
-        where = (~prompt.spliced if kind == "unspliced" else prompt.spliced).nonzero()
+        where = ((prompt.mask & ~prompt.spliced) if kind == "unspliced" else prompt.spliced).nonzero()
         columns["sequence"] += where[:, 0].tolist()
         columns["position"] += where[:, 1].tolist()
         columns["kind"] += [kind] * len(where)
@@ -45,13 +45,13 @@ def table_of(model: Any, prompt: Prompt, place: Place, moves: Moves, gradient: t
         columns["activation"] += [float("nan")] * len(where)
         columns["attribution"] += shares[tuple(where.T)].tolist()
     table = pd.DataFrame(columns)
-    names, padding = token_names(model, prompt.ids), prompt.padding.tolist()
+    names, starts = token_names(model, prompt.ids), prompt.start.tolist()
     pairs = list(zip(columns["sequence"], columns["position"], strict=True))
     table["token"] = [names[s][p] for s, p in pairs]
     table["site"], table["layer"] = place.site.name, pd.array([place.layer] * len(table), dtype="Int64")
     table["latent"] = table["latent"].astype("Int64")
-    table["position"] = [p - padding[s] for s, p in pairs]
-    return table.loc[table["position"] >= 0, COLUMNS].reset_index(drop=True)
+    table["position"] = [p - starts[s] for s, p in pairs]
+    return table[COLUMNS]
 
 
 def strongest(table: pd.DataFrame, top: int | None) -> pd.DataFrame:

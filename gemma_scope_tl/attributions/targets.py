@@ -1,48 +1,77 @@
 """Metrics of the logits that attributions explain: logit, logit difference, loss of a token.
 
 Each function makes a ``Metric``: a callable ``logits [batch, pos, vocab] -> scalar``. They sum over the batch, so that
-the attributions of a sequence do not depend on its neighbours. Any callable of that shape serves as well.
+the attributions of a sequence do not depend on its neighbours. Any callable of that shape serves as well; it sees the
+logits of the ids as they are padded, while these know where each text begins and ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.inputs import TokenBatch, as_indices, text_ids
+from gemma_scope_tl.inputs.choices import is_index
 
 Metric = Callable[[torch.Tensor], torch.Tensor]
-Tokens = int | Sequence[int]
+Tokens = int | str | Sequence[int] | Sequence[str]
 
 
-def logit(token: Tokens, position: int = -1) -> Metric:
-    """The logit of ``token`` (an id, or one per sequence) at ``position``; -1, the last, suits left-padded batches."""
+@dataclass(frozen=True)
+class TargetMetric:
+    """A metric of some tokens' logits at a position.
 
-    def metric(logits: Float[torch.Tensor, "batch pos vocab"]) -> torch.Tensor:
-        return _at(logits, token, position).sum()
+    Attributes:
+        score: the logits ``[batch, vocab]`` at the position, and ids ``[batch]`` of each token, to ``[batch]``.
+        tokens: each an id or a word, or one per sequence.
+        position: counted in the text: from 0 at its first token, negative from its end.
+        batch: where the texts lie; None for all columns.
+    """
 
-    return metric
+    score: Callable[..., torch.Tensor]
+    tokens: tuple[Tokens, ...]
+    position: int
+    batch: TokenBatch | None = None
+
+    def bound_to(self, model: Any, batch: TokenBatch) -> TargetMetric:
+        """The same of the texts in ``batch``, with words as ids of the model's vocabulary.
+
+        Raises:
+            GemmaScopeError: a word that is not one token; an id that does not exist.
+        """
+        return replace(self, tokens=tuple(_ids(model, token) for token in self.tokens), batch=batch)
+
+    def __call__(self, logits: Float[torch.Tensor, "batch pos vocab"]) -> torch.Tensor:
+        """The sum over all sequences that have text."""
+        rows, columns = _columns(logits, self.position, self.batch)
+        found = [_per_row(token, logits)[rows] for token in self.tokens]
+        return self.score(logits[rows, columns], *found).sum()
 
 
-def logit_difference(token_a: Tokens, token_b: Tokens, position: int = -1) -> Metric:
-    """``logit(a) - logit(b)`` at ``position``; ids, or one id per sequence."""
+def logit(token: Tokens, position: int = -1) -> TargetMetric:
+    """The logit of ``token`` at ``position``.
 
-    def metric(logits: Float[torch.Tensor, "batch pos vocab"]) -> torch.Tensor:
-        return (_at(logits, token_a, position) - _at(logits, token_b, position)).sum()
+    Args:
+        token: an id or a word that is one token, such as ``" earth"`` (mind the space); or a list, one per sequence.
+        position: in the text: -1 is its last token, on whichever side it is padded. Called on logits by itself,
+            outside :func:`~gemma_scope_tl.attribute` and its kin, a metric takes ids only and counts columns.
+    """
+    return TargetMetric(_logit, (token,), position)
 
-    return metric
+
+def logit_difference(token_a: Tokens, token_b: Tokens, position: int = -1) -> TargetMetric:
+    """``logit(a) - logit(b)`` at ``position``; arguments as for :func:`logit`."""
+    return TargetMetric(_difference, (token_a, token_b), position)
 
 
-def token_loss(token: Tokens, position: int = -1) -> Metric:
-    """``-log softmax(logits)[token]`` at ``position``, in nats: the loss when ``token`` comes next."""
-
-    def metric(logits: Float[torch.Tensor, "batch pos vocab"]) -> torch.Tensor:
-        return -_at(logits.log_softmax(-1), token, position).sum()
-
-    return metric
+def token_loss(token: Tokens, position: int = -1) -> TargetMetric:
+    """``-log softmax(logits)[token]`` at ``position``, in nats: the loss when ``token`` comes next (:func:`logit`)."""
+    return TargetMetric(_loss, (token,), position)
 
 
 def single_token(model: Any, text: str) -> int:
@@ -53,11 +82,27 @@ def single_token(model: Any, text: str) -> int:
     """
     if model.tokenizer is None:
         raise GemmaScopeError("The model has no tokenizer: give the token's id.")
-    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    (ids,) = text_ids(model.tokenizer, [text])
     if len(ids) != 1:
         pieces = [model.tokenizer.decode([i]) for i in ids]
         raise GemmaScopeError(f"{text!r} is {len(ids)} tokens here: {pieces}. Give one token (mind the leading space).")
     return int(ids[0])
+
+
+def metric_on(model: Any, metric: Metric | Tokens, batch: TokenBatch) -> Metric:
+    """What the user gave as a metric, ready for the logits of ``batch``; a word or an id stands for its logit.
+
+    Raises:
+        GemmaScopeError: what is no metric; a word that is not one token.
+    """
+    if isinstance(metric, (str, list, tuple)) or is_index(metric):
+        metric = logit(metric)  # pyright: ignore[reportArgumentType]
+    if not callable(metric):
+        raise GemmaScopeError(
+            "A metric is a function of the logits (attributions.targets makes some), a word or a token id; given: "
+            f"{metric!r}."
+        )
+    return metric.bound_to(model, batch) if isinstance(metric, TargetMetric) else metric
 
 
 def metric_value(metric: Metric, logits: torch.Tensor) -> torch.Tensor:
@@ -77,13 +122,49 @@ def metric_value(metric: Metric, logits: torch.Tensor) -> torch.Tensor:
     return value.reshape(())
 
 
-def _at(logits: torch.Tensor, token: Tokens, position: int) -> torch.Tensor:
-    batch, length, vocab = logits.shape
-    ids = torch.as_tensor([token] if isinstance(token, int) else list(token), device=logits.device)
+def _logit(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    return logits.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+def _difference(logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return _logit(logits, a) - _logit(logits, b)
+
+
+def _loss(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    return -_logit(logits.log_softmax(-1), token)
+
+
+def _ids(model: Any, token: Tokens) -> list[int]:
+    if isinstance(token, str):
+        return [single_token(model, token)]
+    if isinstance(token, (list, tuple)) and any(isinstance(one, str) for one in token):
+        return [single_token(model, one) if isinstance(one, str) else as_indices(one)[0] for one in token]
+    return as_indices(token)
+
+
+def _per_row(token: Tokens, logits: torch.Tensor) -> torch.Tensor:
+    """An id for each sequence."""
+    if isinstance(token, str) or (isinstance(token, (list, tuple)) and any(isinstance(one, str) for one in token)):
+        raise GemmaScopeError(f"{token!r}: only attribute() and its kin know the words of a model. Give ids here.")
+    ids, (batch, _, vocab) = torch.tensor(as_indices(token), dtype=torch.long), logits.shape
     if ids.numel() not in (1, batch):
         raise GemmaScopeError(f"{ids.numel()} tokens were given for {batch} sequences: give one, or one for each.")
-    if not -length <= position < length:
-        raise GemmaScopeError(f"No position {position}: there are 0..{length - 1}, and -1 for the last.")
     if not bool(((ids >= 0) & (ids < vocab)).all()):
         raise GemmaScopeError(f"Token ids {ids.tolist()} are not all in the vocabulary, 0..{vocab - 1}.")
-    return logits[:, position].gather(-1, ids.expand(batch).unsqueeze(-1)).squeeze(-1)
+    return ids.to(logits.device).expand(batch)
+
+
+def _columns(logits: torch.Tensor, position: int, batch: TokenBatch | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that have text, and the column of ``position`` in each."""
+    if batch is None:
+        starts = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
+        lengths = starts + logits.shape[1]
+    else:
+        starts, lengths = batch.start.to(logits.device), batch.length.to(logits.device)
+    rows = (lengths > 0).nonzero().flatten()
+    starts, lengths = starts[rows], lengths[rows]
+    missing = (lengths <= position) if position >= 0 else (lengths < -position)
+    if bool(missing.any()) or not len(rows):
+        length = int(lengths[missing][0]) if len(rows) else 0
+        raise GemmaScopeError(f"No position {position}: there are 0..{length - 1}, and -1 for the last.")
+    return rows, starts + position + (lengths if position < 0 else 0)

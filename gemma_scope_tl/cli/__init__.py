@@ -2,75 +2,68 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Sequence
+from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from gemma_scope_tl.cli import catalogue, demo, evals, interp, models, publish, studies, train
-from gemma_scope_tl.cli.output import Json, console, progress
+from gemma_scope_tl.cli import catalogue, demo, doctor, evals, interp, models, publish, studies, train
+from gemma_scope_tl.cli.command import Root, add
+from gemma_scope_tl.cli.failures import run
+from gemma_scope_tl.cli.output import say
 from gemma_scope_tl.cli.registry import registry_app
-from gemma_scope_tl.errors import GemmaScopeError
 
 app = typer.Typer(
+    cls=Root,
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Gemma Scope in TransformerLens and SAELens. Everything works offline with the bundled model.",
 )
-app.command("list")(catalogue.list_command)
-app.command()(catalogue.show)
-app.command()(models.features)
-app.command()(models.steer)
-app.command("top-tokens")(models.top_tokens_command)
-app.command()(models.attribute)
-app.command("eval")(evals.eval_command)
-app.command("explain")(interp.explain_command)
-app.command("neuronpedia")(interp.neuronpedia_command)
-app.command()(train.train)
-app.command()(demo.demo)
-app.command()(publish.export)
-app.command()(publish.upload)
+add(app, catalogue.list_command, "list")
+add(app, catalogue.show)
+add(app, models.features, "features")
+add(app, models.steer, "steer")
+add(app, models.top_tokens_command, "top-tokens")
+add(app, models.attribute, "attribute")
+add(app, evals.eval_command, "eval")
+add(app, interp.explain_command, "explain")
+add(app, interp.neuronpedia_command, "neuronpedia")
+add(app, train.train)
+add(app, demo.demo)
+add(app, publish.export)
+add(app, publish.upload)
+add(app, doctor.doctor)
 app.add_typer(studies.studies_app, name="study")
 app.add_typer(registry_app, name="registry")
 
 
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Check the installation, and say what to do: versions and known defects, devices, the Hub, disk, registry, and the
-    bundled model against plain Hugging Face.
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from gemma_scope_tl import __version__
 
-    Example:
+        say(f"gemma-scope-tl {__version__}")
+        raise typer.Exit
 
-        gemma-scope doctor
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", callback=_show_version, is_eager=True)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="GEMMA_SCOPE_TL_DEBUG", help="Show where an error happened.")
+    ] = False,
+) -> None:
+    """Options of all verbs."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: whatever goes wrong becomes a line on standard error and an exit status.
+
+    Args:
+        arguments: by default those of this process.
     """
-    from dataclasses import asdict
-
-    from gemma_scope_tl.diagnose import diagnose
-
-    with progress.status("checking"):
-        found = diagnose()
-    if as_json:
-        typer.echo(json.dumps({**found.facts, "advice": [asdict(one) for one in found.advice]}, indent=2))
-    else:
-        table = Table(show_header=False, box=None)
-        for name, value in found.facts.items():
-            table.add_row(f"[bold]{name}[/]", escape(value))
-        console.print(table)
-        for one in found.advice:
-            mark = "[red]problem:[/]" if one.serious else "[yellow]note:[/]"
-            console.print(f"{mark} {escape(one.what)}\n  do: {escape(one.do)}")
-        console.print("[green]all checks passed[/]" if found.healthy else "[red]a check failed[/]")
-    if not found.healthy:
-        raise typer.Exit(1)
-
-
-def main() -> None:
-    """Entry point: the package's own errors become one line on stderr and exit status 1."""
-    try:
-        app()
-    except GemmaScopeError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(1)
+    sys.exit(run(app, arguments))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from gemma_scope_tl.cli.output import Json, console, print_rows
+from gemma_scope_tl.cli import options
+from gemma_scope_tl.cli.tables import print_facts, print_rows
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -17,12 +16,12 @@ if TYPE_CHECKING:
 def list_command(
     pattern: Annotated[str | None, typer.Argument(help="Glob over release/id or id.")] = None,
     model: Annotated[str | None, typer.Option(help="gemma-2-2b, bundled, …")] = None,
-    site: Annotated[str | None, typer.Option(help="res, mlp, att, embedding or transcoder.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Layer, from 0.")] = None,
-    width: Annotated[str | None, typer.Option(help="16k, 65k, 1m, …")] = None,
-    release: Annotated[str | None, typer.Option(help="Release, such as gemma-scope-2b-pt-res.")] = None,
+    site: options.OneSite = None,
+    layer: options.OneLayer = None,
+    width: options.OneWidth = None,
+    release: options.OneRelease = None,
     summary: Annotated[bool, typer.Option("--summary", help="Count SAEs per model, site and width.")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """List released SAEs.
 
@@ -43,7 +42,11 @@ def list_command(
     print_rows(rows, f"{len(found):,} SAEs", as_json)
 
 
-def show(release: str, sae_id: str, as_json: Json = False) -> None:
+def show(
+    release: Annotated[str, typer.Argument(help="Such as gemma-scope-2b-pt-res.")],
+    sae_id: Annotated[str, typer.Argument(help="Such as layer_20/width_16k/canonical.")],
+    as_json: options.Json = False,
+) -> None:
     """Show one SAE: where it lives, where its file is, how to load it. Nothing is downloaded.
 
     Examples:
@@ -63,13 +66,7 @@ def show(release: str, sae_id: str, as_json: Json = False) -> None:
         if site.is_transcoder:
             facts[f"hook_{backend}_out"] = site.hook_name_out(row.layer, backend)
     facts["load"] = f'gemma_scope_tl.JumpReLUSAE.from_pretrained("{row.release}", "{row.id}")'
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        table.add_row(f"[bold]{name}[/]", "-" if value is None else str(value), style=None)
-    console.print(table)
+    print_facts(facts, as_json)
 
 
 def _summary(found: list[SAERow]) -> list[dict[str, Any]]:

@@ -1,18 +1,16 @@
-"""The choice of SAEs, model and text that `eval` and every study share, and verbs made from it."""
+"""The choice of SAEs, model and text that `eval` and every study share."""
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemma_scope_tl.cli.models import Backend, Device, ModelName, SaeModel
-from gemma_scope_tl.cli.output import Json, progress
+from gemma_scope_tl.cli import checks, options
+from gemma_scope_tl.cli.output import progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,47 +18,50 @@ if TYPE_CHECKING:
 
     from gemma_scope_tl.registry.schema import SAERow
 
-FORMATS = (".csv", ".json", ".parquet")
 GIB = 1 << 30
-
-Dtype = Annotated[str, typer.Option(help="Of the model and the SAEs: float32, bfloat16, float16.")]
 
 
 @dataclass
 class Choice:
     """Which SAEs, on which model and text, and where the answer goes."""
 
-    pattern: Annotated[str | None, typer.Argument(help="Glob over release/id or id of the SAEs.")] = None
-    model: ModelName = "bundled"
-    sae_model: SaeModel = None
-    release: Annotated[list[str] | None, typer.Option(help="Release; may be given several times.")] = None
-    site: Annotated[list[str] | None, typer.Option(help="res, mlp, att, embedding, transcoder; several times.")] = None
-    layer: Annotated[list[int] | None, typer.Option(help="Layer, from 0; several times.")] = None
-    width: Annotated[list[str] | None, typer.Option(help="16k, 65k, …; several times.")] = None
+    pattern: options.Pattern = None
+    model: options.ModelName = "bundled"
+    sae_model: options.SaeModel = None
+    release: options.Releases = None
+    site: options.Sites = None
+    layer: options.Layers = None
+    width: options.Widths = None
     canonical: Annotated[bool, typer.Option("--canonical", help="Canonical SAEs only.")] = False
-    data: Annotated[
-        str | None, typer.Option(help="A .txt or .jsonl file, or a data set's name[:config]; by default bundled text.")
-    ] = None
+    data: options.Data = None
     column: Annotated[str, typer.Option(help="Where a .jsonl file or a data set has the text.")] = "text"
     split: Annotated[str | None, typer.Option(help="Split of a data set; by default train, of the Pile test.")] = None
     rows: Annotated[int, typer.Option(min=1, help="Rows of tokens at most.")] = 64
-    context: Annotated[int, typer.Option(min=2, help="Tokens in a row, BOS included.")] = 256
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 8
+    context: options.Context = 256
+    batch_size: options.BatchSize = 8
     memory: Annotated[float, typer.Option(min=0.01, help="GiB that tensors may take beside weights.")] = 1.0
     sae_memory: Annotated[float, typer.Option(min=0.01, help="GiB of SAEs to hold at a time.")] = 8.0
     resume: Annotated[Path | None, typer.Option(help="Cache folder: go on there, and measure nothing twice.")] = None
-    out: Annotated[Path | None, typer.Option(help="Write all columns to a .csv, .json or .parquet file.")] = None
-    backend: Backend = "bridge"
-    device: Device = None
-    as_json: Json = False
+    out: options.TableFile = None
+    backend: options.Backend = "bridge"
+    device: options.Device = None
+    dtype: options.Dtype = "float32"
+    as_json: options.Json = False
 
     def check(self) -> None:
-        """Before anything is measured, see that the answer can be written.
+        """See, before anything is loaded, that there are such SAEs and texts, and that the answer can be written.
 
         Raises:
-            UnknownNameError: for a file of another kind.
+            GemmaScopeError: with what is wrong.
         """
-        check_format("table", self.out, FORMATS)
+        if self.out is not None:
+            checks.table_file(self.out)
+        if self.resume is not None:
+            checks.folder(self.resume)
+        if self.data is not None:
+            checks.texts(self.data)
+        self.sae_rows()
+        checks.available(self.device)
 
     def refuse_cache(self, what: str) -> None:
         """Raise :class:`GemmaScopeError` where a cache folder is given to what keeps nothing in one."""
@@ -69,12 +70,12 @@ class Choice:
         if self.resume is not None:
             raise GemmaScopeError(f"{what} keeps nothing in a cache folder: leave --resume out.")
 
-    def load_model(self, dtype: str, name: str | None = None) -> Any:
-        """The model, or another one by name, on the same backend and device."""
+    def load_model(self, name: str | None = None, dtype: str | None = None) -> Any:
+        """The model, or another one by name or dtype, on the same backend and device."""
         from gemma_scope_tl.adapters.loading import load_model
 
         with progress.status("loading"):
-            return load_model(name or self.model, backend=self.backend, device=self.device, dtype=dtype)
+            return load_model(name or self.model, backend=self.backend, device=self.device, dtype=dtype or self.dtype)
 
     def sae_rows(self, registry_model: str | None = None) -> list[SAERow]:
         """Registry rows of the SAEs that fit all conditions; of another model where one is named.
@@ -85,9 +86,9 @@ class Choice:
         from gemma_scope_tl.errors import GemmaScopeError
         from gemma_scope_tl.registry.listing import select_rows
 
-        name = None if self.release else self.sae_model or self.model.split("/")[-1]
+        own = None if self.release else registry_name(self.model, self.sae_model)
         found = select_rows(
-            registry_model or name,
+            registry_model or own,
             site=self.site or None,
             layer=self.layer or None,
             width=self.width or None,
@@ -99,14 +100,14 @@ class Choice:
             raise GemmaScopeError("No SAE fits all of these conditions: see `gemma-scope list` with the same ones.")
         return chosen
 
-    def suite(self, model: Any, dtype: str, registry_model: str | None = None) -> Any:
+    def suite(self, model: Any, registry_model: str | None = None, dtype: str | None = None) -> Any:
         """The SAEs of :meth:`sae_rows`, loaded in turn."""
         from gemma_scope_tl.sae.loading import load_row
         from gemma_scope_tl.sae.suite import SAESuite
 
         keyed = {(f"{row.release}/{row.id}", row.layer): row for row in self.sae_rows(registry_model)}
         held = int(self.sae_memory * GIB)
-        return SAESuite(keyed, lambda row: load_row(row, device=model.cfg.device, dtype=dtype), held)
+        return SAESuite(keyed, lambda row: load_row(row, device=model.cfg.device, dtype=dtype or self.dtype), held)
 
     def tokens(self, model: Any) -> torch.Tensor:
         """Rows of tokens."""
@@ -122,45 +123,32 @@ class Choice:
         return {**shared, "progress": sys.stderr.isatty()}
 
 
-def verb(function: Callable[..., Any], kind: type[Choice] = Choice) -> Callable[..., None]:
-    """A command of the options of ``kind`` and then those of ``function``, which takes ``choice`` beside its own."""
-    shared = {field.name: field.default for field in fields(kind)}
-    hints = {**get_type_hints(kind, include_extras=True), **get_type_hints(function, include_extras=True)}
-    own = [parameter for parameter in inspect.signature(function).parameters.values() if parameter.name != "choice"]
-    defaults = {**shared, **{parameter.name: parameter.default for parameter in own}}
+def registry_name(model: str, sae_model: str | None) -> str:
+    """The registry's model for a model's name or folder.
 
-    def command(**given: Any) -> None:
-        choice = kind(**{key: given.pop(key) for key in shared})
-        choice.check()
-        function(choice, **given)
+    Raises:
+        UnknownNameError: it has no SAEs, with the option that says whose to take.
+    """
+    from gemma_scope_tl.errors import UnknownNameError
+    from gemma_scope_tl.registry.catalog import checked_model
 
-    only, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
-    parameters = [
-        inspect.Parameter(key, only, default=empty if value is MISSING else value, annotation=hints[key])
-        for key, value in defaults.items()
-    ]
-    setattr(command, "__signature__", inspect.Signature(parameters))  # noqa: B010
-    command.__annotations__ = {key: hints[key] for key in defaults}
-    command.__doc__ = function.__doc__
-    return command
-
-
-def check_format(what: str, path: Path | None, formats: tuple[str, ...]) -> None:
-    """Raise :class:`UnknownNameError` unless the path's ending is one of ``formats``."""
-    from gemma_scope_tl.errors import unknown_name
-
-    if path is not None and path.suffix not in formats:
-        raise unknown_name(f"{what} format", path.suffix, formats)
+    if sae_model is not None:
+        return checked_model(sae_model)
+    try:
+        return checked_model(Path(model).name)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{error} --sae-model says whose SAEs to take for {model}.") from None
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table whole or not at all, in the format that the path's ending names."""
     from gemma_scope_tl.files import replace_files, write_atomically
 
-    check_format("table", path, FORMATS)
-    if path.suffix == ".csv":
+    checks.file_format("table", path, checks.FORMATS)
+    kind = path.suffix.lower()
+    if kind == ".csv":
         write_atomically(path, table.to_csv(index=False))
-    elif path.suffix == ".json":
+    elif kind == ".json":
         write_atomically(path, table.to_json(orient="records", indent=2) + "\n")
     else:
         replace_files(path.parent, {path.name: lambda temporary: table.to_parquet(temporary, index=False)})

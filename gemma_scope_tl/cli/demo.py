@@ -6,25 +6,29 @@ from typing import Annotated
 
 import typer
 
-from gemma_scope_tl.cli.choice import Dtype
-from gemma_scope_tl.cli.models import Device, ModelName
-from gemma_scope_tl.cli.output import progress
+from gemma_scope_tl.cli import checks, options
+from gemma_scope_tl.cli.choice import registry_name
+from gemma_scope_tl.cli.output import progress, say
 
 
 def demo(
-    model: ModelName = "bundled",
-    release: Annotated[list[str] | None, typer.Option(help="Release; may be given several times.")] = None,
+    model: options.ModelName = "bundled",
+    release: options.Releases = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default the first free one from 7860.")] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name by which browsers ask, such as a reverse proxy's; may be given several times."),
+    ] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     rows: Annotated[int, typer.Option(min=1, help="Rows of held-out text that a latent's page looks at.")] = 64,
-    context: Annotated[int, typer.Option(min=2, help="Tokens in a row, BOS included.")] = 128,
-    device: Device = None,
-    dtype: Dtype = "float32",
+    context: options.Context = 128,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
 ) -> None:
     """Explore latents in a browser: read a text, follow a latent, steer, splice. Stop it with Ctrl-C.
 
-    Needs the extra: pip install 'gemma-scope-tl\\[demo]'
+    Needs the extra: pip install 'gemma-scope-tl[demo]'
 
     Examples:
 
@@ -34,6 +38,10 @@ def demo(
 
         gemma-scope demo --model gemma-2-2b --release gemma-scope-2b-pt-res --dtype bfloat16 --host 0.0.0.0
     """
+    checks.free_port(host, port)
+    if not release:
+        registry_name(model, None)
+    checks.available(device)
     from gemma_scope_tl.demo.serving import gradio, launch
 
     gradio()  # a missing extra is found out before anything heavy is imported
@@ -41,6 +49,6 @@ def demo(
 
     with progress.status("loading"):
         app = build_app(model, release=release or None, device=device, dtype=dtype, rows=rows, context=context)
-    address = launch(app, host, port, open_browser, wait=False)
-    typer.echo(f"The demo is at {address} (Ctrl-C stops it)")
+    address = launch(app, host, port, open_browser, wait=False, allowed_hosts=allow_host or ())
+    say(f"The demo is at {address} (Ctrl-C stops it)")
     app.block_thread()

@@ -6,31 +6,28 @@ from typing import Annotated
 
 import typer
 
-from gemma_scope_tl.cli.choice import Choice, Dtype, verb, write_table
-from gemma_scope_tl.cli.output import print_frame
+from gemma_scope_tl.cli import checks
+from gemma_scope_tl.cli.choice import Choice, write_table
+from gemma_scope_tl.cli.command import verb
+from gemma_scope_tl.cli.tables import print_frame
 
-SHOWN = (
-    "release",
-    "id",
-    "l0",
-    "fvu",
-    "delta_loss",
-    "delta_loss_low",
-    "delta_loss_high",
-    "loss_recovered",
-    "kl",
-    "dead",
-)
+SHOWN = ("release", "id", "l0", "fvu", "delta_loss", "loss_recovered", "kl", "dead")
 
 
 def _measure(
     choice: Choice,
-    ablation: Annotated[list[str] | None, typer.Option(help="zero, mean (default: both); several times.")] = None,
+    ablation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="zero, mean (default: both); several times.", callback=checks.one_of("ablation", checks.ABLATIONS)
+        ),
+    ] = None,
     uniformity: Annotated[int, typer.Option(min=0, help="Positions a row for the importance of latents.")] = 0,
     by_position: Annotated[bool, typer.Option("--by-position", help="A row per SAE and position.")] = False,
-    dtype: Dtype = "float32",
 ) -> None:
     """Measure L0, FVU, delta loss, loss recovered, KL and dead latents of SAEs, all on the same tokens.
+
+    Intervals are of 95 %; x ± e says how far the farther bound is.
 
     Examples:
 
@@ -42,25 +39,23 @@ def _measure(
 
         gemma-scope eval --model gemma-2-2b --layer 12 --site mlp --site transcoder --data texts.jsonl --out t.parquet
     """
-    from gemma_scope_tl.evals.run import ABLATIONS
+    model = choice.load_model()
     from gemma_scope_tl.evals.suite import evaluate
 
-    chosen = choice.sae_rows()  # an empty choice is found out before the model is loaded
-    model = choice.load_model(dtype)
-    suite, tokens = choice.suite(model, dtype), choice.tokens(model)
+    suite, tokens = choice.suite(model), choice.tokens(model)
     table = evaluate(
         model,
         suite,
         tokens,
         by_position=by_position,
         uniformity=uniformity,
-        ablations=tuple(ablation) if ablation else ABLATIONS,
+        ablations=tuple(ablation or checks.ABLATIONS),
         **choice.options(),
     )
     if choice.out is not None:
         write_table(table, choice.out)
-    shown = table if choice.as_json or by_position else table[list(SHOWN)]
-    print_frame(shown, f"{len(chosen)} SAEs on {tokens.shape[0]} x {tokens.shape[1]} tokens", choice.as_json)
+    title = f"{len(suite)} SAEs on {tokens.shape[0]} x {tokens.shape[1]} tokens"
+    print_frame(table, title, choice.as_json, None if by_position else SHOWN)
 
 
-eval_command = verb(_measure)
+eval_command = verb(_measure, Choice)

@@ -1,37 +1,23 @@
-"""Commands that run a model: features, steer, top-tokens, attribute."""
+"""Commands that look at one SAE of a model: features, steer, top-tokens, attribute."""
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from gemma_scope_tl.cli.output import Json, console, print_frame, progress
-
-ModelName = Annotated[str, typer.Option(help="bundled, gemma-2-2b, gemma-2-9b-it, a Hugging Face id or a folder.")]
-SaeModel = Annotated[str | None, typer.Option(help="The registry's model; by default that of --model.")]
-Backend = Annotated[str, typer.Option(help="bridge or hooked_transformer.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; by default CUDA where there is one.")]
-SiteOption = Annotated[str, typer.Option(help="res, mlp, att, embedding or transcoder.")]
-LayerOption = Annotated[int, typer.Option(help="Layer, from 0.")]
-WidthOption = Annotated[str | None, typer.Option(help="16k, 65k, …; by default the narrowest.")]
-L0Option = Annotated[str, typer.Option(help="canonical, a number that exists, or closest:50.")]
+from gemma_scope_tl.cli import checks, options
+from gemma_scope_tl.cli.command import verb
+from gemma_scope_tl.cli.one_sae import OneSAE
+from gemma_scope_tl.cli.output import note
+from gemma_scope_tl.cli.tables import print_facts, print_frame, print_rows
 
 
-def features(
-    text: str,
-    model: ModelName = "bundled",
-    sae_model: SaeModel = None,
-    site: SiteOption = "res",
-    layer: LayerOption = 2,
-    width: WidthOption = None,
-    l0: L0Option = "canonical",
+def _features(
+    choice: OneSAE,
+    text: options.Text,
     top: Annotated[int, typer.Option(min=1, help="Strongest latents per token.")] = 5,
-    backend: Backend = "bridge",
-    device: Device = None,
-    as_json: Json = False,
 ) -> None:
     """Show which latents fire on which token.
 
@@ -41,38 +27,41 @@ def features(
 
         gemma-scope features "The Golden Gate Bridge" --model gemma-2-2b --layer 20 --width 16k --json
     """
+    _note_file(text)
+    model, sae = choice.load()
     from gemma_scope_tl.feature_table import features as feature_table
 
-    loaded, sae = _load(model, sae_model, site, layer, width, l0, backend, device)
-    table = feature_table(loaded, text, sae, top=top)
-    if as_json:
+    table = feature_table(model, text, sae, top=top)
+    if choice.as_json:
         print_frame(table, "", True)
         return
-    shown = Table("position", "token", "latent: activation")
-    for position, rows in table.groupby("position", sort=True):
-        latents = "  ".join(f"[bold]{row.latent}[/]: {row.activation:.2f}" for row in rows.itertuples())
-        shown.add_row(str(position), repr(rows["token"].iloc[0]), latents)
-    console.print(shown)
+    rows = [
+        {
+            "position": position,
+            "token": repr(found["token"].iloc[0]),
+            "latent:activation": " ".join(f"{row.latent}:{row.activation:.2f}" for row in found.itertuples()),
+        }
+        for position, found in table.groupby("position", sort=True)
+    ]
+    print_rows(rows, f"tokens with active latents: {len(rows)}" if rows else "No latent is active on this text.", False)
 
 
-def steer(
-    text: str,
-    latent: Annotated[int, typer.Option(help="Index of the latent.")],
+def _steer(
+    choice: OneSAE,
+    text: options.Text,
+    latent: options.Latent,
     scale: Annotated[float | None, typer.Option(help="Strength along the decoder row, in --unit.")] = None,
     clamp: Annotated[float | None, typer.Option(help="Set the latent to this activation instead.")] = None,
-    unit: Annotated[str, typer.Option(help="activation, norm (of each position) or mean_norm (TEXT).")] = "activation",
-    model: ModelName = "bundled",
-    sae_model: SaeModel = None,
-    site: SiteOption = "res",
-    layer: LayerOption = 2,
-    width: WidthOption = None,
-    l0: L0Option = "canonical",
+    unit: Annotated[
+        str,
+        typer.Option(
+            help="activation, norm (of each position) or mean_norm (TEXT).",
+            callback=checks.one_of("unit", checks.UNITS),
+        ),
+    ] = "activation",
     tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 40,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    backend: Backend = "bridge",
-    device: Device = None,
-    as_json: Json = False,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
 ) -> None:
     """Continue a text with and without steering or clamping a latent.
 
@@ -88,33 +77,25 @@ def steer(
     """
     if (scale is None) == (clamp is None):
         raise typer.BadParameter("give one of --scale and --clamp")
-    loaded, sae = _load(model, sae_model, site, layer, width, l0, backend, device)
-    hook = _steering_hook(loaded, sae, text, latent, scale, clamp, unit)
+    choice.check_latent(latent)
+    _note_file(text)
+    model, sae = choice.load()
+    hook = _steering_hook(model, sae, text, latent, scale, clamp, unit)
     done = f"scale {scale:g} ({unit})" if clamp is None else f"clamp {clamp:g}"
-    plain = _continue(loaded, text, tokens, temperature, seed)
-    with loaded.hooks([hook]):
-        steered = _continue(loaded, text, tokens, temperature, seed)
-    if as_json:
+    plain = _continue(model, text, tokens, temperature, seed)
+    with model.hooks([hook]):
+        steered = _continue(model, text, tokens, temperature, seed)
+    if choice.as_json:
         facts = {"text": text, "plain": plain, "steered": steered, "latent": latent, "scale": scale}
-        typer.echo(json.dumps({**facts, "clamp": clamp, "unit": None if scale is None else unit}))
+        print_facts({**facts, "clamp": clamp, "unit": None if scale is None else unit}, True)
         return
-    shown = Table("plain", f"latent {latent}, {done}", show_lines=True)
-    shown.add_row(plain, steered)
-    console.print(shown)
+    print_facts({"plain": plain, f"latent {latent}, {done}": steered})
 
 
-def top_tokens_command(
-    latent: Annotated[int, typer.Option(help="Index of the latent.")],
-    model: ModelName = "bundled",
-    sae_model: SaeModel = None,
-    site: SiteOption = "res",
-    layer: LayerOption = 2,
-    width: WidthOption = None,
-    l0: L0Option = "canonical",
-    k: Annotated[int, typer.Option(min=1, help="Tokens of each kind.")] = 10,
-    backend: Backend = "bridge",
-    device: Device = None,
-    as_json: Json = False,
+def _top_tokens(
+    choice: OneSAE,
+    latent: options.Latent,
+    top: Annotated[int, typer.Option(min=1, help="Tokens of each kind.")] = 10,
 ) -> None:
     """Show the tokens that a latent promotes and suppresses most, by its direct path to the logits.
 
@@ -124,35 +105,36 @@ def top_tokens_command(
 
         gemma-scope top-tokens --latent 3124 --model gemma-2-2b --layer 20 --width 16k --json
     """
+    choice.check_latent(latent)
+    model, sae = choice.load()
     from gemma_scope_tl.logit_lens import top_tokens
 
-    loaded, sae = _load(model, sae_model, site, layer, width, l0, backend, device)
-    table = top_tokens(loaded, sae, latent, k=k)
-    if as_json:
+    table = top_tokens(model, sae, latent, k=top)
+    if choice.as_json:
         print_frame(table, "", True)
         return
     sides = [rows.reset_index(drop=True) for _, rows in table.groupby("kind")]  # promoted, suppressed
-    shown = Table("promoted", "logit", "suppressed", "logit", title=f"latent {latent}")
-    for up, down in zip(*(side.itertuples() for side in sides), strict=True):
-        shown.add_row(repr(up.token), f"{up.logit:.3f}", repr(down.token), f"{down.logit:.3f}")
-    console.print(shown)
+    rows = [
+        {
+            "promoted": repr(up.token),
+            "its logit": f"{up.logit:.3f}",
+            "suppressed": repr(down.token),
+            "of that": f"{down.logit:.3f}",
+        }
+        for up, down in zip(*(side.itertuples() for side in sides), strict=True)
+    ]
+    print_rows(rows, f"latent {latent}", False)
 
 
-def attribute(
-    text: str,
+def _attribute(
+    choice: OneSAE,
+    text: options.Text,
     target: Annotated[str, typer.Option(help="Next token whose logit is explained; mind the leading space.")],
     other: Annotated[str | None, typer.Option(help="Explain the logit of --target minus that of this token.")] = None,
-    model: ModelName = "bundled",
-    sae_model: SaeModel = None,
-    site: SiteOption = "res",
-    layer: LayerOption = 2,
-    width: WidthOption = None,
-    l0: L0Option = "canonical",
-    method: Annotated[str, typer.Option(help="gradient or integrated.")] = "gradient",
+    method: Annotated[
+        str, typer.Option(help="gradient or integrated.", callback=checks.one_of("method", checks.ATTRIBUTIONS))
+    ] = "gradient",
     top: Annotated[int, typer.Option(min=1, help="Strongest latents.")] = 15,
-    backend: Backend = "bridge",
-    device: Device = None,
-    as_json: Json = False,
 ) -> None:
     """Show what each latent contributes to the logit of the next token.
 
@@ -162,47 +144,41 @@ def attribute(
 
         gemma-scope attribute "The bridge is in San" --target " Francisco" --model gemma-2-2b --layer 20 --json
     """
+    checks.text(target)
+    _note_file(text)
+    model, sae = choice.load()
     from gemma_scope_tl.attributions.gradients import attribute as attributions
     from gemma_scope_tl.attributions.targets import logit, logit_difference, single_token
 
-    loaded, sae = _load(model, sae_model, site, layer, width, l0, backend, device)
-    first = single_token(loaded, target)
-    metric = logit(first) if other is None else logit_difference(first, single_token(loaded, other))
-    table = attributions(loaded, text, sae, metric, method=method, top=top)
-    if as_json:
+    first = single_token(model, target)
+    metric = logit(first) if other is None else logit_difference(first, single_token(model, other))
+    table = attributions(model, text, sae, metric, method=method, top=top)
+    if choice.as_json:
         print_frame(table, "", True)
         return
-    latents = table[table["kind"] == "latent"][["position", "token", "latent", "activation", "attribution"]]
     rest = table[table["kind"] != "latent"].groupby("kind")["attribution"].sum()
-    print_frame(latents, f"metric {table.attrs['metric']:.3f}", False)
-    console.print("over all tokens: " + ", ".join(f"{kind} {share:+.3f}" for kind, share in rest.items()))
+    shares = ", ".join(f"{kind} {share:+.3f}" for kind, share in rest.items())
+    rows = [
+        {
+            "position": row.position,
+            "token": repr(row.token),
+            "latent": row.latent,
+            "activation": f"{row.activation:.3f}",
+            "attribution": f"{row.attribution:+.3f}",
+        }
+        for row in table[table["kind"] == "latent"].itertuples()
+    ]
+    print_rows(rows, f"metric {table.attrs['metric']:.3f}\nover all tokens: {shares}", False)
 
 
-def _load(
-    model: str,
-    sae_model: str | None,
-    site: str,
-    layer: int,
-    width: str | None,
-    l0: str,
-    backend: str,
-    device: str | None,
-) -> tuple[Any, Any]:
-    from gemma_scope_tl.registry.listing import select_rows
+features, steer, attribute = (verb(function, OneSAE) for function in (_features, _steer, _attribute))
+top_tokens_command = verb(_top_tokens, OneSAE)
 
-    registry_model = sae_model or model.split("/")[-1]
-    number = None if site == "embedding" else layer
-    if width is None:
-        rows = select_rows(model=registry_model, site=site, layer=number)
-        width = min(rows, key=lambda row: row.d_sae).width if rows else "16k"
-    chosen: Any = float(l0) if l0.replace(".", "", 1).isdigit() else l0
-    from gemma_scope_tl.adapters.loading import load_model
-    from gemma_scope_tl.sae.jumprelu import load_sae
 
-    with progress.status("loading"):
-        sae = load_sae(registry_model, site, number, width, chosen)
-        loaded = load_model(model, backend=backend, device=device)
-        return loaded, sae.to(loaded.cfg.device)
+def _note_file(text: str) -> None:
+    """A remark where the text is a file's name: it is taken as a text."""
+    if len(text) < 256 and "\n" not in text and Path(text).is_file():
+        note(f"note: {text!r} is read as the text itself; `- < {text}` reads the file.")
 
 
 def _steering_hook(

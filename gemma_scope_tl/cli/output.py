@@ -1,55 +1,70 @@
-"""What the commands print: tables for people, whole lines for pipes, JSON for scripts."""
+"""Where the commands print: results on standard output, JSON if asked for; all else on standard error."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import math
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Generator, Mapping
+from os import PathLike
+from typing import Any, TextIO, cast
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-_PIPED = 160  # columns where there is no terminal that has a width
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED)
-progress = Console(stderr=True)  # standard output holds nothing but the answer
-_FRAMED_ROWS = 100
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+_RESULTS: list[TextIO] = []
+progress = Console(stderr=True)  # spinners and bars
 
 
-def print_frame(frame: pd.DataFrame, title: str, as_json: bool) -> None:
-    """Print a DataFrame; see :func:`print_rows`."""
-    if as_json:
-        typer.echo(frame.to_json(orient="records", indent=2))
-    else:
-        print_rows(frame.to_dict("records"), title, as_json)  # pyright: ignore[reportArgumentType]
-
-
-def print_rows(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
-    """Print rows that have the same keys: JSON, a framed table in a terminal, or aligned lines."""
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+@contextlib.contextmanager
+def results_apart() -> Generator[None]:
+    """Within the context only :func:`say` writes to standard output; what else is printed goes to standard error."""
+    if _RESULTS:
+        yield
         return
-    cells = [list(rows[0]) if rows else [], *([_cell(value) for value in row.values()] for row in rows)]
-    if not console.is_terminal or len(rows) > _FRAMED_ROWS:  # whole lines for pipes; frames of long tables take seconds
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-        typer.echo("\n".join([*lines, title]))
-        return
-    table = Table(*cells[0], title=title)
-    for line in cells[1:]:
-        table.add_row(*line)
-    console.print(table)
+    _RESULTS.append(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        _RESULTS[0].flush()
+    finally:
+        _RESULTS.clear()
 
 
-def _cell(value: Any) -> str:
-    if value is True:
-        return "✓"
-    if value is False or value is None or str(value) in ("<NA>", "nan"):
-        return ""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def results() -> TextIO:
+    """The stream of results."""
+    return _RESULTS[0] if _RESULTS else sys.stdout
+
+
+def say(text: str) -> None:
+    """Print a result."""
+    typer.echo(text, file=results())
+
+
+def say_json(value: Any) -> None:
+    """Print plain data as JSON; numbers that JSON has not are null, and paths are strings."""
+    say(json.dumps(_plain(value), indent=2, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """Print a remark, not a result."""
+    typer.secho(text, fg="yellow", err=True)
+
+
+def complain(text: str) -> None:
+    """Print what went wrong; where nobody can read it, that is no further error."""
+    with contextlib.suppress(OSError):
+        typer.secho(text, fg="red", err=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in cast("list[Any]", value)]
+    if isinstance(value, PathLike):
+        return str(cast("PathLike[str]", value))
+    if hasattr(value, "item"):  # NumPy's numbers
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

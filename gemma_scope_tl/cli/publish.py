@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from gemma_scope_tl.cli.output import Json, print_rows
+from gemma_scope_tl.cli import checks, options
+from gemma_scope_tl.cli.output import say, say_json
+from gemma_scope_tl.cli.tables import print_rows
 
 if TYPE_CHECKING:
     from gemma_scope_tl.release.upload import Upload
@@ -28,18 +29,30 @@ def export(
     data: Annotated[str | None, typer.Option(help="What they were trained on, and its licence.")] = None,
     evaluated_on: Annotated[str | None, typer.Option(help="The text behind the metrics.")] = None,
     note: Annotated[list[str] | None, typer.Option(help="What users should know; several times.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Hyper-parameters, a .json or .yaml file.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Hyper-parameters, a .json or .yaml file.", callback=checks.each(checks.readable)),
+    ] = None,
     searched: Annotated[list[str] | None, typer.Option(help="Name in the recipe whose value was searched for.")] = None,
-    metrics: Annotated[Path | None, typer.Option(help="What `gemma-scope eval --out` wrote.")] = None,
+    metrics: Annotated[
+        Path | None, typer.Option(help="What `gemma-scope eval --out` wrote.", callback=checks.each(checks.table))
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The release's name.")] = None,
-    layout: Annotated[str, typer.Option(help="gemma-scope, sae-lens or both.")] = "gemma-scope",
-    repos: Annotated[str, typer.Option(help="one, or one a site.")] = "one",
+    layout: Annotated[
+        str, typer.Option(help="gemma-scope, sae-lens or both.", callback=checks.one_of("layout", checks.LAYOUTS))
+    ] = "gemma-scope",
+    repos: Annotated[
+        str, typer.Option(help="one, or one a site.", callback=checks.one_of("choice of repositories", checks.REPOS))
+    ] = "one",
     circuit_tracer: Annotated[
         bool, typer.Option("--circuit-tracer", help="Transcoders for circuit-tracer too.")
     ] = False,
     model: Annotated[str | None, typer.Option(help="The model's name, where the source does not say it.")] = None,
-    site: Annotated[str | None, typer.Option(help="The site, where no folder's name says it.")] = None,
+    site: Annotated[
+        str | None, typer.Option(help="The site, where no folder's name says it.", callback=checks.each(checks.site))
+    ] = None,
     canonical: Annotated[bool, typer.Option("--canonical", help="Mark the SAEs nearest to an L0 of 100.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write SAEs as a repository: weights, model card and registry file. Nothing is sent anywhere.
 
@@ -47,6 +60,9 @@ def export(
 
         gemma-scope export my-run my-saes --license cc-by-4.0 --base-model google/gemma-2-2b --layout both
     """
+    if not Path(source).expanduser().is_dir():
+        checks.release(source)
+    checks.folder(out)
     from gemma_scope_tl.release.about import About
     from gemma_scope_tl.release.export import Layout, Repos, export_suite
 
@@ -59,21 +75,35 @@ def export(
         circuit_tracer=circuit_tracer, model=model, site=site, metrics=_table(metrics) if metrics else None,
         canonical=canonical,
     )  # fmt: skip
-    for folder in folders:
-        typer.echo(f"{folder}: {sum(1 for file in folder.rglob('*') if file.is_file())} files")
-        typer.echo(f"next: gemma-scope upload {folder} OWNER/{folder.resolve().name}")
+    _print_folders(folders, as_json)
+
+
+def _print_folders(folders: Sequence[Path], as_json: bool) -> None:
+    counts = {folder: sum(1 for file in folder.rglob("*") if file.is_file()) for folder in folders}
+    if as_json:
+        say_json([{"folder": folder, "files": count} for folder, count in counts.items()])
+        return
+    for folder, count in counts.items():
+        say(f"{folder}: {count} files")
+        say(f"next: gemma-scope upload {folder} OWNER/{folder.resolve().name}")
 
 
 def upload(
-    folder: Annotated[Path, typer.Argument(help="The folder that `gemma-scope export` made.")],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if need be.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="The folder that `gemma-scope export` made.", callback=checks.each(checks.existing_folder)),
+    ],
+    repo: Annotated[
+        str,
+        typer.Argument(help="OWNER/NAME on the Hub; made if need be.", callback=checks.each(checks.repository)),
+    ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload; without it nothing is sent.")] = False,
     private: Annotated[bool, typer.Option("--private/--public", help="Who sees a new repository.")] = True,
     branch: Annotated[str, typer.Option(help="Made from main where it does not exist.")] = "main",
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
     registry_out: Annotated[Path | None, typer.Option(help="The registry file, by default beside the folder.")] = None,
     logs: Annotated[bool, typer.Option("--logs", help="Publish metrics.jsonl and the like too.")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Check a release and upload it in one commit. Without --yes: show what would be sent, and send nothing.
 
@@ -94,7 +124,7 @@ def upload(
     )  # fmt: skip
     if as_json:
         facts = {**asdict(done), "registry_file": done.registry_file and str(done.registry_file)}
-        typer.echo(json.dumps(facts, indent=2))
+        say_json(facts)
         return
     _print_upload(done, str(folder))
 
@@ -110,20 +140,20 @@ def _print_upload(done: Upload, folder: str) -> None:
     print_rows(rows, f"{total}; {count} files, {done.bytes_to_send:,} bytes {more}", False)
     _print_left_out(done.left_out)
     seen = f"{'private' if done.private else 'public'}, {'exists' if done.exists else 'new'}"
-    typer.echo(f"repository: {done.repo} ({seen}), branch {done.branch}")
+    say(f"repository: {done.repo} ({seen}), branch {done.branch}")
     if done.revision is None:
         options = ("" if done.private else "--public ") + (f"--branch {done.branch} " if done.branch != "main" else "")
-        typer.echo(f"nothing was sent. To upload: gemma-scope upload {folder} {done.repo} {options}--yes")
+        say(f"nothing was sent. To upload: gemma-scope upload {folder} {done.repo} {options}--yes")
         return
-    typer.echo(f"commit: {done.revision}")
-    typer.echo(f"registry file: {done.registry_file}")
-    typer.echo(f"next: gemma-scope registry check {done.registry_file} --remote")
+    say(f"commit: {done.revision}")
+    say(f"registry file: {done.registry_file}")
+    say(f"next: gemma-scope registry check {done.registry_file} --remote")
 
 
 def _print_left_out(left_out: Sequence[str]) -> None:
     if left_out:
         more = f" and {len(left_out) - _SHOWN_LEFT_OUT} more" if len(left_out) > _SHOWN_LEFT_OUT else ""
-        typer.echo(f"not part of the release, stay here: {', '.join(left_out[:_SHOWN_LEFT_OUT])}{more}")
+        say(f"not part of the release, stay here: {', '.join(left_out[:_SHOWN_LEFT_OUT])}{more}")
 
 
 def _recipe(path: Path) -> dict[str, Any]:
@@ -141,11 +171,9 @@ def _table(path: Path) -> Any:
     """The table that ``eval`` wrote."""
     import pandas as pd
 
-    from gemma_scope_tl.cli.choice import FORMATS, check_format
     from gemma_scope_tl.errors import GemmaScopeError
 
-    check_format("table", path, FORMATS)
-    read = {".csv": pd.read_csv, ".json": pd.read_json, ".parquet": pd.read_parquet}[path.suffix]
+    read = {".csv": pd.read_csv, ".json": pd.read_json, ".parquet": pd.read_parquet}[path.suffix.lower()]
     try:
         return read(path)
     except (OSError, ValueError) as error:

@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Column, Table
 
-from gemma_scope_tl.cli.output import console
+from gemma_scope_tl.cli import checks, options
+from gemma_scope_tl.cli.command import add
+from gemma_scope_tl.cli.output import say, say_json
+from gemma_scope_tl.cli.tables import print_rows
 
 if TYPE_CHECKING:
     from gemma_scope_tl.contributing.check import Finding, Report
 
-registry_app = typer.Typer(no_args_is_help=True, help="Draft and check registry files, to make SAEs known by name.")
+registry_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Draft and check registry files, to make SAEs known by name.",
+)
 _SHOWN_ROWS = 50
 
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
-Source = Annotated[str, typer.Argument(help="OWNER/NAME on Hugging Face, or a folder.")]
+Source = Annotated[
+    str, typer.Argument(help="OWNER/NAME on Hugging Face, or a folder.", callback=checks.each(checks.source))
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="FOLDER:KEY=VALUE, which overrules what is found.")]
 
 
-@registry_app.command()
 def new(
     source: Source,
     model: Annotated[str | None, typer.Option(help="The model that the SAEs read, such as gemma-2-2b.")] = None,
-    site: Annotated[str | None, typer.Option(help="res, mlp, att, embedding or transcoder.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Layer, from 0, where no file says it.")] = None,
-    l0: Annotated[float | None, typer.Option(help="Mean number of active latents, where no file says it.")] = None,
+    site: options.OneSite = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Layer, from 0, where no file says it.")] = None,
+    l0: Annotated[
+        float | None, typer.Option(min=0.0, help="Mean number of active latents, where no file says it.")
+    ] = None,
     unknown_l0: Annotated[bool, typer.Option("--unknown-l0", help="Leave an L0 open that nothing says.")] = False,
     license: Annotated[str | None, typer.Option(help="SPDX identifier of the weights' licence.")] = None,
     release: Annotated[str | None, typer.Option(help="The release's name; by default that of the source.")] = None,
     description: Annotated[str | None, typer.Option(help="One line for people.")] = None,
     out: Annotated[Path | None, typer.Option(help="The file RELEASE.yaml, or its folder.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
-    format: Annotated[str | None, typer.Option(help="gemma-scope or sae-lens, where both are there.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="gemma-scope or sae-lens, where both are there.", callback=checks.one_of("format", checks.LAYOUTS[:2])
+        ),
+    ] = None,
     setting: Settings = None,
     canonical: Annotated[bool, typer.Option("--canonical", help="Mark the SAEs nearest to an L0 of 100.")] = False,
     force: Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Draft a registry file from SAEs in a folder or on the Hub. No weights are downloaded.
 
@@ -53,6 +67,7 @@ def new(
 
         gemma-scope registry new my-name/my-saes --model gemma-2-2b --site mlp --license MIT --canonical
     """
+    checks.folder(Path() if out is None else out.parent)
     from gemma_scope_tl.contributing.draft import Options, draft_release, write_draft
     from gemma_scope_tl.contributing.facts import checked_format
 
@@ -62,25 +77,32 @@ def new(
     )  # fmt: skip
     draft = draft_release(source, out, options, progress=True)
     path = write_draft(draft, out, force)
-    typer.echo(f"{path}: {len(draft.release.saes)} SAEs of {draft.release.model}")
+    if as_json:
+        facts = {"file": path, "saes": len(draft.release.saes), "model": draft.release.model}
+        say_json({**facts, "remarks": list(draft.remarks)})
+        return
+    say(f"{path}: {len(draft.release.saes)} SAEs of {draft.release.model}")
     for remark in draft.remarks:
-        typer.echo(f"look at: {remark}")
-    typer.echo(f"next: gemma-scope registry check {path}" + (" --remote" if draft.release.saes[0].revision else ""))
+        say(f"look at: {remark}")
+    say(f"next: gemma-scope registry check {path}" + (" --remote" if draft.release.saes[0].revision else ""))
 
 
-@registry_app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="The registry file.")],
+    file: Annotated[Path, typer.Argument(help="The registry file.", callback=checks.each(checks.readable))],
     remote: Annotated[bool, typer.Option("--remote", help="Ask the Hub about files in its repositories.")] = False,
     run: Annotated[int, typer.Option(min=0, help="Run so many of the SAEs and compare their L0.")] = 0,
-    model_path: Annotated[
-        str | None, typer.Option(help="The model for --run, where it is not the bundled one.")
-    ] = None,
+    model: options.OtherModel = None,
+    backend: options.Backend = "bridge",
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
     results: Annotated[
         Path | None,
-        typer.Option(help="Table of `eval` (.csv, .json, .parquet) whose L0s the rows are compared with."),
+        typer.Option(
+            help="Table of `eval` (.csv, .json, .parquet) whose L0s the rows are compared with.",
+            callback=checks.each(checks.table),
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Check a registry file against the schema, the other releases and its SAEs' files; exit status 1 on any problem.
 
@@ -90,20 +112,26 @@ def check(
 
         gemma-scope registry check my-saes.yaml --remote --json
     """
+    if run:
+        checks.available(device)
     from gemma_scope_tl.contributing.check import check_release
 
     report = check_release(file, remote=remote, progress=not as_json)
     if run:
         from gemma_scope_tl.contributing.measure import measure_l0
 
-        report = report.extended(measure_l0(report.rows, run, model_path, remote, progress=not as_json))
+        report = report.extended(
+            measure_l0(
+                report.rows, run, model, remote, progress=not as_json, backend=backend, device=device, dtype=dtype
+            )
+        )
     if results is not None:
         from gemma_scope_tl.contributing.measure import results_l0
 
         report = report.extended(results_l0(report.rows, results))
     if as_json:
         facts: dict[str, Any] = {"file": str(report.path), "ok": not report.problems}
-        typer.echo(json.dumps(facts | {"findings": [asdict(finding) for finding in report.findings]}, indent=2))
+        say_json(facts | {"findings": [asdict(finding) for finding in report.findings]})
     else:
         _print_report(report)
     if report.problems:
@@ -116,24 +144,24 @@ def _print_report(report: Report) -> None:
     by_row: dict[str, dict[str, list[Finding]]] = {"": {}} | {row.id: {} for row in report.rows}
     for finding in report.findings:
         by_row.setdefault(finding.row, {}).setdefault(finding.check, []).append(finding)
-    table = Table(Column("SAE", overflow="fold"), *CHECKS, title=report.path.name)
     shown = list(by_row.items())[: _SHOWN_ROWS + 1]
-    for row, findings in shown:
-        table.add_row(row or "(the file)", *(_mark(findings.get(name, ())) for name in CHECKS))
-    console.print(table)
+    rows = [
+        {"SAE": row or "(the file)", **{name: _mark(findings.get(name, ())) for name in CHECKS}}
+        for row, findings in shown
+    ]
+    print_rows(rows, report.path.name, False)
     if len(by_row) > len(shown):
-        console.print(f"and {len(by_row) - len(shown)} more SAEs")
+        say(f"and {len(by_row) - len(shown)} more SAEs")
     for finding in report.findings:
         if finding.check == "l0" and finding.ok is not False:
-            console.print(f"{finding.row}: {finding.text}", markup=False, highlight=False, soft_wrap=True)
+            say(f"{finding.row}: {finding.text}")
     reasons = {f.text for f in report.findings if f.ok is None and f.check != "l0"}
     if reasons:
-        console.print(f"- not looked at: {'; '.join(sorted(reasons))}", markup=False, soft_wrap=True)
+        say(f"- not looked at: {'; '.join(sorted(reasons))}")
     for finding in report.problems:
-        text = f"problem: {finding.row or 'the file'}: {finding.check}: {finding.text}"
-        console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+        say(typer.style(f"problem: {finding.row or 'the file'}: {finding.check}: {finding.text}", fg="red"))
     count = len(report.problems)
-    console.print(f"[red]{count} problem{'s' if count > 1 else ''}[/]" if count else "[green]no problems[/]")
+    say(f"{count} problem{'s' if count > 1 else ''}" if count else "no problems")
 
 
 def _mark(findings: Iterable[Finding]) -> str:
@@ -141,4 +169,8 @@ def _mark(findings: Iterable[Finding]) -> str:
     states = {finding.ok for finding in findings}
     if not states:
         return ""
-    return "[red]✗[/]" if False in states else "[green]✓[/]" if True in states else "-"
+    return "✗" if False in states else "✓" if True in states else "-"
+
+
+for function in (new, check):
+    add(registry_app, function)

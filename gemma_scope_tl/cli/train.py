@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
-from gemma_scope_tl.cli.output import Json, console, print_frame
+from gemma_scope_tl.cli import checks, options
+from gemma_scope_tl.cli.output import note, say, say_json
+from gemma_scope_tl.cli.tables import print_facts, print_frame, print_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +29,7 @@ Address = Annotated[
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.")],
+    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.", callback=checks.each(checks.readable))],
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, in place of the file's.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what the run takes, and run nothing.")] = False,
     memory: Annotated[float | None, typer.Option(min=0.01, help="GiB of memory to plan for.")] = None,
@@ -39,7 +40,7 @@ def train(
     ray_address: Address = None,
     jobs_by: Places = "place",
     harvesters: Harvesters = 1,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train the SAEs of a configuration; called again, go on where it was stopped.
 
@@ -51,11 +52,14 @@ def train(
 
         gemma-scope train configs/gemma-2-9b-paper.yaml --ray-address auto
     """
+    overrides = set_ or []
+    for override in overrides:
+        if not re.fullmatch(r"[^=\s]+=.*", override, flags=re.DOTALL):
+            raise typer.BadParameter(f"{override!r} is not key=value.", param_hint="'--set'")
     from gemma_scope_tl.training.plan import plan_suite
     from gemma_scope_tl.training.stopping import TrainingStopped
     from gemma_scope_tl.training.suite import train_suite
 
-    overrides = set_ or []
     if plan:
         budget = None if memory is None else memory * GIB
         found = plan_suite(config, overrides=overrides, memory=budget, device_flops=device_flops)
@@ -71,10 +75,9 @@ def train(
                 config, overrides=overrides, resume=not restart, force=force, progress=sys.stderr.isatty()
             )
     except TrainingStopped as stopped:
-        typer.secho(str(stopped), fg="yellow", err=True)
+        note(str(stopped))
         raise typer.Exit(128 + stopped.signal) from None
-    shown = table if as_json else table[["path", "l0", "fvu", "silent", "steps"]]
-    print_frame(shown, f"{len(table)} SAEs", as_json)
+    print_frame(table, f"{len(table)} SAEs", as_json, ("path", "l0", "fvu", "silent", "steps"))
 
 
 def _on_ray(
@@ -98,21 +101,23 @@ def _on_ray(
 def _print_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         facts = {"jobs": plan.jobs.to_dict("records"), "totals": dict(plan.totals), "basis": plan.basis}
-        typer.echo(json.dumps({**facts, "refusals": plan.refusals}, indent=2))
+        say_json({**facts, "refusals": plan.refusals})
         return
-    rows: list[dict[str, Any]] = [{str(key): row[key] for key in row} for row in plan.jobs.to_dict("records")]
-    table = Table("place", "SAEs", "widths", "tokens", "steps", "parameters", "memory", "store", "checkpoint", "time")
-    for row in rows:
-        time = "" if row["seconds"] is None else _time(row["seconds"])
-        counts = [str(row["saes"]), row["widths"], *(f"{row[key]:,}" for key in ("tokens", "steps", "parameters"))]
-        table.add_row(row["place"], *counts, *(_size(row[key]) for key in ("memory", "store", "checkpoint")), time)
-    console.print(table)
-    summary = Table(show_header=False, box=None)
-    for name, value in _summary(plan):
-        summary.add_row(f"[bold]{name}[/]", value)
-    console.print(summary)
+    rows: list[dict[str, Any]] = [
+        {
+            "place": row["place"],
+            "SAEs": row["saes"],
+            "widths": row["widths"],
+            **{key: f"{row[key]:,}" for key in ("tokens", "steps", "parameters")},
+            **{key: _size(row[key]) for key in ("memory", "store", "checkpoint")},
+            "time": "" if row["seconds"] is None else _time(row["seconds"]),
+        }
+        for row in plan.jobs.to_dict("records")
+    ]
+    print_rows(rows, "", False)
+    print_facts(dict(_summary(plan)))
     for refusal in plan.refusals:
-        console.print(f"[red]does not fit:[/] {refusal}")
+        say(f"{typer.style('does not fit:', fg='red')} {refusal}")
 
 
 def _summary(plan: Plan) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from typing import Any, cast
 from gemma_scope_tl.contributing.facts import ARCHITECTURES
 from gemma_scope_tl.contributing.places import Place, each, is_remote, place_of, sizes_of
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
+from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.catalog import Header, clashing_names, read_header
 from gemma_scope_tl.registry.locate import builtin_folder, release_files
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
@@ -73,7 +74,7 @@ def check_release(path: str | Path, remote: bool = False, progress: bool = False
     Returns:
         The report; nothing is raised for problems of the file, an unreadable one included.
     """
-    path = Path(path).expanduser().absolute()
+    path = checked_path(path).absolute()
     try:
         data = load_yaml(read_text(path), str(path))
     except GemmaScopeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 from gemma_scope_tl.contributing.facts import KEYS, NAME, Facts, folders_of, parse_setting, read_facts
 from gemma_scope_tl.contributing.places import Place, each, open_place
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError
-from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.files import write_atomically, write_new
 from gemma_scope_tl.registry.catalog import natural_key
 from gemma_scope_tl.registry.render import render_release
 from gemma_scope_tl.registry.schema import WEIGHTS_FILES, Format, ReleaseFile, parse_release
@@ -118,15 +117,10 @@ def write_draft(draft: Draft, out: Path | None = None, force: bool = False) -> P
         raise GemmaScopeError(f"{file} would hold {draft.release.release}: a registry file is named RELEASE.yaml.")
     if force:
         return write_atomically(file, render_release(draft.release))
-    spare = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        write_atomically(spare, render_release(draft.release))
-        os.link(spare, file)  # unlike a rename, fails where the file exists
+        return write_new(file, render_release(draft.release))
     except FileExistsError:
         raise GemmaScopeError(f"{file} exists. Give --force to replace it, or another --out.") from None
-    finally:
-        spare.unlink(missing_ok=True)
-    return file
 
 
 def mark_canonical(rows: Sequence[Row]) -> list[str]:

@@ -30,7 +30,15 @@ CONTEXT, ROWS, BATCH = 256, 16, 2  # a small batch: its latents of a million-wid
 
 
 def measure_l0(
-    rows: Sequence[SAERow], count: int, model_path: str | None = None, remote: bool = False, progress: bool = False
+    rows: Sequence[SAERow],
+    count: int,
+    model_path: str | None = None,
+    remote: bool = False,
+    progress: bool = False,
+    *,
+    backend: str = "bridge",
+    device: str | None = None,
+    dtype: str = "float32",
 ) -> list[Finding]:
     """Run ``count`` SAEs, spread evenly over the rows, on the bundled held-out text: 4,080 tokens, less EOS.
 
@@ -40,6 +48,7 @@ def measure_l0(
         model_path: the model's folder or name; without it only the bundled model is at hand.
         remote: download SAEs that are on the Hub.
         progress: show a bar on standard error.
+        backend, device, dtype: as for ``load_model``; dtype is that of the SAEs too.
 
     Returns:
         A finding per SAE that was run, or that could not be. A row without an L0 gets the measured one as its text.
@@ -50,7 +59,7 @@ def measure_l0(
     if not remote and is_remote(chosen[0].repo):
         return [Finding("l0", "", False, f"The SAEs to run are in {chosen[0].repo} on the Hub: give --remote.")]
     if model_path is None and chosen[0].model != "bundled":
-        text = f"{chosen[0].model} is not at hand: give --model-path."
+        text = f"{chosen[0].model} is not at hand: give --model."
         return [Finding("l0", "", False, text)]
     from gemma_scope_tl.adapters.loading import load_model
     from gemma_scope_tl.sae.loading import load_row
@@ -58,12 +67,12 @@ def measure_l0(
     loaded: list[tuple[SAERow, Any]] = []
     findings: list[Finding] = []
     try:
-        model = load_model(model_path or "bundled")
+        model = load_model(model_path or "bundled", backend=backend, device=device, dtype=dtype)
     except GemmaScopeError as error:
         return [Finding("l0", "", False, str(error))]
     for row in chosen:
         try:
-            loaded.append((row, load_row(row, device=model.cfg.device)))
+            loaded.append((row, load_row(row, device=model.cfg.device, dtype=dtype)))
         except GemmaScopeError as error:
             findings.append(Finding("l0", row.id, False, str(error)))
     measured = l0_of(model, [sae for _, sae in loaded], held_out_tokens(model), progress)
@@ -122,6 +131,7 @@ def l0_of(
     from gemma_scope_tl.attached import locate
     from gemma_scope_tl.evals.accumulators import Mean
     from gemma_scope_tl.evals.metrics import l0
+    from gemma_scope_tl.sae.placement import bring
     from gemma_scope_tl.sites import ModelDims, flatten_heads
     from gemma_scope_tl.tokens import special_mask, special_token_ids
 
@@ -143,7 +153,8 @@ def l0_of(
         model.run_with_hooks(batch.to(model.cfg.device), fwd_hooks=reads)
         for number in [n for n in hooks if n not in errors]:
             try:
-                means[number].update(l0(saes[number].encode(flatten_heads(seen[hooks[number]])[ordinary])))
+                x = flatten_heads(seen[hooks[number]])[ordinary]
+                means[number].update(l0(bring(saes[number], x.device).encode(x)))
             except GemmaScopeError as error:
                 errors[number] = error
     return [errors.get(number, mean.value) for number, mean in enumerate(means)]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError
-from gemma_scope_tl.files import file_sha256
+from gemma_scope_tl.files import checked_path, file_sha256
 from gemma_scope_tl.registry.containment import inside
 from gemma_scope_tl.registry.schema import CFG_FILE, WEIGHTS_FILES
 from gemma_scope_tl.weights.checks import Expected, canonical_names, check_shapes
@@ -120,7 +120,7 @@ def open_place(source: str, revision: str | None = None) -> Place:
     Raises:
         GemmaScopeError: when it is neither, or the Hub cannot be asked.
     """
-    path = Path(source).expanduser()
+    path = checked_path(source)
     if path.is_dir() or source.startswith(("/", ".", "~")) or source.count("/") != 1:
         return LocalFolder(path)
     return place_of(source, revision)

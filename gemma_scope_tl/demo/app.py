@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from gemma_scope_tl.demo import logic, suite_grid, views
 from gemma_scope_tl.demo.limits import whole_number
 from gemma_scope_tl.demo.serving import as_messages, gradio
+from gemma_scope_tl.demo.waiting import Places
 from gemma_scope_tl.demo.world import World, load_world
 from gemma_scope_tl.viz.latent_html import latent_html
 
@@ -16,6 +19,10 @@ PROMPT = "In the beginning God created"
 INTRODUCTION = """# Gemma Scope
 Sparse autoencoders read a language model's activations as latents, a few of which fire on each token.
 Choose one, see where its latents fire, follow a latent, steer the model with it, and see what splicing costs."""
+
+# The model serves one question at a time; a second may load its SAE meanwhile. The others wait in the queue, which
+# drops those that nobody waits for any more.
+ON_THE_MODEL = {"concurrency_id": "model", "concurrency_limit": 2}
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ def build_app(world: World | str = "bundled", **options: Any) -> Any:
     """
     gr = gradio()
     shown = load_world(world, **options) if isinstance(world, str) else world
-    with gr.Blocks(title="Gemma Scope", analytics_enabled=False) as app:
+    with blocks(gr, shown)(title="Gemma Scope", analytics_enabled=False) as app:
         gr.Markdown(INTRODUCTION)
         chosen = _chooser(gr, shown)
         with gr.Tabs():
@@ -55,6 +62,31 @@ def build_app(world: World | str = "bundled", **options: Any) -> Any:
             with gr.Tab("Suite"):
                 _suite_tab(gr, app, shown)
     return app
+
+
+def blocks(gr: Any, world: World) -> Any:
+    """Gradio's ``Blocks`` that end what the model runs when they close."""
+
+    class Demo(gr.Blocks):
+        places: Places | None = None
+
+        def close(self, verbose: bool = True) -> None:
+            if self.is_running:
+                self._queue.close()
+                world.stop()
+                if self.places is not None:
+                    self.places.end()
+            super().close(verbose)
+
+        def block_thread(self) -> None:
+            try:
+                while self.is_running:
+                    time.sleep(0.1)
+            except KeyboardInterrupt:
+                pass
+            self.close(verbose=False)
+
+    return Demo
 
 
 def _chooser(gr: Any, world: World) -> Chosen:
@@ -94,7 +126,7 @@ def _text_tab(gr: Any, app: Any, world: World, chosen: Chosen) -> None:
     tokens = gr.HighlightedText(
         label="Tokens, coloured by the latent; click one for its latents", combine_adjacent=False, elem_id="gs-tokens"
     )
-    words = gr.Markdown(elem_id="gs-words")
+    words = gr.HTML(elem_id="gs-words")
     with gr.Row():
         position = gr.Number(0, label="Token", precision=0, minimum=0, scale=1, min_width=90, elem_id="gs-position")
         table = gr.Dataframe(
@@ -116,19 +148,21 @@ def _text_tab(gr: Any, app: Any, world: World, chosen: Chosen) -> None:
         index = logic.checked_latent(world, reading.sae, latent)
         at = whole_number("The token", place, 0, len(reading.tokens) - 1)
         found = reading.top_latents(at).round({"activation": 3})
-        return views.reading_view(reading, index), views.reading_words(reading, index, at), found
+        return views.reading_view(reading, index), escape(views.reading_words(reading, index, at)), found
 
     def pick_token(event: Any) -> int:
-        return int(event.index if isinstance(event.index, int) else event.index[0])
+        at = event.index[0] if isinstance(event.index, (list, tuple)) and event.index else event.index
+        return whole_number("The token", at, 0, world.limits.tokens)
 
     def pick_latent(event: Any) -> int:
-        return int(event.row_value[0])
+        row = getattr(event, "row_value", None)
+        return whole_number("The latent", row[0] if isinstance(row, list) and row else row, 0, 10**9)
 
     pick_token.__annotations__ = pick_latent.__annotations__ = {"event": gr.SelectData}
     views_of = [tokens, words, table]
     seen = [state, chosen.latent, position, *views_of]
     reads = [button.click, text.submit, chosen.sae.change, app.load]
-    gr.on(reads, as_messages(read), [text, chosen.sae], seen, api_name="read")
+    gr.on(reads, as_messages(read), [text, chosen.sae], seen, api_name="read", **ON_THE_MODEL)
     shows: dict[str, Any] = {"fn": as_messages(show), "inputs": [state, chosen.latent, position], "outputs": views_of}
     tokens.select(as_messages(pick_token), None, [position], api_name=False).success(**shows, api_name=False)
     table.select(as_messages(pick_latent), None, [chosen.latent], api_name=False).success(**shows, api_name=False)
@@ -148,6 +182,7 @@ def _latent_tab(gr: Any, tab: Any, world: World, chosen: Chosen) -> None:
         [chosen.sae, chosen.latent],
         [page],
         api_name="latent",
+        **ON_THE_MODEL,
     )
 
 
@@ -179,6 +214,7 @@ def _steer_tab(gr: Any, world: World, chosen: Chosen) -> None:
         [prompt, chosen.sae, chosen.latent, strength, count, heat, seed],
         [plain, steered],
         api_name="steer",
+        **ON_THE_MODEL,
     )
 
 
@@ -198,7 +234,7 @@ def _splice_tab(gr: Any, world: World) -> None:
     text = gr.Textbox(TEXT, label="Text", lines=2, max_length=world.limits.characters)
     error_term = gr.Checkbox(False, label="Add the error term: what the SAEs miss, so that nothing changes")
     button = gr.Button("Splice", variant="primary", elem_id="gs-splice")
-    words = gr.Markdown(elem_id="gs-splice-words")
+    words = gr.HTML(elem_id="gs-splice-words")
     tokens = gr.HighlightedText(
         label="Tokens by the change of their loss: red is less likely with the SAEs, violet likelier",
         combine_adjacent=False,
@@ -213,7 +249,7 @@ def _splice_tab(gr: Any, world: World) -> None:
 
     def run(given: str, names: list[str], error: bool) -> tuple[Any, ...]:
         effect = logic.splice_loss(world, given, names, error)
-        return views.splice_words(effect), views.splice_view(effect), views.splice_table(effect)
+        return escape(views.splice_words(effect)), views.splice_view(effect), views.splice_table(effect)
 
     gr.on(
         [button.click, text.submit],
@@ -221,6 +257,7 @@ def _splice_tab(gr: Any, world: World) -> None:
         [text, saes, error_term],
         [words, tokens, table],
         api_name="splice",
+        **ON_THE_MODEL,
     )
 
 

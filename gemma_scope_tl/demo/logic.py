@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 
 from gemma_scope_tl.demo.limits import number, whole_number
+from gemma_scope_tl.demo.world import EMBEDDING
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.feature_table import features
 from gemma_scope_tl.interventions import steer
@@ -72,7 +73,7 @@ def read_text(world: World, text: object, sae: str) -> Reading:
     """
     tokens = world.tokens(text)
     source = world.sae(sae)
-    with world.lock:
+    with world.running():
         table = features(world.model, tokens, source)
     return Reading(sae, world.token_texts(tokens), table)
 
@@ -94,7 +95,7 @@ def page_facts(world: World, sae: str, latent: Any) -> LatentFacts:
     """
     index = checked_latent(world, sae, latent)
     source, text = world.sae(sae), world.text
-    with world.lock:
+    with world.running():
         return latent_facts(text, source, index)
 
 
@@ -138,9 +139,10 @@ def steer_text(
     start = whole_number("The seed", seed, 0, SEEDS)
     tokens = world.tokens(text)
     hook = steer(world.sae(sae), index, scale, unit="norm")
-    with world.lock:
-        plain = _continue(world.model, tokens, count, heat, start)
-        with world.model.hooks([hook]):
+    with world.running():
+        with world.model.hooks([(EMBEDDING, world.check)]):
+            plain = _continue(world.model, tokens, count, heat, start)
+        with world.model.hooks([(EMBEDDING, world.check), hook]):
             steered = _continue(world.model, tokens, count, heat, start)
     return Continuations(plain, steered)
 
@@ -197,7 +199,7 @@ def splice_loss(world: World, text: object, saes: Sequence[str] | None, error_te
     if tokens.shape[1] < 2:
         raise GemmaScopeError("Type more text: a loss needs a next token.")
     loaded = [world.sae(name) for name in names]
-    with world.lock:
+    with world.running():
         clean = _losses(world.model, tokens)
         with world.model.saes(loaded, use_error_term=bool(error_term)):
             spliced = _losses(world.model, tokens)

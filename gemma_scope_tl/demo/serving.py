@@ -5,25 +5,38 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import asynccontextmanager
 from functools import wraps
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.errors import GemmaScopeError
 
+if TYPE_CHECKING:
+    from gemma_scope_tl.demo.names import Names
+    from gemma_scope_tl.demo.waiting import Places
+
 logger = logging.getLogger(__name__)
 
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:"
-)
-"""What a page may load. Gradio's own page names hosts for fonts and scripts; the browser never asks them."""
+NOTEBOOKS = ("'self'", "http://localhost:*", "http://127.0.0.1:*", "vscode-webview:")
+"""Pages that may frame the demo when a notebook shows it."""
+
 _BUTTONS = {
     f"button_primary_background_fill{part}": color
     for part, color in (("", "#c2410c"), ("_hover", "#9a3412"), ("_dark", "#c2410c"), ("_hover_dark", "#9a3412"))
 }  # the theme's orange is too light under white words
-QUEUE = 64
 SESSIONS = 256  # visitors whose last reading is kept: a megabyte or so each
+_FIXED = {
+    "share": False,
+    "ssr_mode": False,
+    "quiet": True,
+    "footer_links": [],
+    "run_history": False,
+    "state_session_capacity": SESSIONS,
+    "prevent_thread_lock": True,
+}
 CSS = """
 .gradio-container { max-width: 72rem !important; margin: 0 auto !important; }
 footer { display: none !important; }
@@ -47,7 +60,10 @@ def gradio() -> Any:
 
 
 def as_messages(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with the package's errors shown as messages; any other is logged, and shown without its text."""
+    """``function`` with the package's errors shown as messages; any other is logged, and shown without its text.
+
+    Gradio shows a message as HTML, and ours quote what was given, so it is escaped.
+    """
     error_class = gradio().Error
 
     @wraps(function)
@@ -55,7 +71,7 @@ def as_messages(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args)
         except GemmaScopeError as error:
-            raise error_class(str(error), print_exception=False) from error
+            raise error_class(escape(str(error), quote=False), print_exception=False) from error
         except Exception as error:
             logger.exception("the demo failed")
             words = "The demo failed; its log says how."
@@ -65,9 +81,19 @@ def as_messages(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def launch(
-    app: Any, host: str = "127.0.0.1", port: int | None = None, open_browser: bool = False, wait: bool = True
+    app: Any,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    open_browser: bool = False,
+    wait: bool = True,
+    *,
+    allowed_hosts: Iterable[str] = (),
+    framed_by: Iterable[str] = (),
 ) -> str:
     """Serve an app of :func:`~gemma_scope_tl.demo.app.build_app`.
+
+    Requests must name a host that the demo was started for: ``localhost``, ``127.0.0.1``, ``[::1]``, ``host``, and
+    ``allowed_hosts``; with ``"0.0.0.0"`` also this machine's name and any numeric address.
 
     Args:
         app: what to serve.
@@ -75,35 +101,36 @@ def launch(
         port: by default the first free one from 7860 on.
         open_browser: open the page.
         wait: stay until interrupted; a notebook does not wait, and shows the page inline.
+        allowed_hosts: further names by which browsers ask, such as that of a reverse proxy; ``*.example.org`` stands
+            for all names below ``example.org``.
+        framed_by: origins whose pages may show the demo in a frame, such as ``"https://example.org"``. In a notebook
+            those of this machine may; elsewhere none.
 
     Returns:
         The page's address.
 
     Raises:
-        GemmaScopeError: when the port is taken or no port.
+        GemmaScopeError: when the port is taken or no port, an allowed host is no name, or a framing page's
+            origin is none.
     """
-    from starlette.middleware import Middleware
+    from gemma_scope_tl.demo.names import bracketed, names_of, origins_of
+    from gemma_scope_tl.demo.waiting import PLACES, Places
 
     gr = gradio()
-    if port is not None and not 1 <= port <= 65535:
-        raise GemmaScopeError(f"A port is a number from 1 to 65535; given: {port}.")
-    theme = gr.themes.Default(
-        primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    ).set(**_BUTTONS)
+    check_address(host, port)
+    names = names_of(host, allowed_hosts)
+    frames = origins_of(framed_by) or (NOTEBOOKS if gr.utils.ipython_check() else ())
+    app.queue(max_size=PLACES, default_concurrency_limit=4)
+    app.places = Places(app._queue)
     try:
-        _, address, _ = app.queue(max_size=QUEUE, default_concurrency_limit=4).launch(
-            server_name=host,
+        _, address, _ = app.launch(
+            server_name=bracketed(host),
             server_port=port,
             inbrowser=open_browser,
-            share=False,
-            ssr_mode=False,
-            quiet=True,
-            theme=theme,
+            theme=_theme(gr),
             css=CSS,
-            footer_links=[],
-            state_session_capacity=SESSIONS,
-            prevent_thread_lock=True,
-            app_kwargs={"middleware": [Middleware(_PolicyHeader)]},
+            **_FIXED,
+            app_kwargs={"lifespan": _behind_guard(names, app.places, frames), "openapi_url": None},
         )
     except OSError as error:
         raise GemmaScopeError(f"Cannot listen on {host}, port {port or '7860 and up'}: {error}") from error
@@ -112,16 +139,41 @@ def launch(
     return str(address)
 
 
-class _PolicyHeader:
-    """ASGI middleware: every answer carries :data:`POLICY`."""
+def _theme(gr: Any) -> Any:
+    return gr.themes.Default(
+        primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    ).set(**_BUTTONS)
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
-            await send(message)
+def _behind_guard(names: Names, places: Places, frames: Iterable[str]) -> Callable[[Any], Any]:
+    """A lifespan of Gradio's server that puts the guard around all of it, its own middleware included."""
+    from gemma_scope_tl.demo.guard import guarded
 
-        await self.app(scope, receive, with_policy if scope["type"] == "http" else send)
+    @asynccontextmanager
+    async def lifespan(served: Any) -> AsyncGenerator[None, None]:
+        served.middleware_stack = guarded(served.middleware_stack, names, places, frames)  # before the first request
+        yield
+
+    return lifespan
+
+
+def check_address(host: str, port: int | None) -> None:
+    """See that a server can listen there, before anything heavy is loaded. Without a port there is nothing to see.
+
+    Raises:
+        GemmaScopeError: for an address that is not this machine's, a port that is taken, or no port.
+    """
+    if port is None:
+        return
+    if not 1 <= port <= 65535:
+        raise GemmaScopeError(f"A port is a number from 1 to 65535; given: {port}.")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in found[:1]:
+            with socket.socket(family, kind, protocol) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                tried.bind(address)
+    except OSError as error:
+        raise GemmaScopeError(
+            f"Cannot listen on {host}, port {port}: {error.strerror or error}. Choose another port or host."
+        ) from error

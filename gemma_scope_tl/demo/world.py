@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 GIB = 1 << 30
+EMBEDDING = "hook_embed"  # a hook point of both backends that every pass goes through, once for each new token
+wanted: ContextVar[Callable[[], bool]] = ContextVar("wanted", default=lambda: True)
+"""Whether somebody still waits for what this thread computes."""
 
 
 class World:
@@ -28,7 +33,8 @@ class World:
     SAEs are named ``release/id``.
 
     Attributes:
-        lock: hold it while the model runs: hooks and SAEs of one visitor must not act in the pass of another.
+        lock: held while the model runs: hooks and SAEs of one visitor must not act in the pass of another. Take it by
+            :meth:`running`.
         limits: what one request may cost.
 
     Args:
@@ -59,15 +65,57 @@ class World:
         if model.tokenizer is None:
             raise GemmaScopeError("This model has no tokenizer, and the demo reads text.")
         self.model, self.limits, self.lock = model, limits or Limits(), threading.RLock()
+        self._users, self._stopping, self._changed = 0, False, threading.Condition()
         self.rows = {f"{row.release}/{row.id}": row for row in rows}
         self._text = text
         keyed = {(name, row.layer): row for name, row in self.rows.items()}
         self._suite = SAESuite(keyed, lambda row: load_row(row, device=model.cfg.device, dtype=dtype), sae_memory)
 
+    @contextmanager
+    def running(self) -> Generator[None, None, None]:
+        """Hold the model.
+
+        Raises:
+            GemmaScopeError: when the demo stops, or nobody waits for the answer any more.
+        """
+        with self._changed:
+            self._users += 1
+        try:
+            with self.lock:
+                self.check()
+                yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+    def check(self, *_: Any, **__: Any) -> None:
+        """Raise where the work at hand is of no use any more; also a hook, for :data:`EMBEDDING`.
+
+        Raises:
+            GemmaScopeError: as :meth:`running`.
+        """
+        if self._stopping:
+            raise GemmaScopeError("The demo is stopping.")
+        if not wanted.get()():
+            raise GemmaScopeError("Nobody waits for this answer any more.")
+
+    def stop(self, seconds: float = 30.0) -> bool:
+        """End what runs, and wait until it has ended: a process that ends in the middle of a pass would abort.
+
+        Returns:
+            Whether it has ended within ``seconds``. The world can be used again.
+        """
+        with self._changed:
+            self._stopping = True
+            ended = self._changed.wait_for(lambda: self._users == 0, seconds)
+            self._stopping = False
+            return ended
+
     @property
     def text(self) -> PageText:
         """The text of latents' pages, read when first asked for."""
-        with self.lock:
+        with self.running():
             if self._text is None:
                 self._text = PageText(self.model)
             return self._text

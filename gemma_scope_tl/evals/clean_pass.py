@@ -176,6 +176,7 @@ def clean_batches(
     special: Iterable[int],
     batch_size: int = 8,
     start: int = 0,
+    mask: Bool[torch.Tensor, "rows pos"] | None = None,
 ) -> Generator[Batch]:
     """The clean pass of each batch of rows, from row ``start`` on. Targets of transcoders are kept too.
 
@@ -186,12 +187,15 @@ def clean_batches(
         special: ids of tokens that do not count.
         batch_size: rows in a pass; see :func:`rows_that_fit`.
         start: first row.
+        mask: True at text, where padding has no id among the special ones.
     """
     kept, ids = with_targets(list(places)), tuple(special)
     for first in range(start, tokens.shape[0], batch_size):
         rows = tokens[first : first + batch_size].to(model.cfg.device)
-        mask = special_mask(rows, ids)
-        yield Batch(first, rows, ~mask, scored_positions(mask), CleanPass.run(model, rows, kept))
+        left_out = special_mask(rows, ids)
+        if mask is not None:
+            left_out |= ~mask[first : first + batch_size].to(rows.device)
+        yield Batch(first, rows, ~left_out, scored_positions(left_out), CleanPass.run(model, rows, kept))
 
 
 def rows_that_fit(model: Any, places: Iterable[Place], context: int, batch_size: int, memory: int) -> int:

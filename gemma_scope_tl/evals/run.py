@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Int
 
 from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
@@ -20,6 +19,7 @@ from gemma_scope_tl.evals.step import Step
 from gemma_scope_tl.evals.store import Store, key_of
 from gemma_scope_tl.evals.subjects import Subject, fingerprint
 from gemma_scope_tl.evals.units import CLEAN, Unit, token_means
+from gemma_scope_tl.inputs import TokenBatch
 
 ABLATIONS = ("zero", "mean")
 
@@ -58,11 +58,11 @@ class Settings:
 
 @dataclass
 class Run:
-    """One evaluation of ``subjects`` on ``tokens``; :meth:`finish` completes ``units``."""
+    """One evaluation of ``subjects`` on ``rows``; :meth:`finish` completes ``units``."""
 
     model: Any
     subjects: list[Subject]
-    tokens: Int[torch.Tensor, "rows pos"]
+    rows: TokenBatch
     special: tuple[int, ...]
     settings: Settings
     store: Store
@@ -121,7 +121,7 @@ class Run:
 
     @cached_property
     def _common(self) -> dict[str, Any]:
-        return facts_of(self.model, self.tokens, self.special)
+        return facts_of(self.model, self.rows, self.special)
 
     def _key(self, name: str) -> str:
         return key_of({**self._common, **self.units[name].facts})
@@ -138,15 +138,16 @@ class Run:
 
         rows = self._rows_per_batch
         with Progress(transient=True, disable=not self.settings.progress) as bar:
-            task = bar.add_task(what, total=self.tokens.shape[0], completed=start)
-            for batch in clean_batches(self.model, self.tokens, places, self.special, rows, start):
+            task = bar.add_task(what, total=self.rows.ids.shape[0], completed=start)
+            ids, mask = self.rows.ids, self.rows.mask
+            for batch in clean_batches(self.model, ids, places, self.special, rows, start, mask):
                 yield batch
                 bar.advance(task, batch.tokens.shape[0])
 
     @cached_property
     def _rows_per_batch(self) -> int:
         places, size = [subject.place for subject in self.subjects], self.settings.batch_size
-        return rows_that_fit(self.model, places, self.tokens.shape[1], size, self.settings.memory_budget // 2)
+        return rows_that_fit(self.model, places, self.rows.ids.shape[1], size, self.settings.memory_budget // 2)
 
     def _centre(self) -> None:
         """The dataset's mean at every place that needs it: FVU's centre, and what mean ablation puts in."""
@@ -178,7 +179,7 @@ class Run:
                 batch.clean.check(place.target for place in places)
             Step(self, head, batch).measure()
             done = batch.start + batch.tokens.shape[0]
-            if (number + 1) % self.settings.checkpoint_every == 0 and done < self.tokens.shape[0]:
+            if (number + 1) % self.settings.checkpoint_every == 0 and done < self.rows.ids.shape[0]:
                 self._checkpoint(done)
 
     def _needs(self, number: int, subject: Subject) -> bool:
@@ -203,8 +204,8 @@ class Run:
         return int(kept["rows"])
 
 
-def facts_of(model: Any, tokens: Int[torch.Tensor, "rows pos"], special: tuple[int, ...]) -> dict[str, Any]:
-    """What every number measured on a model and tokens depends on, SAEs aside: part of the key of what is kept.
+def facts_of(model: Any, rows: TokenBatch, special: tuple[int, ...]) -> dict[str, Any]:
+    """What every number measured on a model and token rows depends on, SAEs aside: part of the key of what is kept.
 
     Raises:
         GemmaScopeError: when there are hooks on the model, which no key can name.
@@ -219,7 +220,8 @@ def facts_of(model: Any, tokens: Int[torch.Tensor, "rows pos"], special: tuple[i
     return {
         "model": fingerprint(model),
         "config": [model.backend, *(repr(getattr(model.cfg, name, None)) for name in sizes)],
-        "tokens": hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest(),
-        "shape": list(tokens.shape),
+        "tokens": hashlib.sha256(rows.ids.contiguous().numpy().tobytes()).hexdigest(),
+        "shape": list(rows.ids.shape),
         "special": list(special),
+        **({} if bool(rows.mask.all()) else {"lengths": rows.length.tolist()}),
     }

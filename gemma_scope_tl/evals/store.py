@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.errors import GemmaScopeError, WriteError
 from gemma_scope_tl.files import replace_files
 
 VERSION = 1
@@ -32,6 +34,7 @@ class Store:
 
     def __init__(self, folder: str | PathLike[str] | None) -> None:
         self.folder = None if folder is None else Path(folder)
+        self._full = False
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
         """What is kept under ``key``, or None.
@@ -42,27 +45,36 @@ class Store:
         path = self._path(key)
         if path is None or not path.is_file():
             return None
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             return load_file(path)
-        except Exception as error:  # safetensors has one exception for everything, OSError aside
+        except SafetensorError as error:
             raise GemmaScopeError(f"{path} is damaged ({error}): delete it, and it is measured again.") from error
+        except OSError as error:
+            why = f"{path} cannot be read: {error.strerror or error}"
+            raise GemmaScopeError(f"{why}. Check its permissions and the disk, or leave the cache out.") from error
 
     def save(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep tensors under ``key``."""
-        if self.folder is None:
+        """Keep tensors under ``key``. Where that fails, measuring goes on with a warning, and nothing more is kept."""
+        if self.folder is None or self._full:
             return
         from safetensors.torch import save_file
 
         whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        replace_files(self.folder, {f"{key}.safetensors": lambda temporary: save_file(whole, str(temporary))})
+        try:
+            replace_files(self.folder, {f"{key}.safetensors": lambda temporary: save_file(whole, str(temporary))})
+        except WriteError as error:
+            self._full = True
+            warnings.warn(f"What is measured from here on is not kept in the cache: {error}", stacklevel=2)
 
     def drop(self, key: str) -> None:
         """Forget what is kept under ``key``."""
         path = self._path(key)
         if path is not None:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # what stays is measured the same
+                path.unlink()
 
     def _path(self, key: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{key}.safetensors"

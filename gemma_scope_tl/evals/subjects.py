@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,10 @@ from jaxtyping import Float
 
 from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.attached import decode_with_skip, locate
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.inputs import as_saes
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.hooked_pass import is_hooked
+from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sae.sparse import SparseActs, decode_sparse, encode_sparse
 from gemma_scope_tl.sae.suite import SAESuite
 
@@ -46,22 +47,17 @@ def subjects_of(model: Any, saes: Any) -> list[Subject]:
     """An SAE, several, a mapping of them, or a suite (whose SAEs are loaded one at a time) as subjects.
 
     Raises:
-        SpliceError: when an SAE does not fit the model, or does not say where it belongs.
-        GemmaScopeError: when there is none.
+        SpliceError: when there is none, one is no whole SAE, does not fit the model, or does not say where it belongs.
     """
-    if isinstance(saes, SAESuite):
-        found = [_of_suite(model, saes, key) for key in saes]
-    else:
-        given: Iterable[Any] = [saes] if isinstance(saes, torch.nn.Module) else saes
-        found = [_of_module(model, sae) for sae in (given.values() if isinstance(given, Mapping) else given)]
-    if not found:
-        raise GemmaScopeError("No SAE was given.")
-    return found
+    if isinstance(saes, SAESuite) and len(saes):
+        return [_of_suite(model, saes, key) for key in saes]
+    return [_of_module(model, sae) for sae in as_saes(saes, whole=True)]
 
 
 @torch.no_grad()
 def latents_of(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> SparseActs:
-    """The active latents of ``x`` alone; hooks on the SAE's own points fire."""
+    """The active latents of ``x`` alone; hooks on the SAE's own points fire. The SAE moves to the device of ``x``."""
+    bring(sae, x.device)
     if _encodes_sparsely(sae):
         return encode_sparse(x, sae.W_enc, sae.b_enc, sae.threshold)
     with _flat(sae):
@@ -71,6 +67,7 @@ def latents_of(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> SparseActs:
 @torch.no_grad()
 def latents_and_output(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> tuple[SparseActs, Float[torch.Tensor, "n d_out"]]:
     """The active latents of ``x`` and the SAE's output, from one encoding; hooks on the SAE's own points fire."""
+    bring(sae, x.device)
     if _encodes_sparsely(sae):
         acts = latents_of(sae, x)
         out, skipped = decode_sparse(acts, sae.W_dec, sae.b_dec), sae.skip(x)
@@ -141,8 +138,6 @@ def _of_suite(model: Any, suite: SAESuite, key: tuple[str, int | None]) -> Subje
 
     def get() -> Any:
         sae = suite[key]
-        if sae.device != torch.device(model.cfg.device):
-            sae = sae.to(model.cfg.device)
         site, layer = locate(sae)
         model._check_fits(sae, site, layer)
         return sae

@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Int
-
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import LatentCounts, TokenMean
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET
 from gemma_scope_tl.evals.intervals import Bootstrap
-from gemma_scope_tl.evals.packing import as_tokens
+from gemma_scope_tl.evals.packing import as_rows
 from gemma_scope_tl.evals.run import ABLATIONS, Run, Settings
 from gemma_scope_tl.evals.store import Store
 from gemma_scope_tl.evals.subjects import Subject, subjects_of
 from gemma_scope_tl.evals.tables import position_rows, summary_row
 from gemma_scope_tl.evals.units import CLEAN, Unit
+from gemma_scope_tl.inputs import Text, TokenBatch
+from gemma_scope_tl.tokens import ExcludeTokens, excluded_ids
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +72,7 @@ class Evaluation:
 def measure_suite(
     model: Any,
     saes: Any | Iterable[Any],
-    data: Sequence[str] | Int[torch.Tensor, "rows pos"],
+    data: Text,
     context: int = 256,
     batch_size: int = 8,
     progress: bool = True,
@@ -83,20 +82,25 @@ def measure_suite(
     memory_budget: int = MEMORY_BUDGET,
     cache: str | PathLike[str] | None = None,
     checkpoint_every: int = 16,
+    exclude_special_tokens: ExcludeTokens = True,
+    attention_mask: Any = None,
 ) -> Evaluation:
     """:func:`evaluate`, returning everything that was measured rather than one table."""
     subjects = subjects_of(model, saes)
-    tokens = as_tokens(model, data, context)
+    rows = as_rows(model, data, context, attention_mask)
+    held = rows.mask.any(-1)
+    rows = TokenBatch(rows.ids[held], rows.mask[held])  # a row of padding alone is no sequence
     settings = Settings(batch_size, tuple(ablations), uniformity, memory_budget, checkpoint_every, progress)
-    run = Run(model, subjects, tokens, model.excluded_ids(True), settings, Store(cache))
+    special = excluded_ids(model.tokenizer, exclude_special_tokens, must_know=True)
+    run = Run(model, subjects, rows, special, settings, Store(cache))
     run.finish()
-    return Evaluation(subjects, run.units, tokens.shape[0], settings.ablations)
+    return Evaluation(subjects, run.units, len(rows.ids), settings.ablations)
 
 
 def evaluate(
     model: Any,
     saes: Any | Iterable[Any],
-    data: Sequence[str] | Int[torch.Tensor, "rows pos"],
+    data: Text,
     context: int = 256,
     batch_size: int = 8,
     progress: bool = True,
@@ -109,6 +113,8 @@ def evaluate(
     seed: int = 0,
     memory_budget: int = MEMORY_BUDGET,
     cache: str | PathLike[str] | None = None,
+    exclude_special_tokens: ExcludeTokens = True,
+    attention_mask: Any = None,
 ) -> pd.DataFrame:
     """Measure SAEs on a model (paper, section 4.1). All see the same tokens and share one clean pass.
 
@@ -118,9 +124,10 @@ def evaluate(
 
     Args:
         model: from ``load_model``.
-        saes: one or several SAEs or transcoders, or a suite; a transcoder is measured against its true target, the
-            MLP's output.
-        data: texts, packed into rows of BOS and ``context - 1`` tokens; or token ids.
+        saes: one or several SAEs or transcoders, a mapping or a suite; a transcoder is measured against its true
+            target, the MLP's output.
+        data: texts, packed into rows of BOS and ``context - 1`` tokens; or token ids, a ``BatchEncoding`` or
+            conversations, each a row. Padding, on either side, and rows of it alone count nothing.
         context: tokens in a row, when texts are given.
         batch_size: rows in a forward pass, fewer where the memory budget asks for it.
         progress: show a bar.
@@ -132,6 +139,9 @@ def evaluate(
         memory_budget: bytes that tensors may take beside the weights, 1 GiB by default (:class:`~run.Settings`).
         cache: a folder. What was measured before is read from it, and an evaluation that was stopped goes on, to the
             same bits; model, SAEs and tokens are told apart by their content.
+        exclude_special_tokens: what is neither spliced, ablated nor counted: BOS, EOS and padding, or the given ids, or
+            padding alone.
+        attention_mask: of token ids, ``[rows, pos]``, 1 at text; by default it follows from their padding.
 
     Returns:
         A row per SAE: ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss,
@@ -145,5 +155,6 @@ def evaluate(
         AdapterMismatch: when re-running layers does not reproduce the full pass.
     """
     options: dict[str, Any] = {"uniformity": uniformity, "memory_budget": memory_budget, "cache": cache}
+    options |= {"exclude_special_tokens": exclude_special_tokens, "attention_mask": attention_mask}
     found = measure_suite(model, saes, data, context, batch_size, progress, ablations=ablations, **options)
     return found.by_position() if by_position else found.table(confidence, resamples, seed)

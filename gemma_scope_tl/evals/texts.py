@@ -16,9 +16,10 @@ def read_texts(source: str | PathLike[str] | None = None, column: str = "text", 
     """Texts one by one, read when asked for.
 
     Args:
-        source: a ``.txt`` file (one text), a ``.jsonl`` file (an object with ``column`` per line), or a data set's
-            name, with its configuration after a colon (``"monology/pile-uncopyrighted"``, ``"wikitext:wikitext-2-v1"``)
-            and streamed; None for the bundled held-out text.
+        source: a ``.txt`` file (one text), a ``.jsonl`` file (an object with ``column`` per line), a ``.json`` file
+            (the same, or a list of objects), or a data set's name, with its configuration after a colon
+            (``"monology/pile-uncopyrighted"``, ``"wikitext:wikitext-2-v1"``) and streamed; None for the bundled
+            held-out text.
         column: where the text is.
         split: of a data set.
 
@@ -38,23 +39,35 @@ def read_records(
         GemmaScopeError: for a file that cannot be read, or a data set that cannot be had.
     """
     path = HELD_OUT_TEXT if source is None else Path(source)
-    if path.suffix == ".txt":
+    kind = path.suffix.lower()
+    if kind == ".txt":
         yield {column: _content(path)}
-    elif path.suffix in (".jsonl", ".json"):
-        yield from _lines(path)
+    elif kind in (".jsonl", ".json"):
+        yield from _records(path)
     else:
         yield from _dataset(str(source), split)
 
 
 def _content(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # editors on Windows write a mark first
     except (OSError, UnicodeDecodeError) as error:
         raise GemmaScopeError(f"Cannot read {path} as UTF-8 text: {error}") from error
+    if not content.strip():
+        raise GemmaScopeError(f"{path} is empty: it holds no text.")
+    return content
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_content(path).splitlines(), 1):
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    content = _content(path)
+    if content.lstrip().startswith("["):
+        try:
+            listed: Any = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise GemmaScopeError(f"{path} is not JSON: {error}") from error
+        yield from (record if isinstance(record, dict) else {} for record in listed)
+        return
+    for number, line in enumerate(content.split("\n"), 1):  # other separators may stand inside a JSON string
         if not line.strip():
             continue
         try:

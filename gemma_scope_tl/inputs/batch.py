@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.inputs.choices import as_index, is_index, shown
 from gemma_scope_tl.inputs.tokenizing import pad_id, padded, rendered, tokenize, too_long
-from gemma_scope_tl.tokens import text_mask
+from gemma_scope_tl.tokens import special_mask, text_mask
 
 Text = Any
 """A text, several (list, array, Series, column of a data set, iterator), chat messages, token ids, a mapping that
@@ -46,6 +46,20 @@ class TokenBatch:
     def length(self) -> Int[torch.Tensor, " batch"]:
         """How many tokens of text each row has."""
         return self.mask.sum(-1)
+
+    @property
+    def attention_mask(self) -> Int[torch.Tensor, "batch pos"]:
+        """The mask as models take it: 1 at text."""
+        return self.mask.long()
+
+    @property
+    def place(self) -> Int[torch.Tensor, "batch pos"]:
+        """The position in its text of each column, from 0; no text's where the mask is False."""
+        return torch.arange(self.mask.shape[1], device=self.mask.device) - self.start[:, None]
+
+    def ordinary(self, special: Iterable[int]) -> Bool[torch.Tensor, "batch pos"]:
+        """True at text that is none of the ``special`` ids."""
+        return self.mask & ~special_mask(self.ids, special)
 
 
 def as_batch(

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.files import append_line
 
 RETRIED = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 529))
 LONGEST_WAIT = 60.0
@@ -70,9 +71,7 @@ class AnswerLog:
             self._known[key] = answer
             if self.path is None:
                 return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "model": model, "answer": answer}) + "\n")
+            append_line(self.path, json.dumps({"key": key, "model": model, "answer": answer}))
 
     def _read(self, path: Path) -> None:
         try:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
-from gemma_scope_tl.evals.packing import as_tokens
+from gemma_scope_tl.evals.packing import as_tokens, special_ids
 from gemma_scope_tl.evals.subjects import Subject, latents_of, subjects_of
+from gemma_scope_tl.inputs import Text, as_indices
 from gemma_scope_tl.interp.sampling import Collector, Sampling
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class Examples:
 def top_examples(
     model: Any,
     saes: Any,
-    data: Sequence[str] | torch.Tensor,
+    data: Text,
     context: int = 256,
     batch_size: int = 8,
     progress: bool = True,
@@ -212,7 +213,7 @@ def passes(
 
     places = list(dict.fromkeys(subject.place for subject in subjects))
     total = -(-tokens.shape[0] // rows)
-    batches = clean_batches(model, tokens, places, model.excluded_ids(True), rows)
+    batches = clean_batches(model, tokens, places, special_ids(model), rows)
     for batch in track(batches, what, total, transient=True, disable=not progress):
         yield batch.start, batch, {place: batch.activations(place) for place in places}
 
@@ -237,7 +238,7 @@ def chosen_latents(subject: Subject, latents: Iterable[int] | None) -> NDArray[n
     """
     if latents is None:
         return np.arange(subject.d_sae)
-    chosen = np.unique(np.asarray(list(latents), np.int64))
+    chosen = np.unique(np.asarray(as_indices(latents), np.int64))
     if not len(chosen):
         raise GemmaScopeError("No latent was given; None stands for all.")
     if chosen[0] < 0 or chosen[-1] >= subject.d_sae:

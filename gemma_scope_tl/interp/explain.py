@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gemma_scope_tl.inputs import as_indices
 from gemma_scope_tl.interp.client import Answerer, Prompt
 from gemma_scope_tl.interp.examples import Example, Examples
 
@@ -39,7 +40,7 @@ def explain(client: Answerer, examples: Examples, latents: Iterable[int] | None 
     """
     import pandas as pd
 
-    chosen = [int(latent) for latent in (examples.latents if latents is None else latents)]
+    chosen = as_indices(examples.latents if latents is None else latents)
     shown = {latent: examples.of(latent, "top") for latent in chosen}
     shown = {latent: found for latent, found in shown.items() if found}
     answers = client.answers([explanation_prompt(found) for found in shown.values()])

@@ -64,8 +64,8 @@ def steer(
         ``(hook name, hook)`` for ``fwd_hooks``, ``add_hook`` or ``hooks``.
 
     Raises:
-        SpliceError: no such latent, not one number a latent, a missing ``mean_norm``, or an SAE that does not say
-            where it belongs.
+        SpliceError: no such latent, not one number a latent, a missing ``mean_norm``, a number that is not finite, or
+            an SAE that does not say where it belongs.
         UnknownNameError: another ``unit`` or ``on``, a latent that was not loaded, a site that ``mean_norm`` lacks.
     """
     if unit not in UNITS:
@@ -76,7 +76,8 @@ def steer(
     if unit == "norm" and on == "features":
         raise SpliceError('A hook on features does not see ||x||: use unit="mean_norm", or on="activations".')
     if unit == "mean_norm":
-        amounts = amounts * _looked_up(mean_norm, name.removesuffix(".hook_sae_acts_post"))
+        norm = _looked_up(mean_norm, name.removesuffix(".hook_sae_acts_post"))
+        amounts = amounts * _numbers(norm, chosen, "mean_norm").to(amounts.device)
     elif mean_norm is not None:
         raise SpliceError(f'mean_norm= goes with unit="mean_norm"; the unit given is {unit!r}.')
     if unit != "activation":
@@ -207,6 +208,8 @@ def _numbers(given: Numbers, latents: list[int], name: str) -> torch.Tensor:
             f"{name}= takes one number, or one for each of the {len(latents)} latents; given: shape "
             f"{list(numbers.shape)}."
         )
+    if not numbers.is_meta and not bool(numbers.isfinite().all()):
+        raise SpliceError(f"{name}= takes finite numbers; given: {given}.")
     return numbers.expand(len(latents))
 
 

@@ -96,7 +96,8 @@ class Steer(Intervention):
 
     def edited(self, x: torch.Tensor) -> torch.Tensor:
         """``x + v`` or ``x + ||x|| v``, in the wider of both dtypes."""
-        vector = self.vector.to(x.device, torch.promote_types(x.dtype, self.vector.dtype))
+        self.vector = self.vector.to(x.device)
+        vector = self.vector.to(torch.promote_types(x.dtype, self.vector.dtype))
         return x + x.to(vector.dtype).norm(dim=-1, keepdim=True) * vector if self.by_norm else x + vector
 
 
@@ -153,13 +154,18 @@ class _WithNumbers(LatentEdit):
         super().__init__(source, latents, **where)
         self.numbers = numbers
 
+    def numbers_for(self, acts: torch.Tensor) -> Float[torch.Tensor, " k"]:
+        """The numbers, on the device and in the dtype of the activations."""
+        self.numbers = self.numbers.to(acts.device)
+        return self.numbers.to(acts.dtype)
+
 
 class Clamp(_WithNumbers):
     """``f_i -> c_i``."""
 
     def changed(self, acts: torch.Tensor) -> torch.Tensor:
         """The numbers, at every position."""
-        return self.numbers.to(acts).expand_as(acts)
+        return self.numbers_for(acts).expand_as(acts)
 
 
 class Scale(_WithNumbers):
@@ -167,7 +173,7 @@ class Scale(_WithNumbers):
 
     def changed(self, acts: torch.Tensor) -> torch.Tensor:
         """The activations times the numbers."""
-        return self.numbers.to(acts) * acts
+        return self.numbers_for(acts) * acts
 
 
 class SteerLatents(_WithNumbers):
@@ -175,4 +181,4 @@ class SteerLatents(_WithNumbers):
 
     def changed(self, acts: torch.Tensor) -> torch.Tensor:
         """The activations plus the numbers."""
-        return acts + self.numbers.to(acts)
+        return acts + self.numbers_for(acts)

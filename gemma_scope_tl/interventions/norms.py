@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
 
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.inputs import Text, as_batch, as_indices
 from gemma_scope_tl.sites import Site, flatten_heads, get_site
-from gemma_scope_tl.tokens import special_mask, special_token_ids
+from gemma_scope_tl.tokens import special_token_ids
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def mean_norms(
     model: Any,
-    text: str | Sequence[str] | Int[torch.Tensor, "batch pos"],
+    text: Text,
     sites: str | Iterable[str] = ("res", "mlp", "att", "embedding"),
-    layers: Iterable[int] | None = None,
+    layers: int | Iterable[int] | None = None,
     batch_size: int = 8,
+    attention_mask: Any = None,
 ) -> pd.DataFrame:
     """The mean norm ``E||x||`` of activations at sites, over the ordinary tokens of some text.
 
@@ -31,10 +32,11 @@ def mean_norms(
 
     Args:
         model: from ``load_model``.
-        text: a text, several (padded on the left), or token ids.
+        text: as :func:`~gemma_scope_tl.features` takes it.
         sites: names of sites; ``"transcoder"`` means its output, which is what steering edits (the mlp site's tensor).
         layers: all by default.
         batch_size: rows in a forward pass.
+        attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
 
     Returns:
         A row per site and layer: ``site, layer, hook, mean_norm, tokens``. ``hook`` is HookedTransformer's name, by
@@ -48,12 +50,11 @@ def mean_norms(
     import pandas as pd
 
     places = _places(model, [sites] if isinstance(sites, str) else sites, layers)
-    tokens = text if isinstance(text, torch.Tensor) else model.to_tokens(text)
-    tokens = (tokens[None] if tokens.ndim == 1 else tokens).to(model.cfg.device)
+    given = as_batch(model, text, attention_mask)
     hooks = {site.hook_name_out(layer, "hooked_transformer") for site, layer in places}
-    sums, count = dict.fromkeys(hooks, 0.0), 0
-    for batch in tokens.split(batch_size):
-        ordinary = ~special_mask(batch, special_token_ids(model.tokenizer))
+    sums, count, counted = dict.fromkeys(hooks, 0.0), 0, given.ordinary(special_token_ids(model.tokenizer))
+    parts = (one.split(batch_size) for one in (given.ids, given.attention_mask, counted))
+    for ids, mask, ordinary in zip(*parts, strict=True):
         count += int(ordinary.sum())
 
         def add(value: torch.Tensor, hook: Any, name: str, ordinary: torch.Tensor = ordinary) -> None:
@@ -61,7 +62,7 @@ def mean_norms(
             sums[name] += norms.double().sum().item()
 
         pairs = [(name, lambda value, hook, name=name, add=add: add(value, hook, name)) for name in sorted(hooks)]
-        model.run_with_hooks(batch, fwd_hooks=pairs)
+        model.run_with_hooks(ids, attention_mask=mask, fwd_hooks=pairs)
     if count == 0:
         raise GemmaScopeError("The text holds no token but BOS, EOS and padding: give more.")
     names = [site.hook_name_out(layer, "hooked_transformer") for site, layer in places]
@@ -76,8 +77,8 @@ def mean_norms(
     )
 
 
-def _places(model: Any, sites: Iterable[str], layers: Iterable[int] | None) -> list[tuple[Site, int | None]]:
-    chosen = list(range(model.dims.n_layers)) if layers is None else list(layers)
+def _places(model: Any, sites: Iterable[str], layers: int | Iterable[int] | None) -> list[tuple[Site, int | None]]:
+    chosen = list(range(model.dims.n_layers)) if layers is None else as_indices(layers)
     places: list[tuple[Site, int | None]] = []
     for site in map(get_site, sites):
         places += [(site, layer) for layer in chosen] if site.per_layer else [(site, None)]

@@ -10,7 +10,9 @@ from jaxtyping import Float
 
 from gemma_scope_tl.attached import locate
 from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.inputs import as_indices
 from gemma_scope_tl.sae.latents import Latents
+from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import Site, get_site
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def chosen_latents(source: Source, latents: int | Iterable[int]) -> list[int]:
     """
     from gemma_scope_tl.sae.base import checked_latents
 
-    chosen = [int(latent) for latent in ([latents] if isinstance(latents, int) else latents)]
+    chosen = as_indices(latents)
     if isinstance(source, Latents):
         for latent in chosen:
             source.position(latent)
@@ -64,11 +66,14 @@ def encode_latents(
 ) -> Float[torch.Tensor, "... k"]:
     """Activations of some latents (None: all that ``source`` has) on flat ``x``, passing none of its hook points.
 
+    ``source`` moves to the device of ``x``, in place.
+
     Raises:
         SpliceError: for loaded latents without encoder columns.
     """
     from gemma_scope_tl.sae.base import GemmaScopeMixin
 
+    bring(source, x.device)
     if isinstance(source, Latents):
         acts = source.encode(x)
         return acts if latents is None else acts[..., [source.position(latent) for latent in latents]]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from gemma_scope_tl.errors import RegistryError, UnknownNameError, nearest, unknown_name
+from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.locate import add_file, forget_packages, release_files, remove_file
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.schema import ReleaseFile, SAERow, read_release
@@ -69,7 +70,7 @@ def register_release(path: str | Path) -> str:
     Raises:
         RegistryError: with every problem of the file; or when another file has one of its names, saying which.
     """
-    file = Path(path).expanduser().absolute()
+    file = checked_path(path).absolute()
     release = read_release(file)
     clear_cache()
     add_file(file)

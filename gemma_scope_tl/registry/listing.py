@@ -173,7 +173,9 @@ def _results(path: Path) -> pd.DataFrame:
         frame = pd.read_csv(path, dtype=dict.fromkeys(("release", "id", "sha256"), "string"))
         found = frame.rename(columns={"l0": "l0_measured"})
         return found.astype(METRICS)  # pyright: ignore
-    except (OSError, ValueError, KeyError) as error:  # pandas' parser errors are ValueErrors
+    except OSError as error:
+        raise RegistryError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
+    except (ValueError, KeyError) as error:  # pandas' parser errors are ValueErrors
         raise RegistryError(f"{path} does not hold results: {error} Install the package again.") from error
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import cast
 
 from gemma_scope_tl.errors import RegistryError
+from gemma_scope_tl.files import checked_path, expanded
 
 EXTRA_FOLDERS_VARIABLE = "GEMMA_SCOPE_TL_REGISTRY"
 ENTRY_POINT_GROUP = "gemma_scope_tl.releases"
@@ -54,28 +55,28 @@ def extra_folders(variable: str | None = None) -> tuple[Path, ...]:
         RegistryError: when one of them does not exist.
     """
     value = os.environ.get(EXTRA_FOLDERS_VARIABLE, "") if variable is None else variable
-    folders = tuple(Path(part).expanduser() for part in value.split(os.pathsep) if part)
+    folders = tuple(checked_path(part) for part in value.split(os.pathsep) if part)
     for folder in folders:
         if not folder.is_dir():
             raise RegistryError(f"{EXTRA_FOLDERS_VARIABLE} names {folder}, which is not a folder.")
     return folders
 
 
-def user_folder() -> Path:
-    """The user's own registry folder, which need not exist.
+def user_folder() -> Path | None:
+    """The user's own registry folder, which need not exist; None for a user without a home.
 
     ``$XDG_CONFIG_HOME/gemma_scope_tl/registry``, and without that variable (or with a relative path in it, which its
     specification says to ignore) ``~/.config/gemma_scope_tl/registry``.
     """
     given = Path(os.environ.get("XDG_CONFIG_HOME", ""))
-    home = given if given.is_absolute() else Path("~/.config")
-    return Path(os.path.expanduser(home)) / "gemma_scope_tl" / "registry"
+    home = given if given.is_absolute() else expanded("~/.config")
+    return home and home / "gemma_scope_tl" / "registry"
 
 
 def release_files() -> tuple[Path, ...]:
     """Every registry file once: the package's own, the extra folders', the user's, packages', registered ones."""
     folders = (builtin_folder(), *extra_folders(), user_folder())
-    found = [path for folder in folders for path in _in_folder(folder)]
+    found = [path for folder in folders if folder is not None for path in _in_folder(folder)]
     return _distinct([*found, *_of_packages(), *_registered])
 
 

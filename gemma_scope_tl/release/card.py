@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import fields
@@ -16,6 +17,7 @@ NOT_STATED = "Not stated by the authors."
 TAGS = ("sparse-autoencoder", "jumprelu", "mechanistic-interpretability")
 SAE_LENS_FOLDER = "sae_lens"
 CIRCUIT_TRACER_FOLDER = "circuit_tracer"
+_ENTITIES = {"<": "&lt;", "&": "&amp;"}
 
 
 def render_card(
@@ -37,8 +39,8 @@ def render_card(
         layouts: which of ``gemma-scope``, ``sae-lens`` and ``circuit-tracer`` are there.
     """
     kinds = {"transcoders" if item.site == "transcoder" else "SAEs" for item in items}
-    first = f"{len(items)} JumpReLU {' and '.join(sorted(kinds))} of {about.base_model or items[0].model}."
-    notes = "\n".join(f"- {note}" for note in about.notes)
+    first = f"{len(items)} JumpReLU {' and '.join(sorted(kinds))} of {cell(about.base_model or items[0].model)}."
+    notes = "\n".join("- " + "\n  ".join(note.splitlines()) for note in about.notes)
     sections = [
         _front_matter(about, layouts),
         f"# {name}",
@@ -48,10 +50,24 @@ def render_card(
         f"## SAEs\n\n{_table(items, paths, rows, about)}",
         f"## Training data\n\n{about.data or NOT_STATED}",
         f"## Recipe\n\n{_recipe(about)}",
-        f"## Licence\n\nThe weights: {about.license}.",
+        f"## Licence\n\nThe weights: {cell(about.license)}.",
         *([f"## Notes\n\n{notes}"] if notes else []),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def cell(value: object) -> str:
+    """A value in a cell or a sentence: on one line, and never as Markdown or HTML."""
+    text = " ".join(str(value).split())
+    return re.sub(r"([\\`*\[\]|~])|(<)|(&)|(\b_|_\b)", lambda m: _ENTITIES.get(m[0], f"\\{m[0]}"), text)
+
+
+def code(value: str) -> str:
+    """A value as code, in a cell too: on one line, between more backticks than it holds."""
+    text = " ".join(value.split())
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{'`' * (longest + 1)}{pad}{text}{pad}{'`' * (longest + 1)}".replace("|", "\\|")
 
 
 def _front_matter(about: About, layouts: Sequence[str]) -> str:
@@ -74,7 +90,7 @@ def _summary(items: Sequence[Item]) -> str:
         layers = _ranges(sorted({item.layer for item in here if item.layer is not None}))
         l0s = sorted(round(item.l0) for item in here)
         span = str(l0s[0]) if l0s[0] == l0s[-1] else f"{l0s[0]}-{l0s[-1]}"
-        lines.append(f"| {model} | {site} | {layers} | {width_label(d_sae)} ({d_sae}) | {len(here)} | {span} |")
+        lines.append(f"| {cell(model)} | {site} | {layers} | {width_label(d_sae)} ({d_sae}) | {len(here)} | {span} |")
     return "\n".join(lines)
 
 
@@ -117,7 +133,7 @@ def _table(items: Sequence[Item], paths: Sequence[str], rows: Sequence[Row | Non
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for item, path, row in zip(items, paths, rows, strict=True):
         layer = "" if item.layer is None else str(item.layer)
-        cells = [f"`{path}`", item.site, layer, str(item.d_sae), *(_number((row or {}).get(name)) for name in shown)]
+        cells = [code(path), item.site, layer, str(item.d_sae), *(_number((row or {}).get(name)) for name in shown)]
         lines.append(f"| {' | '.join(cells)} |")
     if not shown:
         return "\n".join([*lines, "", "No measurements were given; the number in a folder's name is its rounded L0."])
@@ -143,6 +159,6 @@ def _recipe(about: About) -> str:
             list(paper) if isinstance(paper, tuple) else paper
         )
         by = "search" if name in about.searched else "the paper" if same else "set beforehand"
-        lines.append(f"| {name} | {value} | {paper} | {by} |")
+        lines.append(f"| {cell(name)} | {cell(value)} | {cell(paper)} | {by} |")
     source = "Gemma Scope (Lieberum et al., 2024)"
     return "\n".join([*lines, "", f"The paper is {source}; it has no value where the column is empty."])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError
-from gemma_scope_tl.files import file_sha256
+from gemma_scope_tl.files import checked_path, file_sha256
 from gemma_scope_tl.registry.containment import inside
 from gemma_scope_tl.registry.schema import CFG_FILE, WEIGHTS_FILES, ReleaseFile, read_release
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER
@@ -72,7 +72,7 @@ def read_contents(folder: str | os.PathLike[str], logs: bool = False) -> Content
     Raises:
         GemmaScopeError: when the folder holds no release, several, or one whose files are not all there.
     """
-    root = Path(folder).expanduser()
+    root = checked_path(folder)
     if not root.is_dir():
         raise GemmaScopeError(f"{root} is not a folder. {_EXPORT}")
     file, release = _registry_file(root)
@@ -178,7 +178,9 @@ def _check_transcoder(path: Path) -> None:
 
     try:
         arrays = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror}). Check its disk and its permissions.") from error
+    except SafetensorError as error:
         raise WeightsError(f"{path} is not a safetensors file ({error}). {_EXPORT}") from error
     bad = [name for name, array in arrays.items() if not bool(array.isfinite().all())]
     if bad:

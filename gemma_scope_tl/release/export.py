@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.files import replace_files, write_atomically
+from gemma_scope_tl.files import checked_path, make_folder, replace_files, write_atomically
+from gemma_scope_tl.registry.schema import NAME
 from gemma_scope_tl.release.about import About
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER, render_card
 from gemma_scope_tl.release.items import Item, collect
@@ -19,6 +21,7 @@ from gemma_scope_tl.release.metrics import match_metrics
 if TYPE_CHECKING:
     import pandas as pd
 
+_LONGEST_NAME = 200  # a site and an ending follow
 Layout = Literal["gemma-scope", "sae-lens", "both"]
 Repos = Literal["one", "site"]
 
@@ -65,10 +68,11 @@ def export_suite(
         WeightsError: a file of the source fails a check.
     """
     _check_choices(layout, repos, circuit_tracer, about)
-    root = Path(out).expanduser()
+    root = checked_path(out)
     title = name or root.resolve().name
     items = collect(source, model, site)
     _check_out(root, source)
+    _check_title(title)
     groups = _groups(items, repos, title, root)
     matched = dict(zip(map(id, items), match_metrics(items, metrics), strict=True))
     layouts: list[str] = ["gemma-scope", "sae-lens"] if layout == "both" else [layout]
@@ -92,6 +96,13 @@ def _check_choices(layout: str, repos: str, circuit_tracer: bool, about: About) 
         raise unknown_name("choice of repositories", repos, get_args(Repos))
     if circuit_tracer and not about.base_model:
         raise GemmaScopeError("circuit-tracer's config.yaml names the model on the Hub: give about.base_model.")
+
+
+def _check_title(title: str) -> None:
+    """Before anything is written: the registry file is called so."""
+    if not re.fullmatch(NAME, title) or len(title) > _LONGEST_NAME:
+        what = f"A release is called by letters, digits, '.', '_' and '-', {_LONGEST_NAME} at most, not {title[:80]!r}"
+        raise GemmaScopeError(f"{what}: give another name.")
 
 
 def _check_out(root: Path, source: Any) -> None:
@@ -119,6 +130,7 @@ def _write_weights(folder: Path, items: Sequence[Item], layouts: Sequence[str], 
 
     sites = {item.site for item in items if item.site != "embedding"}
     inner = [item.inner if len(sites) < 2 or item.layer is None else f"{item.site}/{item.inner}" for item in items]
+    make_folder(folder)
     _refuse_strangers(folder, {f"{prefix}{path}" for path in inner for prefix in ("", f"{SAE_LENS_FOLDER}/")})
     for item, path in zip(items, inner, strict=True):
         if "gemma-scope" in layouts:
@@ -167,7 +179,7 @@ def _write_registry(
         format=checked_format(layout),
         canonical=canonical,
     )
-    write_draft(draft_release(str(folder), folder, options), folder, force=True)
+    write_draft(draft_release(str(folder), folder, options), folder / f"{release}.yaml", force=True)
 
 
 @contextmanager

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.files import checked_path
+from gemma_scope_tl.registry.schema import parse_release
 from gemma_scope_tl.registry.widths import width_label
+from gemma_scope_tl.weights.sniff import PARAMS_NAME
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 SUITE_FILE = "suite.json"
+_JOBS = "jobs/"  # where the jobs of a run on Ray keep their own suites
+_COLUMNS = ("id", "site", "layer", "width", "d_sae", "d_in", "l0", "path", "sha256")
+_DECIMALS = 3
 _DEAD = (
     "No latent of it fires, and a registry file cannot hold it: leave it out, or name the folder average_l0_N with its "
     "measured L0."
@@ -31,6 +38,7 @@ class Item:
         site, layer: where it belongs; no layer for the embedding.
         d_sae: its latents.
         l0: mean number of active latents; its rounded value is in the folder's name.
+        decimals: of it in the name, as many as tell it from the other SAEs of its place and width.
         model: the model's name, without its owner.
         row: where its files are; None for an SAE in memory.
         sae: the SAE in memory, or None.
@@ -43,12 +51,13 @@ class Item:
     model: str
     row: SAERow | None = None
     sae: Any = None
+    decimals: int = 0
 
     @property
     def inner(self) -> str:
         """Gemma Scope's folder, without the site's: ``layer_L/width_W/average_l0_N`` or ``embedding/width_W/…``."""
         head = "embedding" if self.layer is None else f"layer_{self.layer}"
-        return f"{head}/width_{width_label(self.d_sae)}/average_l0_{_l0_label(self.l0)}"
+        return f"{head}/width_{width_label(self.d_sae)}/average_l0_{_l0_label(self.l0, self.decimals)}"
 
     def load(self) -> Any:
         """The SAE, checked."""
@@ -68,9 +77,9 @@ class Item:
         return fetch(self.row)
 
 
-def _l0_label(l0: float) -> str:
+def _l0_label(l0: float, decimals: int = 0) -> str:
     """The L0 in a folder's name: rounded, and below one half, where that would say 0, with decimals."""
-    return str(round(l0)) if round(l0) else f"{l0:.3f}"
+    return f"{l0:.{decimals if round(l0) else _DECIMALS}f}"
 
 
 def collect(source: Any, model: str | None = None, site: str | None = None) -> list[Item]:
@@ -96,6 +105,9 @@ def collect(source: Any, model: str | None = None, site: str | None = None) -> l
     models = sorted({item.model for item in items})
     if len(models) > 1:
         raise GemmaScopeError(f"The SAEs are of several models ({', '.join(models)}): export each model's alone.")
+    for decimals in range(1, _DECIMALS + 1):  # as training names its folders
+        count = Counter((item.site, item.inner) for item in items)
+        items = [replace(item, decimals=decimals) if count[item.site, item.inner] > 1 else item for item in items]
     seen: set[tuple[str, str]] = set()
     for item in items:
         if float(_l0_label(item.l0)) <= 0:
@@ -107,14 +119,16 @@ def collect(source: Any, model: str | None = None, site: str | None = None) -> l
 
 
 def _from_place(source: str | PathLike[str], model: str | None, site: str | None) -> list[Item]:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = checked_path(source)
+    said, listed = _trained_suite(folder, model)
+    if listed is not None:
+        rows = listed
+    elif folder.is_dir():
         dead = sorted(str(path) for path in folder.rglob("average_l0_0") if path.is_dir())
         if dead:
             raise GemmaScopeError(f"{dead[0]} says that its SAE has an L0 of 0. {_DEAD}")
         from gemma_scope_tl.contributing.draft import Options, draft_release
 
-        said = model or _model_of_suite(folder)
         options = Options(release="draft", model=said, site=site, license="unknown")
         release = draft_release(str(folder.resolve()), folder.resolve().parent, options).release
         rows = release.at(folder.resolve().parent).rows
@@ -146,14 +160,40 @@ def _from_memory(sae: Any, model: str | None) -> Item:
     return Item(site.name, layer, int(sae.cfg.d_sae), float(l0), str(name).rpartition("/")[2], sae=sae)
 
 
-def _model_of_suite(folder: Path) -> str | None:
-    """The model's name in a trained suite's ``suite.json``, None where it says nothing."""
+def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequence[SAERow] | None]:
+    """The model's name according to a trained suite's ``suite.json``, and the suite's SAEs.
+
+    No SAEs where that file does not list those that are there: some were taken out, or put in, by hand.
+    """
     file = folder / SUITE_FILE
     if not file.is_file():
-        return None
+        return model, None
     try:
         data: Any = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GemmaScopeError(f"{file} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
         raise GemmaScopeError(f"{file} is not JSON: {error}") from None
-    name = cast("dict[str, Any]", data).get("model") if isinstance(data, dict) else None
-    return name.rpartition("/")[2] if isinstance(name, str) and name else None
+    facts: dict[str, Any] = data if isinstance(data, dict) else {}
+    name = model or _model_of(facts)
+    rows = facts.get("saes")
+    if name is None or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return name, None
+    listed = cast("list[dict[str, Any]]", rows)
+    there = {file.parent.relative_to(folder).as_posix() for file in folder.rglob(PARAMS_NAME)}
+    if {row.get("path") for row in listed} != {path for path in there if not path.startswith(_JOBS)}:
+        return name, None
+    for row in listed:
+        if row.get("l0") == 0:
+            raise GemmaScopeError(f"{folder / str(row['path'])}: its SAE has an L0 of 0. {_DEAD}")
+    saes = [{key: row.get(key) for key in _COLUMNS} for row in listed]
+    head = {"release": "draft", "repo": str(folder.resolve()), "model": name, "license": "unknown", "description": "-"}
+    return name, parse_release({**head, "saes": saes}, str(file)).rows
+
+
+def _model_of(facts: Mapping[str, Any]) -> str | None:
+    """The model's name without its owner or folder; ``train_suite`` keeps it with the configuration."""
+    config = facts.get("config")
+    section = config.get("model") if isinstance(config, dict) else None
+    said = facts.get("model", section.get("name") if isinstance(section, dict) else None)
+    return (str(said).rstrip("/").rpartition("/")[2] or None) if isinstance(said, str) else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.files import checked_path, write_atomically
 from gemma_scope_tl.registry.render import render_release
 from gemma_scope_tl.registry.schema import ReleaseFile, read_release
 from gemma_scope_tl.release.contents import Contents, Part, check_contents, read_contents
@@ -301,7 +301,7 @@ def _check_repo_id(repo_id: Any) -> None:
 def _registry_target(contents: Contents, repo_id: str, out: str | os.PathLike[str] | None) -> Path:
     """Where the registry file goes. Only one of the same release and repository is ever replaced."""
     name = f"{contents.release.release}.yaml"
-    place = Path(out).expanduser() if out is not None else contents.folder.resolve().parent
+    place = checked_path(out) if out is not None else contents.folder.resolve().parent
     target = place if place.suffix == ".yaml" else place / name
     if target.name != name:
         raise GemmaScopeError(f"A registry file is named like its release: {name}, not {target.name}.")

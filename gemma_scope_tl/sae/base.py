@@ -25,10 +25,11 @@ from sae_lens.saes.sae import SAE, _disable_hooks  # pyright: ignore[reportPriva
 from torch import nn
 
 from gemma_scope_tl.dtypes import parse_dtype
-from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError, device_mismatch
+from gemma_scope_tl.sae.indices import as_indices
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     import numpy as np
 
@@ -43,13 +44,13 @@ def _name(dtype: str | torch.dtype) -> str:
     return str(parse_dtype(dtype)).removeprefix("torch.")
 
 
-def checked_latents(latents: Sequence[int] | torch.Tensor, d_sae: int) -> list[int]:
+def checked_latents(latents: int | Iterable[int], d_sae: int) -> list[int]:
     """Indices of latents as a list.
 
     Raises:
-        SpliceError: for one that does not exist.
+        SpliceError: for one that does not exist, or is no integer.
     """
-    chosen = [int(latent) for latent in latents]
+    chosen = as_indices(latents)
     wrong = [latent for latent in chosen if not 0 <= latent < d_sae]
     if wrong:
         raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{d_sae - 1}.")
@@ -128,9 +129,15 @@ class GemmaScopeMixin(_Base):
         """``[..., n_heads, d_head]`` or ``[..., d_in]`` -> ``[..., d_in]``; remembers which in ``d_head``.
 
         Raises:
-            SpliceError: when the last dimension(s) are not the SAE's input width.
+            SpliceError: when the last dimension(s) are not the SAE's input width; complex numbers, whose imaginary
+                part a cast would drop.
+            DeviceError: when ``x`` is elsewhere than the SAE.
         """
         d_in = self.cfg.d_in
+        if x.device != self.W_enc.device:
+            raise device_mismatch(self.get_name(), self.W_enc.device, x.device)
+        if x.is_complex():
+            raise SpliceError(f"{self.get_name()} reads real numbers, the tensor given is {x.dtype}.")
         if x.shape[-1:] == (d_in,):
             self.d_head = None
             return x
@@ -148,7 +155,7 @@ class GemmaScopeMixin(_Base):
         """Cast to the SAE's dtype, put heads together, pass ``hook_sae_input``."""
         return self.hook_sae_input(self.reshape_fn_in(sae_in).to(self.dtype))
 
-    def encode(self, x: torch.Tensor, latents: Sequence[int] | torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, x: torch.Tensor, latents: int | Iterable[int] | None = None) -> torch.Tensor:
         """Latents of activations.
 
         Args:
@@ -161,6 +168,8 @@ class GemmaScopeMixin(_Base):
 
         Raises:
             SpliceError: for another width, or a latent that does not exist.
+            DeviceError: for ``x`` on another device: an SAE moves by itself only when it is used with a model, which
+                has its device; called on a tensor it stays, as any module does.
         """
         if latents is not None:
             chosen = checked_latents(latents, self.cfg.d_sae)
@@ -179,7 +188,12 @@ class GemmaScopeMixin(_Base):
 
         Returns:
             ``[..., d_out]``, or ``[..., n_heads, d_head]`` at the att site.
+
+        Raises:
+            DeviceError: for latents on another device.
         """
+        if feature_acts.device != self.W_dec.device:
+            raise device_mismatch(self.get_name(), self.W_dec.device, feature_acts.device)
         recons = self.hook_sae_recons(feature_acts.to(self.dtype) @ self.W_dec + self.b_dec)
         if like is None:
             return self.reshape_fn_out(recons, self.d_head)
@@ -193,6 +207,9 @@ class GemmaScopeMixin(_Base):
         """``decode(encode(x))``, plus the skip path of skip transcoders, in the dtype and layout of ``x``.
 
         With SAELens' error term, the error is taken and added back in the wider of both dtypes.
+
+        Raises:
+            SpliceError, DeviceError: as :meth:`encode`.
         """
         out = self._reconstruct(x)
         if self.use_error_term:

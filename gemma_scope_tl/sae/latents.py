@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 
-from gemma_scope_tl.errors import SpliceError, unknown_name
+from gemma_scope_tl.errors import SpliceError, device_mismatch, unknown_name
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -63,9 +63,12 @@ class Latents:
 
         Raises:
             SpliceError: when the encoder was not loaded.
+            DeviceError: when ``x`` is on another device than these. What is used with a model moves to it by itself.
         """
         if self.W_enc is None:
             raise SpliceError("These latents came without their encoder columns: load them from a local file.")
+        if x.device != self.W_enc.device:
+            raise device_mismatch("A set of latents", self.W_enc.device, x.device)
         pre = x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
         return torch.where(pre <= self.threshold, 0.0, pre)
 

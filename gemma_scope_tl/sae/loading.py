@@ -14,8 +14,9 @@ import torch
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.saes.sae import SAEMetadata
 
-from gemma_scope_tl.dtypes import parse_dtype
+from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError, unknown_name
+from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.config import (
     expected_of_row,
@@ -32,6 +33,8 @@ from gemma_scope_tl.weights.checks import Expected, value_range
 from gemma_scope_tl.weights.fetch import fetch, known_sha256
 from gemma_scope_tl.weights.fold import fold
 from gemma_scope_tl.weights.load import Elementwise, canonical_arrays, inspect, load_arrays
+from gemma_scope_tl.weights.modes import ordinary_tensors
+from gemma_scope_tl.weights.npz import read_errors
 from gemma_scope_tl.weights.safetensors_file import read_cfg
 from gemma_scope_tl.weights.sniff import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME, short, weights_error
 
@@ -58,6 +61,7 @@ def class_of(architecture: str) -> type[GemmaScopeMixin]:
         raise unknown_name("JumpReLU architecture", architecture, _CLASSES) from None
 
 
+@ordinary_tensors()
 def load_row(
     row: SAERow,
     device: str | torch.device = "cpu",
@@ -69,6 +73,7 @@ def load_row(
     Raises:
         WeightsError: when the file cannot be had or fails a check.
     """
+    device = parse_device(device)
     path, expected = fetch(row, force_download=force_download), expected_of_row(row)
     if row.format == "sae-lens":
         return _load_sae_lens(path, expected, row.model, row.site, row.layer, row, device, dtype)
@@ -77,6 +82,7 @@ def load_row(
     return _build(arrays, row.model, row.site, row.layer, row, None, device, dtype, str(path))
 
 
+@ordinary_tensors()
 def load_folder(
     path: str | PathLike[str],
     model: Any = None,
@@ -86,7 +92,9 @@ def load_folder(
     dtype: str | torch.dtype = "float32",
 ) -> Any:
     """See :meth:`GemmaScopeMixin.from_folder`."""
-    file = _find_file(Path(path))
+    given, device = checked_path(path), parse_device(device)
+    with read_errors(given):
+        file = _find_file(given)
     expected = expected_sizes(model, site, layer)
     if file.suffix == ".safetensors":
         return _load_sae_lens(file, expected, name_of(model), site, layer, None, device, dtype)
@@ -96,6 +104,7 @@ def load_folder(
     return _build(arrays, name_of(model), site, layer, None, None, device, dtype, str(file))
 
 
+@ordinary_tensors()
 def build(
     arrays: Mapping[str, torch.Tensor | np.ndarray],
     model: Any = None,
@@ -105,7 +114,7 @@ def build(
     dtype: str | torch.dtype = "float32",
 ) -> Any:
     """See :meth:`GemmaScopeMixin.from_arrays`."""
-    source = "The set of arrays given"
+    source, device = "The set of arrays given", parse_device(device)
     tensors = canonical_arrays(arrays, source, expected_sizes(model, site, layer))
     return _build(tensors, name_of(model), site, layer, None, None, device, dtype, source)
 

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma_scope_tl.dtypes import parse_dtype
+from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sae.config import expected_of_row
+from gemma_scope_tl.sae.indices import as_indices
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sae.loading import folds_b_dec, site_units
 from gemma_scope_tl.weights.fetch import find_local
+from gemma_scope_tl.weights.modes import ordinary_tensors
 from gemma_scope_tl.weights.partial import Arrays, read_local, read_remote
 from gemma_scope_tl.weights.row_cache import read_cached
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 
+@ordinary_tensors()
 def load_latents(
     release: str,
     sae_id: str,
@@ -52,8 +55,8 @@ def load_latents(
     """
     from gemma_scope_tl.registry.catalog import resolve
 
-    row, to = resolve(release, sae_id), parse_dtype(dtype)
-    chosen = [int(latent) for latent in ([latents] if isinstance(latents, int) else latents)]
+    row, to, device = resolve(release, sae_id), parse_dtype(dtype), parse_device(device)
+    chosen = as_indices(latents)
     if not chosen:
         raise GemmaScopeError("No latents were given: name at least one.")
     path = find_local(row)

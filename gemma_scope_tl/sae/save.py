@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.files import replace_files
+from gemma_scope_tl.files import checked_path, replace_files
 from gemma_scope_tl.sae.loading import class_of, fold_b_dec, scale_embedding
 from gemma_scope_tl.weights.load import canonical_arrays
+from gemma_scope_tl.weights.modes import ordinary_tensors
 from gemma_scope_tl.weights.sniff import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME
 
 Format = Literal["gemma-scope", "sae-lens"]
@@ -25,6 +26,7 @@ _ALIGN_FIELD = 0xD935  # the zip extra field that zipalign pads with
 _LOCAL_HEADER, _ZIP64_EXTRA = 30, 20
 
 
+@ordinary_tensors()
 def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope", compress: bool = False) -> Path:
     """Write an SAE into a folder.
 
@@ -32,7 +34,7 @@ def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope"
     an SAE that subtracts ``b_dec`` from its input has that folded into ``b_enc``; and an embedding SAE is put back into
     the units of the table's rows, which may change a value's last bit (:func:`scale_embedding`). bfloat16 has no npz
     type, so it is written as float32, which holds every bfloat16 exactly. Arrays are aligned to 64 bytes, so that they
-    can be memory-mapped; equal SAEs give equal files.
+    can be memory-mapped (``chmod a-w`` the file, and it is); equal SAEs give equal files.
 
     ``"sae-lens"`` writes ``cfg.json`` and ``sae_weights.safetensors``, to the bit, under SAELens' own architecture
     names: ``sae_lens.SAE.load_from_disk`` reads it without this package.
@@ -60,7 +62,7 @@ def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope"
         raise GemmaScopeError(f"{sae.get_name()} normalises activations: fold that into its weights before saving.")
     state = {name: parameter.detach().cpu() for name, parameter in sae.state_dict().items()}
     arrays = canonical_arrays(state, sae.get_name())
-    folder = Path(path)
+    folder = checked_path(path)
     if format == "gemma-scope":
         replace_files(folder, {PARAMS_NAME: lambda path: write_npz(path, _release_arrays(sae, arrays), compress)})
     else:

@@ -192,9 +192,10 @@ def nonzero(mask: Tensor) -> Tensor:
     NumPy finds them in a third to a half of PyTorch's time, in one thread. Where that is outnumbered, the mask is
     searched eight bytes at a time first.
     """
-    if not mask.is_cuda and torch.get_num_threads() <= NUMPY_THREADS:
+    here = mask.device.type == "cpu"
+    if here and torch.get_num_threads() <= NUMPY_THREADS:
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    if mask.is_cuda or mask.numel() % 8 or mask.storage_offset() % 8:
+    if not here or mask.numel() % 8 or mask.storage_offset() % 8:
         return mask.nonzero().squeeze(1)
     words = mask.view(torch.int64).nonzero().squeeze(1)
     inside = mask.view(-1, 8).index_select(0, words).view(-1).nonzero().squeeze(1)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def load_suite(
         width, l0: as :func:`load_sae`.
         device, dtype: as :meth:`JumpReLUSAE.from_pretrained`.
         memory: bytes that the loaded SAEs may take; beyond it, those unused for the longest are dropped and load again
-            when asked for. None keeps all. On the CPU in float32, SAEs are mapped from their files, so that the system
-            takes their pages back by itself when it needs them.
+            when asked for. None keeps all. On the CPU in float32, SAEs of the Hub's cache are mapped from their files,
+            so that the system takes their pages back by itself when it needs them.
 
     Raises:
         UnknownNameError: when a site, layer, width or L0 does not exist, before anything is loaded.
@@ -51,6 +52,7 @@ def load_suite(
     from gemma_scope_tl.registry.widths import width_label
     from gemma_scope_tl.sae.loading import load_row
 
+    device, dtype = parse_device(device), parse_dtype(dtype)
     rows: dict[Key, SAERow] = {}
     label = width_label(width) if isinstance(width, int) else width
     for site in [sites] if isinstance(sites, str) else list(sites):

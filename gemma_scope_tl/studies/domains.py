@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.evals.packing import as_tokens, pack_texts
+from gemma_scope_tl.evals.packing import as_tokens
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.evals.texts import read_texts
+from gemma_scope_tl.inputs import Text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +35,7 @@ PILE_SUBSETS: Mapping[str, str] = {
 def by_domain(
     model: Any,
     saes: Any,
-    domains: Mapping[str, Iterable[str] | torch.Tensor],
+    domains: Mapping[str, Text],
     rows: int | None = None,
     context: int = 256,
     **options: Any,
@@ -107,12 +108,8 @@ def pile_texts(
     return {name: read_texts(f"{source}:{PILE_SUBSETS[name]}", column, split) for name in chosen}
 
 
-def _tokens(
-    model: Any, name: str, data: Iterable[str] | torch.Tensor, rows: int | None, context: int
-) -> Sequence[str] | torch.Tensor:
+def _tokens(model: Any, name: str, data: Text, rows: int | None, context: int) -> torch.Tensor:
     try:
-        if isinstance(data, torch.Tensor):
-            return as_tokens(model, data, context)[:rows]
-        return pack_texts(model.tokenizer, data, context, rows)
+        return as_tokens(model, data, context, limit=rows)
     except GemmaScopeError as error:
         raise GemmaScopeError(f"Domain {name!r}: {error}") from error

@@ -11,10 +11,11 @@ import torch
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import LatentCounts
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, clean_batches, rows_that_fit
-from gemma_scope_tl.evals.packing import as_tokens
+from gemma_scope_tl.evals.packing import as_rows, special_ids
 from gemma_scope_tl.evals.run import facts_of
 from gemma_scope_tl.evals.store import Store, key_of
 from gemma_scope_tl.evals.subjects import Subject, latents_of, subjects_of
+from gemma_scope_tl.inputs import Text, TokenBatch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +26,7 @@ CHECKPOINT = 16
 def firing_frequencies(
     model: Any,
     saes: Any,
-    data: Sequence[str] | torch.Tensor,
+    data: Text,
     context: int = 256,
     batch_size: int = 8,
     progress: bool = True,
@@ -62,7 +63,7 @@ def firing_frequencies(
 def count_firing(
     model: Any,
     saes: Any,
-    data: Sequence[str] | torch.Tensor,
+    data: Text,
     context: int = 256,
     batch_size: int = 8,
     progress: bool = True,
@@ -78,8 +79,9 @@ def count_firing(
     from rich.progress import track
 
     subjects = subjects_of(model, saes)
-    tokens, special = as_tokens(model, data, context), tuple(model.excluded_ids(True))
-    store, keys = Store(cache), _keys(model, tokens, special, subjects) if cache is not None else []
+    given, special = as_rows(model, data, context), special_ids(model)
+    tokens = given.ids
+    store, keys = Store(cache), _keys(model, given, special, subjects) if cache is not None else []
     kept = [store.load(key) for key in keys] or [None] * len(subjects)
     pairs = list(zip(subjects, kept, strict=True))
     counts = [LatentCounts.empty(s.d_sae) if k is None else LatentCounts.from_state(k) for s, k in pairs]
@@ -90,7 +92,7 @@ def count_firing(
     rows = rows_that_fit(model, places, tokens.shape[1], batch_size, memory_budget)
     unfinished = key_of({"counting": [keys[number] for number in pending]}) if keys else ""
     start = _resumed(store, unfinished, counts, pending) if keys else 0
-    batches = clean_batches(model, tokens, places, special, rows, start)
+    batches = clean_batches(model, tokens, places, special, rows, start, given.mask)
     total = -(-(tokens.shape[0] - start) // rows)
     for done, batch in enumerate(track(batches, "counting", total, transient=True, disable=not progress), 1):
         inputs = {place: batch.activations(place) for place in places}
@@ -105,8 +107,8 @@ def count_firing(
     return list(zip(subjects, counts, strict=True))
 
 
-def _keys(model: Any, tokens: torch.Tensor, special: tuple[int, ...], subjects: Sequence[Subject]) -> list[str]:
-    common = facts_of(model, tokens, special)
+def _keys(model: Any, rows: TokenBatch, special: tuple[int, ...], subjects: Sequence[Subject]) -> list[str]:
+    common = facts_of(model, rows, special)
     return [key_of({**common, "unit": "fired", "place": s.place.key, "sae": s.fingerprint()}) for s in subjects]
 
 

@@ -154,7 +154,8 @@ def labelled_rows(
     kinds: list[str] = []
     marks: dict[str, list[list[int]]] = {name: [] for name in asked}
     body = context - 1
-    for text, kind in pairs:
+    for given, kind in pairs:
+        text = given.removeprefix(tokenizer.bos_token or "")  # the row has its own
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(asked))
         for start in range(0, min(len(encoded["input_ids"]), rows * body), body):
             part = encoded["input_ids"][start : start + body]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
+from gemma_scope_tl.evals.packing import special_ids
 from gemma_scope_tl.evals.subjects import Subject, latents_of, subjects_of
 from gemma_scope_tl.studies.probe_data import Concept, LabelledRows
 from gemma_scope_tl.studies.probe_fits import Fitted, Units, best_latent, dense_probe, sparse_probe
@@ -88,7 +89,7 @@ def probe_concepts(
     _need_sklearn()
     if not k or min(k) < 1:
         raise GemmaScopeError(f"A probe reads a latent or more, not {list(k)}.")
-    special = tuple(model.excluded_ids(True))
+    special = special_ids(model)
     asked = [_units(concept, data, special, most, seed) for concept in data.concepts]
     subjects = subjects_of(model, saes)
     options: dict[str, Any] = {"seed": seed, "confidence": confidence, "resamples": resamples}

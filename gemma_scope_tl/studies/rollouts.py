@@ -12,6 +12,7 @@ from rich.progress import track
 
 from gemma_scope_tl.activations.chat import END, chat_wrapping
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.inputs import text_ids, without_bos
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,7 +99,8 @@ def _cut(tokenizer: Any, prompts: Any, prompt_tokens: int) -> torch.Tensor:
         if prompts.ndim != 2 or not prompts.numel() or prompts.is_floating_point():
             raise GemmaScopeError(f"Prompts are ids [rows, words], not {prompts.dtype} {list(prompts.shape)}.")
         return prompts.long()
-    ids = [tokenizer.encode(text, add_special_tokens=False)[:prompt_tokens] for text in prompts]
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    ids = [without_bos(tokenizer, row)[:prompt_tokens] for row in text_ids(tokenizer, texts)]
     kept = [row for row in ids if len(row) == prompt_tokens]
     if not kept:
         raise GemmaScopeError(f"None of {len(ids)} prompts has {prompt_tokens} tokens: ask for fewer.")

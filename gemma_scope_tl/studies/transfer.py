@@ -11,7 +11,7 @@ from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import Mean
 from gemma_scope_tl.evals.clean_pass import clean_batches
-from gemma_scope_tl.evals.packing import as_tokens
+from gemma_scope_tl.evals.packing import as_tokens, special_ids
 from gemma_scope_tl.evals.subjects import Subject, subjects_of
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
@@ -105,7 +105,7 @@ def norm_ratios(
     means: list[dict[Place, Mean]] = []
     for model in (base, tuned):
         found = {place: Mean() for place in kept}
-        for batch in clean_batches(model, tokens, kept, model.excluded_ids(True), batch_size):
+        for batch in clean_batches(model, tokens, kept, special_ids(model), batch_size):
             for place, mean in found.items():
                 mean.update(batch.activations(place).double().norm(dim=1))
         means.append(found)

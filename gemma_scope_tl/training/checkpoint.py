@@ -8,7 +8,6 @@ processes divide the latents, each writes its own files (``group.0_of_2``) into 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemma_scope_tl.files import file_sha256, write_atomically
+from gemma_scope_tl.files import file_sha256, reason, sync_folder, sync_to_disk, write_atomically
 from gemma_scope_tl.training.config import TrainingStateError
 from gemma_scope_tl.training.shard import WHOLE, Shard
 
@@ -103,7 +102,7 @@ def _attempt(write: Callable[[], object]) -> str:
     try:
         write()
     except (OSError, SafetensorError) as error:
-        return str(error) or type(error).__name__
+        return reason(error)
     return ""
 
 
@@ -122,7 +121,7 @@ def _complete(partial: Path, final: Path, manifest: Manifest, hashes: Mapping[st
     text = manifest.model_copy(update={"files": dict(hashes)}).model_dump_json(indent=1)
     write_atomically(partial / MANIFEST_NAME, text + "\n")
     partial.rename(final)
-    _sync(final.parent)
+    sync_folder(final.parent)
 
 
 def steps_of(root: Path) -> list[int]:
@@ -140,9 +139,13 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     try:
         found = Manifest.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise TrainingStateError(f"{path} is no checkpoint's manifest: {reason}. {_remedy(folder)}") from None
+    except FileNotFoundError:
+        raise TrainingStateError(f"{path} is no checkpoint's manifest: it is missing. {_remedy(folder)}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
+        raise TrainingStateError(f"{path} is no checkpoint's manifest: {why}. {_remedy(folder)}") from None
     if folder.name != f"step_{found.step}":
         raise TrainingStateError(f"{path} is of step {found.step}, in folder {folder.name}. {_remedy(folder)}")
     return found
@@ -165,7 +168,11 @@ def load_state(folder: Path, manifest: Manifest, name: str) -> dict[str, Tensor]
                 f"{manifest.files[name]}. {_remedy(folder)}"
             )
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except FileNotFoundError:
+        raise TrainingStateError(f"{path} cannot be read: it is missing. {_remedy(folder)}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except SafetensorError as error:
         raise TrainingStateError(f"{path} cannot be read: {error}. {_remedy(folder)}") from error
 
 
@@ -203,17 +210,14 @@ def _short(value: Any) -> str:
 def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> str:
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(contiguous, path)
-    _sync(path)
+    sync_to_disk(path)
     return file_sha256(path)
+
+
+def _unreadable(path: Path, error: OSError) -> TrainingStateError:
+    why = f"{path} cannot be read: {error.strerror or error}"
+    return TrainingStateError(f"{why}. Check its permissions and the disk; the checkpoint may be sound.")
 
 
 def _remedy(folder: Path) -> str:
     return f"Restore it, or remove {folder} to go on from the checkpoint before it."
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+import torch
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError, UnknownNameError, unknown_name
+from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.sites import SITES, SiteName, get_site
 from gemma_scope_tl.training.config_file import override_key, read_config
@@ -25,11 +28,15 @@ _SHOWN_PROBLEMS = 50
 
 def _number(value: object) -> object:
     """YAML reads ``4e9`` as a word; here it is a number, and a whole one is an integer."""
+    if isinstance(value, bool):
+        raise ValueError(f"not a number: {value}")
     if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:
             return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"not a finite number: {value}")
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -49,6 +56,22 @@ def _site(value: object) -> object:
         raise ValueError(str(error)) from None
 
 
+def _device(value: object) -> object:
+    """A device by name; whether it is here is seen where the run is."""
+    try:
+        torch.device(str(value))
+    except RuntimeError:
+        raise ValueError(f"{value!r} is no device: write cpu, cuda or cuda:1") from None
+    return value
+
+
+def _path(value: str) -> str:
+    try:
+        return str(checked_path(value))
+    except GemmaScopeError as error:
+        raise ValueError(str(error)) from None
+
+
 def _recipe(value: object) -> object:
     """Values of a recipe, each checked by itself; whether they go together is checked where they are merged."""
     if not isinstance(value, Mapping):
@@ -62,7 +85,9 @@ def _recipe(value: object) -> object:
 
 
 Count = Annotated[int, BeforeValidator(_number), Field(gt=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Layer = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+DeviceName = Annotated[str, BeforeValidator(_device)]
 Width = Annotated[int, BeforeValidator(_width), Field(gt=0)]
 SiteKey = Annotated[SiteName, BeforeValidator(_site)]
 RecipeValues = Annotated[dict[str, Any], BeforeValidator(_recipe)]
@@ -80,7 +105,7 @@ class ModelSection(Section):
     name: str = "bundled"
     backend: Literal["bridge", "hooked_transformer"] = "bridge"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str | None = None
+    device: DeviceName | None = None
 
 
 class DataSection(Section):
@@ -121,7 +146,7 @@ class SourceSection(Section):
     bucket_rows: Count = 1 << 20
     batch_rows: Count = 8
     scale_rows: Count = 1 << 17
-    device: str = "cpu"
+    device: DeviceName = "cpu"
 
 
 class MeshSection(Section):
@@ -150,13 +175,13 @@ class GridEntry(Section):
         layers: ``all`` or a list; the embedding has none.
         widths: numbers of latents, or labels such as ``16k``.
         lambdas: fixed sparsity coefficients.
-        target_l0s: wanted L0s instead; lambda is steered towards each.
+        target_l0s: wanted L0s instead, each below every width; lambda is steered towards each.
         steps, tokens: of these SAEs; the run's unless given.
         recipe: values that differ from the run's.
     """
 
     sites: Annotated[list[SiteKey], Field(min_length=1)]
-    layers: Literal["all"] | list[Annotated[int, Field(ge=0)]] = "all"
+    layers: Literal["all"] | list[Layer] = "all"
     widths: Annotated[list[Width], Field(min_length=1)]
     lambdas: list[Positive] | None = None
     target_l0s: list[Positive] | None = None
@@ -172,6 +197,12 @@ class GridEntry(Section):
             raise ValueError("give one of steps and tokens")
         if self.layers == [] and any(SITES[site].per_layer for site in self.sites):
             raise ValueError("layers is empty: write 'all' or the layers")
+        layers = [] if self.layers == "all" else self.layers
+        _each_once(
+            sites=self.sites, layers=layers, widths=self.widths, lambdas=self.lambdas, target_l0s=self.target_l0s
+        )
+        if self.target_l0s and max(self.target_l0s) >= min(self.widths):
+            raise ValueError(f"target_l0s: {max(self.target_l0s):g} is not below the width {min(self.widths)}")
         return self
 
 
@@ -212,7 +243,7 @@ class SuiteConfig(Section):
         loggers: see there.
     """
 
-    output: Annotated[str, Field(min_length=1)]
+    output: Annotated[str, AfterValidator(_path)]
     model: ModelSection = ModelSection()
     data: DataSection | None = None
     source: SourceSection = SourceSection()
@@ -221,8 +252,8 @@ class SuiteConfig(Section):
     recipe: RecipeValues = Field(default_factory=dict[str, Any])
     grid: Annotated[list[GridEntry], Field(min_length=1)]
     only: list[str] = Field(default_factory=list[str])
-    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
-    device: str = "cpu"
+    seed: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=1 << 32)] = 0
+    device: DeviceName = "cpu"
     mesh: MeshSection = MeshSection()
     threads: Count | None = None
     eval_batches: Count = 16
@@ -233,6 +264,7 @@ class SuiteConfig(Section):
     @model_validator(mode="after")
     def _goes_together(self) -> SuiteConfig:
         problems: list[str] = []
+        _each_once(only=self.only)
         if self.steps is not None and self.tokens is not None:
             problems.append("give one of steps and tokens")
         if self.steps is None and self.tokens is None and any(not (e.steps or e.tokens) for e in self.grid):
@@ -327,6 +359,15 @@ def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: S
         shown.append(f"  and {len(problems) - len(shown)} more")
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     raise TrainingStateError(f"{source} has {count}:\n" + "\n".join(shown))
+
+
+def _each_once(**lists: Sequence[object] | None) -> None:
+    for name, values in lists.items():
+        for value in values or ():
+            if list(values or ()).count(value) > 1:
+                raise ValueError(
+                    f"{name} has {value:g} twice" if isinstance(value, float) else f"{name} has {value} twice"
+                )
 
 
 def place_of(site: str, layer: int | None) -> Place:

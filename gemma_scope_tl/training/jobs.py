@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock
 
-from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.files import make_folder, write_atomically
 from gemma_scope_tl.training.checkpoint import check_same_run
 from gemma_scope_tl.training.cluster import Job, JobStatus, Report, run_jobs
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
@@ -96,7 +96,7 @@ def train_on_ray(
             "A job on Ray is one process, so mesh does not go with it: start the run with torchrun."
         )
     folder = Path(checked.output).absolute()
-    (folder / JOBS).mkdir(parents=True, exist_ok=True)
+    make_folder(folder / JOBS)
     with alone(folder):
         return _train(checked, folder, address, by, harvesters, retries, resume, show)
 
@@ -177,7 +177,7 @@ def train_job(report: Report, config: Mapping[str, Any]) -> str:
         return _Reporting(opener[0](places), report, steps)
 
     folder = Path(checked.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with FileLock(folder / LOCK_NAME, timeout=_PATIENCE):
         pass  # an earlier attempt, on a node that was only cut off, may still be about to end
     train_suite(checked, source=source, progress=False)
@@ -307,7 +307,7 @@ def _begin(folder: Path, config: SuiteConfig, resume: bool) -> None:
         for name in (RUN_NAME, SUITE_NAME, METRICS_NAME):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / JOBS, ignore_errors=True)
-        (folder / JOBS).mkdir()
+        make_folder(folder / JOBS)
     for name in (SUITE_NAME, RUN_NAME):
         if (folder / name).exists():
             check_same_run(read_record(folder / name)["config"], config.results, folder)

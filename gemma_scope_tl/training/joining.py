@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.files import make_folder, write_atomically, writing
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
 from gemma_scope_tl.training.grid import Group, places_of
 from gemma_scope_tl.training.records import METRICS_NAME, SUITE_NAME, read_record, write_suite
@@ -40,7 +40,7 @@ def join_suites(folder: Path, config: SuiteConfig, groups: Sequence[Group], part
     with staged(folder, specs) as stage:
         for spec, name in zip(specs, names, strict=True):
             part, row = found[spec.name]
-            (stage / name).mkdir(parents=True)
+            make_folder(stage / name)
             _link(part / row["path"] / PARAMS_NAME, stage / name / PARAMS_NAME)
             rows.append({**row, "id": name.removeprefix(f"{spec.place.site}/"), "path": name})
     write_atomically(folder / METRICS_NAME, _metrics({spec.name: i for i, spec in enumerate(specs)}, parts))
@@ -77,4 +77,5 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # a file system without a second name for a file
-        shutil.copyfile(source, target)
+        with writing(target):
+            shutil.copyfile(source, target)

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.files import writing
 from gemma_scope_tl.training.config import LoggerSection, SuiteConfig, TrainingStateError
 
 Row = Mapping[str, Any]
+_GO_ON = "Make room and start the same run again: it goes on from its last checkpoint."
 _LABELS = ("name", "site", "layer", "width", "d_sae", "step")
 
 
@@ -45,34 +47,41 @@ class MetricsFile:
 
         Raises:
             TrainingStateError: it is shorter than that.
+            WriteError: it cannot be written.
         """
-        path.touch()
+        self._path = path
+        with writing(path):
+            path.touch()
         size = path.stat().st_size
         if size < keep_bytes:
             raise TrainingStateError(
                 f"{path} has {size} bytes, and {keep_bytes} were there at the checkpoint: it was cut or replaced. "
                 "Restore it, or start the run over."
             )
-        self._file = path.open("r+b")
-        self._file.truncate(keep_bytes)
-        self._file.seek(keep_bytes)
+        with writing(path):
+            self._file = path.open("r+b", buffering=0)
+            self._file.truncate(keep_bytes)
+            self._file.seek(keep_bytes)
 
     def log(self, step: int, rows: Sequence[Row]) -> None:
         """Append rows."""
-        for row in rows:
-            self._file.write(json.dumps({"step": step, **row}).encode() + b"\n")
-        self._file.flush()
+        lines = "".join(json.dumps({"step": step, **row}) + "\n" for row in rows).encode()
+        with writing(self._path, _GO_ON):
+            while lines:
+                lines = lines[self._file.write(lines) :]
 
     def sync(self) -> int:
         """Flush to the disk; the file's length."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self._path, _GO_ON):
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
         """Flush and close."""
-        self.sync()
-        self._file.close()
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
 
 class TensorBoardLogger:

@@ -10,15 +10,16 @@ the width: the wider the SAE, the more ranks belong on ``latents``. No process e
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardedDim
 
@@ -26,6 +27,8 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.training.shard import WHOLE, Shard
 
 AXES = ("data", "latents")
+SECONDS = 600.0
+"""For which a process waits for the others. Between two exchanges lie a step, or the writing of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,23 @@ class MeshShard(Shard):
         if ranks == 1 or self.mesh is None:
             return tensor
         whole = tensor.to(self.mesh.device_type).contiguous()  # NCCL adds up what is on a GPU only
-        dist.all_reduce(whole, group=self.mesh.get_group(axis))
+        with _exchange():
+            dist.all_reduce(whole, group=self.mesh.get_group(axis))
         return whole.to(tensor.device)
 
     def gather(self, value: Any) -> list[Any]:
         """All-gather of small values over all processes."""
         if self.mesh is None:
             return [value]
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, value)
-        return found
+        return _gathered(value)
 
     def most(self, value: int) -> int:
         """All-reduce of the greatest value over all processes."""
         if self.mesh is None:
             return value
         found = torch.tensor(value, device=self.mesh.device_type)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        with _exchange():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
 
     def whole(self, local: Tensor, chunk: int | None = None) -> Generator[Tensor, None, None]:
@@ -76,7 +79,49 @@ class MeshShard(Shard):
         for part in [local] if local.ndim == 1 or chunk is None else local.split(chunk, dim=1):
             here = part.to(self.mesh.device_type).contiguous()
             placed = DTensor.from_local(here, self.mesh, [Replicate(), ShardedDim(0)], run_check=False)
-            yield placed.full_tensor().to(local.device)
+            with _exchange():
+                whole = placed.full_tensor()
+            yield whole.to(local.device)
+
+
+@contextmanager
+def _exchange() -> Generator[None, None, None]:
+    """Say what a failed exchange means: the backend's own words name sockets."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise GemmaScopeError(
+            "Another process of this job ended, or did not answer in time; what it said itself is the cause. End what "
+            "is left of the job and start the same command again: the run goes on from its last checkpoint, to the "
+            "same bits. "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
+
+
+def _gathered(value: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    with _exchange():
+        dist.all_gather_object(found, value)
+    return found
+
+
+def led(shard: Shard, act: Callable[[], object]) -> None:
+    """Let the leading process ``act`` while all others wait; what it raises, all of them raise.
+
+    Raises:
+        GemmaScopeError: of the leading process.
+    """
+    problem: GemmaScopeError | None = None
+    if shard.leads:
+        try:
+            act()
+        except GemmaScopeError as error:
+            problem = error
+    said = next((words for words in shard.gather(None if problem is None else str(problem)) if words is not None), None)
+    if problem is not None:
+        raise problem
+    if said is not None:
+        raise GemmaScopeError(said)
 
 
 def launched() -> bool:
@@ -86,7 +131,12 @@ def launched() -> bool:
 
 @contextmanager
 def process_mesh(
-    latent_ranks: int = 1, data_ranks: int = 1, *, device: str | torch.device = "cpu", backend: str | None = None
+    latent_ranks: int = 1,
+    data_ranks: int = 1,
+    *,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
+    seconds: float | None = None,
 ) -> Generator[Shard, None, None]:
     """This process's shard of ``latent_ranks * data_ranks`` processes; the group is closed on leaving.
 
@@ -94,9 +144,11 @@ def process_mesh(
         latent_ranks, data_ranks: how many parts the latents and the batch are cut into.
         device: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL; each process takes the GPU of its local rank).
         backend: another one.
+        seconds: for which a process waits for the others; :data:`SECONDS` unless given. Where one ends, the others
+            notice at once; where one hangs, or its machine is lost, after that time.
 
     Raises:
-        GemmaScopeError: the launcher started another number of processes.
+        GemmaScopeError: the launcher started another number of processes; another process ended or does not answer.
     """
     wanted = latent_ranks * data_ranks
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -111,11 +163,13 @@ def process_mesh(
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    limit = timedelta(seconds=SECONDS if seconds is None else seconds)
     begun = not dist.is_initialized()
     if begun:
-        dist.init_process_group(backend or ("nccl" if kind == "cuda" else "gloo"))
+        with _exchange():
+            dist.init_process_group(backend or ("nccl" if kind == "cuda" else "gloo"), timeout=limit)
     try:
-        mesh = init_device_mesh(kind, (data_ranks, latent_ranks), mesh_dim_names=AXES)
+        mesh = _mesh(kind, latent_ranks, data_ranks, limit)
         yield MeshShard(
             latent_rank=mesh.get_local_rank("latents"),
             latent_ranks=latent_ranks,
@@ -123,10 +177,21 @@ def process_mesh(
             data_ranks=data_ranks,
             mesh=mesh,
         )
-        dist.barrier()  # a process that leaves while another still talks to it would abort it
+        with _exchange():
+            dist.barrier()  # a process that leaves while another still talks to it would abort it
     finally:
         if begun:
             dist.destroy_process_group()
+
+
+def _mesh(kind: str, latent_ranks: int, data_ranks: int, limit: timedelta) -> DeviceMesh:
+    """A mesh whose groups have the time limit: ``init_device_mesh`` gives them the backend's, half an hour."""
+    ranks = torch.arange(data_ranks * latent_ranks).reshape(data_ranks, latent_ranks)
+    with _exchange():
+        data, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=limit)
+        latents, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=limit)
+    groups = cast("list[dist.ProcessGroup]", [data, latents])  # every process is in one of each
+    return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=AXES)
 
 
 def agreed(values: Mapping[str, Any]) -> None:
@@ -137,8 +202,7 @@ def agreed(values: Mapping[str, Any]) -> None:
     """
     if not dist.is_initialized():
         return
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, dict(values))
+    found = _gathered(dict(values))
     different = sorted(key for key in values if any(other.get(key) != values[key] for other in found))
     if different:
         raise GemmaScopeError(f"The processes of this job do not agree on: {', '.join(different)}.")

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from gemma_scope_tl import __version__
 from gemma_scope_tl.activations.source import Place
-from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.files import write_atomically, writing
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
 
 if TYPE_CHECKING:
@@ -30,10 +30,12 @@ def alone(folder: Path) -> Generator[None]:
         TrainingStateError: one does.
     """
     lock = FileLock(folder / LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise TrainingStateError(f"Another process trains in {folder}: wait for it, or give another output.") from None
+    with writing(folder / LOCK_NAME):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            what = f"Another process trains in {folder}"
+            raise TrainingStateError(f"{what}: wait for it, or give another output.") from None
     try:
         yield
     finally:
@@ -64,7 +66,12 @@ def read_record(path: Path) -> dict[str, Any]:
         if isinstance(found, dict) and isinstance(found.get("config"), dict):
             return found
         reason = "it has no configuration"
-    except (OSError, ValueError) as error:
+    except FileNotFoundError:
+        reason = "it is missing"
+    except OSError as error:
+        why = f"{path} cannot be read: {error.strerror or error}"
+        raise TrainingStateError(f"{why}. Check its permissions and the disk; it may be sound.") from error
+    except ValueError as error:
         reason = str(error)
     raise TrainingStateError(f"{path} is not what a run writes: {reason}. Restore it, or choose another output.")
 

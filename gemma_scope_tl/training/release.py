@@ -18,7 +18,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from gemma_scope_tl.activations.source import Place
-from gemma_scope_tl.files import file_sha256, replace_files
+from gemma_scope_tl.files import file_sha256, make_folder, replace_files, writing
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.spec import SAESpec
@@ -165,7 +165,7 @@ def _whole_arrays(sae: Finished, shard: Shard, parts: Path) -> dict[str, np.ndar
     own = _release_arrays(sae)
     if shard.latent_ranks == 1:
         return {key: value.numpy() for key, value in own.items()}
-    parts.mkdir(parents=True)
+    make_folder(parts)
     found = {key: _gathered(local, key, sae, shard, parts) for key, local in _divided(own).items()}
     return {key: found[key] if key in found else value.numpy() for key, value in own.items()}
 
@@ -176,11 +176,21 @@ def _gathered(local: Tensor, key: str, sae: Finished, shard: Shard, parts: Path)
         return next(shard.whole(local)).numpy()
     shape = (sae.spec.d_sae, local.shape[1])
     encoder = key == "W_enc"
-    array = open_memmap(parts / f"{key}.npy", "w+", np.float32, shape[::-1] if encoder else shape)
+    array = _new_memmap(parts / f"{key}.npy", shape[::-1] if encoder else shape)
     by_latent, at = array.T if encoder else array, 0
     for piece in shard.whole(local, _columns(sae)):
         by_latent[:, at : at + piece.shape[1]] = piece.numpy()
         at += piece.shape[1]
+    return array
+
+
+def _new_memmap(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A float32 matrix in a new file whose room on the disk is taken: a full disk would kill a process that writes
+    through a map."""
+    with writing(path):
+        array = open_memmap(path, "w+", np.float32, shape)
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
 
 
@@ -195,9 +205,14 @@ def staged(folder: Path, specs: Sequence[SAESpec]) -> Generator[Path]:
     stage = folder / STAGE
     for old in [stage, *(folder / site for site in {spec.place.site for spec in specs})]:
         shutil.rmtree(old, ignore_errors=True)
-    yield stage
+    try:
+        yield stage
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)  # it may be what fills the disk
+        raise
     for site in sorted(path.name for path in stage.iterdir()):
-        os.replace(stage / site, folder / site)
+        with writing(folder / site):
+            os.replace(stage / site, folder / site)
     stage.rmdir()
 
 

@@ -6,7 +6,7 @@ import math
 import signal
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,9 @@ class Run:
 
     def close(self) -> None:
         """Close the loggers."""
-        for logger in self.loggers:
-            logger.close()
+        with ExitStack() as stack:  # all of them, though one may fail
+            for logger in self.loggers:
+                stack.callback(logger.close)
 
     def save(self) -> Path:
         """Write a checkpoint of where the run is."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_scope_tl.errors import WriteError
+from gemma_scope_tl.files import append_line, make_folder
 from gemma_scope_tl.training.checkpoint import check_same_run
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
 from gemma_scope_tl.training.model_sizes import sizes_of
-from gemma_scope_tl.training.parallel import agreed, process_mesh
+from gemma_scope_tl.training.parallel import agreed, led, process_mesh
 from gemma_scope_tl.training.plan import plan_suite
 from gemma_scope_tl.training.records import (
     CHECKPOINTS,
@@ -33,11 +36,13 @@ from gemma_scope_tl.training.release import STAGE, write_release
 from gemma_scope_tl.training.running import Run
 from gemma_scope_tl.training.shard import Shard
 from gemma_scope_tl.training.sources import OpenSource, source_opener
+from gemma_scope_tl.weights.modes import ordinary_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+@ordinary_tensors()
 def train_suite(
     config: str | Path | Mapping[str, Any] | SuiteConfig,
     *,
@@ -83,18 +88,17 @@ def train_suite(
     checked = load_config(config, overrides)
     groups = groups_of(checked, sizes_of(checked.model.name).dims if model is None else model.dims)
     folder = Path(checked.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     mesh = checked.mesh
     with process_mesh(mesh.latents, mesh.data, device=checked.device) as shard:
         agreed({"resume": resume, **checked.results})
-        with alone(folder) if shard.leads else nullcontext():
+        with ExitStack() as held:
+            led(shard, lambda: held.enter_context(alone(folder)))
             if resume and (folder / SUITE_NAME).exists():
                 return _finished(folder, checked, shard)
             if not (force or source or model) and mesh.processes == 1:  # of a model in hand sizes are not looked up
                 plan_suite(checked, measure=False).check()
-            if shard.leads:
-                _prepare(folder, checked, groups, resume)
-            shard.gather(None)  # nobody looks for checkpoints before that
+            led(shard, lambda: _prepare(folder, checked, groups, resume))  # nobody looks for checkpoints before that
             opener = source or source_opener(checked, model, progress and shard.leads)
             return _train(folder, checked, groups, opener, progress, shard)
 
@@ -107,9 +111,9 @@ def _train(
         run = Run(config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, progress, shard)
         first = run.step
         try:
-            saes = run.to_the_end()
+            with _closed_at_the_end(run):
+                saes = run.to_the_end()
         finally:
-            run.close()
             if shard.leads:
                 _note_run(folder, began, first, run)
     rows = write_release(folder, saes, shard)
@@ -128,11 +132,25 @@ def _own_threads() -> Generator[None, None, None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def _closed_at_the_end(run: Run) -> Generator[None]:
+    """Close a run's loggers; where the run itself has failed, what they have to say of it would hide why."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            run.close()
+        raise
+    run.close()
+
+
 def _note_run(folder: Path, began: float, first: int, run: Run) -> None:
     """A line of ``runs.jsonl``."""
     facts = {"began": round(began), "seconds": round(time.time() - began, 1), "threads": run.threads}
-    with (folder / "runs.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"from_step": first, "to_step": run.step, **facts}) + "\n")
+    try:
+        append_line(folder / "runs.jsonl", json.dumps({"from_step": first, "to_step": run.step, **facts}))
+    except WriteError as error:  # nothing is lost with it, and what the run ended with says more
+        warnings.warn(f"This run is not noted: {error}", stacklevel=2)
 
 
 def _finished(folder: Path, config: SuiteConfig, shard: Shard) -> pd.DataFrame:
@@ -148,7 +166,7 @@ def _prepare(folder: Path, config: SuiteConfig, groups: Sequence[Group], resume:
     """Begin a run in a folder, or find that one of the same configuration has begun there."""
     for name in (RUN_NAME, SUITE_NAME):
         for left in folder.glob(f".{name}.*"):  # by a process that was killed while it wrote
-            left.unlink()
+            left.unlink(missing_ok=True)
     shutil.rmtree(folder / STAGE, ignore_errors=True)
     sites = sorted({place.site for place in places_of(groups)})
     if (folder / RUN_NAME).exists():

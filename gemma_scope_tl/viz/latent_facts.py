@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.evals.packing import as_tokens, pack_texts
+from gemma_scope_tl.evals.packing import as_rows
 from gemma_scope_tl.evals.texts import read_texts
+from gemma_scope_tl.inputs import Text
 from gemma_scope_tl.interventions.sources import chosen_latents, decoder_rows, encode_latents, place_of
 from gemma_scope_tl.logit_lens import top_tokens
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import flatten_heads
-from gemma_scope_tl.tokens import special_mask, special_token_ids
+from gemma_scope_tl.tokens import special_token_ids
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +38,7 @@ class PageText:
 
     Args:
         model: from ``load_model``. Hooks and SAEs attached to it act in the pass.
-        data: texts, or token ids ``[rows, pos]``; None for the held-out text in the package.
+        data: texts, token ids or conversations; None for the held-out text in the package.
         rows: of tokens, at most.
         context: tokens in a row, BOS included.
         batch_size: rows in a forward pass.
@@ -50,7 +51,7 @@ class PageText:
     def __init__(
         self,
         model: Any,
-        data: Sequence[str] | Int[torch.Tensor, "rows pos"] | None = None,
+        data: Text | None = None,
         rows: int = 64,
         context: int = 128,
         batch_size: int = 8,
@@ -58,12 +59,9 @@ class PageText:
     ) -> None:
         if rows < 1 or batch_size < 1:
             raise GemmaScopeError(f"rows and batch_size are at least 1; given: {rows}, {batch_size}.")
-        if isinstance(data, (str, torch.Tensor)):
-            found = as_tokens(model, data, context)[:rows]
-        else:
-            found = pack_texts(model.tokenizer, read_texts() if data is None else data, context, rows)
-        self.model, self.tokens, self.batch_size, self.memory = model, found, batch_size, memory
-        self.ordinary: Bool[torch.Tensor, "rows pos"] = ~special_mask(found, special_token_ids(model.tokenizer))
+        found = as_rows(model, read_texts() if data is None else data, context, limit=rows)
+        self.model, self.tokens, self.batch_size, self.memory = model, found.ids, batch_size, memory
+        self.ordinary: Bool[torch.Tensor, "rows pos"] = found.ordinary(special_token_ids(model.tokenizer))
         self._held: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     @torch.no_grad()
@@ -178,7 +176,8 @@ def latent_facts(
         raise GemmaScopeError(f"Counts are at least 1; given: {examples}, {k}, {neighbours}, around {around}.")
     (index,) = chosen_latents(sae, latent)
     site, layer = place_of(sae)
-    acts = encode_latents(sae, text.activations(sae).to(sae.device), [index])[..., 0].float().cpu()
+    x = text.activations(sae).to(text.model.device_of(layer))
+    acts = encode_latents(sae, x, [index])[..., 0].float().cpu()
     acts = torch.where(text.ordinary, acts, 0.0)
     active = acts[acts > 0]
     counts, edges = _histogram(active)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -42,10 +43,14 @@ STYLE = """
 .gs-tokens span.gs-peak { outline: 2px solid #9a3412; }
 """
 
+_SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
 
 def token_text(token: str) -> str:
-    """A token as people can see it: line breaks and tabs as signs, never as layout."""
-    return token.replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
+    """A token as people can see it: line breaks and tabs as signs; what has no sign, or would turn the text around it
+    (controls, marks of direction, half of a pair), as its number. Never as layout."""
+    return _UNSEEN.sub(lambda found: _SIGNS.get(found[0]) or f"\\u{ord(found[0]):04x}", token)
 
 
 def token_spans(tokens: Sequence[str], values: Sequence[float], maximum: float, peak: int | None = None) -> str:
@@ -70,7 +75,7 @@ def latent_html(facts: LatentFacts) -> str:
     """The page's content as one element with its style, for a notebook or inside another page."""
     place = facts.site if facts.layer is None else f"{facts.site}, layer {facts.layer}"
     link = ""
-    if facts.neuronpedia:
+    if facts.neuronpedia and facts.neuronpedia.startswith("https://"):
         address = escape(facts.neuronpedia)
         link = f' <a href="{address}" target="_blank" rel="noopener noreferrer">Neuronpedia</a>'
     lens = {str(kind): rows for kind, rows in facts.lens.groupby("kind")}

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.inputs import Text
 from gemma_scope_tl.viz.latent_facts import LatentFacts, PageText, latent_facts
 from gemma_scope_tl.viz.latent_html import document, latent_html
-
-if TYPE_CHECKING:
-    import torch
-    from jaxtyping import Int
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ def feature_page(
     model: Any,
     sae: Any,
     latent: int,
-    text: PageText | Sequence[str] | Int[torch.Tensor, "rows pos"] | None = None,
+    text: PageText | Text | None = None,
     *,
     rows: int = 64,
     context: int = 128,

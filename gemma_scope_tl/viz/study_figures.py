@@ -175,15 +175,16 @@ def probe_figure(table: pd.DataFrame) -> Figure:
 def _over_l0(table: pd.DataFrame, metrics: Sequence[str], by: list[str], bounds: bool = False) -> Figure:
     check_columns(table, ["site", "l0", *by, *metrics])
     sites = list(dict.fromkeys(table["site"]))
-    first, second = ([name for name, _ in _groups(table, [column])] for column in by)
+    *head, last = by  # colours say the former, lines and markers the latter
+    first, second = ([name for name, _ in _groups(table, columns)] for columns in (head, [last]))
     figure, panels = _grid(len(metrics), len(sites))
     for line, metric in zip(panels, metrics, strict=True):
         for ax, site in zip(line, sites, strict=True):
             rows = table[table["site"] == site]
             for name, group in _groups(rows, by):
                 ordered = group.sort_values("l0")
-                color = first.index(_name([by[0]], group.iloc[0])) % COLORS
-                kind = second.index(_name([by[1]], group.iloc[0]))
+                color = first.index(_name(head, group.iloc[0])) % COLORS
+                kind = second.index(_name([last], group.iloc[0]))
                 line_style, marker = _STYLES[kind % len(_STYLES)], MARKERS[kind % len(MARKERS)]
                 x, y = ordered["l0"].to_list(), ordered[metric].to_list()
                 ax.plot(x, y, label=name, color=f"C{color}", ls=line_style, marker=marker, ms=4, lw=1)

@@ -105,12 +105,20 @@ def remove_from_cache(path: Path) -> bool:
     """Delete a file of the Hub's cache, its blob included, so that the next load downloads it again.
 
     Returns:
-        Whether it was one; any other file is left as it is.
+        Whether it was one and is gone; any other file is left as it is.
     """
     entries = _cache_entries(path)
-    for entry in entries:
-        entry.unlink(missing_ok=True)
+    try:
+        for entry in entries:
+            entry.unlink(missing_ok=True)
+    except OSError:  # a cache that only others may write
+        return False
     return bool(entries)
+
+
+def in_hub_cache(path: Path) -> bool:
+    """Whether a file is one of the Hub's cache, which holds whole files and never changes them."""
+    return bool(_cache_entries(path))
 
 
 def known_sha256(path: Path) -> str | None:

@@ -1,9 +1,9 @@
 """One checked set of tensors from either file layout: headers first, then the data and its checks in one pass.
 
-What can stay where it is, stays: a stored array that needs no conversion is mapped, and its pages are read when they
-are touched. Everything else goes chunk by chunk into a tensor of the dtype and on the device that is asked for.
-A file is checked whole once (checksums, finite values), which is remembered (``stamp.py``); biases and thresholds are
-checked at every load.
+What can stay where it is, stays: a stored array that needs no conversion, in a file that nobody writes into
+(``mapping.py``), is mapped, and its pages are read when they are touched. Everything else goes chunk by chunk into a
+tensor of the dtype and on the device that is asked for. A file is checked whole once (checksums, finite values), which
+is remembered (``stamp.py``); biases and thresholds are checked at every load.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from gemma_scope_tl.weights.checks import (
 )
 from gemma_scope_tl.weights.fetch import verify_download, wrong_hash
 from gemma_scope_tl.weights.layout import ArrayLayout, Sink, map_array, stream
-from gemma_scope_tl.weights.npz import clear_errors, inspect_npz
+from gemma_scope_tl.weights.mapping import may_map
+from gemma_scope_tl.weights.modes import is_out_of_memory, ordinary_tensors
+from gemma_scope_tl.weights.npz import inspect_npz, read_errors
 from gemma_scope_tl.weights.safetensors_file import inspect_safetensors
 from gemma_scope_tl.weights.sniff import weights_error
 from gemma_scope_tl.weights.stamp import Stamp, file_key, read_stamp, write_stamp
@@ -54,6 +56,7 @@ def inspect(path: str | Path, expected: Expected | None = None) -> dict[str, Arr
     return {names[name]: layout for name, layout in layouts.items()}
 
 
+@ordinary_tensors()
 def load_arrays(
     path: str | Path,
     expected: Expected | None = None,
@@ -61,12 +64,13 @@ def load_arrays(
     device: str | torch.device = "cpu",
     elementwise: Mapping[str, Elementwise] | None = None,
     sha256: str | None = None,
+    mapped: bool | None = None,
 ) -> dict[str, torch.Tensor]:
     """The parameters in a ``.npz`` or ``.safetensors`` file under their canonical names, checked.
 
-    Arrays that the file stores uncompressed and that need no conversion are memory-mapped, copy-on-write. Others are
-    converted and moved in slices of 4 MiB, so the peak is the result and one slice. Keys may be ``W_enc`` or ``w_enc``
-    alike. Shapes are judged before any data is read.
+    Arrays that the file stores uncompressed and that need no conversion are memory-mapped, copy-on-write, where nobody
+    writes into the file (``mapping.py``). Others are copied, converted and moved in slices of 4 MiB, so the peak is the
+    result and one slice. Keys may be ``W_enc`` or ``w_enc`` alike. Shapes are judged before any data is read.
 
     Args:
         path: the file; what it is follows from its suffix.
@@ -75,6 +79,7 @@ def load_arrays(
         device: of the result.
         elementwise: functions, by canonical name, applied before rounding to ``dtype``; increasing ones.
         sha256: what the whole file must hash to.
+        mapped: map what can be, or nothing, whoever writes into the file; for tensors that live for a moment.
 
     Returns:
         ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc``, ``b_dec``, ``threshold``, perhaps
@@ -85,7 +90,9 @@ def load_arrays(
     """
     path = Path(path)
     try:
-        return _load(path, expected, _Reading(path, dtype, torch.device(device), elementwise or {}), sha256)
+        with read_errors(path):
+            mapped = (path.exists() and may_map(path)) if mapped is None else mapped
+        return _load(path, expected, _Reading(path, dtype, torch.device(device), elementwise or {}, mapped), sha256)
     except WeightsError:
         if sha256 is not None and path.is_file():  # a file that fails for being another one is said to be that
             verify_download(path, sha256)
@@ -93,14 +100,16 @@ def load_arrays(
 
 
 def _load(path: Path, expected: Expected | None, read: _Reading, sha256: str | None) -> dict[str, torch.Tensor]:
-    layouts, key = inspect(path, expected), file_key(path)
+    layouts = inspect(path, expected)
+    with read_errors(path):
+        key = file_key(path)
     stamp = read_stamp(path)
     fits = stamp is not None and sha256 in (None, stamp.sha256) and stamp.ranges.keys() == layouts.keys()
     known = stamp if fits else None
     for name, layout in layouts.items():
         read.plan(name, layout, check=known is None)
     digest = hashlib.sha256() if known is None and sha256 is not None else None
-    with clear_errors(path):
+    with read_errors(path):
         stream(path, layouts, read.sinks, read.verify, digest)
     if digest is not None and sha256 is not None and digest.hexdigest() != sha256:
         raise wrong_hash(path, digest.hexdigest(), sha256)
@@ -114,14 +123,15 @@ def _load(path: Path, expected: Expected | None, read: _Reading, sha256: str | N
     return _finished(read.tensors, str(path))
 
 
+@ordinary_tensors()
 def load_array(path: Path, layout: ArrayLayout) -> torch.Tensor:
     """One array copied into memory, its checksum compared.
 
     Raises:
         WeightsError: when it is truncated or corrupt.
     """
-    tensor = torch.empty(layout.shape, dtype=layout.dtype)
-    with clear_errors(path):
+    tensor = _allocated(path, layout.shape, layout.dtype, torch.device("cpu"))
+    with read_errors(path):
         stream(path, {layout.name: layout}, {layout.name: [_copier(tensor, layout.fortran, None)]}, (layout.name,))
     return tensor
 
@@ -148,6 +158,7 @@ class _Reading:
     dtype: torch.dtype | None
     device: torch.device
     elementwise: Mapping[str, Elementwise]
+    mapped: bool
     tensors: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     sinks: dict[str, list[Sink]] = field(default_factory=dict[str, "list[Sink]"])
     ranges: dict[str, _Range] = field(default_factory=dict[str, _Range])
@@ -162,11 +173,18 @@ class _Reading:
             self.ranges[name] = one = _Range()
             self.verify.add(name)
             sinks.append(one)
-        stays = layout.mappable and to == layout.dtype and self.device.type == "cpu" and name not in self.elementwise
+        stays = (
+            self.mapped
+            and layout.mappable
+            and to == layout.dtype
+            and self.device.type == "cpu"
+            and name not in self.elementwise
+        )
         if stays and len(layout.shape) > 1:
-            self.tensors[name] = map_array(self.path, layout)
+            with read_errors(self.path):
+                self.tensors[name] = map_array(self.path, layout)
         else:
-            self.tensors[name] = torch.empty(layout.shape, dtype=to, device=self.device)
+            self.tensors[name] = _allocated(self.path, layout.shape, to, self.device)
             sinks.append(_copier(self.tensors[name], layout.fortran, self.elementwise.get(name)))
         self.sinks[name] = sinks
 
@@ -185,6 +203,18 @@ class _Reading:
         to = self.dtype or layout.dtype
         wide = name in ("threshold", "log_threshold")
         return torch.promote_types(torch.float32, to) if wide and self.dtype is not None else to
+
+
+def _allocated(path: Path, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor to be filled; where there is no room for it, that is said, and nothing about the file."""
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = math.prod(shape) * dtype.itemsize / 2**30
+        what = f"does not fit: {list(shape)} in {dtype} takes {size:.2f} GiB, which {device} does not have free"
+        raise weights_error(path, what, "Free memory, give dtype='bfloat16', or use a narrower SAE.") from error
 
 
 def _copier(target: torch.Tensor, fortran: bool, function: Elementwise | None) -> Sink:
@@ -210,6 +240,7 @@ def _copier(target: torch.Tensor, fortran: bool, function: Elementwise | None) -
     return copy
 
 
+@ordinary_tensors()
 def canonical_arrays(
     arrays: Mapping[str, torch.Tensor | np.ndarray], source: str, expected: Expected | None = None
 ) -> dict[str, torch.Tensor]:
@@ -246,9 +277,9 @@ def _finished(tensors: dict[str, torch.Tensor], source: str) -> dict[str, torch.
 
 def _tensor(array: torch.Tensor | np.ndarray, name: str, source: str) -> torch.Tensor:
     if isinstance(array, torch.Tensor):
-        return array.detach()
+        return array.clone() if array.is_inference() else array.detach()
+    native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
     try:
-        native = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
         return torch.from_numpy(native if native.flags.writeable else native.copy())
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
         raise WeightsError(f"{source} has {name} of dtype {array.dtype}, which is not a float. {_USE_FLOAT}") from error

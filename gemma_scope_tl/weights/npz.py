@@ -8,6 +8,7 @@ does not align it); x86-64 and ARM64 read such maps directly.
 from __future__ import annotations
 
 import ast
+import errno
 import struct
 import zipfile
 import zlib
@@ -19,10 +20,11 @@ from typing import IO, Any, Protocol
 import numpy as np
 import torch
 
-from gemma_scope_tl.errors import WeightsError
+from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.weights.layout import ArrayLayout
 from gemma_scope_tl.weights.sniff import (
     MAX_ARRAYS,
+    NOT_READ,
     check_name,
     read_head,
     refuse_other_kinds,
@@ -262,19 +264,37 @@ def _npy_header(path: str | Path, name: str, stream: IO[bytes]) -> tuple[tuple[i
 
 @contextmanager
 def clear_errors(path: str | Path) -> Generator[None]:
-    """Turn what zipfile, zlib and the like raise for broken files into one :class:`WeightsError`."""
+    """Turn what zipfile, zlib and the like raise for broken files into one :class:`WeightsError`.
+
+    Only for code that looks at bytes and headers: what tensors raise (no such device, a mode of the caller's) is not
+    the file's.
+    """
     try:
-        yield
-    except WeightsError:
+        with read_errors(path):
+            yield
+    except GemmaScopeError:
         raise
     except zipfile.BadZipFile as error:
         if "CRC" in str(error):
             raise weights_error(path, f"is corrupt ({error})") from error
         size = f": {path.stat().st_size} bytes" if isinstance(path, Path) else ""
         raise weights_error(path, f"is truncated or corrupt{size} without a valid zip index ({error})") from error
+    except (EOFError, struct.error, NotImplementedError, RuntimeError, ValueError, OverflowError, LookupError) as error:
+        raise weights_error(path, f"is corrupt or cannot be read ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def read_errors(path: str | Path) -> Generator[None]:
+    """Name the file where the system cannot read it, memory does not suffice, or compressed data breaks."""
+    try:
+        yield
+    except GemmaScopeError:
+        raise
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # an offset before the file's beginning
+            raise weights_error(path, f"is corrupt ({error})") from error
+        raise weights_error(path, f"cannot be read ({error.strerror or error})", NOT_READ) from error
     except MemoryError as error:
         raise weights_error(path, "does not fit in memory", "Free memory, or use a narrower SAE.") from error
-    except (EOFError, zlib.error) as error:
+    except zlib.error as error:
         raise weights_error(path, f"is truncated or corrupt: its compressed data ends or breaks ({error})") from error
-    except (OSError, struct.error, NotImplementedError, RuntimeError, ValueError, OverflowError, LookupError) as error:
-        raise weights_error(path, f"is corrupt or cannot be read ({type(error).__name__}: {error})") from error

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from gemma_scope_tl.weights.ranges import HubAddress, RangeReader
-from gemma_scope_tl.weights.sniff import read_head, weights_error
+from gemma_scope_tl.weights.sniff import NOT_READ, read_head, weights_error
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -81,7 +81,7 @@ class LocalBytes:
                 self._file.seek(offset)
                 data = self._file.read(length)
         except OSError as error:
-            raise weights_error(self.source, f"cannot be read ({error.strerror or error})") from error
+            raise weights_error(self.source, f"cannot be read ({error.strerror or error})", NOT_READ) from error
         if len(data) != length:
             raise weights_error(self.source, f"is truncated: {len(data)} of {length} bytes at {offset}")
         return data

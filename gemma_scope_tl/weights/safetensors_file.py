@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 from gemma_scope_tl.weights.layout import ArrayLayout
-from gemma_scope_tl.weights.npz import NamedFile
+from gemma_scope_tl.weights.npz import NamedFile, read_errors
 from gemma_scope_tl.weights.sniff import (
     CFG_NAME,
     MAX_ARRAYS,
@@ -52,10 +52,12 @@ def read_cfg(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CFG_NAME
     read_head(path)
-    if path.stat().st_size > _MAX_CFG:
-        raise weights_error(path, f"is {path.stat().st_size} bytes, too large for a configuration")
+    with read_errors(path):
+        if path.stat().st_size > _MAX_CFG:
+            raise weights_error(path, f"is {path.stat().st_size} bytes, too large for a configuration")
+        raw = path.read_bytes()
     try:
-        cfg = json.loads(path.read_text(encoding="utf-8"))
+        cfg = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise weights_error(path, f"is not JSON ({error})") from error
     if not isinstance(cfg, dict):
@@ -76,7 +78,7 @@ def inspect_safetensors(file: str | Path | NamedFile) -> dict[str, ArrayLayout]:
         return _inspect(file, file.source, file.size)  # pyright: ignore[reportAttributeAccessIssue]
     path = Path(file)
     refuse_other_kinds(path, read_head(path), "a safetensors file")
-    with path.open("rb") as opened:
+    with read_errors(path), path.open("rb") as opened:
         return _inspect(opened, path, path.stat().st_size)
 
 

@@ -12,6 +12,7 @@ WEIGHTS_NAME = "sae_weights.safetensors"
 MAX_ARRAYS = 64
 """Arrays that a weights file may have: an SAE has five, and every one more costs memory and lines of messages."""
 REMEDY = "Delete the file and download it again (`hf download REPO FILE --force-download`)."
+NOT_READ = "Check its permissions and the disk; the file may be sound."
 _HEAD = 512
 _MAX_NAME = 64  # characters
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")
@@ -59,7 +60,7 @@ def read_head(path: Path) -> bytes:
         with path.open("rb") as file:
             head = file.read(_HEAD)
     except OSError as error:
-        raise weights_error(path, f"cannot be read ({error.strerror or error})", "Check its permissions.") from error
+        raise weights_error(path, f"cannot be read ({error.strerror or error})", NOT_READ) from error
     if not head:
         raise weights_error(path, "is empty (0 bytes)")
     return head

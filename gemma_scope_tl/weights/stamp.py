@@ -6,7 +6,7 @@ file's content. (A bit that rots on the disk changes no time: such a file is cau
 
 Stamps lie beside the Hub's cache, in ``$HF_HOME/gemma_scope_tl/checked``; ``GEMMA_SCOPE_TL_CACHE`` names another
 folder. They are as trustworthy as the cached weights themselves: who can write one can write the other. Where a stamp
-cannot be written (a read-only home), files are checked at every load.
+cannot be written (a read-only home, or none), files are checked at every load.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.files import expanded, write_atomically
 
 CACHE_VARIABLE = "GEMMA_SCOPE_TL_CACHE"
 _SETTLED_NS = 100_000_000
@@ -40,13 +40,13 @@ class Stamp:
     sha256: str | None = None
 
 
-def cache_folder() -> Path:
-    """Where this package keeps what it can make again."""
+def cache_folder() -> Path | None:
+    """Where this package keeps what it can make again; None for a user without a home, as containers have them."""
     if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own).expanduser()
+        return expanded(own)
     general = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = os.environ.get("HF_HOME", os.path.join(general, "huggingface"))
-    return Path(home).expanduser() / "gemma_scope_tl"
+    home = expanded(os.environ.get("HF_HOME", os.path.join(general, "huggingface")))
+    return home and home / "gemma_scope_tl"
 
 
 def file_key(path: Path) -> dict[str, int | str]:
@@ -61,7 +61,7 @@ def read_stamp(path: Path) -> Stamp | None:
     """The stamp of a file as it is now, or None."""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         place = _place(path)
-        if not place.is_file() or place.stat().st_size > _MAX_STAMP:
+        if place is None or not place.is_file() or place.stat().st_size > _MAX_STAMP:
             return None
         held = json.loads(place.read_text(encoding="utf-8"))
         if held["key"] == file_key(path):
@@ -76,10 +76,12 @@ def write_stamp(path: Path, stamp: Stamp, key: dict[str, int | str]) -> None:
     if time.time_ns() - touched < _SETTLED_NS:
         return  # another write within a tick of the file system's clock would leave the same times
     with suppress(OSError):
-        if file_key(path) == key:
-            write_atomically(_place(path), json.dumps({"key": key, **asdict(stamp)}))
+        place = _place(path)
+        if place is not None and file_key(path) == key:
+            write_atomically(place, json.dumps({"key": key, **asdict(stamp)}))
 
 
-def _place(path: Path) -> Path:
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
-    return cache_folder() / "checked" / f"{name}.json"
+def _place(path: Path) -> Path | None:
+    cache = cache_folder()
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    return cache and cache / "checked" / f"{name}.json"

@@ -140,6 +140,8 @@ def test_adam_moves_what_it_moves_in_sae_lens(backend: str, site: str) -> None:
 def test_training_never_reaches_the_file_that_weights_are_mapped_from(tmp_path: Path, layout: Any) -> None:
     gs.save_sae(gs.load_sae("bundled", "res", 2, width="1k"), tmp_path, format=layout)
     files = {path: file_sha256(path) for path in tmp_path.iterdir()}
+    for path in files:
+        path.chmod(0o444)  # what nobody writes into may be mapped
     sae, other = (gs.JumpReLUSAE.from_folder(tmp_path, site="res", layer=2) for _ in range(2))
     maps = Path("/proc/self/maps")
     assert not maps.exists() or str(tmp_path) in maps.read_text()

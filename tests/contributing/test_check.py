@@ -180,7 +180,7 @@ def test_l0_is_measured(draft: Draft) -> None:
     (deep,) = l0_of(model, [gs.JumpReLUSAE.from_arrays(saes[0].state_dict(), site="res", layer=9)], tokens[:1])
     assert isinstance(deep, GemmaScopeError) and tokens.shape == (16, 256)
     (other,) = measure_l0([rows[1].model_copy(update={"model": "gemma-2-2b"})], 1)
-    assert other.ok is False and "--model-path" in other.text
+    assert other.ok is False and "--model" in other.text
     assert measure_l0(rows, 0) == [] and measure_l0([], 3) == []
     assert [row.id for row in spread(rows, 2)] == [rows[0].id, rows[2].id] and tolerated(8) == 3
 

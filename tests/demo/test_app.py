@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from html import escape
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -51,7 +52,8 @@ def test_clients_at_once_keep_their_own_state(address: str, world: World) -> Non
         client = _client(address)
         latent, position, *_ = client.predict(text, world.start(), api_name="/read")
         _, words, _ = client.predict(latent, position, api_name="/show")
-        return str(words), views.reading_words(logic.read_text(world, text, world.start()), latent, position)
+        expected = views.reading_words(logic.read_text(world, text, world.start()), latent, position)
+        return str(words), escape(expected)
 
     with ThreadPoolExecutor(4) as pool:
         for words, expected in pool.map(visit, TEXTS):

@@ -15,6 +15,11 @@ from urllib.request import urlopen
 
 import pytest
 
+from gemma_scope_tl.demo.app import build_app
+from gemma_scope_tl.demo.serving import launch
+from gemma_scope_tl.demo.world import World
+from gemma_scope_tl.errors import GemmaScopeError
+
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -74,6 +79,8 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     failures: list[str] = []
     opened.on("request", lambda request: outside.append(request.url) if _leaves(request.url, address) else None)
     opened.on("pageerror", lambda error: failures.append(str(error)))
+    opened.on("console", lambda said: failures.append(said.text) if said.type == "error" else None)
+    opened.on("response", lambda r: failures.append(f"{r.status} {r.url}") if r.status >= 400 else None)
     opened.goto(address)
     yield opened
     context.close()
@@ -195,3 +202,58 @@ def test_markup_in_a_text_stays_text(page: Any) -> None:
     shown = re.sub(r"\s", "", page.locator("#gs-tokens").inner_text())
     assert "<imgsrc=xonerror=" in shown and "<script>window.broken=1</script>" in shown
     assert page.evaluate("window.broken") is None
+
+
+HOSTILE = (
+    *("<h1>big</h1>", "<img src=x onerror='window.broken=1'>", "<script>window.broken=1</script>", "</script><b>"),
+    *("${window.broken=1}", "{{#each value}}{{this}}{{/each}}", "{{value}}", "# title", "\n# title\n", "`code`"),
+    *("[a](javascript:window.broken=1)", "|a|b|", "$$x^2$$", "</p><style>*{display:none}</style>", "&lt;h1&gt;"),
+)
+
+
+class HostileWorld(World):
+    """A world whose tokenizer has tokens that are markup, and whose errors quote markup."""
+
+    def token_texts(self, tokens: Any) -> list[str]:
+        return [HOSTILE[i % len(HOSTILE)] for i in range(tokens.shape[1])]
+
+    def tokens(self, text: object) -> Any:
+        if text == "fail":
+            raise GemmaScopeError(f"No such {' '.join(HOSTILE[:5])} as this.")
+        return super().tokens(text)
+
+
+@pytest.fixture(scope="module")
+def hostile_address(world: World) -> Iterator[str]:
+    hostile = HostileWorld(world.model, list(world.rows.values()), text=world.text)
+    app = build_app(hostile)
+    yield launch(app, wait=False)
+    app.close(verbose=False)
+
+
+def test_tokens_that_are_markup_stay_text(browser: Any, hostile_address: str) -> None:
+    page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
+    page.set_default_timeout(20_000)
+    page.goto(hostile_address)
+    _words(page, "#gs-words", r"Latent \d+ is active on")
+    made = "document.querySelectorAll('#gs-words *, #gs-splice-words *').length"
+    before = page.evaluate(made)
+    for position in range(1, len(HOSTILE) + 1):
+        page.locator("#gs-position input").fill(str(position))
+        page.locator("#gs-position input").press("Tab")
+        quoted = re.escape(repr(HOSTILE[position % len(HOSTILE)]))
+        _words(page, "#gs-words", rf"on token {position} \({quoted}\)")
+        assert page.evaluate(made) == before
+    shown = page.locator("#gs-tokens").inner_text()
+    assert all(token.strip() in shown for token in HOSTILE if "\n" not in token)
+    page.locator("#gs-text textarea").fill("fail")
+    page.locator("#gs-read").click()
+    message = page.locator(".toast-body").first
+    sync_api.expect(message).to_contain_text("<h1>big</h1> <img src=x")
+    assert message.locator("h1, img, script, b").count() == 0
+    _tab(page, "Splice")
+    page.locator("#gs-splice").click()
+    sync_api.expect(page.locator("#gs-splice-tokens")).to_contain_text("<script>window.broken=1</script>")
+    assert page.evaluate("document.querySelectorAll('h1').length") == 1  # the page's own title
+    assert page.evaluate("window.broken") is None
+    page.context.close()

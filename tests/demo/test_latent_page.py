@@ -150,6 +150,19 @@ def test_hostile_tokens_stay_text() -> None:
     assert "<title>&lt;script&gt;</title>" in document("<script>", "")
 
 
+def test_links_lead_to_pages_and_tokens_turn_nothing_around() -> None:
+    lens = pd.DataFrame({"kind": ["promoted", "suppressed"], "token": ["\u202egnp", "\x1b"], "logit": [1.0, -1.0]})
+    neighbours = pd.DataFrame({"latent": [1], "cosine": [0.5]})
+    tokens = ["a\u202eb", "\x1b[2J", "\u2028", "\ud83d", "👩\u200d💻"]
+    for address in ("javascript:alert(1)", "data:text/html,x", "https://host/a"):
+        example = [Example(0, 0, tokens, [1.0] * 5, 1)]
+        facts = LatentFacts(*(0, 2, "n", "res", 1, 10, 1, 1.0), *(example, [0.0, 1.0], [1], lens, neighbours, address))
+        html = FeaturePage(facts).html
+        assert ("<a " in html) == address.startswith("https:")
+        html.encode()  # no half of a pair is left
+        assert not re.search("[\u202e\u2028\x1b]", html) and "👩\u200d💻" in html and "a\\u202eb" in html
+
+
 def test_colours_follow_the_values() -> None:
     spans = token_spans(["a", "b", "c"], [0.0, 1.0, 2.0], 2.0, peak=2)
     shares = [float(x) for x in re.findall(r"rgba\(234,88,12,([\d.]+)\)", spans)]

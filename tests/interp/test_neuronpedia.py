@@ -98,7 +98,7 @@ def test_it_goes_on(
 
 def test_the_verb(tmp_path: Path) -> None:
     args = ["neuronpedia", "--site", "att", "--layer", "1", "--width", "1k", "--canonical", "--rows", "4"]
-    args += ["--context", "64", "--latent", "5", "--latent", "7", "--folder", str(tmp_path), "--json"]
+    args += ["--context", "64", "--latent", "5", "--latent", "7", "--out", str(tmp_path), "--json"]
     result = CliRunner().invoke(app, args, catch_exceptions=False)
     assert result.exit_code == 0
     (row,) = json.loads(result.stdout)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError
-from gemma_scope_tl.interventions import mean_norms, steer
-from gemma_scope_tl.sites import BACKENDS
+from gemma_scope_tl.interventions import clamp, mean_norms, scale, steer
+from gemma_scope_tl.sites import BACKENDS, ModelDims
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 
 ROWS = ["hello there", "hi", "good morning to you"]
@@ -113,3 +113,20 @@ def test_errors(model: Any) -> None:
         mean_norms(model, "hello", layers=[4])
     with pytest.raises(GemmaScopeError, match="no token but"):
         mean_norms(model, torch.tensor([[2]]))
+
+
+@pytest.mark.parametrize(
+    "number", [float("nan"), float("inf"), -float("inf"), np.float32("nan"), torch.tensor([np.inf])]
+)
+def test_numbers_are_finite(number: Any) -> None:
+    """A strength that is no number would make every later activation NaN, and the text padding."""
+    sae = random_sae(ModelDims(3, 96, 4, 24), "res", 1)
+    for edit in (
+        lambda: steer(sae, 3, number),
+        lambda: steer(sae, 3, 1.0, unit="mean_norm", mean_norm=float(number)),
+        lambda: clamp(sae, 3, number),
+        lambda: scale(sae, 3, number),
+        lambda: clamp(sae, [3, 4], [1.0, float(number)]),
+    ):
+        with pytest.raises(SpliceError, match="takes finite numbers"):
+            edit()

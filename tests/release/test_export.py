@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gemma_scope_tl.contributing.check import check_release
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
 from gemma_scope_tl.registry import read_release
 from gemma_scope_tl.release.about import About
+from gemma_scope_tl.release.card import cell, code
 from gemma_scope_tl.release.circuit_tracer import write_transcoder_set
 from gemma_scope_tl.release.export import export_suite
 from gemma_scope_tl.release.items import collect
@@ -107,6 +109,18 @@ def test_the_card_says_what_is_known_and_nothing_else(saes: list[Any], tmp_path:
     assert "| lr | 7e-05 | 7e-05 | the paper |" in text and "| bandwidth | 0.01 | 0.001 | search |" in text
     assert "| epochs | 2 |  | set beforehand |" in text
     assert "## Training data\n\nNot stated by the authors." in text and "delta loss" not in text
+
+
+def test_values_in_a_card_are_text(saes: list[Any], tmp_path: Path) -> None:
+    hostile = "<script>x</script> | `a` [b](javascript:c)\n# d"
+    about = About("mit", recipe={"lr": 7e-5, hostile: hostile, "a_b": [1, 2]}, notes=["one\n# two"])
+    (out,) = export_suite(saes, tmp_path / "c", about, progress=False)
+    text = (out / "README.md").read_text()
+    assert "<script" not in text and not re.search(r"^# [d t]", text, re.M) and "- one\n  # two" in text
+    rows = [line for line in text.splitlines() if "script>" in line]
+    assert len(rows) == 1 and len(re.findall(r"(?<!\\)\|", rows[0])) == 5  # one row of four cells
+    assert "[b](" not in rows[0] and "| a_b | \\[1, 2\\] |" in text
+    assert code("a``b`") == "``` a``b` ```" and code("a|b") == "`a\\|b`" and cell("_a_") == "\\_a\\_"
 
 
 def test_circuit_tracer_files(tmp_path: Path) -> None:

@@ -317,6 +317,7 @@ def test_files_are_checked_against_the_row(registry: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: reads /proc")
 def test_float32_on_the_cpu_is_mapped(tmp_path: Path) -> None:
     folder = write(tmp_path).resolve()
+    (folder / "params.npz").chmod(0o444)
     sae = JumpReLUSAE.from_folder(folder)
     maps = [m.split()[0] for m in Path("/proc/self/maps").read_text().splitlines() if m.endswith("params.npz")]
     spans = [tuple(int(end, 16) for end in m.split("-")) for m in maps]

@@ -187,8 +187,8 @@ def test_a_failed_write_leaves_the_old_files(tmp_path: Path, format: Any, monkey
     def broken(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gemma_scope_tl.files._sync", broken)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("gemma_scope_tl.files.sync_to_disk", broken)
+    with pytest.raises(OSError, match="the disk is full"):
         save_sae(make("mlp"), tmp_path, format)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -201,6 +201,7 @@ def test_arrays_that_share_memory(tmp_path: Path) -> None:
 
 def test_saving_over_the_file_that_is_mapped(tmp_path: Path) -> None:
     save_sae(make(), tmp_path)
+    (tmp_path / "params.npz").chmod(0o444)
     mapped = JumpReLUSAE.from_folder(tmp_path)
     mapped.W_dec.data.mul_(2)
     save_sae(mapped, tmp_path)

@@ -198,3 +198,14 @@ def test_logits_carry_no_graph_from_the_saes() -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     assert not model.run_with_saes(random_tokens(model), saes=[random_sae(model.dims, "res", 1)]).requires_grad
+
+
+def test_a_model_without_numbers_takes_none_away() -> None:
+    """On the meta device an SAE would lose its weights."""
+    model = hooked(random_gemma("narrow-heads"), "bridge")
+    sae = random_sae(model.dims, "res", 1, d_sae=64)
+    model.to("meta")  # as where the weights of layers are kept elsewhere between passes
+    with pytest.raises(SpliceError, match="would lose"), model.saes(sae, exclude_special_tokens=False):
+        model.blocks[1].hook_out(torch.zeros(1, 2, 64, device="meta"))
+    assert {parameter.device.type for parameter in sae.parameters()} == {"cpu"}
+    assert bool(sae.W_dec.any())

@@ -18,6 +18,13 @@ from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 from tests.parity.test_splice import by_hand
 
 ROUNDING = 1e-5  # float32 through four layers
+BRIDGE_WORDS = {
+    "blocks.1.hook_out.hook_sae_acts_post": "blocks.1.hook_resid_post.hook_sae_acts_post",
+    "blocks.1.hook_out.1.hook_sae_recons": "blocks.1.hook_resid_post.1.hook_sae_recons",
+    "blocks.0.attn.o.hook_in.hook_sae_input": "blocks.0.attn.hook_z.hook_sae_input",
+    "blocks.2.ln2_post.hook_out.hook_sae_error": "blocks.2.hook_mlp_out.hook_sae_error",
+    "embed.hook_out.hook_sae_output": "hook_embed.hook_sae_output",
+}
 SAE_HOOKS = ["hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons"]
 KINDS: list[tuple[str, int | None, bool]] = [  # site, layer, skip path
     ("res", 1, False),
@@ -51,8 +58,11 @@ def test_what_each_kind_reads_reconstructs_and_leaves(model: Any, site: str, lay
         _, cache = model.run_with_cache_with_saes(tokens, saes=sae, use_error_term=True)
     recons, special = by_hand(sae, x), (tokens <= 2)[..., None]
     assert torch.equal(cache[f"{short}.hook_sae_input"], x)
-    assert relative_difference(cache[f"{short}.hook_sae_error"], (y - recons).masked_fill(special, 0)) < ROUNDING
-    assert relative_difference(cache[f"{short}.hook_sae_output"], y) < ROUNDING
+    assert (
+        relative_difference(flatten_heads(cache[f"{short}.hook_sae_error"]), (y - recons).masked_fill(special, 0))
+        < ROUNDING
+    )
+    assert relative_difference(flatten_heads(cache[f"{short}.hook_sae_output"]), y) < ROUNDING
     assert cache[write].shape == clean[write].shape  # heads stay apart where the backend has them apart
     assert site != "transcoder" or relative_difference(y, x) > 0.1  # the two tensors of a transcoder are not alike
 
@@ -212,8 +222,13 @@ def test_cached_keys_are_the_same_list_on_both_backends() -> None:
         for sae in saes:
             model.add_sae(sae, use_error_term=True, chain=True)
         cache = model.run_with_cache(random_tokens(model))[1]
-        keys[backend] = [key for key in cache if ".hook_sae_" in key]
-        assert set(keys[backend]) == set(model.sae_hook_points())
+        points = model.sae_hook_points()
+        keys[backend] = [key for key in cache if key in points]
+        assert set(keys[backend]) == set(points)
+        others = {key for key in cache if ".hook_sae_" in key} - set(points)  # in the bridge's words
+        assert len(others) == len(points)
+        for theirs, mine in BRIDGE_WORDS.items():
+            assert cache[theirs].data_ptr() == cache[mine].data_ptr()
         assert keys[backend].count("blocks.1.hook_resid_post.1.hook_sae_acts_post") == 1
         chosen = [model.get_sae_hook_name(sae) for sae in saes]
         assert set(model.run_with_cache(random_tokens(model), names_filter=chosen)[1]) == set(chosen)

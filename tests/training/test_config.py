@@ -55,6 +55,28 @@ def test_all_problems_at_once_with_nearest_names(tmp_path: Path) -> None:
         ({"grid": [{"sites": ["res"], "widths": ["15k"], "lambdas": [1]}]}, "No power of two is written '15k'"),
         ({"grid": [{"sites": ["res"], "widths": [64]}]}, "one of lambdas and target_l0s"),
         ({"grid": [{"sites": ["res"], "widths": [64], "lambdas": [float("nan")]}]}, "finite number"),
+        *(
+            ({"grid": [{"sites": ["res"], "widths": [64], **entry}]}, message)
+            for entry, message in (
+                ({"target_l0s": [100]}, "target_l0s: 100 is not below the width 64"),
+                ({"target_l0s": [64], "widths": [128, 64]}, "target_l0s: 64 is not below the width 64"),
+                ({"target_l0s": [0]}, "greater than 0, not 0"),
+                ({"target_l0s": [-3]}, "greater than 0, not -3"),
+                ({"target_l0s": [float("nan")]}, "finite number"),
+                ({"target_l0s": [True]}, "not a number: True"),
+                ({"target_l0s": [8, 8.0]}, "target_l0s has 8 twice"),
+                ({"lambdas": [1e-3, 1e-3]}, "lambdas has 0.001 twice"),
+                ({"lambdas": [1], "layers": [1, 1]}, "layers has 1 twice"),
+                ({"lambdas": [1], "layers": [True]}, "not a number: True"),
+                ({"lambdas": [1], "widths": ["1k", 1024]}, "widths has 1024 twice"),
+                ({"lambdas": [1], "sites": ["res", "res"]}, "sites has res twice"),
+                ({"lambdas": [1], "steps": True}, "not a number: True"),
+            )
+        ),
+        ({"only": ["res*", "res*"]}, "only has res\\* twice"),
+        ({"seed": True}, "not a number: True"),
+        ({"device": "gpu"}, "'gpu' is no device"),
+        ({"device": "cuda:x"}, "'cuda:x' is no device"),
     ],
 )
 def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

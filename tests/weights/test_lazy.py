@@ -93,6 +93,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
 def test_a_checked_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "params.npz"
     np.savez(path, **arrays())
+    path.chmod(0o444)  # so that it may be mapped
     age(path)
     seen = count_reads(monkeypatch)
     load_arrays(path)
@@ -200,6 +201,7 @@ def test_the_peak_is_the_result_and_a_slice(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "params.npz"
     values = arrays(512, 16384)
     (np.savez if kind == "stored" else np.savez_compressed)(path, **values)
+    path.chmod(0o444)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(2):  # checked, then known
         command = [sys.executable, "-c", PEAK, str(path), "bfloat16"]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from gemma_scope_tl.cli import app
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = (
     "steps=6",
     "recipe.batch_size=256",

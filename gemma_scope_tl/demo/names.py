@@ -1,0 +1,107 @@
+"""The names by which a demo may be asked, and the pages that may ask."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from gemma_scope_tl.errors import GemmaScopeError
+
+LOCAL = ("localhost", "127.0.0.1", "[::1]")
+EVERYWHERE = ("0.0.0.0", "[::]")
+_ALLOWED = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\]", re.ASCII)
+_ORIGIN = re.compile(r"https?://(\*\.)?(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:(\d+|\*))?", re.ASCII)
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:\d+)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of a demo's host, without ports; ``*.example.org`` stands for all below ``example.org``.
+
+    Attributes:
+        own: this machine's, by which the demo was started.
+        given: of the hosts of proxies in front of it. Their pages may send, whatever name the proxy then asks by.
+        addresses: whether every numeric address is a name too, as where the demo listens on all of a machine's.
+            No page elsewhere can make a browser ask by one.
+    """
+
+    own: frozenset[str]
+    given: frozenset[str] = frozenset()
+    addresses: bool = False
+
+    def sends(self, origin: str, host: str) -> bool:
+        """Whether a page of ``origin`` may send to this ``host`` (with its port)."""
+        place = urlsplit(origin)
+        if place.scheme not in ("http", "https"):
+            return False
+        return place.netloc.lower() == host.lower() or self.is_given(place.netloc)
+
+    def is_given(self, host: str) -> bool:
+        """Whether ``host``, with or without a port, is one of a proxy's."""
+        name = host_name(host)
+        if name is None:
+            return False
+        return any(name == one or (one.startswith("*.") and name.endswith(one[1:])) for one in self.given)
+
+
+def names_of(host: str, allowed_hosts: Iterable[str] = ()) -> Names:
+    """The names of a demo that listens on ``host``.
+
+    Args:
+        host: an address or name.
+        allowed_hosts: other names, such as that of a proxy.
+
+    Raises:
+        GemmaScopeError: for an allowed host that is no name.
+    """
+    given: set[str] = set()
+    for name in [allowed_hosts] if isinstance(allowed_hosts, str) else allowed_hosts:
+        lower = bracketed(name.strip().lower())
+        if not _ALLOWED.fullmatch(lower):
+            raise GemmaScopeError(
+                "An allowed host is a name such as demo.example.org or *.example.org, without scheme, port and path; "
+                f"given: {name!r}."
+            )
+        given.add(lower)
+    listens = bracketed(host.lower())
+    everywhere = listens in EVERYWHERE
+    return Names(
+        frozenset({*LOCAL, socket.gethostname().lower() if everywhere else listens}), frozenset(given), everywhere
+    )
+
+
+def origins_of(given: Iterable[str]) -> tuple[str, ...]:
+    """Origins for a policy of who may frame a page.
+
+    Raises:
+        GemmaScopeError: for what is none.
+    """
+    found = (given,) if isinstance(given, str) else tuple(given)
+    for one in found:
+        if not _ORIGIN.fullmatch(one.lower()):
+            raise GemmaScopeError(f"A framing page is named by its origin, as https://example.org; given: {one!r}.")
+    return found
+
+
+def bracketed(host: str) -> str:
+    """``host`` as a URL writes it: an IPv6 address in brackets."""
+    return f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
+
+
+def host_name(host: str) -> str | None:
+    """The name in a ``Host`` header, lower-case and without its port; None where it is none."""
+    match = _HOST.fullmatch(host.lower())
+    return match[1] if match else None
+
+
+def is_address(name: str | None) -> bool:
+    """Whether a name is a numeric address."""
+    try:
+        ip_address((name or "").strip("[]"))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,181 @@
+"""Generation: where it stops, what stands where while it streams, and what a pass in between may not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import gemma_scope_tl as gs
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.sites import BACKENDS
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+
+
+@pytest.fixture(params=BACKENDS, scope="module")
+def model(request: pytest.FixtureRequest) -> Any:
+    return hooked(random_gemma("narrow-heads"), request.param)
+
+
+def _streamed(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    return torch.cat(list(model.generate_stream(ids, max_tokens_per_yield=1, **GREEDY, **options)), dim=1)
+
+
+def _by_hugging_face(model: Any, ids: torch.Tensor, use_past_kv_cache: bool = True) -> torch.Tensor:
+    """As pipelines and evaluation harnesses run a bridge's model."""
+    return model.original_model.generate(ids, use_cache=use_past_kv_cache, **GREEDY)
+
+
+WAYS: dict[str, Callable[..., torch.Tensor]] = {
+    "generate": lambda model, ids, **options: model.generate(ids, **GREEDY, **options),
+    "generate_stream": _streamed,
+    "hf_generate": lambda model, ids, **options: model.hf_generate(ids, **GREEDY, **options),
+    "original_model.generate": _by_hugging_face,
+}
+
+
+def _edited(model: Any, run: Callable[..., torch.Tensor], ids: torch.Tensor, positions: Any, cache: bool) -> list[Any]:
+    """Which columns of the text a hook with these positions edits at each pass, and the ids that come out."""
+    seen: list[list[list[int]]] = []
+    sae = random_sae(model.dims, "res", 0)
+    name, steer = gs.steer(sae, 3, 50.0, positions=positions, exclude_special_tokens=False)
+
+    def watched(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        out = bound(value, hook)
+        seen.append([row.nonzero().flatten().tolist() for row in (out != value).any(-1)])
+        return out
+
+    bound = steer.bound_to(model.token_tracker, model.tokenizer)
+    with model.hooks([(name, watched)]):
+        out = run(model, ids, use_past_kv_cache=cache)
+    return [seen, out.tolist()]
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("positions", [[3], [-1], slice(4, None), slice(-2, None)], ids=str)
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "generate"])
+def test_positions_are_those_of_generate(model: Any, way: str, positions: Any, cache: bool) -> None:
+    """The same columns in every pass: a position is the same token from the first to the last."""
+    if model.backend == "hooked_transformer" and way in ("hf_generate", "original_model.generate"):
+        assert not hasattr(model, way.split(".")[0])
+        return
+    ids = random_tokens(model, batch=2, length=7)
+    ids[1, :2], ids[1, 2] = 0, 2  # padding, then BOS
+    wanted = _edited(model, WAYS["generate"], ids, positions, cache)
+    assert _edited(model, WAYS[way], ids, positions, cache) == wanted
+    prompt = {"[3]": [[3], [5]], "[-1]": [[6], [6]], "slice(4, None, None)": [[4, 5, 6], [6]]}.get(str(positions))
+    assert wanted[0][0] == (prompt or [[5, 6], [5, 6]])
+    later = wanted[0][1]  # the second pass: one new column, or all of them
+    grows = isinstance(positions, slice)
+    assert later == ([[0], [0]] if grows else [[], []]) if cache else len(later[0]) == len(wanted[0][0][0]) + grows
+
+
+def test_a_stream_is_not_disturbed_by_other_passes(model: Any) -> None:
+    """Between its pieces the model reads other texts, streams another one, and is spliced."""
+    one, other = random_tokens(model, 1, 7), random_tokens(model, 1, 5, seed=1)
+    sae = random_sae(model.dims, "res", 0)
+    with gs.splice(model, sae, positions=[2, -1]):
+        wanted = [model.generate(ids, **GREEDY)[0].tolist() for ids in (one, other)]
+        streams = [model.generate_stream(ids, max_tokens_per_yield=1, **GREEDY) for ids in (one, other)]
+        got: list[list[int]] = [[], []]
+        for _ in range(5):
+            for pieces, ids in zip(streams, got, strict=True):
+                ids += next(pieces)[0].tolist()
+                model(random_tokens(model, 3, 4, seed=2))
+        assert got == wanted
+
+
+def test_a_cached_loop_by_hand_counts_in_the_text(model: Any) -> None:
+    """A key-value cache knows which text it holds, also when two texts go on in turn."""
+    texts = [random_tokens(model, 1, 8, seed=seed) for seed in (3, 4)]
+    sae = random_sae(model.dims, "res", 0)
+    with torch.no_grad(), gs.splice(model, sae, positions=slice(-1, 7)):
+        caches = [_begin(model, ids[:, :6]) for ids in texts]
+        for column in (6, 7):
+            for ids, cache in zip(texts, caches, strict=True):
+                logits = _go_on(model, ids[:, column : column + 1], cache)
+    with torch.no_grad(), gs.splice(model, sae, positions=[5, 6]):  # from the prompt's last token on, 5
+        torch.testing.assert_close(logits[:, -1], model(texts[1])[:, -1], rtol=0, atol=6e-4)
+
+
+def test_padding_stays_masked_in_a_cached_loop_by_hand(model: Any) -> None:
+    """Nobody has to carry the mask along."""
+    ids = random_tokens(model, 1, 8, seed=5)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
+    with torch.no_grad():
+        cache = _begin(model, padded[:, :-1])
+        got = _go_on(model, padded[:, -1:], cache)[:, -1]
+        torch.testing.assert_close(got, model(ids)[:, -1], rtol=0, atol=6e-4)
+
+
+def _begin(model: Any, ids: torch.Tensor) -> Any:
+    if model.backend == "bridge":
+        return model(ids, return_type="logits_and_cache", use_cache=True)[1]
+    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, ids.shape[0])
+    model(ids, past_kv_cache=cache)
+    return cache
+
+
+def _go_on(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    if model.backend == "bridge":
+        return model(ids, past_key_values=cache, use_cache=True)
+    return model(ids, past_kv_cache=cache)
+
+
+@pytest.mark.parametrize("method", ["generate", "generate_stream", "hf_generate"])
+def test_generation_stops_where_the_model_says(method: str, model: Any) -> None:
+    """Hugging Face stops at any id of ``generation_config.eos_token_id``; so does every way here."""
+    if not hasattr(model, method):
+        assert model.backend == "hooked_transformer"
+        return
+    ids = random_tokens(model, 1, 6, seed=6)
+    plain = random_gemma("narrow-heads")
+    long = plain.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=1)[0, 6:].tolist()
+    stop = long[4]
+    wanted = long[: long.index(stop) + 1]
+    kept, model.stop_token_ids = model.stop_token_ids, (1, stop)
+    try:
+        options = {"max_new_tokens": 12, "do_sample": False}
+        for given in ({}, {"eos_token_id": [1, stop]}):
+            out = getattr(model, method)(ids, **options, **given)
+            out = out if isinstance(out, torch.Tensor) else torch.cat(list(out), dim=1)
+            assert out[0, 6:].tolist() == wanted
+        for given in ({"stop_at_eos": False}, {"eos_token_id": 95 if 95 not in long else 94}):
+            out = getattr(model, method)(ids, **options, **given)
+            out = out if isinstance(out, torch.Tensor) else torch.cat(list(out), dim=1)
+            assert out.shape[1] == 18, given
+    finally:
+        model.stop_token_ids = kept
+
+
+def test_embeddings_do_not_take_the_ids_of_the_pass_before(model: Any) -> None:
+    """Where special tokens stand is unknown then; spliced everywhere it is right."""
+    ids = random_tokens(model, 1, 7)
+    sae = random_sae(model.dims, "res", 0)
+    with torch.no_grad():
+        embeddings = model.run_with_cache(ids, names_filter="hook_embed")[1]["hook_embed"]
+        with gs.splice(model, sae):
+            model(ids)
+            for given in ((None, {"inputs_embeds": embeddings}), (embeddings, {})):
+                with pytest.raises(SpliceError, match="embeddings"):
+                    model(given[0], **given[1])
+        with gs.splice(model, sae, exclude_special_tokens=False):
+            torch.testing.assert_close(model(None, inputs_embeds=embeddings), model(ids), rtol=0, atol=6e-4)
+        on_embedding = random_sae(model.dims, "embedding", None)
+        with gs.splice(model, on_embedding, exclude_special_tokens=False), pytest.raises(SpliceError, match="skips"):
+            model(embeddings)
+
+
+def test_nothing_to_stop_at_raises() -> None:
+    model = gs.load_model(hf_model=random_gemma("narrow-heads"))
+    model.stop_token_ids = ()
+    ids = random_tokens(model, 1, 5)
+    with pytest.raises(GemmaScopeError, match="stop_at_eos=False"):
+        model.generate(ids, **GREEDY)
+    assert model.generate(ids, stop_at_eos=False, **GREEDY).shape == (1, 10)
