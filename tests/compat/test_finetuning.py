@@ -187,6 +187,15 @@ def test_inference_and_attribution_pay_nothing_for_trainable_weights(
     assert all(p.grad is not None for name, p in sae.named_parameters() if name != "threshold")
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_an_sae_that_was_loaded_without_gradients_can_be_trained(mode: Any) -> None:
+    with mode():
+        sae = gs.load_sae("bundled", "res", 2, width="1k")
+    sae(torch.randn(4, sae.cfg.d_in)).square().sum().backward()
+    assert sae.W_enc.grad is not None
+    assert sae.W_dec.grad is not None
+
+
 def test_frozen_saes_leave_no_graph_and_get_no_gradient(model: Any) -> None:
     sae, tokens = random_sae(model.dims, "res", 0).double(), random_tokens(model, length=6)
     assert not any(p.requires_grad for p in sae.parameters())
