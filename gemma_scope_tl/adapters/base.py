@@ -113,6 +113,8 @@ class GemmaModel(Generates, SpliceMixin):
         model_args, given = positional_hooks(model_args, fwd_hooks, bwd_hooks)
         with self._turns.scope() as owner:
             fwd, bwd = self._resolve_hooks(given[0], owner), self._resolve_hooks(given[1])
+            if not kwargs.get("reset_hooks_end", True):
+                owner.keep()
             return super().run_with_hooks(  # pyright: ignore[reportAttributeAccessIssue]
                 *model_args, fwd_hooks=fwd, bwd_hooks=bwd, **kwargs
             )
@@ -122,6 +124,8 @@ class GemmaModel(Generates, SpliceMixin):
         """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
         with self._turns.scope() as owner:
             fwd, bwd = self._resolve_hooks(fwd_hooks, owner), self._resolve_hooks(bwd_hooks)
+            if not kwargs.get("reset_hooks_end", args[0] if args else True):
+                owner.keep()
             with super().hooks(fwd, bwd, *args, **kwargs) as model:  # pyright: ignore[reportAttributeAccessIssue]
                 yield model
 

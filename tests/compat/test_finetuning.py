@@ -140,6 +140,8 @@ def test_adam_moves_what_it_moves_in_sae_lens(backend: str, site: str) -> None:
 def test_training_never_reaches_the_file_that_weights_are_mapped_from(tmp_path: Path, layout: Any) -> None:
     gs.save_sae(gs.load_sae("bundled", "res", 2, width="1k"), tmp_path, format=layout)
     files = {path: file_sha256(path) for path in tmp_path.iterdir()}
+    for path in files:
+        path.chmod(0o444)  # what nobody writes into may be mapped
     sae, other = (gs.JumpReLUSAE.from_folder(tmp_path, site="res", layer=2) for _ in range(2))
     maps = Path("/proc/self/maps")
     assert not maps.exists() or str(tmp_path) in maps.read_text()
@@ -183,6 +185,15 @@ def test_inference_and_attribution_pay_nothing_for_trainable_weights(
     assert x.grad is not None
     assert torch.equal(x.grad, gradient)
     assert all(p.grad is not None for name, p in sae.named_parameters() if name != "threshold")
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_an_sae_that_was_loaded_without_gradients_can_be_trained(mode: Any) -> None:
+    with mode():
+        sae = gs.load_sae("bundled", "res", 2, width="1k")
+    sae(torch.randn(4, sae.cfg.d_in)).square().sum().backward()
+    assert sae.W_enc.grad is not None
+    assert sae.W_dec.grad is not None
 
 
 def test_frozen_saes_leave_no_graph_and_get_no_gradient(model: Any) -> None:
