@@ -13,12 +13,12 @@ from gemma_scope_tl.adapters.plain import (
     ROWS,
     Pass,
     PlainModel,
+    relative_difference,
     row_difference,
     with_louder,
     with_replaced,
 )
-from gemma_scope_tl.adapters.plain import relative_difference as relative_difference  # as others know it
-from gemma_scope_tl.adapters.reference import SiteKey
+from gemma_scope_tl.adapters.reference import Reference, SiteKey
 from gemma_scope_tl.errors import AdapterMismatch
 from gemma_scope_tl.sites import get_site
 
@@ -92,6 +92,20 @@ class _Recorder:
             name = "logits" if key == LOGITS else self._names[key]
             found[name] = Difference(rows, allowed)
         return found
+
+
+@torch.no_grad()
+def site_differences(model: GemmaModel, reference: Reference) -> dict[str, float]:
+    """Relative difference from one plain pass, of the logits and of every site and layer, by hook name."""
+    call, seen = cast(Any, model), dict[str, torch.Tensor]()
+    names = {key: get_site(key[0]).hook_name(key[1], model.backend) for key in reference.sites}
+    keep = [(name, lambda value, hook, name=name: seen.__setitem__(name, value)) for name in names.values()]
+    logits = call.run_with_hooks(reference.tokens, fwd_hooks=keep)
+    found = {"logits": relative_difference(logits, reference.logits)}
+    for key, name in names.items():
+        wanted = reference.sites[key]
+        found[name] = relative_difference(seen[name].reshape(wanted.shape), wanted) if name in seen else float("inf")
+    return found
 
 
 @torch.no_grad()
