@@ -117,10 +117,14 @@ def cache_keyword(hf_model: Any) -> str:
 
 
 def probe_tokens(hf_model: Any, length: int = 12) -> Int[torch.Tensor, "1 pos"]:
-    """BOS and ``length - 1`` fixed pseudo-random ids, fewer where the model's context is shorter."""
+    """BOS and ``length - 1`` fixed pseudo-random ids of ordinary tokens, fewer where the model's context is shorter."""
     config = hf_model.config
     length = min(length, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (1, length), generator=generator)
+    given = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "eos", "bos")]
+    special = [i for one in given for i in (one if isinstance(one, list) else [one]) if isinstance(i, int)]
+    if (ordinary := max(special, default=-1) + 1) < config.vocab_size // 2:
+        tokens = tokens.clamp_min(ordinary)  # padding would be masked
     tokens[0, 0] = config.bos_token_id if isinstance(config.bos_token_id, int) else 2 % config.vocab_size
     return tokens.to(hf_model.get_input_embeddings().weight.device)

@@ -63,7 +63,8 @@ def in_eight_bits(model: Any, per_row: bool) -> Any:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_a_deep_model_passes_in_every_dtype(dtype: torch.dtype, backend: str) -> None:
-    model = load_model(hf_model=deep_gemma(dtype), backend=backend)
+    layers = 12 if dtype == torch.bfloat16 else 5
+    model = load_model(hf_model=deep_gemma(dtype, layers), backend=backend)
     assert model.cfg.dtype == dtype
 
 
@@ -216,6 +217,12 @@ def test_the_plain_model_is_left_as_it_was(dtype: torch.dtype) -> None:
         run_plain(hf_model)
         assert torch.equal(hf_model(tokens).logits, before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in hf_model.modules())
+
+
+def test_no_probed_token_is_padding() -> None:
+    tokens = run_plain(random_gemma()).tokens
+    assert tokens[0, 0] == 2
+    assert tokens[:, 1:].min() > 2
 
 
 def test_a_short_context_is_checked_with_fewer_tokens() -> None:
