@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -119,9 +119,16 @@ class GemmaModel(Generates, SpliceMixin):
                 *model_args, fwd_hooks=fwd, bwd_hooks=bwd, **kwargs
             )
 
-    @contextmanager
-    def hooks(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), *args: Any, **kwargs: Any) -> Generator[Any]:
+    def hooks(
+        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), *args: Any, **kwargs: Any
+    ) -> AbstractContextManager[Any]:
         """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
+        fwd, bwd = list(fwd_hooks), list(bwd_hooks)
+        self._resolve_hooks([*fwd, *bwd])  # a wrong name is found here, and not where the block begins
+        return self._hooks_block(fwd, bwd, *args, **kwargs)
+
+    @contextmanager
+    def _hooks_block(self, fwd_hooks: Hooks, bwd_hooks: Hooks, *args: Any, **kwargs: Any) -> Generator[Any]:
         with self._turns.scope() as owner:
             fwd, bwd = self._resolve_hooks(fwd_hooks, owner), self._resolve_hooks(bwd_hooks)
             if not kwargs.get("reset_hooks_end", args[0] if args else True):

@@ -68,14 +68,6 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
             self.hook_dict.pop(name, None)
             self.mod_dict.pop(name, None)
 
-    def to_tokens(self, input: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in TransformerLens; like on the bridge, without an EOS that the tokenizer adds by itself."""
-        tokens = super().to_tokens(input, *args, **kwargs)
-        if self.cfg.tokenizer_appends_eos:
-            while tokens.shape[1] > 1 and bool((tokens[:, -1] == self.tokenizer.eos_token_id).all()):
-                tokens = tokens[:, :-1]
-        return tokens
-
     def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens, which fails on a text if "gemma" is in the tokenizer's name."""
         if isinstance(input, str):
