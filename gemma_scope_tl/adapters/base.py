@@ -12,13 +12,13 @@ from gemma_scope_tl.adapters.generation import Generates
 from gemma_scope_tl.adapters.keywords import check_keywords, named
 from gemma_scope_tl.attached import AttachedSAE
 from gemma_scope_tl.errors import SpliceError, unknown_name
-from gemma_scope_tl.inputs import as_batch, tokenize
+from gemma_scope_tl.inputs import as_batch, text_ids, tokenize
 from gemma_scope_tl.interventions import Intervention
 from gemma_scope_tl.owners import OwnedHook, Owner, Turns
 from gemma_scope_tl.sites import ModelDims
 from gemma_scope_tl.splicing import SpliceMixin, translate_hook_name
 from gemma_scope_tl.splicing.names import add_other_names, filter_of_both, other_names, positional_hooks
-from gemma_scope_tl.tokens import TokenTracker, attendable
+from gemma_scope_tl.tokens import TokenTracker, attendable, text_mask
 
 HookName = str | Callable[[str], bool]
 Hooks = Iterable[tuple[HookName, Callable[..., Any]]]
@@ -111,6 +111,9 @@ class GemmaModel(Generates, SpliceMixin):
         """
         check_keywords(self, "run_with_hooks", kwargs)
         model_args, given = positional_hooks(model_args, fwd_hooks, bwd_hooks)
+        if len(model_args) > 1:  # what follows the input and the hooks is forward's
+            kwargs = named(self, "forward", model_args[1:], kwargs)
+            model_args = model_args[:1]
         with self._turns.scope() as owner:
             fwd, bwd = self._resolve_hooks(given[0], owner), self._resolve_hooks(given[1])
             if not kwargs.get("reset_hooks_end", True):
@@ -143,6 +146,8 @@ class GemmaModel(Generates, SpliceMixin):
         asked about both. Without a filter, hook points of attached SAEs are there under both names.
         """
         check_keywords(self, "run_with_cache", kwargs)
+        if self.tokenizer is None and model_args and isinstance(model_args[0], str):
+            text_ids(None, model_args[:1])  # raises, where the bridge would assert
         resolved = self._resolve_filter(names_filter)
         with self._turns.scope():
             output, cache = super().run_with_cache(  # pyright: ignore[reportAttributeAccessIssue]
@@ -189,7 +194,7 @@ class GemmaModel(Generates, SpliceMixin):
             input = call.pop("inputs_embeds", None) if input is None else input
         if call.get("return_type", "logits") not in self.return_types:
             raise unknown_name("return_type", call["return_type"], map(str, self.return_types))
-        embedded = isinstance(input, torch.Tensor) and input.is_floating_point()
+        embedded = isinstance(input, torch.Tensor) and input.is_floating_point() and input.ndim == 3
         if embedded or call.get("start_at_layer") is not None:
             return self._forward_embedded(input, call)
         cache, seen = self._cache_of(call)
@@ -219,9 +224,7 @@ class GemmaModel(Generates, SpliceMixin):
             per_token = call.pop("loss_per_token", False)
             call["return_type"] = "logits"
             logits = super().forward(batch.ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
-        loss = self.loss_fn(  # pyright: ignore[reportAttributeAccessIssue]
-            logits, batch.ids, attention_mask=batch.mask, per_token=per_token
-        )
+        loss = self.loss_fn(logits, batch.ids, attention_mask=batch.mask, per_token=per_token)
         return loss if wanted == "loss" else self._both(logits, loss)
 
     def _forward_on(self, input: Any, call: dict[str, Any], cache: Any, seen: int) -> Any:
@@ -249,6 +252,28 @@ class GemmaModel(Generates, SpliceMixin):
             if not call.get("start_at_layer") and any(one.site.name == "embedding" for one in self._attached.values()):
                 raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
         return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def loss_fn(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        per_token: bool = False,
+    ) -> torch.Tensor:
+        """As in TransformerLens: the mean loss of predicting each token from those before it, or every one.
+
+        Args:
+            logits: ``[batch, pos, vocab]``.
+            tokens: ids ``[batch, pos]``.
+            attention_mask: ``[batch, pos]``; without it padding is told by the tokenizer's padding id.
+            per_token: return ``[batch, pos - 1]``, zero where a token or the one before it is padding.
+        """
+        if attention_mask is None and tokens.ndim == 2:
+            mask = text_mask(tokens, self.tokenizer)
+            attention_mask = None if bool(mask.all()) else mask
+        return super().loss_fn(  # pyright: ignore[reportAttributeAccessIssue]
+            logits, tokens, attention_mask, per_token
+        )
 
     def _named_cache(self, call: dict[str, Any]) -> dict[str, Any]:
         """``call`` with its key-value cache under the name that the installed libraries use."""

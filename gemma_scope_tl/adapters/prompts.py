@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.inputs import as_batch
+from gemma_scope_tl.inputs import TokenBatch, as_batch
 from gemma_scope_tl.positions import move_rows
 from gemma_scope_tl.tokens import Generation, TextRead
 
@@ -51,13 +51,13 @@ def prompts_of(model: Any, given: Any, call: dict[str, Any]) -> Prompts:
     how: dict[str, Any] = {
         name: call.pop(name) for name in ("attention_mask", "prepend_bos", "padding_side") if name in call
     }
-    if isinstance(given, torch.Tensor) and given.is_floating_point():
+    if isinstance(given, torch.Tensor) and given.is_floating_point() and given.ndim == 3:
         if how.get("attention_mask") is not None:
             if model.backend == "hooked_transformer":
                 raise GemmaScopeError("HookedTransformer.generate takes no attention_mask with embeddings.")
             call["attention_mask"] = how["attention_mask"]
         return Prompts(given, None)
-    given = given if hasattr(given, "__len__") or hasattr(given, "mask") else list(given)
+    given = list(given) if isinstance(given, Iterator) else given
     as_text = is_text(given)
     how["padding_side"] = "left"
     batch = as_batch(model, given, add_generation_prompt=True, **how)
@@ -78,7 +78,7 @@ def align_right(prompts: Prompts) -> Prompts:
 def is_text(given: Any) -> bool:
     """Whether texts or messages were given, rather than ids in any form."""
     while not isinstance(given, (str, Mapping)):
-        if isinstance(given, torch.Tensor) or hasattr(given, "mask"):
+        if isinstance(given, (torch.Tensor, TokenBatch)):
             return False
         if not hasattr(given, "__len__") or len(given) == 0:
             return False

@@ -29,7 +29,7 @@ def as_saes(saes: Any, empty: bool = False, whole: bool = False) -> list[Any]:
         saes = [saes]
     if saes is None or isinstance(saes, (str, bytes, torch.nn.Module, torch.Tensor)) or not isinstance(saes, Iterable):
         raise SpliceError(
-            f"An SAE was expected, or several; given: {shown(saes)}. Load one with load_sae, many with load_saes."
+            f"An SAE was expected, or several; given: {shown(saes)}. Load one with load_sae, many with load_suite."
         )
     several: list[Any] = list(saes.values() if isinstance(saes, Mapping) else saes)
     for number, one in enumerate(several):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def tokenize(
     Raises:
         GemmaScopeError: no tokenizer; what is no text, or no Unicode; no token at all.
     """
-    tokenizer, several = getattr(model, "tokenizer", None), [texts] if isinstance(texts, str) else list(texts)
+    tokenizer, several = getattr(model, "tokenizer", None), _listed(texts)
     rows = text_ids(tokenizer, several)
     bos = getattr(tokenizer, "bos_token_id", None)
     if prepend_bos is None:
@@ -56,6 +56,18 @@ def tokenize(
             warnings.warn(f"{over}: the rest is cut off. truncate=True says that this is meant.", stacklevel=3)
         rows = [row[: int(model.cfg.n_ctx)] for row in rows]
     return padded(rows, pad_id(tokenizer), side)
+
+
+def _listed(texts: Any) -> list[Any]:
+    """One text or several as a list; mappings and tables would give their keys."""
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, Mapping) or (hasattr(texts, "iloc") and texts.ndim != 1) or not hasattr(texts, "__iter__"):
+        raise GemmaScopeError(
+            f"to_tokens takes a text or several, not a {type(texts).__name__}. Token ids, and what a tokenizer returns, "
+            "go to the model as they are."
+        )
+    return list(texts)
 
 
 def text_ids(tokenizer: Any, texts: Sequence[Any]) -> list[list[int]]:
