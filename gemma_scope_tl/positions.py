@@ -23,7 +23,8 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.tokens import TokenTracker, text_mask
+from gemma_scope_tl.tokens import text_mask
+from gemma_scope_tl.tracker import TokenTracker
 
 Positions = int | slice | Sequence[int] | torch.Tensor | None
 

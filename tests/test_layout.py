@@ -24,6 +24,7 @@ ORDER = [
     "weights",
     "sae",
     "tokens",
+    "tracker",
     "positions",
     "inputs",
     "owners",

@@ -18,7 +18,8 @@ from gemma_scope_tl.owners import OwnedHook, Owner, Turns
 from gemma_scope_tl.sites import ModelDims
 from gemma_scope_tl.splicing import SpliceMixin, translate_hook_name
 from gemma_scope_tl.splicing.names import add_other_names, filter_of_both, other_names, positional_hooks
-from gemma_scope_tl.tokens import TokenTracker, attendable, text_mask
+from gemma_scope_tl.tokens import attendable, continued_mask, text_mask
+from gemma_scope_tl.tracker import TextRead, TokenTracker
 
 HookName = str | Callable[[str], bool]
 Hooks = Iterable[tuple[HookName, Callable[..., Any]]]
@@ -194,22 +195,29 @@ class GemmaModel(Generates, SpliceMixin):
             input = call.pop("inputs_embeds", None) if input is None else input
         if call.get("return_type", "logits") not in self.return_types:
             raise unknown_name("return_type", call["return_type"], map(str, self.return_types))
+        for name in ("start_at_layer", "stop_at_layer"):
+            layer = call.get(name)
+            if layer is not None and not -self.dims.n_layers <= layer <= self.dims.n_layers:
+                raise SpliceError(f"{name}={layer}: the model's layers are 0..{self.dims.n_layers - 1}.")
         embedded = isinstance(input, torch.Tensor) and input.is_floating_point() and input.ndim == 3
-        if embedded or call.get("start_at_layer") is not None:
+        if call.get("start_at_layer") is not None and not embedded:
+            raise SpliceError("start_at_layer= takes the residual stream before that layer, [batch, pos, d_model].")
+        if embedded:
             return self._forward_embedded(input, call)
         cache, seen = self._cache_of(call)
         covered = getattr(call.get("attention_mask"), "shape", (0, 0))[-1]
         if cache is not None and isinstance(input, torch.Tensor) and covered > input.shape[-1]:
             seen = max(seen, covered - input.shape[-1])  # the caller knows what a cache holds that nothing has read yet
-        if seen or self.token_tracker.generating:
-            return self._forward_on(input, call, cache, seen)
+        ids = input[None] if isinstance(input, torch.Tensor) and input.ndim == 1 else input
+        if seen or (isinstance(ids, torch.Tensor) and ids.ndim == 2 and self.token_tracker.goes_on(ids)):
+            return self._forward_on(ids, call, cache, seen)
         return self._forward_text(input, call, cache)
 
     def _forward_text(self, input: Any, call: dict[str, Any], cache: Any) -> Any:
         """A pass that begins a text."""
         how = {name: call.pop(name) for name in ("attention_mask", "prepend_bos", "padding_side") if name in call}
         pattern = how.pop("attention_mask") if getattr(how.get("attention_mask"), "ndim", 2) > 2 else None
-        batch = as_batch(self, input, holes=True, **how)
+        batch = as_batch(self, input, **how)
         unpadded = bool(batch.mask.all())
         if pattern is not None:
             call["attention_mask"] = pattern  # of every query: the caller's affair
@@ -230,13 +238,35 @@ class GemmaModel(Generates, SpliceMixin):
     def _forward_on(self, input: Any, call: dict[str, Any], cache: Any, seen: int) -> Any:
         """A pass that goes on with a text: behind a key-value cache, or inside a generation."""
         ids = input if isinstance(input, torch.Tensor) else as_batch(self, input, prepend_bos=False).ids
-        ids = ids[None] if ids.ndim == 1 else ids
-        generating = self.token_tracker.generating
-        mask = self.token_tracker.mask_of_next(ids, cache, seen)
-        if mask is not None and (generating or call.get("attention_mask") is None):
-            self._attend(call, attendable(mask), ids.shape[1])
+        before, given = self.token_tracker.history(ids, cache, seen), call.get("attention_mask")
+        pattern = given is not None and given.ndim > 2  # of every query: the caller's affair
+        mask = self._mask_behind(before, ids, seen, None if pattern else given)
+        if mask is None and given is None and self.token_tracker.holds_padding(cache):
+            raise SpliceError(
+                "The rows of this key-value cache were reordered or selected, and some hold padding: pass "
+                "attention_mask=, over the whole text."
+            )
+        if mask is not None and not pattern:
+            self._attend(call, attendable(mask), ids.shape[1], before.by_column)
         with self.token_tracker.expecting(mask, cache, seen):
             return super().forward(ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _mask_behind(
+        self, before: TextRead, ids: torch.Tensor, seen: int, given: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The mask over a text and the ``ids`` behind it, from what is known and what the caller says, or None."""
+        total = seen + ids.shape[1]
+        known = before.mask_over(total, ids.shape[0])
+        if given is not None and given.shape[1] >= total and not before.growing:
+            return given[:, -total:].bool().to(ids.device)
+        if known is None:
+            return None
+        known = known.to(ids.device)
+        if before.growing:
+            return known
+        if given is None:
+            return continued_mask(known, ids, self.tokenizer)
+        return torch.cat([known[:, : total - given.shape[1]], given.bool().to(ids.device)], dim=1)
 
     def _forward_embedded(self, embeddings: Any, call: dict[str, Any]) -> Any:
         """A pass from embeddings, or from the residual stream before a layer.
@@ -244,14 +274,16 @@ class GemmaModel(Generates, SpliceMixin):
         Raises:
             SpliceError: with an SAE on the embedding, which such a pass skips.
         """
-        read = self.token_tracker.read
-        if self.token_tracker.generating and read.mask is not None:  # HookedTransformer generates like this from ids
-            call["attention_mask"] = attendable(read.mask).long()
-        else:
+        total = embeddings.shape[1] + self._cache_of(call)[1]
+        mask = self.token_tracker.growing_mask(total)
+        if mask is not None:  # HookedTransformer generates like this, from ids
+            call["attention_mask"] = attendable(mask).long()
+            return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
+        if not call.get("start_at_layer") and any(one.site.name == "embedding" for one in self._attached.values()):
+            raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
+        with self.token_tracker.expecting(None, None, 0):
             self.token_tracker.clear()
-            if not call.get("start_at_layer") and any(one.site.name == "embedding" for one in self._attached.values()):
-                raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
-        return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
+            return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
 
     def loss_fn(
         self,
@@ -283,8 +315,9 @@ class GemmaModel(Generates, SpliceMixin):
         """The key-value cache of a pass, None without, and how many positions it holds."""
         raise NotImplementedError  # pragma: no cover - an abstract method
 
-    def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int) -> None:
-        """Make a pass over the last ``new`` columns of ``mask`` attend where it is True."""
+    def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int, by_column: bool) -> None:
+        """Make a pass over the last ``new`` columns of ``mask`` attend where it is True, and number positions as the
+        text before (:class:`~gemma_scope_tl.tokens.TextRead`)."""
         raise NotImplementedError  # pragma: no cover - an abstract method
 
     def _both(self, logits: torch.Tensor, loss: torch.Tensor) -> Any:

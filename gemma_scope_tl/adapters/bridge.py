@@ -15,7 +15,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_c
 from gemma_scope_tl.adapters.base import GemmaModel, HookName
 from gemma_scope_tl.adapters.generation import TrackedGenerate
 from gemma_scope_tl.adapters.keywords import named
-from gemma_scope_tl.adapters.prompts import prompts_of, stop_ids
+from gemma_scope_tl.adapters.prompts import fill_id, prompts_of, stop_ids
 from gemma_scope_tl.adapters.tokenizer import HasTokenizer
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import Backend, ModelDims
@@ -63,7 +63,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         hf_model: Any = self.original_model
         decoder = hf_model.model
         decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
-        decoder.register_forward_hook(self._after_decoder)
+        decoder.register_forward_hook(self._after_decoder, with_kwargs=True)
         hf_model.generate = TrackedGenerate(hf_model, self)
 
     def _before_decoder(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -80,10 +80,11 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
             mask = given.bool()
         else:
             mask = self.token_tracker.expected_mask(ids, self.tokenizer)
-        self.token_tracker.observe(ids, mask, cache, seen)
+        self.token_tracker.observe(ids, mask, cache, seen, by_column=kwargs.get("position_ids") is None)
 
-    def _after_decoder(self, _module: Any, _args: Any, output: Any) -> None:
-        self.token_tracker.remember(getattr(output, "cache", getattr(output, "past_key_values", None)))
+    def _after_decoder(self, _module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cache = getattr(output, "cache", getattr(output, "past_key_values", None))
+        self.token_tracker.remember(kwargs.get("cache", kwargs.get("past_key_values")) if cache is None else cache)
 
     def _named_cache(self, call: dict[str, Any]) -> dict[str, Any]:
         cache = call.pop("past_key_values", None)
@@ -96,9 +97,13 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         cache = call.get("cache", call.get("past_key_values"))
         return cache, 0 if cache is None else int(cache.get_seq_length())
 
-    def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int) -> None:
+    def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int, by_column: bool) -> None:
         call["attention_mask"] = mask.long()
-        call["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if by_column:  # of rows that begin with padding, which Hugging Face then counts
+            columns = torch.arange(mask.shape[1], device=mask.device).expand_as(positions)
+            positions = torch.where(mask[:, :1], positions, columns)
+        call["position_ids"] = positions[:, -new:]
 
     def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's ``generate`` on the hooked model; attached SAEs know the token ids.
@@ -134,17 +139,18 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         return texts[0] if isinstance(input, str) else texts
 
     def _hf_options(self, call: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of Hugging Face's ``generate`` from those of TransformerLens's ``hf_generate``."""
-        stop = stop_ids(self, call)
-        options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": True, "temperature": 1.0}
+        """Arguments of Hugging Face's ``generate`` from those of TransformerLens's ``hf_generate``, whose defaults give
+        way to a ``generation_config``."""
+        own = call.get("generation_config") is not None
+        options: dict[str, Any] = {} if own else {"max_new_tokens": 10, "do_sample": True, "temperature": 1.0}
         options |= {name: value for name, value in call.items() if value is not None}
         stopping = options.pop("stop_at_eos", True)
         if not options.pop("use_past_kv_cache", True):
             options.setdefault("use_cache", False)
-        if stopping:
-            options["eos_token_id"] = stop
-            options.setdefault("pad_token_id", stop if isinstance(stop, int) else stop[0] if stop else None)
-        elif "generation_config" not in options:
+        if stopping and not own:
+            options["eos_token_id"] = stop = stop_ids(self, call)
+            options.setdefault("pad_token_id", fill_id(self.tokenizer, stop))
+        elif not stopping and not own:
             endless = copy.deepcopy(cast("Any", self.original_model).generation_config)
             endless.eos_token_id = None
             options["generation_config"] = endless

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from gemma_scope_tl.adapters.keywords import named
-from gemma_scope_tl.adapters.prompts import Prompts, align_right, prompts_of, stop_ids
-from gemma_scope_tl.tokens import Generation, TextRead, TokenTracker, attendable, text_mask
+from gemma_scope_tl.adapters.prompts import Filler, Prompts, align_right, prompts_of, stop_ids
+from gemma_scope_tl.tokens import attendable, text_mask
+from gemma_scope_tl.tracker import Generation, TokenTracker
 
 
 class Generates:
@@ -38,7 +39,10 @@ class Generates:
         """
         prompts, call = self._prepared("generate", input, args, kwargs)
         with self.token_tracker.running(prompts.generation()):
-            return super().generate(prompts.ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
+            result = super().generate(prompts.ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
+        if prompts.mask is None:
+            return result
+        return _filled(result, Filler(call["eos_token_id"], self.tokenizer, prompts.ids.shape[1]))
 
     def generate_stream(self, input: Any = "", *args: Any, **kwargs: Any) -> Iterator[Any]:
         """:meth:`generate` in pieces, as in TransformerLens: the first holds the prompt too.
@@ -48,6 +52,8 @@ class Generates:
         prompts, call = self._prepared("generate_stream", input, args, kwargs)
         pieces = super().generate_stream(prompts.ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
         pieces = self._pieces(pieces, prompts.generation())
+        if call.get("return_type", "input") != "str":
+            pieces = map(Filler(call["eos_token_id"], self.tokenizer, prompts.ids.shape[1]), pieces)
         return self._stream(pieces, call.get("return_type", "input"))
 
     def _stream(self, pieces: Iterator[Any], return_type: str) -> Iterator[Any]:
@@ -77,6 +83,17 @@ class Generates:
         if prompts.as_text and call.get("return_type", "input") == "input":
             call["return_type"] = "str"
         return prompts, call
+
+
+def _filled(result: Any, filler: Filler) -> Any:
+    """What ``generate`` gives, its ids with padding behind the end of each text."""
+    if isinstance(result, torch.Tensor):
+        return filler(result) if result.ndim == 2 and not result.is_floating_point() else result
+    if isinstance(result, tuple):  # with a cache, or the prompt's ids, behind it
+        return (_filled(result[0], filler), *result[1:])
+    if hasattr(result, "sequences"):
+        result.sequences = filler(result.sequences)
+    return result
 
 
 def decoded(pieces: Iterator[torch.Tensor], tokenizer: Any) -> Iterator[str | list[str]]:
@@ -116,6 +133,8 @@ class TrackedGenerate:
                 kwargs["input_ids"] = ids
             with self.model.token_tracker.running(Generation()):
                 return plain(self.hf_model, inputs, *args, **kwargs)
+        if self.model.token_tracker.is_running(ids):  # hf_generate has prepared it
+            return plain(self.hf_model, ids, *args, **kwargs)
         given = kwargs.pop("attention_mask", None)
         mask = text_mask(ids, self.model.tokenizer) if given is None or given.shape != ids.shape else given.bool()
         prompts = align_right(Prompts(ids, mask))
@@ -125,6 +144,5 @@ class TrackedGenerate:
         elif given is not None or not (bool(mask.all()) or cached):
             assert prompts.mask is not None
             kwargs["attention_mask"] = attendable(prompts.mask).long()
-        read = TextRead(prompts.ids, prompts.mask, prompts.ids.shape[1], prompts.moved)
-        with self.model.token_tracker.running(Generation(read)):
+        with self.model.token_tracker.running(prompts.generation()):
             return plain(self.hf_model, prompts.ids, *args, **kwargs)

@@ -53,8 +53,11 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
         cache = call.get("past_kv_cache")
         return cache, 0 if cache is None else int(cache[0].past_keys.shape[1])
 
-    def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int) -> None:
-        call["attention_mask"] = (mask if call.get("past_kv_cache") is None else mask[:, -new:]).long()
+    def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int, by_column: bool) -> None:
+        cache = call.get("past_kv_cache")
+        if cache is not None:  # it has a mask of its own, in which a row of padding alone had to count as text
+            cache.previous_attention_mask = mask[:, :-new].long()
+        call["attention_mask"] = (mask if cache is None else mask[:, -new:]).long()
 
     def _both(self, logits: torch.Tensor, loss: torch.Tensor) -> Any:
         return Output(logits, loss)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.inputs import TokenBatch, as_batch
 from gemma_scope_tl.positions import move_rows
-from gemma_scope_tl.tokens import Generation, TextRead
+from gemma_scope_tl.tracker import Generation, TextRead
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Prompts:
         """A generation that knows its prompts before they enter the model."""
         if self.mask is None:
             return Generation()
-        return Generation(TextRead(self.ids, self.mask, self.ids.shape[1], self.moved))
+        return Generation(TextRead(self.ids, self.mask, self.ids.shape[1], self.moved, growing=True))
 
 
 def prompts_of(model: Any, given: Any, call: dict[str, Any]) -> Prompts:
@@ -103,3 +103,31 @@ def stop_ids(model: Any, call: dict[str, Any]) -> list[int] | int | None:
             "stop_at_eos=False."
         )
     return ids[0] if len(ids) == 1 else ids
+
+
+def fill_id(tokenizer: Any, stop: list[int] | int | None) -> int | None:
+    """What stands behind the end of a text that is done before others of its batch: padding, as in Hugging Face."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    first = stop[0] if isinstance(stop, list) and stop else stop
+    return pad if pad is not None else first if isinstance(first, int) else None
+
+
+class Filler:
+    """Puts padding behind the first stop token of each row, where TransformerLens puts EOS; piece by piece."""
+
+    def __init__(self, stop: list[int] | int | None, tokenizer: Any, prompt: int) -> None:
+        self._stops = [] if stop is None else [stop] if isinstance(stop, int) else stop
+        self._fill = fill_id(tokenizer, stop)
+        self._prompt = prompt
+        self._done: torch.Tensor | None = None
+
+    def __call__(self, ids: Int[torch.Tensor, "batch new"]) -> Int[torch.Tensor, "batch new"]:
+        """The next columns of every row, the prompt's with the first."""
+        if not self._stops or self._fill is None:
+            return ids
+        new = ids[:, self._prompt :] if self._done is None else ids
+        done = torch.zeros_like(ids[:, 0], dtype=torch.bool) if self._done is None else self._done
+        stopped = torch.isin(new, torch.tensor(self._stops, device=ids.device))
+        after = (stopped.cumsum(-1) - stopped.long() > 0) | done[:, None]
+        self._done = done | stopped.any(-1)
+        return torch.cat([ids[:, : ids.shape[1] - new.shape[1]], new.masked_fill(after, self._fill)], dim=1)

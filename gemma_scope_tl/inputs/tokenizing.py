@@ -64,7 +64,7 @@ def _listed(texts: Any) -> list[Any]:
         return [texts]
     if isinstance(texts, Mapping) or (hasattr(texts, "iloc") and texts.ndim != 1) or not hasattr(texts, "__iter__"):
         raise GemmaScopeError(
-            f"to_tokens takes a text or several, not a {type(texts).__name__}. Token ids, and what a tokenizer returns, "
+            f"to_tokens takes a text or several, not a {type(texts).__name__}. Ids, and what a tokenizer returns, "
             "go to the model as they are."
         )
     return list(texts)

@@ -12,7 +12,8 @@ from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.interventions.sources import decoder_rows, encode_latents
 from gemma_scope_tl.positions import Positions, chosen_columns, rows_of
 from gemma_scope_tl.sites import flatten_heads, unflatten_heads
-from gemma_scope_tl.tokens import ExcludeTokens, TokenTracker, excluded_choice, excluded_ids
+from gemma_scope_tl.tokens import ExcludeTokens, excluded_choice, excluded_ids
+from gemma_scope_tl.tracker import TokenTracker
 
 if TYPE_CHECKING:
     from gemma_scope_tl.interventions.sources import Source

@@ -18,7 +18,8 @@ from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import Backend, ModelDims, Site
 from gemma_scope_tl.splicing import copies
 from gemma_scope_tl.splicing.keywords import one_error_term, refuse_unknown, taken_options
-from gemma_scope_tl.tokens import ExcludeTokens, TokenTracker, excluded_ids
+from gemma_scope_tl.tokens import ExcludeTokens, excluded_ids
+from gemma_scope_tl.tracker import TokenTracker
 
 if TYPE_CHECKING:
     from sae_lens import SAE

@@ -179,3 +179,137 @@ def test_nothing_to_stop_at_raises() -> None:
     with pytest.raises(GemmaScopeError, match="stop_at_eos=False"):
         model.generate(ids, **GREEDY)
     assert model.generate(ids, stop_at_eos=False, **GREEDY).shape == (1, 10)
+
+
+OTHERS = ["hello you", "hi there, a longer one"]
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
+def test_other_passes_from_inside_a_generation_are_their_own_texts(model: Any, cache: bool) -> None:
+    """From a hook: a padded batch, another generation, the beginning of the same text; neither disturbs the other."""
+    sae = random_sae(model.dims, "res", 1)
+    options = {**GREEDY, "stop_at_eos": False, "use_past_kv_cache": cache, "return_type": "tokens"}
+    with torch.no_grad(), gs.splice(model, sae, positions=slice(1, None)):
+        wanted = model.generate(OTHERS, **options)
+        texts = [OTHERS[::-1], random_tokens(model, 1, 4), model.to_tokens(OTHERS)[:, :3]]
+        alone = [(model(text), model.generate(text, **options)) for text in texts]
+        seen: list[Any] = []
+
+        def judge(value: torch.Tensor, hook: Any) -> None:
+            if not seen:  # once, and not for the passes made here
+                seen.append(None)
+                seen.extend((model(text), model.generate(text, **options)) for text in texts)
+
+        with model.hooks([("blocks.0.hook_resid_post", judge)]):
+            assert torch.equal(model.generate(OTHERS, **options), wanted)
+    for (logits, ids), (got_logits, got_ids) in zip(alone, seen[1:], strict=True):
+        torch.testing.assert_close(got_logits, logits, rtol=0, atol=1e-4)
+        assert torch.equal(got_ids, ids)
+
+
+def test_guidance_reads_two_texts_in_one_generation() -> None:
+    """Hugging Face's classifier-free guidance runs the last token alone beside the prompt: each row as by itself."""
+    model = hooked(random_gemma("narrow-heads"), "bridge")
+    sae = random_sae(model.dims, "res", 0)
+    rows = [random_tokens(model, 1, 8, seed=seed) for seed in (1, 2)]
+    rows[1] = rows[1][:, :5]
+    padded = torch.cat([rows[0], torch.nn.functional.pad(rows[1], (3, 0), value=0)])
+    options = {"max_new_tokens": 6, "do_sample": False, "guidance_scale": 1.5, "eos_token_id": 95, "pad_token_id": 0}
+    with gs.splice(model, sae):
+        together = model.original_model.generate(padded, **options)
+        for row, got in zip(rows, together, strict=True):
+            assert model.original_model.generate(row, **options)[0, -6:].tolist() == got[-6:].tolist()
+
+
+def _in_pieces(model: Any, ids: torch.Tensor, cut: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of a text whose first columns are read into a cache before."""
+    if model.backend == "bridge":
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=model.original_model.config)
+        first, rest = {"past_key_values": cache, "use_cache": True}, {"past_key_values": cache, "use_cache": True}
+    else:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, ids.shape[0])
+        first, rest = {"past_kv_cache": cache}, {"past_kv_cache": cache}
+    if mask is not None:
+        first["attention_mask"] = mask[:, :cut]
+        rest["attention_mask"] = mask if model.backend == "bridge" else mask[:, cut:]
+    model(ids[:, :cut], **first)
+    return model(ids[:, cut:], **rest)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_padding_may_end_in_the_second_piece(model: Any, masked: bool) -> None:
+    """A row whose first piece is padding alone begins in the second; positions count from there."""
+    ids = random_tokens(model, 2, 9)
+    ids[1, :5], ids[1, 5] = 0, 2
+    mask = (ids != 0).long() if masked else None
+    sae = random_sae(model.dims, "res", 0)
+    with torch.no_grad(), gs.splice(model, sae, positions=slice(1, 3)):
+        wanted = model(ids)[:, -1]
+        for cut in (3, 5, 7):
+            torch.testing.assert_close(_in_pieces(model, ids, cut, mask)[:, -1], wanted, rtol=0, atol=6e-4)
+
+
+def test_caches_that_others_changed_or_made() -> None:
+    """Reordered rows are not taken for the old ones; Hugging Face's own positions are gone on with."""
+    from transformers import DynamicCache
+
+    model = hooked(random_gemma("narrow-heads"), "bridge")
+    ids = random_tokens(model, 2, 9)
+    ids[1, :4], ids[1, 4] = 0, 2
+    mask, new = (ids != 0).long(), random_tokens(model, 2, 2, seed=4)[:, 1:]
+    with torch.no_grad():
+        for order in ([1, 0], [1]):
+            cache = DynamicCache(config=model.original_model.config)
+            model(ids, past_key_values=cache, use_cache=True)
+            cache.batch_select_indices(torch.tensor(order))
+            with pytest.raises(SpliceError, match="attention_mask"):
+                model(new[: len(order)], past_key_values=cache, use_cache=True)
+            text = torch.cat([ids[order], new[: len(order)]], dim=1)
+            got = model(new[: len(order)], past_key_values=cache, use_cache=True, attention_mask=(text != 0).long())
+            torch.testing.assert_close(got[:, -1], model(text)[:, -1], rtol=0, atol=6e-4)
+        cache = DynamicCache(config=model.original_model.config)
+        model.original_model(ids, attention_mask=mask, use_cache=True, **{_cache_name(model): cache})
+        got = model(new, past_key_values=cache, use_cache=True)
+        torch.testing.assert_close(got[:, -1], model(torch.cat([ids, new], 1))[:, -1], rtol=0, atol=6e-4)
+
+
+def _cache_name(model: Any) -> str:
+    import inspect
+
+    return "cache" if "cache" in inspect.signature(type(model.original_model).forward).parameters else "past_key_values"
+
+
+def test_padding_follows_the_end_of_a_text_as_in_hugging_face(model: Any) -> None:
+    """Rows that are done before others, equal to Hugging Face's batch column by column."""
+    plain, ids = random_gemma("narrow-heads"), random_tokens(model, 3, 6)
+    long = plain.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=95, pad_token_id=0)
+    stop = int(long[0, 8])
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": [95, stop]}
+    wanted = plain.generate(ids, pad_token_id=0, **options).tolist()
+    assert 0 in wanted[0]
+    got = model.generate(ids, **options)
+    assert got.tolist() == wanted
+    pieces = list(model.generate_stream(ids, max_tokens_per_yield=2, **options))
+    assert torch.cat(pieces, dim=1).tolist() == wanted
+    if model.backend == "bridge":
+        from transformers import GenerationConfig
+
+        assert model.hf_generate(ids, **options).tolist() == wanted
+        config = GenerationConfig(pad_token_id=0, **options)
+        assert model.hf_generate(ids, generation_config=config).tolist() == wanted
+
+
+def test_layers_and_ids_that_do_not_exist_raise(model: Any) -> None:
+    ids = random_tokens(model)
+    for options in ({"stop_at_layer": 99}, {"stop_at_layer": -9}):
+        with pytest.raises(SpliceError, match="layers are"):
+            model(ids, **options)
+    with pytest.raises(SpliceError, match="residual stream"):
+        model(ids, start_at_layer=1)
+    for call in (model, model.run_with_cache, model.generate):
+        with pytest.raises(GemmaScopeError, match="integers"):
+            call(torch.tensor([[2.0, 5.0]]))
