@@ -184,7 +184,7 @@ def test_arguments_that_make_no_sense() -> None:
     ):
         with pytest.raises(GemmaScopeError, match=match):
             evaluate(model, sae, tokens, progress=False, **options)
-    for wrong in (tokens.float(), tokens[0], tokens + 96):
+    for wrong in (tokens.float(), tokens[None], tokens + 96):
         with pytest.raises(GemmaScopeError, match="Token ids"):
             evaluate(model, sae, wrong, progress=False)
     with pytest.raises(GemmaScopeError, match="No SAE"):
