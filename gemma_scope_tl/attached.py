@@ -169,7 +169,8 @@ class AttachedSAE:
 
     def _untouched(self, value: torch.Tensor) -> torch.Tensor | None:
         """True at positions (``[batch, pos]``) that keep the model's activation; None when there are none."""
-        keep = self._tracker.mask(value, self.excluded) if self.excluded else None
+        padding = self.options.exclude_special_tokens is True
+        keep = self._tracker.mask(value, self.excluded, padding) if self.excluded else None
         if self.positions is None:
             return keep
         chosen = chosen_columns(self.positions, rows_of(value, self._tracker, self._tokenizer))

@@ -263,8 +263,9 @@ class TokenTracker:
         if not seen:
             return self.read if self.generating else TextRead()
         for read in (self.read if self.generating else TextRead(), getattr(cache, _ON_CACHE, TextRead())):
-            known = read.ids is not None and read.whole
-            if known and batch % read.ids.shape[0] == 0 and read.ids.shape[1] >= seen:
+            if read.ids is None or not read.whole:
+                continue
+            if batch % read.ids.shape[0] == 0 and read.ids.shape[1] >= seen:
                 return read
         return TextRead(whole=False)
 
@@ -336,20 +337,19 @@ class TokenTracker:
     def _set(self, read: TextRead) -> None:
         self._here.read, self._here.masks = read, {}
 
-    def mask(self, like: torch.Tensor, ids: tuple[int, ...]) -> Bool[torch.Tensor, "batch pos"]:
-        """True at the positions of ``like`` that hold one of ``ids``, or padding; computed once a forward pass.
+    def mask(self, like: torch.Tensor, ids: tuple[int, ...], padding: bool) -> Bool[torch.Tensor, "batch pos"]:
+        """True at the positions of ``like`` that hold one of ``ids``, or padding of any id; computed once a pass.
 
         Raises:
             SpliceError: as :meth:`tokens`.
         """
         tokens = self.tokens(like)
         masks: dict[Any, torch.Tensor] = self._here.masks
-        key = (ids, like.shape[:2], like.device)
+        key = (ids, padding, like.shape[:2], like.device)
         if key not in masks:
-            padding = self.read.mask
             masks[key] = special_mask(tokens, ids)
-            if padding is not None:
-                masks[key] |= ~padding[:, -like.shape[1] :].to(like.device)
+            if padding and self.read.mask is not None:
+                masks[key] |= ~self.read.mask[:, -like.shape[1] :].to(like.device)
         return masks[key]
 
     def tokens(self, like: torch.Tensor) -> Int[torch.Tensor, "batch pos"]:

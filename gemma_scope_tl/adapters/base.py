@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class GemmaModel(Generates, SpliceMixin):
         if names is None:
             return None
         if callable(names):
-            return filter_of_both(names, self._other_names())
+            return filter_of_both(names, self._other_names())  # pyright: ignore[reportArgumentType]
         valid = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(names, str):
             return self._resolve_name(names, valid)
@@ -113,15 +113,26 @@ class GemmaModel(Generates, SpliceMixin):
         model_args, given = positional_hooks(model_args, fwd_hooks, bwd_hooks)
         with self._turns.scope() as owner:
             fwd, bwd = self._resolve_hooks(given[0], owner), self._resolve_hooks(given[1])
+            if not kwargs.get("reset_hooks_end", True):
+                owner.keep()
             return super().run_with_hooks(  # pyright: ignore[reportAttributeAccessIssue]
                 *model_args, fwd_hooks=fwd, bwd_hooks=bwd, **kwargs
             )
 
-    @contextmanager
-    def hooks(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), *args: Any, **kwargs: Any) -> Generator[Any]:
+    def hooks(
+        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), *args: Any, **kwargs: Any
+    ) -> AbstractContextManager[Any]:
         """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
+        fwd, bwd = list(fwd_hooks), list(bwd_hooks)
+        self._resolve_hooks([*fwd, *bwd])  # a wrong name is found here, and not where the block begins
+        return self._hooks_block(fwd, bwd, *args, **kwargs)
+
+    @contextmanager
+    def _hooks_block(self, fwd_hooks: Hooks, bwd_hooks: Hooks, *args: Any, **kwargs: Any) -> Generator[Any]:
         with self._turns.scope() as owner:
             fwd, bwd = self._resolve_hooks(fwd_hooks, owner), self._resolve_hooks(bwd_hooks)
+            if not kwargs.get("reset_hooks_end", args[0] if args else True):
+                owner.keep()
             with super().hooks(fwd, bwd, *args, **kwargs) as model:  # pyright: ignore[reportAttributeAccessIssue]
                 yield model
 

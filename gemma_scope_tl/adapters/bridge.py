@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources._bridge_builder import (
-    build_bridge_config_from_hf,
-    detect_tokenizer_bos_eos,
-)
-from transformer_lens.model_bridge.sources.transformers import setup_tokenizer
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
 from gemma_scope_tl.adapters.base import GemmaModel, HookName
 from gemma_scope_tl.adapters.generation import TrackedGenerate
 from gemma_scope_tl.adapters.keywords import named
 from gemma_scope_tl.adapters.prompts import prompts_of, stop_ids
+from gemma_scope_tl.adapters.tokenizer import HasTokenizer
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import Backend, ModelDims
 from gemma_scope_tl.tokens import attendable
@@ -26,7 +24,7 @@ from gemma_scope_tl.tokens import attendable
 ARCHITECTURE = "Gemma2ForCausalLM"
 
 
-class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncompatibleMethodOverride]
+class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A Gemma 2 ``TransformerBridge`` with the SAE methods of this package. Made by ``load_model``."""
 
     backend: Backend = "bridge"
@@ -62,10 +60,11 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
 
     def _watch(self) -> None:
         """Token ids are read where every pass begins: at Hugging Face's decoder, also when others call it."""
-        decoder = self.original_model.model
+        hf_model: Any = self.original_model
+        decoder = hf_model.model
         decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         decoder.register_forward_hook(self._after_decoder)
-        self.original_model.generate = TrackedGenerate(self.original_model, self)
+        hf_model.generate = TrackedGenerate(hf_model, self)
 
     def _before_decoder(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
@@ -121,13 +120,13 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
         prompts = prompts_of(self, input, call)
         wanted = call.pop("return_type", "input")
         as_text = wanted == "str" or (wanted in ("input", None) and prompts.as_text)
-        options = self._hf_options(call)
+        options, hf_model = self._hf_options(call), cast("Any", self.original_model)
         if prompts.mask is None:
             options["inputs_embeds"] = prompts.ids
         else:
             options |= {"input_ids": prompts.ids, "attention_mask": attendable(prompts.mask).long()}
         with self.token_tracker.running(prompts.generation()), torch.no_grad():
-            output = self.original_model.generate(**options)
+            output = hf_model.generate(**options)
         if not as_text:
             return output
         rows = getattr(output, "sequences", output)
@@ -137,7 +136,7 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
     def _hf_options(self, call: dict[str, Any]) -> dict[str, Any]:
         """Arguments of Hugging Face's ``generate`` from those of TransformerLens's ``hf_generate``."""
         stop = stop_ids(self, call)
-        options = {"max_new_tokens": 10, "do_sample": True, "temperature": 1.0}
+        options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": True, "temperature": 1.0}
         options |= {name: value for name, value in call.items() if value is not None}
         stopping = options.pop("stop_at_eos", True)
         if not options.pop("use_past_kv_cache", True):
@@ -146,8 +145,9 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
             options["eos_token_id"] = stop
             options.setdefault("pad_token_id", stop if isinstance(stop, int) else stop[0] if stop else None)
         elif "generation_config" not in options:
-            options["generation_config"] = copy.deepcopy(self.original_model.generation_config)
-            options["generation_config"].eos_token_id = None
+            endless = copy.deepcopy(cast("Any", self.original_model).generation_config)
+            endless.eos_token_id = None
+            options["generation_config"] = endless
         flags = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
         if any(options.get(flag) for flag in flags):
             options.setdefault("return_dict_in_generate", True)
@@ -158,20 +158,17 @@ class GemmaBridge(GemmaModel, TransformerBridge):  # pyright: ignore[reportIncom
 
         transformers 5.24 hands Gemma 2's attention ``cache=`` where it was ``past_key_values=``; an attention bridge
         that does not know the name attends to the new token alone. Applied to this model's own blocks, and only after
-        the self-check has seen the defect.
+        the defect was seen there (``repairs.py``).
         """
         for block in self.blocks:
-            block.attn._update_kv_cache = _with_cache_kwarg(block.attn._update_kv_cache)
+            block.attn._update_kv_cache = partial(_update_kv_cache, block.attn)  # a copy of a model copies it too
         self.fixes.append("attention reads its cache from the keyword `cache`")
 
 
-def _with_cache_kwarg(update: Any) -> Any:
-    def update_kv_cache(k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
-            kwargs["past_key_values"] = kwargs["cache"]
-        return update(k, v, **kwargs)
-
-    return update_kv_cache
+def _update_kv_cache(attention: Any, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> Any:
+    if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
+        kwargs["past_key_values"] = kwargs["cache"]
+    return type(attention)._update_kv_cache(attention, k, v, **kwargs)
 
 
 def build_bridge(hf_model: Any, tokenizer: Any, model_id: str | None) -> GemmaBridge:
@@ -181,9 +178,6 @@ def build_bridge(hf_model: Any, tokenizer: Any, model_id: str | None) -> GemmaBr
     adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
     adapter.cfg.device = str(parameter.device)
     adapter.prepare_model(hf_model)
-    if tokenizer is not None:
-        tokenizer = setup_tokenizer(tokenizer, default_padding_side="left")
-        adapter.cfg.tokenizer_prepends_bos, adapter.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
     bridge = GemmaBridge(hf_model, adapter, tokenizer)
     bridge.prepare(ModelDims.from_config(hf_model.config), model_id)
     return bridge.eval()

@@ -18,12 +18,15 @@ from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_w
 
 from gemma_scope_tl.adapters.base import GemmaModel
 from gemma_scope_tl.adapters.generation import decoded
+from gemma_scope_tl.adapters.tokenizer import HasTokenizer
 from gemma_scope_tl.attached import AttachedSAE
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import Backend, ModelDims
 
 
-class HookedGemma(GemmaModel, HookedTransformer):  # pyright: ignore[reportIncompatibleMethodOverride]
+class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+    HasTokenizer, GemmaModel, HookedTransformer
+):
     """A Gemma 2 ``HookedTransformer`` with the SAE methods of this package. Made by ``load_model``."""
 
     backend: Backend = "hooked_transformer"
@@ -34,10 +37,10 @@ class HookedGemma(GemmaModel, HookedTransformer):  # pyright: ignore[reportIncom
     def _before_embedding(self, _module: Any, args: tuple[Any, ...]) -> None:
         self.token_tracker.observe_embedded(args[0], self.tokenizer)
 
-    def _prepared(self, *args: Any) -> Any:
+    def _prepared(self, method: str, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(attached.site.name == "embedding" for attached in self._attached.values()):
             raise SpliceError('HookedTransformer.generate skips hook_embed: load with backend="bridge".')
-        return super()._prepared(*args)
+        return super()._prepared(method, input, args, kwargs)
 
     def _stream(self, pieces: Iterator[Any], return_type: str) -> Iterator[Any]:
         return decoded(pieces, self.tokenizer) if return_type == "str" else pieces
@@ -64,6 +67,12 @@ class HookedGemma(GemmaModel, HookedTransformer):  # pyright: ignore[reportIncom
         for name in attached.hook_points:
             self.hook_dict.pop(name, None)
             self.mod_dict.pop(name, None)
+
+    def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens, which fails on a text if "gemma" is in the tokenizer's name."""
+        if isinstance(input, str):
+            input = self.to_tokens(input, *args, **kwargs)[0]
+        return super().to_str_tokens(input, *args, **kwargs)
 
 
 def _config(hf_config: Any, dtype: torch.dtype, device: str, model_id: str | None) -> HookedTransformerConfig:
@@ -112,7 +121,7 @@ def build_hooked_transformer(hf_model: Any, tokenizer: Any, model_id: str | None
     config = _config(hf_model.config, parameter.dtype, str(parameter.device), model_id)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        model = HookedGemma(config, tokenizer=tokenizer, default_padding_side="left" if tokenizer is not None else None)
+        model = HookedGemma(config, tokenizer=tokenizer)
     for block in model.blocks:
         block.mlp.hook_in = HookPoint()  # as in HookedSAETransformer
         block.mlp.register_forward_pre_hook(_through_hook_in)

@@ -48,7 +48,9 @@ def prompts_of(model: Any, given: Any, call: dict[str, Any]) -> Prompts:
     """
     if int(call.get("max_new_tokens", 1)) < 1:
         raise GemmaScopeError(f"max_new_tokens is at least 1; given: {call['max_new_tokens']}.")
-    how = {name: call.pop(name) for name in ("attention_mask", "prepend_bos", "padding_side") if name in call}
+    how: dict[str, Any] = {
+        name: call.pop(name) for name in ("attention_mask", "prepend_bos", "padding_side") if name in call
+    }
     if isinstance(given, torch.Tensor) and given.is_floating_point():
         if how.get("attention_mask") is not None:
             if model.backend == "hooked_transformer":
@@ -57,7 +59,8 @@ def prompts_of(model: Any, given: Any, call: dict[str, Any]) -> Prompts:
         return Prompts(given, None)
     given = given if hasattr(given, "__len__") or hasattr(given, "mask") else list(given)
     as_text = is_text(given)
-    batch = as_batch(model, given, **{**how, "padding_side": "left"}, add_generation_prompt=True)
+    how["padding_side"] = "left"
+    batch = as_batch(model, given, add_generation_prompt=True, **how)
     return align_right(Prompts(batch.ids, batch.mask, as_text=as_text))
 
 

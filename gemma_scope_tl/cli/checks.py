@@ -224,7 +224,7 @@ def free_port(host: str, port: int | None) -> None:
         GemmaScopeError: the port is taken or reserved, or the host is no address of this machine.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port or 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as tried:
             if os.name == "posix":  # a connection that has just ended is no obstacle
                 tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

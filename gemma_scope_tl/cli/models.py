@@ -197,8 +197,10 @@ def _steering_hook(
 def _continue(model: Any, text: str, tokens: int, temperature: float, seed: int) -> str:
     import torch
 
+    from gemma_scope_tl.inputs import as_batch
+
     torch.manual_seed(seed)
-    prompt = model.to_tokens(text)
+    prompt = as_batch(model, text).ids
     sampled = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     out = model.generate(prompt, max_new_tokens=tokens, return_type="tokens", **sampled)
     return model.tokenizer.decode(out[0, 1:])

@@ -67,8 +67,11 @@ def train(
         if found.refusals and not force:
             raise typer.Exit(1)
         return
+    on_ray = ray or ray_address is not None
+    if not on_ray:
+        _check_devices(config, overrides)
     try:
-        if ray or ray_address is not None:
+        if on_ray:
             table = _on_ray(config, overrides, ray_address, jobs_by, harvesters, not restart)
         else:
             table = train_suite(
@@ -78,6 +81,14 @@ def train(
         note(str(stopped))
         raise typer.Exit(128 + stopped.signal) from None
     print_frame(table, f"{len(table)} SAEs", as_json, ("path", "l0", "fvu", "silent", "steps"))
+
+
+def _check_devices(config: Path, overrides: list[str]) -> None:
+    from gemma_scope_tl.training.config import load_config
+
+    read = load_config(config, overrides)
+    for device in (read.device, read.source.device, read.model.device):
+        checks.available(device)
 
 
 def _on_ray(

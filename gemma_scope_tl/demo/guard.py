@@ -196,7 +196,7 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 def _is_question(body: bytes) -> bool:
     try:
-        given = json.loads(body)
+        given = json.loads(body, parse_constant=_refused)
     except (ValueError, RecursionError):
         return False
     if not isinstance(given, dict) or len(str(given.get("session_hash"))) > _SESSION:
@@ -204,6 +204,10 @@ def _is_question(body: bytes) -> bool:
     event = given.get("event_data")
     rest = [value for key, value in given.items() if key != "event_data"]
     return _plain(rest, _DEPTH) and (not isinstance(event, dict) or _plain(list(event.values()), _DEPTH))
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(constant)  # NaN and infinities are not JSON, and no browser sends them
 
 
 def _plain(value: Any, depth: int) -> bool:

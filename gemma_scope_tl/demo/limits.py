@@ -36,6 +36,8 @@ class Limits:
         """
         if not isinstance(text, str) or not text.strip():
             raise GemmaScopeError("Type some text first.")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise GemmaScopeError("The text holds half of a character: copy it again, or type it.")
         if len(text) > self.characters:
             raise GemmaScopeError(
                 f"The text has {len(text):,} characters; {self.characters:,} are allowed. Shorten it."

@@ -56,6 +56,8 @@ class Places:
 
     async def push(self, body: Any, request: Any, username: str | None) -> tuple[bool, Any, str]:
         """Gradio's ``push``, after room was made."""
+        if body.fn_index not in self.queue.blocks.fns:
+            return False, "The demo has no such function: reload its page.", "error"
         self._forget_abandoned()
         own = sum(event.session_hash == body.session_hash for event in self._waiting())
         if own >= OF_A_VISITOR:

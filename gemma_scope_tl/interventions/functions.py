@@ -47,8 +47,7 @@ def steer(
         positions: an int, slice, list, or boolean mask; None for all. They count in the whole text, also while
             generating, and from each row's first token that is not padding
             (:mod:`gemma_scope_tl.positions`).
-        exclude_special_tokens: leave BOS, EOS and padding alone, on models from ``load_model``; or these token ids; or
-            False for none.
+        exclude_special_tokens: leave BOS, EOS and padding alone (``load_model`` models), or token ids; False for none.
         unit: of ``scale``.
 
             - ``"activation"``: ``a = s``. Gemma Scope's rows have unit norm, so it is the length that is added.

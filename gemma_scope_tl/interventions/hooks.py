@@ -73,7 +73,7 @@ class Intervention:
                 "from load_model, or exclude_special_tokens=False and positions=."
             )
         if self._tracker is not None and special_ids:
-            special = self._tracker.mask(x, special_ids)
+            special = self._tracker.mask(x, special_ids, padding=self.exclude_special_tokens is True)
             keep = special if keep is None else keep | special
         return keep
 

@@ -71,8 +71,7 @@ def export_suite(
     root = checked_path(out)
     title = name or root.resolve().name
     items = collect(source, model, site)
-    _check_out(root, source)
-    _check_title(title)
+    _check_out(root, source, title)
     groups = _groups(items, repos, title, root)
     matched = dict(zip(map(id, items), match_metrics(items, metrics), strict=True))
     layouts: list[str] = ["gemma-scope", "sae-lens"] if layout == "both" else [layout]
@@ -105,7 +104,8 @@ def _check_title(title: str) -> None:
         raise GemmaScopeError(f"{what}: give another name.")
 
 
-def _check_out(root: Path, source: Any) -> None:
+def _check_out(root: Path, source: Any, title: str) -> None:
+    _check_title(title)
     if isinstance(source, (str, PathLike)) and Path(source).is_dir():
         inner, outer = root.resolve(), Path(source).resolve()
         if inner == outer or outer in inner.parents or inner in outer.parents:

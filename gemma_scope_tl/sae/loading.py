@@ -73,11 +73,11 @@ def load_row(
     Raises:
         WeightsError: when the file cannot be had or fails a check.
     """
-    device = parse_device(device)
+    to, device = parse_dtype(dtype), parse_device(device)
     path, expected = fetch(row, force_download=force_download), expected_of_row(row)
     if row.format == "sae-lens":
         return _load_sae_lens(path, expected, row.model, row.site, row.layer, row, device, dtype)
-    to, units = parse_dtype(dtype), site_units(row.site, expected.d_in)
+    units = site_units(row.site, expected.d_in)
     arrays = load_arrays(path, expected, to, device, units, row.sha256 or known_sha256(path))
     return _build(arrays, row.model, row.site, row.layer, row, None, device, dtype, str(path))
 
@@ -92,7 +92,7 @@ def load_folder(
     dtype: str | torch.dtype = "float32",
 ) -> Any:
     """See :meth:`GemmaScopeMixin.from_folder`."""
-    given, device = checked_path(path), parse_device(device)
+    to, given, device = parse_dtype(dtype), checked_path(path), parse_device(device)
     with read_errors(given):
         file = _find_file(given)
     expected = expected_sizes(model, site, layer)
@@ -100,7 +100,7 @@ def load_folder(
         return _load_sae_lens(file, expected, name_of(model), site, layer, None, device, dtype)
     d_in = inspect(file, expected)["W_enc"].shape[0] if site == "embedding" else None
     units = site_units(site, d_in)
-    arrays = load_arrays(file, expected, parse_dtype(dtype), device, units)
+    arrays = load_arrays(file, expected, to, device, units)
     return _build(arrays, name_of(model), site, layer, None, None, device, dtype, str(file))
 
 
@@ -114,7 +114,8 @@ def build(
     dtype: str | torch.dtype = "float32",
 ) -> Any:
     """See :meth:`GemmaScopeMixin.from_arrays`."""
-    source, device = "The set of arrays given", parse_device(device)
+    parse_dtype(dtype)
+    device, source = parse_device(device), "The set of arrays given"
     tensors = canonical_arrays(arrays, source, expected_sizes(model, site, layer))
     return _build(tensors, name_of(model), site, layer, None, None, device, dtype, source)
 

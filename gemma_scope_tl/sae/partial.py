@@ -55,8 +55,8 @@ def load_latents(
     """
     from gemma_scope_tl.registry.catalog import resolve
 
-    row, to, device = resolve(release, sae_id), parse_dtype(dtype), parse_device(device)
-    chosen = as_indices(latents)
+    to, device = parse_dtype(dtype), parse_device(device)
+    row, chosen = resolve(release, sae_id), as_indices(latents)
     if not chosen:
         raise GemmaScopeError("No latents were given: name at least one.")
     path = find_local(row)

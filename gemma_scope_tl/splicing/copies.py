@@ -34,7 +34,8 @@ def reduced(model: SpliceMixin) -> Any:
     """What ``pickle`` and ``torch.save`` store: the model without its SAEs, whose hooks are local functions, and the
     SAEs with their options."""
     memo: dict[int, Any] = {}
-    shared: list[Any] = [attached.sae for attached in model._attached.values()]
+    held = list(model._attached.values())  # pyright: ignore[reportPrivateUsage]
+    shared: list[Any] = [attached.sae for attached in held]
     shared += [model.tokenizer, *model.parameters(), *model.buffers()]  # pyright: ignore
     for one in shared:
         memo[id(one)] = one
@@ -43,7 +44,7 @@ def reduced(model: SpliceMixin) -> Any:
         attached.unhook()
         bare._after_detach(attached)
     bare._attached.clear()
-    return restored, (bare, [(attached.sae, attached.options) for attached in model._attached.values()])
+    return restored, (bare, [(attached.sae, attached.options) for attached in held])
 
 
 def restored(model: Any, recipes: list[tuple[Any, SpliceOptions]]) -> Any:
@@ -55,7 +56,7 @@ def restored(model: Any, recipes: list[tuple[Any, SpliceOptions]]) -> Any:
 
 def _copied(model: SpliceMixin, memo: dict[int, Any]) -> Any:
     """A copy of ``model`` and of all that ``memo`` does not hold, whose hooks run the copies of the SAEs."""
-    twin = type(model).__new__(type(model))
+    twin: Any = type(model).__new__(type(model))
     memo[id(model)] = twin
     twin.__setstate__(copy.deepcopy(vars(model), memo))  # pyright: ignore
     for point in {id(point): point for point in twin.hook_dict.values()}.values():

@@ -7,7 +7,7 @@ from typing import Any
 
 from gemma_scope_tl.attached import AttachedSAE
 from gemma_scope_tl.errors import KeywordError, SpliceError, UnknownNameError, unknown_name
-from gemma_scope_tl.sites import BACKENDS, SITES, Backend, ModelDims, site_of_hook
+from gemma_scope_tl.sites import SITES, Backend, ModelDims, site_of_hook
 
 
 def translate_hook_name(name: str, valid: Iterable[str], backend: Backend) -> str:
@@ -35,7 +35,7 @@ def translate_hook_name(name: str, valid: Iterable[str], backend: Backend) -> st
 def other_names(attached: Iterable[AttachedSAE], dims: ModelDims, backend: Backend) -> dict[str, str]:
     """The other backend's name of every hook point of attached SAEs, and of every site, by the name it has here."""
     named: dict[str, str] = {}
-    (other,) = (one for one in BACKENDS if one != backend)
+    other: Backend = "bridge" if backend == "hooked_transformer" else "hooked_transformer"
     for site in SITES.values():
         for layer in range(dims.n_layers) if site.per_layer else (None,):
             named[site.hook_name(layer, backend)] = site.hook_name(layer, other)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
-import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
@@ -18,26 +16,13 @@ from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.sites import SITES, SiteName, get_site
 from gemma_scope_tl.training.config_file import override_key, read_config
+from gemma_scope_tl.training.config_values import device_name, each_once, number
 from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER, Recipe, fast
 
 PRESETS: Mapping[str, Recipe] = {"paper": PAPER, "fast": FAST, "gemma_scope_2": GEMMA_SCOPE_2}
 NO_EFFECT = ("output", "threads", "checkpoint_every", "loggers")
 """Keys that may change between a run and its continuation: they do not change what is trained."""
 _SHOWN_PROBLEMS = 50
-
-
-def _number(value: object) -> object:
-    """YAML reads ``4e9`` as a word; here it is a number, and a whole one is an integer."""
-    if isinstance(value, bool):
-        raise ValueError(f"not a number: {value}")
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return value
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"not a finite number: {value}")
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _width(value: object) -> object:
@@ -56,15 +41,6 @@ def _site(value: object) -> object:
         raise ValueError(str(error)) from None
 
 
-def _device(value: object) -> object:
-    """A device by name; whether it is here is seen where the run is."""
-    try:
-        torch.device(str(value))
-    except RuntimeError:
-        raise ValueError(f"{value!r} is no device: write cpu, cuda or cuda:1") from None
-    return value
-
-
 def _path(value: str) -> str:
     try:
         return str(checked_path(value))
@@ -76,7 +52,7 @@ def _recipe(value: object) -> object:
     """Values of a recipe, each checked by itself; whether they go together is checked where they are merged."""
     if not isinstance(value, Mapping):
         raise ValueError("a recipe is a mapping, such as {preset: fast, batch_size: 1024}")
-    given = {str(key): _number(item) for key, item in cast("Mapping[object, object]", value).items()}
+    given = {str(key): number(item) for key, item in cast("Mapping[object, object]", value).items()}
     try:
         merged_recipe(given)
     except GemmaScopeError as error:
@@ -84,10 +60,10 @@ def _recipe(value: object) -> object:
     return given
 
 
-Count = Annotated[int, BeforeValidator(_number), Field(gt=0)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-Layer = Annotated[int, BeforeValidator(_number), Field(ge=0)]
-DeviceName = Annotated[str, BeforeValidator(_device)]
+Count = Annotated[int, BeforeValidator(number), Field(gt=0)]
+Positive = Annotated[float, BeforeValidator(number), Field(gt=0, allow_inf_nan=False)]
+Layer = Annotated[int, BeforeValidator(number), Field(ge=0)]
+DeviceName = Annotated[str, BeforeValidator(device_name)]
 Width = Annotated[int, BeforeValidator(_width), Field(gt=0)]
 SiteKey = Annotated[SiteName, BeforeValidator(_site)]
 RecipeValues = Annotated[dict[str, Any], BeforeValidator(_recipe)]
@@ -198,9 +174,7 @@ class GridEntry(Section):
         if self.layers == [] and any(SITES[site].per_layer for site in self.sites):
             raise ValueError("layers is empty: write 'all' or the layers")
         layers = [] if self.layers == "all" else self.layers
-        _each_once(
-            sites=self.sites, layers=layers, widths=self.widths, lambdas=self.lambdas, target_l0s=self.target_l0s
-        )
+        each_once(sites=self.sites, layers=layers, widths=self.widths, lambdas=self.lambdas, target_l0s=self.target_l0s)
         if self.target_l0s and max(self.target_l0s) >= min(self.widths):
             raise ValueError(f"target_l0s: {max(self.target_l0s):g} is not below the width {min(self.widths)}")
         return self
@@ -252,7 +226,7 @@ class SuiteConfig(Section):
     recipe: RecipeValues = Field(default_factory=dict[str, Any])
     grid: Annotated[list[GridEntry], Field(min_length=1)]
     only: list[str] = Field(default_factory=list[str])
-    seed: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=1 << 32)] = 0
+    seed: Annotated[int, BeforeValidator(number), Field(ge=0, lt=1 << 32)] = 0
     device: DeviceName = "cpu"
     mesh: MeshSection = MeshSection()
     threads: Count | None = None
@@ -264,7 +238,7 @@ class SuiteConfig(Section):
     @model_validator(mode="after")
     def _goes_together(self) -> SuiteConfig:
         problems: list[str] = []
-        _each_once(only=self.only)
+        each_once(only=self.only)
         if self.steps is not None and self.tokens is not None:
             problems.append("give one of steps and tokens")
         if self.steps is None and self.tokens is None and any(not (e.steps or e.tokens) for e in self.grid):
@@ -359,15 +333,6 @@ def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: S
         shown.append(f"  and {len(problems) - len(shown)} more")
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     raise TrainingStateError(f"{source} has {count}:\n" + "\n".join(shown))
-
-
-def _each_once(**lists: Sequence[object] | None) -> None:
-    for name, values in lists.items():
-        for value in values or ():
-            if list(values or ()).count(value) > 1:
-                raise ValueError(
-                    f"{name} has {value:g} twice" if isinstance(value, float) else f"{name} has {value} twice"
-                )
 
 
 def place_of(site: str, layer: int | None) -> Place:

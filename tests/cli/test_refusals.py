@@ -27,6 +27,7 @@ from gemma_scope_tl.evals.run import ABLATIONS
 from gemma_scope_tl.interventions.functions import UNITS
 from gemma_scope_tl.release.export import Layout, Repos
 
+CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "demo.yaml")
 PROBE = """
 import contextlib, io, json, sys
 from gemma_scope_tl.cli import app
@@ -160,9 +161,21 @@ def test_wrong_arguments_are_refused_in_a_line_before_torch_is_imported(tmp_path
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()")
-@pytest.mark.parametrize("call", [("features", "hi"), ("eval",), ("study", "fidelity"), ("neuronpedia",), ("demo",)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("features", "hi", "--device"),
+        ("eval", "--device"),
+        ("study", "fidelity", "--device"),
+        ("neuronpedia", "--device"),
+        ("demo", "--device"),
+        ("train", CONFIG, "--set", "device=cuda", "--set"),
+        ("train", CONFIG, "--set", "source.device=cuda", "--set"),
+        ("train", CONFIG, "--set", "model.device=cuda", "--set"),
+    ],
+)
 def test_a_device_that_is_not_here(call: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(app, [*call, "--device", "cuda"]) == 1
+    assert run(app, [*call, "output=unused" if call[-1] == "--set" else "cuda"]) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1) and "cuda" in err
 

@@ -65,6 +65,9 @@ def stock_twin(sae: Any) -> Any:
 
 def _hooked_transformer(tokenizer: Any) -> Any:
     source = hooked(random_gemma("narrow-heads"), "hooked_transformer")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.init_kwargs["add_bos_token"] = True  # else TransformerLens loads it again, by a name that it has not
+    tokenizer.init_kwargs.setdefault("name_or_path", "")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model: Any = HookedSAETransformer(source.cfg, tokenizer=tokenizer, default_padding_side="left")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from sae_lens import HookedSAETransformer
@@ -138,6 +140,8 @@ def test_adam_moves_what_it_moves_in_sae_lens(backend: str, site: str) -> None:
 def test_training_never_reaches_the_file_that_weights_are_mapped_from(tmp_path: Path, layout: Any) -> None:
     gs.save_sae(gs.load_sae("bundled", "res", 2, width="1k"), tmp_path, format=layout)
     files = {path: file_sha256(path) for path in tmp_path.iterdir()}
+    for path in files:
+        path.chmod(0o444)  # what nobody writes into may be mapped
     sae, other = (gs.JumpReLUSAE.from_folder(tmp_path, site="res", layer=2) for _ in range(2))
     maps = Path("/proc/self/maps")
     assert not maps.exists() or str(tmp_path) in maps.read_text()
@@ -181,6 +185,15 @@ def test_inference_and_attribution_pay_nothing_for_trainable_weights(
     assert x.grad is not None
     assert torch.equal(x.grad, gradient)
     assert all(p.grad is not None for name, p in sae.named_parameters() if name != "threshold")
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_an_sae_that_was_loaded_without_gradients_can_be_trained(mode: Any) -> None:
+    with mode():
+        sae = gs.load_sae("bundled", "res", 2, width="1k")
+    sae(torch.randn(4, sae.cfg.d_in)).square().sum().backward()
+    assert sae.W_enc.grad is not None
+    assert sae.W_dec.grad is not None
 
 
 def test_frozen_saes_leave_no_graph_and_get_no_gradient(model: Any) -> None:
@@ -228,3 +241,26 @@ def test_a_steering_vector_is_a_constant(model: Any) -> None:
     for _ in range(2):
         model.run_with_hooks(random_tokens(model, length=6), fwd_hooks=[hook]).sum().backward()
     assert sae.W_dec.grad is None
+
+
+def test_functions_of_this_package_leave_trainable_saes_as_they_are() -> None:
+    """Results are those of frozen SAEs, without a graph, without a gradient, without a warning."""
+    model = hooked(random_gemma("narrow-heads"), "bridge")
+    tokens, text = random_tokens(model, length=8), "And God said, Let there be light"
+    results: list[list[Any]] = []
+    for trainable in (False, True):
+        saes = [random_sae(model.dims, "res", i, d_sae=64).requires_grad_(trainable) for i in (0, 1)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Converting a tensor with requires_grad")
+            results.append(
+                [
+                    gs.features(model, tokens, saes),
+                    gs.attribute(model, text, saes, lambda logits: logits[0, -1, 40]),
+                    gs.circuit(model, text, saes, lambda logits: logits[0, -1, 40], nodes=4).nodes,
+                    gs.top_tokens(model, saes[0], [1, 2]),
+                    gs.evaluate(model, saes, tokens, context=8, progress=False, resamples=20),
+                ]
+            )
+        assert all(p.grad is None and p.requires_grad == trainable for sae in saes for p in sae.parameters())
+    for frozen, free in zip(*results, strict=True):
+        pd.testing.assert_frame_equal(frozen, free)

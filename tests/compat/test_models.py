@@ -174,6 +174,12 @@ def hooks_that_stay(s: Side) -> Any:
     return runs(s, lambda: None, lambda: s.model.reset_hooks())
 
 
+def hooks_of_a_block_that_stay(s: Side) -> Any:
+    with s.model.hooks(fwd_hooks=[(resid(s, 0), halve)], reset_hooks_end=False):
+        pass
+    return runs(s, lambda: None, lambda: s.model.reset_hooks())
+
+
 def hooks_by_function(s: Side) -> Any:
     seen = Seen()
     s.model.run_with_hooks(s.tokens, fwd_hooks=[(lambda name: name.endswith("hook_pattern"), seen)])
@@ -274,6 +280,7 @@ HOOKS: dict[str, Behaviour] = {
     for fn in (
         hooks_of_run,
         hooks_that_stay,
+        hooks_of_a_block_that_stay,
         hooks_by_function,
         backward_hooks,
         nested_blocks,

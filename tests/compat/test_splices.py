@@ -1,7 +1,7 @@
 """SAEs in models: what SAELens's methods give, on its classes and on ours. BOS is spliced too, as in SAELens.
 
 Left out, because SAELens is wrong there: the skip path of skip transcoders, which it drops; and on its bridge the
-embedding, whose hook it does not find, ``reset_hooks`` beside an SAE, which fails, and backward hooks after an SAE went.
+embedding, whose hook it does not find, ``reset_hooks`` beside an SAE, which fails, and backward hooks afterwards.
 """
 
 from __future__ import annotations

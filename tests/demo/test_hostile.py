@@ -220,6 +220,10 @@ def test_bodies_are_bounded(client: Any, app: Any, monkeypatch: pytest.MonkeyPat
         assert client.post(JOIN, content=pieces()).status_code == 413  # chunked: it names no length
     for body in (b"", b"[]", b"{", b"[" * 100_000, b"\xff", json.dumps({"session_hash": "s" * 1000}).encode()):
         assert client.post(JOIN, content=body).status_code == 422
+    nan = json.dumps(question(app, "nan", data=["x", float("nan")])).encode()
+    assert client.post(JOIN, content=nan, headers={"Content-Type": "application/json"}).status_code == 422
+    for number in (999, -1, None):
+        assert client.post(JOIN, json={"data": [], "fn_index": number, "session_hash": "none"}).status_code == 400
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
 
     def slow() -> Iterator[bytes]:

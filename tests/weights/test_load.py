@@ -68,6 +68,7 @@ def test_deflated_equals_stored(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: reads /proc")
 def test_tensors_share_the_file(tmp_path: Path) -> None:
     file = write(tmp_path / "params.npz", arrays()).resolve()
+    file.chmod(0o444)
     tensor = load_arrays(file)["W_enc"]
     lines = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
     spans = [tuple(int(end, 16) for end in line.split("-")) for line in lines]

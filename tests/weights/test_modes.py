@@ -98,7 +98,7 @@ def test_releases_suites_latents_and_arrays(mode: Any, tmp_path: Path, monkeypat
     sae = gs.load_sae("bundled", "res", 2, width="1k")
     release, id_ = sae.row.release, sae.row.id
     wanted = gs.load_latents(release, id_, [5, 2])
-    arrays = {name: getattr(sae, name).numpy() for name in NAMES}
+    arrays = {name: getattr(sae, name).detach().numpy() for name in NAMES}
     with mode():
         loaded = gs.load_sae("bundled", "res", 2, width="1k")
         tensors = {name: torch.tensor(array) for name, array in arrays.items()} if mode is torch.inference_mode else {}
@@ -190,7 +190,7 @@ def test_arrays_in_odd_memory_are_no_other_dtype() -> None:
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta:7"])
 def test_a_device_that_is_not_there_is_named_before_anything_is_read(device: str, folders: dict[str, Path]) -> None:
     sae = gs.load_sae("bundled", "res", 2, width="1k")
-    arrays = {name: getattr(sae, name).numpy() for name in NAMES}
+    arrays = {name: getattr(sae, name).detach().numpy() for name in NAMES}
     attempts: list[Callable[[], Any]] = [
         lambda: gs.load_sae("bundled", "res", 2, width="1k", device=device),
         lambda: gs.load_suite("bundled", "res", [2], "1k", device=device),

@@ -63,8 +63,13 @@ def _survives(sae: Any, seed: int = 0) -> bool:
     """Compare in a child, which a torn map would kill."""
     child = os.fork()
     if child == 0:
-        wanted = _arrays(seed)
-        os._exit(0 if all(np.array_equal(getattr(sae, name).numpy(), wanted[name]) for name in wanted) else 1)
+        status = 1
+        try:
+            wanted = _arrays(seed)
+            same = [np.array_equal(getattr(sae, name).detach().numpy(), wanted[name]) for name in wanted]
+            status = 0 if all(same) else 1
+        finally:
+            os._exit(status)
     return os.waitpid(child, 0)[1] == 0
 
 
