@@ -55,6 +55,8 @@ def test_every_source_packs_as_the_evaluation_does(tmp_path: Path, tokenizer: An
         assert torch.equal(rows[0 : len(rows)], wanted), name
         assert rows.manifest.documents == len(TEXTS)
         assert torch.equal(load_file(tmp_path / "out" / name / "tokens.safetensors")["tokens"].long(), wanted)
+    with_bos = pack([tokenizer.bos_token + text for text in TEXTS], tokenizer, tmp_path / "out" / "with BOS")
+    assert torch.equal(with_bos[0 : len(with_bos)], wanted)  # rows begin with their own
 
 
 def test_kept_positions_are_those_of_the_mask(tmp_path: Path, tokenizer: Any) -> None:
