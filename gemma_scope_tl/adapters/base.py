@@ -11,13 +11,19 @@ import torch
 from gemma_scope_tl.adapters.generation import Generates
 from gemma_scope_tl.adapters.keywords import check_keywords, named
 from gemma_scope_tl.attached import AttachedSAE
-from gemma_scope_tl.errors import SpliceError, unknown_name
+from gemma_scope_tl.errors import KeywordError, SpliceError, unknown_name
 from gemma_scope_tl.inputs import as_batch, text_ids, tokenize
 from gemma_scope_tl.interventions import Intervention
 from gemma_scope_tl.owners import OwnedHook, Owner, Turns
 from gemma_scope_tl.sites import ModelDims
 from gemma_scope_tl.splicing import SpliceMixin, translate_hook_name
-from gemma_scope_tl.splicing.names import add_other_names, filter_of_both, other_names, positional_hooks
+from gemma_scope_tl.splicing.names import (
+    add_other_names,
+    filter_of_both,
+    listed_hooks,
+    other_names,
+    positional_hooks,
+)
 from gemma_scope_tl.tokens import attendable, continued_mask, text_mask
 from gemma_scope_tl.tracker import TextRead, TokenTracker
 
@@ -83,7 +89,7 @@ class GemmaModel(Generates, SpliceMixin):
         """Hooks by the names that they have here, bound to the model; functions of an ``owner`` run for it alone."""
         valid = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
         resolved: list[tuple[HookName, Callable[..., Any]]] = []
-        for name, fn in hooks:
+        for name, fn in listed_hooks(hooks):
             bound = self._bound(fn)
             owned = bound if owner is None or isinstance(bound, OwnedHook) else OwnedHook(bound, owner)
             resolved.append((self._resolve_filter(name) if callable(name) else self._resolve_name(name, valid), owned))
@@ -127,7 +133,7 @@ class GemmaModel(Generates, SpliceMixin):
         self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), *args: Any, **kwargs: Any
     ) -> AbstractContextManager[Any]:
         """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
-        fwd, bwd = list(fwd_hooks), list(bwd_hooks)
+        fwd, bwd = listed_hooks(fwd_hooks), listed_hooks(bwd_hooks)
         self._resolve_hooks([*fwd, *bwd])  # a wrong name is found here, and not where the block begins
         return self._hooks_block(fwd, bwd, *args, **kwargs)
 
@@ -147,6 +153,11 @@ class GemmaModel(Generates, SpliceMixin):
         asked about both. Without a filter, hook points of attached SAEs are there under both names.
         """
         check_keywords(self, "run_with_cache", kwargs)
+        if self.backend == "bridge" and len(model_args) > 1 and not isinstance(model_args[1], bool):
+            raise KeywordError(
+                "run_with_cache() takes return_cache_object (a bool) behind the input on the bridge: give saes=, "
+                "names_filter= and return_type= by name."
+            )
         if self.tokenizer is None and model_args and isinstance(model_args[0], str):
             text_ids(None, model_args[:1])  # raises, where the bridge would assert
         resolved = self._resolve_filter(names_filter)

@@ -20,7 +20,7 @@ from gemma_scope_tl.adapters.base import GemmaModel
 from gemma_scope_tl.adapters.generation import decoded
 from gemma_scope_tl.adapters.tokenizer import HasTokenizer
 from gemma_scope_tl.attached import AttachedSAE
-from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.sites import Backend, ModelDims
 
 
@@ -40,7 +40,14 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
     def _prepared(self, method: str, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(attached.site.name == "embedding" for attached in self._attached.values()):
             raise SpliceError('HookedTransformer.generate skips hook_embed: load with backend="bridge".')
-        return super()._prepared(method, input, args, kwargs)
+        prompts, call = super()._prepared(method, input, args, kwargs)
+        total = prompts.ids.shape[1] + int(call.get("max_new_tokens", 10)) - 1  # the last token is not read again
+        if total > int(self.cfg.n_ctx):
+            raise GemmaScopeError(
+                f"HookedTransformer has positions for {self.cfg.n_ctx} tokens, and this would be {total}: generate "
+                'fewer, or load with backend="bridge".'
+            )
+        return prompts, call
 
     def _stream(self, pieces: Iterator[Any], return_type: str) -> Iterator[Any]:
         return decoded(pieces, self.tokenizer) if return_type == "str" else pieces

@@ -76,6 +76,21 @@ def add_other_names(stored: dict[str, Any], wanted: Callable[[str], bool] | None
                 del stored[name + end]
 
 
+def listed_hooks(hooks: Any) -> list[Any]:
+    """Pairs of a name and a function as a list; one pair by itself, as ``steer`` gives it, is one.
+
+    Raises:
+        SpliceError: for what are no pairs.
+    """
+    if isinstance(hooks, tuple) and len(hooks) == 2 and callable(hooks[1]):
+        return [hooks]
+    pairs = list(hooks)
+    for pair in pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and callable(pair[1])):
+            raise SpliceError(f"Hooks are pairs of a name, or a filter on names, and a function; given: {pair!r:.80}.")
+    return pairs
+
+
 def positional_hooks(args: tuple[Any, ...], fwd: Any, bwd: Any) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
     """Arguments of ``run_with_hooks`` without the hooks that may follow the input, and the hooks.
 

@@ -305,6 +305,11 @@ def test_padding_follows_the_end_of_a_text_as_in_hugging_face(model: Any) -> Non
 
 def test_layers_and_ids_that_do_not_exist_raise(model: Any) -> None:
     ids = random_tokens(model)
+    if model.backend == "hooked_transformer":  # its rotary table ends with the context of 128
+        for method in ("generate", "generate_stream"):
+            with pytest.raises(GemmaScopeError, match="positions for 128"):
+                getattr(model, method)(ids, max_new_tokens=106)
+        assert model.generate(ids, max_new_tokens=105, stop_at_eos=False).shape == (2, 129)
     for options in ({"stop_at_layer": 99}, {"stop_at_layer": -9}):
         with pytest.raises(SpliceError, match="layers are"):
             model(ids, **options)

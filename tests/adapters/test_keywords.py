@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import gemma_scope_tl as gs
 from gemma_scope_tl.errors import GemmaScopeError, UnknownKeywordError, UnknownNameError
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
@@ -74,6 +75,24 @@ def test_a_call_with_too_much_or_a_value_twice(model: Any) -> None:
         model(tokens, "loss", return_type="loss")
     with pytest.raises(TypeError, match="positional"):
         model(tokens, *range(40))
+
+
+def test_one_hook_needs_no_list(model: Any) -> None:
+    """As ``steer`` gives it; what is no hook at all raises in words."""
+    tokens, pair = random_tokens(model), gs.steer(random_sae(model.dims, "res", 0), 3, 5.0)
+    with torch.no_grad():
+        wanted = model.run_with_hooks(tokens, fwd_hooks=[pair])
+        assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=pair), wanted)
+        assert torch.equal(model.run_with_hooks(tokens, pair), wanted)
+        with model.hooks(pair):
+            assert torch.equal(model(tokens), wanted)
+        sae = random_sae(model.dims, "res", 1)
+        for call in (model.run_with_hooks, model.run_with_hooks_with_saes):
+            with pytest.raises(GemmaScopeError):
+                call(tokens, [sae])
+        for call in (model.run_with_cache, model.run_with_cache_with_saes):
+            with pytest.raises((GemmaScopeError, TypeError)):
+                call(tokens, [sae])
 
 
 def test_values_that_mean_nothing_raise(model: Any) -> None:
