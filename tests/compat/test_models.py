@@ -310,12 +310,20 @@ def sampled(s: Side, **options: Any) -> Any:
     return s.model.generate(s.tokens, **{**GREEDY, "do_sample": True, "stop_at_eos": False, **options})
 
 
+def ended(side: Side) -> Any:
+    """A row that ends at once, beside one that goes on; behind an end ours has padding and TransformerLens its EOS."""
+    stop = int(side.model(side.tokens)[0, -1].argmax())
+    out = side.model.generate(side.tokens, **GREEDY, eos_token_id=stop)
+    ends = (out == stop) | (out == 0) if side.plain else out == stop
+    return out.masked_fill(ends, -1)
+
+
 GENERATION: dict[str, Behaviour] = {
     "ids": lambda s: s.model.generate(s.tokens, **GREEDY, stop_at_eos=False),
     "one text": lambda s: s.model.generate("And God", **GREEDY, stop_at_eos=False),
     "text to ids": lambda s: s.model.generate("And God", **GREEDY, stop_at_eos=False, return_type="tokens"),
     "no BOS": lambda s: s.model.generate("And God", **GREEDY, stop_at_eos=False, prepend_bos=False),
-    "an end": lambda s: s.model.generate(s.tokens, **GREEDY, eos_token_id=int(s.model(s.tokens)[0, -1].argmax())),
+    "an end": ended,
     "temperature": lambda s: sampled(s, temperature=0.7),
     "top_k": lambda s: sampled(s, top_k=3),
     "top_p": lambda s: sampled(s, top_p=0.8),

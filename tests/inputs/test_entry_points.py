@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import gemma_scope_tl as gs
+from gemma_scope_tl.inputs import as_batch
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import CharTokenizerFactory, hooked, random_gemma, random_sae
 from tests.inputs.ways import TEMPLATE, padded
@@ -168,7 +169,9 @@ def test_loss(world: World, way: str, positional: bool) -> None:
         got = world.model(given, "loss", **how) if positional else world.model(given, return_type="loss", **how)
         logits, both = world.model(given, return_type="both", **how)
     assert got.item() == pytest.approx(sum(losses) / len(losses), abs=2e-5)
+    by_hand = world.model.loss_fn(logits, as_batch(world.model, given, **how).ids, how.get("attention_mask"))
     assert both.item() == got.item() and logits.ndim == 3
+    assert by_hand.item() == pytest.approx(got.item(), abs=1e-6)
 
 
 def test_messages(world: World) -> None:
@@ -261,6 +264,7 @@ NO_TEXT = {
     *("sae_hook_points", "site_hook_point", "add_hook", "reset_hooks", "add_perma_hook"),
 }
 TABLES = {"attribute", "circuit", "evaluate", "feature_page", "features", "mean_norms"}  # tests/inputs/test_tables.py
+LOSSES = {"loss_fn"}  # test_loss
 TEXT_TOOLS = {"to_tokens", "to_str_tokens", "to_string", "to_single_token", "to_single_str_token"}
 
 
@@ -276,5 +280,5 @@ def test_every_entry_point_has_a_row(world: World) -> None:
     functions = {
         name for name in gs.__all__ if callable(getattr(gs, name)) and not hasattr(getattr(gs, name), "__path__")
     }
-    rows = {*PASSES, *GENERATIONS, *TABLES, *NO_TEXT, *TEXT_TOOLS}
+    rows = {*PASSES, *GENERATIONS, *TABLES, *NO_TEXT, *TEXT_TOOLS, *LOSSES}
     assert sorted((ours | functions) - rows) == []
