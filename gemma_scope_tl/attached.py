@@ -101,7 +101,7 @@ class AttachedSAE:
 
     def attach(self, model: GemmaModel) -> None:
         """Put the hooks on ``model``'s hook points; :meth:`detach` takes back exactly these."""
-        self._tracker, self._tokenizer = model.token_tracker, getattr(model, "tokenizer", None)
+        self._tracker = model.token_tracker
         self._heads_apart = model.backend == "hooked_transformer"
         if self.site.is_transcoder:
             self._hook(model.site_hook_point(self.site.hook_name(self.layer, model.backend)), self._on_read)
@@ -173,7 +173,7 @@ class AttachedSAE:
         keep = self._tracker.mask(value, self.excluded, padding) if self.excluded else None
         if self.positions is None:
             return keep
-        chosen = chosen_columns(self.positions, rows_of(value, self._tracker, self._tokenizer))
+        chosen = chosen_columns(self.positions, rows_of(value, self._tracker))
         outside = ~chosen[:, -value.shape[1] :]
         return outside if keep is None else keep | outside
 

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.tokens import text_mask
 from gemma_scope_tl.tracker import TokenTracker
 
 Positions = int | slice | Sequence[int] | torch.Tensor | None
@@ -63,12 +61,7 @@ def rows_of_mask(mask: Bool[torch.Tensor, "batch total"], prompt: int, growing: 
     return Rows(start, (prompt - start - behind).clamp(min=0), mask.shape[1], growing)
 
 
-def rows_of_ids(ids: Int[torch.Tensor, "batch total"], prompt: int, tokenizer: Any, growing: bool) -> Rows:
-    """:func:`rows_of_mask` for token ids, whose padding tells what is text."""
-    return rows_of_mask(text_mask(ids, tokenizer), prompt, growing)
-
-
-def rows_of(x: torch.Tensor, tracker: TokenTracker | None, tokenizer: Any = None) -> Rows:
+def rows_of(x: torch.Tensor, tracker: TokenTracker | None) -> Rows:
     """The rows that ``x`` (``[batch, pos, …]``) holds the last columns of; without token ids, ``x`` is all there is."""
     known = None if tracker is None else tracker.sequence(x)
     if tracker is not None and known is not None:

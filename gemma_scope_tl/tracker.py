@@ -161,7 +161,7 @@ class TokenTracker:
             rows = ids.shape[0] // before.ids.shape[0]
             ids = torch.cat([before.ids[:, :seen].repeat_interleave(rows, dim=0).to(ids.device), ids], dim=1)
         prompt = ids.shape[1] if prompt is None else prompt
-        whole_mask = _joined(ids, mask, before)
+        whole_mask = _joined(ids, mask, before, known_first=before.growing and generation is not None)
         by_column = before.by_column if seen else by_column
         read = TextRead(ids, whole_mask, prompt, before.moved, before.whole, before.growing, by_column)
         self._set(read)
@@ -326,11 +326,11 @@ class TokenTracker:
         return ids[:, -pos:].expand(batch, pos).to(like.device)
 
 
-def _joined(ids: torch.Tensor, mask: torch.Tensor | None, before: TextRead) -> torch.Tensor:
-    """The mask over all of ``ids`` from the one given and that of the text before; a generation's own comes first."""
+def _joined(ids: torch.Tensor, mask: torch.Tensor | None, before: TextRead, known_first: bool) -> torch.Tensor:
+    """The mask over all of ``ids`` from the one given and that of the text before."""
     batch, total = ids.shape
     known = before.mask_over(total, batch)
-    if before.growing and known is not None:
+    if known_first and known is not None:
         return known.to(ids.device)
     if mask is not None and mask.shape[0] == batch and mask.shape[1] >= total:
         return mask[:, -total:].bool().to(ids.device)

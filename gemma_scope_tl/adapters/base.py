@@ -266,14 +266,14 @@ class GemmaModel(Generates, SpliceMixin):
         self, before: TextRead, ids: torch.Tensor, seen: int, given: torch.Tensor | None
     ) -> torch.Tensor | None:
         """The mask over a text and the ``ids`` behind it, from what is known and what the caller says, or None."""
-        total = seen + ids.shape[1]
+        total, ours = seen + ids.shape[1], before.growing and self.token_tracker.generating
         known = before.mask_over(total, ids.shape[0])
-        if given is not None and given.shape[1] >= total and not before.growing:
+        if given is not None and given.shape[1] >= total and not ours:
             return given[:, -total:].bool().to(ids.device)
         if known is None:
             return None
         known = known.to(ids.device)
-        if before.growing:
+        if ours:  # backends hand on masks of their own making
             return known
         if given is None:
             return continued_mask(known, ids, self.tokenizer)

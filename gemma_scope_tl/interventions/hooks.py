@@ -65,7 +65,7 @@ class Intervention:
         """True at positions (``[batch, pos]``) that must stay as they are; None when there are none."""
         keep = None
         if self.positions is not None:
-            chosen = chosen_columns(self.positions, rows_of(x, self._tracker, self._tokenizer))
+            chosen = chosen_columns(self.positions, rows_of(x, self._tracker))
             keep = ~chosen[:, -x.shape[1] :]
         special_ids = excluded_ids(self._tokenizer, self.exclude_special_tokens, must_know=self._tracker is not None)
         if special_ids and self._tracker is None:
