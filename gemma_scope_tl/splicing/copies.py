@@ -48,7 +48,7 @@ def reduced(model: SpliceMixin) -> Any:
     return restored, (bare, [(attached.sae, attached.options) for attached in held])
 
 
-def refuse_local_classes(model: SpliceMixin) -> None:
+def refuse_local_classes(model: Any) -> None:
     """Raise where a part of ``model`` is of a class that was made inside a function, which no pickle can name.
 
     Raises:
