@@ -85,7 +85,10 @@ def single_token(model: Any, text: str) -> int:
     (ids,) = text_ids(model.tokenizer, [text])
     if len(ids) != 1:
         pieces = [model.tokenizer.decode([i]) for i in ids]
-        raise GemmaScopeError(f"{text!r} is {len(ids)} tokens here: {pieces}. Give one token (mind the leading space).")
+        meant = f" {text}"
+        one = text.strip() == text != "" and len(text_ids(model.tokenizer, [meant])[0]) == 1
+        hint = f"Did you mean {meant!r}?" if one else "Give one token (mind the leading space)."
+        raise GemmaScopeError(f"{text!r} is {len(ids)} tokens here: {pieces}. {hint}")
     return int(ids[0])
 
 

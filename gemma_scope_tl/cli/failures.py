@@ -84,7 +84,7 @@ def _show_usage(error: Any) -> None:
     context = getattr(error, "ctx", None)
     text = " ".join(error.format_message().split()).rstrip(".")
     hint = f" See `{context.command_path} --help`." if context is not None else ""
-    complain(f"error: {text}.{hint}")
+    complain(f"error: {text}{'' if text.endswith('?') else '.'}{hint}")
 
 
 def _forget_output() -> None:

@@ -33,7 +33,7 @@ def _features(
 
     table = feature_table(model, text, sae, top=top)
     if choice.as_json:
-        print_frame(table, "", True)
+        print_frame(choice.named(table), "", True)
         return
     rows = [
         {
@@ -43,7 +43,8 @@ def _features(
         }
         for position, found in table.groupby("position", sort=True)
     ]
-    print_rows(rows, f"tokens with active latents: {len(rows)}" if rows else "No latent is active on this text.", False)
+    active = f"tokens with active latents: {len(rows)}" if rows else "No latent is active on this text."
+    print_rows(rows, f"{active}\nSAE: {choice.name()}", False)
 
 
 def _steer(
@@ -87,9 +88,11 @@ def _steer(
         steered = _continue(model, text, tokens, temperature, seed)
     if choice.as_json:
         facts = {"text": text, "plain": plain, "steered": steered, "latent": latent, "scale": scale}
-        print_facts({**facts, "clamp": clamp, "unit": None if scale is None else unit}, True)
+        row = choice.row()
+        named = {"release": row.release, "id": row.id}
+        print_facts({**facts, "clamp": clamp, "unit": None if scale is None else unit, **named}, True)
         return
-    print_facts({"plain": plain, f"latent {latent}, {done}": steered})
+    print_facts({"plain": plain, f"latent {latent}, {done}": steered, "SAE": choice.name()})
 
 
 def _top_tokens(
@@ -111,7 +114,7 @@ def _top_tokens(
 
     table = top_tokens(model, sae, latent, k=top)
     if choice.as_json:
-        print_frame(table, "", True)
+        print_frame(choice.named(table), "", True)
         return
     sides = [rows.reset_index(drop=True) for _, rows in table.groupby("kind")]  # promoted, suppressed
     rows = [
@@ -123,7 +126,7 @@ def _top_tokens(
         }
         for up, down in zip(*(side.itertuples() for side in sides), strict=True)
     ]
-    print_rows(rows, f"latent {latent}", False)
+    print_rows(rows, f"latent {latent}\nSAE: {choice.name()}", False)
 
 
 def _attribute(
@@ -154,7 +157,7 @@ def _attribute(
     metric = logit(first) if other is None else logit_difference(first, single_token(model, other))
     table = attributions(model, text, sae, metric, method=method, top=top)
     if choice.as_json:
-        print_frame(table, "", True)
+        print_frame(choice.named(table), "", True)
         return
     rest = table[table["kind"] != "latent"].groupby("kind")["attribution"].sum()
     shares = ", ".join(f"{kind} {share:+.3f}" for kind, share in rest.items())
@@ -168,7 +171,7 @@ def _attribute(
         }
         for row in table[table["kind"] == "latent"].itertuples()
     ]
-    print_rows(rows, f"metric {table.attrs['metric']:.3f}\nover all tokens: {shares}", False)
+    print_rows(rows, f"metric {table.attrs['metric']:.3f}\nover all tokens: {shares}\nSAE: {choice.name()}", False)
 
 
 features, steer, attribute = (verb(function, OneSAE) for function in (_features, _steer, _attribute))

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.cli import checks, options
 from gemma_scope_tl.cli.choice import registry_name
-from gemma_scope_tl.cli.output import progress
+from gemma_scope_tl.cli.output import note, progress
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from gemma_scope_tl.registry.schema import SAERow
 
 
@@ -51,6 +53,18 @@ class OneSAE:
             width = min(rows, key=lambda row: row.d_sae).width if rows else "16k"
         return find(name, self.site, layer, width, self.l0)
 
+    def name(self) -> str:
+        """The SAE's release and id, as results name it."""
+        row = self.row()
+        return f"{row.release} {row.id}"
+
+    def named(self, table: pd.DataFrame) -> pd.DataFrame:
+        """A table for JSON whose every row says which SAE it is of; of an empty one, standard error says it."""
+        row = self.row()
+        if not len(table):
+            note(f"note: no row; the SAE is {self.name()}.")
+        return table.assign(release=row.release, id=row.id)
+
     def check_latent(self, latent: int) -> None:
         """See that the SAE has this latent.
 
@@ -61,7 +75,7 @@ class OneSAE:
 
         row = self.row()
         if latent >= row.d_sae:
-            raise GemmaScopeError(f"{row.release} {row.id} has latents 0 to {row.d_sae - 1:,}, and no {latent:,}.")
+            raise GemmaScopeError(f"{self.name()} has latents 0 to {row.d_sae - 1:,}, and no {latent:,}.")
 
     def load(self) -> tuple[Any, Any]:
         """The model and the SAE, on its device."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.cells import cell_len
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FRAMED_ROWS = 100  # frames of long tables take seconds
+_LEAST = 16  # columns for a value beside its name; where there are fewer, it stands below
+_BELOW = 4
 _LOW, _HIGH = "_low", "_high"
 _STYLES = {"✓": "green", "✗": "red"}
 _BREAK = re.compile(r"(?<=/)|(?<=\s)")
@@ -71,14 +73,21 @@ def print_rows(rows: Sequence[Row], title: str, as_json: bool) -> None:
 
 
 def print_facts(facts: Mapping[str, Any], as_json: bool = False) -> None:
-    """Print names and values, a line each."""
+    """Print names and values, a line each; further lines of a value stand below its first.
+
+    In a terminal values are folded at its width, between words and parts of names where there are some.
+    """
     if as_json:
         say_json(facts)
         return
-    width = max(map(len, facts), default=0)
+    indent, console = max(map(len, facts), default=0) + 2, terminal()
+    beside = not console.is_terminal or console.width - indent >= _LEAST
+    room = console.width - (indent if beside else _BELOW) if console.is_terminal else None
     for name, value in facts.items():
-        label = typer.style(name.ljust(width), bold=True)
-        say(f"{label}  {'-' if value is None else value}")
+        lines = [line for part in _printable("-" if value is None else str(value)) for line in _hung(part, room)]
+        label = typer.style(name.ljust(indent - 2), bold=True)
+        first = [f"{label}  {lines.pop(0)}".rstrip() if beside else label.rstrip()]
+        say("\n".join([*first, *(" " * (indent if beside else _BELOW) + line for line in lines)]))
 
 
 def terminal() -> Console:
@@ -119,8 +128,28 @@ def cell(value: Any) -> str:
         return "✓"
     if value is False or value is None or str(value) in ("<NA>", "nan"):
         return ""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return _escaped(_rounded(value) if isinstance(value, float) else str(value))
+
+
+def _rounded(value: float) -> str:
+    """Four digits of a measured number, and no fewer than lie before its point."""
+    return f"{value:g}" if value.is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _escaped(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _printable(text: str) -> list[str]:
+    """The lines of a text, without letters that steer a terminal."""
+    return [_escaped(line) for line in text.split("\n")]
+
+
+def _hung(text: str, room: int | None) -> list[str]:
+    """A line in pieces of at most ``room`` columns; words that are longer are cut."""
+    if room is None:
+        return [text]
+    return [piece for line in _folded(text, room).split("\n") for piece in chop_cells(line, room) or [""]]
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:

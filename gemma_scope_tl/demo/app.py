@@ -65,10 +65,17 @@ def build_app(world: World | str = "bundled", **options: Any) -> Any:
 
 
 def blocks(gr: Any, world: World) -> Any:
-    """Gradio's ``Blocks`` that end what the model runs when they close."""
+    """Gradio's ``Blocks`` that show what they refuse as text, and end what the model runs when they close."""
 
     class Demo(gr.Blocks):
         places: Places | None = None
+
+        async def preprocess_data(self, *args: Any, **options: Any) -> Any:
+            """Gradio's own refusals quote what was sent, and the page shows messages as HTML: escape them."""
+            try:
+                return await super().preprocess_data(*args, **options)
+            except gr.Error as error:
+                raise gr.Error(escape(str(error.message), quote=False), print_exception=False) from error
 
         def close(self, verbose: bool = True) -> None:
             if self.is_running:

@@ -18,8 +18,8 @@ from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.locate import add_file, forget_packages, release_files, remove_file
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.schema import ReleaseFile, SAERow, read_release
-from gemma_scope_tl.registry.widths import width_label
-from gemma_scope_tl.sites import get_site
+from gemma_scope_tl.registry.widths import DEFAULT_WIDTH, width_label
+from gemma_scope_tl.sites import SITES, get_site
 
 CANONICAL = "canonical"
 CLOSEST = "closest:"
@@ -148,6 +148,8 @@ def find(
     if not found:
         place = site if layer is None else f"{site} layer {layer}"
         widths = [row.width for row in sorted(at_layer, key=lambda row: row.d_sae)]
+        if width == DEFAULT_WIDTH:
+            hint = f"{width!r} is the default: give one of these as width=. {hint}"
         raise unknown_name(f"width of {release or model} at {place}", width, dict.fromkeys(widths), hint)
     return _pick_l0(found, l0)
 
@@ -177,12 +179,13 @@ def checked_model(model: str) -> str:
     """The registry's name of a model (``google/`` taken off), which must have SAEs of its own.
 
     Raises:
-        UnknownNameError: with the nearest names and, for an instruction-tuned model, the base model's releases.
+        UnknownNameError: with the nearest names; for an instruction-tuned model the base model's releases; for the
+            name of a release or a folder of SAEs how to load from it.
     """
     name = model.removeprefix("google/")
     known = dict.fromkeys(h.model for h in headers())
     if name not in known:
-        raise unknown_name("model", model, known, _base_hint(name))
+        raise unknown_name("model", model, known, _release_hint(model) or _folder_hint(model) or _base_hint(name))
     return name
 
 
@@ -329,3 +332,33 @@ def _no_such_l0(rows: Sequence[SAERow], l0: float | str) -> UnknownNameError:
     target = _l0_number(l0)
     near = f" l0='closest:{target:g}' takes {min(known, key=lambda v: (abs(v - target), v)):g}." if known else ""
     return UnknownNameError(f"{place} has no SAE with L0 {target:g}. L0s: {listed}.{near}")
+
+
+def _release_hint(name: str) -> str:
+    """What to do with a release's name where a model's is asked for."""
+    header = next((h for h in headers() if name in h.names), None)
+    if header is None:
+        return ""
+    return (
+        f"This is a release, of SAEs of {header.model}: list_saes(release={name!r}) lists them, "
+        f"JumpReLUSAE.from_pretrained({name!r}, id) loads one, "
+        f"load_suite({header.model!r}, ..., release={name!r}) several."
+    )
+
+
+def _folder_hint(name: str) -> str:
+    """What to do with a folder or file of SAEs where a model's name is asked for."""
+    path = Path(name)
+    try:
+        file = path / f"{path.absolute().name}.yaml" if path.is_dir() else path
+        if file.suffix in (".yaml", ".yml") and file.is_file():
+            return f"register_release({str(file)!r}) returns the release's name; list_saes(release=...) lists its SAEs."
+        layers = path.is_dir() and next(path.glob("layer_*"), None) is not None
+        if not (layers or any((path / part).exists() for part in (*SITES, "params.npz", "cfg.json"))):
+            return ""
+    except (OSError, ValueError):  # a name that no file can have
+        return ""
+    return (
+        f"This is a folder: JumpReLUSAE.from_folder(...) loads an SAE in it, and export_suite({name!r}, ...) makes a "
+        "release of all of them, whose registry file register_release takes."
+    )

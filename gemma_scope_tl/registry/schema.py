@@ -321,7 +321,8 @@ def _problem(detail: ErrorDetails, data: object) -> Problem:
     if detail["type"] == "value_error":
         return Problem(row, field, str(detail.get("ctx", {}).get("error", detail["msg"])))
     given = repr(detail["input"])
-    return Problem(row, field, f"{detail['msg']}, not {given if len(given) < 80 else given[:77] + '...'}")
+    words = "should be a mapping of keys" if detail["type"] == "model_type" else detail["msg"]
+    return Problem(row, field, f"{words}, not {given if len(given) < 80 else given[:77] + '...'}")
 
 
 def _cross_row_problems(data: Mapping[str, object]) -> list[Problem]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from gemma_scope_tl.errors import RegistryError
 
+DEFAULT_WIDTH = "16k"
+"""What is taken where no width is given: every Gemma Scope model has it at every layer."""
 _UNITS = {"k": 1_000, "m": 1_000_000}
 _LARGEST = 2**40
 

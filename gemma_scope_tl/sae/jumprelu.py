@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE as SAELensJumpReLUSAE
 
+from gemma_scope_tl.registry.widths import DEFAULT_WIDTH
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 
 
@@ -21,10 +22,11 @@ def load_sae(
     model: str,
     site: str,
     layer: int | None = None,
-    width: str = "16k",
+    width: str | int = DEFAULT_WIDTH,
     l0: int | float | str = "canonical",
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
+    release: str | None = None,
 ) -> Any:
     """The SAE of a model at a site, by what it is rather than by name.
 
@@ -32,15 +34,17 @@ def load_sae(
         model: such as ``"gemma-2-2b"``.
         site: ``res``, ``mlp``, ``att``, ``embedding`` or ``transcoder``.
         layer: counts from 0; None for the embedding.
-        width: such as ``"16k"``.
+        width: such as ``"16k"``, or the number of latents.
         l0: ``"canonical"`` (nearest to 100), a number that exists, or ``"closest:50"``.
         device, dtype: as :meth:`JumpReLUSAE.from_pretrained`.
+        release: look in this release alone; needed where two have such an SAE.
 
     Raises:
+        RegistryError: when two releases have such an SAE and ``release`` is not given.
         UnknownNameError: when the registry has no such SAE, with the nearest ones.
         WeightsError: when the file cannot be had or fails a check.
     """
     from gemma_scope_tl.registry.catalog import find
     from gemma_scope_tl.sae.loading import load_row
 
-    return load_row(find(model=model, site=site, layer=layer, width=width, l0=l0), device=device, dtype=dtype)
+    return load_row(find(model, site, layer, width, l0, release=release), device=device, dtype=dtype)

@@ -13,6 +13,7 @@ import torch
 
 from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
+from gemma_scope_tl.registry.widths import DEFAULT_WIDTH
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,11 +28,12 @@ def load_suite(
     model: str,
     sites: str | Iterable[str] = ("res", "mlp", "att"),
     layers: str | int | Iterable[int] = "all",
-    width: str | int = "16k",
+    width: str | int = DEFAULT_WIDTH,
     l0: int | float | str = "canonical",
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
     memory: int | None = None,
+    release: str | None = None,
 ) -> SAESuite:
     """One SAE per site and layer, as a mapping from ``(site, layer)``; none is loaded yet.
 
@@ -44,8 +46,11 @@ def load_suite(
         memory: bytes that the loaded SAEs may take; beyond it, those unused for the longest are dropped and load again
             when asked for. None keeps all. On the CPU in float32, SAEs of the Hub's cache are mapped from their files,
             so that the system takes their pages back by itself when it needs them.
+        release: look in this release alone, such as one of :func:`register_release`; needed where two have an SAE at
+            one place.
 
     Raises:
+        RegistryError: when two releases have an SAE at one place and ``release`` is not given.
         UnknownNameError: when a site, layer, width or L0 does not exist, before anything is loaded.
     """
     from gemma_scope_tl.registry.catalog import find
@@ -59,13 +64,15 @@ def load_suite(
         if isinstance(layers, str) and layers != "all":
             raise unknown_name("choice of layers", layers, ["all"], "Or give numbers.")
         if isinstance(layers, str) or site == "embedding":
-            numbers = _layers(model, site, label)
+            numbers = _layers(model, site, label, release)
             if not numbers:
-                find(model, site, None if site == "embedding" else 0, width, l0)  # raises, and says what there is
+                find(
+                    model, site, None if site == "embedding" else 0, width, l0, release=release
+                )  # raises, and says what there is
         else:
             numbers = [layers] if isinstance(layers, int) else list(layers)
         for layer in numbers:
-            rows[site, layer] = find(model, site, layer, width, l0)
+            rows[site, layer] = find(model, site, layer, width, l0, release=release)
     return SAESuite(rows, lambda row: load_row(row, device=device, dtype=dtype), memory)
 
 
@@ -194,10 +201,10 @@ def _nbytes(sae: Any) -> int:
     return sum(parameter.numel() * parameter.itemsize for parameter in sae.parameters())
 
 
-def _layers(model: str, site: str, width: str) -> list[int | None]:
+def _layers(model: str, site: str, width: str, release: str | None) -> list[int | None]:
     """Layers (None for the embedding) that have SAEs of this width, ascending."""
-    from gemma_scope_tl.registry.catalog import checked_model, headers, load_release
+    from gemma_scope_tl.registry.catalog import checked_model, header_of, headers, load_release
 
-    name = checked_model(model)
-    rows = [row for h in headers() if h.model == name for row in load_release(h.release).rows]
+    name, only = checked_model(model), None if release is None else header_of(release)
+    rows = [row for h in headers() if h.model == name and only in (None, h) for row in load_release(h.release).rows]
     return sorted({row.layer for row in rows if row.site == site and row.width == width}, key=lambda n: n or 0)

@@ -10,6 +10,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.attached import AttachedSAE, SpliceOptions
+from gemma_scope_tl.errors import GemmaScopeError
 
 if TYPE_CHECKING:
     from gemma_scope_tl.splicing.mixin import SpliceMixin
@@ -45,6 +46,21 @@ def reduced(model: SpliceMixin) -> Any:
         bare._after_detach(attached)
     bare._attached.clear()
     return restored, (bare, [(attached.sae, attached.options) for attached in held])
+
+
+def refuse_local_classes(model: Any) -> None:
+    """Raise where a part of ``model`` is of a class that was made inside a function, which no pickle can name.
+
+    Raises:
+        GemmaScopeError: for a bridge, whose attention is such, with what to do instead.
+    """
+    made = (type(getattr(part, "hook_conversion", None)).__qualname__ for part in model.modules())
+    inside = next((name for name in made if "<locals>" in name), None)
+    if inside is not None:
+        raise GemmaScopeError(
+            f"A bridge cannot be pickled: TransformerLens makes {inside.rpartition('.')[2]} inside a function. Take "
+            "copy.deepcopy, load the model anew where it is needed, or load it with backend='hooked_transformer'."
+        )
 
 
 def restored(model: Any, recipes: list[tuple[Any, SpliceOptions]]) -> Any:

@@ -110,6 +110,7 @@ class SpliceMixin:
         return copies.shallow_copy(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        copies.refuse_local_classes(self)
         return copies.reduced(self) if self._attached else super().__reduce_ex__(protocol)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

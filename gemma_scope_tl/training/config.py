@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError, UnknownNameError, unknown_name
@@ -16,6 +25,7 @@ from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.sites import SITES, SiteName, get_site
 from gemma_scope_tl.training.config_file import override_key, read_config
+from gemma_scope_tl.training.config_problems import problem
 from gemma_scope_tl.training.config_values import device_name, each_once, number
 from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER, Recipe, fast
 
@@ -60,10 +70,20 @@ def _recipe(value: object) -> object:
     return given
 
 
+def _all_or_list(value: object) -> str | None:
+    if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
+        return "list"
+    return "word" if value == "all" else None
+
+
 Count = Annotated[int, BeforeValidator(number), Field(gt=0)]
 Positive = Annotated[float, BeforeValidator(number), Field(gt=0, allow_inf_nan=False)]
 Layer = Annotated[int, BeforeValidator(number), Field(ge=0)]
 DeviceName = Annotated[str, BeforeValidator(device_name)]
+Layers = Annotated[
+    Annotated[Literal["all"], Tag("word")] | Annotated[list[Layer], Tag("list")],
+    Discriminator(_all_or_list, "layers", "should be 'all' or a list, such as [1, 2]"),
+]
 Width = Annotated[int, BeforeValidator(_width), Field(gt=0)]
 SiteKey = Annotated[SiteName, BeforeValidator(_site)]
 RecipeValues = Annotated[dict[str, Any], BeforeValidator(_recipe)]
@@ -157,7 +177,7 @@ class GridEntry(Section):
     """
 
     sites: Annotated[list[SiteKey], Field(min_length=1)]
-    layers: Literal["all"] | list[Layer] = "all"
+    layers: Layers = "all"
     widths: Annotated[list[Width], Field(min_length=1)]
     lambdas: list[Positive] | None = None
     target_l0s: list[Positive] | None = None
@@ -327,8 +347,8 @@ def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: S
     try:
         return SuiteConfig.model_validate(data)
     except ValidationError as error:
-        problems = [_problem(detail) for detail in error.errors(include_url=False)]
-    shown = [f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
+        problems = [problem(detail, SuiteConfig) for detail in error.errors(include_url=False)]
+    shown = [f"  {one}" for one in problems[:_SHOWN_PROBLEMS]]
     if len(problems) > len(shown):
         shown.append(f"  and {len(problems) - len(shown)} more")
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -338,32 +358,3 @@ def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: S
 def place_of(site: str, layer: int | None) -> Place:
     """The place, without a layer where the site has none."""
     return Place(site, layer if get_site(site).per_layer else None)
-
-
-def _problem(detail: ErrorDetails) -> str:
-    """One of pydantic's errors in our words."""
-    where = ".".join(str(part) for part in detail["loc"])
-    lead = f"{where}: " if where else ""
-    if detail["type"] == "missing":
-        return f"{lead}is missing"
-    if detail["type"] == "extra_forbidden":
-        return f"{lead}{unknown_name('key', detail['loc'][-1], _keys_at(detail['loc'][:-1]))}"
-    if detail["type"] == "value_error":
-        return f"{lead}{detail.get('ctx', {}).get('error', detail['msg'])}"
-    given = repr(detail["input"])
-    return f"{lead}{detail['msg']}, not {given if len(given) < 80 else given[:77] + '...'}"
-
-
-def _keys_at(loc: Sequence[int | str]) -> list[str]:
-    """The keys of the section at a location."""
-    section: type[BaseModel] = SuiteConfig
-    for part in loc:
-        if isinstance(part, str) and part in section.model_fields:
-            section = _section(section.model_fields[part].annotation) or section
-    return list(section.model_fields)
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _section(part))), None)

@@ -127,6 +127,8 @@ CALLS = {
     "show foo bar": "Unknown release 'foo'",
     "show bundled-res foo": "Unknown id in bundled-res 'foo'",
     "frobnicate": "frobnicate",
+    "featurs": "Did you mean 'features'? See `",
+    "top-tokens --latent 1 --latnt 3": ". See `",
     "study frobnicate": "frobnicate",
 }
 

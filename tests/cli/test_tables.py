@@ -212,3 +212,39 @@ def test_what_is_in_no_pair_stays() -> None:
 
 def test_a_terminal_is_shown_no_control_letters() -> None:
     assert tables.cell("a\x1b[31mb\n") == "a\\x1b[31mb\\n"
+
+
+def _facts(monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], width: int | None) -> list[str]:
+    stream, said = io.StringIO(), list[str]()
+    console = Console(file=stream, force_terminal=width is not None, width=width, color_system=None)
+    monkeypatch.setattr(tables, "terminal", lambda: console)
+    monkeypatch.setattr(tables, "say", said.append)
+    tables.print_facts(facts)
+    return re.sub(r"\x1b\[\d*m", "", "\n".join(said)).split("\n")
+
+
+@pytest.mark.parametrize("width", [24, 40, 60, 80])
+def test_facts_stay_in_their_column(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Long values and those of several lines are folded beside their names, and nothing of them is lost."""
+    facts = {
+        "plain": "The king said unto him\n  all the words of the land of Israel, and went forth",
+        "latent 12, scale 0.5": "日本語の王は言った and a\x1b[31m letter",
+        "sha256": "0123456789abcdef" * 4,
+        "none": None,
+    }
+    lines = _facts(monkeypatch, facts, width)
+    assert max(map(cell_len, lines)) <= width
+    wanted = "".join(name + (value or "-").replace("\x1b", "\\x1b") for name, value in facts.items())
+    assert _squeezed("".join(lines)) == _squeezed(wanted)
+    starts = [line for line in lines if not line.startswith(" ")]
+    assert len(starts) == len(facts), lines
+    piped = _facts(monkeypatch, facts, None)
+    assert len(piped) == len(facts) + 1 and piped[1].startswith(" " * 22 + "  all the words"), piped
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0390625, "0.03906"), (0.413086, "0.4131"), (71.0, "71"), (1234567.0, "1.23457e+06"), (1234.56, "1234.56")],
+)
+def test_a_number_alone_has_four_digits(value: float, shown: str) -> None:
+    assert tables.cell(value) == shown

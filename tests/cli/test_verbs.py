@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -116,3 +117,41 @@ def test_long_tables_are_whole_lines() -> None:
     lines = _run("list", "--release", "gemma-scope-2b-pt-res").splitlines()
     assert len(lines) == 1 + 316 + 1
     assert any("layer_20/width_16k/average_l0_71" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("features", "And God said"),
+        ("steer", "The king", "--latent", "12", "--scale", "3", "--tokens", "2"),
+        ("top-tokens", "--latent", "12", "--top", "2"),
+        ("attribute", "In the beginning God created the heaven and the", "--target", " earth", "--top", "2"),
+    ],
+    ids=lambda call: call[0],
+)
+@pytest.mark.parametrize("width", [None, "1k"])
+def test_which_sae_an_answer_is_of(call: tuple[str, ...], width: str | None) -> None:
+    """Text and JSON name the SAE, which without ``--width`` is the narrowest."""
+    chosen = () if width is None else ("--width", width)
+    found = _json(*call, *chosen)
+    for row in found if isinstance(found, list) else [found]:
+        assert row["release"] == "bundled-res"
+        assert row["id"].startswith(f"layer_2/width_{width or 256}/")
+    name = f"{row['release']} {row['id']}"
+    assert re.search(rf"^SAE:? +{re.escape(name)}$", _run(*call, *chosen), flags=re.MULTILINE)
+
+
+def test_an_empty_answer_names_its_sae_too() -> None:
+    result = CliRunner().invoke(app, ["features", "<bos>", "--json"], catch_exceptions=False)
+    assert json.loads(result.stdout) == []
+    assert "bundled-res layer_2/width_256/" in result.stderr
+
+
+def test_the_command_shows_the_latents_of_the_python_beside_it() -> None:
+    """The pages' ``--width 1k`` and ``width="1k"`` are the same SAE."""
+    import gemma_scope_tl as gs
+
+    model, sae = gs.load_model("bundled"), gs.load_sae("bundled", "res", layer=2, width="1k")
+    text = "And God said, Let there be light"
+    rows = _json("features", text, "--top", "3", "--width", "1k")
+    assert [row["latent"] for row in rows] == gs.features(model, text, sae, top=3)["latent"].tolist()

@@ -341,3 +341,26 @@ def test_work_that_nobody_waits_for_ends(world: World) -> None:
     finally:
         wanted.reset(token)
     assert not world._users and logic.steer_text(world, "The king", world.start(), 3, 1.0, 3).plain
+
+
+def test_what_gradio_refuses_is_shown_as_text(client: Any, app: Any) -> None:
+    """Its own messages quote what was sent, into a page that shows messages as HTML."""
+    mark, quoted = "<h1 onclick=alert(1)>x</h1>", 0
+    for index, function in app.fns.items():
+        for place, block in enumerate(function.inputs):
+            if block.stateful:
+                continue
+            for sent in (mark, [mark], [[mark]]):
+                data: list[Any] = [None if b.stateful else b.value for b in function.inputs]
+                data[place] = sent
+                session = f"marks{index}-{place}-{json.dumps(sent).count('[')}"
+                asked = {"data": data, "fn_index": index, "session_hash": session}
+                response = client.post(JOIN, json=asked)
+                assert "<h1" not in response.text
+                if response.status_code != 200:
+                    continue
+                said = answer(client, session)
+                if not said.get("success"):
+                    assert "<h1" not in json.dumps(said), (function.api_name, block, said)
+                    quoted += "&lt;h1" in json.dumps(said)
+    assert quoted >= 4

@@ -189,3 +189,13 @@ def test_long_texts_and_no_saes_are_errors(model: Any, saes: list[Any]) -> None:
         for call in (gs.features, lambda m, t, s: gs.attribute(m, t, s, "a"), lambda m, t, s: circuit(m, t, s, "a")):
             with pytest.raises(gs.GemmaScopeError, match=message):
                 call(model, TEXTS[0], nothing)
+
+
+def test_a_word_without_its_space_names_the_one_with_it() -> None:
+    model, sae = gs.load_model("bundled"), gs.load_sae("bundled", "res", 2, "1k")
+    text = "In the beginning God created the heaven and the"
+    with pytest.raises(gs.GemmaScopeError, match="'earth' is 2 tokens here: .* Did you mean ' earth'[?]$"):
+        gs.attribute(model, text, sae, "earth")
+    assert len(gs.attribute(model, text, sae, " earth"))
+    with pytest.raises(gs.GemmaScopeError, match="mind the leading space"):
+        gs.attribute(model, text, sae, "earth earth")

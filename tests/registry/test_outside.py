@@ -261,3 +261,54 @@ def test_links_within_the_folder_are_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine.yaml").symlink_to(path)  # a link to the file: the folder beside the file itself
     assert fetch(read_release(tmp_path / "elsewhere" / "mine.yaml").rows[0]).is_file()
+
+
+# --- a release, a file or a folder where a model is asked for
+
+
+@pytest.fixture
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of two SAEs as ``export_suite`` writes it, not registered; forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(locate, "_registered", dict(locate._registered))
+    suite = gs.load_suite("bundled", "mlp", layers=[1, 2], width="1k")
+    (repo,) = gs.export_suite(suite, "my-out", gs.About("mit", description="Two SAEs."), progress=False)
+    yield repo
+    clear_cache()
+
+
+def test_all_saes_of_a_registered_release(exported: Path) -> None:
+    """Its name is no model's, which is said; ``release=`` chooses it among those of the model."""
+    gs.register_release(exported / "my-out.yaml")
+    for call in (lambda: gs.load_suite("my-out", "mlp"), lambda: gs.load_sae("my-out", "mlp", 1)):
+        with pytest.raises(UnknownNameError, match=r"is a release, of SAEs of bundled: .*release='my-out'.*from_pretr"):
+            call()
+    mine = gs.load_suite("bundled", "mlp", width="1k", l0="closest:16", release="my-out")
+    assert list(mine) == [("mlp", 1), ("mlp", 2)] and mine.rows["mlp", 2].release == "my-out"
+    with pytest.raises(RegistryError, match="2 SAEs fit: .* Say which with release="):
+        gs.load_sae("bundled", "mlp", 1, "1k", l0=16)
+    sae = gs.load_sae("bundled", "mlp", 1, "1k", l0=16, release="my-out")
+    assert sae.row == mine.rows["mlp", 1]
+    with pytest.raises(UnknownNameError, match="Unknown release 'my-in'. Nearest: .*my-out"):
+        gs.load_suite("bundled", "mlp", width="1k", release="my-in")
+
+
+def test_a_folder_or_file_in_place_of_a_model(exported: Path) -> None:
+    for given in ("my-out", "./my-out", "my-out/my-out.yaml"):
+        with pytest.raises(UnknownNameError, match=r"register_release\('my-out/my-out.yaml'\)"):
+            gs.load_suite(given, "mlp")
+    (exported / "my-out.yaml").rename("elsewhere.yaml")
+    for given in ("my-out", "my-out/layer_1/width_1k/average_l0_16"):
+        with pytest.raises(UnknownNameError, match="This is a folder: JumpReLUSAE.from_folder.*export_suite"):
+            gs.load_sae(given, "mlp", 1)
+    Path("empty").mkdir()
+    with pytest.raises(UnknownNameError, match=r"Unknown model 'empty'. Nearest: [^:]*$"):
+        gs.load_sae("empty", "mlp", 1)
+
+
+def test_the_default_width_is_said_to_be_one() -> None:
+    for call in (lambda: gs.load_sae("bundled", "res", 2), lambda: gs.load_suite("bundled", "res")):
+        with pytest.raises(UnknownNameError, match="Nearest: 1k, 256. '16k' is the default: give one of these as wid"):
+            call()
+    with pytest.raises(UnknownNameError, match="Unknown width of bundled at res layer 2 '4k'. Nearest: 1k, 256.$"):
+        gs.load_sae("bundled", "res", 2, "4k")

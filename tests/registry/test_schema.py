@@ -221,3 +221,8 @@ def test_a_thousand_problems_are_counted_and_a_hundred_shown() -> None:
         parse_release(release(*(row(id=f"a/{i}", layer=-1) for i in range(1000))), "f")
     assert str(caught.value).endswith("and 900 more")
     assert str(caught.value).count("\n") == 101
+
+
+def test_a_row_or_file_that_is_no_mapping_is_told_without_names_of_classes() -> None:
+    assert problems({**release(), "saes": [1]}) == ["row 1: should be a mapping of keys, not 1"]
+    assert problems([1]) == ["should be a mapping of keys, not [1]"]

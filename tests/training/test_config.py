@@ -176,3 +176,43 @@ def test_fast_is_in_the_units_of_each_place(tmp_path: Path) -> None:
     unchanged = replace(FAST, batch_size=64, bandwidth=0.3)  # what is given is taken as it is
     assert res == replace(unchanged, lr=FAST.lr / 2, init_threshold=FAST.init_threshold / 2)
     assert att == replace(unchanged, lr=FAST.lr * 2, init_threshold=FAST.init_threshold * 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("grid.0.layers", 1, "grid.0.layers: should be 'all' or a list, such as [1, 2], not 1"),
+        ("grid.0.layers", "al", "grid.0.layers: should be 'all' or a list, such as [1, 2], not 'al'"),
+        ("grid.0.layers", None, "grid.0.layers: should be 'all' or a list, such as [1, 2], not None"),
+        ("grid.0.layers", [1, "x"], "grid.0.layers.1: should be a whole number, not 'x'"),
+        ("grid.0.layers", [1.5], "grid.0.layers.0: should be a whole number, not 1.5"),
+        ("grid.0.sites", "res", "grid.0.sites: should be a list, such as [res], not 'res'"),
+        ("grid.0.widths", 128, "grid.0.widths: should be a list, such as [128], not 128"),
+        ("grid", {}, "grid: should be a list, not {}"),
+        ("grid.0", 1, "grid.0: should be a section of keys, not 1"),
+        ("model", "bundled", "model: should be a section of keys, not 'bundled'"),
+        ("data", "bundled", "data: should be a section of keys, not 'bundled'"),
+        ("model.name", 3, "model.name: should be a word, not 3"),
+        ("steps", [1], "steps: should be a whole number, not [1]"),
+        ("loggers", ["wandb"], "loggers.0: should be a section of keys, not 'wandb'"),
+    ],
+)
+def test_a_wrong_type_is_one_line_of_words(tmp_path: Path, key: str, value: object, words: str) -> None:
+    """No name of a class, a validator or a member of a union."""
+    bad: Any = {**tiny_config(tmp_path), "model": {"name": "bundled"}}
+    section, (*above, last) = bad, [int(part) if part.isdigit() else part for part in key.split(".")]
+    for part in above:
+        section = section[part]
+    section[last] = value
+    with pytest.raises(TrainingStateError) as caught:
+        load_config(bad)
+    assert str(caught.value) == f"the configuration has 1 problem:\n  {words}"
+
+
+def test_layers_may_be_all_or_any_numbers(tmp_path: Path) -> None:
+    for layers in ("all", [0, 1], (0, 1), range(2)):
+        config = tiny_config(tmp_path)
+        config["grid"][0]["layers"] = layers
+        read = load_config(config)
+        assert read.grid[0].layers == ("all" if layers == "all" else [0, 1])
+        assert load_config(read) == read and load_config(read.model_dump(mode="json")) == read
