@@ -17,6 +17,8 @@ PyTorch. Weights mapped from a file are private copies once written to: training
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,9 +28,11 @@ from torch import nn
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, device_mismatch
 from gemma_scope_tl.sae.indices import as_indices
 from gemma_scope_tl.sae.loading_methods import LoadingMixin
+from gemma_scope_tl.sae.provenance import Marks, facts_of, marks_of
+from gemma_scope_tl.weights.sniff import CFG_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from gemma_scope_tl.registry.schema import SAERow
 
@@ -58,7 +62,8 @@ class GemmaScopeMixin(LoadingMixin):
 
     Attributes:
         site, layer: where it reads (``sites.py``), None when unknown. The embedding has no layer.
-        row: the registry row it was loaded from, if any.
+        row: the registry row whose weights these are; None outside the registry, and once they were changed.
+        facts_when_loaded: what its metadata said of the weights that were loaded (``provenance.py``).
         is_transcoder: whether input and output are different tensors.
         threshold: theta, float32 even in a bfloat16 or float16 SAE. The comparison runs in float32: a threshold rounded
             to bfloat16 would switch latents near it on or off.
@@ -67,7 +72,9 @@ class GemmaScopeMixin(LoadingMixin):
 
     site: str | None = None
     layer: int | None = None
-    row: SAERow | None = None
+    facts_when_loaded: Mapping[str, Any] = MappingProxyType({})
+    _row: SAERow | None = None
+    _marks: Marks | bool | None = None
     is_transcoder: bool = False
     d_head: int | None
     b_enc: nn.Parameter
@@ -91,6 +98,41 @@ class GemmaScopeMixin(LoadingMixin):
         super().initialize_weights()
         wide = torch.promote_types(self.dtype, torch.float32)
         self.threshold = nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=wide, device=self.device))
+
+    @property
+    def row(self) -> SAERow | None:
+        """The registry row whose weights these are; None once they were changed (:attr:`as_loaded`)."""
+        return self._row if self._row is not None and self.as_loaded else None
+
+    @row.setter
+    def row(self, row: SAERow | None) -> None:
+        self._row = row
+
+    @property
+    def as_loaded(self) -> bool:
+        """Whether the weights are those that were loaded, moved or converted at most; True where nothing was loaded.
+
+        An optimiser's step and any other write to them makes it False, in copies too. What the registry says of the
+        SAE, its name, L0 and hash, is said of them no more.
+        """
+        if self._marks is None or isinstance(self._marks, bool):
+            return self._marks is not False
+        return marks_of(self) == self._marks
+
+    def mark_as_loaded(self) -> None:
+        """Take the weights as they are now for those that were loaded; who loads an SAE calls it."""
+        self.facts_when_loaded, self._marks = facts_of(self.cfg.metadata), marks_of(self)
+
+    def save_model(self, path: Any) -> tuple[Path, Path]:
+        """``save_sae(sae, path, format="sae-lens")`` under SAELens's name.
+
+        Returns:
+            The files of the weights and of the configuration.
+        """
+        from gemma_scope_tl.sae.save import save_sae
+
+        folder = save_sae(self, path, format="sae-lens")
+        return folder / WEIGHTS_NAME, folder / CFG_NAME
 
     # SAELens assigns closures in these two; the methods below take their place.
     def turn_on_forward_pass_hook_z_reshaping(self) -> None:
@@ -214,9 +256,18 @@ class GemmaScopeMixin(LoadingMixin):
         skipped = self.skip(x)
         return out if skipped is None else out + skipped
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Whether the weights are as loaded, in place of what tells these very tensors."""
+        return {**self.__dict__, "_marks": None if self._marks is None else self.as_loaded}
+
     def __setstate__(self, state: Any) -> None:
-        """Copies made while the SAE is attached to a model have hook points of their own names."""
+        """Copies know whether their weights are as loaded, and their hook points have names of their own."""
+        state = dict(state)
+        if "row" in state:  # pickled when it was an attribute
+            state["_row"] = state.pop("row")
         super().__setstate__(state)  # pyright: ignore[reportAttributeAccessIssue]
+        if self._marks is True:
+            self._marks = marks_of(self)
         for name, point in self.hook_dict.items():
             point.name = name
 
@@ -224,6 +275,7 @@ class GemmaScopeMixin(LoadingMixin):
         """Keep thresholds wide, and ``dtype`` and ``device`` true, through ``to``, ``half``, ``cuda`` and the like."""
         held = self._parameters.get("threshold")
         before = None if held is None else held.data
+        as_loaded = self._marks is not None and self.as_loaded
         out = super()._apply(fn, *args, **kwargs)
         after = self._parameters.get("threshold")
         if before is not None and after is not None:
@@ -232,4 +284,6 @@ class GemmaScopeMixin(LoadingMixin):
                 after.data = before.to(device=after.device, dtype=wide)
         self.dtype, self.device = self.W_enc.dtype, self.W_enc.device
         self.cfg.dtype, self.cfg.device = str(self.dtype).removeprefix("torch."), str(self.device)
+        if as_loaded:  # moving and converting make no other SAE
+            self._marks = marks_of(self)
         return out
