@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
-from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, Steer, SteerLatents
-from gemma_scope_tl.interventions.sources import chosen_latents, decoder_rows, place_of
+from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, SteerLatents, SteerRows
+from gemma_scope_tl.interventions.sources import chosen_latents, place_of
 from gemma_scope_tl.positions import Positions
 from gemma_scope_tl.tokens import ExcludeTokens
 
@@ -39,6 +39,8 @@ def steer(
 
     At the att site a post-norm follows W_O and divides by its own input's norm: what is added there grows only in
     comparison with what is there already, and less and less.
+
+    The rows are those that the SAE has when a pass runs, and gradients reach them, as with :func:`clamp`.
 
     Args:
         sae: an SAE, a transcoder (whose output is steered), or :class:`~gemma_scope_tl.sae.latents.Latents`.
@@ -71,7 +73,7 @@ def steer(
         raise unknown_name("unit", unit, UNITS)
     name = _hook_name(sae, on, reads=False)
     chosen = chosen_latents(sae, latent)
-    amounts, rows = _numbers(scale, chosen, "scale"), decoder_rows(sae, chosen).detach()
+    amounts = _numbers(scale, chosen, "scale")
     if unit == "norm" and on == "features":
         raise SpliceError('A hook on features does not see ||x||: use unit="mean_norm", or on="activations".')
     if unit == "mean_norm":
@@ -79,12 +81,11 @@ def steer(
         amounts = amounts * _numbers(norm, chosen, "mean_norm").to(amounts.device)
     elif mean_norm is not None:
         raise SpliceError(f'mean_norm= goes with unit="mean_norm"; the unit given is {unit!r}.')
-    if unit != "activation":
-        amounts = amounts.to(rows.device) / rows.float().norm(dim=-1)
     where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
+    where["per_length"] = unit != "activation"
     if on == "features":
         return name, SteerLatents(sae, chosen, amounts, on_features=True, **where)
-    return name, Steer(amounts.to(rows) @ rows, by_norm=unit == "norm", **where)
+    return name, SteerRows(sae, chosen, amounts, by_norm=unit == "norm", **where)
 
 
 def clamp(
