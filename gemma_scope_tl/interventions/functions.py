@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
+from gemma_scope_tl.inputs.choices import shown
 from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, SteerLatents, SteerRows
 from gemma_scope_tl.interventions.sources import chosen_latents, place_of
 from gemma_scope_tl.positions import Positions
@@ -201,7 +202,12 @@ def _hook_name(sae: Source, on: On, reads: bool) -> str:
 
 def _numbers(given: Numbers, latents: list[int], name: str) -> torch.Tensor:
     """One number a latent, float32 or wider."""
-    numbers = torch.as_tensor(given)
+    try:
+        numbers = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise SpliceError(f"{name}= takes numbers; given: {shown(given)}.") from None
+    if numbers.is_complex() or numbers.dtype == torch.bool:
+        raise SpliceError(f"{name}= takes real numbers; given: {shown(given)}.")
     numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32)).detach()
     if numbers.ndim > 1 or (numbers.ndim == 1 and len(numbers) != len(latents)):
         raise SpliceError(
@@ -218,6 +224,8 @@ def _looked_up(mean_norm: float | pd.DataFrame | None, hook: str) -> float:
         raise SpliceError('unit="mean_norm" needs mean_norm=: a number, or the table of mean_norms(model, texts).')
     if isinstance(mean_norm, (int, float)):
         return float(mean_norm)
+    if not hasattr(mean_norm, "columns"):
+        raise SpliceError(f"mean_norm= takes a number, or the table of mean_norms; given: {shown(mean_norm)}.")
     rows = mean_norm[mean_norm["hook"] == hook]
     if rows.empty:
         raise unknown_name("hook in mean_norm", hook, mean_norm["hook"], "Measure that site and layer too.")

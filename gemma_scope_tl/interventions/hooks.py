@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.inputs.choices import checked_positions
 from gemma_scope_tl.interventions.sources import decoder_rows, encode_latents
 from gemma_scope_tl.positions import Positions, chosen_columns, rows_of
 from gemma_scope_tl.sites import flatten_heads, unflatten_heads
@@ -29,11 +30,14 @@ class Intervention:
             leave alone, or False for none.
 
     Raises:
-        SpliceError: for another ``exclude_special_tokens``.
+        SpliceError: for other ``positions`` or ``exclude_special_tokens``.
     """
 
     def __init__(self, positions: Positions = None, exclude_special_tokens: ExcludeTokens = True) -> None:
-        self.positions, self.exclude_special_tokens = positions, excluded_choice(exclude_special_tokens)
+        self.positions, self.exclude_special_tokens = (
+            checked_positions(positions),
+            excluded_choice(exclude_special_tokens),
+        )
         self._tracker: TokenTracker | None = None
         self._tokenizer: Any = None
 

@@ -6,7 +6,7 @@ It changes four things in SAELens' inference classes and nothing else:
 - methods stand where SAELens keeps local functions on the object, so SAEs can be pickled and deep-copied;
 - activations with heads apart (``[..., n_heads, d_head]``) and flat ones (``[..., d_in]``) are told apart at every call
   instead of once for the lifetime of the object;
-- ``forward`` answers in the dtype and the shape of its input.
+- ``forward`` answers in the dtype and the shape of its input, of whole numbers in the SAE's dtype.
 
 Parameters require gradients, as SAELens's do, so an optimiser moves them through a splice. Inference pays nothing for
 that (``sparse.py``): a pass costs the same with gradients of the weights, without, and under ``torch.no_grad()``, and
@@ -17,6 +17,7 @@ PyTorch. Weights mapped from a file are private copies once written to: training
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,11 @@ import torch
 from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
 from torch import nn
 
-from gemma_scope_tl.errors import GemmaScopeError, SpliceError, device_mismatch
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.sae.indices import as_indices
 from gemma_scope_tl.sae.loading_methods import LoadingMixin
 from gemma_scope_tl.sae.provenance import Marks, facts_of, marks_of
+from gemma_scope_tl.sae.tensors import checked_tensor
 from gemma_scope_tl.weights.sniff import CFG_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
@@ -41,9 +43,13 @@ def checked_latents(latents: int | Iterable[int], d_sae: int) -> list[int]:
     """Indices of latents as a list.
 
     Raises:
-        SpliceError: for one that does not exist, or is no integer.
+        SpliceError: for one that does not exist, is no integer, or is given twice; for none.
     """
     chosen = as_indices(latents)
+    if not chosen:
+        raise SpliceError("No latents were given: name at least one.")
+    if len(set(chosen)) < len(chosen):
+        raise SpliceError(f"Latent {Counter(chosen).most_common(1)[0][0]} is given twice.")
     wrong = [latent for latent in chosen if not 0 <= latent < d_sae]
     if wrong:
         raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{d_sae - 1}.")
@@ -160,15 +166,11 @@ class GemmaScopeMixin(LoadingMixin):
         """``[..., n_heads, d_head]`` or ``[..., d_in]`` -> ``[..., d_in]``; remembers which in ``d_head``.
 
         Raises:
-            SpliceError: when the last dimension(s) are not the SAE's input width; complex numbers, whose imaginary
-                part a cast would drop.
+            SpliceError: when the last dimension(s) are not the SAE's input width; what is no tensor of real numbers.
             DeviceError: when ``x`` is elsewhere than the SAE.
         """
         d_in = self.cfg.d_in
-        if x.device != self.W_enc.device:
-            raise device_mismatch(self.get_name(), self.W_enc.device, x.device)
-        if x.is_complex():
-            raise SpliceError(f"{self.get_name()} reads real numbers, the tensor given is {x.dtype}.")
+        x = checked_tensor(x, self.get_name(), self.W_enc.device)
         if x.shape[-1:] == (d_in,):
             self.d_head = None
             return x
@@ -190,7 +192,7 @@ class GemmaScopeMixin(LoadingMixin):
         """Latents of activations.
 
         Args:
-            x: ``[..., d_in]``, or ``[..., n_heads, d_head]`` at the att site; any floating dtype.
+            x: ``[..., d_in]``, or ``[..., n_heads, d_head]`` at the att site; any real dtype.
             latents: indices of the only ones to compute, in this order; hook points are not passed then, because what
                 a hook expects there is all latents.
 
@@ -198,7 +200,8 @@ class GemmaScopeMixin(LoadingMixin):
             ``[..., d_sae]``, or ``[..., len(latents)]``, in the SAE's dtype. NaN in, NaN out.
 
         Raises:
-            SpliceError: for another width, or a latent that does not exist.
+            SpliceError: for another width, what is no tensor of real numbers, a latent that does not exist or is given
+                twice, or no latent.
             DeviceError: for ``x`` on another device: an SAE moves by itself only when it is used with a model, which
                 has its device; called on a tensor it stays, as any module does.
         """
@@ -221,10 +224,10 @@ class GemmaScopeMixin(LoadingMixin):
             ``[..., d_out]``, or ``[..., n_heads, d_head]`` at the att site.
 
         Raises:
+            SpliceError: for what is no tensor of real numbers.
             DeviceError: for latents on another device.
         """
-        if feature_acts.device != self.W_dec.device:
-            raise device_mismatch(self.get_name(), self.W_dec.device, feature_acts.device)
+        feature_acts = checked_tensor(feature_acts, self.get_name(), self.W_dec.device)
         recons = self.hook_sae_recons(feature_acts.to(self.dtype) @ self.W_dec + self.b_dec)
         if like is None:
             return self.reshape_fn_out(recons, self.d_head)
@@ -237,11 +240,12 @@ class GemmaScopeMixin(LoadingMixin):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``decode(encode(x))``, plus the skip path of skip transcoders, in the dtype and layout of ``x``.
 
-        With SAELens' error term, the error is taken and added back in the wider of both dtypes.
+        An ``x`` of whole numbers is answered in the SAE's dtype. With SAELens' error term, the error is taken and added back in the wider of both dtypes.
 
         Raises:
             SpliceError, DeviceError: as :meth:`encode`.
         """
+        x = self._floating(x)
         out = self._reconstruct(x)
         if self.use_error_term:
             if self.is_transcoder:
@@ -250,6 +254,11 @@ class GemmaScopeMixin(LoadingMixin):
                 clean = self._reconstruct(x)
             out = out + self.hook_sae_error(x - clean)
         return self.hook_sae_output(out.to(x.dtype))
+
+    def _floating(self, x: torch.Tensor) -> torch.Tensor:
+        """``x``, whole numbers in the SAE's dtype: what is answered in their own would be cut."""
+        x = checked_tensor(x, self.get_name(), self.W_enc.device)
+        return x if x.is_floating_point() else x.to(self.dtype)
 
     def _reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         out = self.decode(self.encode(x), like=x)

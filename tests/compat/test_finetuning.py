@@ -240,7 +240,7 @@ STEERED += [("activation", "features"), ("mean_norm", "features")]
 
 @pytest.mark.parametrize(("unit", "on"), STEERED)
 def test_gradients_reach_the_weights_through_steering(model: Any, unit: Any, on: Any) -> None:
-    """``x + sum_i a_i W_dec[i]``, or ``f_i + a_i``, with ``a_i`` over the row's length in units of norms, by autograd."""
+    """``x + sum_i a_i W_dec[i]``, or ``f_i + a_i``, in units of norms over the row's length, by autograd."""
     sae = random_sae(model.dims, "res", 0).double()
     with torch.no_grad():
         sae.W_dec *= 1.5  # lengths that are not one
