@@ -41,10 +41,9 @@ def steer(
     At the att site a post-norm follows W_O and divides by its own input's norm: what is added there grows only in
     comparison with what is there already, and less and less.
 
-    The rows are those that the SAE has when a pass runs, and gradients reach them, as with :func:`clamp`.
-
     Args:
-        sae: an SAE, a transcoder (whose output is steered), or :class:`~gemma_scope_tl.sae.latents.Latents`.
+        sae: an SAE, a transcoder (whose output is steered), or :class:`~gemma_scope_tl.sae.latents.Latents`. Gradients
+            reach its rows.
         latent: index or indices.
         scale: s, one number for all latents or one for each; negative to steer away.
         positions: an int, slice, list, or boolean mask; None for all. They count in the whole text, also while
@@ -83,7 +82,7 @@ def steer(
     elif mean_norm is not None:
         raise SpliceError(f'mean_norm= goes with unit="mean_norm"; the unit given is {unit!r}.')
     where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
-    where["per_length"] = unit != "activation"
+    where |= {"per_length": unit != "activation"}
     if on == "features":
         return name, SteerLatents(sae, chosen, amounts, on_features=True, **where)
     return name, SteerRows(sae, chosen, amounts, by_norm=unit == "norm", **where)

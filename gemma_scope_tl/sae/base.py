@@ -240,7 +240,8 @@ class GemmaScopeMixin(LoadingMixin):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``decode(encode(x))``, plus the skip path of skip transcoders, in the dtype and layout of ``x``.
 
-        An ``x`` of whole numbers is answered in the SAE's dtype. With SAELens' error term, the error is taken and added back in the wider of both dtypes.
+        An ``x`` of whole numbers is answered in the SAE's dtype. With SAELens' error term, the error is taken and added
+        back in the wider of both dtypes.
 
         Raises:
             SpliceError, DeviceError: as :meth:`encode`.

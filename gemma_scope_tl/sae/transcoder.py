@@ -19,7 +19,7 @@ class JumpReLUTranscoder(GemmaScopeMixin, SAELensJumpReLUTranscoder):  # pyright
     is_transcoder = True
 
     def forward_with_activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prediction ``[..., d_out]`` in the dtype of ``x`` (of whole numbers in the SAE's), and latents ``[..., d_sae]``."""
+        """Prediction ``[..., d_out]`` as :meth:`forward` gives it, and latents ``[..., d_sae]``."""
         x = self._floating(x)
         acts = self.encode(x)
         out, skipped = self.decode(acts, like=x), self.skip(x)

@@ -1,4 +1,4 @@
-"""What is given to an SAE's methods and to interventions, and is no tensor, no number, or not of a dtype to answer in."""
+"""What is given to SAEs and interventions and is no tensor, no number, or not of a dtype to answer in."""
 
 from __future__ import annotations
 
