@@ -10,6 +10,7 @@ import torch
 from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
 
 from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.inputs.choices import checked_positions
 from gemma_scope_tl.owners import Owner
 from gemma_scope_tl.positions import Positions, chosen_columns, rows_of
 from gemma_scope_tl.sae.base import GemmaScopeMixin
@@ -63,6 +64,7 @@ class SpliceOptions:
     chain: bool = False
 
     def __post_init__(self) -> None:
+        checked_positions(self.positions)
         choice = excluded_choice(self.exclude_special_tokens)  # an iterator is read once, for all SAEs
         object.__setattr__(self, "exclude_special_tokens", choice)
 

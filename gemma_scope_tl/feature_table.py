@@ -50,7 +50,7 @@ def features(
     Returns:
         A row per active latent, strongest first within a token: ``sequence, position, token, sae, site, layer, latent,
         activation``. ``position`` counts from 0 at the first token of the text, as interventions count; ``sae`` is
-        the place in ``saes``, which tells two SAEs of one site and layer apart.
+        the place in ``saes``, which tells two SAEs of one site and layer apart. ``""``, BOS alone, has no rows.
 
     Raises:
         GemmaScopeError: when ``top`` is below 1 or ``min_activation`` below 0; text that is none, or too long.

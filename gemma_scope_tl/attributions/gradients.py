@@ -69,7 +69,8 @@ def attribute(
 
     Args:
         model: from ``load_model``; left as it was.
-        text: as :func:`~gemma_scope_tl.features` takes it.
+        text: as :func:`~gemma_scope_tl.features` takes it; chat messages that do not end with the model's are followed
+            by the opening of its answer, as in ``generate``, so that the next token is the answer's first.
         saes: SAEs or transcoders of any site (one, several, a mapping or a suite), each attributed as if it alone were
             spliced, with its error term.
         metric: a word that is one token (``" earth"``) or an id: its logit behind each text. Or logits

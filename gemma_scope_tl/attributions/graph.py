@@ -92,7 +92,7 @@ def circuit(
 
     Args:
         model: from ``load_model``; left as it was.
-        text: one text, or its ids.
+        text: one text, or its ids; chat messages as for :func:`~gemma_scope_tl.attribute`.
         saes: SAEs or transcoders, at most one for each place in the model.
         metric: as for :func:`~gemma_scope_tl.attribute`.
         nodes: how many, beside the metric's own.

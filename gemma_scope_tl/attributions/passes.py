@@ -97,8 +97,12 @@ def places_of(model: Any, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> 
 
 
 def prompt_of(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: Any = None) -> Prompt:
-    """Token ids of ``text`` on the model's device, and which positions are spliced."""
-    batch = as_batch(model, text, attention_mask)
+    """Token ids of ``text`` on the model's device, and which positions are spliced.
+
+    Metrics are about the token that comes next, so chat messages end where the model's answer begins, as for
+    ``generate``, unless the last message is the model's own.
+    """
+    batch = as_batch(model, text, attention_mask, add_generation_prompt=None)
     ids, mask = batch.ids.clone(), batch.mask.clone()  # copies, so that those made in inference mode serve here
     return Prompt(ids, mask, batch.ordinary(excluded_ids(model.tokenizer, exclude)).clone())
 

@@ -92,6 +92,12 @@ def measure_suite(
     rows = TokenBatch(rows.ids[held], rows.mask[held])  # a row of padding alone is no sequence
     settings = Settings(batch_size, tuple(ablations), uniformity, memory_budget, checkpoint_every, progress)
     special = excluded_ids(model.tokenizer, exclude_special_tokens, must_know=True)
+    ordinary = rows.ordinary(special)
+    if not bool((ordinary[:, :-1] & ordinary[:, 1:]).any()):
+        raise GemmaScopeError(
+            "There is nothing to measure: no row has an ordinary token that is predicted from an ordinary one. Give "
+            "longer rows, or leave less out with exclude_special_tokens=."
+        )
     run = Run(model, subjects, rows, special, settings, Store(cache))
     run.finish()
     return Evaluation(subjects, run.units, len(rows.ids), settings.ablations)
@@ -150,7 +156,7 @@ def evaluate(
 
     Raises:
         SpliceError: when an SAE does not fit the model.
-        GemmaScopeError: when there is less text than one row, or another argument makes no sense.
+        GemmaScopeError: when there is less text than one row, no token to predict, or another argument makes no sense.
         AdapterMismatch: when re-running layers does not reproduce the full pass.
     """
     options: dict[str, Any] = {"ablations": ablations, "uniformity": uniformity, "memory_budget": memory_budget}

@@ -70,7 +70,7 @@ def as_batch(
     prepend_bos: bool | None = None,
     padding_side: str | None = "left",
     truncate: bool = False,
-    add_generation_prompt: bool = False,
+    add_generation_prompt: bool | None = False,
     holes: bool = False,
 ) -> TokenBatch:
     """Token ids and mask of whatever stands for texts.
@@ -89,7 +89,7 @@ def as_batch(
         prepend_bos: put BOS before texts; None for the model's default, which is True.
         padding_side: of texts and lists of ids of several lengths; None for the tokenizer's.
         truncate: cut texts to the model's context instead of raising.
-        add_generation_prompt: for chat messages, end with the template's opening of the model's answer.
+        add_generation_prompt: end chat messages with the opening of an answer; None: where the last is not the model's.
         holes: accept a mask that hides tokens amid a text, as a forward pass does; they keep their positions.
 
     Raises:
@@ -124,7 +124,7 @@ def as_batch(
     return TokenBatch(ids.to(model.cfg.device), known.to(model.cfg.device))
 
 
-def _texts_of(tokenizer: Any, given: list[Any], add_generation_prompt: bool) -> tuple[list[Any], str]:
+def _texts_of(tokenizer: Any, given: list[Any], add_generation_prompt: bool | None) -> tuple[list[Any], str]:
     """``given`` and its kind, conversations as texts."""
     kind = _common_kind(given)
     if kind not in ("message", "conversation"):

@@ -11,7 +11,7 @@ from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sae.indices import as_index, as_indices, is_index, shown
 from gemma_scope_tl.sae.latents import Latents
 
-__all__ = ["as_index", "as_indices", "as_saes", "is_index", "shown"]
+__all__ = ["as_index", "as_indices", "as_saes", "checked_positions", "is_index", "shown"]
 
 
 def as_saes(saes: Any, empty: bool = False, whole: bool = False) -> list[Any]:
@@ -31,6 +31,12 @@ def as_saes(saes: Any, empty: bool = False, whole: bool = False) -> list[Any]:
         raise SpliceError(
             f"An SAE was expected, or several; given: {shown(saes)}. Load one with load_sae, many with load_suite."
         )
+    if getattr(saes, "ndim", 1) == 2 and saes.shape[1] == 3 and all(_is_sae(one) for one in saes[:, 0]):
+        saes = saes[:, 0]  # NumPy has unpacked SAEs into (SAE, configuration, sparsity), as SAELens's older users do
+    if getattr(saes, "ndim", 1) != 1:
+        raise SpliceError(
+            f"SAEs come one after the other, not in an array of shape {list(getattr(saes, 'shape', []))}."
+        )
     several: list[Any] = list(saes.values() if isinstance(saes, Mapping) else saes)
     for number, one in enumerate(several):
         if not _is_sae(one):
@@ -40,6 +46,26 @@ def as_saes(saes: Any, empty: bool = False, whole: bool = False) -> list[Any]:
     if not several and not empty:
         raise SpliceError("No SAE was given: give one or several.")
     return several
+
+
+def checked_positions(positions: Any) -> Any:
+    """Positions as they were given, after a look at what they are; which of them exist is known in a pass.
+
+    Raises:
+        SpliceError: what is neither None, an int, a slice, a list of ints nor a boolean mask.
+    """
+    if positions is None or isinstance(positions, slice):
+        return positions
+    try:
+        found = torch.as_tensor(positions)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or (found.numel() and (found.is_floating_point() or found.is_complex())):
+        raise SpliceError(
+            f"Positions are an int, a slice, a list of ints, or a boolean mask [pos] or [batch, pos]; given: "
+            f"{shown(positions)}."
+        )
+    return positions
 
 
 def _is_sae(value: Any) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 
 Padded = tuple[torch.Tensor, torch.Tensor]
 """Ids and mask, both ``[batch, pos]``."""
@@ -64,8 +65,8 @@ def _listed(texts: Any) -> list[Any]:
         return [texts]
     if isinstance(texts, Mapping) or (hasattr(texts, "iloc") and texts.ndim != 1) or not hasattr(texts, "__iter__"):
         raise GemmaScopeError(
-            f"to_tokens takes a text or several, not a {type(texts).__name__}. Ids, and what a tokenizer returns, "
-            "go to the model as they are."
+            f"to_tokens takes a text or several, not a {type(texts).__name__}. Token ids, and what a tokenizer "
+            "returns, go to the model as they are."
         )
     return list(texts)
 
@@ -100,22 +101,49 @@ def without_bos(tokenizer: Any, ids: list[int]) -> list[int]:
     return ids[1:] if bos is not None and ids[:1] == [bos] else ids
 
 
-def rendered(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool) -> str:
+def rendered(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool | None) -> str:
     """Chat messages as the tokenizer's template writes them, BOS included where it does.
 
+    Without a choice the answer is opened where the last message is not the model's.
+
     Raises:
-        GemmaScopeError: no template, or one that does not take these messages.
+        GemmaScopeError: no template, or one that does not take these messages; a message without role or content.
+        UnknownNameError: a message with a key that the template does not read.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise GemmaScopeError(
             "Chat messages need a tokenizer with a chat template, and this model has none: give text, or set "
             "model.tokenizer.chat_template."
         )
+    check_messages(messages, str(tokenizer.chat_template))
+    if add_generation_prompt is None:
+        add_generation_prompt = str(messages[-1]["role"]) not in ("assistant", "model")
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         return str(tokenizer.apply_chat_template(list(messages), **options))
     except Exception as error:  # templates raise what they like, jinja2's errors and others
         raise GemmaScopeError(f"The chat template does not take these messages: {error}") from error
+
+
+def check_messages(messages: Sequence[Any], template: str) -> None:
+    """Refuse messages of which a template would read nothing in silence; keys that it names itself are its own.
+
+    Raises:
+        GemmaScopeError: a message without role or content, or with content that is neither text nor a list of parts.
+        UnknownNameError: a key that the template does not read.
+    """
+    own = {"role", "content"}
+    for number, message in enumerate(messages):
+        more = {str(key) for key in message} - own
+        for key in sorted(more):
+            if not re.search(rf"\b{re.escape(key)}\b", template):
+                raise unknown_name("key of a chat message", key, sorted(own), "A message has 'role' and 'content'.")
+        missing = [key for key in ("role", "content") if message.get(key) is None]
+        if missing and (not more or "role" in missing):  # a message that calls a tool may have no content
+            raise GemmaScopeError(f"Message {number} has no {missing[0]!r}: give {{'role': …, 'content': …}}.")
+        if not isinstance(message.get("content") or "", (str, list, tuple)):
+            kind = type(message["content"]).__name__
+            raise GemmaScopeError(f"The content of message {number} is a {kind}: give text, or a list of parts.")
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "left") -> Padded:

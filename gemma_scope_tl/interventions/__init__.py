@@ -7,7 +7,16 @@ cannot tell, every position may be edited, and positions count in the tensor at 
 """
 
 from gemma_scope_tl.interventions.functions import ablate, clamp, scale, steer
-from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, LatentEdit, Scale, Steer, SteerLatents
+from gemma_scope_tl.interventions.hooks import (
+    Ablate,
+    Clamp,
+    Intervention,
+    LatentEdit,
+    Scale,
+    Steer,
+    SteerLatents,
+    SteerRows,
+)
 from gemma_scope_tl.interventions.norms import mean_norms
 from gemma_scope_tl.positions import Positions
 
@@ -20,6 +29,7 @@ __all__ = [
     "Scale",
     "Steer",
     "SteerLatents",
+    "SteerRows",
     "ablate",
     "clamp",
     "mean_norms",

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
-from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, Steer, SteerLatents
-from gemma_scope_tl.interventions.sources import chosen_latents, decoder_rows, place_of
+from gemma_scope_tl.inputs.choices import shown
+from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, SteerLatents, SteerRows
+from gemma_scope_tl.interventions.sources import chosen_latents, place_of
 from gemma_scope_tl.positions import Positions
 from gemma_scope_tl.tokens import ExcludeTokens
 
@@ -41,7 +42,8 @@ def steer(
     comparison with what is there already, and less and less.
 
     Args:
-        sae: an SAE, a transcoder (whose output is steered), or :class:`~gemma_scope_tl.sae.latents.Latents`.
+        sae: an SAE, a transcoder (whose output is steered), or :class:`~gemma_scope_tl.sae.latents.Latents`. Gradients
+            reach its rows.
         latent: index or indices.
         scale: s, one number for all latents or one for each; negative to steer away.
         positions: an int, slice, list, or boolean mask; None for all. They count in the whole text, also while
@@ -71,7 +73,7 @@ def steer(
         raise unknown_name("unit", unit, UNITS)
     name = _hook_name(sae, on, reads=False)
     chosen = chosen_latents(sae, latent)
-    amounts, rows = _numbers(scale, chosen, "scale"), decoder_rows(sae, chosen).detach()
+    amounts = _numbers(scale, chosen, "scale")
     if unit == "norm" and on == "features":
         raise SpliceError('A hook on features does not see ||x||: use unit="mean_norm", or on="activations".')
     if unit == "mean_norm":
@@ -79,12 +81,11 @@ def steer(
         amounts = amounts * _numbers(norm, chosen, "mean_norm").to(amounts.device)
     elif mean_norm is not None:
         raise SpliceError(f'mean_norm= goes with unit="mean_norm"; the unit given is {unit!r}.')
-    if unit != "activation":
-        amounts = amounts.to(rows.device) / rows.float().norm(dim=-1)
     where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
+    where |= {"per_length": unit != "activation"}
     if on == "features":
         return name, SteerLatents(sae, chosen, amounts, on_features=True, **where)
-    return name, Steer(amounts.to(rows) @ rows, by_norm=unit == "norm", **where)
+    return name, SteerRows(sae, chosen, amounts, by_norm=unit == "norm", **where)
 
 
 def clamp(
@@ -200,7 +201,12 @@ def _hook_name(sae: Source, on: On, reads: bool) -> str:
 
 def _numbers(given: Numbers, latents: list[int], name: str) -> torch.Tensor:
     """One number a latent, float32 or wider."""
-    numbers = torch.as_tensor(given)
+    try:
+        numbers = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise SpliceError(f"{name}= takes numbers; given: {shown(given)}.") from None
+    if numbers.is_complex() or numbers.dtype == torch.bool:
+        raise SpliceError(f"{name}= takes real numbers; given: {shown(given)}.")
     numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32)).detach()
     if numbers.ndim > 1 or (numbers.ndim == 1 and len(numbers) != len(latents)):
         raise SpliceError(
@@ -217,6 +223,8 @@ def _looked_up(mean_norm: float | pd.DataFrame | None, hook: str) -> float:
         raise SpliceError('unit="mean_norm" needs mean_norm=: a number, or the table of mean_norms(model, texts).')
     if isinstance(mean_norm, (int, float)):
         return float(mean_norm)
+    if not hasattr(mean_norm, "columns"):
+        raise SpliceError(f"mean_norm= takes a number, or the table of mean_norms; given: {shown(mean_norm)}.")
     rows = mean_norm[mean_norm["hook"] == hook]
     if rows.empty:
         raise unknown_name("hook in mean_norm", hook, mean_norm["hook"], "Measure that site and layer too.")

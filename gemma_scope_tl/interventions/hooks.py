@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.inputs.choices import checked_positions
 from gemma_scope_tl.interventions.sources import decoder_rows, encode_latents
 from gemma_scope_tl.positions import Positions, chosen_columns, rows_of
 from gemma_scope_tl.sites import flatten_heads, unflatten_heads
@@ -30,11 +31,14 @@ class Intervention:
             leave alone, or False for none.
 
     Raises:
-        SpliceError: for another ``exclude_special_tokens``.
+        SpliceError: for other ``positions`` or ``exclude_special_tokens``.
     """
 
     def __init__(self, positions: Positions = None, exclude_special_tokens: ExcludeTokens = True) -> None:
-        self.positions, self.exclude_special_tokens = positions, excluded_choice(exclude_special_tokens)
+        self.positions, self.exclude_special_tokens = (
+            checked_positions(positions),
+            excluded_choice(exclude_special_tokens),
+        )
         self._tracker: TokenTracker | None = None
         self._tokenizer: Any = None
 
@@ -93,13 +97,75 @@ class Steer(Intervention):
         by_norm: bool = False,
     ) -> None:
         super().__init__(positions, exclude_special_tokens)
-        self.vector, self.by_norm = vector, by_norm
+        self.by_norm, self._vector = by_norm, vector
+
+    @property
+    def vector(self) -> Float[torch.Tensor, " d"]:
+        """v."""
+        return self._vector
+
+    def vector_on(self, device: torch.device) -> Float[torch.Tensor, " d"]:
+        """v on a device, where it stays."""
+        self._vector = self._vector.to(device)
+        return self._vector
 
     def edited(self, x: torch.Tensor) -> torch.Tensor:
         """``x + v`` or ``x + ||x|| v``, in the wider of both dtypes."""
-        self.vector = self.vector.to(x.device)
-        vector = self.vector.to(torch.promote_types(x.dtype, self.vector.dtype))
+        vector = self.vector_on(x.device)
+        vector = vector.to(torch.promote_types(x.dtype, vector.dtype))
         return x + x.to(vector.dtype).norm(dim=-1, keepdim=True) * vector if self.by_norm else x + vector
+
+
+class SteerRows(Steer):
+    """Adds ``v = sum_i a_i W_dec[i]``, of the decoder rows as they are when a pass runs; gradients reach them.
+
+    Without gradients v is kept until the decoder is written to.
+
+    Args:
+        source: an SAE or loaded latents; it stays where it is.
+        latents: their indices.
+        numbers: ``[k]``; ``a_i`` is the number, or with ``per_length`` the number over ``||W_dec[i]||``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        latents: list[int],
+        numbers: Float[torch.Tensor, " k"],
+        positions: Positions = None,
+        exclude_special_tokens: ExcludeTokens = True,
+        by_norm: bool = False,
+        per_length: bool = False,
+    ) -> None:
+        Intervention.__init__(self, positions, exclude_special_tokens)
+        self.source, self.latents, self.numbers = source, latents, numbers
+        self.by_norm, self.per_length = by_norm, per_length
+        self._kept: tuple[Any, torch.Tensor] | None = None
+
+    @property
+    def vector(self) -> Float[torch.Tensor, " d"]:
+        """v, on the device and in the dtype of the decoder."""
+        rows = decoder_rows(self.source, self.latents)
+        return steering_amounts(self.numbers, rows, self.per_length).to(rows) @ rows
+
+    def vector_on(self, device: torch.device) -> Float[torch.Tensor, " d"]:
+        """v on a device."""
+        decoder: torch.Tensor = self.source.W_dec
+        if torch.is_grad_enabled() and decoder.requires_grad:
+            return self.vector.to(device)
+        written = 0 if decoder.is_inference() else decoder._version
+        state = id(decoder), decoder.data_ptr(), written, decoder.dtype, device
+        if self._kept is None or self._kept[0] != state:
+            with torch.inference_mode(False), torch.no_grad():  # it may be used in a pass with gradients next
+                self._kept = state, self.vector.to(device)
+        return self._kept[1]
+
+
+def steering_amounts(
+    numbers: Float[torch.Tensor, " k"], rows: Float[torch.Tensor, "k d"], per_length: bool
+) -> Float[torch.Tensor, " k"]:
+    """What decoder rows are multiplied by: the numbers, or these over the rows' lengths."""
+    return numbers.to(rows.device) / rows.float().norm(dim=-1) if per_length else numbers
 
 
 class LatentEdit(Intervention):
@@ -178,8 +244,22 @@ class Scale(_WithNumbers):
 
 
 class SteerLatents(_WithNumbers):
-    """``f_i -> f_i + a_i``, for a spliced SAE."""
+    """``f_i -> f_i + a_i``, for a spliced SAE; ``per_length`` as for :class:`SteerRows`."""
+
+    def __init__(
+        self,
+        source: Source,
+        latents: list[int],
+        numbers: Float[torch.Tensor, " k"],
+        per_length: bool = False,
+        **where: Any,
+    ) -> None:
+        super().__init__(source, latents, numbers, **where)
+        self.per_length = per_length
 
     def changed(self, acts: torch.Tensor) -> torch.Tensor:
-        """The activations plus the numbers."""
-        return acts + self.numbers_for(acts)
+        """The activations plus the amounts."""
+        if not self.per_length:
+            return acts + self.numbers_for(acts)
+        rows = decoder_rows(self.source, self.latents)
+        return acts + steering_amounts(self.numbers, rows, True).to(acts)

@@ -43,17 +43,12 @@ def chosen_latents(source: Source, latents: int | Iterable[int]) -> list[int]:
     """
     from gemma_scope_tl.sae.base import checked_latents
 
+    if not isinstance(source, Latents):
+        return checked_latents(latents, source.cfg.d_sae)
     chosen = as_indices(latents)
-    if isinstance(source, Latents):
-        for latent in chosen:
-            source.position(latent)
-    else:
-        checked_latents(chosen, source.cfg.d_sae)
-    if not chosen:
-        raise SpliceError("No latents were given: name at least one.")
-    if twice := [latent for latent in chosen if chosen.count(latent) > 1]:
-        raise SpliceError(f"Latent {twice[0]} is given twice.")
-    return chosen
+    for latent in chosen:
+        source.position(latent)
+    return checked_latents(chosen, max(chosen, default=0) + 1)
 
 
 def decoder_rows(source: Source, latents: list[int]) -> Float[torch.Tensor, "k d_out"]:

@@ -34,7 +34,7 @@ class About:
     notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if not self.license.strip():
+        if not isinstance(self.license, str) or not self.license.strip():  # pyright: ignore[reportUnnecessaryIsInstance]
             raise GemmaScopeError("The licence of the weights is not known: give license, such as cc-by-4.0.")
         for name in self.searched:
             if name not in self.recipe:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.files import checked_path, make_folder, replace_files, write_atomically
+from gemma_scope_tl.inputs.choices import shown
 from gemma_scope_tl.registry.schema import NAME
 from gemma_scope_tl.release.about import About
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER, render_card
@@ -56,7 +57,7 @@ def export_suite(
         repos: ``"one"``, or one a ``"site"`` as Google has them, ``<name>-<site>``; the embedding's go with res.
         circuit_tracer: write transcoders for circuit-tracer too (``circuit_tracer/width_W/``).
         model, site: the model's name and the site, where the source does not say them.
-        metrics: the table that ``evaluate`` returned.
+        metrics: the table that ``evaluate`` returned; it gives the L0 of SAEs that were fine-tuned after loading.
         canonical: mark the SAE nearest to an L0 of 100 for every site, layer and width.
         progress: show a bar on standard error.
 
@@ -70,7 +71,7 @@ def export_suite(
     _check_choices(layout, repos, circuit_tracer, about)
     root = checked_path(out)
     title = name or root.resolve().name
-    items = collect(source, model, site)
+    items = collect(source, model, site, metrics)
     _check_out(root, source, title)
     groups = _groups(items, repos, title, root)
     matched = dict(zip(map(id, items), match_metrics(items, metrics), strict=True))
@@ -93,6 +94,8 @@ def _check_choices(layout: str, repos: str, circuit_tracer: bool, about: About) 
         raise unknown_name("layout", layout, get_args(Layout))
     if repos not in get_args(Repos):
         raise unknown_name("choice of repositories", repos, get_args(Repos))
+    if not isinstance(about, About):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise GemmaScopeError(f"about is what the files cannot say: give gs.About('mit'), not {shown(about)}.")
     if circuit_tracer and not about.base_model:
         raise GemmaScopeError("circuit-tracer's config.yaml names the model on the Hub: give about.base_model.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import checked_path
+from gemma_scope_tl.inputs import as_saes
 from gemma_scope_tl.registry.schema import parse_release
 from gemma_scope_tl.registry.widths import width_label
+from gemma_scope_tl.release.metrics import with_l0
+from gemma_scope_tl.sae.provenance import still_said
 from gemma_scope_tl.weights.sniff import PARAMS_NAME
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from gemma_scope_tl.registry.schema import SAERow
 
 SUITE_FILE = "suite.json"
@@ -42,6 +47,7 @@ class Item:
         model: the model's name, without its owner.
         row: where its files are; None for an SAE in memory.
         sae: the SAE in memory, or None.
+        named: release and id of an SAE in memory, as the registry has them.
     """
 
     site: str
@@ -52,6 +58,7 @@ class Item:
     row: SAERow | None = None
     sae: Any = None
     decimals: int = 0
+    named: tuple[str, str] | None = None
 
     @property
     def inner(self) -> str:
@@ -82,7 +89,9 @@ def _l0_label(l0: float, decimals: int = 0) -> str:
     return f"{l0:.{decimals if round(l0) else _DECIMALS}f}"
 
 
-def collect(source: Any, model: str | None = None, site: str | None = None) -> list[Item]:
+def collect(
+    source: Any, model: str | None = None, site: str | None = None, metrics: pd.DataFrame | None = None
+) -> list[Item]:
     """The SAEs of a source, sorted by site, layer, width and L0.
 
     Args:
@@ -90,6 +99,7 @@ def collect(source: Any, model: str | None = None, site: str | None = None) -> l
             SAE or several.
         model: the model's name, where the source does not say it.
         site: the site, for folders that do not say it.
+        metrics: ``evaluate``'s table, for the L0 of SAEs that do not say it, such as fine-tuned ones.
 
     Raises:
         GemmaScopeError: with everything that is missing or contradictory; or when two SAEs would get one folder.
@@ -97,9 +107,7 @@ def collect(source: Any, model: str | None = None, site: str | None = None) -> l
     if isinstance(source, (str, PathLike)):
         items = _from_place(cast("str | PathLike[str]", source), model, site)
     else:
-        several = list(source.values()) if isinstance(source, Mapping) else source
-        saes: list[Any] = [several] if hasattr(several, "cfg") else list(cast("Iterable[Any]", several))
-        items = [_from_memory(sae, model) for sae in saes]
+        items = with_l0([_from_memory(sae, model) for sae in as_saes(source, empty=True, whole=True)], metrics)
     if not items:
         raise GemmaScopeError("There is no SAE to export.")
     models = sorted({item.model for item in items})
@@ -149,15 +157,18 @@ def _from_memory(sae: Any, model: str | None) -> Item:
     from gemma_scope_tl.attached import locate
 
     site, layer = locate(sae)
-    metadata = sae.cfg.metadata
-    name = model or metadata.get("model_name")
-    l0 = getattr(getattr(sae, "row", None), "l0", None) or metadata.get("l0")
+    row = getattr(sae, "row", None)
+    name = model or sae.cfg.metadata.get("model_name")
+    l0 = getattr(row, "l0", None) or still_said(sae, "l0")
     where = f"The SAE at {site.name}, layer {layer}"
     if not name:
         raise GemmaScopeError(f"{where} does not say of which model it is: give model=, such as gemma-2-2b.")
-    if not isinstance(l0, (int, float)) or not (math.isfinite(l0) and l0 > 0):
-        raise GemmaScopeError(f"{where} does not say its L0: set sae.cfg.metadata.l0 to the measured one.")
-    return Item(site.name, layer, int(sae.cfg.d_sae), float(l0), str(name).rpartition("/")[2], sae=sae)
+    if l0 is None:
+        l0 = math.nan  # with_l0 looks it up
+    elif not isinstance(l0, (int, float)) or not (math.isfinite(l0) and l0 > 0):
+        raise GemmaScopeError(f"{where} says an L0 of {l0!r}: set sae.cfg.metadata.l0 to the measured one.")
+    named = None if row is None else (str(row.release), str(row.id))
+    return Item(site.name, layer, int(sae.cfg.d_sae), float(l0), str(name).rpartition("/")[2], sae=sae, named=named)
 
 
 def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequence[SAERow] | None]:

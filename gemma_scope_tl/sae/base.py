@@ -6,7 +6,7 @@ It changes four things in SAELens' inference classes and nothing else:
 - methods stand where SAELens keeps local functions on the object, so SAEs can be pickled and deep-copied;
 - activations with heads apart (``[..., n_heads, d_head]``) and flat ones (``[..., d_in]``) are told apart at every call
   instead of once for the lifetime of the object;
-- ``forward`` answers in the dtype and the shape of its input.
+- ``forward`` answers in the dtype and the shape of its input, of whole numbers in the SAE's dtype.
 
 Parameters require gradients, as SAELens's do, so an optimiser moves them through a splice. Inference pays nothing for
 that (``sparse.py``): a pass costs the same with gradients of the weights, without, and under ``torch.no_grad()``, and
@@ -17,18 +17,24 @@ PyTorch. Weights mapped from a file are private copies once written to: training
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
 from torch import nn
 
-from gemma_scope_tl.errors import GemmaScopeError, SpliceError, device_mismatch
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.sae.indices import as_indices
 from gemma_scope_tl.sae.loading_methods import LoadingMixin
+from gemma_scope_tl.sae.provenance import Marks, facts_of, marks_of
+from gemma_scope_tl.sae.tensors import checked_tensor
+from gemma_scope_tl.weights.sniff import CFG_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from gemma_scope_tl.registry.schema import SAERow
 
@@ -37,9 +43,13 @@ def checked_latents(latents: int | Iterable[int], d_sae: int) -> list[int]:
     """Indices of latents as a list.
 
     Raises:
-        SpliceError: for one that does not exist, or is no integer.
+        SpliceError: for one that does not exist, is no integer, or is given twice; for none.
     """
     chosen = as_indices(latents)
+    if not chosen:
+        raise SpliceError("No latents were given: name at least one.")
+    if len(set(chosen)) < len(chosen):
+        raise SpliceError(f"Latent {Counter(chosen).most_common(1)[0][0]} is given twice.")
     wrong = [latent for latent in chosen if not 0 <= latent < d_sae]
     if wrong:
         raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{d_sae - 1}.")
@@ -58,7 +68,8 @@ class GemmaScopeMixin(LoadingMixin):
 
     Attributes:
         site, layer: where it reads (``sites.py``), None when unknown. The embedding has no layer.
-        row: the registry row it was loaded from, if any.
+        row: the registry row whose weights these are; None outside the registry, and once they were changed.
+        facts_when_loaded: what its metadata said of the weights that were loaded (``provenance.py``).
         is_transcoder: whether input and output are different tensors.
         threshold: theta, float32 even in a bfloat16 or float16 SAE. The comparison runs in float32: a threshold rounded
             to bfloat16 would switch latents near it on or off.
@@ -67,7 +78,9 @@ class GemmaScopeMixin(LoadingMixin):
 
     site: str | None = None
     layer: int | None = None
-    row: SAERow | None = None
+    facts_when_loaded: Mapping[str, Any] = MappingProxyType({})
+    _row: SAERow | None = None
+    _marks: Marks | bool | None = None
     is_transcoder: bool = False
     d_head: int | None
     b_enc: nn.Parameter
@@ -91,6 +104,41 @@ class GemmaScopeMixin(LoadingMixin):
         super().initialize_weights()
         wide = torch.promote_types(self.dtype, torch.float32)
         self.threshold = nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=wide, device=self.device))
+
+    @property
+    def row(self) -> SAERow | None:
+        """The registry row whose weights these are; None once they were changed (:attr:`as_loaded`)."""
+        return self._row if self._row is not None and self.as_loaded else None
+
+    @row.setter
+    def row(self, row: SAERow | None) -> None:
+        self._row = row
+
+    @property
+    def as_loaded(self) -> bool:
+        """Whether the weights are those that were loaded, moved or converted at most; True where nothing was loaded.
+
+        An optimiser's step and any other write to them makes it False, in copies too. What the registry says of the
+        SAE, its name, L0 and hash, is said of them no more.
+        """
+        if self._marks is None or isinstance(self._marks, bool):
+            return self._marks is not False
+        return marks_of(self) == self._marks
+
+    def mark_as_loaded(self) -> None:
+        """Take the weights as they are now for those that were loaded; who loads an SAE calls it."""
+        self.facts_when_loaded, self._marks = facts_of(self.cfg.metadata), marks_of(self)
+
+    def save_model(self, path: Any) -> tuple[Path, Path]:
+        """``save_sae(sae, path, format="sae-lens")`` under SAELens's name.
+
+        Returns:
+            The files of the weights and of the configuration.
+        """
+        from gemma_scope_tl.sae.save import save_sae
+
+        folder = save_sae(self, path, format="sae-lens")
+        return folder / WEIGHTS_NAME, folder / CFG_NAME
 
     # SAELens assigns closures in these two; the methods below take their place.
     def turn_on_forward_pass_hook_z_reshaping(self) -> None:
@@ -118,15 +166,11 @@ class GemmaScopeMixin(LoadingMixin):
         """``[..., n_heads, d_head]`` or ``[..., d_in]`` -> ``[..., d_in]``; remembers which in ``d_head``.
 
         Raises:
-            SpliceError: when the last dimension(s) are not the SAE's input width; complex numbers, whose imaginary
-                part a cast would drop.
+            SpliceError: when the last dimension(s) are not the SAE's input width; what is no tensor of real numbers.
             DeviceError: when ``x`` is elsewhere than the SAE.
         """
         d_in = self.cfg.d_in
-        if x.device != self.W_enc.device:
-            raise device_mismatch(self.get_name(), self.W_enc.device, x.device)
-        if x.is_complex():
-            raise SpliceError(f"{self.get_name()} reads real numbers, the tensor given is {x.dtype}.")
+        x = checked_tensor(x, self.get_name(), self.W_enc.device)
         if x.shape[-1:] == (d_in,):
             self.d_head = None
             return x
@@ -148,7 +192,7 @@ class GemmaScopeMixin(LoadingMixin):
         """Latents of activations.
 
         Args:
-            x: ``[..., d_in]``, or ``[..., n_heads, d_head]`` at the att site; any floating dtype.
+            x: ``[..., d_in]``, or ``[..., n_heads, d_head]`` at the att site; any real dtype.
             latents: indices of the only ones to compute, in this order; hook points are not passed then, because what
                 a hook expects there is all latents.
 
@@ -156,7 +200,8 @@ class GemmaScopeMixin(LoadingMixin):
             ``[..., d_sae]``, or ``[..., len(latents)]``, in the SAE's dtype. NaN in, NaN out.
 
         Raises:
-            SpliceError: for another width, or a latent that does not exist.
+            SpliceError: for another width, what is no tensor of real numbers, a latent that does not exist or is given
+                twice, or no latent.
             DeviceError: for ``x`` on another device: an SAE moves by itself only when it is used with a model, which
                 has its device; called on a tensor it stays, as any module does.
         """
@@ -179,10 +224,10 @@ class GemmaScopeMixin(LoadingMixin):
             ``[..., d_out]``, or ``[..., n_heads, d_head]`` at the att site.
 
         Raises:
+            SpliceError: for what is no tensor of real numbers.
             DeviceError: for latents on another device.
         """
-        if feature_acts.device != self.W_dec.device:
-            raise device_mismatch(self.get_name(), self.W_dec.device, feature_acts.device)
+        feature_acts = checked_tensor(feature_acts, self.get_name(), self.W_dec.device)
         recons = self.hook_sae_recons(feature_acts.to(self.dtype) @ self.W_dec + self.b_dec)
         if like is None:
             return self.reshape_fn_out(recons, self.d_head)
@@ -195,11 +240,13 @@ class GemmaScopeMixin(LoadingMixin):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``decode(encode(x))``, plus the skip path of skip transcoders, in the dtype and layout of ``x``.
 
-        With SAELens' error term, the error is taken and added back in the wider of both dtypes.
+        An ``x`` of whole numbers is answered in the SAE's dtype. With SAELens' error term, the error is taken and added
+        back in the wider of both dtypes.
 
         Raises:
             SpliceError, DeviceError: as :meth:`encode`.
         """
+        x = self._floating(x)
         out = self._reconstruct(x)
         if self.use_error_term:
             if self.is_transcoder:
@@ -209,14 +256,28 @@ class GemmaScopeMixin(LoadingMixin):
             out = out + self.hook_sae_error(x - clean)
         return self.hook_sae_output(out.to(x.dtype))
 
+    def _floating(self, x: torch.Tensor) -> torch.Tensor:
+        """``x``, whole numbers in the SAE's dtype: what is answered in their own would be cut."""
+        x = checked_tensor(x, self.get_name(), self.W_enc.device)
+        return x if x.is_floating_point() else x.to(self.dtype)
+
     def _reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         out = self.decode(self.encode(x), like=x)
         skipped = self.skip(x)
         return out if skipped is None else out + skipped
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Whether the weights are as loaded, in place of what tells these very tensors."""
+        return {**self.__dict__, "_marks": None if self._marks is None else self.as_loaded}
+
     def __setstate__(self, state: Any) -> None:
-        """Copies made while the SAE is attached to a model have hook points of their own names."""
+        """Copies know whether their weights are as loaded, and their hook points have names of their own."""
+        state = dict(state)
+        if "row" in state:  # pickled when it was an attribute
+            state["_row"] = state.pop("row")
         super().__setstate__(state)  # pyright: ignore[reportAttributeAccessIssue]
+        if self._marks is True:
+            self._marks = marks_of(self)
         for name, point in self.hook_dict.items():
             point.name = name
 
@@ -224,6 +285,7 @@ class GemmaScopeMixin(LoadingMixin):
         """Keep thresholds wide, and ``dtype`` and ``device`` true, through ``to``, ``half``, ``cuda`` and the like."""
         held = self._parameters.get("threshold")
         before = None if held is None else held.data
+        as_loaded = self._marks is not None and self.as_loaded
         out = super()._apply(fn, *args, **kwargs)
         after = self._parameters.get("threshold")
         if before is not None and after is not None:
@@ -232,4 +294,6 @@ class GemmaScopeMixin(LoadingMixin):
                 after.data = before.to(device=after.device, dtype=wide)
         self.dtype, self.device = self.W_enc.dtype, self.W_enc.device
         self.cfg.dtype, self.cfg.device = str(self.dtype).removeprefix("torch."), str(self.device)
+        if as_loaded:  # moving and converting make no other SAE
+            self._marks = marks_of(self)
         return out

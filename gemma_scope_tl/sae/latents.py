@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 
-from gemma_scope_tl.errors import SpliceError, device_mismatch, unknown_name
+from gemma_scope_tl.errors import SpliceError, unknown_name
+from gemma_scope_tl.sae.tensors import checked_tensor
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -62,13 +63,14 @@ class Latents:
         """Activations of these latents: ``JumpReLU_theta(x W_enc + b_enc)``, as the whole SAE would have them.
 
         Raises:
-            SpliceError: when the encoder was not loaded.
+            SpliceError: when the encoder was not loaded; for another width, or what is no tensor of real numbers.
             DeviceError: when ``x`` is on another device than these. What is used with a model moves to it by itself.
         """
         if self.W_enc is None:
             raise SpliceError("These latents came without their encoder columns: load them from a local file.")
-        if x.device != self.W_enc.device:
-            raise device_mismatch("A set of latents", self.W_enc.device, x.device)
+        x = checked_tensor(x, "A set of latents", self.W_enc.device)
+        if x.shape[-1:] != self.W_enc.shape[:1]:
+            raise SpliceError(f"These latents read [..., {self.W_enc.shape[0]}], the tensor given is {list(x.shape)}.")
         pre = x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
         return torch.where(pre <= self.threshold, 0.0, pre)
 

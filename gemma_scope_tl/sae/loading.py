@@ -350,6 +350,7 @@ def _build(
     sae.to(device=device)
     sae.eval()
     sae.site, sae.layer, sae.row = site, metadata.layer if site is not None else None, row
+    sae.mark_as_loaded()
     return sae
 
 

@@ -103,6 +103,7 @@ class LoadingMixin(_Base):
         own = cls._own(sae)
         if fold_W_dec_norm:
             own.fold_W_dec_norm()
+            own.mark_as_loaded()
         return own, own.cfg.to_dict(), sparsity
 
     @classmethod
@@ -185,6 +186,7 @@ class LoadingMixin(_Base):
             own = cls._own(from_converter(cfg, state, str(path), device=device, dtype=dtype))
         if fold_W_dec_norm:
             own.fold_W_dec_norm()
+            own.mark_as_loaded()
         return own
 
     @classmethod

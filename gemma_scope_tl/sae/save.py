@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.files import checked_path, replace_files
 from gemma_scope_tl.sae.loading import class_of, fold_b_dec, scale_embedding
+from gemma_scope_tl.sae.provenance import config_of
 from gemma_scope_tl.weights.load import canonical_arrays
 from gemma_scope_tl.weights.modes import ordinary_tensors
 from gemma_scope_tl.weights.sniff import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME
@@ -37,7 +38,8 @@ def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope"
     can be memory-mapped (``chmod a-w`` the file, and it is); equal SAEs give equal files.
 
     ``"sae-lens"`` writes ``cfg.json`` and ``sae_weights.safetensors``, to the bit, under SAELens' own architecture
-    names: ``sae_lens.SAE.load_from_disk`` reads it without this package.
+    names: ``sae_lens.SAE.load_from_disk`` reads it without this package. Weights that were changed after loading are
+    saved without the release, id and L0 of those that were loaded.
 
     Each file is written beside its place, flushed to the disk and renamed: a crash leaves the old file or the new one.
     Both files of a SAELens folder are complete before the first is renamed.
@@ -66,7 +68,7 @@ def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope"
     if format == "gemma-scope":
         replace_files(folder, {PARAMS_NAME: lambda path: write_npz(path, _release_arrays(sae, arrays), compress)})
     else:
-        cfg = json.dumps({**sae.cfg.to_dict(), "device": "cpu"}, indent=2, sort_keys=True)
+        cfg = json.dumps({**config_of(sae), "device": "cpu"}, indent=2, sort_keys=True)
         replace_files(
             folder, {WEIGHTS_NAME: lambda p: save_file(_unshared(arrays), p), CFG_NAME: lambda p: p.write_text(cfg)}
         )

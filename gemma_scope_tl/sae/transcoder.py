@@ -7,6 +7,7 @@ from sae_lens.saes.transcoder import JumpReLUSkipTranscoder as SAELensJumpReLUSk
 from sae_lens.saes.transcoder import JumpReLUTranscoder as SAELensJumpReLUTranscoder
 
 from gemma_scope_tl.sae.base import GemmaScopeMixin
+from gemma_scope_tl.sae.tensors import checked_tensor
 
 
 class JumpReLUTranscoder(GemmaScopeMixin, SAELensJumpReLUTranscoder):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -18,7 +19,8 @@ class JumpReLUTranscoder(GemmaScopeMixin, SAELensJumpReLUTranscoder):  # pyright
     is_transcoder = True
 
     def forward_with_activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prediction ``[..., d_out]`` in the dtype of ``x``, and latents ``[..., d_sae]``."""
+        """Prediction ``[..., d_out]`` as :meth:`forward` gives it, and latents ``[..., d_sae]``."""
+        x = self._floating(x)
         acts = self.encode(x)
         out, skipped = self.decode(acts, like=x), self.skip(x)
         return (out if skipped is None else out + skipped).to(x.dtype), acts
@@ -29,4 +31,4 @@ class JumpReLUSkipTranscoder(JumpReLUTranscoder, SAELensJumpReLUSkipTranscoder):
 
     def skip(self, x: torch.Tensor) -> torch.Tensor:
         """``x W_skip^T``, ``[..., d_in] -> [..., d_out]``, in the SAE's dtype."""
-        return x.to(self.dtype) @ self.W_skip.T
+        return checked_tensor(x, self.get_name(), self.W_skip.device).to(self.dtype) @ self.W_skip.T

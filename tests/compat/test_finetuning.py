@@ -234,13 +234,68 @@ def test_gradients_reach_the_weights_through_edits(model: Any, edit: str, on: An
         assert relative_difference(got[key], wanted[key]) < 1e-6, key
 
 
-def test_a_steering_vector_is_a_constant(model: Any) -> None:
-    """Made once, used in many passes: no graph hangs on it."""
+STEERED = [("activation", "activations"), ("norm", "activations"), ("mean_norm", "activations")]
+STEERED += [("activation", "features"), ("mean_norm", "features")]
+
+
+@pytest.mark.parametrize(("unit", "on"), STEERED)
+def test_gradients_reach_the_weights_through_steering(model: Any, unit: Any, on: Any) -> None:
+    """``x + sum_i a_i W_dec[i]``, or ``f_i + a_i``, in units of norms over the row's length, by autograd."""
+    sae = random_sae(model.dims, "res", 0).double()
+    with torch.no_grad():
+        sae.W_dec *= 1.5  # lengths that are not one
+    some, numbers, mean = [3, 70], torch.tensor([2.0, -0.5], dtype=torch.float64), 7.0
+    given = {"mean_norm": mean} if unit == "mean_norm" else {}
+    with torch.no_grad():
+        hook = gs.steer(sae, some, numbers, unit=unit, on=on, **given)  # made of frozen weights, without gradients
+    sae.requires_grad_(True)
+    tokens, name = random_tokens(model, length=6), "blocks.0.hook_resid_post"
+    special = (tokens <= 2)[..., None]
+
+    def dense(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        rows = sae.W_dec[some]
+        a = numbers if unit == "activation" else numbers / rows.norm(dim=-1)
+        a = a * mean if unit == "mean_norm" else a * x.norm(dim=-1, keepdim=True) if unit == "norm" else a
+        if on == "activations":
+            return torch.where(special, x, x + a @ rows)
+        pre = x @ sae.W_enc + sae.b_enc
+        acts = torch.where(pre > sae.threshold, pre, 0.0)
+        acts = acts + torch.zeros_like(acts).index_add(-1, torch.tensor(some), a.expand(*x.shape[:-1], -1))
+        return torch.where(special, x, acts @ sae.W_dec + sae.b_dec)
+
+    def run(hooks: Any, spliced: bool) -> dict[str, torch.Tensor]:
+        with model.saes([sae]) if spliced else nullcontext():
+            model.run_with_hooks(tokens, fwd_hooks=hooks).square().mean().backward()
+        return gradients(sae)
+
+    got, wanted = run([hook], on == "features"), run([(name, dense)], False)
+    assert set(got) == set(wanted) >= {"W_dec"}
+    for key in got:  # lengths are taken in float32
+        assert relative_difference(got[key], wanted[key]) < 1e-6, key
+
+
+def test_steering_follows_the_weights_and_leaves_no_graph(model: Any) -> None:
+    """The same hook before and after a step, with gradients and without, in a copy of the model and in a pickle."""
     sae = random_sae(model.dims, "res", 0).double().requires_grad_(True)
-    hook = gs.steer(sae, 3, 2.0)
+    tokens, hook = random_tokens(model, length=6), gs.steer(sae, 3, 2.0)
+    with torch.inference_mode():
+        before = model.run_with_hooks(tokens, fwd_hooks=[hook])
+    model.run_with_hooks(tokens, fwd_hooks=[hook]).square().mean().backward()
+    with model.hooks(fwd_hooks=[hook]):
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(tokens), model(tokens))
+    with torch.no_grad():
+        sae.W_dec -= sae.W_dec.grad + 1
+        after = model.run_with_hooks(tokens, fwd_hooks=[hook])
+        assert not torch.equal(after, before)
+        assert torch.equal(after, model.run_with_hooks(tokens, fwd_hooks=[gs.steer(sae, 3, 2.0)]))
+        assert torch.equal(twin(tokens), before)  # the copy has the weights of its time
+    frozen = gs.steer(sae.requires_grad_(False), [3, 4], 2.0, unit="norm")
     for _ in range(2):
-        model.run_with_hooks(random_tokens(model, length=6), fwd_hooks=[hook]).sum().backward()
-    assert sae.W_dec.grad is None
+        logits = model.run_with_hooks(tokens, fwd_hooks=[frozen])
+    assert frozen[1].vector_on(tokens.device) is frozen[1].vector_on(tokens.device)  # made once
+    logits.sum().backward() if logits.requires_grad else None
+    assert not frozen[1].vector.requires_grad
 
 
 def test_functions_of_this_package_leave_trainable_saes_as_they_are() -> None:
