@@ -19,6 +19,7 @@ from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import AdapterError, unknown_name
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sites import BACKENDS, ModelDims
+from gemma_scope_tl.weights.modes import float32_by_default, ordinary_tensors
 
 if TYPE_CHECKING:
     from gemma_scope_tl.adapters.base import GemmaModel
@@ -32,6 +33,8 @@ MODELS = {
 _DIMS = {"2b": ModelDims(26, 2304, 8, 256), "9b": ModelDims(42, 3584, 16, 256), "27b": ModelDims(46, 4608, 32, 128)}
 
 
+@ordinary_tensors()
+@float32_by_default()
 def load_model(
     name: str | PathLike[str] | None = None,
     *,
@@ -45,7 +48,8 @@ def load_model(
     """Load a Gemma 2 as a TransformerLens hooked model.
 
     Attention is always eager (the soft-cap needs it) and weights are never processed, so every site holds exactly what
-    the Gemma Scope SAEs were trained on.
+    the Gemma Scope SAEs were trained on. Whatever mode of torch the call is made in (``inference_mode``, a default
+    device or dtype, autocast), the model is the same, and gradients can be taken of it afterwards.
 
     Args:
         name: ``"bundled"`` (offline), ``"gemma-2-2b"`` and its kin, a Hugging Face id (``"unsloth/gemma-2-2b"``), or a
