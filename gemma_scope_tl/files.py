@@ -212,6 +212,22 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     return found
 
 
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is there. Where the system will not say (no permission, a name that is too long), it is not."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is there, in the manner of :func:`is_folder`."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """Hex digest of a file, read a few MiB at a time."""
     digest = hashlib.sha256()

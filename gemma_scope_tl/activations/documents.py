@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.files import is_file, is_folder
 
 Batch = list[Any]
 """Texts, or lists of token ids."""
@@ -65,7 +66,7 @@ def open_documents(
     """
     if isinstance(data, (str, os.PathLike)):
         name = os.fspath(cast("str | os.PathLike[str]", data))
-        if Path(name).exists():
+        if is_folder(name) or is_file(name):
             dataset, source = _local(Path(name), split)
         else:
             dataset = _hub(name, config=config, split=split, revision=revision, streaming=streaming)

@@ -9,6 +9,7 @@ import torch
 from gemma_scope_tl.adapters.plain import is_quantized
 from gemma_scope_tl.dtypes import DTYPES
 from gemma_scope_tl.errors import AdapterError
+from gemma_scope_tl.weights.modes import make_ordinary
 
 
 def check_type(config: Any, source: str) -> None:
@@ -57,6 +58,7 @@ def move_given(hf_model: Any, dtype: torch.dtype | None, device: torch.device | 
         raise AdapterError(f"This hf_model stays as it is: {error}\nLeave dtype and device out.") from error
     if hf_model.dtype not in DTYPES.values():
         raise AdapterError(f"This hf_model is in {hf_model.dtype}. Pass dtype=, one of {', '.join(DTYPES)}.")
+    make_ordinary(hf_model)  # it may have been loaded in inference mode
     hf_model.config._attn_implementation = "eager"
     hf_model.eval()
 

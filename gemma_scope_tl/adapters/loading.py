@@ -19,6 +19,7 @@ from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import AdapterError, unknown_name
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sites import BACKENDS, ModelDims
+from gemma_scope_tl.weights.modes import float32_by_default, ordinary_tensors
 
 if TYPE_CHECKING:
     from gemma_scope_tl.adapters.base import GemmaModel
@@ -32,6 +33,8 @@ MODELS = {
 _DIMS = {"2b": ModelDims(26, 2304, 8, 256), "9b": ModelDims(42, 3584, 16, 256), "27b": ModelDims(46, 4608, 32, 128)}
 
 
+@ordinary_tensors()
+@float32_by_default()
 def load_model(
     name: str | PathLike[str] | None = None,
     *,
@@ -45,7 +48,8 @@ def load_model(
     """Load a Gemma 2 as a TransformerLens hooked model.
 
     Attention is always eager (the soft-cap needs it) and weights are never processed, so every site holds exactly what
-    the Gemma Scope SAEs were trained on.
+    the Gemma Scope SAEs were trained on. Whatever mode of torch the call is made in (``inference_mode``, a default
+    device or dtype, autocast), the model is the same, and gradients can be taken of it afterwards.
 
     Args:
         name: ``"bundled"`` (offline), ``"gemma-2-2b"`` and its kin, a Hugging Face id (``"unsloth/gemma-2-2b"``), or a
@@ -75,10 +79,7 @@ def load_model(
     if name is None and hf_model is None:
         raise AdapterError('Give a model name, a folder or hf_model=. Offline, "bundled" always works.')
     source = None if name is None else _source(name)
-    to_dtype = None if dtype is None else parse_dtype(dtype)
-    to_device = None if device is None and hf_model is not None else parse_device(device)
-    if to_device is not None and to_device.type == "meta":
-        raise AdapterError('A model on the "meta" device has no values, so there is nothing to hook.')
+    to_dtype, to_device = _wanted(dtype, device, hf_model)
     if hf_model is not None:
         check_given(hf_model, backend)
     config = _load_config(source) if hf_model is None and source is not None else getattr(hf_model, "config", None)
@@ -92,6 +93,15 @@ def load_model(
     elif source is not None:
         hf_model = _load_weights(source, config, to_dtype or torch.float32, parse_device(to_device))
     return _hook(hf_model, tokenizer, model_id, backend, check)
+
+
+def _wanted(dtype: Any, device: Any, hf_model: Any) -> tuple[torch.dtype | None, torch.device | None]:
+    """The dtype and device to load to, or to move a given model to; None for as it is."""
+    to_dtype = None if dtype is None else parse_dtype(dtype)
+    to_device = None if device is None and hf_model is not None else parse_device(device)
+    if to_device is not None and to_device.type == "meta":
+        raise AdapterError('A model on the "meta" device has no values, so there is nothing to hook.')
+    return to_dtype, to_device
 
 
 def _hook(hf_model: Any, tokenizer: Any, model_id: str | None, backend: str, check: bool) -> GemmaModel:

@@ -104,7 +104,7 @@ def attribute(
     prompt = prompt_of(model, text, exclude_special_tokens, attention_mask)
     metric = metric_on(model, metric, prompt)
     other = None if counterfactual is None else prompt_of(model, counterfactual, exclude_special_tokens)
-    with differentiable(model):
+    with differentiable(model, places):
         table = _attributions(model, prompt, other, places, metric, chosen, steps if method == "integrated" else None)
     return strongest(table, top)
 

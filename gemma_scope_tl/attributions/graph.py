@@ -110,7 +110,7 @@ def circuit(
         raise GemmaScopeError(f"nodes={nodes}, edges={edges}: a circuit needs at least 1 of each.")
     places, prompt = _scenery(model, text, saes, exclude_special_tokens, attention_mask)
     metric = metric_on(model, metric, prompt)
-    with differentiable(model):
+    with differentiable(model, places):
         whole = run_probed(model, prompt, places)
         value = metric_value(metric, whole.logits)
         gradients = {name: flatten_heads(g) for name, g in whole.gradients(value).items()}
@@ -164,7 +164,7 @@ def latent_edges(
         raise GemmaScopeError("No targets were given: name (position, latent) pairs of the downstream SAE.")
     places, prompt = _scenery(model, text, [upstream, downstream], exclude_special_tokens, attention_mask)
     frames: list[pd.DataFrame] = []
-    with differentiable(model):
+    with differentiable(model, places):
         scene = _scene(model, prompt, places)
         order = list(scene.cut.values)
         if order.index(places[0].write) >= order.index(places[1].read):

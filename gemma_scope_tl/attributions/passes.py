@@ -22,6 +22,7 @@ from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.inputs import Text, TokenBatch, as_batch, as_saes
 from gemma_scope_tl.sites import Site
 from gemma_scope_tl.tokens import ExcludeTokens, excluded_ids
+from gemma_scope_tl.weights.modes import make_ordinary
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,10 @@ def prompt_of(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: An
     Metrics are about the token that comes next, so chat messages end where the model's answer begins, as for
     ``generate``, unless the last message is the model's own.
     """
-    batch = as_batch(model, text, attention_mask, add_generation_prompt=None)
-    ids, mask = batch.ids.clone(), batch.mask.clone()  # copies, so that those made in inference mode serve here
-    return Prompt(ids, mask, batch.ordinary(excluded_ids(model.tokenizer, exclude)).clone())
+    with torch.inference_mode(False):
+        batch = as_batch(model, text, attention_mask, add_generation_prompt=None)
+        ids, mask = batch.ids.clone(), batch.mask.clone()  # copies, so that those made in inference mode serve here
+        return Prompt(ids, mask, batch.ordinary(excluded_ids(model.tokenizer, exclude)).clone())
 
 
 def one_prompt(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: Any, what: str) -> Prompt:
@@ -134,8 +136,13 @@ def token_row(prompt: Prompt, position: int) -> int:
 
 
 @contextmanager
-def differentiable(model: Any) -> Generator[None]:
-    """Gradients on, also inside ``no_grad`` and ``inference_mode``; the model's parameters frozen, then as before."""
+def differentiable(model: Any, places: Sequence[Place]) -> Generator[None]:
+    """Gradients on, also inside ``no_grad`` and ``inference_mode``; the model's parameters frozen, then as before.
+
+    A model or an SAE that was made or moved in inference mode gets parameters that gradients can pass.
+    """
+    for module in (model, *model.acts_to_saes.values(), *(place.sae for place in places)):
+        make_ordinary(module)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trainable:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError
-from gemma_scope_tl.files import checked_path, file_sha256
+from gemma_scope_tl.files import checked_path, file_sha256, is_folder
 from gemma_scope_tl.registry.containment import inside
 from gemma_scope_tl.registry.schema import CFG_FILE, WEIGHTS_FILES
 from gemma_scope_tl.weights.checks import Expected, canonical_names, check_shapes
@@ -75,7 +75,7 @@ class LocalFolder:
     workers = 1
 
     def __init__(self, root: Path) -> None:
-        if not root.is_dir():
+        if not is_folder(root):
             raise WeightsError(f"{root} is not a folder. Check the path; a repository on the Hub is OWNER/NAME.")
         self.root, self.name = root, str(root)
 
@@ -121,7 +121,7 @@ def open_place(source: str, revision: str | None = None) -> Place:
         GemmaScopeError: when it is neither, or the Hub cannot be asked.
     """
     path = checked_path(source)
-    if path.is_dir() or source.startswith(("/", ".", "~")) or source.count("/") != 1:
+    if is_folder(path) or source.startswith(("/", ".", "~")) or source.count("/") != 1:
         return LocalFolder(path)
     return place_of(source, revision)
 

@@ -44,7 +44,8 @@ def logit_gradients(
     The gradient at a position is that of the same position's logit, not of later ones.
     """
     probes: dict[Place, torch.Tensor] = {}
-    with torch.enable_grad(), removed_after() as handles:
+    with torch.inference_mode(False), torch.enable_grad(), removed_after() as handles:
+        tokens, positions = tokens.clone(), positions.clone()  # those made in inference mode would not serve
         for place in places:
             handles.append(hook_point(model, place).register_forward_hook(_prober(probes, place)))
         final = head.normed(run_to_final_norm(model, tokens))

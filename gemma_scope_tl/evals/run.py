@@ -20,6 +20,7 @@ from gemma_scope_tl.evals.store import Store, key_of
 from gemma_scope_tl.evals.subjects import Subject, fingerprint
 from gemma_scope_tl.evals.units import CLEAN, Unit, token_means
 from gemma_scope_tl.inputs import TokenBatch
+from gemma_scope_tl.weights.modes import make_ordinary
 
 ABLATIONS = ("zero", "mean")
 
@@ -68,9 +69,11 @@ class Run:
     store: Store
     units: dict[str, Unit] = field(default_factory=dict[str, Unit])
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def finish(self) -> None:
         """Measure what the store does not have yet."""
+        make_ordinary(self.model)  # gradients are part of it
         self._plan()
         for name, unit in self.units.items():
             kept = self.store.load(self._key(name)) if self._caching else None

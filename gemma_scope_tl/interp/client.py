@@ -55,7 +55,7 @@ class AnswerLog:
         self.path = None if path is None else Path(path)
         self._known: dict[str, str] = {}
         self._lock = threading.Lock()
-        if self.path is not None and self.path.exists():
+        if self.path is not None:
             self._read(self.path)
 
     def __len__(self) -> int:
@@ -79,6 +79,8 @@ class AnswerLog:
             if text and not text.endswith("\n"):
                 with path.open("a", encoding="utf-8") as file:
                     file.write("\n")
+        except FileNotFoundError:
+            return
         except OSError as error:
             raise GemmaScopeError(f"Cannot go on with the answers in {path}: {error}") from error
         for line in text.splitlines():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError
-from gemma_scope_tl.files import checked_path, file_sha256
+from gemma_scope_tl.files import checked_path, file_sha256, is_folder
 from gemma_scope_tl.registry.containment import inside
 from gemma_scope_tl.registry.schema import CFG_FILE, WEIGHTS_FILES, ReleaseFile, read_release
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER
@@ -73,7 +73,7 @@ def read_contents(folder: str | os.PathLike[str], logs: bool = False) -> Content
         GemmaScopeError: when the folder holds no release, several, or one whose files are not all there.
     """
     root = checked_path(folder)
-    if not root.is_dir():
+    if not is_folder(root):
         raise GemmaScopeError(f"{root} is not a folder. {_EXPORT}")
     file, release = _registry_file(root)
     rows = {row.weights_path: row for row in _own_rows(root, file, release)}

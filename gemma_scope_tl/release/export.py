@@ -16,7 +16,7 @@ from gemma_scope_tl.inputs.choices import shown
 from gemma_scope_tl.registry.schema import NAME
 from gemma_scope_tl.release.about import About
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER, render_card
-from gemma_scope_tl.release.items import Item, collect
+from gemma_scope_tl.release.items import Item, collect, folder_of
 from gemma_scope_tl.release.metrics import match_metrics
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def export_suite(
     was interrupted is made whole by running it again into the same folder.
 
     Args:
-        source: a folder of SAEs; the name of a registered release; a suite of ``load_suite``; an SAE or several.
+        source: a folder of SAEs, of training or of an export, whose registry file is read; the name of a registered
+            release (a folder that is called like one is ``./NAME``); a suite of ``load_suite``; an SAE or several.
         out: the folder of the repository; with ``repos="site"`` the folder that holds one a site.
         about: what the files cannot say; only the licence must be given.
         name: the release's; by default the name of ``out``.
@@ -109,8 +110,8 @@ def _check_title(title: str) -> None:
 
 def _check_out(root: Path, source: Any, title: str) -> None:
     _check_title(title)
-    if isinstance(source, (str, PathLike)) and Path(source).is_dir():
-        inner, outer = root.resolve(), Path(source).resolve()
+    if isinstance(source, (str, PathLike)) and (place := folder_of(source)) is not None:
+        inner, outer = root.resolve(), place.resolve()
         if inner == outer or outer in inner.parents or inner in outer.parents:
             raise GemmaScopeError(f"{root} and the source {source} lie in each other: export to another folder.")
 

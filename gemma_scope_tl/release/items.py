@@ -6,24 +6,25 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.files import checked_path
+from gemma_scope_tl.files import checked_path, is_file, is_folder
 from gemma_scope_tl.inputs import as_saes
-from gemma_scope_tl.registry.schema import parse_release
+from gemma_scope_tl.registry.schema import parse_release, read_release
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.release.metrics import with_l0
 from gemma_scope_tl.sae.provenance import still_said
-from gemma_scope_tl.weights.sniff import PARAMS_NAME
+from gemma_scope_tl.weights.sniff import PARAMS_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from gemma_scope_tl.registry.schema import SAERow
+    from gemma_scope_tl.registry.schema import ReleaseFile, SAERow
 
 SUITE_FILE = "suite.json"
 _JOBS = "jobs/"  # where the jobs of a run on Ray keep their own suites
@@ -126,12 +127,24 @@ def collect(
     return sorted(items, key=lambda i: (i.site, -1 if i.layer is None else i.layer, i.d_sae, i.l0))
 
 
-def _from_place(source: str | PathLike[str], model: str | None, site: str | None) -> list[Item]:
+def folder_of(source: str | PathLike[str]) -> Path | None:
+    """The folder that a source is; None where it is the name of a release, which a folder called so does not hide."""
+    from gemma_scope_tl.registry.catalog import releases
+
+    if isinstance(source, str) and source in releases(canonical=True):
+        return None
     folder = checked_path(source)
-    said, listed = _trained_suite(folder, model)
+    return folder if is_folder(folder) else None
+
+
+def _from_place(source: str | PathLike[str], model: str | None, site: str | None) -> list[Item]:
+    folder = folder_of(source)
+    said, listed = (model, None) if folder is None else _trained_suite(folder, model)
+    if folder is not None and listed is None:
+        said, listed = _exported(folder, said, site)
     if listed is not None:
         rows = listed
-    elif folder.is_dir():
+    elif folder is not None:
         dead = sorted(str(path) for path in folder.rglob("average_l0_0") if path.is_dir())
         if dead:
             raise GemmaScopeError(f"{dead[0]} says that its SAE has an L0 of 0. {_DEAD}")
@@ -177,7 +190,7 @@ def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequenc
     No SAEs where that file does not list those that are there: some were taken out, or put in, by hand.
     """
     file = folder / SUITE_FILE
-    if not file.is_file():
+    if not is_file(file):
         return model, None
     try:
         data: Any = json.loads(file.read_text(encoding="utf-8"))
@@ -200,6 +213,24 @@ def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequenc
     saes = [{key: row.get(key) for key in _COLUMNS} for row in listed]
     head = {"release": "draft", "repo": str(folder.resolve()), "model": name, "license": "unknown", "description": "-"}
     return name, parse_release({**head, "saes": saes}, str(file)).rows
+
+
+def _exported(folder: Path, model: str | None, site: str | None) -> tuple[str | None, Sequence[SAERow] | None]:
+    """As :func:`_trained_suite`, according to the registry file that an export puts into its folder."""
+    own: list[ReleaseFile] = []
+    for path in sorted(folder.glob("*.yaml")):
+        with suppress(GemmaScopeError):  # another YAML file
+            release = read_release(path)
+            if release.repo.startswith(".") and Path(release.rows[0].repo) == folder.resolve():
+                own.append(release)
+    if len(own) != 1:
+        return model, None
+    rows = own[0].rows
+    said, kinds = model or own[0].model, {row.format for row in rows}
+    name = PARAMS_NAME if kinds == {"gemma-scope"} else WEIGHTS_NAME
+    there = {file.parent.relative_to(folder).as_posix() for file in folder.rglob(name)}
+    whole = len(kinds) == 1 and there == {row.path for row in rows}
+    return said, rows if whole and said == own[0].model and site in (None, *(row.site for row in rows)) else None
 
 
 def _model_of(facts: Mapping[str, Any]) -> str | None:

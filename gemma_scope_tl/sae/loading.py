@@ -16,7 +16,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError, unknown_name
-from gemma_scope_tl.files import checked_path
+from gemma_scope_tl.files import checked_path, is_file, is_folder
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.config import (
     expected_of_row,
@@ -173,11 +173,11 @@ def fold_b_dec(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _find_file(path: Path) -> Path:
-    if path.is_file() or path.suffix in (".npz", ".safetensors"):
+    if is_file(path) or path.suffix in (".npz", ".safetensors"):
         return path
-    if not path.is_dir():
+    if not is_folder(path):
         raise weights_error(path, "does not exist", "Check the path; a release on the Hub is for from_pretrained.")
-    found = [path / name for name in (PARAMS_NAME, WEIGHTS_NAME) if (path / name).is_file()]
+    found = [path / name for name in (PARAMS_NAME, WEIGHTS_NAME) if is_file(path / name)]
     if len(found) != 1:
         what = "holds both layouts" if found else f"has neither {PARAMS_NAME} nor {CFG_NAME} with {WEIGHTS_NAME}"
         raise weights_error(path, what, "Give the file itself." if found else "Check the path.")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from gemma_scope_tl.errors import WeightsError
+from gemma_scope_tl.files import is_file
 from gemma_scope_tl.weights.checks import (
     SCALING_KEYS,
     Expected,
@@ -94,7 +95,7 @@ def load_arrays(
             mapped = (path.exists() and may_map(path)) if mapped is None else mapped
         return _load(path, expected, _Reading(path, dtype, torch.device(device), elementwise or {}, mapped), sha256)
     except WeightsError:
-        if sha256 is not None and path.is_file():  # a file that fails for being another one is said to be that
+        if sha256 is not None and is_file(path):  # a file that fails for being another one is said to be that
             verify_download(path, sha256)
         raise
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -25,6 +26,44 @@ def ordinary_tensors() -> Generator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+@contextmanager
+def float32_by_default() -> Generator[None]:
+    """Within the context, ``torch.get_default_dtype()`` is float32, whatever the caller set.
+
+    For other libraries' code, which makes tensors without a dtype; the default is the whole process's, so it is touched
+    only where it is another.
+    """
+    before = torch.get_default_dtype()
+    if before == torch.float32:
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@ordinary_tensors()
+def make_ordinary(module: torch.nn.Module) -> None:
+    """Replace, in place, the parameters and buffers of ``module`` that were made under ``torch.inference_mode()``.
+
+    They could be used in no pass that records gradients. Those that are shared, as tied embeddings are, stay shared.
+    """
+    made: dict[int, torch.Tensor] = {}
+    for each in module.modules():
+        held: tuple[dict[str, Any], ...] = (each._parameters, each._buffers)  # pyright: ignore
+        for tensors in held:
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_inference():
+                    continue
+                if id(tensor) not in made:
+                    copy = tensor.detach().clone()
+                    kept = isinstance(tensor, torch.nn.Parameter)
+                    made[id(tensor)] = torch.nn.Parameter(copy, tensor.requires_grad) if kept else copy
+                tensors[name] = made[id(tensor)]
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -150,6 +150,16 @@ def test_damaged_files_and_hooked_models_are_refused(tmp_path: Path) -> None:
         measure_suite(model, saes[0], tokens, cache=tmp_path / "other", progress=False)
 
 
+@pytest.mark.parametrize("place", ["c" * 300, "file/below", "closed"])
+def test_a_cache_that_is_no_use_costs_a_warning(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "closed").symlink_to(tmp_path / "closed")  # a loop, which root cannot follow either
+    with pytest.warns(UserWarning, match="not kept in the cache") as said:
+        found = measured(tmp_path / place, uniformity=0, ablations=())
+    assert len([one for one in said if "cache" in str(one.message)]) == 1
+    assert _same(found, measured(None, uniformity=0, ablations=()))
+
+
 def test_keys_depend_on_every_fact_and_on_no_order() -> None:
     assert key_of({"a": 1, "b": [2]}) == key_of({"b": [2], "a": 1})
     assert len({key_of({"a": 1}), key_of({"a": 2}), key_of({"b": 1})}) == 3

@@ -16,12 +16,13 @@ from safetensors.numpy import load_file
 
 from gemma_scope_tl.contributing.check import check_release
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
-from gemma_scope_tl.registry import read_release
+from gemma_scope_tl.registry import read_release, releases
 from gemma_scope_tl.release.about import About
 from gemma_scope_tl.release.card import cell, code
 from gemma_scope_tl.release.circuit_tracer import write_transcoder_set
 from gemma_scope_tl.release.export import export_suite
 from gemma_scope_tl.release.items import collect
+from gemma_scope_tl.release.upload import upload_suite
 from gemma_scope_tl.sae.loading import load_folder, load_row
 from gemma_scope_tl.sae.save import save_sae
 from gemma_scope_tl.sites import ModelDims
@@ -180,3 +181,40 @@ def test_an_l0_that_rounds_to_zero(tmp_path: Path) -> None:
     assert [row.l0 for row in read_release(out / "out.yaml").rows] == [0.4] and not check_release(
         out / "out.yaml"
     ).problems
+
+
+@pytest.mark.parametrize("layout", ["gemma-scope", "sae-lens", "both"])
+def test_an_export_can_be_exported_again(saes: list[Any], tmp_path: Path, layout: Any) -> None:
+    """The registry file in the folder says the model and the sites, which the paths of one site do not."""
+    (first,) = export_suite(saes[:2], tmp_path / "first", ABOUT, layout=layout, progress=False)
+    (again,) = export_suite(first, tmp_path / "again", ABOUT, layout=layout, progress=False)
+    names = {p.relative_to(first) for p in first.rglob("*") if p.suffix in (".npz", ".safetensors")}
+    assert names and names == {p.relative_to(again) for p in again.rglob("*") if p.suffix in (".npz", ".safetensors")}
+    assert all((first / name).read_bytes() == (again / name).read_bytes() for name in names)
+    rows = [[(r.site, r.layer, r.l0, r.d_sae) for r in read_release(f / f"{f.name}.yaml").rows] for f in (first, again)]
+    assert rows[0] == rows[1]
+
+
+def test_a_folder_does_not_hide_the_release_of_its_name(
+    saes: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export_suite(saes[:1], "gemma-scope-bundled", ABOUT, name="other", progress=False)
+    assert {item.model for item in collect("./gemma-scope-bundled")} == {"tiny"}
+    assert {item.model for item in collect(Path("gemma-scope-bundled"))} == {"tiny"}
+    bundled = next(name for name in releases() if "bundled" in name)
+    Path("gemma-scope-bundled").rename(bundled)
+    assert {item.model for item in collect(bundled)} == {"bundled"}
+
+
+def test_sources_that_the_system_will_not_look_for(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for source in (tmp_path / ("c" * 300), tmp_path / "file" / "x"):
+        with pytest.raises(GemmaScopeError):
+            collect(source)
+        with pytest.raises(GemmaScopeError):
+            collect(str(source))
+        with pytest.raises(GemmaScopeError):
+            upload_suite(source, "owner/name")
+        with pytest.raises(GemmaScopeError):
+            load_folder(source)
