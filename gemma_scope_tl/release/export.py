@@ -44,8 +44,8 @@ def export_suite(
 ) -> list[Path]:
     """Write SAEs as repositories: weights, model card and registry file.
 
-    A ``params.npz`` of the source is copied byte for byte; anything else is written by :func:`save_sae`. An export that
-    was interrupted is made whole by running it again into the same folder.
+    A ``params.npz`` of the source is copied byte for byte; anything else is written by :func:`save_sae`. An interrupted
+    export is made whole by running it again into the same folder.
 
     Args:
         source: a folder of SAEs, of training or of an export, whose registry file is read; the name of a registered
@@ -54,7 +54,7 @@ def export_suite(
         about: what the files cannot say; only the licence must be given.
         name: the release's; by default the name of ``out``.
         layout: ``"gemma-scope"`` writes ``params.npz`` as released, below a folder for the site where there are
-            several; ``"sae-lens"`` its two files below ``sae_lens/``; ``"both"`` writes both.
+            several; ``"sae-lens"`` its two files below ``sae_lens/``; ``"both"`` both.
         repos: ``"one"``, or one a ``"site"`` as Google has them, ``<name>-<site>``; the embedding's go with res.
         circuit_tracer: write transcoders for circuit-tracer too (``circuit_tracer/width_W/``).
         model, site: the model's name and the site, where the source does not say them.
@@ -74,18 +74,17 @@ def export_suite(
     title = name or root.resolve().name
     items = collect(source, model, site, metrics)
     _check_out(root, source, title)
-    groups = _groups(items, repos, title, root)
+    groups, layouts = _groups(items, repos, title, root), ["gemma-scope", "sae-lens"] if layout == "both" else [layout]
     matched = dict(zip(map(id, items), match_metrics(items, metrics), strict=True))
-    layouts: list[str] = ["gemma-scope", "sae-lens"] if layout == "both" else [layout]
     with _bar(len(items), progress) as step:
         for release, (folder, here) in groups.items():
             paths = _write_weights(folder, here, layouts, step)
-            shown = list(layouts)
-            if circuit_tracer and any(item.site == "transcoder" for item in here):
+            transcoders = circuit_tracer and any(item.site == "transcoder" for item in here)
+            if transcoders:
                 _write_transcoders(folder, here, about.base_model or "")
-                shown.append("circuit-tracer")
-            text = render_card(release, here, paths, [matched[id(item)] for item in here], about, shown)
-            write_atomically(folder / "README.md", text)
+            shown = [*layouts, *(["circuit-tracer"] if transcoders else [])]
+            card = render_card(release, here, paths, [matched[id(item)] for item in here], about, shown)
+            write_atomically(folder / "README.md", card)
             _write_registry(folder, release, here, about, layouts[0], canonical)
     return [folder for folder, _ in groups.values()]
 
