@@ -31,8 +31,9 @@ def as_saes(saes: Any, empty: bool = False, whole: bool = False) -> list[Any]:
         raise SpliceError(
             f"An SAE was expected, or several; given: {shown(saes)}. Load one with load_sae, many with load_suite."
         )
-    if getattr(saes, "ndim", 1) == 2 and saes.shape[1] == 3 and all(_is_sae(one) for one in saes[:, 0]):
-        saes = saes[:, 0]  # NumPy has unpacked SAEs into (SAE, configuration, sparsity), as SAELens's older users do
+    array: Any = saes
+    if getattr(saes, "ndim", 1) == 2 and array.shape[1] == 3 and all(_is_sae(one) for one in array[:, 0]):
+        saes = array[:, 0]  # NumPy has unpacked SAEs into (SAE, configuration, sparsity), as SAELens's older users do
     if getattr(saes, "ndim", 1) != 1:
         raise SpliceError(
             f"SAEs come one after the other, not in an array of shape {list(getattr(saes, 'shape', []))}."
