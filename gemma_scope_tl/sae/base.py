@@ -26,6 +26,7 @@ from torch import nn
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, device_mismatch
 from gemma_scope_tl.sae.indices import as_indices
 from gemma_scope_tl.sae.loading_methods import LoadingMixin
+from gemma_scope_tl.sae.saving_methods import SavingMixin
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,7 +47,7 @@ def checked_latents(latents: int | Iterable[int], d_sae: int) -> list[int]:
     return chosen
 
 
-class GemmaScopeMixin(LoadingMixin):
+class GemmaScopeMixin(LoadingMixin, SavingMixin):
     """Encoder, decoder and bookkeeping of a JumpReLU SAE or transcoder.
 
     With row vectors, for an input ``x [..., d_in]`` (JumpReLU paper, eq. 3 and 8; Gemma Scope, section 2.2)::
