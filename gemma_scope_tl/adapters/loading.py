@@ -48,8 +48,7 @@ def load_model(
     """Load a Gemma 2 as a TransformerLens hooked model.
 
     Attention is always eager (the soft-cap needs it) and weights are never processed, so every site holds exactly what
-    the Gemma Scope SAEs were trained on. Whatever mode of torch the call is made in (``inference_mode``, a default
-    device or dtype, autocast), the model is the same, and gradients can be taken of it afterwards.
+    the Gemma Scope SAEs were trained on. The model is the same in every mode of torch (inference_mode, autocast, …).
 
     Args:
         name: ``"bundled"`` (offline), ``"gemma-2-2b"`` and its kin, a Hugging Face id (``"unsloth/gemma-2-2b"``), or a
@@ -84,10 +83,8 @@ def load_model(
         check_given(hf_model, backend)
     config = _load_config(source) if hf_model is None and source is not None else getattr(hf_model, "config", None)
     model_id = None if source is None else _model_id(str(name), source, config, given=hf_model is not None)
-    if tokenizer is not None:
-        tokenizer = prepared(tokenizer)
-    elif source is not None:
-        tokenizer = _load_tokenizer(source)
+    if tokenizer is not None or source is not None:
+        tokenizer = _load_tokenizer(str(source)) if tokenizer is None else prepared(tokenizer)
     if hf_model is not None:
         move_given(hf_model, to_dtype, to_device)
     elif source is not None:

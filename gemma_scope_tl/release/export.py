@@ -44,12 +44,12 @@ def export_suite(
 ) -> list[Path]:
     """Write SAEs as repositories: weights, model card and registry file.
 
-    A ``params.npz`` of the source is copied byte for byte; anything else is written by :func:`save_sae`. An interrupted
-    export is made whole by running it again into the same folder.
+    A ``params.npz`` is copied byte for byte; anything else is written by :func:`save_sae`. Running an export that was
+    interrupted again makes it whole.
 
     Args:
-        source: a folder of SAEs, of training or of an export, whose registry file is read; the name of a registered
-            release (a folder that is called like one is ``./NAME``); a suite of ``load_suite``; an SAE or several.
+        source: a folder of SAEs, such as an export; a registered release's name (``./NAME`` is a folder that is called
+            so); a suite of ``load_suite``; an SAE or several.
         out: the folder of the repository; with ``repos="site"`` the folder that holds one a site.
         about: what the files cannot say; only the licence must be given.
         name: the release's; by default the name of ``out``.

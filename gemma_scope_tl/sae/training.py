@@ -8,6 +8,8 @@ Its architecture name, ``gemma_scope_jumprelu``, exists only while training. Wha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +26,11 @@ from sae_lens.saes.sae import (
 from torch import Tensor, nn
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.sae.saving_methods import SavingMixin, write_sae_lens_files
 from gemma_scope_tl.sae.ste import jumprelu, step
 from gemma_scope_tl.sae.unfinished import UNFINISHED
 from gemma_scope_tl.weights.fold import fold
+from gemma_scope_tl.weights.modes import ordinary_tensors
 
 ARCHITECTURE = UNFINISHED
 SCALINGS = ("none", "expected_average_only_in")
@@ -101,7 +105,7 @@ class _ScaleGradient(torch.autograd.Function):
         return grad_outputs[0] * ctx.scale, None
 
 
-class GemmaScopeTrainingSAE(TrainingSAE[GemmaScopeTrainingSAEConfig]):
+class GemmaScopeTrainingSAE(SavingMixin, TrainingSAE[GemmaScopeTrainingSAEConfig]):
     """The paper's SAE while it trains.
 
     ::
@@ -195,6 +199,17 @@ class GemmaScopeTrainingSAE(TrainingSAE[GemmaScopeTrainingSAEConfig]):
         folded = fold(params, 1.0, pre_encoder_bias=self.cfg.apply_b_dec_to_input)
         del state_dict["log_threshold"]
         state_dict.update({name: value.to(self.dtype).contiguous() for name, value in folded.items()})
+
+    @ordinary_tensors()
+    def save_inference_model(self, path: str | PathLike[str]) -> tuple[Path, Path]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Write the equivalent SAE without pre-encoder bias, as :meth:`save_model` writes this one.
+
+        Raises:
+            WriteError: as :meth:`save_model`.
+        """
+        state = dict(self.state_dict())
+        self.process_state_dict_for_saving_inference(state)
+        return write_sae_lens_files(path, state, self.cfg.get_inference_sae_cfg_dict())
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """Accept thresholds given as they are."""

@@ -10,10 +10,12 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.attached import AttachedSAE, SpliceOptions
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.errors import SpliceError
 
 if TYPE_CHECKING:
     from gemma_scope_tl.splicing.mixin import SpliceMixin
+
+_LOCAL = "<locals>"  # in the full name of what is made inside a function
 
 
 def shallow_copy(model: SpliceMixin) -> Any:
@@ -33,7 +35,12 @@ def deep_copy(model: SpliceMixin, memo: dict[int, Any]) -> Any:
 
 def reduced(model: SpliceMixin) -> Any:
     """What ``pickle`` and ``torch.save`` store: the model without its SAEs, whose hooks are local functions, and the
-    SAEs with their options."""
+    SAEs with their options.
+
+    Raises:
+        SpliceError: as :func:`check_picklable`.
+    """
+    check_picklable(model, own_hooks=False)
     memo: dict[int, Any] = {}
     held = list(model._attached.values())  # pyright: ignore[reportPrivateUsage]
     shared: list[Any] = [attached.sae for attached in held]
@@ -45,22 +52,43 @@ def reduced(model: SpliceMixin) -> Any:
         attached.unhook()
         bare._after_detach(attached)
     bare._attached.clear()
+    check_picklable(bare)
     return restored, (bare, [(attached.sae, attached.options) for attached in held])
 
 
-def refuse_local_classes(model: Any) -> None:
-    """Raise where a part of ``model`` is of a class that was made inside a function, which no pickle can name.
+def check_picklable(model: Any, own_hooks: bool = True) -> None:
+    """Say beforehand what ``pickle`` would fail on: what was made inside a function has no name to find it by.
+
+    Args:
+        model: to be pickled.
+        own_hooks: look at its hooks too, which are the user's once SAEs are detached.
 
     Raises:
-        GemmaScopeError: for a bridge, whose attention is such, with what to do instead.
+        SpliceError: it holds such a class or such a hook.
     """
-    made = (type(getattr(part, "hook_conversion", None)).__qualname__ for part in model.modules())
-    inside = next((name for name in made if "<locals>" in name), None)
-    if inside is not None:
-        raise GemmaScopeError(
-            f"A bridge cannot be pickled: TransformerLens makes {inside.rpartition('.')[2]} inside a function. Take "
-            "copy.deepcopy, load the model anew where it is needed, or load it with backend='hooked_transformer'."
-        )
+    for module in model.modules():
+        for held in (module, *vars(module).values()):
+            if _local(held) or _LOCAL in type(held).__qualname__:
+                raise SpliceError(
+                    f"The model cannot be pickled: it holds a {type(held).__name__}, which TransformerLens makes "
+                    "inside a function, where pickle cannot find it again. For a copy in memory use "
+                    "copy.deepcopy(model). To keep it, save the Hugging Face model before it is hooked (its "
+                    'save_pretrained) and the SAEs (save_sae), or load it with backend="hooked_transformer", which '
+                    "can be pickled."
+                )
+    points = {id(point): point for point in model.hook_dict.values()} if own_hooks else {}
+    for point in points.values():
+        for hook in [*point._forward_hooks.values(), *point._backward_hooks.values()]:
+            if _local(hook):
+                raise SpliceError(
+                    f"The model cannot be pickled while there is a hook on {point.name}: it is a function inside "
+                    "TransformerLens, which pickle cannot find again. Pickle it outside of model.hooks, and after "
+                    "reset_hooks(including_permanent=True); attached SAEs may stay. copy.deepcopy takes hooks along."
+                )
+
+
+def _local(function: Any) -> bool:
+    return _LOCAL in str(getattr(function, "__qualname__", ""))
 
 
 def restored(model: Any, recipes: list[tuple[Any, SpliceOptions]]) -> Any:

@@ -110,8 +110,10 @@ class SpliceMixin:
         return copies.shallow_copy(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        copies.refuse_local_classes(self)
-        return copies.reduced(self) if self._attached else super().__reduce_ex__(protocol)
+        if self._attached:
+            return copies.reduced(self)
+        copies.check_picklable(self)
+        return super().__reduce_ex__(protocol)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As in TransformerLens.

@@ -54,7 +54,7 @@ def make_ordinary(module: torch.nn.Module) -> None:
     """
     made: dict[int, torch.Tensor] = {}
     for each in module.modules():
-        held: Any = (each._parameters, each._buffers)  # pyright: ignore
+        held: list[Any] = [each._parameters, each._buffers]  # pyright: ignore[reportPrivateUsage]
         for tensors in held:
             for name, tensor in tensors.items():
                 if tensor is None or not tensor.is_inference():

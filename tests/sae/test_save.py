@@ -15,10 +15,12 @@ import sae_lens
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE as StockSAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
+from safetensors import SafetensorError
 
-from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, WeightsError
+from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, WeightsError, WriteError
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.save import save_sae
+from gemma_scope_tl.sae.training import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from gemma_scope_tl.weights.npz import inspect_npz
 
 D_IN, D_SAE = 16, 64
@@ -220,3 +222,30 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="b_dec that are not finite"):
         save_sae(sick, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["save_model", "save_inference_model"])
+def test_sae_lens_methods_write_whole_files_or_none(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are those of stock SAELens's own methods, to the bit; on a full disk the old ones stay."""
+    trained = GemmaScopeTrainingSAE(GemmaScopeTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE))
+    saes = [make("res", "bfloat16"), make("transcoder", skip=True), trained] if method == "save_model" else [trained]
+    for number, sae in enumerate(saes):
+        ours, theirs = tmp_path / f"ours {number}", tmp_path / f"theirs {number}"
+        files = getattr(sae, method)(ours / "new")
+        stock_files = getattr(sae_lens.TrainingSAE if sae is trained else sae_lens.SAE, method)(sae, theirs)
+        assert [file.name for file in files] == [file.name for file in stock_files]
+        assert [file.read_bytes() for file in files] == [file.read_bytes() for file in stock_files]
+        with torch.no_grad():
+            sae.b_dec += 1
+        with monkeypatch.context() as patch:
+
+            def full(*_: object) -> None:
+                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+            patch.setattr("safetensors.torch.save_file", full)
+            with pytest.raises(WriteError, match="the disk is full"):
+                getattr(sae, method)(ours / "new")
+        assert [file.read_bytes() for file in files] == [file.read_bytes() for file in stock_files]
+        assert {file.name for file in (ours / "new").iterdir()} == {file.name for file in files}

@@ -159,6 +159,31 @@ def test_a_stock_sae_is_told_of_its_heads_again() -> None:
         assert held.hook_z_reshaping_mode
 
 
+@pytest.mark.parametrize("spliced", [False, True])
+@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+def test_what_cannot_be_pickled_says_why(way: str, spliced: bool) -> None:
+    bridge, model = (hooked(random_gemma("narrow-heads"), backend) for backend in BACKENDS)
+    if bridge.backend != "bridge":
+        bridge, model = model, bridge
+    sae = saes_of(model)[0]
+    for one in (bridge, model) if spliced else ():
+        one.add_sae(sae)
+    held = [value for module in bridge.modules() for value in (module, *vars(module).values())]
+    local = [value for value in held if "<locals>" in type(value).__qualname__]
+    if local:  # otherwise TransformerLens makes its classes elsewhere, and there is nothing to refuse
+        with pytest.raises(SpliceError, match=r"inside a function.*deepcopy.*save_pretrained.*hooked_transformer"):
+            WAYS[way](bridge)
+    else:
+        WAYS[way](bridge)
+    with model.hooks([steer(sae, 3, 5.0)]):
+        with pytest.raises(SpliceError, match=rf"hook on {NAME}.*outside of model.hooks"):
+            WAYS[way](model)
+        copy.deepcopy(model)
+    tokens = random_tokens(model, length=4)
+    with torch.no_grad():
+        assert torch.equal(WAYS[way](model)(tokens), model(tokens))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_cannot_be_detached_stays_known_and_the_model_is_plain(
     backend: str, monkeypatch: pytest.MonkeyPatch
