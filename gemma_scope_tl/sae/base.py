@@ -18,7 +18,6 @@ PyTorch. Weights mapped from a file are private copies once written to: training
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +28,9 @@ from torch import nn
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.sae.indices import as_indices
 from gemma_scope_tl.sae.loading_methods import LoadingMixin
-from gemma_scope_tl.sae.provenance import Marks, facts_of, marks_of
+from gemma_scope_tl.sae.provenance import Marks, config_of, facts_of, marks_of
+from gemma_scope_tl.sae.saving_methods import SavingMixin
 from gemma_scope_tl.sae.tensors import checked_tensor
-from gemma_scope_tl.weights.sniff import CFG_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -56,7 +55,7 @@ def checked_latents(latents: int | Iterable[int], d_sae: int) -> list[int]:
     return chosen
 
 
-class GemmaScopeMixin(LoadingMixin):
+class GemmaScopeMixin(LoadingMixin, SavingMixin):
     """Encoder, decoder and bookkeeping of a JumpReLU SAE or transcoder.
 
     With row vectors, for an input ``x [..., d_in]`` (JumpReLU paper, eq. 3 and 8; Gemma Scope, section 2.2)::
@@ -129,16 +128,8 @@ class GemmaScopeMixin(LoadingMixin):
         """Take the weights as they are now for those that were loaded; who loads an SAE calls it."""
         self.facts_when_loaded, self._marks = facts_of(self.cfg.metadata), marks_of(self)
 
-    def save_model(self, path: Any) -> tuple[Path, Path]:
-        """``save_sae(sae, path, format="sae-lens")`` under SAELens's name.
-
-        Returns:
-            The files of the weights and of the configuration.
-        """
-        from gemma_scope_tl.sae.save import save_sae
-
-        folder = save_sae(self, path, format="sae-lens")
-        return folder / WEIGHTS_NAME, folder / CFG_NAME
+    def _saved_config(self) -> Mapping[str, Any]:
+        return config_of(self)
 
     # SAELens assigns closures in these two; the methods below take their place.
     def turn_on_forward_pass_hook_z_reshaping(self) -> None:

@@ -35,7 +35,10 @@ class SavingMixin(_Base):
         """
         state = dict(self.state_dict())
         self.process_state_dict_for_saving(state)
-        return write_sae_lens_files(path, state, self.cfg.to_dict())
+        return write_sae_lens_files(path, state, self._saved_config())
+
+    def _saved_config(self) -> Mapping[str, Any]:
+        return self.cfg.to_dict()
 
 
 def write_sae_lens_files(

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import gemma_scope_tl as gs
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.interventions import steer
 from gemma_scope_tl.sites import BACKENDS
@@ -211,16 +210,3 @@ def test_what_cannot_be_detached_stays_known_and_the_model_is_plain(
     with pytest.raises(SpliceError, match="attached already"), model.saes([other, other]):
         pass
     assert not model.acts_to_saes
-
-
-@pytest.mark.parametrize("attached", [False, True])
-def test_a_bridge_says_that_it_cannot_be_pickled(attached: bool) -> None:
-    """In TransformerLens classes of its attention are made inside functions. A deep copy is another thing."""
-    model = gs.load_model("bundled")
-    tokens = model.to_tokens("The king said")
-    if attached:
-        model.add_sae(gs.load_sae("bundled", "res", 2, "1k"))
-    for write in (pickle.dumps, lambda one: torch.save(one, io.BytesIO())):
-        with pytest.raises(gs.GemmaScopeError, match="A bridge cannot be pickled.*deepcopy.*hooked_transformer"):
-            write(model)
-    assert torch.equal(copy.deepcopy(model)(tokens), model(tokens))
