@@ -106,7 +106,7 @@ def find(
     model: str,
     site: str,
     layer: int | None,
-    width: str | int,
+    width: str | int | None = None,
     l0: float | str = CANONICAL,
     *,
     release: str | None = None,
@@ -117,7 +117,7 @@ def find(
         model: ``gemma-2-2b`` or ``google/gemma-2-2b``. An instruction-tuned model has only SAEs trained on itself.
         site: a name of the site table.
         layer: counts from 0; None for the embedding.
-        width: ``"16k"``, or the number of latents.
+        width: ``"16k"``, or the number of latents; None for ``"16k"``.
         l0: ``"canonical"`` (SAELens's choice: nearest to 100), a number (that very L0), or ``"closest:50"`` (of two
             as close, the sparser).
         release: looks in this release only.
@@ -127,7 +127,7 @@ def find(
         RegistryError: when two releases offer such an SAE and ``release`` is not given.
     """
     model = checked_model(model)
-    width = width_label(width) if isinstance(width, int) else width
+    label = DEFAULT_WIDTH if width is None else width_label(width) if isinstance(width, int) else width
     get_site(site)
     chosen = [h for h in headers() if h.model == model]
     if release:
@@ -144,13 +144,13 @@ def find(
         layers = _closest_numbers(layer or 0, {row.layer for row in at_site if row.layer is not None})
         hint = hint if layers else f"The {site} exists once: layer=None."
         raise unknown_name(f"layer of {release or model} at site {site}", layer, map(str, layers or [None]), hint)
-    found = [row for row in at_layer if row.width == width]
+    found = [row for row in at_layer if row.width == label]
     if not found:
         place = site if layer is None else f"{site} layer {layer}"
         widths = [row.width for row in sorted(at_layer, key=lambda row: row.d_sae)]
-        if width == DEFAULT_WIDTH:
-            hint = f"{width!r} is the default: give one of these as width=. {hint}"
-        raise unknown_name(f"width of {release or model} at {place}", width, dict.fromkeys(widths), hint)
+        if width is None:
+            hint = f"{label!r} is the default: give one of these as width=. {hint}"
+        raise unknown_name(f"width of {release or model} at {place}", label, dict.fromkeys(widths), hint)
     return _pick_l0(found, l0)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE as SAELensJumpReLUSAE
 
-from gemma_scope_tl.registry.widths import DEFAULT_WIDTH
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 
 
@@ -22,7 +21,7 @@ def load_sae(
     model: str,
     site: str,
     layer: int | None = None,
-    width: str | int = DEFAULT_WIDTH,
+    width: str | int | None = None,
     l0: int | float | str = "canonical",
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
@@ -34,7 +33,7 @@ def load_sae(
         model: such as ``"gemma-2-2b"``.
         site: ``res``, ``mlp``, ``att``, ``embedding`` or ``transcoder``.
         layer: counts from 0; None for the embedding.
-        width: such as ``"16k"``, or the number of latents.
+        width: such as ``"65k"``, or the number of latents; by default ``"16k"``.
         l0: ``"canonical"`` (nearest to 100), a number that exists, or ``"closest:50"``.
         device, dtype: as :meth:`JumpReLUSAE.from_pretrained`.
         release: look in this release alone; needed where two have such an SAE.

@@ -13,7 +13,7 @@ import torch
 
 from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
-from gemma_scope_tl.registry.widths import DEFAULT_WIDTH
+from gemma_scope_tl.registry.widths import DEFAULT_WIDTH, width_label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +28,7 @@ def load_suite(
     model: str,
     sites: str | Iterable[str] = ("res", "mlp", "att"),
     layers: str | int | Iterable[int] = "all",
-    width: str | int = DEFAULT_WIDTH,
+    width: str | int | None = None,
     l0: int | float | str = "canonical",
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
@@ -54,12 +54,11 @@ def load_suite(
         UnknownNameError: when a site, layer, width or L0 does not exist, before anything is loaded.
     """
     from gemma_scope_tl.registry.catalog import find
-    from gemma_scope_tl.registry.widths import width_label
     from gemma_scope_tl.sae.loading import load_row
 
     device, dtype = parse_device(device), parse_dtype(dtype)
     rows: dict[Key, SAERow] = {}
-    label = width_label(width) if isinstance(width, int) else width
+    label = DEFAULT_WIDTH if width is None else width_label(width) if isinstance(width, int) else width
     for site in [sites] if isinstance(sites, str) else list(sites):
         if isinstance(layers, str) and layers != "all":
             raise unknown_name("choice of layers", layers, ["all"], "Or give numbers.")

@@ -310,5 +310,8 @@ def test_the_default_width_is_said_to_be_one() -> None:
     for call in (lambda: gs.load_sae("bundled", "res", 2), lambda: gs.load_suite("bundled", "res")):
         with pytest.raises(UnknownNameError, match="Nearest: 1k, 256. '16k' is the default: give one of these as wid"):
             call()
-    with pytest.raises(UnknownNameError, match="Unknown width of bundled at res layer 2 '4k'. Nearest: 1k, 256.$"):
-        gs.load_sae("bundled", "res", 2, "4k")
+    for given in ("16k", "4k"):
+        with pytest.raises(
+            UnknownNameError, match=f"Unknown width of bundled at res layer 2 '{given}'. Nearest: 1k, 256.$"
+        ):
+            gs.load_sae("bundled", "res", 2, given)
