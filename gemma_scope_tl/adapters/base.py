@@ -296,6 +296,24 @@ class GemmaModel(Generates, SpliceMixin):
             self.token_tracker.clear()
             return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def to_string(self, tokens: Any) -> Any:
+        """As in TransformerLens: the text of token ids, or the texts of several rows.
+
+        Raises:
+            GemmaScopeError: without a tokenizer.
+        """
+        text_ids(self.tokenizer, [])
+        return super().to_string(tokens)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens: the text of each token.
+
+        Raises:
+            GemmaScopeError: without a tokenizer.
+        """
+        text_ids(self.tokenizer, [])
+        return super().to_str_tokens(input, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
     def loss_fn(
         self,
         logits: torch.Tensor,

@@ -21,6 +21,7 @@ ELSEWHERE = {
     "use_error_term": "run_with_saes(), or gs.splice() around this call",
     "fwd_hooks": "run_with_hooks() or run_with_hooks_with_saes(), or model.hooks() around this call",
     "bwd_hooks": "run_with_hooks() or run_with_hooks_with_saes(), or model.hooks() around this call",
+    "streamer": "generate_stream(), or hf_generate() on the bridge",
     "names_filter": "run_with_cache() or run_with_cache_with_saes()",
 }
 # What TransformerBridge accepts for models of other kinds; nothing comes of them here.

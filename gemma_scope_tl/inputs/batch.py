@@ -71,7 +71,6 @@ def as_batch(
     padding_side: str | None = "left",
     truncate: bool = False,
     add_generation_prompt: bool | None = False,
-    holes: bool = False,
 ) -> TokenBatch:
     """Token ids and mask of whatever stands for texts.
 
@@ -90,7 +89,6 @@ def as_batch(
         padding_side: of texts and lists of ids of several lengths; None for the tokenizer's.
         truncate: cut texts to the model's context instead of raising.
         add_generation_prompt: end chat messages with the opening of an answer; None: where the last is not the model's.
-        holes: accept a mask that hides tokens amid a text, as a forward pass does; they keep their positions.
 
     Raises:
         GemmaScopeError: nothing in it; what is neither text nor ids; several kinds in one list; a text that is no
@@ -118,7 +116,7 @@ def as_batch(
             known, mask = None if bool(filled.all()) else filled, _padded_mask(mask, rows, padding_side or "left")
     ids = _checked_ids(model, ids)
     if mask is not None:
-        known = _checked_mask(mask, ids, holes)
+        known = _checked_mask(mask, ids)
     elif known is None:
         known = text_mask(ids, tokenizer)
     return TokenBatch(ids.to(model.cfg.device), known.to(model.cfg.device))
@@ -257,7 +255,7 @@ def _checked_ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return ids
 
 
-def _checked_mask(mask: Any, ids: torch.Tensor, may_have_holes: bool) -> torch.Tensor:
+def _checked_mask(mask: Any, ids: torch.Tensor) -> torch.Tensor:
     try:
         found = mask if isinstance(mask, torch.Tensor) else torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -270,8 +268,6 @@ def _checked_mask(mask: Any, ids: torch.Tensor, may_have_holes: bool) -> torch.T
     if found.dtype != torch.bool and not bool(((found == 0) | (found == 1)).all()):
         raise GemmaScopeError("attention_mask is 1 at text and 0 at padding; it has other values.")
     found = found.bool()
-    if may_have_holes:
-        return found.to(ids.device)
     begins = found.clone()
     begins[:, 1:] &= ~found[:, :-1]
     holes = begins.sum(-1) > 1

@@ -34,6 +34,7 @@ CALLS: dict[str, tuple[str, dict[str, Any], str]] = {
     "tokens to generate": ("generate", {"max_new_token": 3}, "max_new_tokens"),
     "tokens to stream": ("generate_stream", {"max_new_token": 3}, "max_new_tokens"),
     "hooks in generate": ("generate", {"fwd_hooks": []}, "model.hooks"),
+    "a streamer": ("generate", {"streamer": None}, "generate_stream"),
     "pictures": ("forward", {"pixel_values": None}, "forward"),
     "Hugging Face's generate": ("hf_generate", {"max_new_token": 3}, "max_new_tokens"),
     "SAEs in Hugging Face's": ("hf_generate", {"saes": ["SAE"]}, "run_with_saes"),
@@ -93,6 +94,23 @@ def test_one_hook_needs_no_list(model: Any) -> None:
         for call in (model.run_with_cache, model.run_with_cache_with_saes):
             with pytest.raises((GemmaScopeError, TypeError)):
                 call(tokens, [sae])
+
+
+def test_text_needs_a_tokenizer_everywhere() -> None:
+    """Both ways between texts and ids, in a pass too."""
+    for backend in BACKENDS:
+        model = gs.load_model(hf_model=random_gemma("narrow-heads"), backend=backend)
+        ids = random_tokens(model)
+        for call in (
+            lambda model=model: model("text"),
+            lambda model=model: model.run_with_cache("text"),
+            lambda model=model: model.generate("text"),
+            lambda model=model: model.to_tokens("text"),
+            lambda model=model, ids=ids: model.to_string(ids),
+            lambda model=model, ids=ids: model.to_str_tokens(ids[0]),
+        ):
+            with pytest.raises(GemmaScopeError, match="no tokenizer"):
+                call()
 
 
 def test_values_that_mean_nothing_raise(model: Any) -> None:
