@@ -16,57 +16,8 @@ import torch
 from jaxtyping import Bool, Int
 
 from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.text_read import TextRead, joined_mask
 from gemma_scope_tl.tokens import special_mask, text_mask
-
-
-@dataclass
-class TextRead:
-    """The text that a forward pass, or one generation, has read so far.
-
-    Attributes:
-        ids: ``[batch, total]``, None in a pass that began from embeddings.
-        mask: ``[batch, total]``, True at text, False at padding.
-        prompt: how many columns came with the prompt; the rest was generated.
-        moved: ``[batch]``, by how many columns generation moved each row of the prompt to the right, None for not at
-            all: new tokens follow on the last column, so padding on the right has to go to the left.
-        whole: False where a key-value cache holds columns before these that are unknown.
-        growing: whether it is the text of a generation, whose prompt stays the prompt.
-        by_column: whether the model numbered positions by column, padding included, as Hugging Face does unasked.
-    """
-
-    ids: Int[torch.Tensor, "batch total"] | None = None
-    mask: Bool[torch.Tensor, "batch total"] | None = None
-    prompt: int | None = None
-    moved: Int[torch.Tensor, " batch"] | None = None
-    whole: bool = True
-    growing: bool = False
-    by_column: bool = False
-
-    def serves(self, batch: int, seen: int) -> bool:
-        """Whether a pass over ``batch`` rows can go on behind the first ``seen`` columns of this text."""
-        return self.ids is not None and self.whole and batch % self.ids.shape[0] == 0 and self.ids.shape[1] >= seen
-
-    def mask_over(self, total: int, batch: int) -> Bool[torch.Tensor, "batch total"] | None:
-        """The mask of ``total`` columns, those behind the known ones being text; None when it is unknown."""
-        if self.mask is None or batch % self.mask.shape[0] or not self.whole:
-            return None
-        known = self.mask[:, :total].repeat_interleave(batch // self.mask.shape[0], dim=0)
-        return torch.nn.functional.pad(known, (0, total - known.shape[1]), value=True)
-
-    def begins(self, ids: Int[torch.Tensor, "batch pos"]) -> bool:
-        """Whether ``ids`` are this text from its beginning: all of it, perhaps with more behind, or its first part."""
-        if self.ids is None or not self.serves(ids.shape[0], 0):
-            return False
-        width = min(ids.shape[1], self.ids.shape[1])
-        known = self.ids[:, :width].repeat_interleave(ids.shape[0] // self.ids.shape[0], dim=0)
-        return torch.equal(known.to(ids.device), ids[:, :width])
-
-    def ends(self, ids: Int[torch.Tensor, "batch pos"], seen: int) -> bool:
-        """Whether ``ids`` are all that follows behind the first ``seen`` columns of this text."""
-        if self.ids is None or self.ids.shape[1] != seen + ids.shape[1] or not self.serves(ids.shape[0], seen):
-            return False
-        known = self.ids[:, seen:].repeat_interleave(ids.shape[0] // self.ids.shape[0], dim=0)
-        return torch.equal(known.to(ids.device), ids)
 
 
 @dataclass
@@ -74,24 +25,51 @@ class Generation:
     """One generation, which may be paused: what it has read, and whether its prompt has entered the model.
 
     Without ids it begins from embeddings.
+
+    Attributes:
+        by_hugging_face: whether Hugging Face's ``generate`` makes its passes, and not TransformerLens's.
     """
 
     read: TextRead = field(default_factory=TextRead)
     entered: bool = False
+    by_hugging_face: bool = False
+
+    def __post_init__(self) -> None:
+        self.prompt = self.read.ids
 
     @property
     def from_embeddings(self) -> bool:
         """Whether its prompt has no token ids."""
-        return self.read.ids is None
+        return self.prompt is None
+
+    def makes(self, ids: Int[torch.Tensor, "batch pos"]) -> bool:
+        """Whether ``ids`` are what a pass of this generation without a cache reads: the prompt, with what followed."""
+        if self.prompt is None or ids.shape[0] % self.prompt.shape[0]:
+            return False
+        width = min(ids.shape[1], self.prompt.shape[1])
+        if width < self.prompt.shape[1] and (self.entered or not self.by_hugging_face):  # else a part of it comes first
+            return False
+        prompt = self.prompt[:, :width].repeat_interleave(ids.shape[0] // self.prompt.shape[0], dim=0)
+        return torch.equal(prompt.to(ids.device), ids[:, :width])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Expected:
-    """What is known of a pass before its ids enter the model: their mask, the cache it reads, positions seen."""
+    """What is known of a pass before its ids enter the model.
+
+    Attributes:
+        mask: over the whole text, None when unknown.
+        cache: the key-value cache that it reads.
+        seen: how many positions that holds.
+        own: whether the pass is one of the generation that is running.
+        came: whether the ids have entered.
+    """
 
     mask: Bool[torch.Tensor, "batch total"] | None
     cache: Any
     seen: int
+    own: bool
+    came: bool = False
 
 
 _ON_CACHE = "_gemma_scope_text"  # a key-value cache carries what it holds, so that copies of it do too
@@ -101,8 +79,8 @@ class TokenTracker:
     """Remembers the token ids that last entered the model, also through cached generation; for each thread its own.
 
     A pass without a key-value cache begins a text. A pass with one goes on with the text that the cache holds, whatever
-    the model has read in between. While a generation is :meth:`running`, its passes are told from others by its cache
-    or by its text, and its prompt's end stays where it was.
+    the model has read in between. While a generation is :meth:`running`, its passes are told from those that hooks and
+    logits processors make, by who makes them, by its cache and by its text; its prompt's end stays where it was.
     """
 
     def __init__(self) -> None:
@@ -127,9 +105,15 @@ class TokenTracker:
         return self._generation is not None
 
     @property
+    def _depth(self) -> int:
+        """How many passes are under way, one inside the other."""
+        return getattr(self._here, "depth", 0)
+
+    @property
     def expected(self) -> Expected | None:
-        """What :meth:`expecting` announced for the pass at hand; None for a pass that nobody announced."""
-        return getattr(self._here, "expected", None)
+        """What :meth:`expecting` announced for the ids that come next; None once they came, or if nobody did."""
+        found: Expected | None = getattr(self._here, "expected", None)
+        return None if found is None or found.came else found
 
     # -- what enters the model ----------------------------------------------------------------------------------------
 
@@ -150,18 +134,21 @@ class TokenTracker:
             seen: how many positions are in the model already.
             by_column: see :class:`TextRead`.
         """
-        generation = self._generation
-        if ids is None or (generation is not None and generation.from_embeddings and not self.expected):
+        generation, expected = self._generation, self.expected
+        if expected is not None:
+            expected.came = True
+        if ids is None or (generation is not None and generation.from_embeddings and expected is None):
             self._set(TextRead())
             return
         ids = ids[None] if ids.ndim == 1 else ids
-        before = self.history(ids, cache, seen)
+        own = self._owns(ids, by_hugging_face=True) if expected is None else expected.own
+        before = self.history(ids, cache, seen, own)
         prompt = before.prompt if before.growing or (seen and ids.shape[1] == 1) else None
         if seen and before.ids is not None:
             rows = ids.shape[0] // before.ids.shape[0]
             ids = torch.cat([before.ids[:, :seen].repeat_interleave(rows, dim=0).to(ids.device), ids], dim=1)
         prompt = ids.shape[1] if prompt is None else prompt
-        whole_mask = _joined(ids, mask, before, known_first=before.growing and generation is not None)
+        whole_mask = joined_mask(ids, mask, before, known_first=before.growing and generation is not None)
         by_column = before.by_column if seen else by_column
         read = TextRead(ids, whole_mask, prompt, before.moved, before.whole, before.growing, by_column)
         self._set(read)
@@ -176,15 +163,20 @@ class TokenTracker:
 
         Inside :meth:`expecting` they belong to that pass; else, in a generation, they go on with it.
         """
-        if (expected := self.expected) is not None:
+        generation, expected = self._generation, self.expected
+        if expected is not None:
             self.observe(ids, expected.mask, expected.cache, expected.seen)
+        elif self._depth:  # a hook embeds other ids while a pass goes on
             return
-        generation = self._generation
-        known = None if generation is None else generation.read.ids
-        if generation is not None and generation.entered and known is not None:
-            self.observe(ids, seen=known.shape[1])
-        else:
+        elif generation is None:
             self.observe(ids, text_mask(ids, tokenizer))
+        else:
+            known = generation.read.ids if generation.entered else None
+            self._here.expected = Expected(None, None, 0, own=known is not None or self._owns(ids, False))
+            try:
+                self.observe(ids, seen=0 if known is None else known.shape[1])
+            finally:
+                self._here.expected = None
 
     def expected_mask(self, ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
         """The mask that :meth:`expecting` announced for ``ids``; without it, what their padding says."""
@@ -192,27 +184,63 @@ class TokenTracker:
         return text_mask(ids, tokenizer) if mask is None else mask
 
     @contextmanager
-    def expecting(self, mask: torch.Tensor | None, cache: Any, seen: int) -> Generator[None]:
-        """Announce the mask, the key-value cache and the positions already seen of the pass made inside.
-
-        A pass within another one, from a hook, leaves what that one has read as it was.
-        """
-        outer, read = self.expected, self.read
-        self._here.expected = Expected(mask, cache, seen)
+    def expecting(self, mask: torch.Tensor | None, cache: Any, seen: int, own: bool = False) -> Generator[None]:
+        """Announce the mask, the key-value cache and the positions already seen of the pass made inside, and whether it
+        is one of the generation that is running."""
+        outer, depth = getattr(self._here, "expected", None), self._depth
+        self._here.expected = Expected(mask, cache, seen, own)
+        self.enter()
         try:
             yield
         finally:
             self._here.expected = outer
-            if outer is not None or self.generating:
+            self.leave(depth)
+
+    @contextmanager
+    def under_way(self) -> Generator[None]:
+        """A pass that nothing has to be announced for."""
+        depth = self._depth
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave(depth)
+
+    def enter(self) -> None:
+        """A pass begins; :meth:`leave` must follow. A pass within another one, from a hook, leaves what that one has
+        read as it was."""
+        stack: list[TextRead] = self._here.__dict__.setdefault("stack", [])
+        stack.append(self.read)
+        self._here.depth = self._depth + 1
+
+    def leave(self, depth: int | None = None) -> None:
+        """The pass that began last ends, or all beyond a depth: one that was interrupted could not say so."""
+        stack: list[TextRead] = self._here.__dict__.setdefault("stack", [])
+        left = self._depth - (self._depth - 1 if depth is None else depth)
+        for _ in range(min(left, len(stack))):
+            read = stack.pop()
+            self._here.depth = self._depth - 1
+            if self._depth or self.generating:
                 self._set(read)
 
-    def history(self, ids: Int[torch.Tensor, "batch pos"], cache: Any, seen: int) -> TextRead:
+    def _owns(self, ids: Int[torch.Tensor, "batch pos"], by_hugging_face: bool) -> bool:
+        """Whether a pass that begins now, without a cache, is one of the generation that is running."""
+        generation = self._generation
+        depth = self._depth - by_hugging_face  # such a pass has begun already
+        return (
+            generation is not None
+            and generation.by_hugging_face == by_hugging_face
+            and depth <= 0
+            and (generation.makes(ids))
+        )
+
+    def history(self, ids: Int[torch.Tensor, "batch pos"], cache: Any, seen: int, own: bool) -> TextRead:
         """The text that a pass over ``ids`` goes on with; an empty one for a text that begins, not whole where the text
         before is unknown."""
         generation, batch = self._generation, ids.shape[0]
         of_generation = TextRead() if generation is None else generation.read
         if not seen:
-            return of_generation if of_generation.begins(ids) else TextRead()
+            return of_generation if own else TextRead()
         if cache is None:
             return of_generation
         if generation is not None and not generation.entered and of_generation.ends(ids, seen):
@@ -233,23 +261,25 @@ class TokenTracker:
     @contextmanager
     def running(self, generation: Generation) -> Generator[None]:
         """Go on with a generation. Afterwards this thread has read, and generates, what it did before."""
-        outer, expected, before = self._generation, self.expected, self.read
-        self._here.generation, self._here.expected = generation, None
+        outer, expected = self._generation, getattr(self._here, "expected", None)
+        before, depth = self.read, self._depth
+        self._here.generation, self._here.expected, self._here.depth = generation, None, 0
         self._set(generation.read)
         try:
             yield
         finally:
-            self._here.generation, self._here.expected = outer, expected
+            self._here.generation, self._here.expected, self._here.depth = outer, expected, depth
             self._set(before)
 
     def goes_on(self, ids: Int[torch.Tensor, "batch pos"]) -> bool:
-        """Whether a pass over ``ids`` without a cache belongs to the generation that is running."""
-        return self.generating and self.history(ids, None, 0).growing
+        """Whether a pass over ``ids`` without a cache, which is about to begin, is TransformerLens's next step of the
+        generation that is running."""
+        return self._owns(ids, by_hugging_face=False)
 
     def growing_mask(self, total: int) -> Bool[torch.Tensor, "batch total"] | None:
         """The mask of the generation that is running, if that has read ``total`` columns; else None."""
         generation = self._generation
-        mask = None if generation is None else generation.read.mask
+        mask = None if generation is None or self._depth else generation.read.mask
         return mask if mask is not None and mask.shape[1] == total else None
 
     def holds_padding(self, cache: Any) -> bool:
@@ -324,20 +354,6 @@ class TokenTracker:
                 "Pass exclude_special_tokens=False to splice at every position."
             )
         return ids[:, -pos:].expand(batch, pos).to(like.device)
-
-
-def _joined(ids: torch.Tensor, mask: torch.Tensor | None, before: TextRead, known_first: bool) -> torch.Tensor:
-    """The mask over all of ``ids`` from the one given and that of the text before."""
-    batch, total = ids.shape
-    known = before.mask_over(total, batch)
-    if known_first and known is not None:
-        return known.to(ids.device)
-    if mask is not None and mask.shape[0] == batch and mask.shape[1] >= total:
-        return mask[:, -total:].bool().to(ids.device)
-    whole = torch.ones_like(ids, dtype=torch.bool) if known is None else known.to(ids.device)
-    if mask is not None and mask.shape[0] == batch:  # of the new columns alone
-        whole[:, -mask.shape[1] :] = mask.bool().to(ids.device)
-    return whole
 
 
 def _keys(cache: Any) -> Any:

@@ -24,6 +24,7 @@ ORDER = [
     "weights",
     "sae",
     "tokens",
+    "text_read",
     "tracker",
     "positions",
     "inputs",

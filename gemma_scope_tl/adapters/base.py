@@ -24,8 +24,9 @@ from gemma_scope_tl.splicing.names import (
     other_names,
     positional_hooks,
 )
+from gemma_scope_tl.text_read import TextRead
 from gemma_scope_tl.tokens import attendable, continued_mask, text_mask
-from gemma_scope_tl.tracker import TextRead, TokenTracker
+from gemma_scope_tl.tracker import TokenTracker
 
 HookName = str | Callable[[str], bool]
 Hooks = Iterable[tuple[HookName, Callable[..., Any]]]
@@ -220,8 +221,9 @@ class GemmaModel(Generates, SpliceMixin):
         if cache is not None and isinstance(input, torch.Tensor) and covered > input.shape[-1]:
             seen = max(seen, covered - input.shape[-1])  # the caller knows what a cache holds that nothing has read yet
         ids = input[None] if isinstance(input, torch.Tensor) and input.ndim == 1 else input
-        if seen or (isinstance(ids, torch.Tensor) and ids.ndim == 2 and self.token_tracker.goes_on(ids)):
-            return self._forward_on(ids, call, cache, seen)
+        own = not seen and isinstance(ids, torch.Tensor) and ids.ndim == 2 and self.token_tracker.goes_on(ids)
+        if seen or own:
+            return self._forward_on(ids, call, cache, seen, own)
         return self._forward_text(input, call, cache)
 
     def _forward_text(self, input: Any, call: dict[str, Any], cache: Any) -> Any:
@@ -246,10 +248,10 @@ class GemmaModel(Generates, SpliceMixin):
         loss = self.loss_fn(logits, batch.ids, attention_mask=batch.mask, per_token=per_token)
         return loss if wanted == "loss" else self._both(logits, loss)
 
-    def _forward_on(self, input: Any, call: dict[str, Any], cache: Any, seen: int) -> Any:
-        """A pass that goes on with a text: behind a key-value cache, or inside a generation."""
+    def _forward_on(self, input: Any, call: dict[str, Any], cache: Any, seen: int, own: bool) -> Any:
+        """A pass that goes on with a text: behind a key-value cache, or as a generation's ``own``."""
         ids = input if isinstance(input, torch.Tensor) else as_batch(self, input, prepend_bos=False).ids
-        before, given = self.token_tracker.history(ids, cache, seen), call.get("attention_mask")
+        before, given = self.token_tracker.history(ids, cache, seen, own), call.get("attention_mask")
         pattern = given is not None and given.ndim > 2  # of every query: the caller's affair
         mask = self._mask_behind(before, ids, seen, None if pattern else given)
         if mask is None and given is None and self.token_tracker.holds_padding(cache):
@@ -259,7 +261,7 @@ class GemmaModel(Generates, SpliceMixin):
             )
         if mask is not None and not pattern:
             self._attend(call, attendable(mask), ids.shape[1], before.by_column)
-        with self.token_tracker.expecting(mask, cache, seen):
+        with self.token_tracker.expecting(mask, cache, seen, own):
             return super().forward(ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _mask_behind(
@@ -289,7 +291,8 @@ class GemmaModel(Generates, SpliceMixin):
         mask = self.token_tracker.growing_mask(total)
         if mask is not None:  # HookedTransformer generates like this, from ids
             call["attention_mask"] = attendable(mask).long()
-            return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
+            with self.token_tracker.under_way():
+                return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
         if not call.get("start_at_layer") and any(one.site.name == "embedding" for one in self._attached.values()):
             raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
         with self.token_tracker.expecting(None, None, 0):

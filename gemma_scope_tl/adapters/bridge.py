@@ -63,10 +63,11 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         hf_model: Any = self.original_model
         decoder = hf_model.model
         decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
-        decoder.register_forward_hook(self._after_decoder, with_kwargs=True)
+        decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True)
         hf_model.generate = TrackedGenerate(hf_model, self)
 
     def _before_decoder(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.token_tracker.enter()  # the hook behind it leaves, also when the pass fails
         ids = args[0] if args else kwargs.get("input_ids")
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         seen = 0 if cache is None else int(cache.get_seq_length())
@@ -85,6 +86,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
     def _after_decoder(self, _module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
         cache = getattr(output, "cache", getattr(output, "past_key_values", None))
         self.token_tracker.remember(kwargs.get("cache", kwargs.get("past_key_values")) if cache is None else cache)
+        self.token_tracker.leave()
 
     def _named_cache(self, call: dict[str, Any]) -> dict[str, Any]:
         cache = call.pop("past_key_values", None)
@@ -130,7 +132,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
             options["inputs_embeds"] = prompts.ids
         else:
             options |= {"input_ids": prompts.ids, "attention_mask": attendable(prompts.mask).long()}
-        with self.token_tracker.running(prompts.generation()), torch.no_grad():
+        with self.token_tracker.running(prompts.generation(by_hugging_face=True)), torch.no_grad():
             output = hf_model.generate(**options)
         if not as_text:
             return output

@@ -131,7 +131,7 @@ class TrackedGenerate:
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
             if inputs is None and ids is not None:
                 kwargs["input_ids"] = ids
-            with self.model.token_tracker.running(Generation()):
+            with self.model.token_tracker.running(Generation(by_hugging_face=True)):
                 return plain(self.hf_model, inputs, *args, **kwargs)
         if self.model.token_tracker.is_running(ids):  # hf_generate has prepared it
             return plain(self.hf_model, ids, *args, **kwargs)
@@ -144,5 +144,5 @@ class TrackedGenerate:
         elif given is not None or not (bool(mask.all()) or cached):
             assert prompts.mask is not None
             kwargs["attention_mask"] = attendable(prompts.mask).long()
-        with self.model.token_tracker.running(prompts.generation()):
+        with self.model.token_tracker.running(prompts.generation(by_hugging_face=True)):
             return plain(self.hf_model, prompts.ids, *args, **kwargs)

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Int
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.inputs import TokenBatch, as_batch
+from gemma_scope_tl.inputs import TokenBatch, as_batch, as_indices
 from gemma_scope_tl.positions import move_rows
-from gemma_scope_tl.tracker import Generation, TextRead
+from gemma_scope_tl.text_read import TextRead
+from gemma_scope_tl.tracker import Generation
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,12 @@ class Prompts:
     moved: Int[torch.Tensor, " batch"] | None = None
     as_text: bool = False
 
-    def generation(self) -> Generation:
+    def generation(self, by_hugging_face: bool = False) -> Generation:
         """A generation that knows its prompts before they enter the model."""
         if self.mask is None:
-            return Generation()
-        return Generation(TextRead(self.ids, self.mask, self.ids.shape[1], self.moved, growing=True))
+            return Generation(by_hugging_face=by_hugging_face)
+        read = TextRead(self.ids, self.mask, self.ids.shape[1], self.moved, growing=True)
+        return Generation(read, by_hugging_face=by_hugging_face)
 
 
 def prompts_of(model: Any, given: Any, call: dict[str, Any]) -> Prompts:
@@ -93,6 +95,8 @@ def stop_ids(model: Any, call: dict[str, Any]) -> list[int] | int | None:
         GemmaScopeError: when nothing says where to stop.
     """
     given = call.get("eos_token_id")
+    if isinstance(given, (torch.Tensor, set, frozenset, tuple)):
+        given = sorted(as_indices(given))
     if given is not None or not call.get("stop_at_eos", True):
         return given
     eos = getattr(model.tokenizer, "eos_token_id", None)

@@ -318,3 +318,78 @@ def test_layers_and_ids_that_do_not_exist_raise(model: Any) -> None:
     for call in (model, model.run_with_cache, model.generate):
         with pytest.raises(GemmaScopeError, match="integers"):
             call(torch.tensor([[2.0, 5.0]]))
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("when", [0, 1, 2])
+def test_a_pass_inside_a_pass_is_never_the_generation_s_own(model: Any, when: int, cache: bool) -> None:
+    """Not even over the same text: with a mask of its own, more rows, another column, or by Hugging Face's model."""
+    sae = random_sae(model.dims, "res", 1)
+    ids = random_tokens(model, 2, 9)
+    ids[1, :3], ids[1, 3] = 0, 2
+    mask = torch.ones_like(ids[:1])
+    mask[0, :3] = 0
+    texts: list[tuple[torch.Tensor, dict[str, Any]]] = [
+        (ids[:1], {"attention_mask": mask}),
+        (ids, {"attention_mask": torch.ones_like(ids)}),
+        (ids[:, :5], {}),
+        (ids.repeat(2, 1), {}),
+        (torch.cat([ids, ids[:, -1:]], dim=1), {}),
+    ]
+    runs = [lambda text, options: model(text, **options)]
+    if model.backend == "bridge":
+        runs.append(lambda text, options: model.original_model(text, **options).logits)
+    options = {**GREEDY, "stop_at_eos": False, "use_past_kv_cache": cache}
+    with torch.no_grad(), gs.splice(model, sae, positions=[1, -1], exclude_special_tokens=False):
+        wanted = model.generate(ids, **options)
+        for run in runs:
+            for text, how in texts:
+                alone, seen = run(text, how), []
+
+                def hook(
+                    value: torch.Tensor, hook: Any, run: Any = run, text: Any = text, how: Any = how, s: Any = seen
+                ):
+                    s.append(None)
+                    if len(s) == when + 1:
+                        s.append(run(text, how))
+                        s += [None] * 9
+
+                with model.hooks([("blocks.0.hook_resid_post", hook)]):
+                    assert torch.equal(model.generate(ids, **options), wanted)
+                (got,) = (one for one in seen if one is not None)
+                torch.testing.assert_close(got, alone, rtol=0, atol=1e-4)
+
+
+def test_beams_without_a_cache_keep_the_prompt_s_end() -> None:
+    """Their rows change places at every step."""
+    model = hooked(random_gemma("narrow-heads"), "bridge")
+    ids = random_tokens(model, 2, 9)
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3, "pad_token_id": 0}
+    with gs.splice(model, random_sae(model.dims, "res", 0), positions=[2, -1]):
+        for run in (model.original_model.generate, model.hf_generate):
+            cached, uncached = (run(ids, use_cache=cache, **options).tolist() for cache in (True, False))
+            assert cached == uncached
+
+
+def test_a_pass_that_is_interrupted_leaves_the_tracker_as_it_was(model: Any) -> None:
+    """Ctrl-C in the middle of a generation; the next one is right."""
+    ids = random_tokens(model, 1, 7)
+    with gs.splice(model, random_sae(model.dims, "res", 0), positions=[-1]):
+        wanted = model.generate(ids, **GREEDY)
+
+        def interrupt(value: torch.Tensor, hook: Any) -> None:
+            raise KeyboardInterrupt
+
+        for run in (model, lambda text: model.generate(text, **GREEDY)):
+            with pytest.raises(KeyboardInterrupt), model.hooks([("blocks.1.hook_resid_post", interrupt)]):
+                run(ids)
+            assert torch.equal(model.generate(ids, **GREEDY), wanted)
+
+
+@pytest.mark.parametrize("given", [torch.tensor([95, 5]), {95, 5}, (95, 5)], ids=["tensor", "set", "tuple"])
+def test_stops_in_any_holder(model: Any, given: Any) -> None:
+    ids = random_tokens(model, 1, 5)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(
+        model.generate(ids, eos_token_id=given, **options), model.generate(ids, eos_token_id=[5, 95], **options)
+    )
