@@ -159,6 +159,8 @@ class GemmaModel(Generates, SpliceMixin):
                 "run_with_cache() takes return_cache_object (a bool) behind the input on the bridge: give saes=, "
                 "names_filter= and return_type= by name."
             )
+        if not model_args and "input_ids" in kwargs:
+            model_args = (kwargs.pop("input_ids"),)
         if self.tokenizer is None and model_args and isinstance(model_args[0], str):
             text_ids(None, model_args[:1])  # raises, where the bridge would assert
         resolved = self._resolve_filter(names_filter)
@@ -206,7 +208,9 @@ class GemmaModel(Generates, SpliceMixin):
             input = call.pop("input_ids", None)
             input = call.pop("inputs_embeds", None) if input is None else input
         if call.get("return_type", "logits") not in self.return_types:
-            raise unknown_name("return_type", call["return_type"], map(str, self.return_types))
+            given, hint = call["return_type"], "It follows the input; SAEs and hooks are given by name (saes=)."
+            shown = given if isinstance(given, str) else f"a {type(given).__name__}"
+            raise unknown_name("return_type", shown, map(str, self.return_types), "" if given is shown else hint)
         for name in ("start_at_layer", "stop_at_layer"):
             layer = call.get(name)
             if layer is not None and not -self.dims.n_layers <= layer <= self.dims.n_layers:

@@ -123,7 +123,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
             UnknownKeywordError: for a keyword that neither takes.
             GemmaScopeError: as :meth:`generate`.
         """
-        call = named(self, "hf_generate", args, kwargs)
+        call = self._named_cache(named(self, "hf_generate", args, kwargs))
         prompts = prompts_of(self, input, call)
         wanted = call.pop("return_type", "input")
         as_text = wanted == "str" or (wanted in ("input", None) and prompts.as_text)

@@ -79,7 +79,7 @@ def accepted(model_class: type, hf_class: type | None, method: str) -> frozenset
         if method == "generate" and hf_class is None:
             valid |= {"output_logits", "return_dict_in_generate"}
     elif method == "hf_generate" and hf_class is not None:
-        valid |= _hf_generate(hf_class) | _hf_forward(hf_class)
+        valid |= _hf_generate(hf_class) | _hf_forward(hf_class) | {"past_key_values"}
     return frozenset(valid - _OTHER_MODELS)
 
 

@@ -119,7 +119,8 @@ class Steer(Intervention):
 class SteerRows(Steer):
     """Adds ``v = sum_i a_i W_dec[i]``, of the decoder rows as they are when a pass runs; gradients reach them.
 
-    Without gradients v is kept until the decoder is written to.
+    Without gradients v is kept until the decoder is written to, other than through ``.data``, which PyTorch does not
+    note.
 
     Args:
         source: an SAE or loaded latents; it stays where it is.

@@ -117,8 +117,9 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
     def as_loaded(self) -> bool:
         """Whether the weights are those that were loaded, moved or converted at most; True where nothing was loaded.
 
-        An optimiser's step and any other write to them makes it False, in copies too. What the registry says of the
-        SAE, its name, L0 and hash, is said of them no more.
+        An optimiser's step and other writes to them make it False, in copies too; a write to a few rows through
+        ``.data``, which PyTorch does not note, may be missed. What the registry says of the SAE, its name, L0 and hash,
+        is said of them no more.
         """
         if self._marks is None or isinstance(self._marks, bool):
             return self._marks is not False

@@ -113,6 +113,16 @@ def test_text_needs_a_tokenizer_everywhere() -> None:
                 call()
 
 
+def test_what_follows_the_input_by_mistake_is_said(model: Any) -> None:
+    """SAEs in the place of return_type; ids by the name that Hugging Face gives them are the input."""
+    tokens, sae = random_tokens(model), random_sae(model.dims, "res", 0)
+    with pytest.raises(UnknownNameError, match=r"a list.*saes="):
+        model.run_with_saes(tokens, [sae])
+    with torch.no_grad():
+        got = model.run_with_cache(input_ids=tokens, names_filter="hook_embed")[0]
+        assert torch.equal(got, model(input_ids=tokens))
+
+
 def test_values_that_mean_nothing_raise(model: Any) -> None:
     tokens = random_tokens(model)
     with pytest.raises(UnknownNameError, match="Nearest: loss"):

@@ -101,6 +101,9 @@ def test_features_and_norms(model: Any, saes: list[Any], by_itself: Any, name: s
 @pytest.mark.parametrize("name", NAMES)
 def test_attributions(model: Any, saes: list[Any], by_itself: Any, name: str) -> None:
     given, texts, rows = way(name)
+    if name == "messages":  # what explains the next token opens the answer, as the template does for generation
+        options = {"tokenize": False, "add_generation_prompt": True}
+        texts = [model.tokenizer.apply_chat_template(one, **options).removeprefix("<bos>") for one in conversations()]
     found = gs.attribute(model, **given, saes=saes, metric=logit_difference("a", "b"))
     wanted = [by_itself("attribute", text) for text in texts]
     by = ["sequence", "site", "kind", "position", "token", "latent"]
