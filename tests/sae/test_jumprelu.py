@@ -290,7 +290,12 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return a_row(site=site, layer=layer).model_copy(update={"repo": str(tmp_path)})
 
     monkeypatch.setattr("gemma_scope_tl.registry.catalog.resolve", lambda release, id: local(release))
-    monkeypatch.setattr("gemma_scope_tl.registry.catalog.find", lambda model, site, layer, width, l0: local(site))
+
+    def find(model: str, site: str, layer: Any, width: Any, l0: Any, release: str | None = None) -> Any:
+        assert release is None
+        return local(site)
+
+    monkeypatch.setattr("gemma_scope_tl.registry.catalog.find", find)
     write(tmp_path / "layer_3/width_64/average_l0_9")
     return tmp_path
 
