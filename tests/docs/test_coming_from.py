@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -67,7 +68,10 @@ def page(hf: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     pretrained_sae_loaders.NAMED_PRETRAINED_SAE_LOADERS.pop("gemma_scope_tl", None)
 
 
-def test_every_block_runs_and_its_numbers_are_those_of_the_plain_model(page: Any, hf: Any) -> None:
+def test_every_block_runs_and_its_numbers_are_those_of_the_plain_model(
+    page: Any, hf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the page saves what it trains
     variables: dict[str, Any] = {}
     foreign: dict[str, dict[str, Any]] = {}
     own = [block for block in blocks_of(PAGE) if block.language == "python"]
