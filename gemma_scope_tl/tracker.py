@@ -187,14 +187,13 @@ class TokenTracker:
     def expecting(self, mask: torch.Tensor | None, cache: Any, seen: int, own: bool = False) -> Generator[None]:
         """Announce the mask, the key-value cache and the positions already seen of the pass made inside, and whether it
         is one of the generation that is running."""
-        outer, depth = getattr(self._here, "expected", None), self._depth
+        outer = getattr(self._here, "expected", None)
         self._here.expected = Expected(mask, cache, seen, own)
-        self.enter()
         try:
-            yield
+            with self.under_way():
+                yield
         finally:
             self._here.expected = outer
-            self.leave(depth)
 
     @contextmanager
     def under_way(self) -> Generator[None]:
@@ -216,8 +215,8 @@ class TokenTracker:
     def leave(self, depth: int | None = None) -> None:
         """The pass that began last ends, or all beyond a depth: one that was interrupted could not say so."""
         stack: list[TextRead] = self._here.__dict__.setdefault("stack", [])
-        left = self._depth - (self._depth - 1 if depth is None else depth)
-        for _ in range(min(left, len(stack))):
+        down_to = self._depth - 1 if depth is None else depth
+        while stack and self._depth > down_to:
             read = stack.pop()
             self._here.depth = self._depth - 1
             if self._depth or self.generating:
@@ -226,13 +225,10 @@ class TokenTracker:
     def _owns(self, ids: Int[torch.Tensor, "batch pos"], by_hugging_face: bool) -> bool:
         """Whether a pass that begins now, without a cache, is one of the generation that is running."""
         generation = self._generation
-        depth = self._depth - by_hugging_face  # such a pass has begun already
-        return (
-            generation is not None
-            and generation.by_hugging_face == by_hugging_face
-            and depth <= 0
-            and (generation.makes(ids))
-        )
+        if generation is None or generation.by_hugging_face != by_hugging_face:
+            return False
+        nested = self._depth > by_hugging_face  # Hugging Face's pass itself has begun already
+        return not nested and generation.makes(ids)
 
     def history(self, ids: Int[torch.Tensor, "batch pos"], cache: Any, seen: int, own: bool) -> TextRead:
         """The text that a pass over ``ids`` goes on with; an empty one for a text that begins, not whole where the text
