@@ -5,13 +5,19 @@ Public names are imported when they are first used: ``import gemma_scope_tl`` lo
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gemma_scope_tl.moved import NAMES as _MOVED
+from gemma_scope_tl.moved import MovedModules
+
 __version__ = "0.1.0"
 
+sys.meta_path.append(MovedModules())
+
 _NAMES = {
-    "About": "release.about",
+    "About": "release.release_saes",
     "AdapterMismatch": "errors",
     "GemmaScopeError": "errors",
     "JumpReLUSAE": "sae.jumprelu",
@@ -23,49 +29,49 @@ _NAMES = {
     "evaluate": "evals.suite",
     "export_suite": "release.export",
     "feature_page": "viz.latent_page",
-    "features": "feature_table",
+    "features": "latents.table",
     "list_saes": "registry",
     "load_latents": "sae.partial",
-    "load_model": "adapters.loading",
+    "load_model": "model.loading",
     "load_sae": "sae.jumprelu",
     "load_suite": "sae.suite",
     "mean_norms": "interventions",
     "register_release": "registry",
-    "register_with_sae_lens": "sae.sae_lens_releases",
+    "register_with_sae_lens": "interop.releases",
     "save_sae": "sae.save",
     "scale": "interventions",
-    "splice": "splicing",
+    "splice": "model.splicing",
     "steer": "interventions",
-    "top_tokens": "logit_lens",
+    "top_tokens": "latents.logit_lens",
     "train_suite": "training.suite",
     "upload_suite": "release.upload",
 }
-_MODULES = ("adapters", "attributions", "errors", "evals", "registry", "sae", "sites", "training", "viz", "weights")
+_MODULES = ("attributions", "errors", "evals", "model", "registry", "sae", "sites", "training", "viz", "weights")
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 
 # pyright: reportUnusedImport=false, reportUnsupportedDunderAll=false
 if TYPE_CHECKING:
-    from gemma_scope_tl import adapters, attributions, errors, evals, registry, sae, sites, training, viz, weights
-    from gemma_scope_tl.adapters.loading import load_model
+    from gemma_scope_tl import attributions, errors, evals, model, registry, sae, sites, training, viz, weights
     from gemma_scope_tl.attributions.gradients import attribute
     from gemma_scope_tl.attributions.graph import circuit
     from gemma_scope_tl.errors import AdapterMismatch, GemmaScopeError
     from gemma_scope_tl.evals.suite import evaluate
-    from gemma_scope_tl.feature_table import features
+    from gemma_scope_tl.interop.releases import register_with_sae_lens
     from gemma_scope_tl.interventions import ablate, clamp, mean_norms, scale, steer
-    from gemma_scope_tl.logit_lens import top_tokens
+    from gemma_scope_tl.latents.logit_lens import top_tokens
+    from gemma_scope_tl.latents.table import features
+    from gemma_scope_tl.model.loading import load_model
+    from gemma_scope_tl.model.splicing import splice
     from gemma_scope_tl.registry import list_saes, register_release
-    from gemma_scope_tl.release.about import About
     from gemma_scope_tl.release.export import export_suite
+    from gemma_scope_tl.release.release_saes import About
     from gemma_scope_tl.release.upload import upload_suite
     from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, load_sae
     from gemma_scope_tl.sae.partial import load_latents
-    from gemma_scope_tl.sae.sae_lens_releases import register_with_sae_lens
     from gemma_scope_tl.sae.save import save_sae
     from gemma_scope_tl.sae.suite import load_suite
     from gemma_scope_tl.sae.transcoder import JumpReLUTranscoder
-    from gemma_scope_tl.splicing import splice
     from gemma_scope_tl.training.suite import train_suite
     from gemma_scope_tl.viz.latent_page import feature_page
 
@@ -73,7 +79,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
-    if name in _MODULES:
+    if name in _MODULES or name in _MOVED:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -250,9 +250,9 @@ def disk_advice(free: float, folder: str) -> Iterator[Advice]:
 def _self_check(backend: str) -> str:
     from transformers import Gemma2ForCausalLM
 
-    from gemma_scope_tl.adapters.check import self_check
-    from gemma_scope_tl.adapters.loading import load_model
-    from gemma_scope_tl.adapters.plain import run_plain
+    from gemma_scope_tl.model.check import self_check
+    from gemma_scope_tl.model.loading import load_model
+    from gemma_scope_tl.model.plain import run_plain
     from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 
     hf_model: Any = Gemma2ForCausalLM.from_pretrained(BUNDLED_MODEL, attn_implementation="eager")

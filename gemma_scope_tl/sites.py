@@ -18,11 +18,11 @@ transcoder in: pre-MLP RMSNorm without its gain    ``blocks.L.ln2.hook_normalize
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from gemma_scope_tl.errors import SpliceError, unknown_name
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError, unknown_name
 
 if TYPE_CHECKING:
     import torch
@@ -192,6 +192,54 @@ def site_of_hook(hook_name: str, hook_name_out: str | None = None) -> tuple[Site
     known = [s.hook_name(layer or 0, b) for s in SITES.values() for b in BACKENDS]
     given = hook_name if hook_name_out in (None, hook_name) else f"{hook_name} -> {hook_name_out}"
     raise unknown_name("Gemma Scope hook", given, sorted(set(known)))
+
+
+class Place(NamedTuple):
+    """A tensor of the model: what the SAEs of one site and layer read.
+
+    >>> Place("res", 3).key, Place("embedding", None).key
+    ('res/layer_3', 'embedding')
+    """
+
+    site: str
+    layer: int | None
+
+    @property
+    def key(self) -> str:
+        """Its name in paths and logs."""
+        return self.site if self.layer is None else f"{self.site}/layer_{self.layer}"
+
+    @property
+    def target(self) -> Place:
+        """The place whose tensor the SAEs here reconstruct: another one only for transcoders, the MLP's output."""
+        return Place("mlp", self.layer) if get_site(self.site).is_transcoder else self
+
+    @classmethod
+    def parse(cls, key: str) -> Place:
+        """The place with this ``key``.
+
+        Raises:
+            UnknownNameError: no such site.
+            GemmaScopeError: the layer is missing, or not a number.
+
+        >>> Place.parse("att/layer_0")
+        Place(site='att', layer=0)
+        """
+        name, _, rest = key.partition("/layer_")
+        if name not in SITES:
+            raise unknown_name("site", name, SITES)
+        if not SITES[name].per_layer:
+            number = None if not rest else "?"
+        else:
+            number = int(rest) if rest.isascii() and rest.isdigit() and len(rest) < 10 else "?"
+        if number == "?":
+            raise GemmaScopeError(f"{key!r} is no place: write 'res/layer_3', or 'embedding'.")
+        return cls(name, number)
+
+
+def with_targets(places: Sequence[Place]) -> list[Place]:
+    """``places`` and the targets of the transcoders among them, each once."""
+    return list(dict.fromkeys([*places, *(place.target for place in places)]))
 
 
 def layer_of_hook(hook_name: str) -> int | None:

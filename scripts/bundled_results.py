@@ -24,14 +24,14 @@ import pandas as pd
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.evals.packing import pack_texts
 from gemma_scope_tl.evals.store import VERSION
 from gemma_scope_tl.evals.suite import evaluate
-from gemma_scope_tl.evals.texts import read_texts
 from gemma_scope_tl.files import replace_files
 from gemma_scope_tl.registry.listing import RESULTS, select_rows
 from gemma_scope_tl.sae.loading import load_row
 from gemma_scope_tl.sae.suite import SAESuite
+from gemma_scope_tl.text.documents import read_texts
+from gemma_scope_tl.text.rows import pack_texts
 
 SOFTWARE = ("torch", "transformers", "transformer-lens", "sae-lens", "numpy", "pandas")
 INTERVALS = {"confidence": 0.95, "resamples": 1000, "seed": 0}

@@ -19,29 +19,24 @@ ORDER = [
     "errors",
     "files",
     "dtypes",
+    "moved",
     "sites",
+    "families",
     "registry",
     "weights",
     "sae",
-    "tokens",
-    "text_read",
-    "tracker",
-    "positions",
-    "inputs",
-    "owners",
-    "attached",
-    "splicing",
+    "text",
+    "model",
     "interventions",
-    "adapters",
-    "feature_table",
-    "logit_lens",
+    "latents",
     "activations",
-    "training",
     "evals",
-    "studies",
+    "training",
     "attributions",
+    "studies",
     "contributing",
     "interp",
+    "interop",
     "release",
     "viz",
     "demo",
@@ -101,7 +96,7 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 
 def test_only_adapters_import_transformer_lens() -> None:
     for path in FILES:
-        if _room(path) in ("adapters",):
+        if _room(path) in ("model",):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []

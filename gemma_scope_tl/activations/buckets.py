@@ -8,16 +8,46 @@ the seed and the bucket's number.
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from gemma_scope_tl.activations.source import Place
-from gemma_scope_tl.activations.spare import SpareMemory
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.weights.modes import is_out_of_memory
+
+Block = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class SpareMemory:
+    """Makes uninitialised CPU tensors out of blocks that come back when the last tensor on them is gone."""
+
+    def __init__(self, keep: int = 2) -> None:
+        """
+        Args:
+            keep: blocks of each size that may wait unused.
+        """
+        self.keep = keep
+        self._blocks: dict[int, deque[Block]] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor like ``torch.empty``; views of it keep it from being used again, as any tensor."""
+        size = math.prod(shape) * dtype.itemsize
+        spare = self._blocks.setdefault(size, deque(maxlen=self.keep))
+        try:
+            block = spare.pop()
+        except IndexError:
+            block = np.empty(size, np.uint8)
+        lent = block.view()  # the tensor's storage holds this view, and nothing else does
+        weakref.finalize(lent, spare.append, block).atexit = False
+        return torch.from_numpy(lent).view(dtype).view(shape)
+
 
 _CHUNK = 512  # rows gathered at a time where they change their dtype: they stay in the cache
 

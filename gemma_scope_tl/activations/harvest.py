@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.sites import flatten_heads, get_site
-from gemma_scope_tl.splicing import SpliceMixin
+from gemma_scope_tl.model.splicing import SpliceMixin
+from gemma_scope_tl.sites import Place, flatten_heads, get_site
 
 if TYPE_CHECKING:
-    from gemma_scope_tl.adapters.base import GemmaModel
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 
 class _AllRead(Exception):

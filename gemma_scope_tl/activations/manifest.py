@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from gemma_scope_tl.activations.direct_file import BLOCK
 from gemma_scope_tl.activations.folder import Folder
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.dtypes import DTYPES
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sites import Place
 
 STORE_NAME = "store.json"
 UNFINISHED = "unfinished"

@@ -9,13 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from jaxtyping import Float
 
-from gemma_scope_tl.activations.bucketed import BucketedSource
 from gemma_scope_tl.activations.buckets import Bucket
 from gemma_scope_tl.activations.direct_file import CHUNK
 from gemma_scope_tl.activations.shards import tensor_bytes
-from gemma_scope_tl.activations.source import Place, with_targets
+from gemma_scope_tl.activations.source import BucketedSource
 from gemma_scope_tl.activations.stored import Span, open_store
 from gemma_scope_tl.dtypes import parse_dtype
+from gemma_scope_tl.sites import Place, with_targets
 
 READERS = 4
 """Places read at a time, each by one thread, for which the system reads ahead best; each takes twice ``CHUNK`` bytes

@@ -9,61 +9,18 @@ for batches from where it was, and no state of a shuffle is ever saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
+import numpy as np
 import torch
+from jaxtyping import Float
 
-from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.sites import SITES, get_site
-
-
-class Place(NamedTuple):
-    """A tensor of the model: what the SAEs of one site and layer read.
-
-    >>> Place("res", 3).key, Place("embedding", None).key
-    ('res/layer_3', 'embedding')
-    """
-
-    site: str
-    layer: int | None
-
-    @property
-    def key(self) -> str:
-        """Its name in paths and logs."""
-        return self.site if self.layer is None else f"{self.site}/layer_{self.layer}"
-
-    @property
-    def target(self) -> Place:
-        """The place whose tensor the SAEs here reconstruct: another one only for transcoders, the MLP's output."""
-        return Place("mlp", self.layer) if get_site(self.site).is_transcoder else self
-
-    @classmethod
-    def parse(cls, key: str) -> Place:
-        """The place with this ``key``.
-
-        Raises:
-            UnknownNameError: no such site.
-            GemmaScopeError: the layer is missing, or not a number.
-
-        >>> Place.parse("att/layer_0")
-        Place(site='att', layer=0)
-        """
-        name, _, rest = key.partition("/layer_")
-        if name not in SITES:
-            raise unknown_name("site", name, SITES)
-        if not SITES[name].per_layer:
-            number = None if not rest else "?"
-        else:
-            number = int(rest) if rest.isascii() and rest.isdigit() and len(rest) < 10 else "?"
-        if number == "?":
-            raise GemmaScopeError(f"{key!r} is no place: write 'res/layer_3', or 'embedding'.")
-        return cls(name, number)
-
-
-def with_targets(places: Sequence[Place]) -> list[Place]:
-    """``places`` and the targets of the transcoders among them, each once."""
-    return list(dict.fromkeys([*places, *(place.target for place in places)]))
+from gemma_scope_tl.activations.buckets import Bucket
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sites import Place
 
 
 class Source(Protocol):
@@ -95,3 +52,158 @@ class Source(Protocol):
         order. The tensors are the caller's to change.
         """
         ...
+
+
+_BLOCK = 4096
+
+
+class MeanSquares:
+    """``E ||x||^2`` of rows that arrive in pieces. However they are cut, the result is the same to the bit.
+
+    A row's square is summed in float64 by itself; rows are summed in blocks counted from the first, without rounding
+    between (``math.fsum``).
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """``dtype`` is what the rows are stored in: they are rounded to it first, so that the mean is of what is
+        served, and a stream and a store agree."""
+        self.dtype = dtype
+        self.rows = 0
+        self._open: dict[Place, list[float]] = {}
+        self._blocks: dict[Place, list[float]] = {}
+
+    def add(self, values: Mapping[Place, Float[torch.Tensor, "n d"]]) -> None:
+        """Count the next rows of all places.
+
+        Raises:
+            GemmaScopeError: an infinite value or NaN.
+        """
+        for place, value in values.items():
+            x = value.to(self.dtype).to(device="cpu", dtype=torch.float64).numpy()
+            squares = np.einsum("nd,nd->n", x, x)
+            if not np.isfinite(squares).all():
+                raise GemmaScopeError(f"{place.key}: activations in {self.dtype} are not finite.")
+            waiting = self._open.setdefault(place, [])
+            waiting += squares.tolist()
+            blocks = self._blocks.setdefault(place, [])
+            while len(waiting) >= _BLOCK:
+                blocks.append(math.fsum(waiting[:_BLOCK]))
+                del waiting[:_BLOCK]
+        self.rows += len(next(iter(values.values())))
+
+    def means(self) -> dict[Place, float]:
+        """The mean of every place.
+
+        Raises:
+            GemmaScopeError: no rows were added.
+        """
+        if not self.rows:
+            raise GemmaScopeError("The mean of no rows: ask for one at least.")
+        return {
+            place: math.fsum([*self._blocks[place], math.fsum(waiting)]) / self.rows
+            for place, waiting in self._open.items()
+        }
+
+
+class BucketedSource(ABC):
+    """A :class:`~gemma_scope_tl.activations.source.Source` of rows that a child can read from any row on.
+
+    Attributes:
+        widths: ``d`` of every place on offer.
+        rows: how many rows there are before they repeat.
+        bucket_rows: rows that are shuffled together; more than ``rows`` works, they then repeat within a bucket.
+        seed: of the shuffles.
+        dtype: in which the bucket stores them; batches are float32.
+        device: where the bucket is, and the batches.
+    """
+
+    def __init__(
+        self,
+        widths: Mapping[Place, int],
+        rows: int,
+        *,
+        bucket_rows: int,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        pinned: bool = False,
+    ) -> None:
+        """
+        Raises:
+            GemmaScopeError: there are no rows, or no room for any in a bucket; a negative seed.
+        """
+        if rows < 1 or bucket_rows < 1 or seed < 0:
+            raise GemmaScopeError(
+                f"{rows} rows of activations, {bucket_rows} to a bucket, seed {seed}: there must be one row at least "
+                "in each, and seeds are not negative."
+            )
+        self.widths: Mapping[Place, int] = widths
+        self.rows, self.bucket_rows, self.seed = rows, bucket_rows, seed
+        self.dtype, self.device, self._pinned = dtype, torch.device(device), pinned
+        self._bucket: Bucket | None = None
+        self._serving: object = None
+
+    @abstractmethod
+    def pieces(self, start: int, count: int) -> Iterator[dict[Place, Float[torch.Tensor, "n d"]]]:
+        """Rows ``start`` to ``start + count`` of the data, which has them all, in pieces of any size."""
+
+    def fill(self, bucket: Bucket, at: int, start: int, count: int) -> None:
+        """Write rows ``start`` to ``start + count`` of the data at row ``at`` of the bucket. A child that can read into
+        the buffer directly does."""
+        for values in self.pieces(start, count):
+            bucket.fill(at, values)
+            at += len(next(iter(values.values())))
+
+    def mean_squares(self, rows: int) -> dict[Place, float]:
+        """``E ||x||^2`` of each place over the first ``rows`` rows (all, where there are fewer), as they are stored.
+
+        Raises:
+            GemmaScopeError: ``rows`` below 1; activations that are not finite.
+        """
+        squares = MeanSquares(self.dtype)
+        for values in self.pieces(0, min(rows, self.rows)):
+            squares.add(values)
+        return squares.means()
+
+    def batches(self, batch_size: int, start: int = 0) -> Iterator[Mapping[Place, Float[torch.Tensor, "batch_size d"]]]:
+        """Raw activations in float32, row by row from the same tokens, from batch ``start`` on, without end.
+
+        A source has one bucket, so it serves one iteration at a time: an older one raises when it is asked for more.
+
+        Raises:
+            GemmaScopeError: ``batch_size`` does not divide ``bucket_rows``, or ``start`` is negative.
+        """
+        if batch_size < 1 or self.bucket_rows % batch_size or start < 0:
+            raise GemmaScopeError(
+                f"Batches of {batch_size} from batch {start}: the size must divide bucket_rows, {self.bucket_rows}, "
+                "and the start cannot be negative."
+            )
+        self._serving = own = object()
+        return self._batches(batch_size, start, own)
+
+    def _batches(self, batch_size: int, start: int, own: object) -> Iterator[dict[Place, torch.Tensor]]:
+        number, first = divmod(start, self.bucket_rows // batch_size)
+        while True:
+            self._still(own)
+            bucket = self._filled(number)
+            for index in range(first, self.bucket_rows // batch_size):
+                self._still(own)
+                yield bucket.take(index, batch_size)
+            number, first = number + 1, 0
+
+    def _still(self, own: object) -> None:
+        if self._serving is not own:
+            raise GemmaScopeError("Another iteration over this source has begun; its bucket serves one at a time.")
+
+    def _filled(self, number: int) -> Bucket:
+        """Bucket ``number``, in the memory of the one before."""
+        if self._bucket is None:
+            self._bucket = Bucket(self.bucket_rows, self.widths, self.dtype, self.device, self._pinned)
+        at = 0
+        while at < self.bucket_rows:
+            start = (number * self.bucket_rows + at) % self.rows
+            count = min(self.bucket_rows - at, self.rows - start)
+            self.fill(self._bucket, at, start, count)
+            at += count
+        self._bucket.shuffle(self.seed, number)
+        return self._bucket

@@ -24,16 +24,15 @@ from gemma_scope_tl.activations.manifest import (
     read_record,
     to_json,
 )
-from gemma_scope_tl.activations.room import SHARD_BYTES, check_room
-from gemma_scope_tl.activations.shards import Run, stored_sets, write_set
-from gemma_scope_tl.activations.source import Place, with_targets
-from gemma_scope_tl.activations.token_rows import TokenRows
+from gemma_scope_tl.activations.shards import SHARD_BYTES, Run, check_room, stored_sets, write_set
 from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.sites import Place, with_targets
+from gemma_scope_tl.text.token_rows import TokenRows
 from gemma_scope_tl.weights.modes import ordinary_tensors
 
 if TYPE_CHECKING:
-    from gemma_scope_tl.adapters.base import GemmaModel
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 _SAMPLES = 64
 _MIN_SHARD = 1 << 13

@@ -23,8 +23,8 @@ from gemma_scope_tl.activations.manifest import (
     StoredSet,
     read_record,
 )
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.weights.stamp import Stamp, file_key, read_stamp, write_stamp
 
 if TYPE_CHECKING:

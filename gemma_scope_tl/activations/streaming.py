@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from gemma_scope_tl.activations.bucketed import BucketedSource
 from gemma_scope_tl.activations.harvest import Harvester
-from gemma_scope_tl.activations.source import Place, with_targets
-from gemma_scope_tl.activations.token_rows import TokenRows
+from gemma_scope_tl.activations.source import BucketedSource
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sites import Place, with_targets
+from gemma_scope_tl.text.token_rows import TokenRows
 
 if TYPE_CHECKING:
-    from gemma_scope_tl.adapters.base import GemmaModel
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 
 class StreamSource(BucketedSource):

@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from gemma_scope_tl.attributions.parts import Moves, Parts, decompose, moves_from
+from gemma_scope_tl.attributions.decomposition import (
+    COLUMNS,
+    Moves,
+    Parts,
+    decompose,
+    moves_from,
+    strongest,
+    table_of,
+    token_names,
+)
 from gemma_scope_tl.attributions.passes import (
     Pass,
     Place,
@@ -33,12 +42,12 @@ from gemma_scope_tl.attributions.passes import (
     run_probed,
     token_row,
 )
-from gemma_scope_tl.attributions.rows import COLUMNS, strongest, table_of, token_names
 from gemma_scope_tl.attributions.targets import Metric, Tokens, metric_on, metric_value
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.inputs import Text, as_indices
+from gemma_scope_tl.sae.indices import as_indices
 from gemma_scope_tl.sites import flatten_heads
-from gemma_scope_tl.tokens import ExcludeTokens
+from gemma_scope_tl.text.batch import Text
+from gemma_scope_tl.text.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 
-from gemma_scope_tl.attached import locate
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.inputs import Text, TokenBatch, as_batch, as_saes
+from gemma_scope_tl.model.attached import locate
+from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sites import Site
-from gemma_scope_tl.tokens import ExcludeTokens, excluded_ids
+from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
+from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 from gemma_scope_tl.weights.modes import make_ordinary
 
 

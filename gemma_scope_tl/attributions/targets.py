@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.inputs import TokenBatch, as_indices, text_ids
-from gemma_scope_tl.inputs.choices import is_index
+from gemma_scope_tl.sae.indices import as_indices, is_index
+from gemma_scope_tl.text.batch import TokenBatch
+from gemma_scope_tl.text.tokenizing import text_ids
 
 Metric = Callable[[torch.Tensor], torch.Tensor]
 Tokens = int | str | Sequence[int] | Sequence[str]

@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from gemma_scope_tl.cli import catalogue, demo, doctor, evals, interp, models, publish, studies, train
+from gemma_scope_tl.cli import (
+    catalogue,
+    evals,
+    interp,
+    models,
+    publish,
+    studies,
+    train,
+)
+from gemma_scope_tl.cli import (
+    tools as demo,
+)
+from gemma_scope_tl.cli import (
+    tools as doctor,
+)
 from gemma_scope_tl.cli.command import Root, add
 from gemma_scope_tl.cli.failures import run
 from gemma_scope_tl.cli.output import say

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_scope_tl.cli import options
-from gemma_scope_tl.cli.tables import print_facts, print_rows
+from gemma_scope_tl.cli.output import print_facts, print_rows
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from gemma_scope_tl.cli import checks
-from gemma_scope_tl.cli.choice import Choice, write_table
 from gemma_scope_tl.cli.command import verb
-from gemma_scope_tl.cli.tables import print_frame
+from gemma_scope_tl.cli.options import Choice, write_table
+from gemma_scope_tl.cli.output import print_frame
 
 SHOWN = ("release", "id", "l0", "fvu", "delta_loss", "loss_recovered", "kl", "dead")
 

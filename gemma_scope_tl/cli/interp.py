@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_scope_tl.cli import checks, options
-from gemma_scope_tl.cli.choice import Choice, write_table
 from gemma_scope_tl.cli.command import verb
-from gemma_scope_tl.cli.output import note
-from gemma_scope_tl.cli.tables import print_frame
+from gemma_scope_tl.cli.options import Choice, write_table
+from gemma_scope_tl.cli.output import note, print_frame
 
 if TYPE_CHECKING:
     from gemma_scope_tl.interp.client import Answerer
@@ -123,7 +122,7 @@ def _explain(choice: ExplainChoice) -> None:
         write_table(table, choice.out)
     if choice.figure is not None:
         from gemma_scope_tl.viz.figures import save_figure
-        from gemma_scope_tl.viz.interp_figure import scores_figure
+        from gemma_scope_tl.viz.study_figures import scores_figure
 
         save_figure(scores_figure(table), choice.figure)
     columns = [name for name in SHOWN if name in table.columns]
@@ -141,8 +140,7 @@ def _found(choice: ExplainChoice, model: Any, sampling: Any) -> Any:
 def _scored(choice: ExplainChoice, client: Answerer, found: Any) -> Any:
     import numpy as np
 
-    from gemma_scope_tl.interp.explain import explain
-    from gemma_scope_tl.interp.scoring import detection_scores, simulation_scores
+    from gemma_scope_tl.interp.explanations import detection_scores, explain, simulation_scores
 
     latents = choice.latent
     if not latents:

@@ -9,9 +9,8 @@ import typer
 
 from gemma_scope_tl.cli import checks, options
 from gemma_scope_tl.cli.command import verb
-from gemma_scope_tl.cli.one_sae import OneSAE
-from gemma_scope_tl.cli.output import note
-from gemma_scope_tl.cli.tables import print_facts, print_frame, print_rows
+from gemma_scope_tl.cli.options import OneSAE
+from gemma_scope_tl.cli.output import note, print_facts, print_frame, print_rows
 
 
 def _features(
@@ -29,7 +28,7 @@ def _features(
     """
     _note_file(text)
     model, sae = choice.load()
-    from gemma_scope_tl.feature_table import features as feature_table
+    from gemma_scope_tl.latents.table import features as feature_table
 
     table = feature_table(model, text, sae, top=top)
     if choice.as_json:
@@ -110,7 +109,7 @@ def _top_tokens(
     """
     choice.check_latent(latent)
     model, sae = choice.load()
-    from gemma_scope_tl.logit_lens import top_tokens
+    from gemma_scope_tl.latents.logit_lens import top_tokens
 
     table = top_tokens(model, sae, latent, k=top)
     if choice.as_json:
@@ -200,7 +199,7 @@ def _steering_hook(
 def _continue(model: Any, text: str, tokens: int, temperature: float, seed: int) -> str:
     import torch
 
-    from gemma_scope_tl.inputs import as_batch
+    from gemma_scope_tl.text.batch import as_batch
 
     torch.manual_seed(seed)
     prompt = as_batch(model, text).ids

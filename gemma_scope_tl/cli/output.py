@@ -5,13 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from os import PathLike
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import typer
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _RESULTS: list[TextIO] = []
 progress = Console(stderr=True)  # spinners and bars
@@ -68,3 +75,207 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):  # NumPy's numbers
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_FRAMED_ROWS = 100  # frames of long tables take seconds
+_LEAST = 16  # columns for a value beside its name; where there are fewer, it stands below
+_BELOW = 4
+_LOW, _HIGH = "_low", "_high"
+_STYLES = {"✓": "green", "✗": "red"}
+_BREAK = re.compile(r"(?<=/)|(?<=\s)")
+_HEADER_BREAK = re.compile(r"(?<=[/_])|(?<=\s)")
+Row = Mapping[str, Any]
+
+
+def print_frame(frame: pd.DataFrame, title: str, as_json: bool, columns: Sequence[str] | None = None) -> None:
+    """Print a DataFrame; see :func:`print_rows`.
+
+    Args:
+        frame: what to print; JSON has all of it.
+        title: what is said below it.
+        as_json: print JSON alone.
+        columns: which ones people see, with the intervals that belong to them; by default all.
+    """
+    if as_json:
+        say(frame.to_json(orient="records", indent=2))
+        return
+    wanted = frame.columns if columns is None else [
+        name for column in columns for name in (column, column + _LOW, column + _HIGH) if name in frame.columns
+    ]  # fmt: skip
+    print_rows(frame[list(wanted)].to_dict("records"), title, False)  # pyright: ignore[reportArgumentType]
+
+
+def print_rows(rows: Sequence[Row], title: str, as_json: bool) -> None:
+    """Print rows that have the same keys: JSON, a table in a terminal, or aligned lines in a pipe.
+
+    A number whose interval is in the columns ``x_low`` and ``x_high`` is shown as ``x ± e``, where ``e`` is the
+    distance of the farther bound.
+    """
+    if as_json:
+        say_json(rows)
+        return
+    shown = [with_intervals(row) for row in rows]
+    cells = [[cell(value) for value in row.values()] for row in shown]
+    names = list(shown[0]) if shown else []
+    console = terminal()
+    if not rows:
+        say(title)
+    elif not console.is_terminal:
+        say("\n".join([*aligned([names, *cells]), title]))
+    else:
+        for part in _laid_out(names, cells, title, console.width):
+            console.print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)
+
+
+def print_facts(facts: Mapping[str, Any], as_json: bool = False) -> None:
+    """Print names and values, a line each; further lines of a value stand below its first.
+
+    In a terminal values are folded at its width, between words and parts of names where there are some.
+    """
+    if as_json:
+        say_json(facts)
+        return
+    indent, console = max(map(len, facts), default=0) + 2, terminal()
+    beside = not console.is_terminal or console.width - indent >= _LEAST
+    room = console.width - (indent if beside else _BELOW) if console.is_terminal else None
+    for name, value in facts.items():
+        lines = [line for part in _printable("-" if value is None else str(value)) for line in _hung(part, room)]
+        label = typer.style(name.ljust(indent - 2), bold=True)
+        first = [f"{label}  {lines.pop(0)}".rstrip() if beside else label.rstrip()]
+        say("\n".join([*first, *(" " * (indent if beside else _BELOW) + line for line in lines)]))
+
+
+def terminal() -> Console:
+    """The console of results."""
+    return Console(file=results())
+
+
+def with_intervals(row: Row) -> dict[str, Any]:
+    """The row with numbers and their intervals in one cell.
+
+    >>> with_intervals({"kl": 0.4271, "kl_low": 0.4024, "kl_high": 0.4512})
+    {'kl': '0.427 ± 0.025'}
+    """
+    bounds = {name: (row[name + _LOW], row[name + _HIGH]) for name in row if {name + _LOW, name + _HIGH} <= set(row)}
+    hidden = {name + end for name in bounds for end in (_LOW, _HIGH)}
+    return {
+        name: interval(value, *bounds[name]) if name in bounds else value
+        for name, value in row.items()
+        if name not in hidden
+    }
+
+
+def interval(value: Any, low: Any, high: Any) -> Any:
+    """``value ± distance of the farther bound``, the latter with two digits."""
+    numbers = [value, low, high]
+    if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+        return value
+    error = max(value - low, high - value)
+    if error <= 1e-9 * abs(value):  # rounding
+        return value
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}" if digits < 7 else f"{value:.3g} ± {error:.2g}"
+
+
+def cell(value: Any) -> str:
+    """A value as people read it, on one line."""
+    if value is True:
+        return "✓"
+    if value is False or value is None or str(value) in ("<NA>", "nan"):
+        return ""
+    return _escaped(_rounded(value) if isinstance(value, float) else str(value))
+
+
+def _rounded(value: float) -> str:
+    """Four digits of a measured number, and no fewer than lie before its point."""
+    return f"{value:g}" if value.is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _escaped(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _printable(text: str) -> list[str]:
+    """The lines of a text, without letters that steer a terminal."""
+    return [_escaped(line) for line in text.split("\n")]
+
+
+def _hung(text: str, room: int | None) -> list[str]:
+    """A line in pieces of at most ``room`` columns; words that are longer are cut."""
+    if room is None:
+        return [text]
+    return [piece for line in _folded(text, room).split("\n") for piece in chop_cells(line, room) or [""]]
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with the columns below each other."""
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(_padded, line, widths)).rstrip() for line in cells]
+
+
+def _laid_out(names: list[str], cells: list[list[str]], title: str, width: int) -> list[Any]:
+    """What to print in a terminal of so many columns; a table is as wide as that at most."""
+    same: list[str] = []
+    if _natural(names, cells) + _frame(len(names)) > width and len(cells) > 1:
+        alike = [i for i in range(len(names)) if len({line[i] for line in cells}) == 1]
+        alike = alike if len(alike) < len(names) else alike[1:]
+        same = [f"{names[i]} {cells[0][i] or '-'}" for i in alike]
+        names = [name for i, name in enumerate(names) if i not in alike]
+        cells = [[text for i, text in enumerate(line) if i not in alike] for line in cells]
+    last = [*([f"in every row: {', '.join(same)}"] if same else []), title]
+    if len(cells) > _FRAMED_ROWS:
+        return [*aligned([names, *cells]), *last]
+    widths = _widths(names, cells, width - _frame(len(names)))
+    if widths is None:
+        longest = max(map(len, names))
+        blocks = ["\n".join(f"{n.ljust(longest)}  {t}" for n, t in zip(names, line, strict=True)) for line in cells]
+        return ["\n\n".join(blocks), "", *last]
+    columns = [
+        Column(_folded(name, size, _HEADER_BREAK), no_wrap=True, min_width=size, max_width=size)
+        for name, size in zip(names, widths, strict=True)
+    ]
+    folded = [[_folded(text, size) for text, size in zip(line, widths, strict=True)] for line in cells]
+    table = Table(*columns, show_lines=any("\n" in text for line in folded for text in line))
+    for line in folded:
+        table.add_row(*(Text(text, _STYLES.get(text, "")) for text in line))
+    return [table, *last]
+
+
+def _padded(text: str, width: int) -> str:
+    return text + " " * (width - cell_len(text))
+
+
+def _frame(columns: int) -> int:
+    return 3 * columns + 1
+
+
+def _natural(names: list[str], cells: list[list[str]]) -> int:
+    return sum(max(map(cell_len, column)) for column in zip(names, *cells, strict=True))
+
+
+def _widths(names: list[str], cells: list[list[str]], room: int) -> list[int] | None:
+    """A width for each column with which no part of a name is cut, or None."""
+    least: list[int] = []
+    full: list[int] = []
+    for name, *texts in zip(names, *cells, strict=True):
+        parts = [*_HEADER_BREAK.split(name), *(part for text in texts for part in _BREAK.split(text))]
+        least.append(max(cell_len(part.rstrip()) for part in parts))
+        full.append(max(map(cell_len, [name, *texts])))
+    spare = room - sum(least)
+    if spare < 0:
+        return None
+    for i in sorted(range(len(names)), key=lambda i: full[i] - least[i]):
+        given = min(spare, full[i] - least[i])
+        least[i] += given
+        spare -= given
+    return least
+
+
+def _folded(text: str, width: int, breaks: re.Pattern[str] = _BREAK) -> str:
+    """The text in lines of at most ``width`` letters, broken between its parts."""
+    lines = [""]
+    for part in breaks.split(text):
+        if lines[-1] and cell_len((lines[-1] + part).rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)

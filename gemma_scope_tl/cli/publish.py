@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from gemma_scope_tl.cli import checks, options
-from gemma_scope_tl.cli.output import say, say_json
-from gemma_scope_tl.cli.tables import print_rows
+from gemma_scope_tl.cli.output import print_rows, say, say_json
 
 if TYPE_CHECKING:
     from gemma_scope_tl.release.upload import Upload
@@ -63,8 +62,8 @@ def export(
     if not Path(source).expanduser().is_dir():
         checks.release(source)
     checks.folder(out)
-    from gemma_scope_tl.release.about import About
     from gemma_scope_tl.release.export import Layout, Repos, export_suite
+    from gemma_scope_tl.release.release_saes import About
 
     said = _recipe(recipe) if recipe else {}
     about = About(

@@ -11,8 +11,7 @@ import typer
 
 from gemma_scope_tl.cli import checks, options
 from gemma_scope_tl.cli.command import add
-from gemma_scope_tl.cli.output import say, say_json
-from gemma_scope_tl.cli.tables import print_rows
+from gemma_scope_tl.cli.output import print_rows, say, say_json
 
 if TYPE_CHECKING:
     from gemma_scope_tl.contributing.check import Finding, Report
@@ -69,7 +68,7 @@ def new(
     """
     checks.folder(Path() if out is None else out.parent)
     from gemma_scope_tl.contributing.draft import Options, draft_release, write_draft
-    from gemma_scope_tl.contributing.facts import checked_format
+    from gemma_scope_tl.contributing.folder_metadata import checked_format
 
     options = Options(
         release, model, site, layer, l0, license, description, revision, checked_format(format), setting or (),

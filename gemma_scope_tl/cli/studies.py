@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_scope_tl.cli import checks, options
-from gemma_scope_tl.cli.choice import Choice, write_table
 from gemma_scope_tl.cli.command import add, verb
-from gemma_scope_tl.cli.tables import print_frame
+from gemma_scope_tl.cli.options import Choice, write_table
+from gemma_scope_tl.cli.output import print_frame
 
 if TYPE_CHECKING:
     from pandas import DataFrame as Table
@@ -169,7 +169,7 @@ def precision(
 
         gemma-scope study precision --canonical --out precision.csv
     """
-    from gemma_scope_tl.studies.precision import by_dtype
+    from gemma_scope_tl.studies.fidelity import by_dtype
 
     names = dtype or ["float32", "bfloat16"]
     held: dict[str, Any] = {}

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gemma_scope_tl.cli import checks, options
-from gemma_scope_tl.cli.output import note, say, say_json
-from gemma_scope_tl.cli.tables import print_facts, print_frame, print_rows
+from gemma_scope_tl.cli.output import note, print_facts, print_frame, print_rows, say, say_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +56,7 @@ def train(
         if not re.fullmatch(r"[^=\s]+=.*", override, flags=re.DOTALL):
             raise typer.BadParameter(f"{override!r} is not key=value.", param_hint="'--set'")
     from gemma_scope_tl.training.plan import plan_suite
-    from gemma_scope_tl.training.stopping import TrainingStopped
+    from gemma_scope_tl.training.running import TrainingStopped
     from gemma_scope_tl.training.suite import train_suite
 
     if plan:
@@ -100,8 +99,8 @@ def _on_ray(
     resume: bool,
 ) -> pd.DataFrame:
     from gemma_scope_tl.cli.output import progress
-    from gemma_scope_tl.training.job_table import shown_jobs
-    from gemma_scope_tl.training.jobs import train_on_ray
+    from gemma_scope_tl.training.ray.job_table import shown_jobs
+    from gemma_scope_tl.training.ray.jobs import train_on_ray
 
     with shown_jobs(progress) as show:
         return train_on_ray(

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from gemma_scope_tl.contributing.facts import ARCHITECTURES
-from gemma_scope_tl.contributing.places import Place, each, is_remote, place_of, sizes_of
+from gemma_scope_tl.contributing.folder_metadata import ARCHITECTURES
+from gemma_scope_tl.contributing.repositories import Place, each, is_remote, place_of, sizes_of
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
 from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.catalog import Header, clashing_names, read_header

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_tl.contributing.facts import KEYS, NAME, Facts, folders_of, parse_setting, read_facts
-from gemma_scope_tl.contributing.places import Place, each, open_place
+from gemma_scope_tl.contributing.folder_metadata import KEYS, NAME, Facts, folders_of, parse_setting, read_facts
+from gemma_scope_tl.contributing.repositories import Place, each, open_place
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError
 from gemma_scope_tl.files import write_atomically, write_new
 from gemma_scope_tl.registry.catalog import natural_key

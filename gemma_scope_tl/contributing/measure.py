@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from gemma_scope_tl.contributing.check import Finding
-from gemma_scope_tl.contributing.places import is_remote
+from gemma_scope_tl.contributing.repositories import is_remote
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 from gemma_scope_tl.registry.schema import SAERow
@@ -61,7 +61,7 @@ def measure_l0(
     if model_path is None and chosen[0].model != "bundled":
         text = f"{chosen[0].model} is not at hand: give --model."
         return [Finding("l0", "", False, text)]
-    from gemma_scope_tl.adapters.loading import load_model
+    from gemma_scope_tl.model.loading import load_model
     from gemma_scope_tl.sae.loading import load_row
 
     loaded: list[tuple[SAERow, Any]] = []
@@ -128,12 +128,12 @@ def l0_of(
     The same number as ``evaluate``'s ``l0``, without its passes for the losses. An SAE that does not fit the model has
     the error in its place.
     """
-    from gemma_scope_tl.attached import locate
     from gemma_scope_tl.evals.accumulators import Mean
     from gemma_scope_tl.evals.metrics import l0
+    from gemma_scope_tl.model.attached import locate
     from gemma_scope_tl.sae.placement import bring
     from gemma_scope_tl.sites import ModelDims, flatten_heads
-    from gemma_scope_tl.tokens import special_mask, special_token_ids
+    from gemma_scope_tl.text.tokens import special_mask, special_token_ids
 
     dims, means = ModelDims.from_config(model.cfg), [Mean() for _ in saes]
     hooks: dict[int, str] = {}
@@ -162,7 +162,7 @@ def l0_of(
 
 def held_out_tokens(model: Any) -> torch.Tensor:
     """Rows of BOS and held-out text, ``[16, 256]``."""
-    from gemma_scope_tl.evals.packing import pack_texts
+    from gemma_scope_tl.text.rows import pack_texts
 
     texts = [json.loads(line)["text"] for line in HELD_OUT_TEXT.read_text(encoding="utf-8").splitlines()]
     return pack_texts(model.tokenizer, texts[:: max(len(texts) // ROWS, 1)], CONTEXT)[:ROWS]

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from gemma_scope_tl.demo import logic, suite_grid, views
+from gemma_scope_tl.demo import logic, views
 from gemma_scope_tl.demo.limits import whole_number
 from gemma_scope_tl.demo.serving import as_messages, gradio
 from gemma_scope_tl.demo.waiting import Places
 from gemma_scope_tl.demo.world import World, load_world
-from gemma_scope_tl.viz.latent_html import latent_html
+from gemma_scope_tl.viz.latent_page import latent_html
 
 TEXT = "In the beginning God created the heaven and the earth. And the earth was without form."
 PROMPT = "In the beginning God created"
@@ -269,9 +269,9 @@ def _splice_tab(gr: Any, world: World) -> None:
 
 
 def _suite_tab(gr: Any, app: Any, world: World) -> None:
-    table = suite_grid.measured(world)
-    sizes = suite_grid.widths(table)
-    labels = [(label, name) for name, label in suite_grid.GRID_METRICS.items()]
+    table = views.measured(world)
+    sizes = views.widths(table)
+    labels = [(label, name) for name, label in views.GRID_METRICS.items()]
     gr.Markdown("The canonical SAE of each place, as measured on held-out text.")
     with gr.Row():
         metric = gr.Radio(labels, value="fvu", label="Metric", elem_id="gs-metric")
@@ -279,7 +279,7 @@ def _suite_tab(gr: Any, app: Any, world: World) -> None:
     view = gr.HTML(elem_id="gs-suite")
 
     def show(name: str, size: str) -> str:
-        grid = suite_grid.suite_grid(table, name, size)
-        return views.heat_map(grid, suite_grid.GRID_METRICS[name], lower_is_better=name != "loss_recovered")
+        grid = views.suite_grid(table, name, size)
+        return views.heat_map(grid, views.GRID_METRICS[name], lower_is_better=name != "loss_recovered")
 
     gr.on([metric.input, width.input, app.load], as_messages(show), [metric, width], [view], api_name="suite")

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from gemma_scope_tl.demo.limits import number, whole_number
 from gemma_scope_tl.demo.world import EMBEDDING
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.feature_table import features
 from gemma_scope_tl.interventions import steer
+from gemma_scope_tl.latents.table import features
 from gemma_scope_tl.viz.latent_facts import LatentFacts, latent_facts
 
 if TYPE_CHECKING:

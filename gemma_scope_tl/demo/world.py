@@ -207,7 +207,7 @@ def load_world(
     Raises:
         UnknownNameError: for a model or release that does not exist, before anything is loaded.
     """
-    from gemma_scope_tl.adapters.loading import load_model
+    from gemma_scope_tl.model.loading import load_model
 
     found = select_rows(model=None if release else model.rstrip("/").split("/")[-1], release=release)
     loaded = load_model(model, device=device, dtype=dtype)

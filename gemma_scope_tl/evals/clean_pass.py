@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemma_scope_tl.activations.source import Place, with_targets
 from gemma_scope_tl.errors import AdapterMismatch
 from gemma_scope_tl.evals.metrics import scored_positions
-from gemma_scope_tl.sites import flatten_heads, get_site, unflatten_heads
-from gemma_scope_tl.tokens import special_mask
+from gemma_scope_tl.sites import Place, flatten_heads, get_site, unflatten_heads, with_targets
+from gemma_scope_tl.text.tokens import special_mask
 
 MEMORY_BUDGET = 1 << 30
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative; other dtypes 1e-2: rounding, not another tensor

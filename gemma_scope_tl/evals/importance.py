@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.evals.clean_pass import hook_point, removed_after, run_to_final_norm
 from gemma_scope_tl.evals.next_token import LogitHead
+from gemma_scope_tl.sites import Place
 
 
 def sampled_positions(

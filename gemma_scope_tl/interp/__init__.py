@@ -2,10 +2,9 @@
 
 from gemma_scope_tl.interp.client import ChatClient, LocalModel
 from gemma_scope_tl.interp.examples import Example, Examples, top_examples
-from gemma_scope_tl.interp.explain import explain
+from gemma_scope_tl.interp.explanations import detection_scores, explain, simulation_scores
 from gemma_scope_tl.interp.neuronpedia import export_neuronpedia
 from gemma_scope_tl.interp.sampling import Sampling
-from gemma_scope_tl.interp.scoring import detection_scores, simulation_scores
 
 __all__ = [
     "ChatClient",

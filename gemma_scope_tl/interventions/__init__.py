@@ -18,7 +18,7 @@ from gemma_scope_tl.interventions.hooks import (
     SteerRows,
 )
 from gemma_scope_tl.interventions.norms import mean_norms
-from gemma_scope_tl.positions import Positions
+from gemma_scope_tl.model.positions import Positions
 
 __all__ = [
     "Ablate",

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
-from gemma_scope_tl.inputs.choices import shown
 from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, SteerLatents, SteerRows
 from gemma_scope_tl.interventions.sources import chosen_latents, place_of
-from gemma_scope_tl.positions import Positions
-from gemma_scope_tl.tokens import ExcludeTokens
+from gemma_scope_tl.model.positions import Positions
+from gemma_scope_tl.sae.indices import shown
+from gemma_scope_tl.text.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +48,7 @@ def steer(
         scale: s, one number for all latents or one for each; negative to steer away.
         positions: an int, slice, list, or boolean mask; None for all. They count in the whole text, also while
             generating, and from each row's first token that is not padding
-            (:mod:`gemma_scope_tl.positions`).
+            (:mod:`gemma_scope_tl.model.positions`).
         exclude_special_tokens: leave BOS, EOS and padding alone (``load_model`` models), or token ids; False for none.
         unit: of ``scale``.
 

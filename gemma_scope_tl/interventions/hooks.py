@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.inputs.choices import checked_positions
 from gemma_scope_tl.interventions.sources import decoder_rows, encode_latents
-from gemma_scope_tl.positions import Positions, chosen_columns, rows_of
+from gemma_scope_tl.model.positions import Positions, chosen_columns, rows_of
+from gemma_scope_tl.model.tracker import TokenTracker
+from gemma_scope_tl.sae.choices import checked_positions
 from gemma_scope_tl.sites import flatten_heads, unflatten_heads
-from gemma_scope_tl.tokens import ExcludeTokens, excluded_choice, excluded_ids
-from gemma_scope_tl.tracker import TokenTracker
+from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_choice, excluded_ids
 
 if TYPE_CHECKING:
     from gemma_scope_tl.interventions.sources import Source
@@ -26,7 +26,7 @@ class Intervention:
     Subclasses give :meth:`edited`. Heads are flattened before and restored after; the dtype stays the model's.
 
     Args:
-        positions: see :mod:`gemma_scope_tl.positions`; None for all.
+        positions: see :mod:`gemma_scope_tl.model.positions`; None for all.
         exclude_special_tokens: leave BOS, EOS and padding alone, on models from ``load_model``; or the token ids to
             leave alone, or False for none.
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 
-from gemma_scope_tl.attached import locate
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.inputs import as_indices
+from gemma_scope_tl.model.attached import locate
+from gemma_scope_tl.sae.indices import as_indices
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import Site, get_site

@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from gemma_scope_tl.errors import RegistryError, UnknownNameError, unknown_name
-from gemma_scope_tl.registry.containment import inside
+from gemma_scope_tl.registry.locate import inside
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.widths import parse_width, width_label
 from gemma_scope_tl.sites import SiteName, get_site

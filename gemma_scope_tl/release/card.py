@@ -9,9 +9,8 @@ from dataclasses import fields
 from typing import Any
 
 from gemma_scope_tl.registry.widths import width_label
-from gemma_scope_tl.release.about import About
-from gemma_scope_tl.release.items import Item
 from gemma_scope_tl.release.metrics import COLUMNS, Row
+from gemma_scope_tl.release.release_saes import About, Item
 
 NOT_STATED = "Not stated by the authors."
 TAGS = ("sparse-autoencoder", "jumprelu", "mechanistic-interpretability")

@@ -14,7 +14,7 @@ from gemma_scope_tl.contributing.draft import CANONICAL_L0
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import replace_files
 from gemma_scope_tl.registry.widths import width_label
-from gemma_scope_tl.release.items import Item
+from gemma_scope_tl.release.release_saes import Item
 
 
 def transcoder_sets(items: Sequence[Item]) -> dict[str, list[Item]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError
 from gemma_scope_tl.files import checked_path, file_sha256, is_folder
-from gemma_scope_tl.registry.containment import inside
+from gemma_scope_tl.registry.locate import inside
 from gemma_scope_tl.registry.schema import CFG_FILE, WEIGHTS_FILES, ReleaseFile, read_release
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER
 
@@ -106,7 +106,7 @@ def check_contents(contents: Contents, progress: bool = False) -> dict[str, str]
     Raises:
         GemmaScopeError: with everything that is wrong.
     """
-    from gemma_scope_tl.contributing.places import each
+    from gemma_scope_tl.contributing.repositories import each
 
     answers = each(contents.parts, lambda part: _check(contents.folder, part), "checking", 1, progress)
     errors = [answer for answer in answers if isinstance(answer, GemmaScopeError)]

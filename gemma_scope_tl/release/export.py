@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.files import checked_path, make_folder, replace_files, write_atomically
-from gemma_scope_tl.inputs.choices import shown
 from gemma_scope_tl.registry.schema import NAME
-from gemma_scope_tl.release.about import About
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER, render_card
-from gemma_scope_tl.release.items import Item, collect, folder_of
 from gemma_scope_tl.release.metrics import match_metrics
+from gemma_scope_tl.release.release_saes import About, Item, collect, folder_of
+from gemma_scope_tl.sae.indices import shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,7 +169,7 @@ def _write_registry(
 ) -> None:
     """The registry file of a repository, which names its own folder; the upload writes one that names the Hub's."""
     from gemma_scope_tl.contributing.draft import Options, draft_release, write_draft
-    from gemma_scope_tl.contributing.facts import checked_format
+    from gemma_scope_tl.contributing.folder_metadata import checked_format
 
     sites = {item.site for item in items if item.site != "embedding"}
     options = Options(

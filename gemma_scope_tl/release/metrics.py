@@ -13,7 +13,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from gemma_scope_tl.release.items import Item
+    from gemma_scope_tl.release.release_saes import Item
 
 COLUMNS = {
     "l0": "L0",

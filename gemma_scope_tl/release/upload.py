@@ -15,7 +15,7 @@ from gemma_scope_tl.files import checked_path, write_atomically
 from gemma_scope_tl.registry.render import render_release
 from gemma_scope_tl.registry.schema import ReleaseFile, read_release
 from gemma_scope_tl.release.contents import Contents, Part, check_contents, read_contents
-from gemma_scope_tl.release.upload_errors import in_our_words
+from gemma_scope_tl.weights.hub_errors import in_our_words
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi

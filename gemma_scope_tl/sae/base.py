@@ -27,9 +27,8 @@ from torch import nn
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.sae.indices import as_indices
-from gemma_scope_tl.sae.loading_methods import LoadingMixin
 from gemma_scope_tl.sae.provenance import Marks, config_of, facts_of, marks_of
-from gemma_scope_tl.sae.saving_methods import SavingMixin
+from gemma_scope_tl.sae.sae_lens_methods import LoadingMixin, SavingMixin
 from gemma_scope_tl.sae.tensors import checked_tensor
 
 if TYPE_CHECKING:

@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
+from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUSkipTranscoderConfig, JumpReLUTranscoderConfig
 
-from gemma_scope_tl.errors import SpliceError, UnknownNameError, WeightsError
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError, WeightsError
 from gemma_scope_tl.sites import ModelDims, get_site, site_of_hook
 from gemma_scope_tl.weights.checks import Expected
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
+
+UNFINISHED = "gemma_scope_jumprelu"
+HOW_TO_FINISH = (
+    "A finished run has saved an SAE beside its checkpoints. To make one of the checkpoint: "
+    "sae = sae_lens.TrainingSAE.load_from_disk(checkpoint); sae.fold_activation_norm_scaling_factor(factor), with the "
+    "factor in its activation_scaler.json unless that is null; sae.save_inference_model(folder)."
+)
+
+
+@dataclass
+class UnfinishedConfig(JumpReLUSAEConfig):
+    """The configuration that a checkpoint would have as an SAE: it cannot be made."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        """SAELens's word for the training class."""
+        return UNFINISHED
+
+    def __post_init__(self) -> None:
+        """Raise :class:`GemmaScopeError`."""
+        raise GemmaScopeError(f"This is a training checkpoint, not an SAE. {HOW_TO_FINISH}")
+
+
+if UNFINISHED not in SAE_CLASS_REGISTRY:
+    register_sae_class(UNFINISHED, JumpReLUSAE, UnfinishedConfig)
+
 
 CONTEXT_SIZE = 1024
 _GEMMA_SCOPE, _TEXT = "google/gemma-scope", "monology/pile-uncopyrighted"  # what SAELens's evaluations run Google's on

@@ -19,6 +19,8 @@ from gemma_scope_tl.errors import GemmaScopeError, WeightsError, unknown_name
 from gemma_scope_tl.files import checked_path, is_file, is_folder
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.config import (
+    HOW_TO_FINISH,
+    UNFINISHED,
     expected_of_row,
     expected_sizes,
     make_config,
@@ -28,15 +30,21 @@ from gemma_scope_tl.sae.config import (
 )
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
-from gemma_scope_tl.sae.unfinished import HOW_TO_FINISH, UNFINISHED
-from gemma_scope_tl.weights.checks import Expected, value_range
+from gemma_scope_tl.weights.checks import (
+    CFG_NAME,
+    PARAMS_NAME,
+    WEIGHTS_NAME,
+    Expected,
+    short,
+    value_range,
+    weights_error,
+)
 from gemma_scope_tl.weights.fetch import fetch, known_sha256
 from gemma_scope_tl.weights.fold import fold
 from gemma_scope_tl.weights.load import Elementwise, canonical_arrays, inspect, load_arrays
 from gemma_scope_tl.weights.modes import ordinary_tensors
 from gemma_scope_tl.weights.npz import read_errors
 from gemma_scope_tl.weights.safetensors_file import read_cfg
-from gemma_scope_tl.weights.sniff import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME, short, weights_error
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow

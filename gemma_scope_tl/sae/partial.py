@@ -16,8 +16,7 @@ from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sae.loading import folds_b_dec, site_units
 from gemma_scope_tl.weights.fetch import find_local
 from gemma_scope_tl.weights.modes import ordinary_tensors
-from gemma_scope_tl.weights.partial import Arrays, read_local, read_remote
-from gemma_scope_tl.weights.row_cache import read_cached
+from gemma_scope_tl.weights.partial import Arrays, read_cached, read_local, read_remote
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow

@@ -1,13 +1,11 @@
 """The paper's studies: each a function from a model, SAEs and text to a table. ``viz.study_figures`` draws them."""
 
 from gemma_scope_tl.studies.domains import by_domain, labelled_texts, pile_texts
-from gemma_scope_tl.studies.fidelity import importance_uniformity, sparsity_fidelity
+from gemma_scope_tl.studies.fidelity import by_dtype, importance_uniformity, sparsity_fidelity
 from gemma_scope_tl.studies.firing import count_firing, firing_frequencies
 from gemma_scope_tl.studies.positions import binned_by_position, position_edges
-from gemma_scope_tl.studies.precision import by_dtype
 from gemma_scope_tl.studies.probe_data import bundled_concepts
-from gemma_scope_tl.studies.probes import probe_concepts
-from gemma_scope_tl.studies.random_twin import random_twin
+from gemma_scope_tl.studies.probes import probe_concepts, random_twin
 from gemma_scope_tl.studies.rollouts import Rollouts, roll_out
 from gemma_scope_tl.studies.transfer import base_on_tuned, rescaled
 

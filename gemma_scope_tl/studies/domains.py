@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.evals.packing import as_tokens
 from gemma_scope_tl.evals.suite import evaluate
-from gemma_scope_tl.evals.texts import read_texts
-from gemma_scope_tl.inputs import Text
+from gemma_scope_tl.text.batch import Text
+from gemma_scope_tl.text.documents import read_texts
+from gemma_scope_tl.text.rows import as_tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +75,7 @@ def labelled_texts(
     """All texts of a file or data set by their label, in the order of first appearance.
 
     Args:
-        source, split: as :func:`~gemma_scope_tl.evals.texts.read_texts`; None for the bundled held-out text.
+        source, split: as :func:`~gemma_scope_tl.text.documents.read_texts`; None for the bundled held-out text.
         column: where the text is.
         label: the column that says what kind of text it is.
 

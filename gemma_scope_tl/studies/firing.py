@@ -11,11 +11,11 @@ import torch
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import LatentCounts
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, clean_batches, rows_that_fit
-from gemma_scope_tl.evals.packing import as_rows, special_ids
 from gemma_scope_tl.evals.run import facts_of
+from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.evals.store import Store, key_of
-from gemma_scope_tl.evals.subjects import Subject, latents_of, subjects_of
-from gemma_scope_tl.inputs import Text, TokenBatch
+from gemma_scope_tl.text.batch import Text, TokenBatch
+from gemma_scope_tl.text.rows import as_rows, special_ids
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.evals.texts import read_records
+from gemma_scope_tl.text.documents import read_records
 
 PROSE = ("commentary", "docs", "factbook", "scripture", "shakespeare", "spanish", "wikipedia")
 SHORTEST = 4  # tokens in a row, BOS aside
@@ -100,7 +100,7 @@ def read_labelled(
     """Texts and labels of a file or data set, the first ``documents`` of each label.
 
     Args:
-        source, split: as :func:`~gemma_scope_tl.evals.texts.read_texts` takes them.
+        source, split: as :func:`~gemma_scope_tl.text.documents.read_texts` takes them.
         column, label: where the text is, and what it is; a label may be a number.
         documents: of each label at most. The data is read to its end, for a label may come late.
 

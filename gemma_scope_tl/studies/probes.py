@@ -2,7 +2,7 @@
 
 k-sparse probes (Gurnee et al. 2023, arXiv 2305.01610, as SAEBench uses them on SAEs): on the training documents the k
 latents of largest difference of means are chosen, and a logistic regression is fitted on them. Beside them: the same
-on a random SAE of equal shape and L0 (:mod:`~gemma_scope_tl.studies.random_twin`), and a logistic regression on all of
+on a random SAE of equal shape and L0 (:mod:`~gemma_scope_tl.studies.probes`), and a logistic regression on all of
 the raw activations, with its L2 penalty chosen on a part of the training documents. Needs scikit-learn, the extra
 ``probes``.
 """
@@ -16,19 +16,60 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
-from gemma_scope_tl.evals.packing import special_ids
-from gemma_scope_tl.evals.subjects import Subject, latents_of, subjects_of
+from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
+from gemma_scope_tl.model.attached import locate
+from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.studies.probe_data import Concept, LabelledRows
 from gemma_scope_tl.studies.probe_fits import Fitted, Units, best_latent, dense_probe, sparse_probe
-from gemma_scope_tl.studies.random_twin import random_twin
+from gemma_scope_tl.text.rows import special_ids
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_CHUNK = 1024  # latents whose pre-activations are sorted at once
+
+
+@torch.no_grad()
+def random_twin(sae: Any, x: Float[torch.Tensor, "n d_in"], seed: int = 0) -> Any:
+    """An SAE of the same shape with random weights, whose thresholds give the same L0 on ``x``.
+
+    Encoder columns and decoder rows are random unit vectors; ``b_enc`` takes the mean of ``x`` away; each latent's
+    threshold is the quantile of its pre-activations above which it fires on a share ``L0 / d_sae`` of the tokens. So
+    all latents fire equally often, where the SAE's differ.
+
+    Args:
+        sae: an SAE or transcoder.
+        x: activations at its place, some thousands of tokens.
+        seed: of the weights.
+
+    Raises:
+        GemmaScopeError: without an activation.
+    """
+    if not x.shape[0]:
+        raise GemmaScopeError("A random twin needs activations to set its thresholds by.")
+    site, layer = locate(sae)
+    generator = torch.Generator().manual_seed(seed)
+    d_sae, d_out = sae.W_dec.shape
+    x = x.float().cpu()
+    w_enc = torch.nn.functional.normalize(torch.randn(x.shape[1], d_sae, generator=generator), dim=0)
+    w_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_out, generator=generator), dim=1)
+    b_enc = -x.mean(0) @ w_enc
+    share = min(1.0, latents_of(sae, x.to(sae.device)).l0 / d_sae)
+    fires = round(share * x.shape[0])
+    thresholds: list[torch.Tensor] = []
+    for columns, bias in zip(w_enc.split(_CHUNK, dim=1), b_enc.split(_CHUNK), strict=True):
+        z = (x @ columns + bias).sort(dim=0, descending=True).values
+        thresholds.append(z[min(fires, x.shape[0] - 1)].clamp_min(1e-6))
+    arrays = {"W_enc": w_enc, "W_dec": w_dec, "b_enc": b_enc, "b_dec": torch.zeros(d_out)}
+    arrays["threshold"] = torch.cat(thresholds)
+    return JumpReLUSAE.from_arrays(arrays, site=site.name, layer=layer, device=sae.device)
+
 
 TEST = 0.3
 SAMPLE = 4096  # tokens that set a random twin's thresholds

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Int
 from rich.progress import track
 
-from gemma_scope_tl.activations.chat import END, chat_wrapping
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.inputs import text_ids, without_bos
+from gemma_scope_tl.text.tokenizing import END, chat_wrapping, text_ids, without_bos
 
 if TYPE_CHECKING:
     import pandas as pd

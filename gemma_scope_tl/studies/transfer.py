@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import Mean
 from gemma_scope_tl.evals.clean_pass import clean_batches
-from gemma_scope_tl.evals.packing import as_tokens, special_ids
-from gemma_scope_tl.evals.subjects import Subject, subjects_of
+from gemma_scope_tl.evals.saes import Subject, subjects_of
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.suite import SAESuite
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.studies.positions import binned_by_position
 from gemma_scope_tl.studies.rollouts import Rollouts
+from gemma_scope_tl.text.rows import as_tokens, special_ids
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,14 +19,11 @@ from pydantic import (
     model_validator,
 )
 
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError, UnknownNameError, unknown_name
 from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.widths import parse_width
-from gemma_scope_tl.sites import SITES, SiteName, get_site
-from gemma_scope_tl.training.config_file import override_key, read_config
-from gemma_scope_tl.training.config_problems import problem
-from gemma_scope_tl.training.config_values import device_name, each_once, number
+from gemma_scope_tl.sites import SITES, Place, SiteName, get_site
+from gemma_scope_tl.training.config_file import device_name, each_once, number, override_key, problem, read_config
 from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER, Recipe, fast
 
 PRESETS: Mapping[str, Recipe] = {"paper": PAPER, "fast": FAST, "gemma_scope_2": GEMMA_SCOPE_2}

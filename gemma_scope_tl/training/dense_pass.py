@@ -19,12 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemma_scope_tl.activations.spare import SpareMemory
+from gemma_scope_tl.activations.buckets import SpareMemory
 from gemma_scope_tl.sae import sparse_ops as ops
-from gemma_scope_tl.training.optimizer import chunk_rows
-from gemma_scope_tl.training.penalties import Prices
-from gemma_scope_tl.training.stack import Batch, Chunk, Member, Vectors, residuals_
-from gemma_scope_tl.training.weights import Weights
+from gemma_scope_tl.training.optimizer import Prices, chunk_rows
+from gemma_scope_tl.training.stack import Batch, Chunk, Member, Vectors, Weights, residuals_
 
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 """Size of one ``[batch, block]`` temporary; a step has some four at a time. Masks are floating-point: comparing into

@@ -9,9 +9,8 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.registry.widths import width_label
-from gemma_scope_tl.sites import ModelDims, get_site
+from gemma_scope_tl.sites import ModelDims, Place, get_site
 from gemma_scope_tl.training.config import GridEntry, SuiteConfig, TrainingStateError, place_of
 from gemma_scope_tl.training.recipe import Recipe
 from gemma_scope_tl.training.spec import SAESpec

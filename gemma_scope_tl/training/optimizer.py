@@ -18,7 +18,83 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_scope_tl.training.recipe import project_out_rows_, unit_rows_
+from gemma_scope_tl.training.recipe import Recipe, project_out_rows_, unit_rows_
+from gemma_scope_tl.training.spec import SAESpec
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The penalties of one SAE at one step.
+
+    With ``L_t`` the number of active latents of activation ``t``, ``p_i`` the share of the batch on which latent ``i``
+    is active and ``n`` activations, summed over all processes::
+
+        linear      lambda mean_t L_t                          price of H_ti: lambda / n
+        quadratic   lambda (2 / L0*) mean_t (L_t - L0*)^2      price of H_ti: lambda (4 / L0*) (L_t - L0*) / n
+        frequency   mu sum_i max(0, p_i - limit)               price of H_ti: mu / n where p_i > limit
+
+    Attributes:
+        l0: lambda.
+        around: ``L0*`` of the quadratic penalty; None for the linear one.
+        frequency: mu.
+        limit: the share above which a latent is charged for its frequency.
+    """
+
+    l0: float
+    around: float | None = None
+    frequency: float = 0.0
+    limit: float = 1.0
+
+    def of_rows(self, l0: Tensor, n: int) -> Tensor:
+        """The L0 penalty's price for each activation, given its L0."""
+        if self.around is None:
+            return l0.new_full((), self.l0 / n).expand(l0.shape)
+        return (l0 - self.around) * (4.0 * self.l0 / (self.around * n))
+
+    def of_latents(self, fired: Tensor, n: int) -> Tensor:
+        """The frequency penalty's price for each latent, given on how many of ``n`` activations it was active."""
+        return (fired > self.limit * n).to(fired.dtype) * (self.frequency / n)
+
+
+class Lambda:
+    """The sparsity coefficient of one SAE, with the recipe's warm-up.
+
+    Without a target, or with the quadratic penalty (which has the target in it), it is the recipe's. Otherwise, with
+    ``e = log(L0 / target)`` clipped to [-1, 1] and averaged exponentially, ``lambda = base exp(P e)``; after the
+    warm-up ``base`` grows by the factor ``exp(I e)`` a step: where L0 stays too high the penalty rises until it is not.
+    The controller is ours; the paper trains with fixed coefficients.
+
+    Attributes:
+        base: the slowly moving part.
+        error: the averaged ``e``.
+    """
+
+    PROPORTIONAL, INTEGRAL, SMOOTHING = 1.0, 0.005, 0.1
+
+    def __init__(self, recipe: Recipe, target: float | None) -> None:
+        self.recipe = recipe
+        self.target = target if recipe.l0_penalty == "linear" else None
+        self.base = recipe.l0_coefficient
+        self.error = 0.0
+
+    @classmethod
+    def of(cls, spec: SAESpec) -> Lambda:
+        """That of an SAE."""
+        return cls(spec.recipe, spec.target_l0)
+
+    def at(self, step: int) -> float:
+        """Lambda of step ``step`` (from 0)."""
+        return self.base * math.exp(self.PROPORTIONAL * self.error) * self.recipe.warm_up_at(step)
+
+    def saw(self, step: int, l0: float) -> None:
+        """Take note of the L0 of step ``step``."""
+        if self.target is None:
+            return
+        error = max(-1.0, min(1.0, math.log(max(l0, 1e-3) / self.target)))
+        self.error += self.SMOOTHING * (error - self.error)
+        if step >= self.recipe.l0_warm_up_steps:
+            self.base *= math.exp(self.INTEGRAL * self.error)
+
 
 CHUNK_BYTES = {"cpu": 512 << 10, "cuda": 64 << 20}
 """A chunk's share of each array. On a processor parameter, second moment, gradient and working space fit 2 MB of cache

@@ -8,19 +8,117 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.training.dense_pass import DensePass
-from gemma_scope_tl.training.optimizer import Rate, adam_, on_sphere_
-from gemma_scope_tl.training.penalties import Prices
-from gemma_scope_tl.training.releasing import folded
+from gemma_scope_tl.training.optimizer import Lambda, Prices, Rate, adam_, on_sphere_
+from gemma_scope_tl.training.release import folded
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.sparse_pass import SparsePass
 from gemma_scope_tl.training.spec import SAESpec, check_one_place
-from gemma_scope_tl.training.stack import Batch, Chunk, Member, Pass, members_of
-from gemma_scope_tl.training.state import flat_state, restore
-from gemma_scope_tl.training.steering import Lambda
-from gemma_scope_tl.training.weights import Weights, start
-from gemma_scope_tl.training.window import Window
+from gemma_scope_tl.training.stack import Batch, Chunk, Member, Pass, Weights, members_of, start
+
+DEAD_STEPS = 1_000
+"""A latent that was not active in any of the last so many batches is called dead. The paper resamples none."""
+
+NAMES = ("steps", "error", "l0")
+
+
+class Window:
+    """Running sums for one SAE, of the latents that this process has.
+
+    Attributes:
+        sums: ``[3]`` in float64: steps, and the sums of error and L0 over them.
+        fired: ``[latents]``, whether each was active since the last report.
+        last_fired: ``[latents]``, the last step (from 1) in which it was active; 0 for never.
+    """
+
+    def __init__(self, latents: int, device: torch.device) -> None:
+        self.sums = torch.zeros(len(NAMES), dtype=torch.float64)
+        self.fired = torch.zeros(latents, dtype=torch.bool, device=device)
+        self.last_fired = torch.zeros(latents, dtype=torch.int64, device=device)
+
+    def saw(self, step: int, error: float, l0: float, fired: Tensor) -> None:
+        """Add step ``step`` (from 1); ``fired [latents]`` counts activations."""
+        self.sums += torch.tensor((1.0, error, l0), dtype=torch.float64)
+        active = fired > 0
+        self.fired |= active
+        self.last_fired.masked_fill_(active, step)
+
+    def report(self, step: int, d_sae: int, shard: Shard) -> dict[str, float]:
+        """Means since the last report, and the shares of silent and dead latents; begins anew."""
+        steps, error, l0 = self.sums.tolist()
+        dead = self.last_fired <= step - DEAD_STEPS
+        counts = shard.sum_latents(torch.stack([(~self.fired).sum(), dead.sum()]).double()).tolist()
+        self.sums.zero_()
+        self.fired.zero_()
+        mean = (error / steps, l0 / steps) if steps else (float("nan"), float("nan"))
+        return {"error": mean[0], "l0": mean[1], "silent": counts[0] / d_sae, "dead": counts[1] / d_sae}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What a resumed run needs."""
+        return {"window": self.sums, "fired": self.fired, "last_fired": self.last_fired}
+
+
+STEPS = "steps_done"
+
+
+def flat_state(trainer: PlaceTrainer) -> dict[str, Tensor]:
+    """Copies on the CPU of everything that a step reads or changes."""
+    found = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in _live(trainer).items()}
+    for index, spec in enumerate(trainer.specs):
+        steer = trainer.lambdas[index]
+        values = (steer.base, steer.error, trainer.entries[index])
+        found[f"{spec.name}/steering"] = torch.tensor(values, dtype=torch.float64)
+    found[STEPS] = torch.tensor(trainer.steps_done)
+    return found
+
+
+def restore(trainer: PlaceTrainer, state: Mapping[str, Tensor]) -> None:
+    """Put what :func:`flat_state` gave back in; checks all of it first.
+
+    Raises:
+        UnknownNameError: a tensor that this trainer does not have.
+        GemmaScopeError: a missing tensor, another shape or dtype, or a value that is not finite.
+    """
+    expected = flat_shapes(trainer)
+    for name in state:
+        if name not in expected:
+            raise unknown_name("tensor of a trainer's state", name, expected)
+    missing = [name for name in expected if name not in state]
+    if missing:
+        raise GemmaScopeError(f"The trainer's state lacks {missing[0]} and {len(missing) - 1} others.")
+    for name, (shape, dtype) in expected.items():
+        value = state[name]
+        if value.shape != shape or value.dtype != dtype:
+            text = f"{value.dtype} {list(value.shape)}, not {dtype} {list(shape)}"
+            raise GemmaScopeError(f"{name} in the trainer's state is {text}.")
+        if not bool(torch.isfinite(value).all()):
+            raise GemmaScopeError(f"{name} in the trainer's state has values that are not finite.")
+    for name, value in _live(trainer).items():
+        value.copy_(state[name])
+    for index, spec in enumerate(trainer.specs):
+        steer = trainer.lambdas[index]
+        steer.base, steer.error, trainer.entries[index] = state[f"{spec.name}/steering"].tolist()
+    trainer.steps_done = int(state[STEPS])
+
+
+def flat_shapes(trainer: PlaceTrainer) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every tensor of :func:`flat_state`, without copying any."""
+    found = {name: (value.shape, value.dtype) for name, value in _live(trainer).items()}
+    found |= {f"{spec.name}/steering": (torch.Size((3,)), torch.float64) for spec in trainer.specs}
+    return found | {STEPS: (torch.Size(()), torch.int64)}
+
+
+def _live(trainer: PlaceTrainer) -> dict[str, Tensor]:
+    """The trainer's own tensors: writing to them changes it."""
+    found: dict[str, Tensor] = {}
+    for spec, member, window in zip(trainer.specs, trainer.members, trainer.windows, strict=True):
+        parts = dict(trainer.weights.of(member.index, member.rows))
+        parts |= {f"second.{name}": value for name, value in trainer.second.of(member.index, member.rows).items()}
+        parts |= {"last": trainer.last[member.rows], **window.tensors()}
+        found |= {f"{spec.name}/{name}": value for name, value in parts.items()}
+    return found
+
 
 DENSE_ENTRIES = 0.06
 """Share of pre-activations above the kernel's lower end from which on dense products are faster."""

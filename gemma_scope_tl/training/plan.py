@@ -4,21 +4,152 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_scope_tl.activations.source import Place, with_targets
-from gemma_scope_tl.sites import get_site
-from gemma_scope_tl.training import costs
-from gemma_scope_tl.training.calibration import Speed, measured, stated
+import torch
+
+from gemma_scope_tl.families.sizes import ModelSizes, sizes_of
+from gemma_scope_tl.sites import Place, get_site, with_targets
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
-from gemma_scope_tl.training.model_sizes import ModelSizes, sizes_of
 
 if TYPE_CHECKING:
     import pandas as pd
+
+FLOAT32 = 4
+CHECKPOINTS = 3  # two are kept while a third is written
+SAE_LENS_BUFFERS = 3.0
+"""SAELens's mixing buffer holds the old rows, their concatenation and its permuted copy; measured at 3.0 times."""
+SAE_LENS_NORM_BATCHES = 1_000
+"""Batches of every hook that SAELens's multi-SAE runner holds to estimate norms."""
+
+
+def parameters(d_in: int, d_out: int, d_sae: int) -> int:
+    """Trained numbers of one SAE."""
+    return d_sae * (d_in + d_out + 2) + d_out
+
+
+def state_bytes(d_in: int, d_out: int, widths: Sequence[int]) -> int:
+    """Weights and Adam's second moments of SAEs stepped together; also about what a checkpoint of them takes.
+
+    Counters (when a latent last moved, how often it fired) are some bytes a latent and left out.
+    """
+    return 2 * FLOAT32 * sum(parameters(d_in, d_out, d_sae) for d_sae in widths)
+
+
+def step_bytes(d_in: int, d_out: int, widths: Sequence[int], batch: int) -> int:
+    """What a step takes on top: gradients, a batch and its reconstructions, and the pre-activations of all latents."""
+    gradients = sum(parameters(d_in, d_out, d_sae) for d_sae in widths)
+    return FLOAT32 * (gradients + batch * (2 * d_in + 2 * d_out * len(widths) + sum(widths)))
+
+
+def released_bytes(d_in: int, d_out: int, d_sae: int) -> int:
+    """One ``params.npz``, its headers apart."""
+    return FLOAT32 * parameters(d_in, d_out, d_sae)
+
+
+def bucket_bytes(widths: Iterable[int], rows: int, item_size: int) -> int:
+    """The streamed source's buffers, one for each place; there is no second copy."""
+    return rows * sum(widths) * item_size
+
+
+def largest_bucket(widths: Iterable[int], item_size: int, batch: int, budget: float) -> int:
+    """The most rows, whole batches, whose buffers fit ``budget`` bytes; 0 if one batch does not.
+
+    All 78 sites of Gemma 2 2B in bfloat16 and 16 GiB:
+
+    >>> largest_bucket([2304, 2304, 2048] * 26, 2, 4096, 16 * 2**30)
+    49152
+    """
+    row = sum(widths) * item_size
+    return max(0, int(budget // (row * batch))) * batch
+
+
+def sae_lens_bytes(widths: Iterable[int], rows: int, batch: int, item_size: int) -> int:
+    """Peak of SAELens's multi-SAE runner for the same: its mixing buffers, or the batches of its norm estimate.
+
+    The residual stream of Gemma 2 2B in bfloat16, 4,096 a batch: 491 GB.
+
+    >>> sae_lens_bytes([2304] * 26, 10**6, 4096, 2) / 1e9
+    490.733568
+    """
+    row = sum(widths) * item_size
+    return int(row * max(SAE_LENS_BUFFERS * rows, SAE_LENS_NORM_BATCHES * batch))
+
+
+def store_bytes(width: int, rows: int, item_size: int) -> int:
+    """A place's activations on disk, shard headers apart."""
+    return width * rows * item_size
+
+
+STEP_PRODUCTS = 5.0
+"""A dense step is five products of the encoder's size: encode, decode, and the gradients of latents and matrices."""
+_LATENTS, _ROWS, _WARM_UP, _RUNS = 1_024, 1_024, 2, 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What an estimate rests on.
+
+    Attributes:
+        flops: floating-point operations a second of the model's products.
+        step_flops: of a training step, counted as encoder products (``2 batch d d_sae``).
+        basis: in words.
+    """
+
+    flops: float
+    step_flops: float
+    basis: str
+
+
+def stated(flops: float) -> Speed:
+    """A device of which only its FLOP/s are known."""
+    return Speed(flops, flops / STEP_PRODUCTS, f"{flops:.3g} FLOP/s as given; a step is {STEP_PRODUCTS:g} products")
+
+
+def measured(group: Group, d_in: int, d_out: int, d_model: int, d_ff: int, batch: int) -> Speed:
+    """Time a product of the model's MLP and a step of a small trainer at the widths of a group, with all threads.
+
+    The step has at most 1,024 latents and 1,024 rows: the rest is proportion.
+    """
+    from gemma_scope_tl.training.place import PlaceTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, d_model, generator=generator)
+    w = torch.randn(d_model, d_ff, generator=generator)
+    flops = 2.0 * x.numel() * d_ff / _seconds(lambda: x @ w)
+    spec = group.specs[0]
+    rows, latents = min(batch, _ROWS), min(spec.d_sae, _LATENTS)
+    small = replace(spec, d_sae=latents)
+    trainer = PlaceTrainer(d_in, d_out, [small], total_steps=1_000)
+    inputs = torch.randn(rows, d_in, generator=generator) * d_in**-0.5
+    transcoder = group.place.target != group.place
+    targets = torch.randn(rows, d_out, generator=generator) * d_out**-0.5 if transcoder else None
+    step = 2.0 * rows * d_in * latents / _seconds(lambda: trainer.step(inputs.clone(), targets))
+    threads = torch.get_num_threads()
+    basis = (
+        f"measured here, {threads} thread{'s' if threads > 1 else ''}: a product of the model's MLP at "
+        f"{flops / 1e9:.1f} GFLOP/s, a step of {latents} latents and {rows} rows at {step / 1e9:.1f} GFLOP/s of its "
+        "encoder's product; the rest in proportion"
+    )
+    return Speed(flops, step, basis)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The best of some runs."""
+    for _ in range(_WARM_UP):
+        work()
+    times: list[float] = []
+    for _ in range(_RUNS):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
 
 GIB = 2.0**30
 _ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -109,9 +240,9 @@ def plan_suite(
 def _job(group: Group, config: SuiteConfig, sizes: ModelSizes, speed: Speed | None) -> dict[str, Any]:
     d_in, d_out = _widths(group.place, sizes)
     widths, batch, item = [spec.d_sae for spec in group.specs], config.batch_size, _ITEM[config.source.dtype]
-    state = costs.state_bytes(d_in, d_out, widths)
+    state = state_bytes(d_in, d_out, widths)
     own = {place: _widths(place, sizes)[0] for place in with_targets([group.place])}
-    bucket = costs.bucket_bytes(own.values(), config.source.bucket_rows, item)
+    bucket = bucket_bytes(own.values(), config.source.bucket_rows, item)
     flops = 2.0 * batch * sum(widths) * d_in * group.steps
     return {
         "place": group.place.key,
@@ -119,12 +250,12 @@ def _job(group: Group, config: SuiteConfig, sizes: ModelSizes, speed: Speed | No
         "widths": ", ".join(str(width) for width in dict.fromkeys(widths)),
         "tokens": group.steps * batch,
         "steps": group.steps,
-        "parameters": sum(costs.parameters(d_in, d_out, width) for width in widths),
-        "memory": state + costs.step_bytes(d_in, d_out, widths, batch) + bucket,
+        "parameters": sum(parameters(d_in, d_out, width) for width in widths),
+        "memory": state + step_bytes(d_in, d_out, widths, batch) + bucket,
         "bucket": bucket,
-        "store": sum(costs.store_bytes(width, group.steps * batch, item) for width in own.values()),
+        "store": sum(store_bytes(width, group.steps * batch, item) for width in own.values()),
         "checkpoint": state,
-        "released": sum(costs.released_bytes(d_in, d_out, width) for width in widths),
+        "released": sum(released_bytes(d_in, d_out, width) for width in widths),
         "seconds": flops / speed.step_flops if speed else None,
     }
 
@@ -140,13 +271,13 @@ def _totals(
     batch, item = config.batch_size, _ITEM[config.source.dtype]
     widths = {place: _widths(place, sizes)[0] for place in with_targets(places_of(groups))}
     streaming = config.source.kind == "streaming"
-    bucket = costs.bucket_bytes(widths.values(), config.source.bucket_rows, item)
+    bucket = bucket_bytes(widths.values(), config.source.bucket_rows, item)
     model = sizes.parameters * _ITEM[config.model.dtype] if streaming else 0
     rest = sum(row["memory"] - row["bucket"] for row in rows) + model
     longest: dict[str, int] = {}
     for row in rows:
         longest[row["place"]] = max(longest.get(row["place"], 0), row["store"])
-    disk = costs.CHECKPOINTS * sum(row["checkpoint"] for row in rows) + sum(row["released"] for row in rows)
+    disk = CHECKPOINTS * sum(row["checkpoint"] for row in rows) + sum(row["released"] for row in rows)
     return {
         **{key: sum(row[key] for row in rows) for key in ("saes", "parameters", "checkpoint", "released")},
         "tokens": max(row["tokens"] for row in rows),
@@ -158,9 +289,9 @@ def _totals(
         "disk": disk,
         "memory_budget": budget,
         "disk_free": _free(Path(config.output)),
-        "largest_bucket": costs.largest_bucket(widths.values(), item, batch, budget - rest),
-        "largest_bucket_alone": costs.largest_bucket(widths.values(), item, batch, budget),
-        "sae_lens": costs.sae_lens_bytes(widths.values(), config.source.bucket_rows, batch, item),
+        "largest_bucket": largest_bucket(widths.values(), item, batch, budget - rest),
+        "largest_bucket_alone": largest_bucket(widths.values(), item, batch, budget),
+        "sae_lens": sae_lens_bytes(widths.values(), config.source.bucket_rows, batch, item),
         "seconds": sum(row["seconds"] for row in rows) if speed else None,
         "forward_seconds": _forward(groups, config, sizes, speed) if speed and streaming else None,
     }

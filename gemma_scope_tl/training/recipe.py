@@ -183,7 +183,7 @@ class Recipe:
         return replace(self, **{name: getattr(self, name) * factor for name in names})
 
     def sae_settings(self) -> dict[str, Any]:
-        """Keyword arguments of :class:`~gemma_scope_tl.sae.training.GemmaScopeTrainingSAEConfig`.
+        """Keyword arguments of :class:`~gemma_scope_tl.interop.training_sae.GemmaScopeTrainingSAEConfig`.
 
         Raises:
             GemmaScopeError: penalties that SAELens's loop does not have here.

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import mean
+from types import FrameType
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 
-from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.checkpoint import (
     Manifest,
     check_same_run,
@@ -26,11 +33,92 @@ from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
 from gemma_scope_tl.training.grid import Group, last_step, places_of
 from gemma_scope_tl.training.logs import Logger, MetricsFile, open_loggers
 from gemma_scope_tl.training.place import PlaceTrainer
-from gemma_scope_tl.training.progress import suite_bar
 from gemma_scope_tl.training.release import Finished, measure
 from gemma_scope_tl.training.shard import WHOLE, Shard
-from gemma_scope_tl.training.sources import OpenSource
-from gemma_scope_tl.training.stopping import StopSignals, TrainingStopped
+from gemma_scope_tl.training.source_factory import OpenSource
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingStopped(GemmaScopeError):
+    """A run was stopped by a signal, after its checkpoint was written.
+
+    Attributes:
+        signal: the signal's number; command lines exit with 128 more.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class StopSignals:
+    """Within the context, the first SIGINT or SIGTERM is remembered; a second one does what it always did.
+
+    In other threads than the main one signals cannot be caught, and nothing is changed.
+
+    Attributes:
+        seen: the signal's number, or None.
+    """
+
+    def __init__(self) -> None:
+        self.seen: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._take_note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _take_note(self, number: int, _frame: FrameType | None) -> None:
+        self.seen = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+class _Speed(TextColumn):
+    """Tokens a second."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__("")
+        self.batch_size = batch_size
+
+    def render(self, task: Task) -> Text:
+        """As the base class."""
+        return Text(f"{(task.speed or 0.0) * self.batch_size:,.0f} tokens/s")
+
+
+@contextmanager
+def suite_bar(
+    total: int, done: int, batch_size: int, shown: bool
+) -> Generator[Callable[[int, Sequence[Mapping[str, Any]]], None], None, None]:
+    """A bar on standard error; call what it yields with the steps done and the newest rows of metrics, if any."""
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), _Speed(batch_size), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TextColumn("{task.fields[means]}"), console=console, disable=not shown) as bar:
+        task = bar.add_task("training", total=total, completed=done, means="")
+
+        def update(step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+            if rows:
+                parts = [
+                    f"{key} {mean(float(row[key]) for row in rows):.4g}"
+                    for key in ("l0", "error")
+                    if all(key in row for row in rows)
+                ]
+                bar.update(task, completed=step, means="  ".join(parts))
+            else:
+                bar.update(task, completed=step)
+
+        yield update
+
 
 Each = Callable[[Callable[[Group], None], Iterable[Group]], Any]
 """Calls a function with every group."""

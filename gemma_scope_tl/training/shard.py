@@ -7,11 +7,19 @@ A distributed shard overrides the two sums; nothing else in a training step talk
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, cast
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as ShardedDim
 
 from gemma_scope_tl.errors import GemmaScopeError
 
@@ -101,3 +109,185 @@ def _part(total: int, rank: int, ranks: int, what: str) -> slice:
 
 WHOLE = Shard()
 """One process with all latents and all rows."""
+
+
+AXES = ("data", "latents")
+SECONDS = 600.0
+"""For which a process waits for the others. Between two exchanges lie a step, or the writing of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class MeshShard(Shard):
+    """A process's place in a DeviceMesh with the axes ``data`` and ``latents``.
+
+    Sums are all-reduces, so every process of an axis gets the same bits.
+    """
+
+    mesh: DeviceMesh | None = field(default=None, repr=False)
+
+    def sum_latents(self, tensor: Tensor) -> Tensor:
+        """All-reduce along ``latents``, in place."""
+        return self._sum(tensor, "latents", self.latent_ranks)
+
+    def sum_data(self, tensor: Tensor) -> Tensor:
+        """All-reduce along ``data``, in place."""
+        return self._sum(tensor, "data", self.data_ranks)
+
+    def _sum(self, tensor: Tensor, axis: str, ranks: int) -> Tensor:
+        if ranks == 1 or self.mesh is None:
+            return tensor
+        whole = tensor.to(self.mesh.device_type).contiguous()  # NCCL adds up what is on a GPU only
+        with _exchange():
+            dist.all_reduce(whole, group=self.mesh.get_group(axis))
+        return whole.to(tensor.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """All-gather of small values over all processes."""
+        if self.mesh is None:
+            return [value]
+        return _gathered(value)
+
+    def most(self, value: int) -> int:
+        """All-reduce of the greatest value over all processes."""
+        if self.mesh is None:
+            return value
+        found = torch.tensor(value, device=self.mesh.device_type)
+        with _exchange():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found)
+
+    def whole(self, local: Tensor, chunk: int | None = None) -> Generator[Tensor, None, None]:
+        """As :meth:`Shard.whole`, by DTensor."""
+        if self.mesh is None or self.latent_ranks == 1:
+            yield from super().whole(local, chunk)
+            return
+        for part in [local] if local.ndim == 1 or chunk is None else local.split(chunk, dim=1):
+            here = part.to(self.mesh.device_type).contiguous()
+            placed = DTensor.from_local(here, self.mesh, [Replicate(), ShardedDim(0)], run_check=False)
+            with _exchange():
+                whole = placed.full_tensor()
+            yield whole.to(local.device)
+
+
+@contextmanager
+def _exchange() -> Generator[None, None, None]:
+    """Say what a failed exchange means: the backend's own words name sockets."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise GemmaScopeError(
+            "Another process of this job ended, or did not answer in time; what it said itself is the cause. End what "
+            "is left of the job and start the same command again: the run goes on from its last checkpoint, to the "
+            "same bits. "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
+
+
+def _gathered(value: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    with _exchange():
+        dist.all_gather_object(found, value)
+    return found
+
+
+def led(shard: Shard, act: Callable[[], object]) -> None:
+    """Let the leading process ``act`` while all others wait; what it raises, all of them raise.
+
+    Raises:
+        GemmaScopeError: of the leading process.
+    """
+    problem: GemmaScopeError | None = None
+    if shard.leads:
+        try:
+            act()
+        except GemmaScopeError as error:
+            problem = error
+    said = next((words for words in shard.gather(None if problem is None else str(problem)) if words is not None), None)
+    if problem is not None:
+        raise problem
+    if said is not None:
+        raise GemmaScopeError(said)
+
+
+def launched() -> bool:
+    """Whether this process was started by ``torchrun`` or another launcher that sets its variables."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def process_mesh(
+    latent_ranks: int = 1,
+    data_ranks: int = 1,
+    *,
+    device: str | torch.device = "cpu",
+    backend: str | None = None,
+    seconds: float | None = None,
+) -> Generator[Shard, None, None]:
+    """This process's shard of ``latent_ranks * data_ranks`` processes; the group is closed on leaving.
+
+    Args:
+        latent_ranks, data_ranks: how many parts the latents and the batch are cut into.
+        device: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL; each process takes the GPU of its local rank).
+        backend: another one.
+        seconds: for which a process waits for the others; :data:`SECONDS` unless given. Where one ends, the others
+            notice at once; where one hangs, or its machine is lost, after that time.
+
+    Raises:
+        GemmaScopeError: the launcher started another number of processes; another process ended or does not answer.
+    """
+    wanted = latent_ranks * data_ranks
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != wanted:
+        raise GemmaScopeError(
+            f"{data_ranks} x {latent_ranks} (data x latents) needs {wanted} processes, this run has {world}: "
+            f"start it with torchrun --nproc-per-node {wanted}, or say in mesh how the processes divide the work."
+        )
+    if wanted == 1:
+        yield WHOLE
+        return
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    limit = timedelta(seconds=SECONDS if seconds is None else seconds)
+    begun = not dist.is_initialized()
+    if begun:
+        with _exchange():
+            dist.init_process_group(backend or ("nccl" if kind == "cuda" else "gloo"), timeout=limit)
+    try:
+        mesh = _mesh(kind, latent_ranks, data_ranks, limit)
+        yield MeshShard(
+            latent_rank=mesh.get_local_rank("latents"),
+            latent_ranks=latent_ranks,
+            data_rank=mesh.get_local_rank("data"),
+            data_ranks=data_ranks,
+            mesh=mesh,
+        )
+        with _exchange():
+            dist.barrier()  # a process that leaves while another still talks to it would abort it
+    finally:
+        if begun:
+            dist.destroy_process_group()
+
+
+def _mesh(kind: str, latent_ranks: int, data_ranks: int, limit: timedelta) -> DeviceMesh:
+    """A mesh whose groups have the time limit: ``init_device_mesh`` gives them the backend's, half an hour."""
+    ranks = torch.arange(data_ranks * latent_ranks).reshape(data_ranks, latent_ranks)
+    with _exchange():
+        data, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=limit)
+        latents, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=limit)
+    groups = cast("list[dist.ProcessGroup]", [data, latents])  # every process is in one of each
+    return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=AXES)
+
+
+def agreed(values: Mapping[str, Any]) -> None:
+    """Raise on every process unless all were given the same ``values``: different settings would train nonsense.
+
+    Raises:
+        GemmaScopeError: naming the settings that differ between processes.
+    """
+    if not dist.is_initialized():
+        return
+    found = _gathered(dict(values))
+    different = sorted(key for key in values if any(other.get(key) != values[key] for other in found))
+    if different:
+        raise GemmaScopeError(f"The processes of this job do not agree on: {', '.join(different)}.")

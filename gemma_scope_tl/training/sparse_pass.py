@@ -21,10 +21,8 @@ import torch
 from torch import Tensor
 
 from gemma_scope_tl.sae import sparse_ops as ops
-from gemma_scope_tl.training.optimizer import chunk_rows
-from gemma_scope_tl.training.penalties import Prices
-from gemma_scope_tl.training.stack import Batch, Chunk, Member, Vectors, residuals_
-from gemma_scope_tl.training.weights import Weights
+from gemma_scope_tl.training.optimizer import Prices, chunk_rows
+from gemma_scope_tl.training.stack import Batch, Chunk, Member, Vectors, Weights, residuals_
 
 WHOLE_CHUNK = 0.75
 """From this share of touched rows on, a chunk is updated in place as a whole instead of gathered and put back."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.recipe import Recipe
 
 

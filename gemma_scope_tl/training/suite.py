@@ -14,28 +14,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_scope_tl.errors import WriteError
+from gemma_scope_tl.families.sizes import sizes_of
 from gemma_scope_tl.files import append_line, make_folder
-from gemma_scope_tl.training.checkpoint import check_same_run
-from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
-from gemma_scope_tl.training.grid import Group, groups_of, places_of
-from gemma_scope_tl.training.model_sizes import sizes_of
-from gemma_scope_tl.training.parallel import agreed, led, process_mesh
-from gemma_scope_tl.training.plan import plan_suite
-from gemma_scope_tl.training.records import (
+from gemma_scope_tl.training.checkpoint import (
     CHECKPOINTS,
     METRICS_NAME,
     RUN_NAME,
     SUITE_NAME,
     alone,
+    check_same_run,
     read_record,
     suite_table,
     write_run,
     write_suite,
 )
+from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
+from gemma_scope_tl.training.grid import Group, groups_of, places_of
+from gemma_scope_tl.training.plan import plan_suite
 from gemma_scope_tl.training.release import STAGE, write_release
 from gemma_scope_tl.training.running import Run
-from gemma_scope_tl.training.shard import Shard
-from gemma_scope_tl.training.sources import OpenSource, source_opener
+from gemma_scope_tl.training.shard import Shard, agreed, led, process_mesh
+from gemma_scope_tl.training.source_factory import OpenSource, source_opener
 from gemma_scope_tl.weights.modes import ordinary_tensors
 
 if TYPE_CHECKING:

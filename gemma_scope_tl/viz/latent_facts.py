@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.evals.packing import as_rows
-from gemma_scope_tl.evals.texts import read_texts
-from gemma_scope_tl.inputs import Text
 from gemma_scope_tl.interventions.sources import chosen_latents, decoder_rows, encode_latents, place_of
-from gemma_scope_tl.logit_lens import top_tokens
+from gemma_scope_tl.latents.logit_lens import top_tokens
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import flatten_heads
-from gemma_scope_tl.tokens import special_token_ids
+from gemma_scope_tl.text.batch import Text
+from gemma_scope_tl.text.documents import read_texts
+from gemma_scope_tl.text.rows import as_rows
+from gemma_scope_tl.text.tokens import special_token_ids
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,7 +120,7 @@ class LatentFacts:
         maximum: strongest activation there, 0 where it never fires.
         examples: strongest first, each from another row of the text.
         edges, counts: histogram of the activations above 0; empty where there is none.
-        lens: rows of :func:`~gemma_scope_tl.logit_lens.top_tokens`.
+        lens: rows of :func:`~gemma_scope_tl.latents.logit_lens.top_tokens`.
         neighbours: ``latent, cosine``: the nearest decoder rows, nearest first.
         neuronpedia: address of the latent's dashboard, where the registry knows one.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.viz.panels import COLORS, LABELS, MARKERS, check_columns, grid, legend, scale
+from gemma_scope_tl.viz.figures import COLORS, LABELS, MARKERS, check_columns, grid, legend, scale
 
 if TYPE_CHECKING:
     import pandas as pd

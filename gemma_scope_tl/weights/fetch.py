@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError
 from gemma_scope_tl.files import file_sha256
-from gemma_scope_tl.registry.containment import inside
-from gemma_scope_tl.registry.locate import BUNDLED_SAES
-from gemma_scope_tl.weights.sniff import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME, weights_error
+from gemma_scope_tl.registry.locate import BUNDLED_SAES, inside
+from gemma_scope_tl.weights.checks import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME, weights_error
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow

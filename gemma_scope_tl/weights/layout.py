@@ -19,7 +19,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import torch
 
-from gemma_scope_tl.weights.sniff import weights_error
+from gemma_scope_tl.weights.checks import weights_error
 
 CHUNK = 1 << 22  # bytes; small enough to stay in a core's cache between the checksum and the conversion
 _INFLATED = 1 << 20  # bytes inflated at a time: zlib makes a copy of them, and of what it has not read yet

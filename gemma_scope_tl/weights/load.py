@@ -19,6 +19,7 @@ import torch
 
 from gemma_scope_tl.errors import WeightsError
 from gemma_scope_tl.files import is_file
+from gemma_scope_tl.registry.locate import BUNDLED_SAES
 from gemma_scope_tl.weights.checks import (
     SCALING_KEYS,
     Expected,
@@ -27,15 +28,30 @@ from gemma_scope_tl.weights.checks import (
     check_shapes,
     check_values,
     value_range,
+    weights_error,
 )
-from gemma_scope_tl.weights.fetch import verify_download, wrong_hash
+from gemma_scope_tl.weights.fetch import in_hub_cache, verify_download, wrong_hash
 from gemma_scope_tl.weights.layout import ArrayLayout, Sink, map_array, stream
-from gemma_scope_tl.weights.mapping import may_map
 from gemma_scope_tl.weights.modes import is_out_of_memory, ordinary_tensors
 from gemma_scope_tl.weights.npz import inspect_npz, read_errors
 from gemma_scope_tl.weights.safetensors_file import inspect_safetensors
-from gemma_scope_tl.weights.sniff import weights_error
 from gemma_scope_tl.weights.stamp import Stamp, file_key, read_stamp, write_stamp
+
+_ANYONE_WRITES = 0o222
+
+
+def may_map(path: Path) -> bool:
+    """Whether a file can be mapped for as long as its tensors live.
+
+    Raises:
+        OSError: the file cannot be looked at.
+    """
+    return (
+        in_hub_cache(path)
+        or path.resolve().is_relative_to(BUNDLED_SAES.parent)
+        or not path.stat().st_mode & _ANYONE_WRITES
+    )
+
 
 _USE_FLOAT = "Use float16, float32 or float64 arrays."
 Elementwise = Callable[[torch.Tensor], torch.Tensor]

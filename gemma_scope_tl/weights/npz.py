@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.weights.layout import ArrayLayout
-from gemma_scope_tl.weights.sniff import (
+from gemma_scope_tl.weights.checks import (
     MAX_ARRAYS,
     NOT_READ,
     check_name,
@@ -32,6 +31,7 @@ from gemma_scope_tl.weights.sniff import (
     starts_as_zip,
     weights_error,
 )
+from gemma_scope_tl.weights.layout import ArrayLayout
 
 _MAX_HEADER = 4096
 _MAX_DIMS = 8

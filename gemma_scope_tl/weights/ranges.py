@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from gemma_scope_tl.weights.checks import weights_error
 from gemma_scope_tl.weights.fetch import download_command, hub_error, hub_exceptions
-from gemma_scope_tl.weights.sniff import weights_error
 
 TRIES = 3
 LONGEST_WAIT = 10.0  # seconds

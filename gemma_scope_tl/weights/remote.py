@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from gemma_scope_tl.weights.checks import NOT_READ, read_head, weights_error
 from gemma_scope_tl.weights.ranges import HubAddress, RangeReader
-from gemma_scope_tl.weights.sniff import NOT_READ, read_head, weights_error
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -14,9 +14,7 @@ from typing import IO, Any
 
 import torch
 
-from gemma_scope_tl.weights.layout import ArrayLayout
-from gemma_scope_tl.weights.npz import NamedFile, read_errors
-from gemma_scope_tl.weights.sniff import (
+from gemma_scope_tl.weights.checks import (
     CFG_NAME,
     MAX_ARRAYS,
     check_name,
@@ -25,6 +23,8 @@ from gemma_scope_tl.weights.sniff import (
     short,
     weights_error,
 )
+from gemma_scope_tl.weights.layout import ArrayLayout
+from gemma_scope_tl.weights.npz import NamedFile, read_errors
 
 _MAX_CFG = 1 << 20
 _MAX_HEADER = 1 << 20

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.evals.packing import pack_texts
 from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.text.rows import pack_texts
 from scripts.bundled.corpus import build_domain
 from scripts.bundled.domains import DOMAINS
 from scripts.bundled.files import read_jsonl

@@ -16,15 +16,16 @@ import pytest
 import typer
 from typer.main import get_command
 
-from gemma_scope_tl.adapters.loading import BUNDLED, MODELS
 from gemma_scope_tl.attributions.gradients import METHODS
-from gemma_scope_tl.cli import app, checks, failures, tables
+from gemma_scope_tl.cli import app, checks, failures
+from gemma_scope_tl.cli import output as tables
 from gemma_scope_tl.cli.command import Verb
 from gemma_scope_tl.cli.failures import run
 from gemma_scope_tl.dtypes import DTYPES, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.run import ABLATIONS
 from gemma_scope_tl.interventions.functions import UNITS
+from gemma_scope_tl.model.loading import BUNDLED, MODELS
 from gemma_scope_tl.release.export import Layout, Repos
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "demo.yaml")

@@ -13,13 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.adapters.loading import load_model
 from gemma_scope_tl.cli.registry import registry_app
 from gemma_scope_tl.contributing.check import CHECKS, Finding, check_release
 from gemma_scope_tl.contributing.draft import Options, draft_release, write_draft
 from gemma_scope_tl.contributing.measure import held_out_tokens, l0_of, measure_l0, spread, tolerated
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.suite import evaluate
+from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.registry import read_release
 from gemma_scope_tl.registry.locate import EXTRA_FOLDERS_VARIABLE, builtin_folder
 from gemma_scope_tl.sae.loading import load_row

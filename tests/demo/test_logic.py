@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.demo import logic, suite_grid, views
+from gemma_scope_tl.demo import logic, views
 from gemma_scope_tl.demo.limits import Limits
 from gemma_scope_tl.demo.world import World, load_world
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
@@ -117,11 +117,11 @@ def test_splicing_is_what_run_with_saes_says(world: World) -> None:
 
 
 def test_the_grid_holds_the_registry_s_metrics(world: World) -> None:
-    table = suite_grid.measured(world)
+    table = views.measured(world)
     assert len(table) == len(world.rows)
     direct = gs.list_saes(model="bundled", with_metrics=True)
-    for width in suite_grid.widths(table):
-        grid = suite_grid.suite_grid(table, "fvu", width)
+    for width in views.widths(table):
+        grid = views.suite_grid(table, "fvu", width)
         for row in direct[(direct["width"] == width) & direct["canonical"]].itertuples():
             column = "-" if str(row.layer) == "<NA>" else str(row.layer)
             np.testing.assert_equal(grid.loc[row.site, column], row.fvu)
@@ -163,10 +163,10 @@ def test_bad_input_is_refused_in_words(world: World, call: Any, words: str) -> N
 def test_a_suite_without_measurements(world: World) -> None:
     """Gemma Scope's own SAEs, of every site and none of them measured here; the embedding has no layer."""
     other = World(world.model, select_rows(model="gemma-2-2b", width="16k"))
-    table = suite_grid.measured(other)
+    table = views.measured(other)
     assert len(table) == len(other.rows)
-    for metric, label in suite_grid.GRID_METRICS.items():
-        grid = suite_grid.suite_grid(table, metric, "16k")
+    for metric, label in views.GRID_METRICS.items():
+        grid = views.suite_grid(table, metric, "16k")
         assert grid.shape[0] >= 3 and {"0", "25"} <= set(grid.columns) and grid.isna().all(axis=None)
         assert "No measurement" in views.heat_map(grid, label)
 
@@ -182,11 +182,11 @@ def test_a_site_without_layers(world: World) -> None:
 
 
 def test_a_grid_of_an_unknown_metric(world: World) -> None:
-    table = suite_grid.measured(world)
+    table = views.measured(world)
     with pytest.raises(UnknownNameError, match="metric"):
-        suite_grid.suite_grid(table, "nothing", suite_grid.widths(table)[0])
+        views.suite_grid(table, "nothing", views.widths(table)[0])
     with pytest.raises(UnknownNameError, match="width"):
-        suite_grid.suite_grid(table, "fvu", "3k")
+        views.suite_grid(table, "fvu", "3k")
 
 
 def test_a_world_without_saes_or_with_other_limits(world: World) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gemma_scope_tl.adapters.loading import load_model
 from gemma_scope_tl.cli.studies import studies_app
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.suite import measure_suite
+from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.sae.suite import load_suite
 from gemma_scope_tl.studies import Rollouts, base_on_tuned, roll_out
 from gemma_scope_tl.studies.rollouts import _ended, _framed

@@ -1,0 +1,117 @@
+"""Other evaluations on this package's SAEs and models: SAELens's ``run_evals`` on given tokens.
+
+It is handed our objects as they are. What it reports is renamed to the columns of
+:func:`~gemma_scope_tl.evals.suite.evaluate` where both measure the same, which ``tests/evals/test_bridges.py`` shows:
+
+- ``l0``, ``fvu`` (1 - its explained variance), ``loss_clean`` and ``loss_spliced`` are equal up to rounding, on tokens
+  without EOS inside. With EOS, ``run_evals`` also counts predictions *of* it, which the paper masks;
+- its ablated loss sets the whole site to zero, BOS too, which a splice leaves alone, so its CE score compares a splice
+  with an ablation of other positions; its KL takes in the last position, which has no next token. Both stay under
+  names of their own.
+
+``run_evals`` has no place for a tensor that is read here and written there: transcoders are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.evals.saes import subjects_of
+from gemma_scope_tl.sites import get_site
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class FixedTokens:
+    """What ``run_evals`` asks of an activation store: the same rows of tokens in batches, again and again.
+
+    Args:
+        tokens: ``[rows, pos]``.
+        batch: rows in a batch; it has to divide the rows, for ``run_evals`` weighs batches alike.
+
+    Raises:
+        GemmaScopeError: when it does not.
+    """
+
+    def __init__(self, tokens: Int[torch.Tensor, "rows pos"], batch: int) -> None:
+        if batch < 1 or tokens.shape[0] % batch:
+            raise GemmaScopeError(f"Batches of {batch} do not divide {tokens.shape[0]} rows, so means would be off.")
+        self.batches, self.served = list(tokens.split(batch)), 0
+        self.store_batch_size_prompts, self.context_size = batch, tokens.shape[1]
+
+    def get_batch_tokens(self, *_: Any) -> Int[torch.Tensor, "batch pos"]:
+        """The next batch, after the last the first."""
+        self.served += 1
+        return self.batches[(self.served - 1) % len(self.batches)]
+
+    def reset_input_dataset(self) -> None:
+        """Nothing to do: every evaluation takes whole rounds."""
+
+
+def run_sae_lens_evals(
+    model: Any, saes: Any, tokens: Int[torch.Tensor, "rows pos"], batch_size: int = 8
+) -> pd.DataFrame:
+    """SAELens's ``run_evals`` on our SAEs and model, SAE by SAE.
+
+    Args:
+        model: from ``load_model``, or a hooked model of SAELens or TransformerLens that has the hooks of the SAEs.
+        saes: one, several, or a suite; SAELens's own SAEs too.
+        tokens: all rows are used.
+        batch_size: rows in a pass; divides the rows.
+
+    Returns:
+        A row per SAE: ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss``, as
+        ``evaluate`` names them; ``sae_lens_loss_ablated, sae_lens_ce_score, sae_lens_kl``, which differ from its.
+
+    Raises:
+        GemmaScopeError: for a transcoder, or a batch size that does not divide the rows.
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for subject in subjects_of(model, saes):
+        site = get_site(subject.place.site)
+        if site.is_transcoder:
+            raise GemmaScopeError("SAELens's run_evals writes where it reads; it cannot evaluate a transcoder.")
+        sae = subject.get()
+        names = {"release": subject.release, "id": subject.id, "site": site.name, "layer": subject.place.layer}
+        rows.append({**names, "d_sae": subject.d_sae, **sae_lens_metrics(model, sae, tokens, batch_size)})
+    return pd.DataFrame(rows)
+
+
+def sae_lens_metrics(model: Any, sae: Any, tokens: Int[torch.Tensor, "rows pos"], batch_size: int) -> dict[str, float]:
+    """The metrics of one SAE by ``run_evals``, named as in :func:`run_sae_lens_evals`; the SAE says its hook."""
+    from sae_lens.evals import EvalConfig, run_evals
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    store = FixedTokens(tokens, batch_size)
+    batches = len(store.batches)
+    config = EvalConfig(
+        batch_size_prompts=batch_size,
+        n_eval_reconstruction_batches=batches,
+        n_eval_sparsity_variance_batches=batches,
+        compute_kl=True,
+        compute_ce_loss=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+    )
+    given: Any = store
+    found, _ = run_evals(sae, given, model, ActivationScaler(), config)
+    losses, quality = found["model_performance_preservation"], found["reconstruction_quality"]
+    metrics = {
+        "l0": found["sparsity"]["l0"],
+        "fvu": 1 - quality["explained_variance"],
+        "loss_clean": losses["ce_loss_without_sae"],
+        "loss_spliced": losses["ce_loss_with_sae"],
+        "delta_loss": losses["ce_loss_with_sae"] - losses["ce_loss_without_sae"],
+        "sae_lens_loss_ablated": losses["ce_loss_with_ablation"],
+        "sae_lens_ce_score": losses["ce_loss_score"],
+        "sae_lens_kl": found["model_behavior_preservation"].get("kl_div_with_sae", math.nan),
+    }
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,122 @@
+"""Which latents fire on which token, as a tidy table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.interventions.sources import encode_latents, place_of
+from gemma_scope_tl.sae.choices import as_saes
+from gemma_scope_tl.sae.latents import Latents
+from gemma_scope_tl.sites import flatten_heads
+from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
+from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@torch.no_grad()
+def features(
+    model: Any,
+    text: Text,
+    saes: Any | Iterable[Any],
+    top: int | None = None,
+    exclude_special_tokens: ExcludeTokens = True,
+    min_activation: float = 0.0,
+    attention_mask: Any = None,
+) -> pd.DataFrame:
+    """The active latents of ``saes`` on ``text``, from one forward pass for all of them.
+
+    The pass is the model's as it stands: hooks and SAEs that are attached act. SAEs are fed from hooks, never from
+    Hugging Face's ``hidden_states``, whose last entry is after the final norm: not the last layer's res site.
+
+    Args:
+        model: from ``load_model``.
+        text: a text, several (padded on the left), chat messages, or token ids, in whatever holds them
+            (:func:`~gemma_scope_tl.text.batch.as_batch`); no longer than the model's context.
+        saes: one SAE, transcoder or :class:`~gemma_scope_tl.sae.latents.Latents` (with encoder columns), or several: a
+            list, an iterator, a mapping, a suite.
+        top: keep the strongest latents of each token and SAE; None for all.
+        exclude_special_tokens: leave out BOS, EOS and padding, on which Gemma Scope was not trained: on BOS, whose
+            activations can be far longer than any other token's, thousands of latents fire. Or the ids to leave out;
+            False for none. Padding is no text and never listed.
+        min_activation: leave out latents that fire less than this, in units of the latent.
+        attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
+
+    Returns:
+        A row per active latent, strongest first within a token: ``sequence, position, token, sae, site, layer, latent,
+        activation``. ``position`` counts from 0 at the first token of the text, as interventions count; ``sae`` is
+        the place in ``saes``, which tells two SAEs of one site and layer apart. ``""``, BOS alone, has no rows.
+
+    Raises:
+        GemmaScopeError: when ``top`` is below 1 or ``min_activation`` below 0; text that is none, or too long.
+        SpliceError: without an SAE, or when one does not say where it belongs.
+    """
+    import pandas as pd
+
+    if (top is not None and top < 1) or not min_activation >= 0:
+        raise GemmaScopeError(f"top is at least 1 and min_activation at least 0; given: {top}, {min_activation}.")
+    several, batch = as_saes(saes), as_batch(model, text, attention_mask)
+    places = [place_of(sae) for sae in several]
+    names = [site.hook_name(layer, "hooked_transformer") for site, layer in places]
+    seen = _activations(model, batch, names)
+    counted = batch.ordinary(excluded_ids(model.tokenizer, exclude_special_tokens))
+    frames: list[pd.DataFrame] = []
+    for i, (sae, name, (site, layer)) in enumerate(zip(several, names, places, strict=True)):
+        rows, columns, latents, values = _active(sae, seen[name], counted, top, min_activation)
+        listed = {
+            "sequence": rows.tolist(),
+            "position": batch.place[rows, columns].tolist(),
+            "token": _texts(model.tokenizer, batch.ids[rows, columns].tolist()),
+            "sae": i,
+            "site": site.name,
+            "layer": pd.array([layer] * len(latents), dtype="Int64"),
+            "latent": latents.tolist(),
+            "activation": values.tolist(),
+        }
+        frames.append(pd.DataFrame(listed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _activations(model: Any, batch: TokenBatch, names: list[str]) -> dict[str, torch.Tensor]:
+    """The tensors at some hooks, heads flattened, from one pass."""
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        (name, lambda value, hook, name=name: seen.__setitem__(name, flatten_heads(value)))
+        for name in dict.fromkeys(names)
+    ]
+    model.run_with_hooks(batch.ids, attention_mask=batch.attention_mask, fwd_hooks=hooks)
+    return seen
+
+
+def _active(
+    sae: Any,
+    x: Float[torch.Tensor, "batch pos d_in"],
+    counted: Bool[torch.Tensor, "batch pos"],
+    top: int | None,
+    min_activation: float,
+) -> tuple[torch.Tensor, ...]:
+    """Row, column, latent and value of each active latent: by row and column, then strongest first."""
+    acts = encode_latents(sae, x)
+    counted = counted.to(acts.device)[..., None]
+    if top is None:
+        rows, columns, latents = ((acts > 0) & (acts >= min_activation) & counted).nonzero(as_tuple=True)
+        values = acts[rows, columns, latents].float()
+    else:
+        strongest, which = acts.topk(min(top, acts.shape[-1]), dim=-1)
+        rows, columns, rank = ((strongest > 0) & (strongest >= min_activation) & counted).nonzero(as_tuple=True)
+        latents, values = which[rows, columns, rank], strongest[rows, columns, rank].float()
+    order = values.argsort(descending=True, stable=True)  # by value, then stably by place: strongest first at each
+    order = order[(rows * x.shape[1] + columns)[order].argsort(stable=True)]
+    names = latents if not isinstance(sae, Latents) else torch.tensor(sae.latents, device=acts.device)[latents]
+    return rows[order].cpu(), columns[order].cpu(), names[order].cpu(), values[order].cpu()
+
+
+def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    texts = {i: tokenizer.decode([i]) if tokenizer else str(i) for i in set(ids)}
+    return [texts[i] for i in ids]

@@ -1,0 +1,255 @@
+"""One SAE on one model: a hook that puts its reconstruction in the place of an activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
+
+from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.model.owners import Owner
+from gemma_scope_tl.model.positions import Positions, chosen_columns, rows_of
+from gemma_scope_tl.sae.base import GemmaScopeMixin
+from gemma_scope_tl.sae.choices import checked_positions
+from gemma_scope_tl.sae.hooked_pass import hooked_pass, is_hooked
+from gemma_scope_tl.sae.placement import bring
+from gemma_scope_tl.sites import Site, flatten_heads, get_site, site_of_hook, unflatten_heads
+from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_choice
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+    from gemma_scope_tl.model.hooked import GemmaModel
+
+
+def locate(sae: SAE[Any]) -> tuple[Site, int | None]:
+    """The site and layer that ``sae`` belongs to, from itself or from its SAELens metadata.
+
+    Raises:
+        SpliceError: when it does not say.
+    """
+    name = getattr(sae, "site", None)
+    if name is not None:
+        return get_site(name), getattr(sae, "layer", None)
+    hook = sae.cfg.metadata.hook_name
+    if hook is None:
+        raise SpliceError("This SAE does not say where it belongs: load it with site= and layer=.")
+    return site_of_hook(hook, sae.cfg.metadata.hook_name_out)
+
+
+def decode_with_skip(sae: SAE[Any], acts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The whole output for latents ``acts`` of ``x``: of a skip transcoder, ``decode`` alone is only a part."""
+    out = sae.decode(acts)
+    w_skip = getattr(sae, "W_skip", None)
+    return out if w_skip is None else out + x.to(out.dtype) @ w_skip.T
+
+
+@dataclass(frozen=True)
+class SpliceOptions:
+    """How SAEs are spliced; :meth:`~gemma_scope_tl.model.splicing.SpliceMixin.add_sae` says what each means.
+
+    Attributes:
+        error_term: None for the SAE's own setting.
+        exclude_special_tokens: True, False or token ids.
+        positions: None for all.
+        chain: read the output of an SAE that writes there already.
+    """
+
+    error_term: bool | None = None
+    exclude_special_tokens: ExcludeTokens = True
+    positions: Positions = None
+    chain: bool = False
+
+    def __post_init__(self) -> None:
+        checked_positions(self.positions)
+        choice = excluded_choice(self.exclude_special_tokens)  # an iterator is read once, for all SAEs
+        object.__setattr__(self, "exclude_special_tokens", choice)
+
+
+class AttachedSAE:
+    """One SAE on one model: where it reads and writes, and how its output replaces the activation.
+
+    Attributes:
+        name: what the names of its hook points begin with; unique on the model.
+        owner: the context whose passes may run through it.
+        options: as given, so that a copy of the model can be given the same.
+    """
+
+    def __init__(
+        self,
+        sae: SAE[Any],
+        site: Site,
+        layer: int | None,
+        options: SpliceOptions,
+        excluded: tuple[int, ...],
+        stage: int,
+        owner: Owner,
+    ) -> None:
+        self.sae, self.site, self.layer = sae, site, layer
+        self.options, self.excluded, self.stage, self.owner = options, excluded, stage, owner
+        self.error_term = bool(sae.use_error_term if options.error_term is None else options.error_term)
+        self.positions = options.positions
+        self.read_name = site.hook_name(layer, "hooked_transformer")
+        self.write_name = site.hook_name_out(layer, "hooked_transformer")
+        self.name = self.write_name + (f".{stage}" if stage else "")  # stage: 0, or the place in a chain
+        self.hook_points = {f"{self.name}.{name}": point for name, point in sae.hook_dict.items()}
+        self._read: torch.Tensor | None = None
+        self._hooks: list[tuple[Any, Callable[..., torch.Tensor | None], Any]] = []  # point, function, handle
+        self._before: list[Any] = []  # handles that were on the SAE's own points
+        self._named = self._told = False
+
+    def attach(self, model: GemmaModel) -> None:
+        """Put the hooks on ``model``'s hook points; :meth:`detach` takes back exactly these."""
+        self._tracker = model.token_tracker
+        self._heads_apart = model.backend == "hooked_transformer"
+        if self.site.is_transcoder:
+            self._hook(model.site_hook_point(self.site.hook_name(self.layer, model.backend)), self._on_read)
+        self._hook(model.site_hook_point(self.site.hook_name_out(self.layer, model.backend)), self._on_write)
+        self.claim_names()
+        stock = not isinstance(self.sae, GemmaScopeMixin)
+        if stock and getattr(self.sae, "hook_z_reshaping_mode", False):  # heads are flattened here, stock SAEs are told
+            self.sae.turn_off_forward_pass_hook_z_reshaping()
+            self._told = True
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`, the model first; after an error it can be called again."""
+        self.unhook()
+        if self._told:
+            self.sae.turn_on_forward_pass_hook_z_reshaping()
+            self._told = False
+        if self._named:
+            for point in self.hook_points.values():
+                _end_blocks(point, self._before)
+            names = _given_names(self.sae)
+            names.remove(self.name)
+            _name_points(self.sae, names)
+            self._named = False
+
+    def unhook(self) -> None:
+        """Take the hooks off the model, and leave the SAE as it is."""
+        while self._hooks:
+            point, _, handle = self._hooks[-1]
+            _remove(point.fwd_hooks, handle)
+            self._hooks.pop()
+        self._read = None
+
+    def put_back(self) -> None:
+        """Hook the model again where something else removed these hooks, permanent ones included."""
+        for i, (point, fn, handle) in enumerate(self._hooks):
+            if all(held is not handle for held in point.fwd_hooks):
+                point.add_hook(fn, is_permanent=True)
+                self._hooks[i] = (point, fn, point.fwd_hooks[-1])
+
+    def claim_names(self) -> None:
+        """Name the SAE's hook points by where it is attached."""
+        points = self.hook_points.values()
+        self._before = [handle for point in points for handle in (*point.fwd_hooks, *point.bwd_hooks)]
+        names = _given_names(self.sae)
+        names.append(self.name)
+        _name_points(self.sae, names)
+        self._named = True
+
+    def _hook(self, point: Any, fn: Callable[..., torch.Tensor | None]) -> None:
+        point.add_hook(fn, is_permanent=True)
+        self._hooks.append((point, fn, point.fwd_hooks[-1]))
+
+    def _on_read(self, value: torch.Tensor, hook: Any) -> None:
+        self.owner.check(f"An SAE was attached at {self.write_name}")
+        self._read = value
+
+    def _on_write(self, value: torch.Tensor, hook: Any) -> torch.Tensor:
+        self.owner.check(f"An SAE was attached at {self.write_name}")
+        source = value
+        if self.site.is_transcoder:
+            if self._read is None:
+                raise SpliceError(f"The transcoder at {self.read_name} saw no input in this forward pass.")
+            source, self._read = self._read, None
+        return self.replace(source, value, self._untouched(value))
+
+    def _untouched(self, value: torch.Tensor) -> torch.Tensor | None:
+        """True at positions (``[batch, pos]``) that keep the model's activation; None when there are none."""
+        padding = self.options.exclude_special_tokens is True
+        keep = self._tracker.mask(value, self.excluded, padding) if self.excluded else None
+        if self.positions is None:
+            return keep
+        chosen = chosen_columns(self.positions, rows_of(value, self._tracker))
+        outside = ~chosen[:, -value.shape[1] :]
+        return outside if keep is None else keep | outside
+
+    def replace(self, source: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Reconstruct ``target`` from ``source``, but keep ``target`` itself where ``mask`` (``[batch, pos]``) is True.
+
+        With the error term the result is ``x̂ + (target - x̂_clean)``, where the clean reconstruction knows nothing of
+        the hooks on the SAE; the error carries no gradient. It is computed in the wider of both dtypes, so that an
+        unedited pass gives ``target`` to that dtype's rounding, and returned in ``target``'s.
+
+        Hooks on ``hook_sae_error`` and ``hook_sae_output`` see heads apart where SAELens's models show them so, on
+        HookedTransformer; all other hook points of the SAE are flat. An SAE on another device than ``target`` moves
+        there, for good.
+        """
+        bring(self.sae, target.device)
+        wide = torch.promote_types(target.dtype, self.sae.dtype)  # so that what is kept is kept exactly
+        x, y = flatten_heads(source), flatten_heads(target).to(wide)
+        out, clean = self._pass(x)
+        if self.error_term:
+            with torch.no_grad():
+                error = y - clean
+                error = error if mask is None else error.masked_fill(mask.unsqueeze(-1), 0.0)
+                error = self.sae.hook_sae_error(self._shown(error, target))
+            out = out + flatten_heads(error)
+        if mask is not None:
+            out = torch.where(mask.unsqueeze(-1), y, out)
+        return unflatten_heads(self.sae.hook_sae_output(self._shown(out, target)).to(target.dtype), target)
+
+    def _shown(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return unflatten_heads(x, like) if self._heads_apart else x
+
+    def _pass(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reconstruction with hooks, and without them where the error term asks for it."""
+        if isinstance(self.sae, GemmaScopeMixin):
+            done = hooked_pass(self.sae, x, need_clean=self.error_term)
+            return done.out, done.clean
+        x = x.to(self.sae.dtype)
+        offered = x.clone() if is_hooked(self.sae.hook_sae_input) else x  # hooks write in place, and x is the model's
+        out = decode_with_skip(self.sae, self.sae.encode(offered), x)
+        if not self.error_term or not any(map(is_hooked, self.hook_points.values())):
+            return out, out
+        with torch.no_grad(), _disable_hooks(self.sae):
+            return out, decode_with_skip(self.sae, self.sae.encode(x), x)
+
+
+class _GivenNames(list[str]):
+    """The names under which an SAE is attached, oldest first; a copy of the SAE is attached nowhere."""
+
+    def __deepcopy__(self, memo: Any) -> _GivenNames:
+        return _GivenNames()
+
+    def __reduce__(self) -> Any:
+        return _GivenNames, ()
+
+
+def _given_names(sae: Any) -> list[str]:
+    return vars(sae).setdefault("_given_names", _GivenNames())
+
+
+def _name_points(sae: Any, names: list[str]) -> None:
+    """Name hook points by the last place of the SAE that still stands, in whatever order models let go of it."""
+    for short_name, point in sae.hook_dict.items():
+        # past torch's __setattr__, which would take a third of attaching's time
+        vars(point)["name"] = f"{names[-1]}.{short_name}" if names else short_name
+
+
+def _end_blocks(point: Any, before: list[Any]) -> None:
+    """Remove what ``model.hooks`` blocks put on an SAE's hook point: once detached, the end of a block misses it."""
+    kept = {id(handle) for handle in before}
+    for held in (point.fwd_hooks, point.bwd_hooks):
+        for handle in [one for one in held if one.context_level is not None and id(one) not in kept]:
+            _remove(held, handle)
+
+
+def _remove(held: list[Any], handle: Any) -> None:
+    handle.hook.remove()
+    held[:] = [one for one in held if one is not handle]

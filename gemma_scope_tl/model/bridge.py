@@ -1,0 +1,190 @@
+"""Gemma 2 on ``TransformerBridge``: Hugging Face's own forward pass with hooks, one copy of the weights."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from functools import partial
+from typing import Any, cast
+
+import torch
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+
+from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.model.generation import TrackedGenerate, fill_id, prompts_of, stop_ids
+from gemma_scope_tl.model.hooked import GemmaModel, HookName
+from gemma_scope_tl.model.keywords import named
+from gemma_scope_tl.model.tokenizer import HasTokenizer
+from gemma_scope_tl.sites import Backend, ModelDims
+from gemma_scope_tl.text.tokens import attendable
+
+ARCHITECTURE = "Gemma2ForCausalLM"
+
+
+class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """A Gemma 2 ``TransformerBridge`` with the SAE methods of this package. Made by ``load_model``."""
+
+    backend: Backend = "bridge"
+    return_types = (*GemmaModel.return_types, "logits_and_cache")
+
+    @property
+    def hook_dict(self) -> dict[str, Any]:
+        """Every hook point, by canonical and by alias name; those of attached SAEs too."""
+        return {**super().hook_dict, **self.sae_hook_points()}
+
+    def site_hook_point(self, name: str) -> Any:
+        """As in the base class, without putting together all aliases of all hooks."""
+        return self.get_hook_point(name) or super().site_hook_point(name)
+
+    def _add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(name, str):  # a filter
+            super()._add_hook(name, *args, **kwargs)
+            return
+        self.check_hooks_to_add(name)
+        self.hook_dict[name].add_hook(*args, **kwargs)  # TransformerBridge walks attributes, which SAEs are not
+
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Any = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove the user's hooks, also those on the hook points of attached SAEs; the SAEs stay."""
+        super().reset_hooks(clear_contexts, direction, including_permanent, level)
+        for point in self.sae_hook_points().values():
+            point.remove_hooks(direction, including_permanent, level)
+
+    def _watch(self) -> None:
+        """Token ids are read where every pass begins: at Hugging Face's decoder, also when others call it."""
+        hf_model: Any = self.original_model
+        decoder = hf_model.model
+        decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
+        decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True)
+        hf_model.generate = TrackedGenerate(hf_model, self)
+
+    def _before_decoder(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.token_tracker.enter()  # the hook behind it leaves, also when the pass fails
+        ids = args[0] if args else kwargs.get("input_ids")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        if ids is None:
+            if any(attached.site.name == "embedding" for attached in self._attached.values()):
+                raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
+            self.token_tracker.observe(None)
+            return
+        given = kwargs.get("attention_mask")
+        if isinstance(given, torch.Tensor) and given.ndim == 2 and self.token_tracker.expected is None:
+            mask = given.bool()
+        else:
+            mask = self.token_tracker.expected_mask(ids, self.tokenizer)
+        self.token_tracker.observe(ids, mask, cache, seen, by_column=kwargs.get("position_ids") is None)
+
+    def _after_decoder(self, _module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cache = getattr(output, "cache", getattr(output, "past_key_values", None))
+        self.token_tracker.remember(kwargs.get("cache", kwargs.get("past_key_values")) if cache is None else cache)
+        self.token_tracker.leave()
+
+    def _named_cache(self, call: dict[str, Any]) -> dict[str, Any]:
+        cache = call.pop("past_key_values", None)
+        if cache is not None:
+            parameters = inspect.signature(type(self.original_model).forward).parameters
+            call["cache" if "cache" in parameters else "past_key_values"] = cache
+        return call
+
+    def _cache_of(self, call: dict[str, Any]) -> tuple[Any, int]:
+        cache = call.get("cache", call.get("past_key_values"))
+        return cache, 0 if cache is None else int(cache.get_seq_length())
+
+    def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int, by_column: bool) -> None:
+        call["attention_mask"] = mask.long()
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if by_column:  # of rows that begin with padding, which Hugging Face then counts
+            columns = torch.arange(mask.shape[1], device=mask.device).expand_as(positions)
+            positions = torch.where(mask[:, :1], positions, columns)
+        call["position_ids"] = positions[:, -new:]
+
+    def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's ``generate`` on the hooked model; attached SAEs know the token ids.
+
+        Args:
+            input: as for :meth:`generate`.
+            *args, **kwargs: TransformerLens's arguments of ``hf_generate``, with its defaults (it samples), and all of
+                Hugging Face's. Without ``eos_token_id`` it stops where the model says.
+
+        Returns:
+            Text for texts, ids for ids, a ``ModelOutput`` where Hugging Face's options ask for one, or what
+            ``return_type`` asks for.
+
+        Raises:
+            UnknownKeywordError: for a keyword that neither takes.
+            GemmaScopeError: as :meth:`generate`.
+        """
+        call = self._named_cache(named(self, "hf_generate", args, kwargs))
+        prompts = prompts_of(self, input, call)
+        wanted = call.pop("return_type", "input")
+        as_text = wanted == "str" or (wanted in ("input", None) and prompts.as_text)
+        options, hf_model = self._hf_options(call), cast("Any", self.original_model)
+        if prompts.mask is None:
+            options["inputs_embeds"] = prompts.ids
+        else:
+            options |= {"input_ids": prompts.ids, "attention_mask": attendable(prompts.mask).long()}
+        with self.token_tracker.running(prompts.generation(by_hugging_face=True)), torch.no_grad():
+            output = hf_model.generate(**options)
+        if not as_text:
+            return output
+        rows = getattr(output, "sequences", output)
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        return texts[0] if isinstance(input, str) else texts
+
+    def _hf_options(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of Hugging Face's ``generate`` from those of TransformerLens's ``hf_generate``, whose defaults give
+        way to a ``generation_config``."""
+        own = call.get("generation_config") is not None
+        options: dict[str, Any] = {} if own else {"max_new_tokens": 10, "do_sample": True, "temperature": 1.0}
+        options |= {name: value for name, value in call.items() if value is not None}
+        stopping = options.pop("stop_at_eos", True)
+        if not options.pop("use_past_kv_cache", True):
+            options.setdefault("use_cache", False)
+        if stopping and not own:
+            options["eos_token_id"] = stop = stop_ids(self, call)
+            options.setdefault("pad_token_id", fill_id(self.tokenizer, stop))
+        elif not stopping and not own:
+            endless = copy.deepcopy(cast("Any", self.original_model).generation_config)
+            endless.eos_token_id = None
+            options["generation_config"] = endless
+        flags = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        if any(options.get(flag) for flag in flags):
+            options.setdefault("return_dict_in_generate", True)
+        return options
+
+    def read_cache_kwarg(self) -> None:
+        """Make attention find its cache under the name that newer transformers versions give it.
+
+        transformers 5.24 hands Gemma 2's attention ``cache=`` where it was ``past_key_values=``; an attention bridge
+        that does not know the name attends to the new token alone. Applied to this model's own blocks, and only after
+        the defect was seen there (``repairs.py``).
+        """
+        for block in self.blocks:
+            block.attn._update_kv_cache = partial(_update_kv_cache, block.attn)  # a copy of a model copies it too
+        self.fixes.append("attention reads its cache from the keyword `cache`")
+
+
+def _update_kv_cache(attention: Any, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> Any:
+    if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
+        kwargs["past_key_values"] = kwargs["cache"]
+    return type(attention)._update_kv_cache(attention, k, v, **kwargs)
+
+
+def build_bridge(hf_model: Any, tokenizer: Any, model_id: str | None) -> GemmaBridge:
+    """Wrap ``hf_model`` in place: its weights are not copied, and it still computes the same."""
+    parameter = next(hf_model.parameters())
+    config = build_bridge_config_from_hf(hf_model.config, ARCHITECTURE, model_id or "gemma-2", parameter.dtype)
+    adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
+    adapter.cfg.device = str(parameter.device)
+    adapter.prepare_model(hf_model)
+    bridge = GemmaBridge(hf_model, adapter, tokenizer)
+    bridge.prepare(ModelDims.from_config(hf_model.config), model_id)
+    return bridge.eval()

@@ -1,0 +1,177 @@
+"""The self-check on load: a dozen tokens decide whether the hooked model is the plain model, hook by hook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from gemma_scope_tl.errors import AdapterMismatch
+from gemma_scope_tl.model.hooked import GemmaModel
+from gemma_scope_tl.model.plain import (
+    LOGITS,
+    ROWS,
+    Pass,
+    PlainModel,
+    Reference,
+    SiteKey,
+    relative_difference,
+    row_difference,
+    with_louder,
+    with_replaced,
+)
+from gemma_scope_tl.sites import get_site
+
+# Relative L2 differences up to these are rounding, whatever was measured. Norms are computed in float32 at least.
+# Eight-bit arithmetic has a step of 2^-8 whatever the dtype, and a step more or less is rare enough to be missed.
+FLOOR = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+EIGHT_BITS = 3e-2
+# How many times the plain model's spread is still rounding. Measured on HookedTransformer, whose rounding differs most,
+# in all dtypes and with models whose rounding errors grow a thousandfold: at most 2.3. In row 0 errors add up over
+# layers, which varies more. A spread is the largest of two tries, and small by luck now and then: so much of the
+# largest spread of the same site in any layer is rounding too.
+SPREADS = (10.0, 4.0, 4.0)
+OF_LARGEST = 0.25
+# What the unembedding takes, up to a gain. On the bridge an edit at hook_normalized leaves Hugging Face's own norm.
+FINAL = {"bridge": "ln_final.hook_out", "hooked_transformer": "ln_final.hook_normalized"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the hooked model is from the plain one at one hook.
+
+    Attributes:
+        rows: :func:`row_difference` in each of the three rows of :class:`PlainModel`.
+        allowed: what is still rounding in each.
+    """
+
+    rows: list[float]
+    allowed: list[float]
+
+    @property
+    def wrong(self) -> bool:
+        """More than rounding; NaN is wrong."""
+        return any(not row <= allowed for row, allowed in zip(self.rows, self.allowed, strict=True))
+
+    def __str__(self) -> str:
+        row = max(range(ROWS), key=lambda i: self.rows[i] / self.allowed[i])
+        return f"{self.rows[row]:.2e} (rounding: {self.allowed[row]:.1e})"
+
+
+class _Recorder:
+    """Hooks that keep a pass of the hooked model, and do to its rows what was done to the plain model's."""
+
+    def __init__(self, model: GemmaModel, plain: Pass) -> None:
+        self._plain, self._final = plain, FINAL[model.backend]
+        self._names = {key: get_site(key[0]).hook_name(key[1], model.backend) for key in plain.sites if key != LOGITS}
+        self._seen: dict[SiteKey, torch.Tensor] = {}
+
+    def hooks(self) -> list[tuple[str, Any]]:
+        """For ``model.hooks(fwd_hooks=…)``."""
+
+        def keep(value: torch.Tensor, key: SiteKey) -> torch.Tensor | None:
+            self._seen[key] = value
+            replacement = self._plain.replaced.get(key)
+            return None if replacement is None else with_replaced(value, replacement)
+
+        kept = [(name, lambda value, hook, key=key: keep(value, key)) for key, name in self._names.items()]
+        queries = [f"blocks.{layer}.attn.hook_q" for site, layer in self._names if site == "res"]
+        return [*kept, *((name, lambda value, hook: with_louder(value)) for name in (*queries, self._final))]
+
+    def differences(self, logits: torch.Tensor, floor: float) -> dict[str, Difference]:
+        """By hook name, and ``"logits"``."""
+        largest: dict[str, list[float]] = {}
+        for (site, _), spread in self._plain.spread.items():
+            largest[site] = [max(pair) for pair in zip(spread, largest.get(site, spread), strict=True)]
+        found: dict[str, Difference] = {}
+        for key, wanted in self._plain.sites.items():
+            got = logits if key == LOGITS else self._seen.get(key)
+            rows = [row_difference(row, got[row], wanted[row]) if got is not None else torch.inf for row in range(ROWS)]
+            spreads = zip(SPREADS, self._plain.spread[key], largest[key[0]], strict=True)
+            allowed = [max(floor, times * max(own, OF_LARGEST * most)) for times, own, most in spreads]
+            name = "logits" if key == LOGITS else self._names[key]
+            found[name] = Difference(rows, allowed)
+        return found
+
+
+@torch.no_grad()
+def site_differences(model: GemmaModel, reference: Reference) -> dict[str, float]:
+    """Relative difference from one plain pass, of the logits and of every site and layer, by hook name."""
+    call, seen = cast(Any, model), dict[str, torch.Tensor]()
+    names = {key: get_site(key[0]).hook_name(key[1], model.backend) for key in reference.sites}
+    keep = [(name, lambda value, hook, name=name: seen.__setitem__(name, value)) for name in names.values()]
+    logits = call.run_with_hooks(reference.tokens, fwd_hooks=keep)
+    found = {"logits": relative_difference(logits, reference.logits)}
+    for key, name in names.items():
+        wanted = reference.sites[key]
+        found[name] = relative_difference(seen[name].reshape(wanted.shape), wanted) if name in seen else float("inf")
+    return found
+
+
+@torch.no_grad()
+def differences(model: GemmaModel, plain: PlainModel) -> dict[str, Difference]:
+    """The hooked model against the plain one by hook name, and with ``"cached "`` before it for a pass with a cache."""
+    tokens, call = plain.tokens, cast(Any, model)
+    floor = max(FLOOR.get(plain.dtype, EIGHT_BITS), EIGHT_BITS if plain.eight_bits else 0.0)
+    whole = _Recorder(model, plain.whole)
+    with model.hooks(fwd_hooks=whole.hooks()):
+        logits = call(tokens, attention_mask=torch.ones_like(tokens))
+    prefix, cached = _Recorder(model, plain.prefix), _Recorder(model, plain.cached)
+    last_logits = cached_logits(model, tokens, prefix.hooks(), cached.hooks())
+    return {
+        **whole.differences(logits, floor),
+        **{f"cached {name}": value for name, value in cached.differences(last_logits, floor).items()},
+    }
+
+
+@torch.no_grad()
+def cached_logits(model: GemmaModel, tokens: torch.Tensor, prefix_hooks: Any = (), hooks: Any = ()) -> torch.Tensor:
+    """Logits at the last position, computed with a key-value cache of the positions before it: ``[batch, 1, vocab]``.
+
+    Args:
+        model: from ``load_model``.
+        tokens: ``[batch, pos]`` ids, none of which is padding.
+        prefix_hooks, hooks: for the pass that fills the cache, and for the pass that uses it.
+    """
+    prefix, last = tokens[:, :-1], tokens[:, -1:]
+    call: Any = model
+    if model.backend == "hooked_transformer":
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, tokens.shape[0])
+        with model.hooks(fwd_hooks=prefix_hooks):
+            call(prefix, past_kv_cache=cache, attention_mask=torch.ones_like(prefix))
+        with model.hooks(fwd_hooks=hooks):
+            return call(last, past_kv_cache=cache, attention_mask=torch.ones_like(last))
+    with model.hooks(fwd_hooks=prefix_hooks):
+        _, cache = call(prefix, return_type="logits_and_cache", use_cache=True)
+    positions = torch.full_like(last, tokens.shape[1] - 1)
+    mask = torch.ones_like(tokens)
+    with model.hooks(fwd_hooks=hooks):
+        return call(last, past_key_values=cache, use_cache=True, position_ids=positions, attention_mask=mask)
+
+
+def self_check(model: GemmaModel, plain: PlainModel) -> dict[str, float]:
+    """Compare ``model`` with the plain model: cached with cached, uncached with uncached, each in its own dtype.
+
+    Returns:
+        Relative L2 differences, the largest of three rows (:mod:`plain`): by hook name and ``"logits"``,
+        and with ``"cached "`` before it for the pass with a cache.
+
+    Raises:
+        AdapterMismatch: with the numbers, where a difference is more than rounding.
+    """
+    found = differences(model, plain)
+    wrong = {name: value for name, value in found.items() if value.wrong}
+    if wrong:
+        shown = [f"{name} {value}" for name, value in list(wrong.items())[:8]]
+        more = f", and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
+        raise AdapterMismatch(
+            f"The hooked model is not the plain model ({model.backend}, {plain.dtype}; relative differences): "
+            f"{', '.join(shown)}{more}. What these hooks show, and every result from them, would be wrong, so the "
+            "model was not loaded. Install the versions of torch, transformers and transformer-lens that "
+            "`gemma-scope doctor` names as tested, try the other backend, or report what doctor prints. "
+            "(check=False skips this comparison and changes nothing else; it is for looking into the difference.)"
+        )
+    return {name: max(value.rows) for name, value in found.items()}

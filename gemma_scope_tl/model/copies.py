@@ -1,0 +1,123 @@
+"""Copies of a model, in memory or pickled: independent, with their own SAEs attached where the original's are.
+
+TransformerLens hooks a point through a local function, which ``copy`` takes over as it is, so that a copy's hook would
+run the original's SAE. Here the copy's functions are made anew, in their places among the user's hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.model.attached import AttachedSAE, SpliceOptions
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.model.splicing import SpliceMixin
+
+_LOCAL = "<locals>"  # in the full name of what is made inside a function
+
+
+def shallow_copy(model: SpliceMixin) -> Any:
+    """Another object with the same parts, as ``copy.copy`` makes of any module."""
+    twin = type(model).__new__(type(model))
+    twin.__setstate__(vars(model))  # pyright: ignore
+    return twin
+
+
+def deep_copy(model: SpliceMixin, memo: dict[int, Any]) -> Any:
+    """A model that shares nothing with ``model``: hooks, interventions and attached SAEs are copied too."""
+    twin = _copied(model, memo)
+    for attached in twin._attached.values():
+        attached.claim_names()
+    return twin
+
+
+def reduced(model: SpliceMixin) -> Any:
+    """What ``pickle`` and ``torch.save`` store: the model without its SAEs, whose hooks are local functions, and the
+    SAEs with their options.
+
+    Raises:
+        SpliceError: as :func:`check_picklable`.
+    """
+    check_picklable(model, own_hooks=False)
+    memo: dict[int, Any] = {}
+    held = list(model._attached.values())  # pyright: ignore[reportPrivateUsage]
+    shared: list[Any] = [attached.sae for attached in held]
+    shared += [model.tokenizer, *model.parameters(), *model.buffers()]  # pyright: ignore
+    for one in shared:
+        memo[id(one)] = one
+    bare = _copied(model, memo)
+    for attached in bare._attached.values():
+        attached.unhook()
+        bare._after_detach(attached)
+    bare._attached.clear()
+    check_picklable(bare)
+    return restored, (bare, [(attached.sae, attached.options) for attached in held])
+
+
+def check_picklable(model: Any, own_hooks: bool = True) -> None:
+    """Say beforehand what ``pickle`` would fail on: what was made inside a function has no name to find it by.
+
+    Args:
+        model: to be pickled.
+        own_hooks: look at its hooks too, which are the user's once SAEs are detached.
+
+    Raises:
+        SpliceError: it holds such a class or such a hook.
+    """
+    for module in model.modules():
+        for held in (module, *vars(module).values()):
+            if _local(held) or _LOCAL in type(held).__qualname__:
+                raise SpliceError(
+                    f"The model cannot be pickled: it holds a {type(held).__name__}, which TransformerLens makes "
+                    "inside a function, where pickle cannot find it again. For a copy in memory use "
+                    "copy.deepcopy(model). To keep it, save the Hugging Face model before it is hooked (its "
+                    'save_pretrained) and the SAEs (save_sae), or load it with backend="hooked_transformer", which '
+                    "can be pickled."
+                )
+    points = {id(point): point for point in model.hook_dict.values()} if own_hooks else {}
+    for point in points.values():
+        for hook in [*point._forward_hooks.values(), *point._backward_hooks.values()]:
+            if _local(hook):
+                raise SpliceError(
+                    f"The model cannot be pickled while there is a hook on {point.name}: it is a function inside "
+                    "TransformerLens, which pickle cannot find again. Pickle it outside of model.hooks, and after "
+                    "reset_hooks(including_permanent=True); attached SAEs may stay. copy.deepcopy takes hooks along."
+                )
+
+
+def _local(function: Any) -> bool:
+    return _LOCAL in str(getattr(function, "__qualname__", ""))
+
+
+def restored(model: Any, recipes: list[tuple[Any, SpliceOptions]]) -> Any:
+    """``model`` with the SAEs attached again, when it is unpickled."""
+    for sae, options in recipes:
+        model.add_sae(sae, options.error_term, options.exclude_special_tokens, options.positions, options.chain)
+    return model
+
+
+def _copied(model: SpliceMixin, memo: dict[int, Any]) -> Any:
+    """A copy of ``model`` and of all that ``memo`` does not hold, whose hooks run the copies of the SAEs."""
+    twin: Any = type(model).__new__(type(model))
+    memo[id(model)] = twin
+    twin.__setstate__(copy.deepcopy(vars(model), memo))  # pyright: ignore
+    for point in {id(point): point for point in twin.hook_dict.values()}.values():
+        for handle in point.fwd_hooks:
+            if hasattr(handle.user_hook, "bound_to") or isinstance(_self_of(handle.user_hook), AttachedSAE):
+                _bind(point, handle)
+    return twin
+
+
+def _self_of(hook: Any) -> Any:
+    return getattr(hook, "__self__", None)
+
+
+def _bind(point: Any, handle: Any) -> None:
+    """Put a function of the copy's own in the place of the original's, which came along."""
+    held = vars(point)["_forward_hooks"]
+    old = held[handle.hook.id]
+    inside = dict(zip(old.__code__.co_freevars, (cell.cell_contents for cell in old.__closure__), strict=True))
+    point.add_hook(handle.user_hook, alias_names=inside.get("alias_names"))
+    held[handle.hook.id] = held.pop(point.fwd_hooks.pop().hook.id)

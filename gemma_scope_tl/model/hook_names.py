@@ -1,0 +1,107 @@
+"""Hook names of either backend, also below attached SAEs: one point answers to both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from gemma_scope_tl.errors import KeywordError, SpliceError, UnknownNameError, unknown_name
+from gemma_scope_tl.model.attached import AttachedSAE
+from gemma_scope_tl.sites import SITES, Backend, ModelDims, site_of_hook
+
+
+def translate_hook_name(name: str, valid: Iterable[str], backend: Backend) -> str:
+    """``name`` if the model has it, else the other backend's name for the same site, also below attached SAEs.
+
+    Raises:
+        UnknownNameError: when there is no such hook, with the nearest names.
+    """
+    names = valid if isinstance(valid, (set, dict, frozenset)) else set(valid)
+    if name in names:
+        return name
+    base, dot, internal = name.partition(".hook_sae_")
+    try:
+        site, layer = site_of_hook(base)
+        inside = f"{site.hook_name_out(layer, 'hooked_transformer')}{dot}{internal}"
+        translated = inside if dot else site.hook_name(layer, backend)
+    except (UnknownNameError, SpliceError):
+        translated = None
+    if translated is not None and translated in names:
+        return translated
+    hint = "No SAE with that hook is attached." if dot else ""
+    raise unknown_name("hook", name, names, hint)
+
+
+def other_names(attached: Iterable[AttachedSAE], dims: ModelDims, backend: Backend) -> dict[str, str]:
+    """The other backend's name of every hook point of attached SAEs, and of every site, by the name it has here."""
+    named: dict[str, str] = {}
+    other: Backend = "bridge" if backend == "hooked_transformer" else "hooked_transformer"
+    for site in SITES.values():
+        for layer in range(dims.n_layers) if site.per_layer else (None,):
+            named[site.hook_name(layer, backend)] = site.hook_name(layer, other)
+    for one in attached:
+        base = one.site.hook_name_out(one.layer, "bridge") + one.name.removeprefix(one.write_name)
+        named |= {name: base + name.removeprefix(one.name) for name in one.hook_points}
+    return named
+
+
+def filter_of_both(wanted: Callable[[str], bool], others: Mapping[str, str]) -> Callable[[str], bool]:
+    """A filter on names that is asked about a point's other name too."""
+
+    def either(name: str) -> bool:
+        return wanted(name) or (name in others and wanted(others[name]))
+
+    return either
+
+
+def add_other_names(stored: dict[str, Any], wanted: Callable[[str], bool] | None, others: Mapping[str, str]) -> None:
+    """Put what a cache holds under the names that were asked for.
+
+    Args:
+        stored: the cache.
+        wanted: the filter by which it was made; None for everything.
+        others: as from :func:`other_names`.
+    """
+    for name, other in others.items():
+        for end in ("", "_grad"):
+            if name + end not in stored:
+                continue
+            if wanted is None:
+                if ".hook_sae_" in name:
+                    stored.setdefault(other + end, stored[name + end])
+                continue
+            if wanted(other):
+                stored.setdefault(other + end, stored[name + end])
+            if not wanted(name):
+                del stored[name + end]
+
+
+def listed_hooks(hooks: Any) -> list[Any]:
+    """Pairs of a name and a function as a list; one pair by itself, as ``steer`` gives it, is one.
+
+    Raises:
+        SpliceError: for what are no pairs.
+    """
+    if isinstance(hooks, tuple) and len(hooks) == 2 and callable(hooks[1]):
+        return [hooks]
+    pairs = list(hooks)
+    for pair in pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and callable(pair[1])):
+            raise SpliceError(f"Hooks are pairs of a name, or a filter on names, and a function; given: {pair!r:.80}.")
+    return pairs
+
+
+def positional_hooks(args: tuple[Any, ...], fwd: Any, bwd: Any) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
+    """Arguments of ``run_with_hooks`` without the hooks that may follow the input, and the hooks.
+
+    Raises:
+        KeywordError: a ``TypeError``, for hooks that are given twice.
+    """
+    head, hooks = args[:1], list(args[1:3])
+    hooks = hooks[: next((i for i, one in enumerate(hooks) if not isinstance(one, (list, tuple))), len(hooks))]
+    for one, name, keyword in zip(hooks, ("fwd_hooks", "bwd_hooks"), (fwd, bwd), strict=False):
+        if one and keyword:
+            raise KeywordError(f"run_with_hooks() got {name} twice, after the input and as a keyword.")
+    both = (*hooks, *(fwd, bwd)[len(hooks) :])
+    given = tuple(one or keyword for one, keyword in zip(both, (fwd, bwd), strict=True))
+    return (*head, *args[1 + len(hooks) :]), (given[0], given[1])

@@ -1,0 +1,385 @@
+"""What both backends share: site hook points, checked hook names, padding masks, generation that SAEs survive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from gemma_scope_tl.errors import KeywordError, SpliceError, unknown_name
+from gemma_scope_tl.interventions import Intervention
+from gemma_scope_tl.model.attached import AttachedSAE
+from gemma_scope_tl.model.generation import Generates
+from gemma_scope_tl.model.hook_names import (
+    add_other_names,
+    filter_of_both,
+    listed_hooks,
+    other_names,
+    positional_hooks,
+    translate_hook_name,
+)
+from gemma_scope_tl.model.keywords import check_keywords, named
+from gemma_scope_tl.model.owners import OwnedHook, Owner, Turns
+from gemma_scope_tl.model.splicing import SpliceMixin
+from gemma_scope_tl.model.tracker import TokenTracker
+from gemma_scope_tl.sites import ModelDims
+from gemma_scope_tl.text.batch import as_batch
+from gemma_scope_tl.text.tokenizing import text_ids, tokenize
+from gemma_scope_tl.text.tokens import TextRead, attendable, continued_mask, text_mask
+
+HookName = str | Callable[[str], bool]
+Hooks = Iterable[tuple[HookName, Callable[..., Any]]]
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+
+
+class GemmaModel(Generates, SpliceMixin):
+    """A hooked Gemma 2 with the Gemma Scope sites; mixed into the backend's own model class.
+
+    Attributes:
+        backend: ``"bridge"`` or ``"hooked_transformer"``.
+        dims: layers, widths and heads.
+        model_id: the name that SAEs know this model by (``"gemma-2-2b"``), or None for one they cannot know.
+        fixes: the defects of the installed TransformerLens that were found here and worked around.
+        stop_token_ids: at which tokens generation stops.
+        return_types: what ``forward`` can return.
+    """
+
+    return_types: tuple[str | None, ...] = ("logits", "loss", "both", None)
+    stop_token_ids: tuple[int, ...] = ()
+    model_id: str | None
+    fixes: list[str]
+    tokenizer: Any
+    cfg: Any
+
+    def prepare(self, dims: ModelDims, model_id: str | None) -> None:
+        """Set up the state this class needs; the loader calls it once."""
+        self.dims, self.model_id = dims, model_id
+        self.fixes = []
+        self._attached: dict[str, AttachedSAE] = {}
+        self._turns = Turns()
+        self.token_tracker = TokenTracker()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Let the token tracker know what enters the model."""
+        raise NotImplementedError  # pragma: no cover - an abstract method
+
+    def embedding_module(self) -> torch.nn.Module:
+        """The module that turns token ids into embeddings."""
+        return self.embed  # pyright: ignore[reportAttributeAccessIssue]
+
+    def site_hook_point(self, name: str) -> Any:
+        """The ``HookPoint`` with this backend's canonical ``name``.
+
+        Raises:
+            UnknownNameError: with the nearest names.
+        """
+        hooks = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            return hooks[name]
+        except KeyError:
+            raise unknown_name("hook", name, hooks) from None
+
+    # -- hook names ---------------------------------------------------------------------------------------------------
+
+    def _resolve_name(self, name: Any, valid: Any) -> Any:
+        return translate_hook_name(name, valid, self.backend) if isinstance(name, str) else name
+
+    def _resolve_hooks(self, hooks: Hooks, owner: Owner | None = None) -> list[tuple[HookName, Callable[..., Any]]]:
+        """Hooks by the names that they have here, bound to the model; functions of an ``owner`` run for it alone."""
+        valid = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
+        resolved: list[tuple[HookName, Callable[..., Any]]] = []
+        for name, fn in listed_hooks(hooks):
+            bound = self._bound(fn)
+            owned = bound if owner is None or isinstance(bound, OwnedHook) else OwnedHook(bound, owner)
+            resolved.append((self._resolve_filter(name) if callable(name) else self._resolve_name(name, valid), owned))
+        return resolved
+
+    def _bound(self, fn: Any) -> Any:
+        return fn.bound_to(self.token_tracker, self.tokenizer) if isinstance(fn, Intervention) else fn
+
+    def _resolve_filter(self, names: Any) -> Any:
+        if names is None:
+            return None
+        if callable(names):
+            return filter_of_both(names, self._other_names())  # pyright: ignore[reportArgumentType]
+        valid = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(names, str):
+            return self._resolve_name(names, valid)
+        return [self._resolve_name(name, valid) for name in names]
+
+    def _other_names(self) -> dict[str, str]:
+        return other_names(self._attached.values(), self.dims, self.backend)
+
+    def run_with_hooks(self, *model_args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any) -> Any:
+        """As in TransformerLens, but a hook name of either backend works and an unknown one raises.
+
+        Hooks may follow the input as positional arguments, as in TransformerLens's bridge.
+        """
+        check_keywords(self, "run_with_hooks", kwargs)
+        model_args, given = positional_hooks(model_args, fwd_hooks, bwd_hooks)
+        if len(model_args) > 1:  # what follows the input and the hooks is forward's
+            kwargs = named(self, "forward", model_args[1:], kwargs)
+            model_args = model_args[:1]
+        with self._turns.scope() as owner:
+            fwd, bwd = self._resolve_hooks(given[0], owner), self._resolve_hooks(given[1])
+            if not kwargs.get("reset_hooks_end", True):
+                owner.keep()
+            return super().run_with_hooks(  # pyright: ignore[reportAttributeAccessIssue]
+                *model_args, fwd_hooks=fwd, bwd_hooks=bwd, **kwargs
+            )
+
+    def hooks(
+        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), *args: Any, **kwargs: Any
+    ) -> AbstractContextManager[Any]:
+        """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
+        fwd, bwd = listed_hooks(fwd_hooks), listed_hooks(bwd_hooks)
+        self._resolve_hooks([*fwd, *bwd])  # a wrong name is found here, and not where the block begins
+        return self._hooks_block(fwd, bwd, *args, **kwargs)
+
+    @contextmanager
+    def _hooks_block(self, fwd_hooks: Hooks, bwd_hooks: Hooks, *args: Any, **kwargs: Any) -> Generator[Any]:
+        with self._turns.scope() as owner:
+            fwd, bwd = self._resolve_hooks(fwd_hooks, owner), self._resolve_hooks(bwd_hooks)
+            if not kwargs.get("reset_hooks_end", args[0] if args else True):
+                owner.keep()
+            with super().hooks(fwd, bwd, *args, **kwargs) as model:  # pyright: ignore[reportAttributeAccessIssue]
+                yield model
+
+    def run_with_cache(self, *model_args: Any, names_filter: NamesFilter = None, **kwargs: Any) -> Any:
+        """As in TransformerLens, but an unknown name in ``names_filter`` raises.
+
+        What is asked for by name is in the cache under the name that was asked for, either backend's; a function is
+        asked about both. Without a filter, hook points of attached SAEs are there under both names.
+        """
+        check_keywords(self, "run_with_cache", kwargs)
+        if self.backend == "bridge" and len(model_args) > 1 and not isinstance(model_args[1], bool):
+            raise KeywordError(
+                "run_with_cache() takes return_cache_object (a bool) behind the input on the bridge: give saes=, "
+                "names_filter= and return_type= by name."
+            )
+        if not model_args and "input_ids" in kwargs:
+            model_args = (kwargs.pop("input_ids"),)
+        if self.tokenizer is None and model_args and isinstance(model_args[0], str):
+            text_ids(None, model_args[:1])  # raises, where the bridge would assert
+        resolved = self._resolve_filter(names_filter)
+        with self._turns.scope():
+            output, cache = super().run_with_cache(  # pyright: ignore[reportAttributeAccessIssue]
+                *model_args, names_filter=resolved, **kwargs
+            )
+        stored = getattr(cache, "cache_dict", cache)
+        if names_filter is None or callable(names_filter):
+            add_other_names(stored, names_filter, self._other_names())
+            return output, cache
+        if isinstance(names_filter, str):
+            names_filter, resolved = [names_filter], [str(resolved)]
+        for asked, name in zip(names_filter, resolved, strict=True):
+            if asked not in stored and name in stored:
+                stored[asked] = stored[name]
+        return output, cache
+
+    def add_hook(self, name: HookName, hook_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
+        resolved = self._resolve_filter(name)
+        self._add_hook(resolved, self._bound(hook_fn), *args, **kwargs)
+
+    def _add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
+        super().add_hook(name, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    # -- passes -------------------------------------------------------------------------------------------------------
+
+    def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens, from whatever stands for texts; padding never counts.
+
+        Args:
+            input: as :func:`~gemma_scope_tl.text.batch.as_batch` takes it: a text, several, token ids, a
+                ``BatchEncoding``, chat messages; or embeddings ``[batch, pos, d_model]``. Padding, on either side, is
+                masked without being asked; ``attention_mask=`` says otherwise. The loss is the mean over predictions
+                from text to text.
+            *args, **kwargs: of the backend's ``forward``.
+
+        Raises:
+            UnknownKeywordError: for a keyword that ``forward`` does not take.
+            UnknownNameError: for a return type that does not exist.
+        """
+        call = self._named_cache(named(self, "forward", args, kwargs))
+        if input is None:
+            input = call.pop("input_ids", None)
+            input = call.pop("inputs_embeds", None) if input is None else input
+        if call.get("return_type", "logits") not in self.return_types:
+            given, hint = call["return_type"], "It follows the input; SAEs and hooks are given by name (saes=)."
+            shown = given if isinstance(given, str) else f"a {type(given).__name__}"
+            raise unknown_name("return_type", shown, map(str, self.return_types), "" if given is shown else hint)
+        for name in ("start_at_layer", "stop_at_layer"):
+            layer = call.get(name)
+            if layer is not None and not -self.dims.n_layers <= layer <= self.dims.n_layers:
+                raise SpliceError(f"{name}={layer}: the model's layers are 0..{self.dims.n_layers - 1}.")
+        embedded = isinstance(input, torch.Tensor) and input.is_floating_point() and input.ndim == 3
+        if call.get("start_at_layer") is not None and not embedded:
+            raise SpliceError("start_at_layer= takes the residual stream before that layer, [batch, pos, d_model].")
+        if embedded:
+            return self._forward_embedded(input, call)
+        cache, seen = self._cache_of(call)
+        covered = getattr(call.get("attention_mask"), "shape", (0, 0))[-1]
+        if cache is not None and isinstance(input, torch.Tensor) and covered > input.shape[-1]:
+            seen = max(seen, covered - input.shape[-1])  # the caller knows what a cache holds that nothing has read yet
+        ids = input[None] if isinstance(input, torch.Tensor) and input.ndim == 1 else input
+        own = not seen and isinstance(ids, torch.Tensor) and ids.ndim == 2 and self.token_tracker.goes_on(ids)
+        if seen or own:
+            return self._forward_on(ids, call, cache, seen, own)
+        return self._forward_text(input, call, cache)
+
+    def _forward_text(self, input: Any, call: dict[str, Any], cache: Any) -> Any:
+        """A pass that begins a text."""
+        how = {name: call.pop(name) for name in ("attention_mask", "prepend_bos", "padding_side") if name in call}
+        pattern = how.pop("attention_mask") if getattr(how.get("attention_mask"), "ndim", 2) > 2 else None
+        batch = as_batch(self, input, **how)
+        unpadded = bool(batch.mask.all())
+        if pattern is not None:
+            call["attention_mask"] = pattern  # of every query: the caller's affair
+        elif not unpadded or self.backend == "hooked_transformer":  # which would ask the tokenizer
+            call["attention_mask"] = attendable(batch.mask).long()
+        wanted = call.get("return_type", "logits")
+        ours = wanted in ("loss", "both") and not unpadded
+        ours = ours and call.get("labels") is None and call.get("stop_at_layer") is None
+        with self.token_tracker.expecting(batch.mask, cache, 0):
+            if not ours:
+                return super().forward(batch.ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
+            per_token = call.pop("loss_per_token", False)
+            call["return_type"] = "logits"
+            logits = super().forward(batch.ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
+        loss = self.loss_fn(logits, batch.ids, attention_mask=batch.mask, per_token=per_token)
+        return loss if wanted == "loss" else self._both(logits, loss)
+
+    def _forward_on(self, input: Any, call: dict[str, Any], cache: Any, seen: int, own: bool) -> Any:
+        """A pass that goes on with a text: behind a key-value cache, or as a generation's ``own``."""
+        ids = input if isinstance(input, torch.Tensor) else as_batch(self, input, prepend_bos=False).ids
+        before, given = self.token_tracker.history(ids, cache, seen, own), call.get("attention_mask")
+        pattern = given is not None and given.ndim > 2  # of every query: the caller's affair
+        mask = self._mask_behind(before, ids, seen, None if pattern else given)
+        if mask is None and given is None and self.token_tracker.holds_padding(cache):
+            raise SpliceError(
+                "The rows of this key-value cache were reordered or selected, and some hold padding: pass "
+                "attention_mask=, over the whole text."
+            )
+        if mask is not None and not pattern:
+            self._attend(call, attendable(mask), ids.shape[1], before.by_column)
+        with self.token_tracker.expecting(mask, cache, seen, own):
+            return super().forward(ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _mask_behind(
+        self, before: TextRead, ids: torch.Tensor, seen: int, given: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The mask over a text and the ``ids`` behind it, from what is known and what the caller says, or None."""
+        total, ours = seen + ids.shape[1], before.growing and self.token_tracker.generating
+        known = before.mask_over(total, ids.shape[0])
+        if given is not None and given.shape[1] >= total and not ours:
+            return given[:, -total:].bool().to(ids.device)
+        if known is None:
+            return None
+        known = known.to(ids.device)
+        if ours:  # backends hand on masks of their own making
+            return known
+        if given is None:
+            return continued_mask(known, ids, self.tokenizer)
+        return torch.cat([known[:, : total - given.shape[1]], given.bool().to(ids.device)], dim=1)
+
+    def _forward_embedded(self, embeddings: Any, call: dict[str, Any]) -> Any:
+        """A pass from embeddings, or from the residual stream before a layer.
+
+        Raises:
+            SpliceError: with an SAE on the embedding, which such a pass skips.
+        """
+        total = embeddings.shape[1] + self._cache_of(call)[1]
+        mask = self.token_tracker.growing_mask(total)
+        if mask is not None:  # HookedTransformer generates like this, from ids
+            call["attention_mask"] = attendable(mask).long()
+            with self.token_tracker.under_way():
+                return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
+        if not call.get("start_at_layer") and any(one.site.name == "embedding" for one in self._attached.values()):
+            raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
+        with self.token_tracker.expecting(None, None, 0):
+            self.token_tracker.clear()
+            return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def to_string(self, tokens: Any) -> Any:
+        """As in TransformerLens: the text of token ids, or the texts of several rows.
+
+        Raises:
+            GemmaScopeError: without a tokenizer.
+        """
+        text_ids(self.tokenizer, [])
+        return super().to_string(tokens)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens: the text of each token.
+
+        Raises:
+            GemmaScopeError: without a tokenizer.
+        """
+        text_ids(self.tokenizer, [])
+        return super().to_str_tokens(input, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def loss_fn(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        per_token: bool = False,
+    ) -> torch.Tensor:
+        """As in TransformerLens: the mean loss of predicting each token from those before it, or every one.
+
+        Args:
+            logits: ``[batch, pos, vocab]``.
+            tokens: ids ``[batch, pos]``.
+            attention_mask: ``[batch, pos]``; without it padding is told by the tokenizer's padding id.
+            per_token: return ``[batch, pos - 1]``, zero where a token or the one before it is padding.
+        """
+        if attention_mask is None and tokens.ndim == 2:
+            mask = text_mask(tokens, self.tokenizer)
+            attention_mask = None if bool(mask.all()) else mask
+        return super().loss_fn(  # pyright: ignore[reportAttributeAccessIssue]
+            logits, tokens, attention_mask, per_token
+        )
+
+    def _named_cache(self, call: dict[str, Any]) -> dict[str, Any]:
+        """``call`` with its key-value cache under the name that the installed libraries use."""
+        return call
+
+    def _cache_of(self, call: dict[str, Any]) -> tuple[Any, int]:
+        """The key-value cache of a pass, None without, and how many positions it holds."""
+        raise NotImplementedError  # pragma: no cover - an abstract method
+
+    def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int, by_column: bool) -> None:
+        """Make a pass over the last ``new`` columns of ``mask`` attend where it is True, and number positions as the
+        text before (:class:`~gemma_scope_tl.text.tokens.TextRead`)."""
+        raise NotImplementedError  # pragma: no cover - an abstract method
+
+    def _both(self, logits: torch.Tensor, loss: torch.Tensor) -> Any:
+        return logits, loss
+
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool | None = None,
+    ) -> torch.Tensor:
+        """Token ids ``[batch, pos]`` of a text or several, as in TransformerLens; a text that brings its own BOS (what
+        chat templates write) gets no second one.
+
+        Args:
+            input: a text or several.
+            prepend_bos: None for the model's default, which is True.
+            padding_side: ``"left"`` or ``"right"``, None for the tokenizer's.
+            move_to_device: put the ids where the model is.
+            truncate: True cuts texts to the model's context, None does so with a warning, False leaves them whole.
+
+        Raises:
+            GemmaScopeError: no tokenizer, no text, or a text that is no Unicode.
+        """
+        ids, _ = tokenize(self, input, prepend_bos, padding_side, truncate)
+        return ids.to(self.cfg.device) if move_to_device else ids

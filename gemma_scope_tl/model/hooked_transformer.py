@@ -1,0 +1,147 @@
+"""Gemma 2 on ``HookedTransformer``, from any Hugging Face Gemma 2 and without weight processing.
+
+``HookedTransformer`` is gone from TransformerLens 4; this module is the only one that imports it, and only on request.
+It holds a second copy of the weights (and unties the unembedding), and its bfloat16 differs from Hugging Face's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.HookedTransformer import Output
+from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
+
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.model.attached import AttachedSAE
+from gemma_scope_tl.model.generation import decoded
+from gemma_scope_tl.model.hooked import GemmaModel
+from gemma_scope_tl.model.tokenizer import HasTokenizer
+from gemma_scope_tl.sites import Backend, ModelDims
+
+
+class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+    HasTokenizer, GemmaModel, HookedTransformer
+):
+    """A Gemma 2 ``HookedTransformer`` with the SAE methods of this package. Made by ``load_model``."""
+
+    backend: Backend = "hooked_transformer"
+
+    def _watch(self) -> None:
+        self.embed.register_forward_pre_hook(self._before_embedding)
+
+    def _before_embedding(self, _module: Any, args: tuple[Any, ...]) -> None:
+        self.token_tracker.observe_embedded(args[0], self.tokenizer)
+
+    def _prepared(self, method: str, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(attached.site.name == "embedding" for attached in self._attached.values()):
+            raise SpliceError('HookedTransformer.generate skips hook_embed: load with backend="bridge".')
+        prompts, call = super()._prepared(method, input, args, kwargs)
+        total = prompts.ids.shape[1] + int(call.get("max_new_tokens", 10)) - 1  # the last token is not read again
+        if total > int(self.cfg.n_ctx):
+            raise GemmaScopeError(
+                f"HookedTransformer has positions for {self.cfg.n_ctx} tokens, and this would be {total}: generate "
+                'fewer, or load with backend="bridge".'
+            )
+        return prompts, call
+
+    def _stream(self, pieces: Iterator[Any], return_type: str) -> Iterator[Any]:
+        return decoded(pieces, self.tokenizer) if return_type == "str" else pieces
+
+    def _forward_embedded(self, embeddings: Any, call: dict[str, Any]) -> Any:
+        call.setdefault("start_at_layer", 0)
+        return super()._forward_embedded(embeddings, call)
+
+    def _cache_of(self, call: dict[str, Any]) -> tuple[Any, int]:
+        cache = call.get("past_kv_cache")
+        return cache, 0 if cache is None else int(cache[0].past_keys.shape[1])
+
+    def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int, by_column: bool) -> None:
+        cache = call.get("past_kv_cache")
+        if cache is not None:  # it has a mask of its own, in which a row of padding alone had to count as text
+            cache.previous_attention_mask = mask[:, :-new].long()
+        call["attention_mask"] = (mask if cache is None else mask[:, -new:]).long()
+
+    def _both(self, logits: torch.Tensor, loss: torch.Tensor) -> Any:
+        return Output(logits, loss)
+
+    def _after_attach(self, attached: AttachedSAE) -> None:
+        self.hook_dict.update(attached.hook_points)
+        self.mod_dict.update(attached.hook_points)
+
+    def _after_detach(self, attached: AttachedSAE) -> None:
+        for name in attached.hook_points:
+            self.hook_dict.pop(name, None)
+            self.mod_dict.pop(name, None)
+
+    def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens, which fails on a text if "gemma" is in the tokenizer's name."""
+        if isinstance(input, str):
+            input = self.to_tokens(input, *args, **kwargs)[0]
+        return super().to_str_tokens(input, *args, **kwargs)
+
+
+def _config(hf_config: Any, dtype: torch.dtype, device: str, model_id: str | None) -> HookedTransformerConfig:
+    dims = ModelDims.from_config(hf_config)
+    return HookedTransformerConfig(
+        n_layers=dims.n_layers,
+        d_model=dims.d_model,
+        d_head=dims.d_head,
+        n_heads=dims.n_heads,
+        n_key_value_heads=hf_config.num_key_value_heads,
+        n_ctx=hf_config.max_position_embeddings,
+        d_mlp=hf_config.intermediate_size,
+        d_vocab=hf_config.vocab_size,
+        act_fn=hf_config.hidden_activation,
+        eps=hf_config.rms_norm_eps,
+        normalization_type="RMS",
+        final_rms=True,
+        gated_mlp=True,
+        positional_embedding_type="rotary",
+        rotary_base=hf_config.rope_parameters["rope_theta"],
+        rotary_dim=dims.d_head,
+        use_attn_scale=True,
+        attn_scale=float(hf_config.query_pre_attn_scalar) ** 0.5,
+        use_local_attn=True,
+        window_size=hf_config.sliding_window,
+        attn_types=["local" if kind == "sliding_attention" else "global" for kind in hf_config.layer_types],
+        attn_scores_soft_cap=hf_config.attn_logit_softcapping or -1.0,
+        output_logits_soft_cap=hf_config.final_logit_softcapping or -1.0,
+        use_normalization_before_and_after=True,
+        original_architecture="Gemma2ForCausalLM",
+        model_name=model_id or "gemma-2",
+        init_weights=False,
+        dtype=dtype,
+        device=device,
+        default_prepend_bos=True,
+    )
+
+
+def _through_hook_in(mlp: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (mlp.hook_in(args[0]), *args[1:])
+
+
+def build_hooked_transformer(hf_model: Any, tokenizer: Any, model_id: str | None) -> HookedGemma:
+    """Copy the weights of ``hf_model`` into a :class:`HookedGemma`, unprocessed."""
+    parameter = next(hf_model.parameters())
+    config = _config(hf_model.config, parameter.dtype, str(parameter.device), model_id)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = HookedGemma(config, tokenizer=tokenizer)
+    for block in model.blocks:
+        block.mlp.hook_in = HookPoint()  # as in HookedSAETransformer
+        block.mlp.register_forward_pre_hook(_through_hook_in)
+    model.setup()
+    model.load_and_process_state_dict(
+        convert_gemma_weights(hf_model, config),
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    model.prepare(ModelDims.from_config(hf_model.config), model_id)
+    return model.eval()

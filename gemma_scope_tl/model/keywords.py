@@ -1,0 +1,155 @@
+"""Which keywords each method of a hooked model takes.
+
+TransformerLens's bridge swallows those it does not know, and a pass without the SAE that ``sae=`` was meant to splice
+looks like any other pass.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from gemma_scope_tl.errors import KeywordError, UnknownKeywordError, unknown_keyword
+from gemma_scope_tl.model.attached import SpliceOptions
+
+# Keywords that another method takes, and where a pass with them is to be had.
+ELSEWHERE = {
+    "saes": "run_with_saes(), or gs.splice() around this call",
+    "sae": "run_with_saes(saes=), or gs.splice() around this call",
+    "error_term": "run_with_saes(), or gs.splice() around this call",
+    "use_error_term": "run_with_saes(), or gs.splice() around this call",
+    "fwd_hooks": "run_with_hooks() or run_with_hooks_with_saes(), or model.hooks() around this call",
+    "bwd_hooks": "run_with_hooks() or run_with_hooks_with_saes(), or model.hooks() around this call",
+    "streamer": "generate_stream(), or hf_generate() on the bridge",
+    "names_filter": "run_with_cache() or run_with_cache_with_saes()",
+}
+# What TransformerBridge accepts for models of other kinds; nothing comes of them here.
+_OTHER_MODELS = {"pixel_values", "input_values", "decoder_input", "multimodal_kwargs", "forced_bos_token_id"}
+_CACHE_NAMES = {"past_key_values", "cache", "use_past_kv_cache", "one_zero_attention_mask"}
+_INPUTS = {"input_ids", "inputs_embeds"}
+
+
+def named(model: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call but the first by name, after a check that the method takes them.
+
+    Raises:
+        UnknownKeywordError: for a keyword that it does not take, with the nearest that it does.
+        TypeError: too many positional arguments, or one given twice.
+    """
+    names = [name for name in _parameters(_below(model), method) if name != "input"]
+    if len(args) > len(names):
+        raise TypeError(f"{method}() takes {len(names) + 1} positional arguments at most; given: {len(args) + 1}.")
+    call = dict(zip(names, args, strict=False))
+    if twice := call.keys() & kwargs.keys():
+        raise TypeError(f"{method}() got two values for {sorted(twice)[0]!r}.")
+    check_keywords(model, method, kwargs)
+    return {**call, **kwargs}
+
+
+def check_keywords(model: Any, method: str, given: Mapping[str, Any]) -> None:
+    """Refuse a keyword that a method of the model does not take.
+
+    Raises:
+        UnknownKeywordError: with the nearest keyword that it takes, or the method that takes this one.
+    """
+    hf_model = None if model.backend == "hooked_transformer" else type(model.original_model)
+    valid = accepted(_below(model), hf_model, method)
+    for keyword in given:
+        if keyword not in valid:
+            if keyword in ELSEWHERE:
+                raise UnknownKeywordError(f"{method}() takes no keyword {keyword!r}: use {ELSEWHERE[keyword]}.")
+            raise unknown_keyword(method, keyword, valid)
+
+
+@cache
+def accepted(model_class: type, hf_class: type | None, method: str) -> frozenset[str]:
+    """The keywords of a method of TransformerLens's model class, and of what it hands its keywords to."""
+    valid = set(_parameters(model_class, method))
+    if method == "forward":
+        valid |= _INPUTS | (set() if hf_class is None else _CACHE_NAMES | _hf_forward(hf_class))
+    elif method in ("run_with_cache", "run_with_hooks"):
+        valid |= accepted(model_class, hf_class, "forward")
+        if method == "run_with_cache":
+            valid |= {"names_filter", "device", "incl_bwd", "reset_hooks_end", "clear_contexts", "pos_slice"}
+        elif hf_class is not None:
+            valid -= {"names_filter"}  # the bridge takes it for show
+    elif method in ("generate", "generate_stream"):
+        valid |= {"attention_mask"}
+        if method == "generate" and hf_class is None:
+            valid |= {"output_logits", "return_dict_in_generate"}
+    elif method == "hf_generate" and hf_class is not None:
+        valid |= _hf_generate(hf_class) | _hf_forward(hf_class) | {"past_key_values"}
+    return frozenset(valid - _OTHER_MODELS)
+
+
+def _below(model: Any) -> type:
+    """TransformerLens's class of the model."""
+    return next(one for one in type(model).__mro__ if one.__module__.startswith("transformer_lens."))
+
+
+@cache
+def _parameters(model_class: type, method: str) -> tuple[str, ...]:
+    function = getattr(model_class, method)
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    found = inspect.signature(function).parameters
+    return tuple(name for name, one in found.items() if one.kind not in kinds and name != "self")
+
+
+@cache
+def _hf_forward(hf_class: type) -> set[str]:
+    """Keywords of a Hugging Face forward pass, with those that it documents as a typed dict."""
+    parameters = inspect.signature(hf_class.forward).parameters  # pyright: ignore[reportAttributeAccessIssue]
+    names = {name for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
+    from transformers.utils import generic
+
+    return (names | set(generic.TransformersKwargs.__annotations__)) - {"self"}
+
+
+@cache
+def _hf_generate(hf_class: type) -> set[str]:
+    from transformers import GenerationConfig
+
+    names = set(inspect.signature(hf_class.generate).parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    return (names | set(GenerationConfig().to_dict())) - {"self", "kwargs", "inputs"}
+
+
+OPTIONS = ("error_term", "use_error_term", "exclude_special_tokens", "positions", "chain")
+OWN = ("saes", "reset_saes_end", *OPTIONS)
+
+
+def one_error_term(function: str, error_term: bool | None, use_error_term: bool | None) -> bool | None:
+    """The one option that has two names, SAELens's being ``use_error_term``.
+
+    Raises:
+        KeywordError: a ``TypeError``, when both are given and differ.
+    """
+    if error_term is not None and use_error_term is not None and bool(error_term) != bool(use_error_term):
+        raise KeywordError(
+            f"{function}() got error_term={error_term!r} and use_error_term={use_error_term!r}, which are two names of "
+            "one option: give one."
+        )
+    return use_error_term if error_term is None else error_term
+
+
+def refuse_unknown(function: str, unknown: Mapping[str, Any], others: Iterable[str]) -> None:
+    """Raise :class:`UnknownKeywordError` for what is left over; ``others`` are keywords besides :data:`OPTIONS`."""
+    for name in unknown:
+        raise unknown_keyword(function, name, (*others, *OPTIONS))
+
+
+def taken_options(function: str, keywords: dict[str, Any]) -> SpliceOptions:
+    """The options of a splice, taken out of ``keywords``.
+
+    Raises:
+        KeywordError: as :func:`one_error_term`; for a keyword that is one of these but for a letter. Others are for
+            the pass to judge.
+    """
+    for name in keywords.keys() - {"position_ids"}:  # Hugging Face's, and near to one of these
+        if name not in OPTIONS and difflib.get_close_matches(name, OWN, n=1, cutoff=0.8):
+            raise unknown_keyword(function, name, OWN)
+    given = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
+    term = one_error_term(function, given.pop("error_term", None), given.pop("use_error_term", None))
+    return SpliceOptions(term, **given)

@@ -1,0 +1,310 @@
+"""``hf_model=``: what can be wrapped, and what to give instead of what cannot."""
+
+from __future__ import annotations
+
+import json
+import logging
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma_scope_tl.dtypes import DTYPES, parse_device, parse_dtype
+from gemma_scope_tl.errors import AdapterError, unknown_name
+from gemma_scope_tl.model.check import self_check
+from gemma_scope_tl.model.plain import is_quantized, run_plain
+from gemma_scope_tl.model.repairs import repair
+from gemma_scope_tl.model.tokenizer import prepared, stop_token_ids
+from gemma_scope_tl.registry.locate import BUNDLED_MODEL
+from gemma_scope_tl.sites import BACKENDS, ModelDims
+from gemma_scope_tl.weights.modes import float32_by_default, make_ordinary, ordinary_tensors
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.model.hooked import GemmaModel
+
+
+def check_type(config: Any, source: str) -> None:
+    """Raise :class:`AdapterError` unless ``config`` is Gemma 2's."""
+    kind = getattr(config, "model_type", None)
+    if kind != "gemma2":
+        raise AdapterError(f"{source} is a {kind or 'model of unknown type'!r}, not a Gemma 2.")
+
+
+def check_given(hf_model: Any, backend: str) -> None:
+    """Raise unless ``hf_model`` is a ``Gemma2ForCausalLM`` as it was loaded; nothing is changed.
+
+    Raises:
+        AdapterError: for wrappers, other heads, weights that are not there, and models that are hooked already.
+    """
+    from transformers import Gemma2ForCausalLM
+
+    kind = type(hf_model).__name__
+    if not isinstance(hf_model, Gemma2ForCausalLM):
+        raise AdapterError(_what_it_is(hf_model, kind))
+    check_type(hf_model.config, kind)
+    if any("model_bridge" in type(module).__module__ for module in hf_model.modules()):
+        raise AdapterError("This hf_model is wrapped by a bridge already. Load it again.")
+    if any(_compiled(module) for module in hf_model.modules()):
+        raise AdapterError("This hf_model is compiled, and hooks need its plain modules. Give it before compiling.")
+    weights = [*hf_model.parameters(), *hf_model.buffers()]
+    if any(weight.is_meta for weight in weights):
+        where = "offloaded" if getattr(hf_model, "hf_device_map", None) else 'on the "meta" device'
+        raise AdapterError(f"Weights of this hf_model are {where}, so it has no values. Load it onto a device.")
+    if backend == "hooked_transformer" and is_quantized(hf_model):
+        raise AdapterError('HookedTransformer copies weights, which a quantised model packs. Use backend="bridge".')
+
+
+def move_given(hf_model: Any, dtype: torch.dtype | None, device: torch.device | None) -> None:
+    """Prepare a model that passed :func:`check_given`, in place: eager attention, evaluation mode, dtype, device.
+
+    Raises:
+        AdapterError: where its dtype is none that the package supports, or a quantised model cannot change.
+    """
+    try:
+        if dtype is not None and dtype != hf_model.dtype:
+            hf_model.to(dtype)
+        if device is not None:
+            hf_model.to(device)
+    except ValueError as error:  # quantised or dispatched models refuse
+        raise AdapterError(f"This hf_model stays as it is: {error}\nLeave dtype and device out.") from error
+    if hf_model.dtype not in DTYPES.values():
+        raise AdapterError(f"This hf_model is in {hf_model.dtype}. Pass dtype=, one of {', '.join(DTYPES)}.")
+    make_ordinary(hf_model)  # it may have been loaded in inference mode
+    hf_model.config._attn_implementation = "eager"
+    hf_model.eval()
+
+
+def _compiled(module: Any) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _what_it_is(given: Any, kind: str) -> str:
+    """A sentence about something that is no ``Gemma2ForCausalLM``, which names where in it one is."""
+    from transformers import Gemma2ForCausalLM
+
+    if isinstance(given, (str, bytes)) or not hasattr(given, "__dict__"):
+        return f"hf_model= takes a Gemma2ForCausalLM, not {given!r:.100}. A name or folder is the first argument."
+    held = given if isinstance(given, torch.nn.Module) else getattr(given, "model", None)
+    if isinstance(held, torch.nn.Module):
+        for path, module in held.named_modules():
+            if isinstance(module, Gemma2ForCausalLM):
+                parts = [] if held is given else ["model"]
+                place = ".".join(["hf_model", *parts, *(path.split(".") if path else [])])
+                adapters = " Merge adapters first (merge_and_unload())." if hasattr(given, "merge_and_unload") else ""
+                return f"hf_model is a {kind} around a Gemma2ForCausalLM. Give {place} instead.{adapters}"
+    model_type = getattr(getattr(given, "config", None), "model_type", None)
+    if model_type == "gemma2":
+        return f"hf_model is a {kind}, which has no unembedding. Load it as a Gemma2ForCausalLM."
+    if model_type is not None:
+        return f"{kind} is a {model_type!r}, not a Gemma 2."
+    return f"hf_model= takes a Gemma2ForCausalLM, not a {kind}."
+
+
+logger = logging.getLogger(__name__)
+
+BUNDLED = "bundled"
+MODELS = {
+    f"gemma-2-{size}{kind}": f"google/gemma-2-{size}{kind}" for size in ("2b", "9b", "27b") for kind in ("", "-it")
+}
+_DIMS = {"2b": ModelDims(26, 2304, 8, 256), "9b": ModelDims(42, 3584, 16, 256), "27b": ModelDims(46, 4608, 32, 128)}
+
+
+@ordinary_tensors()
+@float32_by_default()
+def load_model(
+    name: str | PathLike[str] | None = None,
+    *,
+    hf_model: Any = None,
+    tokenizer: Any = None,
+    backend: str = "bridge",
+    device: str | int | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    check: bool = True,
+) -> GemmaModel:
+    """Load a Gemma 2 as a TransformerLens hooked model.
+
+    Attention is always eager (the soft-cap needs it) and weights are never processed, so every site holds exactly what
+    the Gemma Scope SAEs were trained on. The model is the same in every mode of torch (inference_mode, autocast, …).
+
+    Args:
+        name: ``"bundled"`` (offline), ``"gemma-2-2b"`` and its kin, a Hugging Face id (``"unsloth/gemma-2-2b"``), or a
+            local folder.
+        hf_model: a loaded ``Gemma2ForCausalLM`` instead; the bridge wraps it in place, without a second copy, and it
+            is set to eager attention and evaluation mode. ``name``, if given too, says which model it is and where its
+            tokenizer is.
+        tokenizer: by default the one that belongs to ``name``; None with ``hf_model`` alone, and the model then takes
+            token ids only. A given one is copied, never loaded again by its name; the copy, ``model.tokenizer``, pads
+            on the left.
+        backend: ``"bridge"`` (one copy of the weights, Hugging Face's own forward pass) or ``"hooked_transformer"`` (a
+            second copy; TransformerLens 3 only).
+        device: by default CUDA where there is one; a given ``hf_model`` stays where it is.
+        dtype: ``"float32"`` by default, ``"bfloat16"``, ``"float16"``; a given ``hf_model`` keeps its own.
+        check: run a dozen tokens through the plain and the hooked model and compare them at every site, with and
+            without a cache. Defects of the installed libraries are mended (``model.fixes``) in any case.
+
+    Raises:
+        UnknownNameError: a name that is no model, folder or Hugging Face id; a backend or dtype that does not exist.
+        DeviceError: a device that is not here.
+        AdapterError: a model that is not a Gemma 2, is wrapped by something, or cannot be loaded; another tokenizer
+            than one of transformers.
+        AdapterMismatch: when the check fails.
+    """
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, BACKENDS)
+    if name is None and hf_model is None:
+        raise AdapterError('Give a model name, a folder or hf_model=. Offline, "bundled" always works.')
+    source = None if name is None else _source(name)
+    to_dtype, to_device = _wanted(dtype, device, hf_model)
+    if hf_model is not None:
+        check_given(hf_model, backend)
+    config = _load_config(source) if hf_model is None and source is not None else getattr(hf_model, "config", None)
+    model_id = None if source is None else _model_id(str(name), source, config, given=hf_model is not None)
+    if tokenizer is not None or source is not None:
+        tokenizer = _load_tokenizer(str(source)) if tokenizer is None else prepared(tokenizer)
+    if hf_model is not None:
+        move_given(hf_model, to_dtype, to_device)
+    elif source is not None:
+        hf_model = _load_weights(source, config, to_dtype or torch.float32, parse_device(to_device))
+    return _hook(hf_model, tokenizer, model_id, backend, check)
+
+
+def _wanted(dtype: Any, device: Any, hf_model: Any) -> tuple[torch.dtype | None, torch.device | None]:
+    """The dtype and device to load to, or to move a given model to; None for as it is."""
+    to_dtype = None if dtype is None else parse_dtype(dtype)
+    to_device = None if device is None and hf_model is not None else parse_device(device)
+    if to_device is not None and to_device.type == "meta":
+        raise AdapterError('A model on the "meta" device has no values, so there is nothing to hook.')
+    return to_dtype, to_device
+
+
+def _hook(hf_model: Any, tokenizer: Any, model_id: str | None, backend: str, check: bool) -> GemmaModel:
+    plain = run_plain(hf_model) if check else None
+    if backend == "bridge":
+        from gemma_scope_tl.model.bridge import build_bridge as build
+    else:
+        from gemma_scope_tl.model.hooked_transformer import build_hooked_transformer as build
+    model = build(hf_model, tokenizer, model_id)
+    model.stop_token_ids = stop_token_ids(hf_model, tokenizer)
+    repair(model)
+    if plain is not None:
+        self_check(model, plain)
+    for fix in model.fixes:
+        logger.info("worked around a defect of the installed libraries: %s", fix)
+    return model
+
+
+def _source(name: str | PathLike[str]) -> str:
+    """The folder or Hugging Face id that ``name`` stands for."""
+    if not isinstance(name, (str, PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AdapterError(
+            f"A model's name is a string, not a {type(name).__name__}. A loaded model goes to hf_model=."
+        )
+    text = fspath(name)
+    if isinstance(name, str):
+        if name == BUNDLED:
+            return str(BUNDLED_MODEL)
+        if name in MODELS:
+            return MODELS[name]
+    try:
+        folder = Path(text).expanduser()
+        if folder.is_dir():
+            return str(folder.resolve())
+    except (OSError, RuntimeError):  # too long a name; no such user
+        pass
+    if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    raise unknown_name("model", text, [BUNDLED, *MODELS], "A local folder or a Hugging Face id works too.")
+
+
+def _model_id(name: str, source: str, config: Any, given: bool) -> str | None:
+    """The name that SAEs know a model by, or None for one they cannot know.
+
+    A folder or repository is known by the last part of its name (``"unsloth/gemma-2-2b"``, ``"/models/Gemma-2-2B/"``,
+    a snapshot in the Hub's cache), but only where the sizes agree.
+
+    Raises:
+        AdapterError: when ``hf_model`` is ``given`` and not of the sizes of the model that it is said to be.
+    """
+    dims = ModelDims.from_config(config)
+    known = _dims_by_name(name, source)
+    for model_id, theirs in known.items():
+        if theirs == dims:
+            return model_id
+    for model_id, theirs in known.items():
+        if given:
+            raise AdapterError(f"hf_model is {dims}, but {model_id} is {theirs}: it is another model than name= says.")
+        logger.warning("%s is named like %s but has other sizes, so it is not taken for it", source, model_id)
+    return None
+
+
+def _dims_by_name(name: str, source: str) -> dict[str, ModelDims]:
+    """The models that a name stands for, with their sizes: none, one, or two where a link is named like another."""
+    if source == str(BUNDLED_MODEL):
+        config = json.loads((BUNDLED_MODEL / "config.json").read_text(encoding="utf-8"))
+        return {BUNDLED: ModelDims.from_config(config)}
+    paths = [Path(name), Path(source)]
+    parts = [
+        path.parent.parent.name.split("--")[-1] if path.parent.name == "snapshots" else path.name for path in paths
+    ]
+    return {part: _DIMS[part.split("-")[2]] for part in map(str.lower, parts) if part in MODELS}
+
+
+def _load_config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(source, str(error)) from error
+    check_type(config, source)
+    return config
+
+
+def _load_weights(source: str, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    from safetensors import SafetensorError
+    from transformers import Gemma2ForCausalLM
+
+    try:
+        loaded: Any = Gemma2ForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise _cannot_load(source, str(error)) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):  # the machine's, such as no memory
+            raise
+        raise _cannot_load(source, str(error)) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random numbers
+        raise _cannot_load(source, f"its files lack {len(missing)} weights, such as {', '.join(missing[:3])}")
+    return model.to(device).eval()
+
+
+def _cannot_load(source: str, why: str) -> AdapterError:
+    if Path(source).is_dir():
+        hint = "A folder needs config.json and whole weights, as save_pretrained writes them."
+    else:
+        hint = (
+            "The Gemma 2 models are gated: accept the licence on their page and log in with `hf auth login`. "
+            'Offline, load_model("bundled") always works.'
+        )
+    return AdapterError(f"Cannot load a Gemma 2 from {source}: {why}\n{hint}")
+
+
+def _load_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
+        # AutoTokenizer would make up an empty Gemma tokenizer here, without a word
+        logger.warning("%s has no tokenizer: the model takes token ids only", source)
+        return None
+    try:
+        return prepared(AutoTokenizer.from_pretrained(source), own=True)
+    except AdapterError:
+        raise
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError, TypeError, KeyError)) and type(error) is not Exception:
+            raise  # the tokenizers library raises bare exceptions for files that it cannot read
+        raise AdapterError(f"Cannot load the tokenizer of {source}: {error}") from error

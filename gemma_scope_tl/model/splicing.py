@@ -1,0 +1,356 @@
+"""The SAE methods of a hooked model, and ``splice``."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Never
+
+import torch
+
+from gemma_scope_tl.errors import SpliceError, unknown_name
+from gemma_scope_tl.model import copies
+from gemma_scope_tl.model.attached import AttachedSAE, SpliceOptions, locate
+from gemma_scope_tl.model.keywords import one_error_term, refuse_unknown, taken_options
+from gemma_scope_tl.model.owners import ADVICE, Owner, Turns
+from gemma_scope_tl.model.positions import Positions
+from gemma_scope_tl.model.tracker import TokenTracker
+from gemma_scope_tl.sae.choices import as_saes
+from gemma_scope_tl.sae.placement import bring
+from gemma_scope_tl.sites import Backend, ModelDims, Site
+from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+_bookkeeping = threading.RLock()  # taken for attaching and detaching alone, so one for all models costs nothing
+
+
+class SpliceMixin:
+    """SAE methods of a hooked model, with the names and cache keys of SAELens's ``HookedSAETransformer``.
+
+    The class that mixes this in is a :class:`~gemma_scope_tl.model.hooked.GemmaModel`.
+    """
+
+    backend: Backend
+    dims: ModelDims
+    token_tracker: TokenTracker
+    _attached: dict[str, AttachedSAE]
+    _turns: Turns
+
+    @property
+    def acts_to_saes(self) -> dict[str, SAE[Any]]:
+        """The attached SAEs, by the HookedTransformer name of the hook that each reads; later ones of a chain with
+        ``.1`` and so on behind it."""
+        named = ((one.read_name + (f".{one.stage}" if one.stage else ""), one.sae) for one in self._attached.values())
+        return dict(named)
+
+    def add_sae(
+        self,
+        sae: SAE[Any],
+        error_term: bool | None = None,
+        exclude_special_tokens: ExcludeTokens = True,
+        positions: Positions = None,
+        chain: bool = False,
+        *,
+        use_error_term: bool | None = None,
+        **unknown: Never,
+    ) -> None:
+        """Attach ``sae`` until :meth:`reset_saes`, for passes of this thread.
+
+        It moves, in place, to the device of the site's weights, and follows when the model moves.
+
+        Args:
+            sae: any SAELens SAE or transcoder at a Gemma Scope site.
+            error_term: add what the SAE misses, so that the pass is unchanged until a feature is edited. None keeps
+                the SAE's own setting.
+            exclude_special_tokens: leave BOS, EOS and padding alone (default), or the given token ids, or none.
+            positions: splice only there; they count in the text (``positions.py``), through padding and in every step
+                of generation. None for all.
+            chain: where another SAE writes already, read that SAE's output and write after it, under the hook names
+                ``<hook>.1.hook_sae_acts_post`` and so on.
+            use_error_term: SAELens's name for ``error_term``.
+
+        Raises:
+            SpliceError: another model, width or layer; a site that is taken; an SAE that is attached already.
+            TypeError: another keyword, or both names of the error term with two values.
+        """
+        refuse_unknown("add_sae", unknown, ("sae",))
+        term = one_error_term("add_sae", error_term, use_error_term)
+        options, owner = SpliceOptions(term, exclude_special_tokens, positions, chain), Owner(thread=True)
+        try:
+            self._attach(sae, options, owner)
+        except BaseException:
+            owner.release()
+            raise
+
+    def reset_saes(self, act_names: str | Iterable[str] | None = None) -> None:
+        """Detach the SAEs that read these hooks (either backend's names), or all of them.
+
+        Raises:
+            UnknownNameError: when no SAE is attached there.
+            SpliceError: when another thread attached one of them.
+        """
+        if act_names is None:
+            names = list(dict.fromkeys(attached.read_name for attached in self._attached.values()))
+        else:
+            names = [act_names] if isinstance(act_names, str) else list(act_names)
+        found = [one for name in dict.fromkeys(names) for one in self._find(name)]
+        for one in found:
+            if not one.owner.may_undo():
+                raise SpliceError(f"The SAE at {one.write_name} was attached by another thread, which must detach it.")
+        self._remove(found)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copies.deep_copy(self, memo)
+
+    def __copy__(self) -> Any:
+        return copies.shallow_copy(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._attached:
+            return copies.reduced(self)
+        copies.check_picklable(self)
+        return super().__reduce_ex__(protocol)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens.
+
+        Raises:
+            SpliceError: while another thread has a block of hooks on this model.
+        """
+        with self._turns.forward():
+            return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens: remove hooks, with ``including_permanent=True`` all of them; attached SAEs stay."""
+        super().reset_hooks(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        for attached in self._attached.values():
+            attached.put_back()
+
+    def get_sae_hook_name(self, sae: SAE[Any], internal: str = "hook_sae_acts_post") -> str:
+        """Name of a hook point of ``sae`` while it is attached: the key in caches, on both backends."""
+        for attached in self._attached.values():
+            if attached.sae is sae:
+                return f"{attached.name}.{internal}"
+        site, layer = locate(sae)
+        return f"{site.hook_name_out(layer, 'hooked_transformer')}.{internal}"
+
+    @contextmanager
+    def saes(
+        self,
+        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        reset_saes_end: bool = True,
+        error_term: bool | None = None,
+        exclude_special_tokens: ExcludeTokens = True,
+        positions: Positions = None,
+        chain: bool = False,
+        *,
+        use_error_term: bool | None = None,
+        **unknown: Never,
+    ) -> Generator[SpliceMixin]:
+        """Attach ``saes`` inside the block; all of them or, on an error, none. They are spliced into passes of this
+        context: a pass of another thread raises, and runs neither with them nor, silently, without.
+
+        Args:
+            saes: one, several, a mapping of them or a suite.
+            reset_saes_end: False leaves them attached at the end of the block, as :meth:`add_sae` does.
+            error_term, exclude_special_tokens, positions, chain, use_error_term: as for :meth:`add_sae`.
+
+        Raises:
+            SpliceError, TypeError: as :meth:`add_sae`.
+        """
+        refuse_unknown("saes", unknown, ("saes", "reset_saes_end"))
+        term = one_error_term("saes", error_term, use_error_term)
+        with self._spliced(saes, reset_saes_end, SpliceOptions(term, exclude_special_tokens, positions, chain)):
+            yield self
+
+    def run_with_saes(
+        self,
+        *model_args: Any,
+        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        reset_saes_end: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """One forward pass with ``saes`` attached; keywords are those of :meth:`saes` and of the model's call."""
+        options = taken_options("run_with_saes", kwargs)
+        with self._spliced(saes, reset_saes_end, options):
+            return self(*model_args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    def run_with_cache_with_saes(
+        self,
+        *model_args: Any,
+        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        reset_saes_end: bool = True,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """``run_with_cache`` with ``saes`` attached; features under ``<hook>.hook_sae_acts_post``, by either backend's
+        name of the hook. Keywords are those of :meth:`saes` and of ``run_with_cache``."""
+        options = taken_options("run_with_cache_with_saes", kwargs)
+        with self._spliced(saes, reset_saes_end, options):
+            return self.run_with_cache(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def run_with_hooks_with_saes(
+        self,
+        *model_args: Any,
+        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        reset_saes_end: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """``run_with_hooks`` with ``saes`` attached; hooks may name the SAEs' own hook points. Keywords are those of
+        :meth:`saes` and of ``run_with_hooks``."""
+        options = taken_options("run_with_hooks_with_saes", kwargs)
+        with self._spliced(saes, reset_saes_end, options):
+            return self.run_with_hooks(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def sae_hook_points(self) -> dict[str, Any]:
+        """Hook points of all attached SAEs, by full name."""
+        return {name: point for attached in self._attached.values() for name, point in attached.hook_points.items()}
+
+    @contextmanager
+    def _spliced(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[None]:
+        added: list[AttachedSAE] = []
+        owner = Owner()
+        try:
+            for sae in as_saes(saes, empty=True, whole=True):
+                added.append(self._attach(sae, options, owner))
+            yield
+        except BaseException:
+            self._remove(added)
+            owner.release()
+            raise
+        if reset_at_end:
+            self._remove(added)
+            owner.release()
+        else:
+            owner.keep()
+
+    def _attach(self, sae: SAE[Any], options: SpliceOptions, owner: Owner) -> AttachedSAE:
+        with _bookkeeping:
+            return self._attach_locked(sae, options, owner)
+
+    def _attach_locked(self, sae: SAE[Any], options: SpliceOptions, owner: Owner) -> AttachedSAE:
+        site, layer = locate(sae)
+        self._check_fits(sae, site, layer)
+        if any(attached.sae is sae for attached in self._attached.values()):
+            raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
+        excluded = self.excluded_ids(options.exclude_special_tokens)
+        stage = self._next_stage(site.hook_name_out(layer, "hooked_transformer"), options.chain, site.is_transcoder)
+        if (device := self.device_of(layer)).type != "meta":  # weights that are kept elsewhere show at the pass
+            bring(sae, device)
+        attached = AttachedSAE(sae, site, layer, options, excluded, stage, owner)
+        try:
+            attached.attach(self)  # pyright: ignore[reportArgumentType]
+        except BaseException:
+            attached.detach()
+            raise
+        self._attached[attached.name] = attached
+        self._after_attach(attached)
+        return attached
+
+    def device_of(self, layer: int | None) -> torch.device:
+        """Where the weights of a layer are; without a layer, those of the embedding, where token ids belong too."""
+        module: Any = self.blocks[layer] if layer is not None else self.embedding_module()  # pyright: ignore
+        return next(module.parameters()).device
+
+    def _check_fits(self, sae: SAE[Any], site: Site, layer: int | None) -> None:
+        site.check_layer(layer, self.dims)
+        d_in = site.d_in(self.dims)
+        if sae.cfg.d_in != d_in:
+            raise SpliceError(
+                f"The SAE reads {sae.cfg.d_in} dimensions, but site {site.name!r} of this model has {d_in}: "
+                "it belongs to another model."
+            )
+        theirs = getattr(sae, "model_name", None) or sae.cfg.metadata.model_name
+        ours = getattr(self, "model_id", None)
+        if theirs and ours and _family(theirs) != _family(ours):
+            raise SpliceError(f"The SAE was trained on {theirs!r}; this model is {ours!r}.")
+
+    def excluded_ids(self, exclude: ExcludeTokens = True) -> tuple[int, ...]:
+        """The token ids that ``exclude_special_tokens`` names (:func:`~gemma_scope_tl.text.tokens.excluded_ids`).
+
+        Raises:
+            SpliceError: for True where no tokenizer says which ids are special; for what is no choice of ids.
+        """
+        return excluded_ids(getattr(self, "tokenizer", None), exclude, must_know=True)
+
+    def _next_stage(self, write_name: str, chain: bool, is_transcoder: bool) -> int:
+        """The place of one more SAE that writes there: 0 where there is none."""
+        there = [attached for attached in self._attached.values() if attached.write_name == write_name]
+        if there and not all(attached.owner.here() for attached in there):
+            raise SpliceError(f"{write_name} is taken: another thread or task has attached an SAE there; {ADVICE}.")
+        if there and not chain:
+            raise SpliceError(
+                f"{write_name} is taken: another SAE writes there. Detach that with reset_saes() first, or pass "
+                "chain=True to read its output."
+            )
+        if there and is_transcoder:
+            raise SpliceError(f"A transcoder reads elsewhere, so it cannot follow the SAE at {write_name} in a chain.")
+        return max((attached.stage for attached in there), default=-1) + 1
+
+    def _find(self, name: str) -> list[AttachedSAE]:
+        """The SAEs that read a hook, all of a chain."""
+        names = {id(one): (one.read_name, one.site.hook_name(one.layer, "bridge")) for one in self._attached.values()}
+        found = [one for one in self._attached.values() if name in names[id(one)]]
+        if not found:
+            raise unknown_name("attached SAE", name, self.acts_to_saes)
+        return found
+
+    def _remove(self, attached: list[AttachedSAE]) -> None:
+        """Detach, last first; what cannot be detached stays known, and the others are detached all the same."""
+        failed: list[Exception] = []
+        with _bookkeeping:
+            for one in reversed(attached):
+                if self._attached.get(one.name) is not one:
+                    continue
+                try:
+                    one.detach()
+                except Exception as error:
+                    failed.append(error)
+                    continue
+                del self._attached[one.name]
+                self._after_detach(one)
+                if all(other.owner is not one.owner for other in self._attached.values()):
+                    one.owner.release()
+        if failed:
+            raise failed[0]
+
+    def _after_attach(self, attached: AttachedSAE) -> None:
+        """For a backend that keeps its hook points in a plain dict."""
+
+    def _after_detach(self, attached: AttachedSAE) -> None:
+        """For a backend that keeps its hook points in a plain dict."""
+
+
+def splice(
+    model: Any,
+    saes: SAE[Any] | Iterable[SAE[Any]],
+    error_term: bool | None = None,
+    exclude_special_tokens: ExcludeTokens = True,
+    positions: Positions = None,
+    chain: bool = False,
+    *,
+    use_error_term: bool | None = None,
+    **unknown: Never,
+) -> AbstractContextManager[Any]:
+    """Attach ``saes`` to a model from :func:`~gemma_scope_tl.load_model` inside a ``with`` block.
+
+    Everything inside runs through them: forward passes, caches, hooks and ``generate``, in this context; a pass of
+    another thread raises. SAEs on another device move to the model's, in place. Arguments as
+    :meth:`SpliceMixin.saes`.
+
+    Raises:
+        SpliceError: when the model does not come from ``load_model``, or an SAE does not fit.
+        TypeError: another keyword, or both names of the error term with two values.
+    """
+    refuse_unknown("splice", unknown, ("saes",))
+    if not isinstance(model, SpliceMixin):
+        raise SpliceError("splice() needs a model from gemma_scope_tl.load_model(); wrap yours with hf_model=.")
+    term = one_error_term("splice", error_term, use_error_term)
+    return model.saes(saes, True, term, exclude_special_tokens, positions, chain)
+
+
+def _family(model_name: str) -> str:
+    """Name without owner, and without ``-it``: SAEs of a base model may be spliced into its IT model (section 4.5)."""
+    return model_name.split("/")[-1].lower().removesuffix("-it")

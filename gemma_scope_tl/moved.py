@@ -1,0 +1,155 @@
+"""Modules under the names that they had before version 0.2, which work for one release, with a warning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+NAMES = {
+    "activations.bucketed": "activations.source",
+    "activations.chat": "text.tokenizing",
+    "activations.documents": "text.documents",
+    "activations.packer": "text.pack",
+    "activations.room": "activations.shards",
+    "activations.sequences": "text.pack",
+    "activations.spare": "activations.buckets",
+    "activations.squares": "activations.source",
+    "activations.token_rows": "text.token_rows",
+    "adapters": "model",
+    "adapters.base": "model.hooked",
+    "adapters.bridge": "model.bridge",
+    "adapters.check": "model.check",
+    "adapters.generation": "model.generation",
+    "adapters.given": "model.loading",
+    "adapters.hooked_transformer": "model.hooked_transformer",
+    "adapters.keywords": "model.keywords",
+    "adapters.loading": "model.loading",
+    "adapters.plain": "model.plain",
+    "adapters.prompts": "model.generation",
+    "adapters.reference": "model.plain",
+    "adapters.repairs": "model.repairs",
+    "adapters.tokenizer": "model.tokenizer",
+    "attached": "model.attached",
+    "attributions.ablations": "attributions.gradients",
+    "attributions.parts": "attributions.decomposition",
+    "attributions.rows": "attributions.decomposition",
+    "cli.choice": "cli.options",
+    "cli.demo": "cli.tools",
+    "cli.doctor": "cli.tools",
+    "cli.one_sae": "cli.options",
+    "cli.tables": "cli.output",
+    "contributing.facts": "contributing.folder_metadata",
+    "contributing.places": "contributing.repositories",
+    "contributing.remote_headers": "contributing.repositories",
+    "demo.suite_grid": "demo.views",
+    "evals.bridges": "interop.run_evals",
+    "evals.intervals": "evals.metrics",
+    "evals.packing": "text.rows",
+    "evals.step": "evals.run",
+    "evals.subjects": "evals.saes",
+    "evals.tables": "evals.suite",
+    "evals.texts": "text.documents",
+    "evals.units": "evals.accumulators",
+    "feature_table": "latents.table",
+    "inputs": "text",
+    "inputs.batch": "text.batch",
+    "inputs.choices": "sae.choices",
+    "inputs.tokenizing": "text.tokenizing",
+    "interp.explain": "interp.explanations",
+    "interp.scoring": "interp.explanations",
+    "logit_lens": "latents.logit_lens",
+    "owners": "model.owners",
+    "positions": "model.positions",
+    "registry.containment": "registry.locate",
+    "release.about": "release.release_saes",
+    "release.items": "release.release_saes",
+    "release.upload_errors": "weights.hub_errors",
+    "sae.loading_methods": "sae.sae_lens_methods",
+    "sae.sae_lens_releases": "interop.releases",
+    "sae.saving_methods": "sae.sae_lens_methods",
+    "sae.training": "interop.training_sae",
+    "sae.unfinished": "sae.config",
+    "splicing": "model.splicing",
+    "splicing.copies": "model.copies",
+    "splicing.keywords": "model.keywords",
+    "splicing.mixin": "model.splicing",
+    "splicing.names": "model.hook_names",
+    "studies.precision": "studies.fidelity",
+    "studies.random_twin": "studies.probes",
+    "text_read": "text.tokens",
+    "tokens": "text.tokens",
+    "tracker": "model.tracker",
+    "training.calibration": "training.plan",
+    "training.cluster": "training.ray.cluster",
+    "training.config_problems": "training.config_file",
+    "training.config_values": "training.config_file",
+    "training.costs": "training.plan",
+    "training.job_table": "training.ray.job_table",
+    "training.jobs": "training.ray.jobs",
+    "training.joining": "training.ray.job_table",
+    "training.model_sizes": "families.sizes",
+    "training.parallel": "training.shard",
+    "training.penalties": "training.optimizer",
+    "training.progress": "training.running",
+    "training.records": "training.checkpoint",
+    "training.releasing": "training.release",
+    "training.runners": "interop.runners",
+    "training.sources": "training.source_factory",
+    "training.state": "training.place",
+    "training.steering": "training.optimizer",
+    "training.stopping": "training.running",
+    "training.weights": "training.stack",
+    "training.window": "training.place",
+    "viz.interp_figure": "viz.study_figures",
+    "viz.latent_html": "viz.latent_page",
+    "viz.panels": "viz.figures",
+    "weights.mapping": "weights.load",
+    "weights.row_cache": "weights.partial",
+    "weights.sniff": "weights.checks",
+}
+"""The old name of each module that has moved, and the new one, both without the package's own name."""
+
+_ELSEWHERE = {
+    "inputs.as_indices": "sae.choices",
+    "inputs.as_saes": "sae.choices",
+    "splicing.ExcludeTokens": "text.tokens",
+    "splicing.translate_hook_name": "model.hook_names",
+}
+
+
+class MovedModules(MetaPathFinder, Loader):
+    """Finds a module under its old name: an empty module that takes every attribute from where it is now."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """A spec for a module that has moved, None for any other."""
+        package, _, name = fullname.partition(".")
+        if package != _PACKAGE or name not in NAMES:
+            return None
+        return ModuleSpec(fullname, self, is_package="." not in name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Warn, and let the module answer with the attributes of the new one."""
+        name = module.__name__.partition(".")[2]
+        new = NAMES[name]
+        warnings.warn(
+            f"{module.__name__} is now {_PACKAGE}.{new}; the old name will go in the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+
+        def attribute(wanted: str) -> Any:
+            if wanted.startswith("__"):
+                raise AttributeError(f"module {module.__name__!r} has no attribute {wanted!r}")
+            home = _ELSEWHERE.get(f"{name}.{wanted}", new)
+            return getattr(import_module(f"{_PACKAGE}.{home}"), wanted)
+
+        vars(module)["__getattr__"] = attribute

@@ -1,0 +1,279 @@
+"""Whatever stands for texts, as token ids with a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sae.indices import as_index, is_index, shown
+from gemma_scope_tl.text.tokenizing import pad_id, padded, rendered, tokenize, too_long
+from gemma_scope_tl.text.tokens import special_mask, text_mask
+
+Text = Any
+"""A text, several (list, array, Series, column of a data set, iterator), chat messages, token ids, a mapping that
+holds ``input_ids``, or a :class:`TokenBatch`: what :func:`as_batch` takes."""
+
+_TAKEN = (
+    "Give a text, several texts, chat messages ({'role', 'content'}), token ids [pos] or [batch, pos], or what a "
+    "tokenizer returns (a mapping with input_ids)."
+)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids, and which of them are text.
+
+    Attributes:
+        ids: ``[batch, pos]``, on the model's device.
+        mask: True at text, False at padding, on either side; a row of padding alone is False throughout.
+    """
+
+    ids: Int[torch.Tensor, "batch pos"]
+    mask: Bool[torch.Tensor, "batch pos"]
+
+    @property
+    def start(self) -> Int[torch.Tensor, " batch"]:
+        """The column of each row's first token of text; 0 in a row without text."""
+        return self.mask.int().argmax(-1)
+
+    @property
+    def length(self) -> Int[torch.Tensor, " batch"]:
+        """How many tokens of text each row has."""
+        return self.mask.sum(-1)
+
+    @property
+    def attention_mask(self) -> Int[torch.Tensor, "batch pos"]:
+        """The mask as models take it: 1 at text."""
+        return self.mask.long()
+
+    @property
+    def place(self) -> Int[torch.Tensor, "batch pos"]:
+        """The position in its text of each column, from 0; no text's where the mask is False."""
+        return torch.arange(self.mask.shape[1], device=self.mask.device) - self.start[:, None]
+
+    def ordinary(self, special: Iterable[int]) -> Bool[torch.Tensor, "batch pos"]:
+        """True at text that is none of the ``special`` ids."""
+        return self.mask & ~special_mask(self.ids, special)
+
+
+def as_batch(
+    model: Any,
+    text: Text,
+    attention_mask: Any = None,
+    *,
+    prepend_bos: bool | None = None,
+    padding_side: str | None = "left",
+    truncate: bool = False,
+    add_generation_prompt: bool | None = False,
+) -> TokenBatch:
+    """Token ids and mask of whatever stands for texts.
+
+    Texts get BOS (once, where they begin with it already) and are padded on the left, as are id lists of several
+    lengths. Chat messages go through the tokenizer's chat template; a list of lists of messages is a batch.
+
+    Args:
+        model: from ``load_model``.
+        text: a text, or several: a list, tuple, array, pandas Series, column of a data set, iterator; one conversation
+            or several; token ids as a tensor or array ``[pos]`` or ``[batch, pos]`` of any integer dtype, as a list, or
+            lists of several lengths; a mapping with ``input_ids``, whose ``attention_mask`` is used; a
+            :class:`TokenBatch`.
+        attention_mask: 1 or True at text, in the shape of the ids; it wins over every other mask. By default the mask
+            is that of the texts or the mapping; for ids, padding on either side is told by the tokenizer's padding id.
+        prepend_bos: put BOS before texts; None for the model's default, which is True.
+        padding_side: of texts and lists of ids of several lengths; None for the tokenizer's.
+        truncate: cut texts to the model's context instead of raising.
+        add_generation_prompt: end chat messages with the opening of an answer; None: where the last is not the model's.
+
+    Raises:
+        GemmaScopeError: nothing in it; what is neither text nor ids; several kinds in one list; a text that is no
+            Unicode, or longer than the context; ids that are not integers, of other shapes or outside the vocabulary;
+            text for a model without a tokenizer; a mask of another shape, with other values or with holes.
+    """
+    mask, tokenizer = attention_mask, getattr(model, "tokenizer", None)
+    if isinstance(text, TokenBatch):
+        text, mask = text.ids, text.mask if mask is None else mask
+    elif isinstance(text, Mapping) and "role" in text:
+        text = [text]
+    elif isinstance(text, Mapping):
+        if "input_ids" not in text:
+            raise GemmaScopeError(f"A mapping with the keys {list(text)[:8]} holds no input_ids. {_TAKEN}")
+        mask = text.get("attention_mask") if mask is None else mask
+        text = text["input_ids"]
+    ids, known = _array(text), None  # known: which columns are text, where padding ids need not tell
+    if ids is None:
+        given, kind = _texts_of(tokenizer, _listed(text), add_generation_prompt)
+        if kind == "text":
+            ids, known = _from_texts(model, given, prepend_bos, padding_side, truncate)
+        else:
+            rows = [_row(one) or [] for one in (given if kind == "row" else [given])]
+            ids, filled = padded(rows, pad_id(tokenizer), padding_side or "left")
+            known, mask = None if bool(filled.all()) else filled, _padded_mask(mask, rows, padding_side or "left")
+    ids = _checked_ids(model, ids)
+    if mask is not None:
+        known = _checked_mask(mask, ids)
+    elif known is None:
+        known = text_mask(ids, tokenizer)
+    return TokenBatch(ids.to(model.cfg.device), known.to(model.cfg.device))
+
+
+def _texts_of(tokenizer: Any, given: list[Any], add_generation_prompt: bool | None) -> tuple[list[Any], str]:
+    """``given`` and its kind, conversations as texts."""
+    kind = _common_kind(given)
+    if kind not in ("message", "conversation"):
+        return given, kind
+    conversations = [given] if kind == "message" else given
+    return [rendered(tokenizer, one, add_generation_prompt) for one in conversations], "text"
+
+
+def _from_texts(
+    model: Any, texts: list[str], prepend_bos: bool | None, padding_side: str | None, truncate: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = tokenize(model, texts, prepend_bos, padding_side, truncate)
+    if over := too_long(model, [row[at].tolist() for row, at in zip(ids, mask, strict=True)]):
+        raise GemmaScopeError(
+            f"{over}. Cut it into several texts, or give its beginning: model.to_tokens(text, truncate=True)."
+        )
+    return ids, mask
+
+
+# -- what it is -------------------------------------------------------------------------------------------------------
+
+
+def _array(text: Any) -> torch.Tensor | None:
+    """Arrays of numbers as a tensor; None for anything else."""
+    if isinstance(text, torch.Tensor):
+        return text
+    if not hasattr(text, "__array__") or getattr(getattr(text, "dtype", None), "kind", "O") not in "iufcb":
+        return None
+    import numpy as np
+
+    array: Any = np.array(text)  # a copy: tables hand out views that torch must not write to
+    if array.dtype.kind == "O":  # a nullable column with gaps
+        return None
+    return torch.as_tensor(array.astype("int64") if array.dtype.kind == "u" else array)
+
+
+def _listed(text: Any) -> list[Any]:
+    """One text or several things as a list that is not empty."""
+    if isinstance(text, str):
+        return [text]
+    shape: list[int] = list(getattr(text, "shape", [1]))
+    table = hasattr(text, "iloc") and len(shape) != 1
+    several = hasattr(text, "__iter__") or hasattr(text, "__getitem__")
+    if table or not several or isinstance(text, (bytes, bytearray, memoryview, AbstractSet)):
+        raise GemmaScopeError(f"{shown(text)} is neither text nor token ids. {_TAKEN}")
+    plain: Any = text
+    if len(shape) > 1:
+        raise GemmaScopeError(f"Texts come one after the other, not in an array of shape {shape}.")
+    given: list[Any] = list(plain) if shape else [plain.item()]
+    if not given:
+        raise GemmaScopeError(f"An empty {type(plain).__name__} was given: there is no text. {_TAKEN}")
+    return given
+
+
+def _common_kind(given: list[Any]) -> str:
+    """``text``, ``id``, ``row`` (of ids), ``message`` or ``conversation``.
+
+    Raises:
+        GemmaScopeError: when it is something else, or several of them.
+    """
+    first = _kind(given[0])
+    for number, one in enumerate(given):
+        kind = _kind(one)
+        if kind is None and isinstance(one, Mapping):
+            raise GemmaScopeError(f"Records with the keys {list(one)[:8]} are no texts: give the column with them.")
+        if kind is None:
+            raise GemmaScopeError(f"Number {number} of what was given is neither text nor ids: {shown(one)}. {_TAKEN}")
+        if kind != first:
+            raise GemmaScopeError(
+                f"The first of what was given is {shown(given[0])}, number {number} is {shown(one)}: give one kind."
+            )
+    return str(first)
+
+
+def _kind(one: Any) -> str | None:
+    if isinstance(one, str):
+        return "text"
+    if isinstance(one, Mapping):
+        return "message" if "role" in one else None
+    if is_index(one):
+        return "id"
+    if isinstance(one, (list, tuple)) and one and all(isinstance(part, Mapping) and "role" in part for part in one):
+        return "conversation"
+    return None if _row(one) is None else "row"
+
+
+def _row(one: Any) -> list[int] | None:
+    """Ids in a list, a tuple, or an array of one dimension; None for anything else."""
+    if isinstance(one, torch.Tensor) or hasattr(one, "__array__"):
+        array = _array(one)
+        plain = array is not None and array.ndim == 1 and not (array.is_floating_point() or array.is_complex())
+        return array.tolist() if array is not None and plain and array.dtype != torch.bool else None
+    if not isinstance(one, (list, tuple)):
+        return None
+    if all(type(part) is int for part in one):
+        return list(one)
+    return [as_index(part) for part in one] if all(is_index(part) for part in one) else None
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _padded_mask(mask: Any, rows: list[list[int]], side: str) -> Any:
+    """The masks of lists of ids, padded as these are."""
+    if isinstance(mask, (list, tuple)):
+        masks = [_row(one) for one in mask]
+        if all(one is not None for one in masks) and list(map(len, mask)) == list(map(len, rows)):
+            return padded([one or [] for one in masks], 0, side)[0]
+    return mask
+
+
+def _checked_ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise GemmaScopeError(f"Token ids are integers, not {ids.dtype}. Embeddings go in as inputs_embeds=.")
+    if ids.ndim not in (1, 2) or not ids.numel():
+        raise GemmaScopeError(
+            f"Token ids are [pos] or [batch, pos], with one token at least; given: shape {list(ids.shape)}."
+        )
+    ids = (ids[None] if ids.ndim == 1 else ids).long()
+    if ids.is_meta:
+        return ids
+    vocabulary, (low, high) = int(model.cfg.d_vocab), (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise GemmaScopeError(
+            f"Token ids run from {low} to {high}; the model's are 0..{vocabulary - 1}. (Padding is told by the mask or "
+            "by the tokenizer's padding id, not by a negative number.)"
+        )
+    if getattr(model, "backend", None) == "hooked_transformer" and (over := too_long(model, ids)):
+        raise GemmaScopeError(f"{over}: give fewer.")  # Hugging Face's own pass, the bridge's, goes on
+    return ids
+
+
+def _checked_mask(mask: Any, ids: torch.Tensor) -> torch.Tensor:
+    try:
+        found = mask if isinstance(mask, torch.Tensor) else torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise GemmaScopeError(f"attention_mask is no array of numbers: {shown(mask)}.") from error
+    found = found[None] if found.ndim == 1 else found
+    if found.shape != ids.shape:
+        raise GemmaScopeError(f"attention_mask has the shape {list(found.shape)}, the token ids {list(ids.shape)}.")
+    if found.is_meta:
+        return found.bool()
+    if found.dtype != torch.bool and not bool(((found == 0) | (found == 1)).all()):
+        raise GemmaScopeError("attention_mask is 1 at text and 0 at padding; it has other values.")
+    found = found.bool()
+    begins = found.clone()
+    begins[:, 1:] &= ~found[:, :-1]
+    holes = begins.sum(-1) > 1
+    if bool(holes.any()):
+        raise GemmaScopeError(
+            f"Row {int(holes.nonzero()[0])} of attention_mask has a hole: text is one run of tokens, with padding "
+            "before or after it."
+        )
+    return found.to(ids.device)

@@ -1,0 +1,128 @@
+"""Evaluation data as fixed rows of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from jaxtyping import Int
+
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
+from gemma_scope_tl.text.tokenizing import pad_id, text_ids, without_bos
+from gemma_scope_tl.text.tokens import special_token_ids
+
+
+def pack_texts(
+    tokenizer: Any, texts: Iterable[str], context: int, limit: int | None = None
+) -> Int[torch.Tensor, "rows context"]:
+    """Rows of BOS and ``context - 1`` consecutive tokens; texts follow each other, separated by EOS.
+
+    A BOS with which a text begins is left out: the row has its own.
+
+    Args:
+        tokenizer: of the model.
+        texts: read one by one, no more than needed.
+        context: tokens in a row.
+        limit: rows at most.
+
+    Raises:
+        GemmaScopeError: when there is less text than one row, what is no text, no tokenizer, or a context below 2.
+    """
+    if tokenizer is None:
+        raise GemmaScopeError("The model has no tokenizer: give token ids instead of texts.")
+    if context < 2:
+        raise GemmaScopeError(f"A row holds BOS and a token at least, so context cannot be {context}.")
+    stream: list[int] = []
+    body = context - 1
+    for text in texts:
+        (ids,) = text_ids(tokenizer, [text])
+        stream += [*without_bos(tokenizer, ids), tokenizer.eos_token_id]
+        if limit is not None and len(stream) >= limit * body:
+            break
+    rows = len(stream) // body if limit is None else min(limit, len(stream) // body)
+    if rows == 0:
+        raise GemmaScopeError(
+            f"The texts hold {len(stream)} tokens, less than one row of {body}: give more, or a smaller context."
+        )
+    packed = torch.tensor(stream[: rows * body]).view(rows, body)
+    return torch.cat([torch.full((rows, 1), tokenizer.bos_token_id), packed], dim=1)
+
+
+def as_rows(model: Any, data: Text, context: int, attention_mask: Any = None, limit: int | None = None) -> TokenBatch:
+    """Rows to measure on: texts packed by :func:`pack_texts`; anything else as it is, a row per text.
+
+    Rows begin with their text in column 0, so that a column is a position in the text and no padding is attended to.
+
+    Args:
+        model: from ``load_model``.
+        data: texts, read one by one; or token ids, conversations, a mapping with ``input_ids``
+            (:func:`~gemma_scope_tl.text.batch.as_batch`).
+        context: tokens in a row of packed texts.
+        attention_mask: of token ids, 1 at text.
+        limit: rows at most.
+
+    Returns:
+        Ids and mask on the CPU, padded on the right.
+
+    Raises:
+        GemmaScopeError: as :func:`pack_texts` and :func:`~gemma_scope_tl.text.batch.as_batch`; rows of one token; a
+            context longer than the model's.
+    """
+    data, texts = _told_apart(data)
+    if texts is not None:
+        if attention_mask is not None:
+            raise GemmaScopeError("Texts are packed into rows without padding: attention_mask= goes with token ids.")
+        if context > model.cfg.n_ctx:
+            raise GemmaScopeError(f"Rows of {context} tokens are longer than the model's context, {model.cfg.n_ctx}.")
+        ids = pack_texts(model.tokenizer, texts, context, limit)
+        return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))
+    found = as_batch(model, data, attention_mask)
+    ids, mask = found.ids[:limit].cpu(), found.mask[:limit].cpu()
+    found = TokenBatch(ids, mask)
+    width = int(found.length.max())
+    if width < 2:
+        raise GemmaScopeError(f"Rows need two tokens or more to predict one; the longest of these has {width}.")
+    columns = torch.arange(width)
+    mask = columns < found.length[:, None]
+    ids = ids.gather(1, (found.start[:, None] + columns).clamp(max=ids.shape[1] - 1))
+    return TokenBatch(ids.masked_fill(~mask, pad_id(model.tokenizer)), mask)
+
+
+def as_tokens(
+    model: Any, data: Text, context: int, attention_mask: Any = None, limit: int | None = None
+) -> Int[torch.Tensor, "rows pos"]:
+    """The ids of :func:`as_rows`, padded with the tokenizer's padding."""
+    return as_rows(model, data, context, attention_mask, limit).ids
+
+
+def special_ids(model: Any) -> tuple[int, ...]:
+    """Ids of BOS, EOS and padding, which are not measured.
+
+    Raises:
+        GemmaScopeError: when the model has no tokenizer to tell them.
+    """
+    if ids := special_token_ids(model.tokenizer):
+        return ids
+    raise GemmaScopeError(
+        "The model has no tokenizer, so BOS, EOS and padding are unknown: give load_model its tokenizer=."
+    )
+
+
+def _told_apart(data: Any) -> tuple[Any, Iterable[str] | None]:
+    """Data that can be read again, and the texts where it holds texts."""
+    if isinstance(data, str):
+        return data, [data]
+    whole = isinstance(data, (torch.Tensor, TokenBatch, Mapping)) or not hasattr(data, "__iter__")
+    if whole or getattr(data, "ndim", 1) != 1:
+        return data, None
+    plain: Any = data
+    found = iter(plain)
+    first: list[Any] = list(islice(found, 1))
+    if first and isinstance(first[0], str):
+        return data, chain(first, found)
+    if first and isinstance(first[0], Mapping) and "role" not in first[0]:
+        return first, None  # records, of which there may be no end: refused by the first
+    return ([*first, *found] if found is plain else plain), None

@@ -1,0 +1,215 @@
+"""Texts as token ids with one BOS, padded, and never cut without a word."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+
+Padded = tuple[torch.Tensor, torch.Tensor]
+"""Ids and mask, both ``[batch, pos]``."""
+
+
+def tokenize(
+    model: Any,
+    texts: str | Sequence[str],
+    prepend_bos: bool | None = None,
+    padding_side: str | None = None,
+    truncate: bool | None = None,
+) -> Padded:
+    """Token ids of texts with one BOS at the beginning, also where a text brings its own, and their mask.
+
+    ``""`` is BOS alone.
+
+    Args:
+        model: from ``load_model``.
+        texts: one or several.
+        prepend_bos: None for the model's default, which is True; False leaves texts as they are.
+        padding_side: ``"left"`` or ``"right"``, None for the tokenizer's.
+        truncate: what is done with a text longer than the context: True cuts it, None cuts it and warns, False leaves
+            it whole.
+
+    Returns:
+        Ids ``[batch, pos]`` on the CPU, and True at text.
+
+    Raises:
+        GemmaScopeError: no tokenizer; what is no text, or no Unicode; no token at all.
+    """
+    tokenizer, several = getattr(model, "tokenizer", None), _listed(texts)
+    rows = text_ids(tokenizer, several)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if prepend_bos is None:
+        prepend_bos = getattr(model.cfg, "default_prepend_bos", True)
+    if prepend_bos and bos is not None:
+        rows = [[bos, *without_bos(tokenizer, row)] for row in rows]
+    if not any(rows):
+        raise GemmaScopeError("The texts hold no token, and no BOS is put before them: there is nothing to run on.")
+    side = padding_side or getattr(tokenizer, "padding_side", None) or "left"
+    if side not in ("left", "right"):
+        raise GemmaScopeError(f"padding_side is 'left' or 'right', not {padding_side!r}.")
+    if truncate is not False and (over := too_long(model, rows)):
+        if truncate is None:
+            warnings.warn(f"{over}: the rest is cut off. truncate=True says that this is meant.", stacklevel=3)
+        rows = [row[: int(model.cfg.n_ctx)] for row in rows]
+    return padded(rows, pad_id(tokenizer), side)
+
+
+def _listed(texts: Any) -> list[Any]:
+    """One text or several as a list; mappings and tables would give their keys."""
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, Mapping) or (hasattr(texts, "iloc") and texts.ndim != 1) or not hasattr(texts, "__iter__"):
+        raise GemmaScopeError(
+            f"to_tokens takes a text or several, not a {type(texts).__name__}. Token ids, and what a tokenizer "
+            "returns, go to the model as they are."
+        )
+    return list(texts)
+
+
+def text_ids(tokenizer: Any, texts: Sequence[Any]) -> list[list[int]]:
+    """Token ids of each text as it stands, without anything that the tokenizer would add.
+
+    Raises:
+        GemmaScopeError: no tokenizer; what is no text; a text that is no Unicode.
+    """
+    if tokenizer is None:
+        raise GemmaScopeError("The model has no tokenizer: give token ids instead of text, or load it with tokenizer=.")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise GemmaScopeError(f"Text {number} is a {type(text).__name__}, not a str.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise GemmaScopeError(
+                f"Text {number} is not valid Unicode: character {error.start} is the surrogate "
+                f"{text[error.start]!a}. Read the text with errors='replace', or repair it."
+            ) from None
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [list(row) for row in found]
+
+
+def without_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """``ids`` without the BOS that they may begin with: for whoever puts one there."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return ids[1:] if bos is not None and ids[:1] == [bos] else ids
+
+
+def rendered(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool | None) -> str:
+    """Chat messages as the tokenizer's template writes them, BOS included where it does.
+
+    Without a choice the answer is opened where the last message is not the model's.
+
+    Raises:
+        GemmaScopeError: no template, or one that does not take these messages; a message without role or content.
+        UnknownNameError: a message with a key that the template does not read.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise GemmaScopeError(
+            "Chat messages need a tokenizer with a chat template, and this model has none: give text, or set "
+            "model.tokenizer.chat_template."
+        )
+    check_messages(messages, str(tokenizer.chat_template))
+    if add_generation_prompt is None:
+        add_generation_prompt = str(messages[-1]["role"]) not in ("assistant", "model")
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), **options))
+    except Exception as error:  # templates raise what they like, jinja2's errors and others
+        raise GemmaScopeError(f"The chat template does not take these messages: {error}") from error
+
+
+def check_messages(messages: Sequence[Any], template: str) -> None:
+    """Refuse messages of which a template would read nothing in silence; keys that it names itself are its own.
+
+    Raises:
+        GemmaScopeError: a message without role or content, or with content that is neither text nor a list of parts.
+        UnknownNameError: a key that the template does not read.
+    """
+    own = {"role", "content"}
+    for number, message in enumerate(messages):
+        more = {str(key) for key in message} - own
+        for key in sorted(more):
+            if not re.search(rf"\b{re.escape(key)}\b", template):
+                raise unknown_name("key of a chat message", key, sorted(own), "A message has 'role' and 'content'.")
+        missing = [key for key in ("role", "content") if message.get(key) is None]
+        if missing and (not more or "role" in missing):  # a message that calls a tool may have no content
+            raise GemmaScopeError(f"Message {number} has no {missing[0]!r}: give {{'role': …, 'content': …}}.")
+        if not isinstance(message.get("content") or "", (str, list, tuple)):
+            kind = type(message["content"]).__name__
+            raise GemmaScopeError(f"The content of message {number} is a {kind}: give text, or a list of parts.")
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "left") -> Padded:
+    """Rows of several lengths as one tensor, and True at what is not padding."""
+
+    def stacked(parts: list[torch.Tensor], value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value, padding_side=side)
+
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return stacked(ids, pad), stacked([torch.ones_like(row) for row in ids], 0).bool()
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that padding has: EOS without a padding token, 0 without either."""
+    found = [getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos")]
+    return next((i for i in found if i is not None), 0)
+
+
+def too_long(model: Any, rows: Sequence[Sequence[int]] | torch.Tensor) -> str | None:
+    """What is to be said of the first row that is longer than the model's context; None where all fit."""
+    context = int(model.cfg.n_ctx)
+    long = next((number for number, row in enumerate(rows) if len(row) > context), None)
+    if long is None:
+        return None
+    which = f"Text {long} has" if len(rows) > 1 else "The text has"
+    return f"{which} {len(rows[long])} tokens, more than the model's context of {context}"
+
+
+START, END = "<start_of_turn>", "<end_of_turn>"
+_MARK = "DOCUMENT"
+
+
+class Wrapping(NamedTuple):
+    """Ids around a document.
+
+    Attributes:
+        prefix: between BOS and the document: ``<start_of_turn>user\\n``.
+        suffix: after it: ``<end_of_turn>\\n<start_of_turn>model\\n``.
+    """
+
+    prefix: list[int]
+    suffix: list[int]
+
+
+def chat_wrapping(tokenizer: Any) -> Wrapping:
+    """The ids around a user's turn: from the tokenizer's chat template, else from Gemma's own tokens.
+
+    Raises:
+        GemmaScopeError: a template that does not show where the document begins and ends; no template, and a tokenizer
+            that does not know Gemma's turn tokens.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": _MARK}]
+        text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        parts = text.removeprefix(tokenizer.bos_token or "").split(_MARK)
+        if len(parts) != 2:
+            raise GemmaScopeError(
+                f"The tokenizer's chat template renders a turn as {text!r}: no way to wrap documents."
+            )
+    else:
+        known = tokenizer.get_vocab()
+        missing = [token for token in (START, END) if token not in known]
+        if missing:
+            raise GemmaScopeError(
+                f"This tokenizer has no chat template and does not know {' and '.join(missing)}: chat=True needs the "
+                "tokenizer of an instruction-tuned Gemma."
+            )
+        parts = [f"{START}user\n", f"{END}\n{START}model\n"]
+    return Wrapping(*(tokenizer.encode(part, add_special_tokens=False) for part in parts))
