@@ -94,7 +94,7 @@ NAMES = {
     "training.job_table": "training.ray.job_table",
     "training.jobs": "training.ray.jobs",
     "training.joining": "training.ray.job_table",
-    "training.model_sizes": "families.sizes",
+    "training.model_sizes": "model.sizes",
     "training.parallel": "training.shard",
     "training.penalties": "training.optimizer",
     "training.progress": "training.running",

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_tl.families.sizes import sizes_of
 from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.model.sizes import sizes_of
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.sites import get_site
 from gemma_scope_tl.training import plan as costs

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_tl.families.sizes import ModelSizes, sizes_of
 from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.model.sizes import ModelSizes, sizes_of
 from gemma_scope_tl.registry import list_saes
 from gemma_scope_tl.sites import get_site
 from scripts.plan_measured import measured

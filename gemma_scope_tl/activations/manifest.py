@@ -26,7 +26,7 @@ from gemma_scope_tl.activations.direct_file import BLOCK
 from gemma_scope_tl.activations.folder import Folder
 from gemma_scope_tl.dtypes import DTYPES
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sites import Place
+from gemma_scope_tl.sites import Place, parse_place
 
 STORE_NAME = "store.json"
 UNFINISHED = "unfinished"
@@ -81,7 +81,7 @@ class Contents(_Record):
             raise ValueError("no places")
         for key in self.places:
             try:
-                known = Place.parse(key).key == key
+                known = parse_place(key).key == key
             except GemmaScopeError:
                 known = False
             if not known:
@@ -97,7 +97,7 @@ class Contents(_Record):
     @property
     def widths(self) -> dict[Place, int]:
         """Width of every place."""
-        return {Place.parse(key): width for key, width in self.places.items()}
+        return {parse_place(key): width for key, width in self.places.items()}
 
     @property
     def torch_dtype(self) -> torch.dtype:

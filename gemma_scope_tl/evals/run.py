@@ -19,7 +19,7 @@ from gemma_scope_tl.evals.next_token import LogitHead, Scores
 from gemma_scope_tl.evals.saes import Subject, fingerprint, latents_and_output
 from gemma_scope_tl.evals.store import Store, key_of
 from gemma_scope_tl.sae.sparse import SparseActs
-from gemma_scope_tl.sites import Place, flatten_heads
+from gemma_scope_tl.sites import Place, flatten_heads, target_of
 from gemma_scope_tl.text.batch import TokenBatch
 from gemma_scope_tl.weights.modes import make_ordinary
 
@@ -42,7 +42,7 @@ class Step:
         """Measure the clean pass, each place, and each SAE there."""
         run, by_place = self.run, dict[Place, list[int]]()
         for number, subject in enumerate(run.subjects):
-            by_place.setdefault(subject.place.target, []).append(number)
+            by_place.setdefault(target_of(subject.place), []).append(number)
         gradients = self._gradients()
         for place, numbers in by_place.items():
             self._place(place)
@@ -89,7 +89,7 @@ class Step:
 
     def _gradients(self) -> Gradients:
         run, batch = self.run, self.batch
-        wanted = [s.place.target for n, s in enumerate(run.subjects) if run.wanted(f"uniformity {n}")]
+        wanted = [target_of(s.place) for n, s in enumerate(run.subjects) if run.wanted(f"uniformity {n}")]
         if not wanted:
             return torch.empty(0), {}
         positions = sampled_positions(batch.scored, batch.start, run.settings.uniformity)
@@ -105,7 +105,7 @@ class Step:
         device = self.batch.tokens.device
         x = flatten_heads(self.batch.clean.values[place])[rows.to(device), at.to(device)]
         acts: SparseActs = latents_and_output(sae, x)[0]
-        gradient = by_place[place.target][rows.to(device), columns.to(device)]
+        gradient = by_place[target_of(place)][rows.to(device), columns.to(device)]
         values = uniformity(latent_importance(acts, gradient, sae.W_dec.detach()), acts).cpu()
         counted = torch.zeros(self.batch.scored.shape, dtype=torch.bool)
         kept = ~values.isnan()
@@ -212,7 +212,7 @@ class Run:
     def _plan(self) -> None:
         self.units = {CLEAN: Unit(token_means("loss"), {"unit": CLEAN})}
         for number, subject in enumerate(self.subjects):
-            place = subject.place.target.key
+            place = target_of(subject.place).key
             for kind in ("centre", "deviation", *self.settings.ablations):
                 fresh = {"mean": VectorMean()} if kind == "centre" else token_means("value")
                 self.units.setdefault(f"{kind} {place}", Unit(dict(fresh), {"unit": kind, "place": place}))
@@ -270,10 +270,10 @@ class Run:
     def _centre(self) -> None:
         """The dataset's mean at every place that needs it: FVU's centre, and what mean ablation puts in."""
         missing = [
-            subject.place.target
+            target_of(subject.place)
             for subject in self.subjects
-            if self.wanted(f"centre {subject.place.target.key}")
-            and any(self.wanted(f"{kind} {subject.place.target.key}") for kind in ("deviation", "mean"))
+            if self.wanted(f"centre {target_of(subject.place).key}")
+            and any(self.wanted(f"{kind} {target_of(subject.place).key}") for kind in ("deviation", "mean"))
         ]
         places = list(dict.fromkeys(missing))
         if not places:
@@ -294,14 +294,14 @@ class Run:
         places = list(dict.fromkeys(subject.place for subject in used))
         for number, batch in enumerate(self._batches("evaluating", places, start)):
             if number == 0:
-                batch.clean.check(place.target for place in places)
+                batch.clean.check(target_of(place) for place in places)
             Step(self, head, batch).measure()
             done = batch.start + batch.tokens.shape[0]
             if (number + 1) % self.settings.checkpoint_every == 0 and done < self.rows.ids.shape[0]:
                 self._checkpoint(done)
 
     def _needs(self, number: int, subject: Subject) -> bool:
-        place = subject.place.target.key
+        place = target_of(subject.place).key
         names = [f"sae {number}", f"uniformity {number}", *(f"{kind} {place}" for kind in ("deviation", *ABLATIONS))]
         return any(self.wanted(name) for name in names)
 

@@ -29,7 +29,7 @@ class Subject:
 
     Attributes:
         get: gives the SAE.
-        place: where it reads; ``place.target`` is where it writes.
+        place: where it reads; ``target_of(place)`` is where it writes.
         d_sae: how many latents it has.
         release, id: in the registry, None outside it.
         fingerprint: of its weights; asked for by caches only.

@@ -18,6 +18,7 @@ from gemma_scope_tl.evals.metrics import Bootstrap, fvu, loss_recovered
 from gemma_scope_tl.evals.run import ABLATIONS, Run, Settings
 from gemma_scope_tl.evals.saes import Subject, subjects_of
 from gemma_scope_tl.evals.store import Store
+from gemma_scope_tl.sites import target_of
 from gemma_scope_tl.text.batch import Text, TokenBatch
 from gemma_scope_tl.text.rows import as_rows
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 def summary_row(found: Evaluation, number: int, bootstrap: Bootstrap) -> dict[str, Any]:
     """All metrics of one SAE over the dataset, and their intervals."""
-    unit, clean, place = found.units[f"sae {number}"], found.clean(), found.subjects[number].place.target.key
+    unit, clean, place = found.units[f"sae {number}"], found.clean(), target_of(found.subjects[number].place).key
     loss, fired = unit.token_mean("loss"), found.latent_counts(number)
     ablated = {kind: found.units[f"{kind} {place}"].token_mean("value") for kind in found.ablations}
     losses = {kind: ablated[kind].value if kind in ablated else math.nan for kind in ("zero", "mean")}
@@ -69,7 +70,7 @@ def summary_row(found: Evaluation, number: int, bootstrap: Bootstrap) -> dict[st
 def position_rows(found: Evaluation, number: int) -> list[dict[str, Any]]:
     """The metrics of one SAE at each position."""
     unit, clean = found.units[f"sae {number}"], found.clean()
-    deviation = found.units[f"deviation {found.subjects[number].place.target.key}"].token_mean("value")
+    deviation = found.units[f"deviation {target_of(found.subjects[number].place).key}"].token_mean("value")
     means = {name: unit.token_mean(name) for name in ("l0", "error", "loss", "kl")}
     length = means["l0"].position_counts.shape[0]
     columns = {

@@ -17,6 +17,7 @@ from pydantic import (
     PrivateAttr,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -26,7 +27,7 @@ from gemma_scope_tl.errors import RegistryError, UnknownNameError, unknown_name
 from gemma_scope_tl.registry.locate import inside
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.widths import parse_width, width_label
-from gemma_scope_tl.sites import SiteName, get_site
+from gemma_scope_tl.sites import SITES, get_site
 
 Format = Literal["gemma-scope", "sae-lens"]
 WEIGHTS_FILES: Mapping[Format, str] = {"gemma-scope": "params.npz", "sae-lens": "sae_weights.safetensors"}
@@ -83,7 +84,7 @@ class SAEEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     id: RelativePath
-    site: SiteName
+    site: Annotated[str, WithJsonSchema({"enum": list(SITES), "type": "string"})]
     layer: Annotated[int, Field(ge=0)] | None
     width: str
     d_sae: Annotated[int, Field(gt=0)]

@@ -12,6 +12,7 @@ import torch
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import TokenMean
 from gemma_scope_tl.evals.suite import Evaluation, measure_suite
+from gemma_scope_tl.sites import target_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,7 +80,7 @@ def _checked(edges: Sequence[int] | None, length: int) -> list[int]:
 
 def _rows(found: Evaluation, number: int, edges: list[int]) -> list[dict[str, Any]]:
     subject, unit = found.subjects[number], found.units[f"sae {number}"]
-    deviation = found.units[f"deviation {subject.place.target.key}"].token_mean("value")
+    deviation = found.units[f"deviation {target_of(subject.place).key}"].token_mean("value")
     means = {name: unit.token_mean(name) for name in ("l0", "error", "loss", "kl")}
     sums = {name: _binned(mean, edges) for name, mean in {**means, "clean": found.clean(), "var": deviation}.items()}
     (error, tokens), (loss, predictions) = sums["error"], sums["loss"]

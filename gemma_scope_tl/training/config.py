@@ -22,7 +22,7 @@ from pydantic import (
 from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError, UnknownNameError, unknown_name
 from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.widths import parse_width
-from gemma_scope_tl.sites import SITES, Place, SiteName, get_site
+from gemma_scope_tl.sites import SITES, Place, get_site
 from gemma_scope_tl.training.config_file import device_name, each_once, number, override_key, problem, read_config
 from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER, Recipe, fast
 
@@ -82,7 +82,7 @@ Layers = Annotated[
     Discriminator(_all_or_list, "layers", "should be 'all' or a list, such as [1, 2]"),
 ]
 Width = Annotated[int, BeforeValidator(_width), Field(gt=0)]
-SiteKey = Annotated[SiteName, BeforeValidator(_site)]
+SiteKey = Annotated[str, BeforeValidator(_site)]
 RecipeValues = Annotated[dict[str, Any], BeforeValidator(_recipe)]
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma_scope_tl.families.sizes import ModelSizes, sizes_of
-from gemma_scope_tl.sites import Place, get_site, with_targets
+from gemma_scope_tl.model.sizes import ModelSizes, sizes_of
+from gemma_scope_tl.sites import Place, get_site, target_of, with_targets
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
 
@@ -127,7 +127,7 @@ def measured(group: Group, d_in: int, d_out: int, d_model: int, d_ff: int, batch
     small = replace(spec, d_sae=latents)
     trainer = PlaceTrainer(d_in, d_out, [small], total_steps=1_000)
     inputs = torch.randn(rows, d_in, generator=generator) * d_in**-0.5
-    transcoder = group.place.target != group.place
+    transcoder = target_of(group.place) != group.place
     targets = torch.randn(rows, d_out, generator=generator) * d_out**-0.5 if transcoder else None
     step = 2.0 * rows * d_in * latents / _seconds(lambda: trainer.step(inputs.clone(), targets))
     threads = torch.get_num_threads()
@@ -311,7 +311,7 @@ def _forward(groups: Sequence[Group], config: SuiteConfig, sizes: ModelSizes, sp
 
 
 def _widths(place: Place, sizes: ModelSizes) -> tuple[int, int]:
-    return get_site(place.site).d_in(sizes.dims), get_site(place.target.site).d_in(sizes.dims)
+    return get_site(place.site).d_in(sizes.dims), get_site(target_of(place).site).d_in(sizes.dims)
 
 
 def _machine_memory() -> int:

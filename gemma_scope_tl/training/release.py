@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gemma_scope_tl.files import file_sha256, make_folder, replace_files, writing
 from gemma_scope_tl.registry.widths import width_label
-from gemma_scope_tl.sites import Place
+from gemma_scope_tl.sites import Place, target_of
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.spec import SAESpec
 from gemma_scope_tl.weights.fold import fold
@@ -139,7 +139,7 @@ def measure(saes: Sequence[Finished], batches: Iterable[Mapping[Place, Tensor]],
     """Measure all SAEs on the next ``count`` batches."""
     for batch in islice(batches, count):
         for sae in saes:
-            sae.see(batch[sae.spec.place], batch[sae.spec.place.target])
+            sae.see(batch[sae.spec.place], batch[target_of(sae.spec.place)])
 
 
 def folder_names(saes: Sequence[tuple[SAESpec, float]]) -> list[str]:

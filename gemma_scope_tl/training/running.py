@@ -20,7 +20,7 @@ from rich.text import Text
 from torch import Tensor
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sites import Place
+from gemma_scope_tl.sites import Place, parse_place, target_of
 from gemma_scope_tl.training.checkpoint import (
     Manifest,
     check_same_run,
@@ -159,7 +159,7 @@ class Run:
             self.step, self.scales = 0, {place: _scale(place, squares) for place in places_of(groups)}
         else:
             self.step = manifest.step
-            self.scales = {Place.parse(key): value for key, value in manifest.scales.items()}
+            self.scales = {parse_place(key): value for key, value in manifest.scales.items()}
         self.metrics = MetricsFile(metrics, manifest.metrics_bytes if manifest else 0) if shard.leads else None
         self.loggers: list[Logger] = []
         if self.metrics is not None:
@@ -239,10 +239,10 @@ class Run:
     def _train(self, group: Group, batch: Mapping[Place, Tensor]) -> None:
         scale, own = self.scales[group.place], self.shard.rows(self.config.batch_size)
         x = (batch[group.place][own] / scale).to(self.config.device)
-        if group.place.target == group.place:
+        if target_of(group.place) == group.place:
             self.trainers[group.name].step(x)
         else:
-            self.trainers[group.name].step(x, (batch[group.place.target][own] / scale).to(self.config.device))
+            self.trainers[group.name].step(x, (batch[target_of(group.place)][own] / scale).to(self.config.device))
 
     @contextmanager
     def _each(self, groups: int) -> Generator[Each, None, None]:
@@ -289,7 +289,7 @@ class Run:
         place = group.place
         return PlaceTrainer(
             widths[place],
-            widths[place.target],
+            widths[target_of(place)],
             group.specs,
             total_steps=group.steps,
             device=self.config.device,

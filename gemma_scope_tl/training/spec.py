@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.sites import Place
+from gemma_scope_tl.sites import Place, parse_place, target_of
 from gemma_scope_tl.training.recipe import Recipe
 
 
@@ -18,7 +18,7 @@ class SAESpec:
 
     Attributes:
         name: unique in a suite, such as ``"res/layer_3/width_1k/target_l0_12"``.
-        place: the tensor it reads; transcoders reconstruct ``place.target``.
+        place: the tensor it reads; transcoders reconstruct ``target_of(place)``.
         d_sae: its latents.
         recipe: its hyper-parameters. SAEs of one place share the batch size.
         seed: of its initial weights.
@@ -50,7 +50,7 @@ class SAESpec:
     @property
     def is_transcoder(self) -> bool:
         """Whether it reads one tensor and reconstructs another."""
-        return self.place.target != self.place
+        return target_of(self.place) != self.place
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; :meth:`from_json` reads it."""
@@ -71,7 +71,7 @@ class SAESpec:
         missing = [name for name in names if name not in data and name != "target_l0"]
         if missing:
             raise GemmaScopeError(f"An SAE's description lacks {', '.join(missing)}.")
-        read = {"place": Place.parse(str(data["place"])), "recipe": Recipe.from_json(data["recipe"])}
+        read = {"place": parse_place(str(data["place"])), "recipe": Recipe.from_json(data["recipe"])}
         values: dict[str, Any] = {**data, **read}
         return cls(**values)
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_scope_tl.errors import WriteError
-from gemma_scope_tl.families.sizes import sizes_of
 from gemma_scope_tl.files import append_line, make_folder
+from gemma_scope_tl.model.sizes import sizes_of
 from gemma_scope_tl.training.checkpoint import (
     CHECKPOINTS,
     METRICS_NAME,

@@ -22,7 +22,7 @@ from gemma_scope_tl.activations.shards import store_bytes
 from gemma_scope_tl.activations.store import write_store
 from gemma_scope_tl.activations.stored import describe_store, open_store, verify_store
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sites import Place
+from gemma_scope_tl.sites import Place, parse_place
 from gemma_scope_tl.text.token_rows import TokenRows
 from tests.helpers import hooked, random_gemma, random_tokens
 
@@ -182,7 +182,7 @@ def test_files_are_the_bytes_written(tmp_path: Path, direct: bool) -> None:
 
 
 def test_bytes_are_known_before(tmp_path: Path, model: Any, rows: TokenRows) -> None:
-    widths = {Place.parse(key): (128 if key.startswith("att") else 64) for key in KEYS}
+    widths = {parse_place(key): (128 if key.startswith("att") else 64) for key in KEYS}
     for number, (parts, dtype) in enumerate([(1, torch.float32), (1, torch.bfloat16), (3, torch.float32)]):
         folder = tmp_path / str(number)
         for part in range(parts):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from gemma_scope_tl.families.sizes import ModelSizes
+from gemma_scope_tl.model.sizes import ModelSizes
 from gemma_scope_tl.sites import ModelDims
 from scripts import plan_cluster
 from scripts.plan_measured import measured

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.families.sizes import sizes_of
+from gemma_scope_tl.model.sizes import sizes_of
 from gemma_scope_tl.registry import list_saes
 from gemma_scope_tl.sites import ModelDims
 from gemma_scope_tl.training.config import TrainingStateError, load_config

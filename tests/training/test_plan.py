@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma_scope_tl.families.sizes import sizes_of
+from gemma_scope_tl.model.sizes import sizes_of
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training import plan as costs

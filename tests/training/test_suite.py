@@ -16,7 +16,7 @@ from filelock import FileLock
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.registry.schema import parse_release
-from gemma_scope_tl.sites import Place
+from gemma_scope_tl.sites import Place, target_of
 from gemma_scope_tl.training.config import TrainingStateError
 from gemma_scope_tl.training.recipe import FAST
 from gemma_scope_tl.training.release import folder_names
@@ -66,7 +66,7 @@ def test_files_and_measurements(finished: Path) -> None:
         p = dict(np.load(finished / row["path"] / "params.npz"))
         place = Place(row["site"], int(row["layer"]))
         x = np.concatenate([b[place].double().numpy() for b in batches])
-        y = np.concatenate([b[place.target].double().numpy() for b in batches])
+        y = np.concatenate([b[target_of(place)].double().numpy() for b in batches])
         z = x @ p["W_enc"] + p["b_enc"]
         on = z > p["threshold"]
         error = y - (z * on) @ p["W_dec"] - p["b_dec"]

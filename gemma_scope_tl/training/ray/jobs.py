@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock
 
-from gemma_scope_tl.families.sizes import sizes_of
 from gemma_scope_tl.files import make_folder, write_atomically
+from gemma_scope_tl.model.sizes import sizes_of
+from gemma_scope_tl.sites import parse_place
 from gemma_scope_tl.training.checkpoint import (
     LOCK_NAME,
     METRICS_NAME,
@@ -190,7 +191,6 @@ def harvest_job(report: Report, config: Mapping[str, Any], places: Sequence[str]
     import torch
 
     from gemma_scope_tl.activations.store import write_store
-    from gemma_scope_tl.sites import Place
     from gemma_scope_tl.training.source_factory import load_data
 
     checked = load_config(config)
@@ -201,7 +201,7 @@ def harvest_job(report: Report, config: Mapping[str, Any], places: Sequence[str]
         str(checked.source.path),
         model,
         rows,
-        [Place.parse(key) for key in places],
+        [parse_place(key) for key in places],
         dtype=checked.source.dtype,
         batch_rows=checked.source.batch_rows,
         part=part,

@@ -1,0 +1,288 @@
+"""The types of a model family: a frozen value holds all that differs from one family of models to the next.
+
+A *place* is a tensor of the model: a site's name and a layer. A *site* is a kind of place where coders (SAEs and
+transcoders) are trained; it names the tensors that a coder reads and those that it writes. A *family* lists its sites
+with their hooks, and says how models of the family are named, loaded, checked and interpreted.
+
+Sites of one name mean the same in all families: they read and write sites of the same names. Hooks, modules and widths
+may differ, so code that runs a model asks the model's family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+from gemma_scope_tl.errors import SpliceError, unknown_name
+
+Backend = Literal["bridge", "hooked_transformer"]
+BACKENDS: tuple[Backend, ...] = ("bridge", "hooked_transformer")
+
+
+class Place(NamedTuple):
+    """A tensor of a model: what the coders of one site and layer read.
+
+    >>> Place("res", 3).key, Place("embedding", None).key
+    ('res/layer_3', 'embedding')
+    """
+
+    site: str
+    layer: int | None
+
+    @property
+    def key(self) -> str:
+        """Its name in paths and logs."""
+        return self.site if self.layer is None else f"{self.site}/layer_{self.layer}"
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """The sizes of a model that decide the widths of its sites."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_head: int
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelDims:
+        """Read the sizes from a Hugging Face config, a TransformerLens config, or a mapping with either's names.
+
+        Raises:
+            UnknownNameError: when the config has none of a size's names.
+        """
+
+        def pick(*names: str) -> int:
+            for name in names:
+                value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+                if value is not None:
+                    return int(cast(int, value))
+            raise unknown_name("model config", type(config).__name__, names, "The config has none of these keys.")
+
+        return cls(
+            n_layers=pick("num_hidden_layers", "n_layers"),
+            d_model=pick("hidden_size", "d_model"),
+            n_heads=pick("num_attention_heads", "n_heads"),
+            d_head=pick("head_dim", "d_head"),
+        )
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of a model on which memory and time of a forward pass depend.
+
+    Attributes:
+        dims: what the widths of the sites depend on.
+        kv_heads: key and value heads.
+        d_ff: width of the MLP's hidden layer.
+        d_vocab: rows of the embedding.
+    """
+
+    dims: ModelDims
+    kv_heads: int
+    d_ff: int
+    d_vocab: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelSizes:
+        """Read the sizes from a Hugging Face config as a mapping."""
+        return cls(
+            ModelDims.from_config(config),
+            int(config["num_key_value_heads"]),
+            int(config["intermediate_size"]),
+            int(config["vocab_size"]),
+        )
+
+    @property
+    def block_parameters(self) -> int:
+        """Number of entries of the matrices of one block."""
+        d, heads = self.dims.d_model, self.dims.n_heads * self.dims.d_head
+        return 2 * d * heads + 2 * d * self.kv_heads * self.dims.d_head + 3 * d * self.d_ff
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the whole model, whose unembedding is its embedding."""
+        norms = self.dims.d_model * (4 * self.dims.n_layers + 1)
+        return self.dims.n_layers * self.block_parameters + self.d_vocab * self.dims.d_model + norms
+
+    def flops_per_token(self, blocks: int, context: int) -> float:
+        """Floating-point operations of a forward pass through some blocks, for each token.
+
+        Two for each weight, and four for each entry of a head and each position attended to: half the context on
+        average.
+        """
+        heads = self.dims.n_heads * self.dims.d_head
+        return blocks * (2.0 * self.block_parameters + 4.0 * heads * context / 2)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One row of a family's site table.
+
+    Attributes:
+        name: the word used in ids, registry rows and the command line.
+        bridge, hooked_transformer: name of the hook on the tensor of this site, with ``{layer}`` in it.
+        module: path of the Hugging Face module that the tensor passes, below the decoder, with ``{layer}`` in it.
+        side: whether the tensor is the module's ``"output"``, its ``"input"``, or its input divided by its root mean
+            square (``"normalized_input"``, an RMSNorm without its gain).
+        width_rule: ``"d_model"`` or ``"heads"`` (n_heads * d_head).
+        per_layer: False for a tensor that exists once.
+        reads, writes: names of the sites whose tensors a coder here reads and writes. A site that is read is the
+            first that it reads; an SAE writes what it reads.
+        joins: how a tensor written here continues: it is the residual stream of the next block (``"residual"``) or of
+            the first (``"embedding"``), is added to the residual stream inside its block (``"branch"``), or passes
+            the rest of attention first (``"attention"``). ``"nowhere"`` for a tensor that is only read.
+        description: one line for people.
+    """
+
+    name: str
+    bridge: str
+    hooked_transformer: str
+    module: str
+    side: Literal["output", "input", "normalized_input"]
+    width_rule: Literal["d_model", "heads"]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    joins: Literal["residual", "embedding", "branch", "attention", "nowhere"]
+    description: str
+    per_layer: bool = True
+    bridge_out: str = ""
+    hooked_transformer_out: str = ""
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether a coder here reads one tensor and predicts another."""
+        return self.reads != self.writes
+
+    def hook_name(self, layer: int | None = None, backend: Backend = "bridge") -> str:
+        """Name of the hook that a coder at this site reads.
+
+        Args:
+            layer: counts from 0; ignored by a site that exists once.
+            backend: ``"bridge"`` or ``"hooked_transformer"``.
+
+        Raises:
+            UnknownNameError: for another backend.
+            SpliceError: when a layer is needed and missing.
+        """
+        return self._format(self.bridge if _checked(backend) == "bridge" else self.hooked_transformer, layer)
+
+    def hook_name_out(self, layer: int | None = None, backend: Backend = "bridge") -> str:
+        """Name of the hook whose tensor a coder at this site reconstructs: the read hook but for transcoders."""
+        bridge, hooked_transformer = self.bridge_out or self.bridge, self.hooked_transformer_out
+        written = bridge if _checked(backend) == "bridge" else hooked_transformer or self.hooked_transformer
+        return self._format(written, layer)
+
+    def reads_at(self, layer: int | None) -> tuple[Place, ...]:
+        """The places that a coder at this site and layer reads."""
+        return tuple(Place(name, layer) for name in self.reads)
+
+    def writes_at(self, layer: int | None) -> tuple[Place, ...]:
+        """The places that a coder at this site and layer writes."""
+        return tuple(Place(name, layer) for name in self.writes)
+
+    def d_in(self, dims: ModelDims) -> int:
+        """Width of the site's activations, heads flattened, in a model of these sizes."""
+        return dims.d_model if self.width_rule == "d_model" else dims.n_heads * dims.d_head
+
+    def check_layer(self, layer: int | None, dims: ModelDims) -> None:
+        """Raise :class:`SpliceError` when a model of these sizes has no such layer."""
+        if not self.per_layer:
+            return
+        if layer is None or not 0 <= layer < dims.n_layers:
+            raise SpliceError(
+                f"Site {self.name!r} has no layer {layer}: this model's layers are 0..{dims.n_layers - 1}."
+            )
+
+    def _format(self, template: str, layer: int | None) -> str:
+        if not self.per_layer:
+            return template
+        if layer is None:
+            raise SpliceError(f"Site {self.name!r} exists in every layer: give layer=.")
+        return template.format(layer=layer)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs from one family of models to the next.
+
+    Attributes:
+        name: the key of the family, such as ``"gemma2"``.
+        title: its name for people, such as ``"Gemma 2"``.
+        model_types: ``model_type`` of the Hugging Face configurations of the family.
+        architecture: name of the Hugging Face class with an unembedding, which is TransformerLens's name too.
+        sites: the site table, by name.
+        sizes: sizes of the released models, by the name of the base model.
+        owner: account of the Hub that publishes the models.
+        tuned_suffix: what the name of an instruction-tuned model has behind the base model's.
+        hooked_transformer_config: keyword arguments of a ``HookedTransformerConfig`` from a Hugging Face configuration
+            and its :class:`ModelDims`, but for those that every family shares.
+        hooked_transformer_weights: ``"module:function"`` of TransformerLens's weight conversion.
+        embedding_scale: the factor by which the model multiplies its token embedding, from ``d_model``.
+        gain_offset: what is added to an RMSNorm's weight to give its gain, by backend.
+        decoder: path of the decoder in the Hugging Face model.
+        query, projections, final_norm: modules below the decoder: the query projection, all linear maps of a layer,
+            and the norm before the unembedding.
+        norm_before_mlp, norm_after_attention: the norms of a block, by their names in TransformerLens; None for a
+            family whose blocks have no norm behind attention.
+        turn_start, turn_end: special tokens around a turn of a chat.
+        gated: whether the Hub gives the weights only to those who have accepted a licence.
+    """
+
+    name: str
+    title: str
+    model_types: tuple[str, ...]
+    architecture: str
+    sites: Mapping[str, Site]
+    sizes: Mapping[str, ModelSizes]
+    owner: str
+    tuned_suffix: str
+    hooked_transformer_config: Callable[[Any, ModelDims], dict[str, Any]]
+    hooked_transformer_weights: str
+    embedding_scale: Callable[[int], float]
+    gain_offset: Mapping[Backend, float]
+    norm_before_mlp: str
+    norm_after_attention: str | None
+    turn_start: str
+    turn_end: str
+    decoder: str = "model"
+    query: str = "layers.{layer}.self_attn.q_proj"
+    projections: tuple[str, ...] = (
+        *(f"layers.{{layer}}.self_attn.{name}_proj" for name in "qkvo"),
+        *(f"layers.{{layer}}.mlp.{name}_proj" for name in ("gate", "up", "down")),
+    )
+    final_norm: str = "norm"
+    gated: bool = True
+
+    @property
+    def hub_ids(self) -> dict[str, str]:
+        """The Hub's id of each released model, base and instruction-tuned, by the model's name."""
+        suffixes = ("", self.tuned_suffix)
+        return {f"{name}{suffix}": f"{self.owner}/{name}{suffix}" for name in self.sizes for suffix in suffixes}
+
+    def site(self, name: str) -> Site:
+        """The row of the site table with this name.
+
+        Raises:
+            UnknownNameError: with the nearest names.
+        """
+        if name not in self.sites:
+            raise unknown_name(f"site of {self.title}", name, self.sites)
+        return self.sites[name]
+
+    def base_name(self, model: str) -> str:
+        """The name of the base model of a released model, base or instruction-tuned; any other name as it is."""
+        base = model.removesuffix(self.tuned_suffix)
+        return base if base in self.sizes else model
+
+    def dims_of(self, model: str) -> ModelDims | None:
+        """The sizes of a released model, base or instruction-tuned, None for any other."""
+        sizes = self.sizes.get(self.base_name(model))
+        return None if sizes is None else sizes.dims
+
+
+def _checked(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, BACKENDS)
+    return backend

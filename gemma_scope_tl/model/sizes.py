@@ -1,0 +1,54 @@
+"""Sizes of a model without loading it, for plans."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_scope_tl.errors import AdapterError, unknown_name
+from gemma_scope_tl.families import ModelSizes, families, family_of_config
+from gemma_scope_tl.registry.locate import BUNDLED_MODEL
+
+
+def sizes_of(name: str) -> ModelSizes:
+    """Sizes of the model that ``load_model`` calls by this name.
+
+    Known models and folders are not loaded; of any other Hugging Face id the config alone is fetched.
+
+    Raises:
+        UnknownNameError: a name that is no model, folder or Hugging Face id.
+        AdapterError: there is no such config, or it is of no known family.
+    """
+    if name == "bundled":
+        return _from_folder(BUNDLED_MODEL)
+    if Path(name).is_dir():
+        return _from_folder(Path(name))
+    last = name.rstrip("/").split("/")[-1].lower()
+    if name.count("/") <= 1:
+        for family in families():
+            if family.base_name(last) in family.sizes:
+                return family.sizes[family.base_name(last)]
+    if name.count("/") != 1:
+        known = [model for family in families() for model in family.sizes]
+        raise unknown_name("model", name, ["bundled", *known], "A local folder or a Hugging Face id works too.")
+    from transformers import AutoConfig
+
+    try:
+        return _from_config(AutoConfig.from_pretrained(name).to_dict(), name)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"Cannot read the config of {name}: {error}") from error
+
+
+def _from_folder(folder: Path) -> ModelSizes:
+    path = folder / "config.json"
+    try:
+        return _from_config(json.loads(path.read_text(encoding="utf-8")), str(folder))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"Cannot read the model's config {path}: {error}") from error
+
+
+def _from_config(config: Mapping[str, Any], name: str) -> ModelSizes:
+    family_of_config(config, name)
+    return ModelSizes.from_config(config)
