@@ -186,10 +186,8 @@ def _rows(
 def _row(
     subject: Subject, kind: str, l0: float, asked: _Asked, fitted: Fitted, k: int, best: tuple[int, float] | None
 ) -> dict[str, Any]:
-    names = {"release": subject.release, "id": subject.id, "site": subject.place.site, "layer": subject.place.layer}
     return {
-        **names,
-        "d_sae": subject.d_sae,
+        **subject.columns,
         "l0": l0,
         "concept": asked.concept.name,
         "features": kind,

@@ -14,10 +14,10 @@ import torch
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals import run as run_module
+from gemma_scope_tl.evals.cache import MetricsCache, key_of
 from gemma_scope_tl.evals.clean_pass import CleanPass
-from gemma_scope_tl.evals.saes import fingerprint
-from gemma_scope_tl.evals.store import Store, key_of
 from gemma_scope_tl.evals.suite import Evaluation, measure_suite
+from gemma_scope_tl.weights.fingerprint import fingerprint
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 
 PLACES = [("res", 2), ("att", 1), ("transcoder", 3)]
@@ -39,20 +39,21 @@ def measured(folder: Path | None, **changes: Any) -> Evaluation:
 
 def die_at_the_third_checkpoint(folder: str) -> None:
     """Run in a process of its own: killed while it writes, as by a power cut."""
-    write, saved = Store.save, list[str]()
+    write, saved = MetricsCache.save, list[str]()
 
-    def save(self: Store, key: str, tensors: Any) -> None:
+    def save(self: MetricsCache, key: str, tensors: Any) -> None:
         write(self, key, tensors)
         saved.extend(["checkpoint"] * ("rows" in tensors))
         if len(saved) == 3:
             signal.raise_signal(signal.SIGKILL)
 
-    with patch.object(Store, "save", save):
+    with patch.object(MetricsCache, "save", save):
         measured(Path(folder))
 
 
 def _bits(found: Evaluation) -> dict[str, torch.Tensor]:
-    return {f"{name} {key}": value for name, unit in found.units.items() for key, value in unit.state().items()}
+    pieces = enumerate(found.sums.pieces())
+    return {f"{number} {key}": value for number, piece in pieces for key, value in piece.state().items()}
 
 
 def _same(one: Evaluation, other: Evaluation) -> bool:
@@ -86,7 +87,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
         measured(tmp_path, ablations=("mean",), uniformity=0)  # a part of it
     names = {path.suffix for path in tmp_path.iterdir()}
     assert names == {".safetensors"}  # no checkpoint and no temporary file is left behind
-    assert len(list(tmp_path.iterdir())) == len(first.units)
+    assert len(list(tmp_path.iterdir())) == len(first.sums.pieces())
 
 
 def test_another_sae_shares_what_is_known(tmp_path: Path) -> None:
@@ -163,4 +164,4 @@ def test_a_cache_that_is_no_use_costs_a_warning(tmp_path: Path, place: str) -> N
 def test_keys_depend_on_every_fact_and_on_no_order() -> None:
     assert key_of({"a": 1, "b": [2]}) == key_of({"b": [2], "a": 1})
     assert len({key_of({"a": 1}), key_of({"a": 2}), key_of({"b": 1})}) == 3
-    assert Store(None).load("x") is None
+    assert MetricsCache(None).load("x") is None
