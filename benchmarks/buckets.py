@@ -35,7 +35,7 @@ def _loader(width: int) -> Iterator[Tensor]:
 
 def _ours(rows: int, width: int) -> Iterator[Tensor]:
     from gemma_scope_tl.activations.buckets import Bucket
-    from gemma_scope_tl.activations.source import Place
+    from gemma_scope_tl.sites import Place
 
     place, loader = Place("res", 0), _loader(width)
     bucket = Bucket(rows, {place: width})

@@ -30,8 +30,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import gemma_scope_tl as gs
 from benchmarks.splice import random_weights
 from benchmarks.timing import paired, save
-from gemma_scope_tl.evals.bridges import sae_lens_metrics
-from gemma_scope_tl.evals.packing import pack_texts
+from gemma_scope_tl.interop.run_evals import sae_lens_metrics
+from gemma_scope_tl.text.rows import pack_texts
 from gemma_scope_tl.evals.suite import measure_suite
 from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 

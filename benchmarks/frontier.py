@@ -22,7 +22,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from benchmarks.timing import RESULTS, save
-from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.metrics import DENSE_FREQUENCY
 from gemma_scope_tl.files import write_atomically

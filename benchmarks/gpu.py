@@ -25,7 +25,7 @@ from benchmarks import training_step
 from benchmarks.sparse import stock_sae
 from benchmarks.timing import PACKAGES
 from gemma_scope_tl.activations.harvest import Harvester
-from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.sae.sparse import reconstruct
 from gemma_scope_tl.training.place import PlaceTrainer
 from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER

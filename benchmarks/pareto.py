@@ -33,11 +33,11 @@ from benchmarks.frontier import (
 )
 from benchmarks.recipe_search import FOLDER, Log, chosen, score_ours, search, search_ours, slower_too
 from gemma_scope_tl.activations.harvest import Harvester
-from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
-from gemma_scope_tl.tokens import special_mask
+from gemma_scope_tl.text.tokens import special_mask
 from gemma_scope_tl.training.recipe import FAST, Recipe
 from scripts.bundled.files import write_atomic
 from scripts.bundled.sae_suite import heldout_tokens

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.frontier import STEP, Budget, PeerSettings, coefficient_for, measure, ours, theirs
 from benchmarks.timing import RESULTS
-from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.training.recipe import FAST, Recipe
 

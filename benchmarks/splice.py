@@ -13,8 +13,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from benchmarks.sparse import D_IN, D_SAE, STOCK, TOKENS, case, stock_sae
 from benchmarks.timing import paired, save
-from gemma_scope_tl.adapters.loading import load_model
-from gemma_scope_tl.attached import AttachedSAE
+from gemma_scope_tl.model.loading import load_model
+from gemma_scope_tl.model.attached import AttachedSAE
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import get_site
 

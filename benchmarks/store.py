@@ -24,9 +24,9 @@ from gemma_scope_tl.activations.buckets import Bucket
 from gemma_scope_tl.activations.folder import open_folder
 from gemma_scope_tl.activations.manifest import Contents
 from gemma_scope_tl.activations.reader import StoreSource
-from gemma_scope_tl.activations.room import SHARD_BYTES
+from gemma_scope_tl.activations.shards import SHARD_BYTES
 from gemma_scope_tl.activations.shards import tensor_bytes
-from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.activations.store import write_passes
 
 D_IN, CONTEXT, PASS_ROWS, CACHED_BYTES = 2304, 1024, 8192, 1 << 28

@@ -26,7 +26,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from benchmarks.timing import save
-from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.place import PlaceTrainer
 from gemma_scope_tl.training.recipe import PAPER
 from gemma_scope_tl.training.spec import SAESpec

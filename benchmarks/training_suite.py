@@ -29,15 +29,15 @@ from benchmarks.frontier import Arrays, measure
 from benchmarks.pareto import HELDOUT, MODEL
 from benchmarks.timing import paired, save
 from gemma_scope_tl.activations.harvest import Harvester
-from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.activations.streaming import StreamSource
-from gemma_scope_tl.activations.token_rows import TokenRows
-from gemma_scope_tl.evals.packing import pack_texts
-from gemma_scope_tl.sae.training import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
+from gemma_scope_tl.text.token_rows import TokenRows
+from gemma_scope_tl.text.rows import pack_texts
+from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from gemma_scope_tl.sites import get_site
 from gemma_scope_tl.training.place import PlaceTrainer
 from gemma_scope_tl.training.recipe import FAST, Recipe
-from gemma_scope_tl.training.runners import GemmaScopeMultiTrainingRunner
+from gemma_scope_tl.interop.runners import GemmaScopeMultiTrainingRunner
 from gemma_scope_tl.training.spec import SAESpec
 from gemma_scope_tl.weights.fold import fold
 from scripts.bundled.files import read_jsonl

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.attributions.ablations import ablation_effects
+from gemma_scope_tl.attributions.gradients import ablation_effects
 from gemma_scope_tl.attributions.targets import logit_difference
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.registry.locate import HELD_OUT_TEXT

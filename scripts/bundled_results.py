@@ -24,10 +24,10 @@ import pandas as pd
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.evals.packing import pack_texts
+from gemma_scope_tl.text.rows import pack_texts
 from gemma_scope_tl.evals.store import VERSION
 from gemma_scope_tl.evals.suite import evaluate
-from gemma_scope_tl.evals.texts import read_texts
+from gemma_scope_tl.text.documents import read_texts
 from gemma_scope_tl.files import replace_files
 from gemma_scope_tl.registry.listing import RESULTS, select_rows
 from gemma_scope_tl.sae.loading import load_row

@@ -12,8 +12,8 @@ from typing import Any
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.sites import get_site
-from gemma_scope_tl.training import costs
-from gemma_scope_tl.training.model_sizes import sizes_of
+from gemma_scope_tl.training import plan as costs
+from gemma_scope_tl.model.sizes import sizes_of
 from gemma_scope_tl.training.plan import plan_suite
 from scripts import page_tables
 from scripts.plan_cluster import TOKENS, Hardware

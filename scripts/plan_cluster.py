@@ -17,7 +17,7 @@ from typing import Any
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.registry import list_saes
 from gemma_scope_tl.sites import get_site
-from gemma_scope_tl.training.model_sizes import ModelSizes, sizes_of
+from gemma_scope_tl.model.sizes import ModelSizes, sizes_of
 from scripts.plan_measured import measured
 from scripts.plan_tables import with_tables
 

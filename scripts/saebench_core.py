@@ -28,10 +28,10 @@ from sae_bench.evals.core.eval_config import CoreEvalConfig
 from sae_bench.evals.core.main import run_evals
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.attached import locate
-from gemma_scope_tl.evals.bridges import FixedTokens
-from gemma_scope_tl.evals.packing import pack_texts
-from gemma_scope_tl.evals.texts import read_texts
+from gemma_scope_tl.model.attached import locate
+from gemma_scope_tl.interop.run_evals import FixedTokens
+from gemma_scope_tl.text.rows import pack_texts
+from gemma_scope_tl.text.documents import read_texts
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.registry.listing import select_rows
 from gemma_scope_tl.sae.loading import load_row

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from gemma_scope_tl.adapters.loading import load_model
+from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import ModelDims, get_site

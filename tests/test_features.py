@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.feature_table import features
+from gemma_scope_tl.latents.table import features
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import BACKENDS, get_site
 from tests.helpers import hooked, random_gemma, random_sae

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.activations.sequences import pack_tokens
-from gemma_scope_tl.cli.choice import write_table
+from gemma_scope_tl.text.pack import pack_tokens
+from gemma_scope_tl.cli.options import write_table
 from gemma_scope_tl.errors import GemmaScopeError, WriteError
 from gemma_scope_tl.interp.client import AnswerLog
 from gemma_scope_tl.viz.figures import new_figure, save_figure

@@ -21,7 +21,7 @@ from benchmarks.frontier import Budget, PeerSettings, comparison, draw, load_poi
 from benchmarks.pareto import BUDGET as BUNDLED_BUDGET
 from benchmarks.pareto import peers
 from benchmarks.recipe_search import FOLDER, Log, chosen, search, search_ours
-from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.training.recipe import Recipe, fast

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.evals.packing import pack_texts
+from gemma_scope_tl.text.rows import pack_texts
 from gemma_scope_tl.files import write_atomically
 from scripts.bundled.corpus import build_domain
 from scripts.bundled.domains import DOMAINS

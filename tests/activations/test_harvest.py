@@ -9,8 +9,8 @@ import torch
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.activations.harvest import Harvester
-from gemma_scope_tl.activations.source import Place
-from gemma_scope_tl.adapters.reference import Reference, run_reference
+from gemma_scope_tl.sites import Place
+from gemma_scope_tl.model.plain import Reference, run_reference
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError
 from gemma_scope_tl.sites import BACKENDS, get_site
 from tests.helpers import random_gemma, random_sae

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from gemma_scope_tl.activations import direct_file
 from gemma_scope_tl.activations.folder import LocalFolder, RemoteFolder
 from gemma_scope_tl.activations.reader import StoreSource
-from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.activations.store import write_store
 from gemma_scope_tl.activations.stored import describe_store, open_store, verify_store
-from gemma_scope_tl.activations.token_rows import TokenRows
+from gemma_scope_tl.text.token_rows import TokenRows
 from gemma_scope_tl.errors import GemmaScopeError
 from tests.activations.test_reader import MLP, RES, write_random
 from tests.activations.test_store import PLACES, SMALL, files_of

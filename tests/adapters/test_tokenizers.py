@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from gemma_scope_tl.adapters.loading import load_model
-from gemma_scope_tl.adapters.tokenizer import adds_special_tokens, prepared
+from gemma_scope_tl.model.loading import load_model
+from gemma_scope_tl.model.tokenizer import adds_special_tokens, prepared
 from gemma_scope_tl.errors import AdapterError
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import random_gemma

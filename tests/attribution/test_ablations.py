@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.adapters.loading import load_model
-from gemma_scope_tl.attributions.ablations import ablation_effects
+from gemma_scope_tl.model.loading import load_model
+from gemma_scope_tl.attributions.gradients import ablation_effects
 from gemma_scope_tl.attributions.targets import logit_difference
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.sites import BACKENDS

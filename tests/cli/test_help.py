@@ -13,7 +13,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from gemma_scope_tl.adapters import loading
+from gemma_scope_tl.model import loading
 from gemma_scope_tl.cli import app
 from tests.cli.test_refusals import verbs
 

@@ -300,7 +300,7 @@ def test_units_after_folding_a_scale() -> None:
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE as Stock
     from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 
-    from gemma_scope_tl.sae.training import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
+    from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 
     torch.manual_seed(0)
     trained = GemmaScopeTrainingSAE(GemmaScopeTrainingSAEConfig(d_in=8, d_sae=32, apply_b_dec_to_input=False))

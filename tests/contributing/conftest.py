@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_scope_tl.adapters.loading import load_model
+from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.registry import clear_cache, locate
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL, HELD_OUT_TEXT
 from gemma_scope_tl.sae.save import save_sae

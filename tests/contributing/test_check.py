@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.adapters.loading import load_model
+from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.cli.registry import registry_app
 from gemma_scope_tl.contributing.check import CHECKS, Finding, check_release
 from gemma_scope_tl.contributing.draft import Options, draft_release, write_draft

@@ -20,7 +20,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.registry import locate
-from gemma_scope_tl.sae.sae_lens_releases import LOADER_NAME
+from gemma_scope_tl.interop.releases import LOADER_NAME
 
 
 @pytest.fixture(autouse=True)

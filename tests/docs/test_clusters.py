@@ -11,7 +11,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from gemma_scope_tl.sites import ModelDims
-from gemma_scope_tl.training.model_sizes import ModelSizes
+from gemma_scope_tl.model.sizes import ModelSizes
 from scripts import plan_cluster
 from scripts.plan_measured import measured
 from scripts.plan_tables import with_tables

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.errors import AdapterMismatch
 from gemma_scope_tl.evals.clean_pass import CleanPass, clean_batches, rows_that_fit, run_to_final_norm
 from gemma_scope_tl.evals.next_token import LogitHead

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.inputs import TokenBatch, as_batch
+from gemma_scope_tl.text.batch import TokenBatch, as_batch
 from tests.helpers import CharTokenizerFactory, hooked, random_gemma
 from tests.inputs.ways import TEMPLATE, TEXTS, alone, conversations, ways
 

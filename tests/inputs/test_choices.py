@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.inputs import as_indices, as_saes
-from gemma_scope_tl.logit_lens import top_tokens
+from gemma_scope_tl.sae.choices import as_indices, as_saes
+from gemma_scope_tl.latents.logit_lens import top_tokens
 from gemma_scope_tl.sae.latents import Latents
 from tests.helpers import hooked, random_gemma, random_sae
 

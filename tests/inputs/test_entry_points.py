@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.inputs import as_batch
+from gemma_scope_tl.text.batch import as_batch
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import CharTokenizerFactory, hooked, random_gemma, random_sae
 from tests.inputs.ways import TEMPLATE, padded

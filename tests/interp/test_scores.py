@@ -22,13 +22,13 @@ from gemma_scope_tl.interp import (
     Examples,
     Sampling,
     detection_scores,
-    explain,
+    explanations as explain,
     simulation_scores,
     top_examples,
 )
-from gemma_scope_tl.interp.explain import marked, parsed
-from gemma_scope_tl.interp.scoring import numbers
-from gemma_scope_tl.viz.interp_figure import scores_figure
+from gemma_scope_tl.interp.explanations import marked, parsed
+from gemma_scope_tl.interp.explanations import numbers
+from gemma_scope_tl.viz.study_figures import scores_figure
 from tests.interp.llm_server import Endpoint
 
 SAMPLING = Sampling(top=4, quantiles=2, per_quantile=4, silent=8, window=16)

@@ -27,7 +27,7 @@ from gemma_scope_tl.files import file_sha256
 from gemma_scope_tl.registry import locate, read_release
 from gemma_scope_tl.release.upload import Upload, upload_suite, write_registry
 from gemma_scope_tl.sae.loading import load_row
-from gemma_scope_tl.sae.sae_lens_releases import LOADER_NAME
+from gemma_scope_tl.interop.releases import LOADER_NAME
 from tests.hub.conftest import TOKEN
 from tests.hub.faults import Fault
 from tests.hub.repos import Repo

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, WeightsError, WriteError
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.save import save_sae
-from gemma_scope_tl.sae.training import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
+from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from gemma_scope_tl.weights.npz import inspect_npz
 
 D_IN, D_SAE = 16, 64

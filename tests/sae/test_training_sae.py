@@ -18,7 +18,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput
 from torch import Tensor
 
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, WeightsError
-from gemma_scope_tl.sae.training import ARCHITECTURE, GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
+from gemma_scope_tl.interop.training_sae import ARCHITECTURE, GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from gemma_scope_tl.weights.fold import fold
 
 

@@ -15,7 +15,7 @@ import torch
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.interventions import steer
 from gemma_scope_tl.sites import BACKENDS
-from gemma_scope_tl.splicing import splice
+from gemma_scope_tl.model.splicing import splice
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 
 NAME = "blocks.1.hook_resid_post"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gemma_scope_tl.adapters.loading import load_model
+from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.cli.studies import studies_app
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.suite import measure_suite

@@ -18,10 +18,10 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sae.training import GemmaScopeTrainingSAEConfig
-from gemma_scope_tl.training import runners
+from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAEConfig
+from gemma_scope_tl.interop import runners
 from gemma_scope_tl.training.recipe import Recipe
-from gemma_scope_tl.training.runners import GemmaScopeMultiTrainingRunner, GemmaScopeTrainingRunner
+from gemma_scope_tl.interop.runners import GemmaScopeMultiTrainingRunner, GemmaScopeTrainingRunner
 
 STEPS, CONTEXT, VOCAB, BOS = 60, 16, 32, 2
 RECIPE = Recipe(

@@ -16,7 +16,7 @@ PROMPT = "The capital of France is" if REAL else "In the beginning God created t
 import pandas as pd
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.attributions.ablations import ablation_effects
+from gemma_scope_tl.attributions.gradients import ablation_effects
 from gemma_scope_tl.attributions.targets import logit_difference
 from gemma_scope_tl.viz.circuit_figure import draw_circuit
 from gemma_scope_tl.viz.figures import new_figure

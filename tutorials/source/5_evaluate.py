@@ -24,8 +24,8 @@ CONFIG = {
 from pathlib import Path
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.evals.packing import as_tokens
-from gemma_scope_tl.evals.texts import read_texts
+from gemma_scope_tl.text.rows import as_tokens
+from gemma_scope_tl.text.documents import read_texts
 from gemma_scope_tl.studies import binned_by_position, by_domain, firing_frequencies, labelled_texts, sparsity_fidelity
 from gemma_scope_tl.viz.study_figures import domain_figure, fidelity_figure, frequency_figure, position_figure
 

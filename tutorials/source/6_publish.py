@@ -28,8 +28,8 @@ from pathlib import Path
 from IPython.display import Markdown
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.evals.packing import as_tokens
-from gemma_scope_tl.evals.texts import read_texts
+from gemma_scope_tl.text.rows import as_tokens
+from gemma_scope_tl.text.documents import read_texts
 
 trained = gs.train_suite(CONFIG, progress=False)
 model = gs.load_model("bundled")
