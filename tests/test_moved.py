@@ -26,7 +26,7 @@ def test_every_old_name_warns_and_leads_to_a_module_that_is_there() -> None:
 
 def test_what_is_in_neither_raises() -> None:
     with pytest.raises(ImportError, match="nothing_here"):
-        from gemma_scope_tl.adapters.loading import nothing_here  # pyright: ignore
+        pass  # pyright: ignore
     with pytest.raises(ModuleNotFoundError, match="gemma_scope_tl.nothing_here"):
         import_module("gemma_scope_tl.nothing_here")
 
