@@ -118,6 +118,7 @@ NAMES = {
 """The old name of each module that has moved, and the new one, both without the package's own name."""
 
 _ELSEWHERE = {
+    "evals.store.Store": "evals.cache:MetricsCache",
     "inputs.as_indices": "sae.choices",
     "inputs.as_saes": "sae.choices",
     "splicing.ExcludeTokens": "text.tokens",
@@ -152,7 +153,7 @@ class MovedModules(MetaPathFinder, Loader):
                 raise AttributeError(f"module {module.__name__!r} has no attribute {wanted!r}")
             if f"{name}.{wanted}" in NAMES:
                 return import_module(f"{module.__name__}.{wanted}")
-            home = _ELSEWHERE.get(f"{name}.{wanted}", new)
-            return getattr(import_module(f"{_PACKAGE}.{home}"), wanted)
+            home, _, renamed = _ELSEWHERE.get(f"{name}.{wanted}", new).partition(":")
+            return getattr(import_module(f"{_PACKAGE}.{home}"), renamed or wanted)
 
         vars(module)["__getattr__"] = attribute
