@@ -64,6 +64,7 @@ NAMES = {
     "inputs.tokenizing": "text.tokenizing",
     "interp.explain": "interp.explanations",
     "interp.scoring": "interp.explanations",
+    "interventions.sources": "sae.access",
     "logit_lens": "latents.logit_lens",
     "owners": "model.owners",
     "positions": "model.positions",
@@ -119,6 +120,8 @@ NAMES = {
 _ELSEWHERE = {
     "inputs.as_indices": "sae.choices",
     "inputs.as_saes": "sae.choices",
+    "attached.decode_with_skip": "sae.access",
+    "attached.locate": "sae.access",
     "splicing.ExcludeTokens": "text.tokens",
     "splicing.translate_hook_name": "model.hook_names",
 }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
-from gemma_scope_tl.model.attached import decode_with_skip, locate
+from gemma_scope_tl.sae.access import decode_with_skip, locate
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sae.hooked_pass import is_hooked
@@ -125,7 +125,7 @@ def _bits(tensor: torch.Tensor) -> bytes:
 
 def _of_module(model: Any, sae: Any) -> Subject:
     site, layer = locate(sae)
-    model._check_fits(sae, site, layer)
+    model.check_fits(sae, site, layer)
     row = getattr(sae, "row", None)
     place = Place(site.name, layer if site.per_layer else None)
     names = getattr(row, "release", None), getattr(row, "id", None)
@@ -139,7 +139,7 @@ def _of_suite(model: Any, suite: SAESuite, key: tuple[str, int | None]) -> Subje
     def get() -> Any:
         sae = suite[key]
         site, layer = locate(sae)
-        model._check_fits(sae, site, layer)
+        model.check_fits(sae, site, layer)
         return sae
 
     def hashed() -> str:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from rich.progress import track
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.text.tokenizing import END, chat_wrapping, text_ids, without_bos
+from gemma_scope_tl.text.tokenizing import chat_wrapping, text_ids, turn_end_id, without_bos
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,7 +118,7 @@ def _framed(tokenizer: Any, words: torch.Tensor) -> torch.Tensor:
 
 def _ended(tokens: torch.Tensor, prompt: int, tokenizer: Any) -> torch.Tensor:
     """Padding in the place of everything after an answer's end."""
-    ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get(END)} - {None}
+    ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
     answer = tokens[:, prompt:]
     stops = torch.isin(answer, torch.tensor(sorted(ends)))
     over = stops.long().cumsum(1) - stops.long() > 0
