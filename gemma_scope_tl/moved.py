@@ -65,6 +65,7 @@ NAMES = {
     "inputs.tokenizing": "text.tokenizing",
     "interp.explain": "interp.explanations",
     "interp.scoring": "interp.explanations",
+    "interventions.sources": "sae.access",
     "logit_lens": "latents.logit_lens",
     "owners": "model.owners",
     "positions": "model.positions",
@@ -121,6 +122,8 @@ _ELSEWHERE = {
     "evals.store.Store": "evals.cache:MetricsCache",
     "inputs.as_indices": "sae.choices",
     "inputs.as_saes": "sae.choices",
+    "attached.decode_with_skip": "sae.access",
+    "attached.locate": "sae.access",
     "splicing.ExcludeTokens": "text.tokens",
     "splicing.translate_hook_name": "model.hook_names",
 }

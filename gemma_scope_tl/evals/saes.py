@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 
-from gemma_scope_tl.model.attached import decode_with_skip, locate
+from gemma_scope_tl.sae.access import decode_with_skip, flat_heads, locate
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sae.hooked_pass import is_hooked
@@ -80,8 +79,8 @@ def _of_suite(model: Any, suite: SAESuite, key: tuple[str, int | None]) -> Subje
 
 def _checked_place(model: Any, sae: Any) -> Place:
     """Where the SAE reads, after a check that it fits the model."""
-    site, layer = locate(sae)
-    model._check_fits(sae, site, layer)
+    site, layer = locate(sae, model.family)
+    model.check_fits(sae, site, layer)
     return Place(site.name, layer if site.per_layer else None)
 
 
@@ -112,16 +111,3 @@ def latents_and_output(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> tuple[Spar
 def _encodes_sparsely(sae: Any) -> bool:
     """Whether the SAE is of this package, and no hook needs its dense latents."""
     return isinstance(sae, GemmaScopeMixin) and not any(is_hooked(point) for point in sae.hook_dict.values())
-
-
-@contextmanager
-def flat_heads(sae: Any) -> Generator[None]:
-    """Within the context, a stock SAELens SAE takes tensors whose heads are flat; this package's SAEs do anyway."""
-    reshapes = getattr(sae, "hook_z_reshaping_mode", False) and not isinstance(sae, GemmaScopeMixin)
-    if reshapes:
-        sae.turn_off_forward_pass_hook_z_reshaping()
-    try:
-        yield
-    finally:
-        if reshapes:
-            sae.turn_on_forward_pass_hook_z_reshaping()

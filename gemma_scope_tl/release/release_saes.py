@@ -202,7 +202,7 @@ def _from_row(row: SAERow) -> Item:
 
 
 def _from_memory(sae: Any, model: str | None) -> Item:
-    from gemma_scope_tl.model.attached import locate
+    from gemma_scope_tl.sae.access import locate
 
     site, layer = locate(sae)
     row = getattr(sae, "row", None)

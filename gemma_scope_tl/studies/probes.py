@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
-from gemma_scope_tl.model.attached import locate
+from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.studies.probe_data import Concept, LabelledRows

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from rich.progress import track
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.text.tokenizing import chat_wrapping, text_ids, without_bos
+from gemma_scope_tl.text.tokenizing import chat_wrapping, text_ids, turn_end_id, without_bos
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,7 +90,7 @@ def roll_out(
         for part in track(starts.split(batch_size), "rollouts", disable=not progress, transient=True):
             settings = {"do_sample": True, "temperature": temperature, "stop_at_eos": False, "return_type": "tokens"}
             found.append(model.generate(part.to(device), max_new_tokens=new_tokens, **settings).cpu())
-    return Rollouts(_ended(torch.cat(found), length, model.tokenizer, model.family.turn_end), length)
+    return Rollouts(_ended(torch.cat(found), length, model.tokenizer), length)
 
 
 def _cut(tokenizer: Any, prompts: Any, prompt_tokens: int) -> torch.Tensor:
@@ -116,9 +116,9 @@ def _framed(tokenizer: Any, words: torch.Tensor) -> torch.Tensor:
     return torch.cat([before, words, after], dim=1)
 
 
-def _ended(tokens: torch.Tensor, prompt: int, tokenizer: Any, turn_end: str) -> torch.Tensor:
-    """``tokens`` with padding in place of everything after an answer's end."""
-    ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get(turn_end)} - {None}
+def _ended(tokens: torch.Tensor, prompt: int, tokenizer: Any) -> torch.Tensor:
+    """``tokens`` with padding in place of everything behind the end of an answer."""
+    ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
     answer = tokens[:, prompt:]
     stops = torch.isin(answer, torch.tensor(sorted(ends)))
     over = stops.long().cumsum(1) - stops.long() > 0

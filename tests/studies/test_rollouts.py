@@ -66,7 +66,7 @@ def test_chat_models_get_turns_and_stop_at_their_end() -> None:
     framed = _framed(_Chat(), torch.tensor([[10, 11], [12, 13]]))
     assert framed.tolist() == [[2, 50, 10, 11, 60], [2, 50, 12, 13, 60]]
     answered = torch.tensor([[2, 7, 20, 7, 21, 1], [2, 9, 1, 22, 7, 23], [2, 9, 20, 21, 22, 23]])
-    assert _ended(answered, 2, _Chat(), "<end_of_turn>").tolist() == [[2, 7, 20, 7, 0, 0], [2, 9, 1, 0, 0, 0], [2, 9, 20, 21, 22, 23]]
+    assert _ended(answered, 2, _Chat()).tolist() == [[2, 7, 20, 7, 0, 0], [2, 9, 1, 0, 0, 0], [2, 9, 20, 21, 22, 23]]
 
 
 def test_prompts_and_answers_are_measured_apart(model: Any) -> None:
