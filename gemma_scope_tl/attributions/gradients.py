@@ -83,14 +83,14 @@ def attribute(
             by the opening of its answer, as in ``generate``, so that the next token is the answer's first.
         saes: SAEs or transcoders of any site (one, several, a mapping or a suite), each attributed as if it alone were
             spliced, with its error term.
-        metric: a word that is one token (``" earth"``) or an id: its logit behind each text. Or logits
-            ``[batch, pos, vocab]`` to one number; ``attributions.targets`` makes some.
+        metric: a word that is one token (``" earth"``) or an id, for its logit behind each text; or a function of the
+            logits ``[batch, pos, vocab]`` that returns one number, such as those of ``attributions.targets``.
         method: ``"gradient"``: one forward and backward pass for all SAEs. ``"integrated"``: the mean over a path.
-        baseline: ``"zero"``: nothing. ``"bias"``: ``b_dec`` alone; latents, error and skip at zero. ``"latents"``: only
-            the latents at zero, so that these alone add up to the effect of ablating them all. By default ``"zero"``
-            for gradient (activation times gradient) and ``"latents"`` for integrated.
+        baseline: ``"zero"``: the whole tensor is zero. ``"bias"``: ``b_dec`` alone; latents, error and skip are zero.
+            ``"latents"``: only the latents are zero, so that their attributions add up to the effect of ablating them
+            all. By default ``"zero"`` for gradient (activation times gradient) and ``"latents"`` for integrated.
         counterfactual: another prompt of the same shape, whose activations at the site are the baseline instead.
-        steps: nodes of the quadrature.
+        steps: number of nodes of the quadrature.
         top: keep the ``top`` strongest latents of each sequence; the other kinds stay. None keeps all.
         exclude_special_tokens: as in :func:`~gemma_scope_tl.splice`. Where SAEs are not applied, the whole tensor has
             one row, of kind ``unspliced``.
@@ -107,7 +107,8 @@ def attribute(
     Raises:
         SpliceError: an SAE that does not fit the model.
         UnknownNameError: another method or baseline.
-        GemmaScopeError: the metric, counterfactual or a number does not do.
+        GemmaScopeError: a metric that is not one differentiable number; a counterfactual of another shape; a number out
+            of its range.
     """
     chosen = _checked(method, baseline, counterfactual, steps, top)
     placed = placed_saes(model, saes, exclude_special_tokens)
@@ -157,7 +158,7 @@ def _attributions(
 
 
 def _checked(method: str, baseline: str | None, counterfactual: Any, steps: int, top: int | None) -> str:
-    """The baseline meant, after checks of the options."""
+    """The baseline, after checks of the options."""
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     if baseline is not None and baseline not in BASELINES:
@@ -240,8 +241,8 @@ def ablation_effects(
         batch_size: edits in a forward pass.
 
     Raises:
-        SpliceError: the SAE does not fit; a latent that it has not.
-        GemmaScopeError: several texts; a position that the text has not.
+        SpliceError: the SAE does not fit; a latent that does not exist.
+        GemmaScopeError: several texts; a position behind the end of the text.
     """
     placed_saes(model, sae, exclude_special_tokens)
     prompt = one_prompt(model, text, exclude_special_tokens, attention_mask, "Ablations are measured on")

@@ -1,8 +1,8 @@
 """Metrics of the logits that attributions explain: logit, logit difference, loss of a token.
 
 Each function makes a ``Metric``: a callable ``logits [batch, pos, vocab] -> scalar``. They sum over the batch, so that
-the attributions of a sequence do not depend on its neighbours. Any callable of that shape serves as well; it sees the
-logits of the ids as they are padded, while these know where each text begins and ends.
+the attributions of a sequence do not depend on the others. Any callable with this signature is a metric too; its logits
+are those of the padded ids, while the metrics here know where each text begins and ends.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ class TargetMetric:
     """A metric of some tokens' logits at a position.
 
     Attributes:
-        score: the logits ``[batch, vocab]`` at the position, and ids ``[batch]`` of each token, to ``[batch]``.
-        tokens: each an id or a word, or one per sequence.
-        position: counted in the text: from 0 at its first token, negative from its end.
-        batch: where the texts lie; None for all columns.
+        score: a function of the logits ``[batch, vocab]`` at the position and the ids ``[batch]`` of each token; it
+            returns ``[batch]``.
+        tokens: an id or a word each, or a list with one per sequence.
+        position: of the text: 0 is its first token, -1 its last.
+        batch: which columns hold the texts; None for all columns.
     """
 
     score: Callable[..., torch.Tensor]
@@ -40,7 +41,7 @@ class TargetMetric:
     batch: TokenBatch | None = None
 
     def bound_to(self, model: Any, batch: TokenBatch) -> TargetMetric:
-        """The same of the texts in ``batch``, with words as ids of the model's vocabulary.
+        """The same metric for the texts in ``batch``, with words as ids of the model's vocabulary.
 
         Raises:
             GemmaScopeError: a word that is not one token; an id that does not exist.
@@ -60,7 +61,7 @@ def logit(token: Tokens, position: int = -1) -> TargetMetric:
     Args:
         token: an id or a word that is one token, such as ``" earth"`` (mind the space); or a list, one per sequence.
         position: in the text: -1 is its last token, on whichever side it is padded. Called on logits by itself,
-            outside :func:`~gemma_scope_tl.attribute` and its kin, a metric takes ids only and counts columns.
+            outside :func:`~gemma_scope_tl.attribute` and the like, a metric takes ids only and counts columns.
     """
     return TargetMetric(_logit, (token,), position)
 
@@ -79,7 +80,7 @@ def single_token(model: Any, text: str) -> int:
     """The id of ``text``, which must be one token of the model's vocabulary.
 
     Raises:
-        GemmaScopeError: when it is none or several, with how it splits; when the model has no tokenizer.
+        GemmaScopeError: when it is not exactly one token, with the tokens that it is; when the model has no tokenizer.
     """
     if model.tokenizer is None:
         raise GemmaScopeError("The model has no tokenizer: give the token's id.")
@@ -94,10 +95,10 @@ def single_token(model: Any, text: str) -> int:
 
 
 def metric_on(model: Any, metric: Metric | Tokens, batch: TokenBatch) -> Metric:
-    """What the user gave as a metric, ready for the logits of ``batch``; a word or an id stands for its logit.
+    """A metric of the logits of ``batch``; a word or an id means its logit.
 
     Raises:
-        GemmaScopeError: what is no metric; a word that is not one token.
+        GemmaScopeError: for something that is not a metric; a word that is not one token.
     """
     if isinstance(metric, (str, list, tuple)) or is_index(metric):
         metric = logit(metric)  # pyright: ignore[reportArgumentType]
@@ -118,7 +119,7 @@ def metric_value(metric: Metric, logits: torch.Tensor) -> torch.Tensor:
     value: Any = metric(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         given = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise GemmaScopeError(f"The metric gave {given}: it must make one number (a tensor) of the logits.")
+        raise GemmaScopeError(f"The metric gave {given}: it must return one number, as a tensor.")
     if not value.requires_grad:
         raise GemmaScopeError("The metric carries no gradient: compute it from the logits, without detach or item.")
     if not bool(value.isfinite()):
@@ -149,7 +150,7 @@ def _ids(model: Any, token: Tokens) -> list[int]:
 def _per_row(token: Tokens, logits: torch.Tensor) -> torch.Tensor:
     """An id for each sequence."""
     if isinstance(token, str) or (isinstance(token, (list, tuple)) and any(isinstance(one, str) for one in token)):
-        raise GemmaScopeError(f"{token!r}: only attribute() and its kin know the words of a model. Give ids here.")
+        raise GemmaScopeError(f"{token!r}: a metric that is called by itself has no tokenizer. Give ids here.")
     ids, (batch, _, vocab) = torch.tensor(as_indices(token), dtype=torch.long), logits.shape
     if ids.numel() not in (1, batch):
         raise GemmaScopeError(f"{ids.numel()} tokens were given for {batch} sequences: give one, or one for each.")

@@ -72,8 +72,7 @@ def evaluate(
         memory_budget: bytes that tensors may take beside the weights, 1 GiB by default (:class:`~run.Settings`).
         cache: a folder. What was measured before is read from it, and an interrupted evaluation continues, to the
             same bits; model, SAEs and tokens are identified by their content.
-        exclude_special_tokens: tokens that are not measured: BOS, EOS and padding, or the given ids, or only padding
-            (False).
+        exclude_special_tokens: what is not measured: BOS, EOS and padding; the given ids; or padding alone (False).
         attention_mask: of token ids, ``[rows, pos]``, 1 at text; by default it follows from their padding.
 
     Returns:
@@ -87,20 +86,9 @@ def evaluate(
         GemmaScopeError: when there is less text than one row, no token to predict, or another argument makes no sense.
         AdapterMismatch: when re-running layers does not reproduce the full pass.
     """
-    found = measure_suite(
-        model,
-        saes,
-        data,
-        context,
-        batch_size,
-        progress,
-        ablations=ablations,
-        uniformity=uniformity,
-        memory_budget=memory_budget,
-        cache=cache,
-        exclude_special_tokens=exclude_special_tokens,
-        attention_mask=attention_mask,
-    )
+    options: dict[str, Any] = {"ablations": ablations, "uniformity": uniformity, "memory_budget": memory_budget}
+    options |= {"exclude_special_tokens": exclude_special_tokens, "attention_mask": attention_mask}
+    found = measure_suite(model, saes, data, context, batch_size, progress, cache=cache, **options)
     return found.by_position() if by_position else found.table(confidence, resamples, seed)
 
 
