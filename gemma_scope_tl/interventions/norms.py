@@ -9,7 +9,7 @@ import torch
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sae.indices import as_indices
-from gemma_scope_tl.sites import Site, flatten_heads, get_site
+from gemma_scope_tl.sites import Site, flatten_heads
 from gemma_scope_tl.text.batch import Text, as_batch
 from gemma_scope_tl.text.tokens import special_token_ids
 
@@ -81,7 +81,7 @@ def mean_norms(
 def _places(model: Any, sites: Iterable[str], layers: int | Iterable[int] | None) -> list[tuple[Site, int | None]]:
     chosen = list(range(model.dims.n_layers)) if layers is None else as_indices(layers)
     places: list[tuple[Site, int | None]] = []
-    for site in map(get_site, sites):
+    for site in map(model.family.site, sites):
         places += [(site, layer) for layer in chosen] if site.per_layer else [(site, None)]
     for site, layer in places:
         site.check_layer(layer, model.dims)

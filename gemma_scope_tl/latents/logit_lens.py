@@ -84,7 +84,7 @@ def latent_logits(model: Any, sae: SAEOrLatents, latents: list[int]) -> Float[to
     Raises:
         SpliceError: for an SAE that does not fit the model's layers and widths.
     """
-    site, layer = locate(sae)
+    site, layer = locate(sae, model.family)
     site.check_layer(layer, model.dims)
     return _logits(model, site, layer, decoder_rows(sae, latents))
 

@@ -44,7 +44,7 @@ def prepared(tokenizer: Any, own: bool = False) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = _padding_token(tokenizer)
     if tokenizer.bos_token_id is None:
-        logger.warning("the tokenizer has no BOS token: texts begin without the BOS that Gemma 2 was trained with")
+        logger.warning("the tokenizer has no BOS token: texts begin without the BOS that models are trained with")
     setattr(tokenizer, _MARK, True)
     return tokenizer
 
