@@ -34,7 +34,7 @@ NAMES = {
     "adapters.plain": "model.plain",
     "adapters.prompts": "model.generation",
     "adapters.reference": "model.plain",
-    "adapters.repairs": "model.repairs",
+    "adapters.repairs": "model.check",
     "adapters.tokenizer": "model.tokenizer",
     "attached": "model.attached",
     "attributions.ablations": "attributions.gradients",
