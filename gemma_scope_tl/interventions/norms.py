@@ -1,4 +1,4 @@
-"""How long a site's activations are, which is what steering strengths compare with."""
+"""The mean norm of a site's activations, the unit in which steering strengths are comparable."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def mean_norms(
 ) -> pd.DataFrame:
     """The mean norm ``E||x||`` of activations at sites, over the ordinary tokens of some text.
 
-    BOS, EOS and padding are left out: in Gemma 2 the residual stream at BOS can be many times longer than elsewhere,
-    and one token of a text would decide the mean.
+    BOS, EOS and padding are left out: the residual stream at BOS can be many times longer than elsewhere, so that one
+    token of a text would decide the mean.
 
     Args:
         model: from ``load_model``.

@@ -166,9 +166,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         the defect was seen there (:func:`~gemma_scope_tl.model.check.repair`).
         """
         for block in self.blocks:
-            block.attn._update_kv_cache = partial(
-                _update_kv_cache, block.attn
-            )  # so that a copy of the model has its own
+            block.attn._update_kv_cache = partial(_update_kv_cache, block.attn)  # copied with the model
         self.fixes.append("attention reads its cache from the keyword `cache`")
 
 

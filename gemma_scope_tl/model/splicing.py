@@ -285,7 +285,7 @@ class SpliceMixin:
         return found
 
     def _remove(self, attached: list[AttachedSAE]) -> None:
-        """Detach in reverse order. An SAE that cannot be detached stays listed, and the others are detached all the same."""
+        """Detach in reverse order. An SAE that cannot be detached stays listed; the others are detached."""
         failed: list[Exception] = []
         with _bookkeeping:
             for one in reversed(attached):

@@ -19,7 +19,7 @@ def prepared(tokenizer: Any, own: bool = False) -> Any:
     """``tokenizer`` as the models here need it: padding on the left, and a padding token.
 
     A copy, so that the caller's object pads as before, with all its added tokens and its chat template. A tokenizer
-    without a padding token gets ``<pad>`` if its vocabulary has that, else EOS, else BOS. BOS and EOS are never invented.
+    without a padding token gets ``<pad>`` if its vocabulary has that, else EOS, else BOS. BOS and EOS are not added.
 
     Args:
         tokenizer: a ``PreTrainedTokenizerBase`` of any kind; one that was prepared before is returned as it is.
@@ -81,7 +81,7 @@ def _short_texts(tokenizer: Any) -> Iterator[str]:
 
 
 class HasTokenizer:
-    """The ``tokenizer`` of a hooked model. A tokenizer that is assigned is copied and prepared, never loaded again by its name.
+    """The ``tokenizer`` of a hooked model. An assigned one is copied and prepared, never loaded again by its name.
 
     Attributes:
         stop_token_ids: the ids that end a text (:func:`stop_token_ids`).

@@ -47,9 +47,8 @@ class Generation:
         if self.prompt is None or ids.shape[0] % self.prompt.shape[0]:
             return False
         width = min(ids.shape[1], self.prompt.shape[1])
-        if width < self.prompt.shape[1] and (
-            self.entered or not self.by_hugging_face
-        ):  # Hugging Face may begin with a part of the prompt
+        may_begin_with_a_part = self.by_hugging_face and not self.entered  # Hugging Face can split a long prompt
+        if width < self.prompt.shape[1] and not may_begin_with_a_part:
             return False
         prompt = self.prompt[:, :width].repeat_interleave(ids.shape[0] // self.prompt.shape[0], dim=0)
         return torch.equal(prompt.to(ids.device), ids[:, :width])
@@ -233,8 +232,8 @@ class TokenTracker:
         return not nested and generation.makes(ids)
 
     def history(self, ids: Int[torch.Tensor, "batch pos"], cache: Any, seen: int, own: bool) -> TextRead:
-        """The text that a pass over ``ids`` continues: empty where a text begins, and not ``whole`` where the text before
-        is unknown."""
+        """The text that a pass over ``ids`` continues: empty where a text begins, not ``whole`` after an unknown
+        text."""
         generation, batch = self._generation, ids.shape[0]
         of_generation = TextRead() if generation is None else generation.read
         if not seen:
@@ -300,8 +299,8 @@ class TokenTracker:
     # -- what hooks ask -----------------------------------------------------------------------------------------------
 
     def sequence(self, like: torch.Tensor) -> tuple[Bool[torch.Tensor, "batch total"], int] | None:
-        """The mask of the whole text, whose last positions are those of ``like`` (``[batch, pos, …]``), and the number of
-        columns of the prompt. None in a pass that began from embeddings.
+        """The mask of the whole text, whose last positions are those of ``like`` (``[batch, pos, …]``), and the number
+        of columns of the prompt. None in a pass that began from embeddings.
 
         Raises:
             SpliceError: when generation began from embeddings, or a cache holds a text that is unknown: positions
