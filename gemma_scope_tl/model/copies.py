@@ -19,7 +19,8 @@ _LOCAL = "<locals>"  # part of the qualified name of everything that is made ins
 
 def shallow_copy(model: Any) -> Any:
     """Another object with the same parts, as ``copy.copy`` makes of any module."""
-    twin = type(model).__new__(type(model))
+    kind: Any = type(model)
+    twin = kind.__new__(kind)
     twin.__setstate__(vars(model))
     return twin
 
@@ -99,7 +100,8 @@ def restored(model: Any, recipes: list[tuple[Any, SpliceOptions]]) -> Any:
 
 def _copied(model: Any, memo: dict[int, Any]) -> Any:
     """A copy of ``model`` and of everything that is not in ``memo``, whose hooks run the copies of the SAEs."""
-    twin: Any = type(model).__new__(type(model))
+    kind: Any = type(model)
+    twin = kind.__new__(kind)
     memo[id(model)] = twin
     twin.__setstate__(copy.deepcopy(vars(model), memo))
     for point in {id(point): point for point in twin.hook_dict.values()}.values():

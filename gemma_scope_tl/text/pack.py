@@ -32,6 +32,7 @@ from gemma_scope_tl.text.token_rows import (
     Request,
     TokenId,
     TokenRows,
+    cut_rows,
     header,
     read_manifest,
 )
@@ -134,11 +135,7 @@ class Packer:
             return out, carry
         ends = np.array([request.eos], np.int32)
         stream = np.concatenate([carry, *(part for ids in documents for part in (ids, ends))])
-        body = request.context - 1
-        count = len(stream) // body
-        out = np.full((count, request.context), bos, np.int32)
-        out[:, 1:] = stream[: count * body].reshape(count, body)
-        return out, stream[count * body :]
+        return cut_rows(stream, request.context, bos)
 
     def _encode(self, batch: Batch, read: int) -> list[Ids]:
         """Ids of each document, without a leading BOS unless they came as ids and are rows."""

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
+from gemma_scope_tl.text.token_rows import cut_rows
 from gemma_scope_tl.text.tokenizing import pad_id, text_ids, without_bos
 from gemma_scope_tl.text.tokens import special_token_ids
 
@@ -42,13 +44,12 @@ def pack_texts(
         stream += [*without_bos(tokenizer, ids), tokenizer.eos_token_id]
         if limit is not None and len(stream) >= limit * body:
             break
-    rows = len(stream) // body if limit is None else min(limit, len(stream) // body)
-    if rows == 0:
+    rows, _ = cut_rows(np.array(stream), context, tokenizer.bos_token_id)
+    if not len(rows):
         raise GemmaScopeError(
             f"The texts hold {len(stream)} tokens, less than one row of {body}: give more, or a smaller context."
         )
-    packed = torch.tensor(stream[: rows * body]).view(rows, body)
-    return torch.cat([torch.full((rows, 1), tokenizer.bos_token_id), packed], dim=1)
+    return torch.from_numpy(rows[:limit])
 
 
 def as_rows(model: Any, data: Text, context: int, attention_mask: Any = None, limit: int | None = None) -> TokenBatch:

@@ -11,7 +11,7 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ _CHUNK_ROWS = 4096
 
 Layout = Literal["packed", "rows", "chat"]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+Id = TypeVar("Id", bound=np.integer[Any])
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -216,6 +217,17 @@ class TokenRows:
                 f"{self.folder / DATA_NAME} was changed since it was packed: its sha256 is not its manifest's. "
                 "Restore it, or pack into another folder."
             )
+
+
+def cut_rows(
+    stream: np.ndarray[Any, np.dtype[Id]], context: int, bos: int
+) -> tuple[np.ndarray[Any, np.dtype[Id]], np.ndarray[Any, np.dtype[Id]]]:
+    """Rows of BOS and ``context - 1`` consecutive ids ``[rows, context]``, and the ids that are left over."""
+    body = context - 1
+    count = len(stream) // body
+    rows = np.full((count, context), bos, stream.dtype)
+    rows[:, 1:] = stream[: count * body].reshape(count, body)
+    return rows, stream[count * body :]
 
 
 def header(rows: int, context: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ LLAMA = Family(
 
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config: Any = LlamaConfig(
         vocab_size=96,
         hidden_size=48,
         intermediate_size=64,
@@ -71,8 +72,8 @@ def llama() -> LlamaForCausalLM:
         bos_token_id=2,
         eos_token_id=1,
         pad_token_id=0,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     config.model_type = "made_up"
     model = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
@@ -108,7 +109,7 @@ def test_it_is_known_by_its_config_and_by_its_name(model: Any) -> None:
     assert model.family is LLAMA
     assert model.model_id == "made-up-1b"
     assert [family.name for family in families()][-1] == "made_up"
-    other = llama()
+    other: Any = llama()
     other.config.model_type = "llama"
     with pytest.raises(AdapterError, match="'llama'.*not a .*Made-Up"):
         gs.load_model(hf_model=other)
@@ -185,3 +186,23 @@ def test_another_family_cannot_give_a_site_of_this_name_another_meaning() -> Non
     site = replace(LLAMA.sites["ff"], writes=("stream",))
     with pytest.raises(GemmaScopeError, match="give it another name"):
         register_family(replace(LLAMA, name="another", model_types=("another",), sites={"ff": site}))
+
+
+def test_a_suite_is_trained_on_it(model: Any, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    config = {
+        "output": str(tmp_path / "run"),
+        "model": {"name": "made-up-1b", "device": "cpu"},
+        "data": {"dataset": str(texts), "context": 16},
+        "source": {"bucket_rows": 512, "scale_rows": 512, "batch_rows": 16},
+        "steps": 8,
+        "recipe": {"preset": "fast", "batch_size": 64, "l0_warm_up_steps": 2, "lr_warm_up_steps": 2},
+        "grid": [{"sites": ["stream", "heads"], "layers": [1], "widths": [64], "target_l0s": [4]}],
+        "eval_batches": 2,
+        "threads": 1,
+    }
+    table = gs.train_suite(config, model=model, progress=False)
+    assert table["site"].tolist() == ["stream", "heads"]
+    assert table["d_in"].tolist() == [48, 64]
+    assert (table["fvu"] < 2).all()
