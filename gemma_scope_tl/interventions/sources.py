@@ -10,9 +10,9 @@ from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.model.attached import locate
-from gemma_scope_tl.sae.indices import as_indices
+from gemma_scope_tl.sae.arguments import as_indices
+from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sae.latents import Latents
-from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import Site, get_site
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def chosen_latents(source: Source, latents: int | Iterable[int]) -> list[int]:
         SpliceError: when there is none, no such latent, or one twice.
         UnknownNameError: when it is not among the loaded ones.
     """
-    from gemma_scope_tl.sae.base import checked_latents
+    from gemma_scope_tl.sae.arguments import checked_latents
 
     if not isinstance(source, Latents):
         return checked_latents(latents, source.cfg.d_sae)

@@ -13,9 +13,8 @@ from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.model.owners import Owner
 from gemma_scope_tl.model.positions import Positions, chosen_columns, rows_of
 from gemma_scope_tl.sae.base import GemmaScopeMixin
-from gemma_scope_tl.sae.choices import checked_positions
+from gemma_scope_tl.sae.choices import bring, checked_positions
 from gemma_scope_tl.sae.hooked_pass import hooked_pass, is_hooked
-from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import Site, flatten_heads, get_site, site_of_hook, unflatten_heads
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_choice
 

@@ -16,8 +16,7 @@ from gemma_scope_tl.model.keywords import one_error_term, refuse_unknown, taken_
 from gemma_scope_tl.model.owners import ADVICE, Owner, Turns
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.model.tracker import TokenTracker
-from gemma_scope_tl.sae.choices import as_saes
-from gemma_scope_tl.sae.placement import bring
+from gemma_scope_tl.sae.choices import as_saes, bring
 from gemma_scope_tl.sites import Backend, ModelDims, Site
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.files import checked_path, replace_files
-from gemma_scope_tl.sae.loading import class_of, fold_b_dec, scale_embedding
+from gemma_scope_tl.sae.building import class_of
 from gemma_scope_tl.sae.provenance import config_of
+from gemma_scope_tl.sae.units import fold_b_dec, scale_embedding
 from gemma_scope_tl.weights.checks import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME
 from gemma_scope_tl.weights.load import canonical_arrays
 from gemma_scope_tl.weights.modes import ordinary_tensors
