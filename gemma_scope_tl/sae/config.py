@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
@@ -75,7 +76,7 @@ class Identity:
         """The identity of a registry row, whose arrays come from ``source``."""
         return cls(source, row.model, row.site, row.layer, row)
 
-    @property
+    @cached_property
     def family(self) -> Family:
         """The family of the model, whose sites and units hold."""
         if self.row is not None:

@@ -87,9 +87,10 @@ def _local(root: Path, name: str) -> Path:
 def _from_hub(row: SAERow, name: str, force_download: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
-    options = {"revision": row.revision, "force_download": force_download}
     with download_errors(row.repo, name, row.revision):
-        return Path(hf_hub_download(repo_id=row.repo, filename=name, **options))
+        return Path(
+            hf_hub_download(repo_id=row.repo, filename=name, revision=row.revision, force_download=force_download)
+        )
 
 
 def _cached(row: SAERow, name: str) -> Path | None:
