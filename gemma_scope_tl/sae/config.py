@@ -28,7 +28,8 @@ HOW_TO_FINISH = (
     "factor in its activation_scaler.json unless that is null; sae.save_inference_model(folder)."
 )
 CONTEXT_SIZE = 1024
-_GEMMA_SCOPE, _TEXT = "google/gemma-scope", "monology/pile-uncopyrighted"  # what SAELens's evaluations run Google's on
+# SAELens's evaluations run an SAE on the data set that its metadata names; this is the one for Google's releases.
+_GEMMA_SCOPE, _TEXT = "google/gemma-scope", "monology/pile-uncopyrighted"
 _ROW_FIELDS = ("release", "id", "width", "l0")
 
 

@@ -16,6 +16,7 @@ from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_nam
 from gemma_scope_tl.registry import catalog
 from gemma_scope_tl.registry.widths import DEFAULT_WIDTH, width_label
 from gemma_scope_tl.sae.loading import load_row
+from gemma_scope_tl.sites import get_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,12 +62,10 @@ def load_suite(
     for site in [sites] if isinstance(sites, str) else list(sites):
         if isinstance(layers, str) and layers != "all":
             raise unknown_name("choice of layers", layers, ["all"], "Or give numbers.")
-        if isinstance(layers, str) or site == "embedding":
+        once = not get_site(site).per_layer
+        if isinstance(layers, str) or once:
             numbers = _layers(model, site, label, release)
-            if not numbers:
-                catalog.find(
-                    model, site, None if site == "embedding" else 0, width, l0, release=release
-                )  # raises, and says what there is
+            numbers = numbers or [None if once else 0]  # of which find() says that there is none, and what there is
         else:
             numbers = [layers] if isinstance(layers, int) else list(layers)
         for layer in numbers:
