@@ -97,8 +97,8 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at versions, registry, devices, the Hub, disk space, and run the bundled model on both backends."""
-    found = Diagnosis({"python": platform.python_version(), "platform": platform.platform()})
-    installed = {name: _version(name) for name in PACKAGES}
+    found = Diagnosis({"python": platform.python_version_of(), "platform": platform.platform()})
+    installed = {name: _version_of(name) for name in PACKAGES}
     found.facts.update({name: number or "not installed" for name, number in installed.items()})
     found.advice += [*python_advice(sys.version_info[:2]), *version_advice(installed)]
     checks: tuple[tuple[str, Callable[[], tuple[str, list[Advice]]]], ...] = (
@@ -146,7 +146,7 @@ def version_advice(installed: dict[str, str | None]) -> Iterator[Advice]:
             yield Advice(f"{name} is not installed", "pip install gemma-scope-tl, in a new environment", serious=True)
 
 
-def _version(name: str) -> str | None:
+def _version_of(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
@@ -169,7 +169,7 @@ def _devices() -> tuple[str, list[Advice]]:
         name = torch.cuda.get_device_name(number)
         found.append(f"cuda:{number} ({name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {bf16})")
     seen = shutil.which("nvidia-smi") is not None
-    advice = device_advice(torch.cuda.is_available(), seen, torch.version.cuda, _version("triton") is not None)
+    advice = device_advice(torch.cuda.is_available(), seen, torch.version.cuda, _version_of("triton") is not None)
     return ", ".join(found), list(advice)
 
 

@@ -73,10 +73,14 @@ NAMES = {
     "release.about": "release.release_saes",
     "release.items": "release.release_saes",
     "release.upload_errors": "weights.hub_errors",
+    "sae.indices": "sae.arguments",
     "sae.loading_methods": "sae.sae_lens_methods",
+    "sae.placement": "sae.choices",
     "sae.sae_lens_releases": "interop.releases",
     "sae.saving_methods": "sae.sae_lens_methods",
+    "sae.tensors": "sae.arguments",
     "sae.training": "interop.training_sae",
+    "sae.transcoder": "sae.jumprelu",
     "sae.unfinished": "sae.config",
     "splicing": "model.splicing",
     "splicing.copies": "model.copies",
@@ -120,10 +124,11 @@ NAMES = {
 
 _ELSEWHERE = {
     "evals.store.Store": "evals.cache:MetricsCache",
-    "inputs.as_indices": "sae.choices",
-    "inputs.as_saes": "sae.choices",
     "attached.decode_with_skip": "sae.access",
     "attached.locate": "sae.access",
+    "inputs.as_indices": "sae.arguments",
+    "inputs.as_saes": "sae.choices",
+    **{f"inputs.choices.{name}": "sae.arguments" for name in ("as_index", "as_indices", "is_index", "shown")},
     "splicing.ExcludeTokens": "text.tokens",
     "splicing.translate_hook_name": "model.hook_names",
 }

@@ -16,7 +16,7 @@ from gemma_scope_tl.registry.schema import NAME
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER, render_card
 from gemma_scope_tl.release.metrics import match_metrics
 from gemma_scope_tl.release.release_saes import About, Item, collect, folder_of
-from gemma_scope_tl.sae.indices import shown
+from gemma_scope_tl.sae.arguments import shown
 
 if TYPE_CHECKING:
     import pandas as pd
