@@ -190,7 +190,7 @@ def harvest_job(report: Report, config: Mapping[str, Any], places: Sequence[str]
     """A job: one part of the store. Returns whether the store is finished."""
     import torch
 
-    from gemma_scope_tl.activations.store import write_store
+    from gemma_scope_tl.activations.writer import write_store
     from gemma_scope_tl.training.source_factory import load_data
 
     checked = load_config(config)
