@@ -218,6 +218,26 @@ class Problem(NamedTuple):
         return ": ".join(part for part in self if part)
 
 
+def error_text(detail: ErrorDetails, known: Iterable[str], words: Mapping[str, str]) -> str:
+    """What is wrong with a value, from one of pydantic's errors.
+
+    Args:
+        detail: the error.
+        known: the keys that are valid where an unknown one was given.
+        words: by the type of an error, what the value should be, in place of pydantic's message.
+    """
+    kind = detail["type"]
+    if kind == "missing":
+        return "is missing"
+    if kind == "extra_forbidden":
+        return str(unknown_name("key", detail["loc"][-1], known))
+    if kind == "value_error":
+        return str(detail.get("ctx", {}).get("error", detail["msg"]))
+    given = repr(detail["input"])
+    shown = given if len(given) < 80 else given[:77] + "..."
+    return f"{words.get(kind, detail['msg'])}, not {shown}"
+
+
 def parse_release(data: object, source: str) -> ReleaseFile:
     """Check the content of a registry file.
 
@@ -315,15 +335,7 @@ def _problem(detail: ErrorDetails, data: object) -> Problem:
         loc = loc[2:]
     fields = SAEEntry.model_fields if row else ReleaseFile.model_fields
     field = ".".join(str(part) for part in loc)
-    if detail["type"] == "missing":
-        return Problem(row, field, "is missing")
-    if detail["type"] == "extra_forbidden":
-        return Problem(row, field, str(unknown_name("key", field, fields)))
-    if detail["type"] == "value_error":
-        return Problem(row, field, str(detail.get("ctx", {}).get("error", detail["msg"])))
-    given = repr(detail["input"])
-    words = "should be a mapping of keys" if detail["type"] == "model_type" else detail["msg"]
-    return Problem(row, field, f"{words}, not {given if len(given) < 80 else given[:77] + '...'}")
+    return Problem(row, field, error_text(detail, fields, {"model_type": "should be a mapping of keys"}))
 
 
 def _cross_row_problems(data: Mapping[str, object]) -> list[Problem]:
