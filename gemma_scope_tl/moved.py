@@ -97,7 +97,7 @@ NAMES = {
     "training.costs": "training.plan",
     "training.job_table": "training.ray.job_table",
     "training.jobs": "training.ray.jobs",
-    "training.joining": "training.ray.job_table",
+    "training.joining": "training.ray.merge_jobs",
     "training.model_sizes": "model.sizes",
     "training.parallel": "training.shard",
     "training.penalties": "training.optimizer",
