@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl import dtypes
 from gemma_scope_tl.errors import DeviceError, GemmaScopeError, unknown_name
-from gemma_scope_tl.families import families
+from gemma_scope_tl.families import hub_ids
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -32,7 +32,7 @@ _DEVICE = re.compile(rf"({'|'.join(DEVICE_KINDS)})(:\d+)?")
 
 def models() -> tuple[str, ...]:
     """Names of the bundled model and of the released models of all families."""
-    return ("bundled", *(name for family in families() for name in family.hub_ids))
+    return ("bundled", *hub_ids())
 
 
 def each(check: Callable[[Any], object]) -> Callable[[Any], Any]:

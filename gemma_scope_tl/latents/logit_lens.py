@@ -90,8 +90,8 @@ def latent_logits(model: Any, sae: Source, latents: list[int]) -> Float[torch.Te
 
 
 def _logits(model: Any, site: Site, layer: int | None, rows: torch.Tensor) -> Float[torch.Tensor, "k d_vocab"]:
-    block = model.blocks[layer] if site.name == "att" else None
-    width = model.dims.n_heads * model.dims.d_head if block is not None else model.dims.d_model
+    written = model.family.site(site.writes[0])
+    width = written.d_in(model.dims)
     if rows.shape[-1] != width:
         raise SpliceError(
             f"The decoder row has {rows.shape[-1]} dimensions, site {site.name!r} of this model {width}: it belongs to "
@@ -99,12 +99,24 @@ def _logits(model: Any, site: Site, layer: int | None, rows: torch.Tensor) -> Fl
         )
     w_u = model.W_U
     u = rows.to(w_u.device, torch.float32)
-    if block is not None:
-        u = u @ block.attn.W_O.to(u).reshape(width, -1) * _gain(model, block.ln1_post).to(u)  # layers may be apart
+    match written.joins:
+        case "residual" | "embedding" | "branch":
+            pass
+        case "attention":
+            u = _through_attention(model, model.blocks[layer], u)
+        case _:
+            raise SpliceError(f"What is written at site {written.name!r} does not reach the residual stream.")
     u = u * _gain(model, model.ln_final).to(u)
     return torch.cat([u @ columns.float() for columns in w_u.split(_CHUNK, dim=1)], dim=1)
 
 
+def _through_attention(model: Any, block: Any, u: Float[torch.Tensor, "k heads"]) -> Float[torch.Tensor, "k d_model"]:
+    """What concatenated heads add to the residual stream: W_O, and the gain of the norm behind it, if there is one."""
+    u = u @ block.attn.W_O.to(u).reshape(u.shape[-1], -1)  # the unembedding may be on another device than the layer
+    norm = model.family.norm_after_attention
+    return u if norm is None else u * _gain(model, getattr(block, norm)).to(u)
+
+
 def _gain(model: Any, norm: Any) -> Float[torch.Tensor, " d_model"]:
-    """``1 + w``: HookedTransformer's weights have the 1 in them, Hugging Face's (under the bridge) do not."""
-    return norm.w.float() + (1.0 if model.backend == "bridge" else 0.0)
+    """The gain of an RMSNorm, which some libraries hold as a difference from 1."""
+    return norm.w.float() + model.family.gain_offset[model.backend]

@@ -1,4 +1,4 @@
-"""Gemma 2 on ``TransformerBridge``: Hugging Face's own forward pass with hooks, one copy of the weights."""
+"""Models on ``TransformerBridge``: Hugging Face's own forward pass with hooks, one copy of the weights."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
 from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.families import Backend, Family, ModelDims
 from gemma_scope_tl.model.generation import TrackedGenerate, fill_id, prompts_of, stop_ids
 from gemma_scope_tl.model.hooked import GemmaModel, HookName
 from gemma_scope_tl.model.keywords import named
 from gemma_scope_tl.model.tokenizer import HasTokenizer
-from gemma_scope_tl.sites import Backend, ModelDims
 from gemma_scope_tl.text.tokens import attendable
-
-ARCHITECTURE = "Gemma2ForCausalLM"
 
 
 class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """A Gemma 2 ``TransformerBridge`` with the SAE methods of this package. Made by ``load_model``."""
+    """A ``TransformerBridge`` with the SAE methods of this package. Made by ``load_model``."""
 
     backend: Backend = "bridge"
     return_types = (*GemmaModel.return_types, "logits_and_cache")
@@ -60,7 +58,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
     def _watch(self) -> None:
         """Token ids are read where every pass begins: at Hugging Face's decoder, also when others call it."""
         hf_model: Any = self.original_model
-        decoder = hf_model.model
+        decoder = hf_model.get_submodule(self.family.decoder)
         decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True)
         hf_model.generate = TrackedGenerate(hf_model, self)
@@ -163,7 +161,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
     def read_cache_kwarg(self) -> None:
         """Make attention find its cache under the name that newer transformers versions give it.
 
-        transformers 5.24 hands Gemma 2's attention ``cache=`` where it was ``past_key_values=``; an attention bridge
+        transformers 5.24 hands attention ``cache=`` where it was ``past_key_values=``; an attention bridge
         that does not know the name attends to the new token alone. Applied to this model's own blocks, and only after
         the defect was seen there (``repairs.py``).
         """
@@ -178,13 +176,13 @@ def _update_kv_cache(attention: Any, k: torch.Tensor, v: torch.Tensor, **kwargs:
     return type(attention)._update_kv_cache(attention, k, v, **kwargs)
 
 
-def build_bridge(hf_model: Any, tokenizer: Any, model_id: str | None) -> GemmaBridge:
+def build_bridge(hf_model: Any, tokenizer: Any, model_id: str | None, family: Family) -> GemmaBridge:
     """Wrap ``hf_model`` in place: its weights are not copied, and it still computes the same."""
     parameter = next(hf_model.parameters())
-    config = build_bridge_config_from_hf(hf_model.config, ARCHITECTURE, model_id or "gemma-2", parameter.dtype)
+    config = build_bridge_config_from_hf(hf_model.config, family.architecture, model_id or family.name, parameter.dtype)
     adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
     adapter.cfg.device = str(parameter.device)
     adapter.prepare_model(hf_model)
     bridge = GemmaBridge(hf_model, adapter, tokenizer)
-    bridge.prepare(ModelDims.from_config(hf_model.config), model_id)
+    bridge.prepare(ModelDims.from_config(hf_model.config), model_id, family)
     return bridge.eval()

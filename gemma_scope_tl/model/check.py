@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from gemma_scope_tl.errors import AdapterMismatch
+from gemma_scope_tl.families import Place
 from gemma_scope_tl.model.hooked import GemmaModel
 from gemma_scope_tl.model.plain import (
     LOGITS,
     ROWS,
     Pass,
     PlainModel,
-    Reference,
-    SiteKey,
-    relative_difference,
     row_difference,
     with_louder,
     with_replaced,
 )
-from gemma_scope_tl.sites import get_site
 
 # Relative L2 differences up to these are rounding, whatever was measured. Norms are computed in float32 at least.
 # Eight-bit arithmetic has a step of 2^-8 whatever the dtype, and a step more or less is rare enough to be missed.
@@ -59,24 +57,34 @@ class Difference:
         return f"{self.rows[row]:.2e} (rounding: {self.allowed[row]:.1e})"
 
 
+def site_hooks(model: GemmaModel, places: Iterable[Place]) -> dict[Place, str]:
+    """The name of the hook of each place in the model; the logits have none."""
+    return {
+        place: model.family.site(place.site).hook_name(place.layer, model.backend)
+        for place in places
+        if place != LOGITS
+    }
+
+
 class _Recorder:
     """Hooks that keep a pass of the hooked model, and do to its rows what was done to the plain model's."""
 
     def __init__(self, model: GemmaModel, plain: Pass) -> None:
         self._plain, self._final = plain, FINAL[model.backend]
-        self._names = {key: get_site(key[0]).hook_name(key[1], model.backend) for key in plain.sites if key != LOGITS}
-        self._seen: dict[SiteKey, torch.Tensor] = {}
+        self._names = site_hooks(model, plain.sites)
+        self._layers = range(model.dims.n_layers)
+        self._seen: dict[Place, torch.Tensor] = {}
 
     def hooks(self) -> list[tuple[str, Any]]:
         """For ``model.hooks(fwd_hooks=…)``."""
 
-        def keep(value: torch.Tensor, key: SiteKey) -> torch.Tensor | None:
+        def keep(value: torch.Tensor, key: Place) -> torch.Tensor | None:
             self._seen[key] = value
             replacement = self._plain.replaced.get(key)
             return None if replacement is None else with_replaced(value, replacement)
 
         kept = [(name, lambda value, hook, key=key: keep(value, key)) for key, name in self._names.items()]
-        queries = [f"blocks.{layer}.attn.hook_q" for site, layer in self._names if site == "res"]
+        queries = [f"blocks.{layer}.attn.hook_q" for layer in self._layers]
         return [*kept, *((name, lambda value, hook: with_louder(value)) for name in (*queries, self._final))]
 
     def differences(self, logits: torch.Tensor, floor: float) -> dict[str, Difference]:
@@ -93,20 +101,6 @@ class _Recorder:
             name = "logits" if key == LOGITS else self._names[key]
             found[name] = Difference(rows, allowed)
         return found
-
-
-@torch.no_grad()
-def site_differences(model: GemmaModel, reference: Reference) -> dict[str, float]:
-    """Relative difference from one plain pass, of the logits and of every site and layer, by hook name."""
-    call, seen = cast(Any, model), dict[str, torch.Tensor]()
-    names = {key: get_site(key[0]).hook_name(key[1], model.backend) for key in reference.sites}
-    keep = [(name, lambda value, hook, name=name: seen.__setitem__(name, value)) for name in names.values()]
-    logits = call.run_with_hooks(reference.tokens, fwd_hooks=keep)
-    found = {"logits": relative_difference(logits, reference.logits)}
-    for key, name in names.items():
-        wanted = reference.sites[key]
-        found[name] = relative_difference(seen[name].reshape(wanted.shape), wanted) if name in seen else float("inf")
-    return found
 
 
 @torch.no_grad()

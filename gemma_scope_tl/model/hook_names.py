@@ -6,12 +6,19 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gemma_scope_tl.errors import KeywordError, SpliceError, UnknownNameError, unknown_name
+from gemma_scope_tl.families import Backend, Family, ModelDims
 from gemma_scope_tl.model.attached import AttachedSAE
-from gemma_scope_tl.sites import SITES, Backend, ModelDims, site_of_hook
+from gemma_scope_tl.sites import site_of_hook
 
 
-def translate_hook_name(name: str, valid: Iterable[str], backend: Backend) -> str:
+def translate_hook_name(name: str, valid: Iterable[str], backend: Backend, family: Family | None = None) -> str:
     """``name`` if the model has it, else the other backend's name for the same site, also below attached SAEs.
+
+    Args:
+        name: a hook name of either backend.
+        valid: the names that the model has.
+        backend: of the model.
+        family: of the model; None to look the site up in all families.
 
     Raises:
         UnknownNameError: when there is no such hook, with the nearest names.
@@ -21,7 +28,7 @@ def translate_hook_name(name: str, valid: Iterable[str], backend: Backend) -> st
         return name
     base, dot, internal = name.partition(".hook_sae_")
     try:
-        site, layer = site_of_hook(base)
+        site, layer = site_of_hook(base, family=family)
         inside = f"{site.hook_name_out(layer, 'hooked_transformer')}{dot}{internal}"
         translated = inside if dot else site.hook_name(layer, backend)
     except (UnknownNameError, SpliceError):
@@ -32,11 +39,11 @@ def translate_hook_name(name: str, valid: Iterable[str], backend: Backend) -> st
     raise unknown_name("hook", name, names, hint)
 
 
-def other_names(attached: Iterable[AttachedSAE], dims: ModelDims, backend: Backend) -> dict[str, str]:
+def other_names(attached: Iterable[AttachedSAE], family: Family, dims: ModelDims, backend: Backend) -> dict[str, str]:
     """The other backend's name of every hook point of attached SAEs, and of every site, by the name it has here."""
     named: dict[str, str] = {}
     other: Backend = "bridge" if backend == "hooked_transformer" else "hooked_transformer"
-    for site in SITES.values():
+    for site in family.sites.values():
         for layer in range(dims.n_layers) if site.per_layer else (None,):
             named[site.hook_name(layer, backend)] = site.hook_name(layer, other)
     for one in attached:

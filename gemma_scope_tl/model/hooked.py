@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gemma_scope_tl.errors import KeywordError, SpliceError, unknown_name
+from gemma_scope_tl.families import Family, ModelDims
 from gemma_scope_tl.interventions import Intervention
 from gemma_scope_tl.model.attached import AttachedSAE
 from gemma_scope_tl.model.generation import Generates
@@ -24,7 +25,6 @@ from gemma_scope_tl.model.keywords import check_keywords, named
 from gemma_scope_tl.model.owners import OwnedHook, Owner, Turns
 from gemma_scope_tl.model.splicing import SpliceMixin
 from gemma_scope_tl.model.tracker import TokenTracker
-from gemma_scope_tl.sites import ModelDims
 from gemma_scope_tl.text.batch import as_batch
 from gemma_scope_tl.text.tokenizing import text_ids, tokenize
 from gemma_scope_tl.text.tokens import TextRead, attendable, continued_mask, text_mask
@@ -35,10 +35,11 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
 class GemmaModel(Generates, SpliceMixin):
-    """A hooked Gemma 2 with the Gemma Scope sites; mixed into the backend's own model class.
+    """A hooked model with the sites of its family; mixed into the backend's own model class.
 
     Attributes:
         backend: ``"bridge"`` or ``"hooked_transformer"``.
+        family: the sites, modules and norms of the model.
         dims: layers, widths and heads.
         model_id: the name that SAEs know this model by (``"gemma-2-2b"``), or None for one they cannot know.
         fixes: the defects of the installed TransformerLens that were found here and worked around.
@@ -48,14 +49,15 @@ class GemmaModel(Generates, SpliceMixin):
 
     return_types: tuple[str | None, ...] = ("logits", "loss", "both", None)
     stop_token_ids: tuple[int, ...] = ()
+    family: Family
     model_id: str | None
     fixes: list[str]
     tokenizer: Any
     cfg: Any
 
-    def prepare(self, dims: ModelDims, model_id: str | None) -> None:
+    def prepare(self, dims: ModelDims, model_id: str | None, family: Family) -> None:
         """Set up the state this class needs; the loader calls it once."""
-        self.dims, self.model_id = dims, model_id
+        self.dims, self.model_id, self.family = dims, model_id, family
         self.fixes = []
         self._attached: dict[str, AttachedSAE] = {}
         self._turns = Turns()
@@ -85,7 +87,7 @@ class GemmaModel(Generates, SpliceMixin):
     # -- hook names ---------------------------------------------------------------------------------------------------
 
     def _resolve_name(self, name: Any, valid: Any) -> Any:
-        return translate_hook_name(name, valid, self.backend) if isinstance(name, str) else name
+        return translate_hook_name(name, valid, self.backend, self.family) if isinstance(name, str) else name
 
     def _resolve_hooks(self, hooks: Hooks, owner: Owner | None = None) -> list[tuple[HookName, Callable[..., Any]]]:
         """Hooks by the names that they have here, bound to the model; functions of an ``owner`` run for it alone."""
@@ -111,7 +113,7 @@ class GemmaModel(Generates, SpliceMixin):
         return [self._resolve_name(name, valid) for name in names]
 
     def _other_names(self) -> dict[str, str]:
-        return other_names(self._attached.values(), self.dims, self.backend)
+        return other_names(self._attached.values(), self.family, self.dims, self.backend)
 
     def run_with_hooks(self, *model_args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any) -> Any:
         """As in TransformerLens, but a hook name of either backend works and an unknown one raises.

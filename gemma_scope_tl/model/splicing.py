@@ -18,7 +18,7 @@ from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.model.tracker import TokenTracker
 from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sae.placement import bring
-from gemma_scope_tl.sites import Backend, ModelDims, Site
+from gemma_scope_tl.sites import Backend, Family, ModelDims, Site
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class SpliceMixin:
     """
 
     backend: Backend
+    family: Family
     dims: ModelDims
     token_tracker: TokenTracker
     _attached: dict[str, AttachedSAE]
@@ -264,8 +265,12 @@ class SpliceMixin:
             )
         theirs = getattr(sae, "model_name", None) or sae.cfg.metadata.model_name
         ours = getattr(self, "model_id", None)
-        if theirs and ours and _family(theirs) != _family(ours):
+        if theirs and ours and self._base_name(theirs) != self._base_name(ours):
             raise SpliceError(f"The SAE was trained on {theirs!r}; this model is {ours!r}.")
+
+    def _base_name(self, model_name: str) -> str:
+        """SAEs of a base model may be spliced into its instruction-tuned model (Gemma Scope, section 4.5)."""
+        return self.family.base_name(model_name.split("/")[-1].lower())
 
     def excluded_ids(self, exclude: ExcludeTokens = True) -> tuple[int, ...]:
         """The token ids that ``exclude_special_tokens`` names (:func:`~gemma_scope_tl.text.tokens.excluded_ids`).
@@ -349,8 +354,3 @@ def splice(
         raise SpliceError("splice() needs a model from gemma_scope_tl.load_model(); wrap yours with hf_model=.")
     term = one_error_term("splice", error_term, use_error_term)
     return model.saes(saes, True, term, exclude_special_tokens, positions, chain)
-
-
-def _family(model_name: str) -> str:
-    """Name without owner, and without ``-it``: SAEs of a base model may be spliced into its IT model (section 4.5)."""
-    return model_name.split("/")[-1].lower().removesuffix("-it")

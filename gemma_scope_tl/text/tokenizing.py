@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.families import families
 
 Padded = tuple[torch.Tensor, torch.Tensor]
 """Ids and mask, both ``[batch, pos]``."""
@@ -172,7 +173,6 @@ def too_long(model: Any, rows: Sequence[Sequence[int]] | torch.Tensor) -> str | 
     return f"{which} {len(rows[long])} tokens, more than the model's context of {context}"
 
 
-START, END = "<start_of_turn>", "<end_of_turn>"
 _MARK = "DOCUMENT"
 
 
@@ -189,11 +189,12 @@ class Wrapping(NamedTuple):
 
 
 def chat_wrapping(tokenizer: Any) -> Wrapping:
-    """The ids around a user's turn: from the tokenizer's chat template, else from Gemma's own tokens.
+    """The ids around a user's turn: from the tokenizer's chat template, else from the turn tokens of the
+    first family whose tokens it knows.
 
     Raises:
         GemmaScopeError: a template that does not show where the document begins and ends; no template, and a tokenizer
-            that does not know Gemma's turn tokens.
+            that knows the turn tokens of no family.
     """
     if getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": _MARK}]
@@ -204,12 +205,18 @@ def chat_wrapping(tokenizer: Any) -> Wrapping:
                 f"The tokenizer's chat template renders a turn as {text!r}: no way to wrap documents."
             )
     else:
-        known = tokenizer.get_vocab()
-        missing = [token for token in (START, END) if token not in known]
-        if missing:
-            raise GemmaScopeError(
-                f"This tokenizer has no chat template and does not know {' and '.join(missing)}: chat=True needs the "
-                "tokenizer of an instruction-tuned Gemma."
-            )
-        parts = [f"{START}user\n", f"{END}\n{START}model\n"]
+        start, end = _turn_tokens(tokenizer)
+        parts = [f"{start}user\n", f"{end}\n{start}model\n"]
     return Wrapping(*(tokenizer.encode(part, add_special_tokens=False) for part in parts))
+
+
+def _turn_tokens(tokenizer: Any) -> tuple[str, str]:
+    known = tokenizer.get_vocab()
+    for family in families():
+        if family.turn_start in known and family.turn_end in known:
+            return family.turn_start, family.turn_end
+    tokens = [token for token in (families()[0].turn_start, families()[0].turn_end) if token not in known]
+    raise GemmaScopeError(
+        f"This tokenizer has no chat template and does not know {' and '.join(tokens)}: chat=True needs the tokenizer "
+        "of an instruction-tuned model."
+    )
