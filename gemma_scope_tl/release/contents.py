@@ -106,9 +106,9 @@ def check_contents(contents: Contents, progress: bool = False) -> dict[str, str]
     Raises:
         GemmaScopeError: with everything that is wrong.
     """
-    from gemma_scope_tl.contributing.repositories import each
+    from gemma_scope_tl.contributing.repositories import ask_each
 
-    answers = each(contents.parts, lambda part: _check(contents.folder, part), "checking", 1, progress)
+    answers = ask_each(contents.parts, lambda part: _check(contents.folder, part), "checking", 1, progress)
     errors = [answer for answer in answers if isinstance(answer, GemmaScopeError)]
     if len(errors) == 1:
         raise errors[0]
