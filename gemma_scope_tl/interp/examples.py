@@ -94,7 +94,7 @@ class Examples:
         return set((self._slots[:, 1] // self._kept.windows_per_row).tolist())
 
     def fill(self, start: int, acts: Any, batch: Batch) -> None:
-        """Take the activations in the windows from a batch of rows of the corpus, whose first row is number ``start``."""
+        """Take the activations in the windows from rows of the corpus, the first of which is number ``start``."""
         _, window, where, values = self._kept.entries(start, acts, batch.ordinary)
         positions = batch.ordinary.cpu().nonzero(as_tuple=True)[1].numpy()[acts.tokens().cpu().numpy()]
         index = self._kept.index_of(acts)
