@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -56,16 +55,13 @@ class Repository(Protocol):
         name: what messages call it.
         revision: the commit that the answers are about; None for a folder.
         workers: how many files may be asked about at a time.
+        files: the weights files and ``cfg.json`` files by path.
     """
 
     name: str
     revision: str | None
     workers: int
-
-    @property
-    def files(self) -> Mapping[str, RepositoryFile]:
-        """The weights files and ``cfg.json`` files by path."""
-        ...
+    files: Mapping[str, RepositoryFile]
 
     def shapes(self, path: str) -> Shapes:
         """Shapes of the arrays in a weights file, from its headers. Only the names of the arrays are checked."""
@@ -81,7 +77,7 @@ class Repository(Protocol):
 
 
 class LocalFolder:
-    """A folder on this machine. Symbolic links that lead out of it are not followed.
+    """A folder on this machine. Hidden folders in it are left out, and links that lead out of it are not followed.
 
     Raises:
         WeightsError: when it is not a folder.
@@ -94,10 +90,9 @@ class LocalFolder:
         if not is_folder(root):
             raise WeightsError(f"{root} is not a folder. Check the path; a repository on the Hub is OWNER/NAME.")
         self.root, self.name = root, str(root)
+        self.files: Mapping[str, RepositoryFile] = self._list()
 
-    @cached_property
-    def files(self) -> Mapping[str, RepositoryFile]:
-        """See :class:`Repository`. Hidden folders are left out."""
+    def _list(self) -> dict[str, RepositoryFile]:
         found: dict[str, RepositoryFile] = {}
         for folder, inner, names in os.walk(self.root):
             inner[:] = sorted(name for name in inner if not name.startswith("."))
@@ -128,7 +123,7 @@ class LocalFolder:
 
 
 class HubRepository:
-    """A model repository on the Hub at one commit.
+    """A model repository on the Hub at one commit. Its listing has the sha256 of files in LFS.
 
     Args:
         repo: ``owner/name``.
@@ -142,20 +137,17 @@ class HubRepository:
 
     def __init__(self, repo: str, revision: str | None = None) -> None:
         from huggingface_hub import HfApi
-
-        self.name, self._api = repo, HfApi()
-        with _hub_errors(repo, revision):
-            self.revision = self._api.repo_info(repo, revision=revision).sha
-
-    @cached_property
-    def files(self) -> Mapping[str, RepositoryFile]:
-        """See :class:`Repository`. Files in LFS have their sha256."""
         from huggingface_hub.hf_api import RepoFile
 
-        with _hub_errors(self.name, self.revision):
-            entries = list(self._api.list_repo_tree(self.name, recursive=True, revision=self.revision))
+        api, self.name = HfApi(), repo
+        with _hub_errors(repo, revision):
+            self.revision = api.repo_info(repo, revision=revision).sha
+        with _hub_errors(repo, self.revision):
+            entries = list(api.list_repo_tree(repo, recursive=True, revision=self.revision))
         kept = [e for e in entries if isinstance(e, RepoFile) and e.path.rpartition("/")[2] in LISTED_NAMES]
-        return {e.path: RepositoryFile(e.path, e.size, e.lfs.sha256 if e.lfs else None) for e in kept}
+        self.files: Mapping[str, RepositoryFile] = {
+            e.path: RepositoryFile(e.path, e.size, e.lfs.sha256 if e.lfs else None) for e in kept
+        }
 
     def shapes(self, path: str) -> Shapes:
         """See :class:`Repository`. Reads the headers with range requests."""
