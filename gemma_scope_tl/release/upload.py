@@ -60,7 +60,7 @@ class Upload:
 
     @property
     def bytes_to_send(self) -> int:
-        """Bytes of the files that the branch does not have. The Hub may hold some of them already; those are not sent."""
+        """Bytes of the files that the branch does not have. Those that the Hub holds already are not sent."""
         return sum(file.size for file in self.files if file.state != "there")
 
 
@@ -145,9 +145,7 @@ def _publish(api: HfApi, upload: Upload, folder: Path, there: _Remote | None, me
         api.create_branch(upload.repo, branch=upload.branch, exist_ok=True)
     additions = [CommitOperationAdd(file.path, str(folder / file.path)) for file in upload.files]
     for addition, file in zip(additions, upload.files, strict=True):
-        addition.upload_info.sha256 = bytes.fromhex(
-            file.sha256
-        )  # the Hub refuses a file that was changed after the check
+        addition.upload_info.sha256 = bytes.fromhex(file.sha256)  # so the Hub refuses a file that was changed since
     parent = _look(api, upload.repo, upload.branch)
     _send(api, upload.repo, upload.branch, additions, workers)
     revision = _commit(api, upload, additions, message, parent, folder)
@@ -200,7 +198,7 @@ def render_pinned(release: ReleaseFile, repo_id: str, revision: str, sums: Mappi
 
 @dataclass(frozen=True)
 class _Remote:
-    """The commit of a branch, or of main where there is no such branch, and the sha256 (LFS) or git hash of its files."""
+    """The commit of a branch, or of main where it does not exist, and the sha256 (LFS) or git hash of its files."""
 
     private: bool
     commit: str
