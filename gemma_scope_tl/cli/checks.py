@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -239,12 +238,10 @@ def free_port(host: str, port: int | None) -> None:
     Raises:
         GemmaScopeError: when the port is taken or reserved, or the host is not an address of this machine.
     """
+    from gemma_scope_tl.demo.serving import try_listening
+
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port or 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as tried:
-            if os.name == "posix":  # else a port whose last connection has just ended counts as taken
-                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(address)
+        try_listening(host, port)
     except OSError as error:
         advice = (
             "Take another --port, or none for the first free one." if port else "--host is an address of this machine."

@@ -76,7 +76,7 @@ STYLE = Style()
 
 
 def check_columns(frame: pd.DataFrame, columns: Sequence[str], *, finite: bool = False) -> None:
-    """Raise :class:`GemmaScopeError` unless there are rows with these columns, and with finite numbers if ``finite``."""
+    """Raise :class:`GemmaScopeError` unless there are rows with these columns, with finite numbers if ``finite``."""
     import numpy as np
 
     missing = [column for column in columns if column not in frame.columns]
