@@ -165,6 +165,8 @@ class MovedModules(MetaPathFinder, Loader):
         def attribute(wanted: str) -> Any:
             if wanted.startswith("__"):
                 raise AttributeError(f"module {module.__name__!r} has no attribute {wanted!r}")
+            if f"{name}.{wanted}" in NAMES:
+                return import_module(f"{module.__name__}.{wanted}")
             home = _ELSEWHERE.get(f"{name}.{wanted}", new)
             return getattr(import_module(f"{_PACKAGE}.{home}"), wanted)
 

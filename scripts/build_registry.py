@@ -24,7 +24,7 @@ from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.registry.render import json_schema, render_release
 from gemma_scope_tl.registry.schema import ReleaseFile, load_yaml, parse_release
 from gemma_scope_tl.registry.widths import parse_width
-from gemma_scope_tl.sites import ModelDims, SiteName, get_site
+from gemma_scope_tl.sites import ModelDims, get_site
 
 FOLDER = Path(__file__).resolve().parents[1] / "pretrained_yaml"
 CANONICAL_L0 = 100
@@ -44,7 +44,7 @@ class Spec:
 
     release: str
     model: str
-    site: SiteName
+    site: str
     description: str
     notes: tuple[str, ...] = ()
     row_notes: Mapping[str, str] | None = None

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 1. Load and look
 #
-# The steps of Gemma Scope's own tutorial: tokens, activations, an SAE, reconstruction, L0, the trap at BOS, the
-# strongest latents, a latent's page. It runs offline on a small Gemma 2 that comes with the package; the next cell
-# switches to the real Gemma 2 2B.
+# This tutorial follows the steps of Gemma Scope's own tutorial: tokens, activations, an SAE, reconstruction, L0, the
+# special case of BOS, the strongest latents, and the page of a latent. It runs offline on a small Gemma 2 that comes
+# with the package; the next cell switches to Gemma 2 2B. The documentation has a glossary of the terms.
 
 # %%
 REAL = False  # True: Gemma 2 2B. Accept its licence on its page, `hf auth login`, and have 10 GB of memory.
@@ -26,7 +26,7 @@ print("defects of the installed libraries that were worked around:", *model.fixe
 # %% [markdown]
 # ## Tokens and text
 #
-# `model` is a TransformerLens model, with all of its methods. `to_tokens` puts BOS in front.
+# `model` is a TransformerLens model, with all of its methods. `to_tokens` prepends BOS.
 
 # %%
 SENTENCE = "In the beginning God created the heaven and the earth. And the earth was without form."
@@ -36,9 +36,11 @@ print(tokens.shape, names[:8])
 print(model.generate("In the beginning", max_new_tokens=20, temperature=0.0))
 
 # %% [markdown]
-# ## Which SAEs are there
+# ## The available SAEs
 #
-# A row for each SAE. `canonical` marks the one of a site, layer and width whose L0 is nearest to 100.
+# The table has one row per SAE. `canonical` marks the SAE that is loaded if no L0 is given. In Gemma Scope's releases,
+# it is the one whose L0 is nearest to 100 among those of a site, layer and width; in the bundled suite, the one in the
+# middle.
 
 # %%
 gs.list_saes(model=MODEL, layer=LAYER, width=WIDTH)[["release", "id", "site", "l0", "canonical"]]
@@ -53,7 +55,7 @@ print("lengths of decoder rows:", sae.W_dec.norm(dim=-1).min().item(), "to", sae
 # %% [markdown]
 # ## Activations, latents, reconstruction
 #
-# `run_with_cache` gives the residual stream after the layer. Either backend's hook name works.
+# `run_with_cache` returns the residual stream after the layer. The hook names of both TransformerLens backends work.
 
 # %%
 _, cache = model.run_with_cache(tokens)
@@ -63,7 +65,7 @@ x_hat = sae.decode(f)
 print("activations", list(x.shape), "latents", list(f.shape), "reconstruction", list(x_hat.shape))
 
 # %% [markdown]
-# Explained variance leaves BOS out. So does the L0.
+# The explained variance (1 - FVU) and the mean L0 exclude BOS, which is the first token.
 
 # %%
 rest, rest_hat = x[:, 1:], x_hat[:, 1:]
@@ -73,11 +75,12 @@ print(f"explained variance {explained:.3f}, mean L0 {l0[1:].float().mean():.1f}"
 pd.DataFrame({"token": names, "norm": x[0].norm(dim=-1).round(decimals=1).tolist(), "active latents": l0.tolist()})
 
 # %% [markdown]
-# ## The trap at BOS
+# ## BOS is a special case
 #
-# Gemma Scope was not trained on BOS. On Gemma 2 2B its residual stream is far longer than any other token's, and
-# thousands of latents fire there: one BOS spoils every mean. (The bundled model's BOS is tamer.) This package leaves BOS, EOS and padding alone unless it is
-# told otherwise, in tables, splices, metrics and interventions.
+# Gemma Scope was not trained on BOS. On Gemma 2 2B, the norm of its residual stream is far larger than that of any
+# other token, and thousands of latents are active there, so a single BOS distorts every mean. (The effect is smaller in
+# the bundled model.) By default, this package excludes BOS, EOS and padding from tables, splices, metrics and
+# interventions.
 
 # %%
 with_bos = gs.features(model, SENTENCE, sae, exclude_special_tokens=False)
@@ -90,10 +93,10 @@ print(
 )
 
 # %% [markdown]
-# ## Which latents fire where
+# ## Which latents are active where
 #
-# The strongest latent of each token. One that is first almost everywhere is a dense latent: every suite has some, and they
-# mean little by themselves.
+# The table shows the strongest latent of each token. A latent that is the strongest almost everywhere is dense: every
+# suite has some of these, and they are hard to interpret by themselves.
 
 # %%
 gs.features(model, SENTENCE, sae, top=1)[["position", "token", "latent", "activation"]]
@@ -106,8 +109,9 @@ figure
 # %% [markdown]
 # ## One latent
 #
-# The one that fires strongest among those that fire on at most two tokens of the sentence. `top_tokens` reads its decoder
-# row through the unembedding.
+# Among the latents that are active on at most two tokens of the sentence, this cell takes the one with the largest
+# activation. `top_tokens` multiplies its decoder row by the unembedding, and lists the tokens with the largest and
+# smallest result.
 
 # %%
 counts = without.groupby("latent")["activation"].agg(["size", "max"])
@@ -116,8 +120,9 @@ print("latent", latent)
 gs.top_tokens(model, sae, latent, k=5).pivot(index="rank", columns="kind", values="token")
 
 # %% [markdown]
-# Its page: the texts on which it fires most, how often it fires, what it promotes, and similar latents. For a released
-# SAE, `sae.row.neuronpedia` names the set of dashboards on Neuronpedia.
+# The page of a latent shows the texts on which it is most active, how often it is active, which tokens it promotes, and
+# similar latents. For a released SAE, `sae.row.neuronpedia` is the SAE's id on Neuronpedia, which has a page for each
+# latent.
 
 # %%
 gs.feature_page(model, sae, latent, rows=32, examples=6)

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 2. Splice, ablate, steer
 #
-# An SAE inside the forward pass: what its reconstruction costs, what a single latent does, and text with a latent turned
-# up.
+# This tutorial puts an SAE into the forward pass. It measures how much the reconstruction changes the loss, ablates
+# single latents, and generates text while a latent is steered.
 
 # %%
 REAL = False  # True: Gemma 2 2B. Accept its licence on its page, `hf auth login`, and have 10 GB of memory.
@@ -22,10 +22,11 @@ PROMPT = "In the beginning God created the heaven and the"
 tokens = model.to_tokens(PROMPT)
 
 # %% [markdown]
-# ## What a splice costs
+# ## Splice
 #
-# The SAE's output takes the activation's place. With the error term, what the SAE misses is added, and the pass is the
-# model's own.
+# In a splice, the reconstruction of the SAE replaces the activation, and the loss of the model rises: the increase is
+# the delta loss. With the error term, what the reconstruction misses is added back, and the loss is that of the plain
+# model.
 
 # %%
 clean = model(tokens, return_type="loss").item()
@@ -34,7 +35,7 @@ exact = model.run_with_saes(tokens, saes=[sae], use_error_term=True, return_type
 print(f"loss {clean:.4f}, spliced {spliced:.4f}, with the error term {exact:.4f}")
 
 # %% [markdown]
-# Several at once, and a `with` block in which everything runs through them. Afterwards the model is as it was.
+# Several SAEs can be spliced at once, here for all passes in a `with` block. After the block, the model is unchanged.
 
 # %%
 several = [gs.load_sae(MODEL, site, LAYER, WIDTH) for site in ("res", "mlp", "att")]
@@ -43,7 +44,7 @@ with gs.splice(model, several):
 print("after the block the same bits:", model(tokens, return_type="loss").item() == clean)
 
 # %% [markdown]
-# The latents of a pass are in the cache, under SAELens's keys.
+# The activations of the latents are in the cache, under the same keys as in SAELens.
 
 # %%
 _, cache = model.run_with_cache_with_saes(tokens, saes=[sae])
@@ -53,8 +54,9 @@ print(key, list(cache[key].shape), "active at the last token:", int((cache[key][
 # %% [markdown]
 # ## Ablate
 #
-# `gs.ablate` gives a hook name and a hook, for `run_with_hooks` of a plain model: the latent's part is taken out of the
-# activation, and nothing else changes. Which of the latents at the last token does the likeliest next token need most?
+# `gs.ablate` returns a hook name and a hook, for `run_with_hooks` of a plain model. The hook subtracts the contribution
+# of the latent from the activation and changes nothing else. The table shows how much the log probability of the most
+# likely next token changes when one latent is ablated at the last token.
 
 # %%
 answer = int(model(tokens)[0, -1].argmax())
@@ -74,7 +76,7 @@ print(f"likeliest next token: {model.tokenizer.decode([answer])!r}, log p {befor
 pd.DataFrame(rows).sort_values("change of log p").round(3)
 
 # %% [markdown]
-# The same edit on the features of a spliced SAE: with the error term the two agree.
+# The same edit can be made on the latents of a spliced SAE. With the error term, both give the same logits.
 
 # %%
 latent = int(strongest["latent"].iloc[0])
@@ -86,9 +88,10 @@ print("largest difference of the logits:", f"{(plain - on_features).abs().max().
 # %% [markdown]
 # ## Steer
 #
-# Add a latent's decoder row at every position of the prompt and of what is generated. Rows have length 1, so the scale is
-# the length that is added. `unit="norm"` counts in lengths of the activation itself, which compares layers and models.
-# First a latent that the tokens show to be specific. Too much of it breaks the text, as in the last row.
+# Steering adds a latent's decoder row at every position, of the prompt and of the generated text. Decoder rows have
+# norm 1, so by default the scale is the norm of the added vector. With `unit="norm"`, the scale is relative to the norm
+# of the activation, so that it can be compared across layers and models. The next cell selects a latent that is active
+# on few tokens. If the strength is too large, the generated text becomes meaningless, as in the last row of the table.
 
 # %%
 table = gs.features(model, "The king said unto the people, and the sea was calm.", sae)
@@ -108,8 +111,8 @@ with pd.option_context("display.max_colwidth", None):
     display(pd.DataFrame(rows))
 
 # %% [markdown]
-# `clamp` sets a latent to a value, `scale` multiplies it. All take several latents and positions, which count in the
-# whole text, also while generating with a cache.
+# `clamp` sets a latent to a value, and `scale` multiplies it by a factor. All of these functions accept several latents
+# and positions. Positions are counted in the whole text, also in generation with a cache.
 
 # %%
 torch.manual_seed(0)

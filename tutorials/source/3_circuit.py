@@ -1,12 +1,14 @@
 # %% [markdown]
 # # 3. A small circuit with transcoders
 #
-# A transcoder reads what an MLP reads and predicts what it writes, so a latent of it is a step of computation. Which
-# latents make the next token, and which drive which?
+# A transcoder reads the input of an MLP and predicts its output, so each of its latents represents a step of
+# computation. This tutorial shows which latents contribute to the prediction of the next token, and which latents
+# affect which others.
 
 # %%
 REAL = False  # True: Gemma 2 2B. Accept its licence on its page, `hf auth login`, and have 10 GB of memory.
 MODEL, LAYERS = ("gemma-2-2b", [4, 8, 12, 16, 20, 24]) if REAL else ("bundled", "all")
+L0 = "closest:100" if REAL else "canonical"  # transcoders of Gemma 2 2B have no canonical L0
 PROMPT = "The capital of France is" if REAL else "In the beginning God created the heaven and the"
 
 # %%
@@ -22,15 +24,16 @@ from gemma_scope_tl.viz.figures import new_figure
 model = gs.load_model(MODEL)
 rows = gs.list_saes(model=MODEL, site="transcoder")
 width = rows.sort_values("d_sae")["width"].iloc[0]
-transcoders = list(gs.load_suite(MODEL, "transcoder", layers=LAYERS, width=width).values())
+transcoders = list(gs.load_suite(MODEL, "transcoder", layers=LAYERS, width=width, l0=L0).values())
 print(
     f"{len(transcoders)} transcoders of {width} latents, from layer {transcoders[0].layer} to {transcoders[-1].layer}"
 )
 
 # %% [markdown]
-# ## The question
+# ## The metric
 #
-# A metric turns logits into one number: here the logit of the likeliest next token minus that of the second.
+# A metric is a function from logits to one number: here, the logit of the most likely next token minus that of the
+# second most likely.
 
 # %%
 first, second = model(model.to_tokens(PROMPT))[0, -1].topk(2).indices.tolist()
@@ -38,10 +41,11 @@ metric = logit_difference(first, second)
 print(f"{PROMPT!r}: {model.tokenizer.decode([first])!r} against {model.tokenizer.decode([second])!r}")
 
 # %% [markdown]
-# ## What each latent adds
+# ## The contribution of each latent
 #
-# Activation times gradient, in one forward and one backward pass for all transcoders. `error` is what a transcoder
-# misses at a token, `unspliced` the whole output at BOS.
+# The attribution of a latent is its activation times the gradient of the metric along its decoder row, computed in one
+# forward and one backward pass for all transcoders. Rows of the kind `error` are for what a transcoder misses at a
+# token, and rows of the kind `unspliced` for the whole output of the MLP at BOS.
 
 # %%
 table = gs.attribute(model, PROMPT, transcoders, metric)
@@ -50,7 +54,8 @@ latents = table[table["kind"] == "latent"]
 latents.head(10)[["layer", "position", "token", "latent", "activation", "attribution"]].round(3)
 
 # %% [markdown]
-# Is that true? Set latents to zero, one at a time, and measure. To first order the change is minus the attribution.
+# To check the attributions, set latents to zero, one at a time, and measure the change of the metric. To first order,
+# it is minus the attribution.
 
 # %%
 sae = transcoders[-1]
@@ -64,8 +69,8 @@ print(
 # %% [markdown]
 # ## The circuit
 #
-# Nodes are the strongest latents and errors, edges their direct effects: gradients stop at every site that has a
-# transcoder, so an edge does not run through a site between.
+# Nodes are the latents and error terms with the strongest attributions, and edges are their direct effects: gradients
+# stop at every place that has a transcoder, so the weight of an edge does not include paths through other transcoders.
 
 # %%
 circuit = gs.circuit(model, PROMPT, transcoders, metric, nodes=16, edges=30)
@@ -79,7 +84,7 @@ draw_circuit(
 figure
 
 # %% [markdown]
-# What do the strongest latents write?
+# The tokens that the strongest latents promote:
 
 # %%
 best = circuit.nodes.query("kind == 'latent'").sort_values("attribution", key=abs, ascending=False).head(4)

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 4. Train your own suite
 #
-# Two small JumpReLU SAEs on one layer of the bundled model, in under a minute, with the recipe of the paper shortened for
-# short runs. The same function, and the same keys, train all sites of Gemma 2 2B.
+# This tutorial trains two small JumpReLU SAEs on one layer of the bundled model, in less than a minute, with the
+# paper's recipe adapted to short runs. The same function, with the same keys, trains SAEs at all sites of Gemma 2 2B.
 
 # %%
 CONFIG = {
@@ -19,14 +19,14 @@ CONFIG = {
 }
 
 # %% [markdown]
-# `preset: paper` is the paper's recipe for runs of a million steps; `fast` says in its docstring what it changes and
-# why. For Gemma 2 2B start from `configs/gemma-2-2b-paper.yaml`: `gs.train_suite("configs/gemma-2-2b-paper.yaml",
-# overrides=["only=[res/layer_12/*]"])`.
+# `preset: paper` is the paper's recipe, for runs of a million steps. The documentation of `fast` explains what that
+# preset changes and why. For Gemma 2 2B, start from `configs/gemma-2-2b-paper.yaml`:
+# `gs.train_suite("configs/gemma-2-2b-paper.yaml", overrides=["only=[res/layer_12/*]"])`.
 #
-# ## What it will take
+# ## Plan
 #
-# Before anything runs: memory, disk and time, from the shapes and a second of measuring. (The times of your machine
-# would stand here; they are left out so that this page stays the same.)
+# `plan_suite` computes memory, disk space and time before anything runs, from the shapes and a measurement of about a
+# second. (The measurement is switched off here, so that the output of this page does not depend on the machine.)
 
 # %%
 # %matplotlib inline
@@ -48,9 +48,9 @@ for name in ("lr", "batch_size", "l0_coefficient", "l0_warm_up_steps", "bandwidt
 # %% [markdown]
 # ## Train
 #
-# One stream of activations feeds all SAEs of the grid. Lambda is steered so that L0 comes to the target. Stop it whenever
-# you like: the same call goes on from the last checkpoint and ends with the same bits; a finished run is returned at
-# once.
+# All SAEs of the grid are trained on one stream of activations, and lambda is adjusted so that L0 approaches the
+# target. You can stop the run at any time: the same call resumes from the last checkpoint, with bitwise identical
+# results. For a finished run, it returns the results immediately.
 
 # %%
 trained = gs.train_suite(CONFIG, progress=False)
@@ -59,15 +59,17 @@ trained[["path", "l0", "fvu", "silent", "steps"]].round(3)
 # %% [markdown]
 # ## The curves
 #
-# The error falls, lambda finds the target, thresholds settle. With so few steps neither is done.
+# The error decreases, lambda approaches the value that gives the target L0, and the thresholds converge. After so few
+# steps, none of them has converged.
 
 # %%
 training_curves(Path(CONFIG["output"]) / "metrics.jsonl")
 
 # %% [markdown]
-# ## What was written
+# ## The output folder
 #
-# Gemma Scope's layout: a `params.npz` for each SAE, folded for raw activations (appendix A), and a table.
+# The folder has Gemma Scope's layout: one `params.npz` per SAE, whose weights are folded for raw activations (appendix
+# A of the paper), and a table of the SAEs.
 
 # %%
 for path in sorted(Path(CONFIG["output"]).rglob("*")):

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 5. Evaluate, and read the figures
 #
-# The paper's metrics on held-out text: of the two SAEs of tutorial 4, and of the bundled ones, which were trained for
-# longer and on more.
+# This tutorial measures the paper's metrics on held-out text, for the two SAEs of tutorial 4 and for the bundled SAEs,
+# which were trained for longer and on more text.
 
 # %%
 # The run of tutorial 4. Where it is finished in this folder, it is read; else it trains now.
@@ -43,9 +43,12 @@ print(f"{len(mine)} of mine, {len(bundled)} bundled, {tokens.numel():,} held-out
 # %% [markdown]
 # ## The metrics
 #
-# L0: latents that fire on a token. FVU: the share of the variance that is missed. Delta loss: how much the loss rises
-# with the SAE in the pass, in nats. Loss recovered: 1 when nothing is lost, 0 when it is as bad as a zero in its place.
-# Each has a confidence interval from resampling the sequences. BOS, EOS and padding are left alone.
+# - L0: the mean number of active latents per token.
+# - FVU: the fraction of the variance that the reconstruction does not explain.
+# - Delta loss: the increase of the model's loss when the SAE is spliced, in nats.
+# - Loss recovered: 1 if a splice does not change the loss, and 0 if it is as bad as replacing the activation by zero.
+#
+# Each has a confidence interval, computed by resampling the sequences. BOS, EOS and padding are excluded.
 
 # %%
 table = gs.evaluate(model, [*mine, *bundled], tokens, progress=False)
@@ -67,8 +70,9 @@ table[columns].round(3)
 # %% [markdown]
 # ## Sparsity and fidelity
 #
-# Lower and further left is better. Compare at equal L0 only: any SAE reconstructs better with more latents. Delta loss
-# and FVU need not agree between sites, since the model does not read all directions alike.
+# Points that are lower and further to the left are better. Compare SAEs at equal L0 only, because any SAE reconstructs
+# better with more active latents. Delta loss and FVU may rank sites differently, because the model does not depend
+# equally on all directions of an activation.
 
 # %%
 fidelity = sparsity_fidelity(model, [*mine, *bundled], tokens, progress=False)
@@ -77,16 +81,18 @@ fidelity_figure(fidelity)
 # %% [markdown]
 # ## Along the sequence
 #
-# Early tokens have little to say about their past and are cheap to reconstruct. Delta loss is noisy with few sequences.
+# Activations of early tokens contain little context and are easier to reconstruct. With few sequences, delta loss is
+# noisy.
 
 # %%
 here = [sae for sae in bundled if sae.layer == 2]
 position_figure(binned_by_position(model, here, tokens, progress=False))
 
 # %% [markdown]
-# ## How often latents fire
+# ## How often latents are active
 #
-# A peak far to the right is latents that fire on most tokens, one far to the left is latents that are nearly dead.
+# A peak on the far right consists of latents that are active on most tokens, a peak on the far left of latents that are
+# almost dead.
 
 # %%
 frequency_figure(firing_frequencies(model, [*mine, *here], tokens, progress=False, bins=30))
@@ -98,6 +104,11 @@ frequency_figure(firing_frequencies(model, [*mine, *here], tokens, progress=Fals
 domain_figure(by_domain(model, here, labelled_texts(), rows=3, progress=False))
 
 # %% [markdown]
-# On the command line: `gemma-scope eval --model gemma-2-2b --site res --layer 20 --width 16k --data
-# monology/pile-uncopyrighted --out results.csv`, and `gemma-scope study fidelity | position | frequency | domains |
-# precision | transfer`.
+# On the command line:
+#
+# ```
+# gemma-scope eval --model gemma-2-2b --site res --layer 20 --width 16k \
+#   --data monology/pile-uncopyrighted --out results.csv
+# ```
+#
+# The studies are `gemma-scope study fidelity`, `position`, `frequency`, `domains`, `precision` and `transfer`.

@@ -1,7 +1,8 @@
 # %% [markdown]
 # # 6. Publish and contribute
 #
-# From the SAEs of tutorial 4 to a repository that others load by name, with this package and with stock SAELens.
+# This tutorial turns the SAEs of tutorial 4 into a repository from which others can load them by name, with this
+# package and with SAELens.
 
 # %%
 # The run of tutorial 4. Where it is finished in this folder, it is read; else it trains now.
@@ -43,7 +44,8 @@ metrics[["site", "layer", "d_sae", "l0", "fvu", "delta_loss"]].round(3)
 # %% [markdown]
 # ## A repository
 #
-# `About` says what files cannot: licence, data, recipe. What is not said is left out of the card, and the card says so.
+# `About` holds what cannot be read from the files: licence, data and recipe. The model card states which of this
+# information is missing.
 
 # %%
 about = gs.About(
@@ -73,8 +75,9 @@ Markdown("\n".join(line for line in (repo / "README.md").read_text().split("---"
 # %% [markdown]
 # ## The registry file
 #
-# One row for each SAE, written with it. `gemma-scope registry check` compares it with the schema, with every known
-# release, and with headers and hashes of the files; `--run 1` runs one SAE and compares its L0.
+# The export also writes a registry file with one row per SAE. `gemma-scope registry check` compares it with the schema,
+# with every other known release, and with the headers and hashes of the weights files; `--run 1` also runs one SAE and
+# compares its L0.
 
 # %%
 print((repo / "tutorial-saes.yaml").read_text())
@@ -90,7 +93,7 @@ print(checked.stdout)
 assert checked.returncode == 0, checked.stderr
 
 # %% [markdown]
-# ## Load it by name
+# ## Load an SAE by name
 
 # %%
 gs.register_release(repo / "tutorial-saes.yaml")
@@ -99,8 +102,8 @@ sae = gs.JumpReLUSAE.from_pretrained(row["release"], row["id"])
 print(row["release"], row["id"], "->", sae.cfg.metadata.hook_name)
 
 # %% [markdown]
-# Stock SAELens reads the second layout from disk, and knows every release of the registry once it is told. The bits are
-# the same.
+# SAELens loads the second layout from disk, and after `gs.register_with_sae_lens()` it knows every release of the
+# registry. The weights are identical.
 
 # %%
 import sae_lens
@@ -112,7 +115,8 @@ print(type(theirs).__module__, all(bool((value == ours[name]).all()) for name, v
 # %% [markdown]
 # ## Upload
 #
-# The folder is the repository. `gemma-scope upload tutorial-saes my-name/tutorial-saes` checks everything and says what
-# would be sent. With `--yes` it sends it in one commit, privately unless `--public`, and writes a registry file that
-# names the repository and the commit. That file is what you register, or contribute by a pull request to
-# `pretrained_yaml/`. In Python: `gs.upload_suite("tutorial-saes", "my-name/tutorial-saes", dry_run=True)`.
+# The folder is the content of the repository. `gemma-scope upload tutorial-saes my-name/tutorial-saes` checks
+# everything and lists what would be sent. With `--yes`, it sends the files in one commit, to a private repository
+# unless you pass `--public`, and writes a registry file that names the repository and the commit. Register this file,
+# or contribute it to `pretrained_yaml/` by a pull request. In Python:
+# `gs.upload_suite("tutorial-saes", "my-name/tutorial-saes", dry_run=True)`.
