@@ -55,10 +55,11 @@ NAMES = {
     "evals.intervals": "evals.metrics",
     "evals.packing": "text.rows",
     "evals.step": "evals.run",
+    "evals.store": "evals.cache",
     "evals.subjects": "evals.saes",
     "evals.tables": "evals.suite",
     "evals.texts": "text.documents",
-    "evals.units": "evals.accumulators",
+    "evals.units": "evals.sums",
     "feature_table": "latents.table",
     "inputs": "text",
     "inputs.batch": "text.batch",
@@ -66,6 +67,7 @@ NAMES = {
     "inputs.tokenizing": "text.tokenizing",
     "interp.explain": "interp.explanations",
     "interp.scoring": "interp.explanations",
+    "interventions.sources": "sae.access",
     "logit_lens": "latents.logit_lens",
     "owners": "model.owners",
     "positions": "model.positions",
@@ -119,8 +121,11 @@ NAMES = {
 """The old name of each module that has moved, and the new one, both without the package's own name."""
 
 _ELSEWHERE = {
+    "evals.store.Store": "evals.cache:MetricsCache",
     "inputs.as_indices": "sae.choices",
     "inputs.as_saes": "sae.choices",
+    "attached.decode_with_skip": "sae.access",
+    "attached.locate": "sae.access",
     "splicing.ExcludeTokens": "text.tokens",
     "splicing.translate_hook_name": "model.hook_names",
 }
@@ -167,7 +172,7 @@ class MovedModules(MetaPathFinder, Loader):
                 raise AttributeError(f"module {module.__name__!r} has no attribute {wanted!r}")
             if f"{name}.{wanted}" in NAMES:
                 return import_module(f"{module.__name__}.{wanted}")
-            home = _ELSEWHERE.get(f"{name}.{wanted}", new)
-            return getattr(import_module(f"{_PACKAGE}.{home}"), wanted)
+            home, _, renamed = _ELSEWHERE.get(f"{name}.{wanted}", new).partition(":")
+            return getattr(import_module(f"{_PACKAGE}.{home}"), renamed or wanted)
 
         vars(module)["__getattr__"] = attribute

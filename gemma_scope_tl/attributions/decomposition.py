@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemma_scope_tl.attributions.passes import Place, Prompt
 from gemma_scope_tl.errors import unknown_name
-from gemma_scope_tl.model.attached import decode_with_skip
+from gemma_scope_tl.sae.access import decode_with_skip
 from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import flatten_heads
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.model.attached import locate
+from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sites import Site
 from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch

@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, rows_that_fit
-from gemma_scope_tl.evals.saes import Subject, fingerprint, latents_of, subjects_of
+from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.interp.examples import Examples, chosen_latents, passes, top_examples
 from gemma_scope_tl.interp.sampling import Sampling
 from gemma_scope_tl.latents.logit_lens import latent_logits
 from gemma_scope_tl.text.rows import as_tokens
+from gemma_scope_tl.weights.fingerprint import fingerprint
 
 BINS = 50
 SETTINGS = "run_settings.json"

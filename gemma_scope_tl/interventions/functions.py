@@ -9,15 +9,15 @@ import torch
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, SteerLatents, SteerRows
-from gemma_scope_tl.interventions.sources import chosen_latents, place_of
 from gemma_scope_tl.model.positions import Positions
+from gemma_scope_tl.sae.access import chosen_latents, locate
 from gemma_scope_tl.sae.indices import shown
 from gemma_scope_tl.text.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from gemma_scope_tl.interventions.sources import Source
+    from gemma_scope_tl.sae.access import SAEOrLatents
 
 On = Literal["activations", "features"]
 Unit = Literal["activation", "norm", "mean_norm"]
@@ -27,7 +27,7 @@ UNITS: tuple[Unit, ...] = ("activation", "norm", "mean_norm")
 
 
 def steer(
-    sae: Source,
+    sae: SAEOrLatents,
     latent: int | Iterable[int],
     scale: Numbers,
     positions: Positions = None,
@@ -89,7 +89,7 @@ def steer(
 
 
 def clamp(
-    sae: Source,
+    sae: SAEOrLatents,
     latents: int | Iterable[int],
     value: Numbers,
     positions: Positions = None,
@@ -121,7 +121,7 @@ def clamp(
 
 
 def scale(
-    sae: Source,
+    sae: SAEOrLatents,
     latents: int | Iterable[int],
     factor: Numbers,
     positions: Positions = None,
@@ -145,7 +145,7 @@ def scale(
 
 
 def ablate(
-    sae: Source,
+    sae: SAEOrLatents,
     latents: int | Iterable[int],
     positions: Positions = None,
     exclude_special_tokens: ExcludeTokens = True,
@@ -166,7 +166,7 @@ def ablate(
 
 
 def _edit(
-    sae: Source, latents: int | Iterable[int], positions: Positions, exclude_special_tokens: ExcludeTokens, on: On
+    sae: SAEOrLatents, latents: int | Iterable[int], positions: Positions, exclude_special_tokens: ExcludeTokens, on: On
 ) -> tuple[str, list[int], dict[str, Any]]:
     name = _hook_name(sae, on, reads=True)
     where = {
@@ -177,11 +177,11 @@ def _edit(
     return name, chosen_latents(sae, latents), where
 
 
-def _hook_name(sae: Source, on: On, reads: bool) -> str:
+def _hook_name(sae: SAEOrLatents, on: On, reads: bool) -> str:
     """Where the hook goes; ``reads`` when it must know the latents' activations there."""
     if on not in ON:
         raise unknown_name("place to edit (on=)", on, ON)
-    site, layer = place_of(sae)
+    site, layer = locate(sae)
     if on == "features":
         return f"{site.hook_name_out(layer, 'hooked_transformer')}.hook_sae_acts_post"
     if reads and site.is_transcoder:

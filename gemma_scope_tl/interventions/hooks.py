@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.interventions.sources import decoder_rows, encode_latents
 from gemma_scope_tl.model.positions import Positions, chosen_columns, rows_of
 from gemma_scope_tl.model.tracker import TokenTracker
+from gemma_scope_tl.sae.access import decoder_rows, encode_latents
 from gemma_scope_tl.sae.choices import checked_positions
 from gemma_scope_tl.sites import flatten_heads, unflatten_heads
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_choice, excluded_ids
 
 if TYPE_CHECKING:
-    from gemma_scope_tl.interventions.sources import Source
+    from gemma_scope_tl.sae.access import SAEOrLatents
 
 
 class Intervention:
@@ -130,7 +130,7 @@ class SteerRows(Steer):
 
     def __init__(
         self,
-        source: Source,
+        source: SAEOrLatents,
         latents: list[int],
         numbers: Float[torch.Tensor, " k"],
         positions: Positions = None,
@@ -184,7 +184,7 @@ class LatentEdit(Intervention):
 
     def __init__(
         self,
-        source: Source,
+        source: SAEOrLatents,
         latents: list[int],
         positions: Positions = None,
         exclude_special_tokens: ExcludeTokens = True,
@@ -218,7 +218,9 @@ class Ablate(LatentEdit):
 class _WithNumbers(LatentEdit):
     """A latent edit with one number a latent."""
 
-    def __init__(self, source: Source, latents: list[int], numbers: Float[torch.Tensor, " k"], **where: Any) -> None:
+    def __init__(
+        self, source: SAEOrLatents, latents: list[int], numbers: Float[torch.Tensor, " k"], **where: Any
+    ) -> None:
         super().__init__(source, latents, **where)
         self.numbers = numbers
 
@@ -249,7 +251,7 @@ class SteerLatents(_WithNumbers):
 
     def __init__(
         self,
-        source: Source,
+        source: SAEOrLatents,
         latents: list[int],
         numbers: Float[torch.Tensor, " k"],
         per_length: bool = False,

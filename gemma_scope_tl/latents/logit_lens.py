@@ -9,19 +9,19 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.interventions.sources import chosen_latents, decoder_rows, place_of
+from gemma_scope_tl.sae.access import chosen_latents, decoder_rows, locate
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from gemma_scope_tl.interventions.sources import Source
+    from gemma_scope_tl.sae.access import SAEOrLatents
     from gemma_scope_tl.sites import Site
 
 _CHUNK = 32768  # columns of the unembedding in float32 at once
 
 
 @torch.no_grad()
-def top_tokens(model: Any, sae: Source, latent: int | Iterable[int], k: int = 10) -> pd.DataFrame:
+def top_tokens(model: Any, sae: SAEOrLatents, latent: int | Iterable[int], k: int = 10) -> pd.DataFrame:
     """The tokens that a latent promotes and suppresses most, by its direct path to the logits.
 
     For a decoder row v, with the gains ``1 + w`` of Gemma 2's RMSNorms::
@@ -78,13 +78,13 @@ def top_tokens(model: Any, sae: Source, latent: int | Iterable[int], k: int = 10
 
 
 @torch.no_grad()
-def latent_logits(model: Any, sae: Source, latents: list[int]) -> Float[torch.Tensor, "k d_vocab"]:
+def latent_logits(model: Any, sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "k d_vocab"]:
     """What each latent adds to the logits per unit of activation, as :func:`top_tokens` explains, in float32.
 
     Raises:
         SpliceError: for an SAE that does not fit the model's layers and widths.
     """
-    site, layer = place_of(sae)
+    site, layer = locate(sae)
     site.check_layer(layer, model.dims)
     return _logits(model, site, layer, decoder_rows(sae, latents))
 

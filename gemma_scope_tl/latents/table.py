@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.interventions.sources import encode_latents, place_of
+from gemma_scope_tl.sae.access import encode_latents, locate
 from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import flatten_heads
@@ -62,7 +62,7 @@ def features(
     if (top is not None and top < 1) or not min_activation >= 0:
         raise GemmaScopeError(f"top is at least 1 and min_activation at least 0; given: {top}, {min_activation}.")
     several, batch = as_saes(saes), as_batch(model, text, attention_mask)
-    places = [place_of(sae) for sae in several]
+    places = [locate(sae) for sae in several]
     names = [site.hook_name(layer, "hooked_transformer") for site, layer in places]
     seen = _activations(model, batch, names)
     counted = batch.ordinary(excluded_ids(model.tokenizer, exclude_special_tokens))

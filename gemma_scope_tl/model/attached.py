@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,62 +10,17 @@ from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsa
 
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.model.owners import Owner
-from gemma_scope_tl.model.positions import Positions, chosen_columns, rows_of
+from gemma_scope_tl.model.positions import chosen_columns, rows_of
+from gemma_scope_tl.model.protocol import HasSites
+from gemma_scope_tl.model.splice_options import SpliceOptions
+from gemma_scope_tl.sae.access import decode_with_skip
 from gemma_scope_tl.sae.base import GemmaScopeMixin
-from gemma_scope_tl.sae.choices import checked_positions
 from gemma_scope_tl.sae.hooked_pass import hooked_pass, is_hooked
 from gemma_scope_tl.sae.placement import bring
-from gemma_scope_tl.sites import Site, flatten_heads, get_site, site_of_hook, unflatten_heads
-from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_choice
+from gemma_scope_tl.sites import Site, flatten_heads, unflatten_heads
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-    from gemma_scope_tl.model.hooked import GemmaModel
-
-
-def locate(sae: SAE[Any]) -> tuple[Site, int | None]:
-    """The site and layer that ``sae`` belongs to, from itself or from its SAELens metadata.
-
-    Raises:
-        SpliceError: when it does not say.
-    """
-    name = getattr(sae, "site", None)
-    if name is not None:
-        return get_site(name), getattr(sae, "layer", None)
-    hook = sae.cfg.metadata.hook_name
-    if hook is None:
-        raise SpliceError("This SAE does not say where it belongs: load it with site= and layer=.")
-    return site_of_hook(hook, sae.cfg.metadata.hook_name_out)
-
-
-def decode_with_skip(sae: SAE[Any], acts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The whole output for latents ``acts`` of ``x``: of a skip transcoder, ``decode`` alone is only a part."""
-    out = sae.decode(acts)
-    w_skip = getattr(sae, "W_skip", None)
-    return out if w_skip is None else out + x.to(out.dtype) @ w_skip.T
-
-
-@dataclass(frozen=True)
-class SpliceOptions:
-    """How SAEs are spliced; :meth:`~gemma_scope_tl.model.splicing.SpliceMixin.add_sae` says what each means.
-
-    Attributes:
-        error_term: None for the SAE's own setting.
-        exclude_special_tokens: True, False or token ids.
-        positions: None for all.
-        chain: read the output of an SAE that writes there already.
-    """
-
-    error_term: bool | None = None
-    exclude_special_tokens: ExcludeTokens = True
-    positions: Positions = None
-    chain: bool = False
-
-    def __post_init__(self) -> None:
-        checked_positions(self.positions)
-        choice = excluded_choice(self.exclude_special_tokens)  # an iterator is read once, for all SAEs
-        object.__setattr__(self, "exclude_special_tokens", choice)
 
 
 class AttachedSAE:
@@ -101,7 +55,7 @@ class AttachedSAE:
         self._before: list[Any] = []  # handles that were on the SAE's own points
         self._named = self._told = False
 
-    def attach(self, model: GemmaModel) -> None:
+    def attach(self, model: HasSites) -> None:
         """Put the hooks on ``model``'s hook points; :meth:`detach` takes back exactly these."""
         self._tracker = model.token_tracker
         self._heads_apart = model.backend == "hooked_transformer"

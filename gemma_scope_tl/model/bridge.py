@@ -69,7 +69,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         seen = 0 if cache is None else int(cache.get_seq_length())
         if ids is None:
-            if any(attached.site.name == "embedding" for attached in self._attached.values()):
+            if self._embedding_is_spliced():
                 raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
             self.token_tracker.observe(None)
             return

@@ -10,7 +10,6 @@ import torch
 
 from gemma_scope_tl.errors import KeywordError, SpliceError, unknown_name
 from gemma_scope_tl.families import Family, ModelDims
-from gemma_scope_tl.interventions import Intervention
 from gemma_scope_tl.model.attached import AttachedSAE
 from gemma_scope_tl.model.generation import Generates
 from gemma_scope_tl.model.hook_names import (
@@ -23,6 +22,7 @@ from gemma_scope_tl.model.hook_names import (
 )
 from gemma_scope_tl.model.keywords import check_keywords, named
 from gemma_scope_tl.model.owners import OwnedHook, Owner, Turns
+from gemma_scope_tl.model.protocol import BindsToPass
 from gemma_scope_tl.model.splicing import SpliceMixin
 from gemma_scope_tl.model.tracker import TokenTracker
 from gemma_scope_tl.text.batch import as_batch
@@ -100,7 +100,7 @@ class GemmaModel(Generates, SpliceMixin):
         return resolved
 
     def _bound(self, fn: Any) -> Any:
-        return fn.bound_to(self.token_tracker, self.tokenizer) if isinstance(fn, Intervention) else fn
+        return fn.bound_to(self.token_tracker, self.tokenizer) if isinstance(fn, BindsToPass) else fn
 
     def _resolve_filter(self, names: Any) -> Any:
         if names is None:
@@ -300,7 +300,7 @@ class GemmaModel(Generates, SpliceMixin):
             call["attention_mask"] = attendable(mask).long()
             with self.token_tracker.under_way():
                 return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
-        if not call.get("start_at_layer") and any(one.site.name == "embedding" for one in self._attached.values()):
+        if not call.get("start_at_layer") and self._embedding_is_spliced():
             raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
         with self.token_tracker.expecting(None, None, 0):
             self.token_tracker.clear()

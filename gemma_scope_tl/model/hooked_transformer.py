@@ -38,7 +38,7 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
         self.token_tracker.observe_embedded(args[0], self.tokenizer)
 
     def _prepared(self, method: str, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if any(attached.site.name == "embedding" for attached in self._attached.values()):
+        if self._embedding_is_spliced():
             raise SpliceError('HookedTransformer.generate skips hook_embed: load with backend="bridge".')
         prompts, call = super()._prepared(method, input, args, kwargs)
         total = prompts.ids.shape[1] + int(call.get("max_new_tokens", 10)) - 1  # the last token is not read again

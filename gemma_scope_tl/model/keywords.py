@@ -6,14 +6,12 @@ looks like any other pass.
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from gemma_scope_tl.errors import KeywordError, UnknownKeywordError, unknown_keyword
-from gemma_scope_tl.model.attached import SpliceOptions
+from gemma_scope_tl.errors import UnknownKeywordError, unknown_keyword
 
 # Keywords that another method takes, and where a pass with them is to be had.
 ELSEWHERE = {
@@ -39,7 +37,7 @@ def named(model: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, A
         UnknownKeywordError: for a keyword that it does not take, with the nearest that it does.
         TypeError: too many positional arguments, or one given twice.
     """
-    names = [name for name in _parameters(_below(model), method) if name != "input"]
+    names = [name for name in _parameter_names(_below(model), method) if name != "input"]
     if len(args) > len(names):
         raise TypeError(f"{method}() takes {len(names) + 1} positional arguments at most; given: {len(args) + 1}.")
     call = dict(zip(names, args, strict=False))
@@ -67,7 +65,7 @@ def check_keywords(model: Any, method: str, given: Mapping[str, Any]) -> None:
 @cache
 def accepted(model_class: type, hf_class: type | None, method: str) -> frozenset[str]:
     """The keywords of a method of TransformerLens's model class, and of what it hands its keywords to."""
-    valid = set(_parameters(model_class, method))
+    valid = set(_parameter_names(model_class, method))
     if method == "forward":
         valid |= _INPUTS | (set() if hf_class is None else _CACHE_NAMES | _hf_forward(hf_class))
     elif method in ("run_with_cache", "run_with_hooks"):
@@ -91,7 +89,7 @@ def _below(model: Any) -> type:
 
 
 @cache
-def _parameters(model_class: type, method: str) -> tuple[str, ...]:
+def _parameter_names(model_class: type, method: str) -> tuple[str, ...]:
     function = getattr(model_class, method)
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     found = inspect.signature(function).parameters
@@ -114,42 +112,3 @@ def _hf_generate(hf_class: type) -> set[str]:
 
     names = set(inspect.signature(hf_class.generate).parameters)  # pyright: ignore[reportAttributeAccessIssue]
     return (names | set(GenerationConfig().to_dict())) - {"self", "kwargs", "inputs"}
-
-
-OPTIONS = ("error_term", "use_error_term", "exclude_special_tokens", "positions", "chain")
-OWN = ("saes", "reset_saes_end", *OPTIONS)
-
-
-def one_error_term(function: str, error_term: bool | None, use_error_term: bool | None) -> bool | None:
-    """The one option that has two names, SAELens's being ``use_error_term``.
-
-    Raises:
-        KeywordError: a ``TypeError``, when both are given and differ.
-    """
-    if error_term is not None and use_error_term is not None and bool(error_term) != bool(use_error_term):
-        raise KeywordError(
-            f"{function}() got error_term={error_term!r} and use_error_term={use_error_term!r}, which are two names of "
-            "one option: give one."
-        )
-    return use_error_term if error_term is None else error_term
-
-
-def refuse_unknown(function: str, unknown: Mapping[str, Any], others: Iterable[str]) -> None:
-    """Raise :class:`UnknownKeywordError` for what is left over; ``others`` are keywords besides :data:`OPTIONS`."""
-    for name in unknown:
-        raise unknown_keyword(function, name, (*others, *OPTIONS))
-
-
-def taken_options(function: str, keywords: dict[str, Any]) -> SpliceOptions:
-    """The options of a splice, taken out of ``keywords``.
-
-    Raises:
-        KeywordError: as :func:`one_error_term`; for a keyword that is one of these but for a letter. Others are for
-            the pass to judge.
-    """
-    for name in keywords.keys() - {"position_ids"}:  # Hugging Face's, and near to one of these
-        if name not in OPTIONS and difflib.get_close_matches(name, OWN, n=1, cutoff=0.8):
-            raise unknown_keyword(function, name, OWN)
-    given = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
-    term = one_error_term(function, given.pop("error_term", None), given.pop("use_error_term", None))
-    return SpliceOptions(term, **given)

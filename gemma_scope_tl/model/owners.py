@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.model.protocol import BindsToPass
 
 _held: ContextVar[frozenset[Owner]] = ContextVar("gemma_scope_tl_held", default=frozenset())
 
@@ -81,12 +82,12 @@ class OwnedHook:
 
     def bound_to(self, tracker: Any, tokenizer: Any) -> OwnedHook:
         """As the function's own method of that name, where it has one."""
-        bound = self.fn.bound_to(tracker, tokenizer) if hasattr(self.fn, "bound_to") else self.fn  # pyright: ignore
+        bound = self.fn.bound_to(tracker, tokenizer) if isinstance(self.fn, BindsToPass) else self.fn
         return OwnedHook(bound, self.owner)
 
     def __deepcopy__(self, memo: Any) -> OwnedHook:
         """Of a copied model; functions are not copied, but what follows its model is."""
-        fn = copy.deepcopy(self.fn, memo) if hasattr(self.fn, "bound_to") else self.fn
+        fn = copy.deepcopy(self.fn, memo) if isinstance(self.fn, BindsToPass) else self.fn
         return OwnedHook(fn, copy.deepcopy(self.owner, memo))
 
 

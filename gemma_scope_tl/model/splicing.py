@@ -5,17 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.model import copies
-from gemma_scope_tl.model.attached import AttachedSAE, SpliceOptions, locate
-from gemma_scope_tl.model.keywords import one_error_term, refuse_unknown, taken_options
+from gemma_scope_tl.model.attached import AttachedSAE
 from gemma_scope_tl.model.owners import ADVICE, Owner, Turns
-from gemma_scope_tl.model.positions import Positions
+from gemma_scope_tl.model.splice_options import SpliceKeywords, SpliceOptions
 from gemma_scope_tl.model.tracker import TokenTracker
+from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import Backend, Family, ModelDims, Site
@@ -47,41 +47,23 @@ class SpliceMixin:
         named = ((one.read_name + (f".{one.stage}" if one.stage else ""), one.sae) for one in self._attached.values())
         return dict(named)
 
-    def add_sae(
-        self,
-        sae: SAE[Any],
-        error_term: bool | None = None,
-        exclude_special_tokens: ExcludeTokens = True,
-        positions: Positions = None,
-        chain: bool = False,
-        *,
-        use_error_term: bool | None = None,
-        **unknown: Never,
-    ) -> None:
+    def add_sae(self, sae: SAE[Any], *by_position: Any, **options: Unpack[SpliceKeywords]) -> None:
         """Attach ``sae`` until :meth:`reset_saes`, for passes of this thread.
 
         It moves, in place, to the device of the site's weights, and follows when the model moves.
 
         Args:
-            sae: any SAELens SAE or transcoder at a Gemma Scope site.
-            error_term: add what the SAE misses, so that the pass is unchanged until a feature is edited. None keeps
-                the SAE's own setting.
-            exclude_special_tokens: leave BOS, EOS and padding alone (default), or the given token ids, or none.
-            positions: splice only there; they count in the text (``positions.py``), through padding and in every step
-                of generation. None for all.
-            chain: where another SAE writes already, read that SAE's output and write after it, under the hook names
-                ``<hook>.1.hook_sae_acts_post`` and so on.
-            use_error_term: SAELens's name for ``error_term``.
+            sae: any SAELens SAE or transcoder at a site of the model's family.
+            *by_position: options in the order of :class:`~gemma_scope_tl.model.splice_options.SpliceKeywords`.
+            **options: see there.
 
         Raises:
             SpliceError: another model, width or layer; a site that is taken; an SAE that is attached already.
             TypeError: another keyword, or both names of the error term with two values.
         """
-        refuse_unknown("add_sae", unknown, ("sae",))
-        term = one_error_term("add_sae", error_term, use_error_term)
-        options, owner = SpliceOptions(term, exclude_special_tokens, positions, chain), Owner(thread=True)
+        chosen, owner = SpliceOptions.of("add_sae", options, by_position, ("sae",)), Owner(thread=True)
         try:
-            self._attach(sae, options, owner)
+            self._attach(sae, chosen, owner)
         except BaseException:
             owner.release()
             raise
@@ -135,37 +117,29 @@ class SpliceMixin:
         for attached in self._attached.values():
             if attached.sae is sae:
                 return f"{attached.name}.{internal}"
-        site, layer = locate(sae)
+        site, layer = locate(sae, self.family)
         return f"{site.hook_name_out(layer, 'hooked_transformer')}.{internal}"
 
-    @contextmanager
     def saes(
         self,
         saes: SAE[Any] | Iterable[SAE[Any]] = (),
         reset_saes_end: bool = True,
-        error_term: bool | None = None,
-        exclude_special_tokens: ExcludeTokens = True,
-        positions: Positions = None,
-        chain: bool = False,
-        *,
-        use_error_term: bool | None = None,
-        **unknown: Never,
-    ) -> Generator[SpliceMixin]:
+        *by_position: Any,
+        **options: Unpack[SpliceKeywords],
+    ) -> AbstractContextManager[Self]:
         """Attach ``saes`` inside the block; all of them or, on an error, none. They are spliced into passes of this
         context: a pass of another thread raises, and runs neither with them nor, silently, without.
 
         Args:
             saes: one, several, a mapping of them or a suite.
             reset_saes_end: False leaves them attached at the end of the block, as :meth:`add_sae` does.
-            error_term, exclude_special_tokens, positions, chain, use_error_term: as for :meth:`add_sae`.
+            *by_position, **options: as for :meth:`add_sae`.
 
         Raises:
             SpliceError, TypeError: as :meth:`add_sae`.
         """
-        refuse_unknown("saes", unknown, ("saes", "reset_saes_end"))
-        term = one_error_term("saes", error_term, use_error_term)
-        with self._spliced(saes, reset_saes_end, SpliceOptions(term, exclude_special_tokens, positions, chain)):
-            yield self
+        chosen = SpliceOptions.of("saes", options, by_position, ("saes", "reset_saes_end"))
+        return self._spliced(saes, reset_saes_end, chosen)
 
     def run_with_saes(
         self,
@@ -175,8 +149,7 @@ class SpliceMixin:
         **kwargs: Any,
     ) -> Any:
         """One forward pass with ``saes`` attached; keywords are those of :meth:`saes` and of the model's call."""
-        options = taken_options("run_with_saes", kwargs)
-        with self._spliced(saes, reset_saes_end, options):
+        with self._spliced(saes, reset_saes_end, SpliceOptions.taken_from(kwargs, "run_with_saes")):
             return self(*model_args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def run_with_cache_with_saes(
@@ -188,7 +161,7 @@ class SpliceMixin:
     ) -> tuple[Any, Any]:
         """``run_with_cache`` with ``saes`` attached; features under ``<hook>.hook_sae_acts_post``, by either backend's
         name of the hook. Keywords are those of :meth:`saes` and of ``run_with_cache``."""
-        options = taken_options("run_with_cache_with_saes", kwargs)
+        options = SpliceOptions.taken_from(kwargs, "run_with_cache_with_saes")
         with self._spliced(saes, reset_saes_end, options):
             return self.run_with_cache(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -201,7 +174,7 @@ class SpliceMixin:
     ) -> Any:
         """``run_with_hooks`` with ``saes`` attached; hooks may name the SAEs' own hook points. Keywords are those of
         :meth:`saes` and of ``run_with_hooks``."""
-        options = taken_options("run_with_hooks_with_saes", kwargs)
+        options = SpliceOptions.taken_from(kwargs, "run_with_hooks_with_saes")
         with self._spliced(saes, reset_saes_end, options):
             return self.run_with_hooks(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -210,13 +183,13 @@ class SpliceMixin:
         return {name: point for attached in self._attached.values() for name, point in attached.hook_points.items()}
 
     @contextmanager
-    def _spliced(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[None]:
+    def _spliced(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[Self]:
         added: list[AttachedSAE] = []
         owner = Owner()
         try:
             for sae in as_saes(saes, empty=True, whole=True):
                 added.append(self._attach(sae, options, owner))
-            yield
+            yield self
         except BaseException:
             self._remove(added)
             owner.release()
@@ -227,13 +200,17 @@ class SpliceMixin:
         else:
             owner.keep()
 
+    def _embedding_is_spliced(self) -> bool:
+        """Whether an SAE writes the embedding, which a pass that begins behind it would skip."""
+        return any(attached.site.joins == "embedding" for attached in self._attached.values())
+
     def _attach(self, sae: SAE[Any], options: SpliceOptions, owner: Owner) -> AttachedSAE:
         with _bookkeeping:
             return self._attach_locked(sae, options, owner)
 
     def _attach_locked(self, sae: SAE[Any], options: SpliceOptions, owner: Owner) -> AttachedSAE:
-        site, layer = locate(sae)
-        self._check_fits(sae, site, layer)
+        site, layer = locate(sae, self.family)
+        self.check_fits(sae, site, layer)
         if any(attached.sae is sae for attached in self._attached.values()):
             raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
         excluded = self.excluded_ids(options.exclude_special_tokens)
@@ -255,7 +232,12 @@ class SpliceMixin:
         module: Any = self.blocks[layer] if layer is not None else self.embedding_module()  # pyright: ignore
         return next(module.parameters()).device
 
-    def _check_fits(self, sae: SAE[Any], site: Site, layer: int | None) -> None:
+    def check_fits(self, sae: SAE[Any], site: Site, layer: int | None) -> None:
+        """Check that ``sae`` can be spliced at a site and layer of this model.
+
+        Raises:
+            SpliceError: another model, width or layer.
+        """
         site.check_layer(layer, self.dims)
         d_in = site.d_in(self.dims)
         if sae.cfg.d_in != d_in:
@@ -329,28 +311,24 @@ class SpliceMixin:
 
 
 def splice(
-    model: Any,
-    saes: SAE[Any] | Iterable[SAE[Any]],
-    error_term: bool | None = None,
-    exclude_special_tokens: ExcludeTokens = True,
-    positions: Positions = None,
-    chain: bool = False,
-    *,
-    use_error_term: bool | None = None,
-    **unknown: Never,
+    model: Any, saes: SAE[Any] | Iterable[SAE[Any]], *by_position: Any, **options: Unpack[SpliceKeywords]
 ) -> AbstractContextManager[Any]:
     """Attach ``saes`` to a model from :func:`~gemma_scope_tl.load_model` inside a ``with`` block.
 
     Everything inside runs through them: forward passes, caches, hooks and ``generate``, in this context; a pass of
-    another thread raises. SAEs on another device move to the model's, in place. Arguments as
-    :meth:`SpliceMixin.saes`.
+    another thread raises. SAEs on another device move to the model's, in place.
+
+    Args:
+        model: from ``load_model``.
+        saes: one, several, a mapping of them or a suite.
+        *by_position: options in the order of :class:`~gemma_scope_tl.model.splice_options.SpliceKeywords`.
+        **options: ``error_term``, ``exclude_special_tokens``, ``positions`` and ``chain``; see there.
 
     Raises:
         SpliceError: when the model does not come from ``load_model``, or an SAE does not fit.
         TypeError: another keyword, or both names of the error term with two values.
     """
-    refuse_unknown("splice", unknown, ("saes",))
+    chosen = SpliceOptions.of("splice", options, by_position, ("saes",))
     if not isinstance(model, SpliceMixin):
         raise SpliceError("splice() needs a model from gemma_scope_tl.load_model(); wrap yours with hf_model=.")
-    term = one_error_term("splice", error_term, use_error_term)
-    return model.saes(saes, True, term, exclude_special_tokens, positions, chain)
+    return model._spliced(saes, True, chosen)

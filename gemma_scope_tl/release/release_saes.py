@@ -174,7 +174,7 @@ def _from_row(row: SAERow) -> ReleaseSAE:
 
 
 def _from_memory(sae: Any, model: str | None) -> ReleaseSAE:
-    from gemma_scope_tl.model.attached import locate
+    from gemma_scope_tl.sae.access import locate
 
     site, layer = locate(sae)
     row = getattr(sae, "row", None)
@@ -188,9 +188,8 @@ def _from_memory(sae: Any, model: str | None) -> ReleaseSAE:
     elif not isinstance(l0, (int, float)) or not (math.isfinite(l0) and l0 > 0):
         raise GemmaScopeError(f"{where} says an L0 of {l0!r}: set sae.cfg.metadata.l0 to the measured one.")
     named = None if row is None else (str(row.release), str(row.id))
-    return ReleaseSAE(
-        site.name, layer, int(sae.cfg.d_sae), float(l0), str(name).rpartition("/")[2], sae=sae, named=named
-    )
+    model = str(name).rpartition("/")[2]
+    return ReleaseSAE(site.name, layer, int(sae.cfg.d_sae), float(l0), model, sae=sae, named=named)
 
 
 def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequence[SAERow] | None]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
-from gemma_scope_tl.model.attached import locate
+from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.studies.probe_data import Concept, LabelledRows
@@ -186,10 +186,8 @@ def _rows(
 def _row(
     subject: Subject, kind: str, l0: float, asked: _Asked, fitted: Fitted, k: int, best: tuple[int, float] | None
 ) -> dict[str, Any]:
-    names = {"release": subject.release, "id": subject.id, "site": subject.place.site, "layer": subject.place.layer}
     return {
-        **names,
-        "d_sae": subject.d_sae,
+        **subject.columns,
         "l0": l0,
         "concept": asked.concept.name,
         "features": kind,

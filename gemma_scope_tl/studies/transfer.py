@@ -14,7 +14,7 @@ from gemma_scope_tl.evals.saes import Subject, subjects_of
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.suite import SAESuite
-from gemma_scope_tl.sites import Place
+from gemma_scope_tl.sites import Place, get_site
 from gemma_scope_tl.studies.positions import binned_by_position
 from gemma_scope_tl.studies.rollouts import Rollouts
 from gemma_scope_tl.text.rows import as_tokens, special_ids
@@ -124,7 +124,7 @@ def rescaled(sae: Any, scale: float) -> Any:
         GemmaScopeError: for a transcoder, whose input and output have scales of their own, or a scale that is not
             positive.
     """
-    if sae.site == "transcoder":
+    if get_site(sae.site).is_transcoder:
         raise GemmaScopeError("A transcoder reads one tensor and writes another, so one scale does not fit: leave it.")
     if not 0 < scale < float("inf"):
         raise GemmaScopeError(f"A scale is a positive number, not {scale}.")

@@ -210,6 +210,12 @@ def chat_wrapping(tokenizer: Any) -> Wrapping:
     return Wrapping(*(tokenizer.encode(part, add_special_tokens=False) for part in parts))
 
 
+def turn_end_id(tokenizer: Any) -> int | None:
+    """The id of the token that ends a turn of a chat, in the first family whose token it is; None without one."""
+    known = tokenizer.get_vocab()
+    return next((known[family.turn_end] for family in families() if family.turn_end in known), None)
+
+
 def _turn_tokens(tokenizer: Any) -> tuple[str, str]:
     known = tokenizer.get_vocab()
     for family in families():

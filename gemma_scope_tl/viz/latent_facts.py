@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.interventions.sources import chosen_latents, decoder_rows, encode_latents, place_of
 from gemma_scope_tl.latents.logit_lens import top_tokens
+from gemma_scope_tl.sae.access import chosen_latents, decoder_rows, encode_latents, locate
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import flatten_heads
 from gemma_scope_tl.text.batch import Text
@@ -67,7 +67,7 @@ class PageText:
     @torch.no_grad()
     def activations(self, sae: Any) -> Float[torch.Tensor, "rows pos d_in"]:
         """What ``sae`` reads at every token, heads flattened, on the CPU."""
-        site, layer = place_of(sae)
+        site, layer = locate(sae)
         site.check_layer(layer, self.model.dims)
         name = self.model.family.site(site.name).hook_name(layer, self.model.backend)
         if name in self._held:
@@ -175,7 +175,7 @@ def latent_facts(
     if min(examples, k, neighbours) < 1 or around < 0:
         raise GemmaScopeError(f"Counts are at least 1; given: {examples}, {k}, {neighbours}, around {around}.")
     (index,) = chosen_latents(sae, latent)
-    site, layer = place_of(sae)
+    site, layer = locate(sae)
     x = text.activations(sae).to(text.model.device_of(layer))
     acts = encode_latents(sae, x, [index])[..., 0].float().cpu()
     acts = torch.where(text.ordinary, acts, 0.0)
