@@ -61,7 +61,7 @@ def _whole(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: whatever goes wrong becomes a line on standard error and an exit status.
+    """The entry point. Errors become a line on standard error and an exit status.
 
     Args:
         arguments: by default those of this process.

@@ -1,4 +1,4 @@
-"""``gemma-scope eval``: the paper's metrics of any choice of SAEs on one set of tokens."""
+"""``gemma-scope eval``: the paper's metrics of SAEs, all on the same tokens."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""``gemma-scope explain`` and ``neuronpedia``: what latents stand for."""
+"""``gemma-scope explain`` and ``gemma-scope neuronpedia``: explanations and feature files of latents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
