@@ -52,7 +52,9 @@ NAMES = {
     "contributing.facts": "contributing.folder_metadata",
     "contributing.places": "contributing.repositories",
     "contributing.remote_headers": "contributing.repositories",
+    "demo.names": "demo.hosts",
     "demo.suite_grid": "demo.views",
+    "demo.waiting": "demo.queue_rules",
     "evals.bridges": "interop.run_evals",
     "evals.intervals": "evals.metrics",
     "evals.packing": "text.rows",
@@ -138,6 +140,16 @@ _ELSEWHERE = {
 }
 
 
+class _OldModule(ModuleType):
+    """A module under its old name; importing it puts it into the package in place of a function of that name.
+
+    So that the function can still be called (``interp.explain``), the module is callable.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
 class MovedModules(MetaPathFinder, Loader):
     """Finds a module under its old name: an empty module that takes every attribute from where it is now."""
 
@@ -149,6 +161,10 @@ class MovedModules(MetaPathFinder, Loader):
         if package != _PACKAGE or name not in NAMES:
             return None
         return ModuleSpec(fullname, self, is_package="." not in name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """An empty module."""
+        return _OldModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         """Warn, and let the module answer with the attributes of the new one."""

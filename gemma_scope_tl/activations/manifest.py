@@ -23,7 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gemma_scope_tl.activations.folder import Folder
-from gemma_scope_tl.dtypes import DTYPES
+from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sites import Place, parse_place
 from gemma_scope_tl.weights.safetensors_file import safetensors_header
@@ -101,7 +101,7 @@ class Contents(_Record):
     @property
     def torch_dtype(self) -> torch.dtype:
         """Of the stored values."""
-        return DTYPES[self.dtype]
+        return parse_dtype(self.dtype)
 
     def row_bytes(self, key: str) -> int:
         """Bytes of one row of a place."""
