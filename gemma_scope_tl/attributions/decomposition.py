@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from gemma_scope_tl.attributions.passes import PlacedSAE, Prompt
 from gemma_scope_tl.errors import unknown_name
 from gemma_scope_tl.sae.access import decode_with_skip, flat_heads
-from gemma_scope_tl.sae.placement import bring
+from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sites import flatten_heads
 
 if TYPE_CHECKING:

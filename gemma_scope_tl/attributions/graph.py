@@ -44,7 +44,7 @@ from gemma_scope_tl.attributions.passes import (
 )
 from gemma_scope_tl.attributions.targets import Metric, Tokens, metric_on, metric_value
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.sae.indices import as_indices
+from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sites import flatten_heads
 from gemma_scope_tl.text.batch import Text
 from gemma_scope_tl.text.tokens import ExcludeTokens

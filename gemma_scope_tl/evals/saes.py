@@ -11,9 +11,8 @@ from jaxtyping import Float
 
 from gemma_scope_tl.sae.access import decode_with_skip, flat_heads, locate
 from gemma_scope_tl.sae.base import GemmaScopeMixin
-from gemma_scope_tl.sae.choices import as_saes
+from gemma_scope_tl.sae.choices import as_saes, bring
 from gemma_scope_tl.sae.hooked_pass import is_hooked
-from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sae.sparse import SparseActs, decode_sparse, encode_sparse
 from gemma_scope_tl.sae.suite import SAESuite
 from gemma_scope_tl.sites import Place

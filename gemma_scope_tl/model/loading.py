@@ -13,9 +13,8 @@ import torch
 from gemma_scope_tl.dtypes import DTYPES, parse_device, parse_dtype
 from gemma_scope_tl.errors import AdapterError, unknown_name
 from gemma_scope_tl.families import BACKENDS, Family, ModelDims, families, family_of_config, hub_ids
-from gemma_scope_tl.model.check import self_check
+from gemma_scope_tl.model.check import repair, self_check
 from gemma_scope_tl.model.plain import is_quantized, run_plain
-from gemma_scope_tl.model.repairs import repair
 from gemma_scope_tl.model.tokenizer import prepared, stop_token_ids
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.weights.modes import float32_by_default, make_ordinary, ordinary_tensors
@@ -127,7 +126,7 @@ def move_given(hf_model: Any, dtype: torch.dtype | None, device: torch.device | 
             hf_model.to(device)
     except ValueError as error:  # quantised and dispatched models refuse
         raise AdapterError(f"This hf_model stays as it is: {error}\nLeave dtype and device out.") from error
-    if hf_model.dtype not in DTYPES.values():
+    if str(hf_model.dtype).removeprefix("torch.") not in DTYPES:
         raise AdapterError(f"This hf_model is in {hf_model.dtype}. Pass dtype=, one of {', '.join(DTYPES)}.")
     make_ordinary(hf_model)  # it may have been loaded in inference mode
     hf_model.config._attn_implementation = "eager"
