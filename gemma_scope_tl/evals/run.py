@@ -233,11 +233,10 @@ class Step:
             return
         y = batch.activations(place)
         if not sums.deviation.done:
-            centre = sums.centre.mean.value.to(y.device)
-            sums.deviation.value.update(squared_error(y, centre), batch.ordinary)
+            deviation = squared_error(y, _replacement("mean", y, sums.centre))
+            sums.deviation.value.update(deviation, batch.ordinary)
         for kind, loss in ablated.items():
-            fill = torch.zeros_like(y[:1]) if kind == "zero" else sums.centre.mean.value.to(y.device)[None]
-            self._add(batch.spliced(place, fill.expand_as(y)), loss)
+            self._add(batch.spliced(place, _replacement(kind, y, sums.centre)), loss)
 
     def _measure_sae(self, number: int, target: Place, gradients: Gradients | None) -> None:
         run, batch, sums = self.run, self.batch, self.sums.saes[number]
@@ -306,6 +305,17 @@ class Step:
             if one.kl is not None and score.divergences is not None:
                 one.kl.update(score.divergences, self.batch.scored)
         self._unscored.clear()
+
+
+def _replacement(ablation: str, y: torch.Tensor, centre: Centre) -> torch.Tensor:
+    """What an ablation writes in place of the activations ``y``, ``[n, d]``."""
+    match ablation:
+        case "zero":
+            return torch.zeros_like(y[:1]).expand_as(y)
+        case "mean":
+            return centre.mean.value.to(y.device).expand_as(y)
+        case _:
+            raise unknown_name("ablation", ablation, ABLATIONS)
 
 
 def facts_of(model: Any, rows: TokenBatch, special: tuple[int, ...]) -> dict[str, Any]:
