@@ -56,6 +56,7 @@ NAMES = {
     "demo.suite_grid": "demo.views",
     "demo.waiting": "demo.queue_rules",
     "evals.bridges": "interop.run_evals",
+    "evals.importance": "evals.next_token",
     "evals.intervals": "evals.metrics",
     "evals.packing": "text.rows",
     "evals.step": "evals.run",

@@ -18,9 +18,8 @@ from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.evals.accumulators import TokenMean
 from gemma_scope_tl.evals.cache import Checkpoint, MetricsCache, key_of
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
-from gemma_scope_tl.evals.importance import logit_gradients, sampled_positions
 from gemma_scope_tl.evals.metrics import l0, latent_importance, squared_error, uniformity
-from gemma_scope_tl.evals.next_token import LogitHead
+from gemma_scope_tl.evals.next_token import LogitHead, logit_gradients, sampled_positions
 from gemma_scope_tl.evals.saes import Subject, latents_and_output
 from gemma_scope_tl.evals.sums import Centre, Piece, Sums
 from gemma_scope_tl.sites import Place, flatten_heads, target_of
