@@ -33,8 +33,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
-
 # Above these densities (active latents / all) the dense product is faster.
 DENSE_ROWS = 0.04  # weighted sums of rows, and sampled products with a small matrix
 DENSE_IN_ORDER = 0.15  # sampled products with a large matrix
@@ -274,7 +272,7 @@ def column_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor
         return _dense_rows(offsets, latents, values, matrix.T)
     if latents.shape[0] == 0:
         return matrix.new_zeros(n, matrix.shape[0])
-    columns = torch.sparse_csr_tensor(offsets, latents, values, (n, d_sae), check_invariants=False).t()
+    columns = _csr(offsets, latents, values, (n, d_sae)).t()
     out = matrix.new_empty(matrix.shape[0], n)
     step = max(32, BLOCK_BYTES // (d_sae * matrix.element_size()))
     for i in range(0, matrix.shape[0], step):  # the kernel copies its dense matrix: all of it at once is also slower
@@ -333,8 +331,22 @@ def sampled(
 def _sampled(offsets: Tensor, columns: Tensor, rows: Tensor, others: Tensor) -> Tensor:
     """``rows_i . others_j`` for the columns j of each row i."""
     zeros, shape = rows.new_zeros(columns.shape), (rows.shape[0], others.shape[0])
-    pattern = torch.sparse_csr_tensor(offsets, columns, zeros, shape, check_invariants=False)
+    pattern = _csr(offsets, columns, zeros, shape)
     return torch.sparse.sampled_addmm(pattern, rows, others.T, beta=0.0).values()
+
+
+def _csr(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    _silence_beta_warning()
+    return torch.sparse_csr_tensor(offsets, columns, values, shape, check_invariants=False)
+
+
+@cache
+def _silence_beta_warning() -> None:
+    """Silence PyTorch's warning that its CSR tensors are in beta: it gives it once, for a process's first one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        none, offsets = (torch.zeros(n, dtype=torch.int64, device="cpu") for n in (0, 1))
+        torch.sparse_csr_tensor(offsets, none, none, (0, 0))
 
 
 def _dense(offsets: Tensor, latents: Tensor, d_sae: int, above: float) -> bool:

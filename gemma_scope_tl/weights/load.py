@@ -30,7 +30,7 @@ from gemma_scope_tl.weights.checks import (
     value_range,
     weights_error,
 )
-from gemma_scope_tl.weights.hub_cache import in_hub_cache, verify_download, wrong_hash
+from gemma_scope_tl.weights.hub_cache import check_sha256, in_hub_cache, wrong_hash
 from gemma_scope_tl.weights.layout import ArrayLayout, Sink, map_array, stream
 from gemma_scope_tl.weights.modes import is_out_of_memory, ordinary_tensors
 from gemma_scope_tl.weights.npz import inspect_npz, read_errors
@@ -112,7 +112,7 @@ def load_arrays(
         return _load(path, expected, _Reading(path, dtype, torch.device(device), elementwise or {}, mapped), sha256)
     except WeightsError:
         if sha256 is not None and is_file(path):  # a file that fails for being another one is said to be that
-            verify_download(path, sha256)
+            check_sha256(path, sha256)
         raise
 
 

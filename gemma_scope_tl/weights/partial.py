@@ -39,7 +39,7 @@ from gemma_scope_tl.weights.safetensors_file import inspect_safetensors, safeten
 from gemma_scope_tl.weights.stamp import CACHE_VARIABLE, cache_folder, file_key
 
 if TYPE_CHECKING:
-    from gemma_scope_tl.weights.remote import ByteSource, RemoteFile
+    from gemma_scope_tl.weights.remote import RemoteFile
 
 _NAME = "W_enc_rows"
 _BLOCK = 1 << 26  # bytes transposed at a time
@@ -139,7 +139,7 @@ def read_remote(remote: RemoteFile, latents: Sequence[int], expected: Expected) 
     return _checked({name: a.squeeze(-1) if len(shapes[name]) == 1 else a for name, a in found.items()}, source)
 
 
-def read_rows(source: ByteSource, wanted: Mapping[str, tuple[ArrayLayout, Sequence[int]]]) -> Arrays:
+def read_rows(source: RemoteFile, wanted: Mapping[str, tuple[ArrayLayout, Sequence[int]]]) -> Arrays:
     """Rows of stored arrays (entries of vectors), all asked for at once.
 
     Returns:
