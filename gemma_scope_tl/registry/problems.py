@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+from pydantic_core import ErrorDetails
+
 from gemma_scope_tl.errors import unknown_name
 from gemma_scope_tl.families import families, family_of_model
 from gemma_scope_tl.sites import SITES
@@ -20,6 +22,26 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return ": ".join(part for part in self if part)
+
+
+def error_text(detail: ErrorDetails, known: Iterable[str], words: Mapping[str, str]) -> str:
+    """What is wrong with a value, from one of pydantic's errors.
+
+    Args:
+        detail: the error.
+        known: the keys that are valid where an unknown one was given.
+        words: by the type of an error, what the value should be, in place of pydantic's message.
+    """
+    kind = detail["type"]
+    if kind == "missing":
+        return "is missing"
+    if kind == "extra_forbidden":
+        return str(unknown_name("key", detail["loc"][-1], known))
+    if kind == "value_error":
+        return str(detail.get("ctx", {}).get("error", detail["msg"]))
+    given = repr(detail["input"])
+    shown = given if len(given) < 80 else given[:77] + "..."
+    return f"{words.get(kind, detail['msg'])}, not {shown}"
 
 
 def cross_row_problems(data: Mapping[str, object]) -> list[Problem]:

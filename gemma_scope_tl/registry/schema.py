@@ -22,11 +22,11 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from gemma_scope_tl.errors import RegistryError, UnknownNameError, unknown_name
+from gemma_scope_tl.errors import RegistryError, UnknownNameError
 from gemma_scope_tl.families import Family, family_named, family_of_model
 from gemma_scope_tl.registry.locate import inside
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
-from gemma_scope_tl.registry.problems import Problem, canonical_id, cross_row_problems, raw_rows, row_name
+from gemma_scope_tl.registry.problems import Problem, canonical_id, cross_row_problems, error_text, raw_rows, row_name
 from gemma_scope_tl.registry.widths import parse_width, width_label
 from gemma_scope_tl.sites import SITES, get_site
 
@@ -317,15 +317,7 @@ def _problem(detail: ErrorDetails, data: object) -> Problem:
         loc = loc[2:]
     fields = SAEEntry.model_fields if row else ReleaseFile.model_fields
     field = ".".join(str(part) for part in loc)
-    if detail["type"] == "missing":
-        return Problem(row, field, "is missing")
-    if detail["type"] == "extra_forbidden":
-        return Problem(row, field, str(unknown_name("key", field, fields)))
-    if detail["type"] == "value_error":
-        return Problem(row, field, str(detail.get("ctx", {}).get("error", detail["msg"])))
-    given = repr(detail["input"])
-    words = "should be a mapping of keys" if detail["type"] == "model_type" else detail["msg"]
-    return Problem(row, field, f"{words}, not {given if len(given) < 80 else given[:77] + '...'}")
+    return Problem(row, field, error_text(detail, fields, {"model_type": "should be a mapping of keys"}))
 
 
 def _broken(source: str, problems: Sequence[Problem]) -> RegistryError:

@@ -16,8 +16,7 @@ from sklearn.preprocessing import StandardScaler
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
 from gemma_scope_tl.evals.saes import latents_of
-from gemma_scope_tl.studies import bundled_concepts, probe_concepts
-from gemma_scope_tl.studies import probes as random_twin
+from gemma_scope_tl.studies import bundled_concepts, probe_concepts, random_twin
 from gemma_scope_tl.studies.probe_data import labelled_rows, read_labelled
 from gemma_scope_tl.studies.probe_fits import Units, auroc, best_latent, dense_probe, sparse_probe
 from gemma_scope_tl.studies.probes import _is_test
