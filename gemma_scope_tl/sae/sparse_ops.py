@@ -1,4 +1,4 @@
-"""The sums that a sparse JumpReLU needs, without autograd; ``sparse.py`` puts gradients on them.
+"""The sums that a sparse JumpReLU needs, without autograd; :mod:`gemma_scope_tl.sae.sparse` adds the gradients.
 
 Active latents are held row after row (CSR): token ``t`` has ``latents[offsets[t]:offsets[t + 1]]``, ascending, with one
 value each. Every sum runs in a fixed order without atomic additions, so repeats are equal to the bit on every device.
@@ -46,8 +46,8 @@ BLOCK_BYTES = 8 << 20
 BLOCK_TOKENS = 512
 CACHED_BYTES = 32 << 20  # a larger matrix is better read in order than looked up in
 DENSE_BYTES = 64 << 20  # bound of every dense temporary
-NUMPY_THREADS = 4  # with more, PyTorch's search for true bytes should win; at two, NumPy's in one is twice as fast
-GPU_BLOCK_BYTES = 256 << 20  # of a block on a GPU, where few large kernels are what is fast
+NUMPY_THREADS = 4  # with more, PyTorch's search for true bytes should be faster; with two, NumPy's takes half the time
+GPU_BLOCK_BYTES = 256 << 20  # of a block on a GPU, where few large kernels are fastest
 
 Entries = tuple[Tensor, Tensor, Tensor]
 
@@ -187,8 +187,8 @@ def entries(values: Tensor, on: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def nonzero(mask: Tensor) -> Tensor:
     """Indices of the true bytes of ``mask [n]``.
 
-    NumPy finds them in a third to a half of PyTorch's time, in one thread. Where that is outnumbered, the mask is
-    searched eight bytes at a time first.
+    NumPy finds them in a third to a half of PyTorch's time, in one thread. With more threads the
+    mask is searched eight bytes at a time first.
     """
     here = mask.device.type == "cpu"
     if here and torch.get_num_threads() <= NUMPY_THREADS:
@@ -305,7 +305,7 @@ def sampled(
     """``left_t . matrix_i`` for every active latent i of every token t: ``left [n, d]``, ``matrix [d_sae, d]``.
 
     On a CPU a large matrix is read once, latent by latent, instead of row by row for each token: the same products in a
-    third of the time. ``by_latent`` is :func:`groups` of the latents, from who has it.
+    third of the time. ``by_latent`` is :func:`groups` of the latents, where the caller has it.
     """
     d_sae, nnz = matrix.shape[0], latents.shape[0]
     if nnz == 0:

@@ -5,10 +5,10 @@ are asked for, all at once. A compressed array must be inflated to its end.
 
 In Gemma Scope's layout a latent is a row of ``W_dec`` but a column of ``W_enc [d_in, d_sae]``, whose values lie one per
 row: a column of a 16k SAE touches 2,304 pages of 4 KiB for 9 KiB of values, and remotely costs the whole matrix. Hence
-encoder columns are read from local files only; ``row_cache.py`` keeps a copy with latents as rows.
+encoder columns are read from local files only; :func:`read_cached` keeps a copy with latents as rows.
 
-What is read is checked (finite, thresholds not negative). Whether the rest of the file is sound is not known unless it
-was loaded whole before.
+What is read is checked (finite, thresholds not negative). The rest of the file is not checked, unless it was
+loaded whole before.
 """
 
 from __future__ import annotations
