@@ -23,6 +23,7 @@ from gemma_scope_tl.families import families, forget_family, register_family
 from gemma_scope_tl.registry.schema import SAERow
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
 from gemma_scope_tl.sae.loading import load_sae
+from gemma_scope_tl.sae.save import save_sae
 from gemma_scope_tl.sae.units import embedding_scale, fold_b_dec, scale_embedding
 from gemma_scope_tl.sites import ModelDims, get_site
 
@@ -336,9 +337,10 @@ def test_hooks_and_units_are_those_of_the_rows_family(tmp_path: Path) -> None:
         sae = JumpReLUSAE.from_row(row)
         assert sae.cfg.metadata.hook_name == "hook_table"
         np.testing.assert_array_equal(sae.W_dec.detach().numpy(), arrays()["W_dec"] * np.float32(3))
-        given = JumpReLUSAE.from_arrays(
-            arrays(), model=SimpleNamespace(family=families()[1], cfg=DIMS), site="embedding"
-        )
+        folder = save_sae(JumpReLUSAE.from_folder(save_sae(sae, tmp_path / "a", "sae-lens")), tmp_path / "b")
+        np.testing.assert_allclose(np.load(folder / "params.npz")["W_dec"], arrays()["W_dec"], rtol=1e-6)
+        model = SimpleNamespace(family=families()[1], cfg=DIMS)
+        given = JumpReLUSAE.from_arrays(arrays(), model=model, site="embedding")
         assert given.cfg.metadata.hook_name == "hook_table"
     finally:
         forget_family("toy")
