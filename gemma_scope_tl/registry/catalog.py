@@ -1,6 +1,6 @@
 """Which SAEs exist: from a release and id, or from model, site, layer, width and L0, to one registry row.
 
-Only the files that a question is about are parsed, each once.
+Only the files that a call needs are parsed, each once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CLOSEST = "closest:"
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of a release before its rows are parsed."""
+    """The fields of a registry file before its rows."""
 
     path: Path
     release: str
@@ -231,7 +231,7 @@ def clashing_names(found: Iterable[Header]) -> list[str]:
 
 
 def read_header(path: Path) -> Header:
-    """What a file says before its rows; a file that is laid out in another way is parsed whole.
+    """The header of a registry file. A file whose rows do not come last is parsed whole.
 
     Raises:
         RegistryError: when it is not a registry file.
@@ -281,7 +281,7 @@ def _no_canonical_hint(id_: str, ids: Iterable[str]) -> str:
 
 
 def _base_hint(model: str) -> str:
-    """What to do instead, for an instruction-tuned model: name the base model's releases; never take them unasked."""
+    """The hint for an instruction-tuned model: its base model's releases, which are never taken instead of its own."""
     base = model.removesuffix(family_of_model(model).tuned_suffix)
     found = [h.release for h in headers() if h.model == base]
     if base == model or not found:
@@ -337,7 +337,7 @@ def _no_such_l0(rows: Sequence[SAERow], l0: float | str) -> UnknownNameError:
 
 
 def _release_hint(name: str) -> str:
-    """What to do with a release's name where a model's is asked for."""
+    """The hint for the name of a release in place of a model's."""
     header = next((h for h in headers() if name in h.names), None)
     if header is None:
         return ""
@@ -349,7 +349,7 @@ def _release_hint(name: str) -> str:
 
 
 def _folder_hint(name: str) -> str:
-    """What to do with a folder or file of SAEs where a model's name is asked for."""
+    """The hint for a folder or file of SAEs in place of a model's name."""
     path = Path(name)
     try:
         file = path / f"{path.absolute().name}.yaml" if path.is_dir() else path

@@ -72,7 +72,7 @@ def list_saes(
 
     Args and errors are those of :func:`select_rows`, and:
         with_metrics: add the measured metrics that come with the package (:data:`METRICS`); missing where an SAE was
-            not measured, or its weights are others now (the results know the sha256 of the weights).
+            not measured, or its weights have changed since (results are found by the sha256 of the weights).
 
     Returns:
         The columns of :data:`COLUMNS`. ``canonical`` marks the rows that ``canonical_id`` names as well; ``l0`` is the

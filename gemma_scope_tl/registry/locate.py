@@ -1,4 +1,4 @@
-"""Where registry files and bundled data are: the one place that knows how the package is laid out on disk.
+"""Where registry files and bundled data lie; only this module knows how the package is laid out on disk.
 
 The package's own folder comes first. Files from outside join it in four ways: folders that the environment variable
 ``GEMMA_SCOPE_TL_REGISTRY`` names, the user's folder, installed packages (the entry-point group

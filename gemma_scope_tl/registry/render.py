@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
-from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.registry.schema import ReleaseFile, SAEEntry
 
 SCHEMA_LINE = "# yaml-language-server: $schema=schema.json"
@@ -29,11 +27,6 @@ def json_schema() -> str:
     """The JSON schema of a registry file, as text."""
     schema = ReleaseFile.model_json_schema()
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
-
-
-def write_json_schema(folder: str | Path) -> Path:
-    """Write ``schema.json`` into ``folder`` and return its path."""
-    return write_atomically(Path(folder) / "schema.json", json_schema())
 
 
 def _row(entry: SAEEntry) -> str:

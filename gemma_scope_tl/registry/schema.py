@@ -1,4 +1,4 @@
-"""What a registry file may say: one YAML a release, explicit rows, every error of a file reported at once."""
+"""The schema of registry files: one YAML file a release, explicit rows, all errors of a file reported together."""
 
 from __future__ import annotations
 

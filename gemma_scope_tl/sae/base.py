@@ -1,9 +1,9 @@
-"""What Gemma Scope's SAEs and transcoders share, as a mixin over SAELens' classes.
+"""What Gemma Scope's SAEs and transcoders share, as a mixin over SAELens's classes.
 
-It changes four things in SAELens' inference classes and nothing else:
+It changes four things in SAELens's inference classes and nothing else:
 
 - the thresholds stay float32 (or wider) whatever the dtype of the rest;
-- methods stand where SAELens keeps local functions on the object, so SAEs can be pickled and deep-copied;
+- what SAELens keeps as local functions on the object are methods, so SAEs can be pickled and deep-copied;
 - activations with heads apart (``[..., n_heads, d_head]``) and flat ones (``[..., d_in]``) are told apart at every call
   instead of once for the lifetime of the object;
 - ``forward`` answers in the dtype and the shape of its input, of whole numbers in the SAE's dtype.
@@ -48,7 +48,8 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
     Attributes:
         site, layer: where it reads (``sites.py``), None when unknown. The embedding has no layer.
         row: the registry row whose weights these are; None outside the registry, and once they were changed.
-        facts_when_loaded: what its metadata said of the weights that were loaded (``provenance.py``).
+        facts_when_loaded: what its metadata say of the weights that were loaded
+            (:mod:`~gemma_scope_tl.sae.provenance`).
         is_transcoder: whether input and output are different tensors.
         threshold: theta, float32 even in a bfloat16 or float16 SAE. The comparison runs in float32: a threshold rounded
             to bfloat16 would switch latents near it on or off.
@@ -99,20 +100,20 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
 
         An optimiser's step and other writes to them make it False, in copies too; a write to a few rows through
         ``.data``, which PyTorch does not note, may be missed. What the registry says of the SAE, its name, L0 and hash,
-        is said of them no more.
+        no longer describes them.
         """
         if self._marks is None or isinstance(self._marks, bool):
             return self._marks is not False
         return marks_of(self) == self._marks
 
     def mark_as_loaded(self) -> None:
-        """Take the weights as they are now for those that were loaded; who loads an SAE calls it."""
+        """Take the weights as they are now for those that were loaded; whatever loads an SAE calls it."""
         self.facts_when_loaded, self._marks = facts_of(self.cfg.metadata), marks_of(self)
 
     def _saved_config(self) -> Mapping[str, Any]:
         return config_of(self)
 
-    # SAELens assigns closures in these two; the methods below take their place.
+    # SAELens assigns closures here, which cannot be pickled; the methods below take their place.
     def turn_on_forward_pass_hook_z_reshaping(self) -> None:
         """Accept ``[..., n_heads, d_head]`` beside ``[..., d_in]``."""
         self.hook_z_reshaping_mode = True
@@ -212,8 +213,8 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``decode(encode(x))``, plus the skip path of skip transcoders, in the dtype and layout of ``x``.
 
-        An ``x`` of whole numbers is answered in the SAE's dtype. With SAELens' error term, the error is taken and added
-        back in the wider of both dtypes.
+        An ``x`` of whole numbers is answered in the SAE's dtype. With SAELens's error term, the error is taken and
+        added back in the wider of both dtypes.
 
         Raises:
             SpliceError, DeviceError: as :meth:`encode`.

@@ -13,7 +13,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUSkipTranscoderConfig, JumpReLUTranscoderConfig
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError, WeightsError
-from gemma_scope_tl.families import Family, family_of_model
+from gemma_scope_tl.families import Family, families, family_of_model
 from gemma_scope_tl.sites import ModelDims, site_of_hook
 from gemma_scope_tl.weights.checks import Expected
 
@@ -30,6 +30,7 @@ HOW_TO_FINISH = (
 CONTEXT_SIZE = 1024
 # SAELens's evaluations run an SAE on the data set that its metadata names; this is the one for Google's releases.
 _GEMMA_SCOPE, _TEXT = "google/gemma-scope", "monology/pile-uncopyrighted"
+_FAMILY = "family"  # the key in metadata, for a family that the model's name does not tell
 _ROW_FIELDS = ("release", "id", "width", "l0")
 
 
@@ -62,6 +63,7 @@ class Identity:
         row: its registry row, if it has one.
         metadata: what a SAELens configuration says of it.
         transcoder: whether that configuration is a transcoder's; None without one, where site and shapes tell.
+        of_model: the family of a model that was given; None for that of the row, or of the model's name.
     """
 
     source: str
@@ -71,6 +73,7 @@ class Identity:
     row: SAERow | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     transcoder: bool | None = None
+    of_model: Family | None = None
 
     @classmethod
     def of(cls, row: SAERow, source: str) -> Identity:
@@ -80,10 +83,17 @@ class Identity:
     @cached_property
     def family(self) -> Family:
         """The family of the model, whose sites and units hold."""
+        if self.of_model is not None:
+            return self.of_model
         if self.row is not None:
             return self.row.model_family
-        named = self.model or self.metadata.get("model_name")
-        return family_of_model(named if isinstance(named, str) else None)
+        named = {family.name: family for family in families()}.get(str(self.metadata.get(_FAMILY)))
+        return named or self._family_of_name
+
+    @property
+    def _family_of_name(self) -> Family:
+        name = self.model or self.metadata.get("model_name")
+        return family_of_model(name if isinstance(name, str) else None)
 
     def placed(self) -> Identity:
         """This identity at the site and layer that the metadata's hook names say, where none is known and they do."""
@@ -120,6 +130,8 @@ class Identity:
         }
         if self.model is not None:
             fields["model_name"] = self.model
+        if self.family is not self._family_of_name:
+            fields[_FAMILY] = self.family.name
         if self.site is not None:
             site = self.family.site(self.site)
             layer = self.layer if site.per_layer else None

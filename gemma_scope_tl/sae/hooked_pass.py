@@ -1,9 +1,9 @@
 """One pass through a JumpReLU SAE that makes dense tensors only for hooks that look at them.
 
 Between its steps an SAE offers tensors to hooks: its input, pre-activations, activations ``[..., d_sae]`` and
-reconstruction. Without hooks nothing dense is made beyond blocks of pre-activations. A hook gets the dense tensor; only
-if it really changed something (gave another tensor back, or wrote into the one it got) do the later steps and the clean
-reconstruction cost anything more. A hook that only reads, as a cache does, leaves the sparse pass as it is.
+reconstruction. Without hooks nothing dense is made beyond blocks of pre-activations. A hook gets the dense tensor.
+The later steps and the clean reconstruction cost more only if it changed something: gave another tensor back, or wrote
+into the one it got. A hook that only reads, as a cache does, leaves the sparse pass as it is.
 
 Whether a tensor was written into is seen from its entries. Autograd's version counter would miss writes through
 ``.data`` or NumPy, and tensors of inference mode have none.
@@ -22,7 +22,7 @@ from gemma_scope_tl.sae.sparse import SparseActs, compact, decode_sparse, encode
 
 @dataclass
 class HookedPass:
-    """What a pass gives.
+    """The results of a pass.
 
     Attributes:
         out: ``[..., d_out]``, flat and in the SAE's dtype, with whatever hooks changed, and with the skip path.
@@ -72,7 +72,7 @@ def hooked_pass(sae: Any, x: Tensor, need_clean: bool) -> HookedPass:
 
 
 def is_hooked(point: torch.nn.Module) -> bool:
-    """Whether anything is attached to a hook point, by whichever way."""
+    """Whether a hook of any kind is attached to a hook point."""
     held = vars(point)  # torch has no public way to ask
     return any(held[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 

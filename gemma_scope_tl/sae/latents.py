@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Latents:
-    """What steering needs of an SAE, for n chosen latents.
+    """The parameters of n chosen latents of an SAE, as steering needs them.
 
     Attributes:
         latents: their indices in the SAE, in the order of the rows below.

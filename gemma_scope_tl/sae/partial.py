@@ -46,8 +46,8 @@ def load_latents(
         encoder: read their encoder columns too, which ablating and clamping need. By default where the file is local;
             True for a file that is not is an error, because columns lie all over it: download it first.
         cache_rows: keep a local copy of the encoder with latents as rows (as large as the encoder) and read columns
-            from it. The first call makes it. Worth it for files on slow disks and for many calls on one SAE: a column
-            of 2,304 values then lies in 3 pages, not in 2,304.
+            from it. The first call makes it. It pays for files on slow disks and for many calls on one SAE: a column of
+            2,304 values then lies in 3 pages instead of 2,304.
         device: where the result goes.
         dtype: of the result but the thresholds, which stay float32 or wider.
 

@@ -1,8 +1,7 @@
-"""Whether an SAE's weights are those it was loaded with, and so whether what its file said is still true of it.
+"""Whether an SAE's weights are those that were loaded, and so whether the facts of its file still hold.
 
-A fine-tuned SAE is no longer the one that the registry measured. Its parameters tell: PyTorch counts writes in place,
-and a sample of the values shows writes that PyTorch does not count (through ``.data``). Both cost nothing to look at
-beside a pass.
+A fine-tuned SAE is no longer the one that the registry measured. PyTorch counts writes in place to each parameter, and
+a sample of the values shows writes that it does not count (through ``.data``). Both are cheap beside a pass.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 FACTS = ("release", "id", "l0", "neuronpedia_id")
-"""What metadata say of the very weights that were loaded; site, layer, width and model stay true of changed ones."""
+"""Metadata that hold for the loaded weights alone; site, layer, width and model hold for changed ones too."""
 _SAMPLE, _WHOLE = 64, 1 << 16  # entries of a matrix that are looked at; vectors up to this length are looked at whole
 _STEP = 7919  # a prime, so that the sample's columns spread
 
@@ -23,7 +22,7 @@ Marks = dict[str, tuple[int, int, bytes]]
 
 @torch.no_grad()
 def marks_of(module: nn.Module) -> Marks:
-    """What tells each parameter as it is now from what it may become."""
+    """A mark of each parameter's present values, which differs once they are changed."""
     return {name: _mark(parameter) for name, parameter in module.named_parameters()}
 
 
@@ -50,9 +49,9 @@ def facts_of(metadata: Any) -> dict[str, Any]:
 
 
 def still_said(sae: Any, name: str) -> Any:
-    """One of :data:`FACTS` from an SAE's metadata; None where it is about weights that the SAE no longer has.
+    """One of :data:`FACTS` from an SAE's metadata, or None where the weights that it describes have been changed.
 
-    What was written there since loading is the user's word and holds.
+    A value that a user has written there since loading holds.
     """
     said = sae.cfg.metadata.get(name)
     stale = not getattr(sae, "as_loaded", True) and said == sae.facts_when_loaded.get(name)
@@ -60,7 +59,7 @@ def still_said(sae: Any, name: str) -> Any:
 
 
 def config_of(sae: Any) -> dict[str, Any]:
-    """An SAE's configuration as it may be saved: without the facts that its weights have outlived."""
+    """An SAE's configuration for saving, without the facts that no longer hold for its weights."""
     given: dict[str, Any] = sae.cfg.to_dict()
     gone = [name for name in FACTS if sae.cfg.metadata.get(name) is not None and still_said(sae, name) is None]
     return {**given, "metadata": {key: value for key, value in given["metadata"].items() if key not in gone}}

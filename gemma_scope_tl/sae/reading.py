@@ -107,7 +107,7 @@ def find_file(path: str | PathLike[str]) -> Path:
 
 
 def _named(source: str, model: Any, site: str | None, layer: int | None) -> Identity:
-    return Identity(source, name_of(model), site, layer)
+    return Identity(source, name_of(model), site, layer, of_model=getattr(model, "family", None))
 
 
 def _read_file(file: Path, identity: Identity, expected: Expected, device: torch.device, dtype: torch.dtype) -> Checked:

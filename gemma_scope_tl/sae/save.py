@@ -1,4 +1,4 @@
-"""Writing SAEs, in Gemma Scope's layout and in SAELens', so that either side's tools read them."""
+"""Writing SAEs, in Gemma Scope's layout and in SAELens's, so that either side's tools read them."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope"
     type, so it is written as float32, which holds every bfloat16 exactly. Arrays are aligned to 64 bytes, so that they
     can be memory-mapped (``chmod a-w`` the file, and it is); equal SAEs give equal files.
 
-    ``"sae-lens"`` writes ``cfg.json`` and ``sae_weights.safetensors``, to the bit, under SAELens' own architecture
+    ``"sae-lens"`` writes ``cfg.json`` and ``sae_weights.safetensors``, to the bit, under SAELens's own architecture
     names: ``sae_lens.SAE.load_from_disk`` reads it without this package. Weights that were changed after loading are
     saved without the release, id and L0 of those that were loaded.
 
-    Each file is written beside its place, flushed to the disk and renamed: a crash leaves the old file or the new one.
-    Both files of a SAELens folder are complete before the first is renamed.
+    Each file is written under a temporary name, flushed to the disk and renamed: a crash leaves the old file or the new
+    one. Both files of a SAELens folder are complete before the first is renamed.
 
     Args:
         sae: an SAE or transcoder of this package or a JumpReLU one of SAELens.
@@ -94,7 +94,7 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], compress: bool = Fal
 def _release_arrays(sae: Any, arrays: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     if sae.cfg.apply_b_dec_to_input:
         arrays = fold_b_dec(arrays)
-    metadata = {name: sae.cfg.metadata.get(name) for name in ("model_name", "hook_name", "hook_name_out")}
+    metadata = {name: sae.cfg.metadata.get(name) for name in ("model_name", "family", "hook_name", "hook_name_out")}
     identity = Identity(sae.get_name(), site=getattr(sae, "site", None), metadata=metadata).placed()
     if identity.site is not None and identity.family.site(identity.site).joins == "embedding":
         arrays = scale_embedding(arrays, inverse=True, family=identity.family)

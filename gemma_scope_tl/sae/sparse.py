@@ -1,4 +1,4 @@
-"""JumpReLU SAEs whose gate, decoder and gradients cost what the active latents cost.
+"""JumpReLU SAEs whose gate, decoder and gradients take time in proportion to the active latents.
 
 With row vectors ``x [..., d_in]``, as in :mod:`gemma_scope_tl.sae.base`::
 
@@ -18,10 +18,10 @@ Backward, with ``g`` the gradient of ``x_hat`` and sums over tokens written out:
 Only those asked for are computed: weights hang on nodes of their own in autograd's graph, so that neither frozen
 weights nor ``torch.autograd.grad(metric, activations)`` cost more than ``dx``. A pass itself costs the same either way.
 
-Rounding: every sum has the dense formula's terms, less zeros, in another order. A sum of n terms is then off by at most
-n u times the sum of their sizes, u = 2^-53 or 2^-24, and by about sqrt(n) u as a rule: within 1e-12 in float64 and 1e-5
-in float32 at Gemma's widths. The order is fixed, so repeats are equal to the bit without asking for it.
-A pre-activation that rounds to the other side of its threshold switches a latent, as between any two BLAS libraries.
+Rounding: every sum has the dense formula's terms without the zeros, in another order. A sum of n terms is then off by
+at most n u times the sum of their sizes, u = 2^-53 or 2^-24, and by about sqrt(n) u as a rule: within 1e-12 in float64
+and 1e-5 in float32 at Gemma's widths. The order is fixed, so repeats are equal to the bit without asking for it. A
+pre-activation that rounds to the other side of its threshold switches a latent, as between any two BLAS libraries.
 
 16-bit SAEs answer in their dtype. The bias is added before the product is rounded, once; ``base.py`` rounds twice.
 """
@@ -131,7 +131,7 @@ def encode_sparse(
     Args:
         x: ``[..., d_in]``, any floating dtype: it is cast to the SAE's.
         W_enc: ``[d_in, d_sae]``, any strides. Made as ``w.T`` of a contiguous ``[d_sae, d_in]`` the gradient of ``x``
-            is about three times cheaper and encoding costs the same; no transposed copy is kept behind your back.
+            is about three times cheaper and encoding costs the same; no transposed copy is kept.
         b_enc: ``[d_sae]``.
         threshold: ``[d_sae]``, float32 or wider.
         bandwidth: epsilon of the threshold's pseudo-derivative; None (inference) gives the threshold no gradient.

@@ -1,4 +1,4 @@
-"""The sums that a sparse JumpReLU needs, without autograd; ``sparse.py`` puts gradients on them.
+"""The sums that a sparse JumpReLU needs, without autograd; :mod:`gemma_scope_tl.sae.sparse` adds the gradients.
 
 Active latents are held row after row (CSR): token ``t`` has ``latents[offsets[t]:offsets[t + 1]]``, ascending, with one
 value each. Every sum runs in a fixed order without atomic additions, so repeats are equal to the bit on every device.
@@ -33,8 +33,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
-
 # Above these densities (active latents / all) the dense product is faster.
 DENSE_ROWS = 0.04  # weighted sums of rows, and sampled products with a small matrix
 DENSE_IN_ORDER = 0.15  # sampled products with a large matrix
@@ -48,8 +46,8 @@ BLOCK_BYTES = 8 << 20
 BLOCK_TOKENS = 512
 CACHED_BYTES = 32 << 20  # a larger matrix is better read in order than looked up in
 DENSE_BYTES = 64 << 20  # bound of every dense temporary
-NUMPY_THREADS = 4  # with more, PyTorch's search for true bytes should win; at two, NumPy's in one is twice as fast
-GPU_BLOCK_BYTES = 256 << 20  # of a block on a GPU, where few large kernels are what is fast
+NUMPY_THREADS = 4  # with more, PyTorch's search for true bytes should be faster; with two, NumPy's takes half the time
+GPU_BLOCK_BYTES = 256 << 20  # of a block on a GPU, where few large kernels are fastest
 
 Entries = tuple[Tensor, Tensor, Tensor]
 
@@ -189,8 +187,8 @@ def entries(values: Tensor, on: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def nonzero(mask: Tensor) -> Tensor:
     """Indices of the true bytes of ``mask [n]``.
 
-    NumPy finds them in a third to a half of PyTorch's time, in one thread. Where that is outnumbered, the mask is
-    searched eight bytes at a time first.
+    NumPy finds them in a third to a half of PyTorch's time, in one thread. With more threads the
+    mask is searched eight bytes at a time first.
     """
     here = mask.device.type == "cpu"
     if here and torch.get_num_threads() <= NUMPY_THREADS:
@@ -274,7 +272,7 @@ def column_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor
         return _dense_rows(offsets, latents, values, matrix.T)
     if latents.shape[0] == 0:
         return matrix.new_zeros(n, matrix.shape[0])
-    columns = torch.sparse_csr_tensor(offsets, latents, values, (n, d_sae), check_invariants=False).t()
+    columns = _csr(offsets, latents, values, (n, d_sae)).t()
     out = matrix.new_empty(matrix.shape[0], n)
     step = max(32, BLOCK_BYTES // (d_sae * matrix.element_size()))
     for i in range(0, matrix.shape[0], step):  # the kernel copies its dense matrix: all of it at once is also slower
@@ -307,7 +305,7 @@ def sampled(
     """``left_t . matrix_i`` for every active latent i of every token t: ``left [n, d]``, ``matrix [d_sae, d]``.
 
     On a CPU a large matrix is read once, latent by latent, instead of row by row for each token: the same products in a
-    third of the time. ``by_latent`` is :func:`groups` of the latents, from who has it.
+    third of the time. ``by_latent`` is :func:`groups` of the latents, where the caller has it.
     """
     d_sae, nnz = matrix.shape[0], latents.shape[0]
     if nnz == 0:
@@ -333,8 +331,22 @@ def sampled(
 def _sampled(offsets: Tensor, columns: Tensor, rows: Tensor, others: Tensor) -> Tensor:
     """``rows_i . others_j`` for the columns j of each row i."""
     zeros, shape = rows.new_zeros(columns.shape), (rows.shape[0], others.shape[0])
-    pattern = torch.sparse_csr_tensor(offsets, columns, zeros, shape, check_invariants=False)
+    pattern = _csr(offsets, columns, zeros, shape)
     return torch.sparse.sampled_addmm(pattern, rows, others.T, beta=0.0).values()
+
+
+def _csr(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    _silence_beta_warning()
+    return torch.sparse_csr_tensor(offsets, columns, values, shape, check_invariants=False)
+
+
+@cache
+def _silence_beta_warning() -> None:
+    """Silence PyTorch's warning that its CSR tensors are in beta: it gives it once, for a process's first one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        none, offsets = (torch.zeros(n, dtype=torch.int64, device="cpu") for n in (0, 1))
+        torch.sparse_csr_tensor(offsets, none, none, (0, 0))
 
 
 def _dense(offsets: Tensor, latents: Tensor, d_sae: int, above: float) -> bool:

@@ -48,7 +48,7 @@ def load_suite(
         device, dtype: as :meth:`JumpReLUSAE.from_pretrained`.
         memory: bytes that the loaded SAEs may take; beyond it, those unused for the longest are dropped and load again
             when asked for. None keeps all. On the CPU in float32, SAEs of the Hub's cache are mapped from their files,
-            so that the system takes their pages back by itself when it needs them.
+            so that the system can reclaim their pages when it needs them.
         release: look in this release alone, such as one of :func:`register_release`; needed where two have an SAE at
             one place.
 

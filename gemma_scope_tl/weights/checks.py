@@ -1,4 +1,4 @@
-"""What must hold before weights are used: names, shapes, dtypes, finite values, thresholds not negative.
+"""Checks of weights before they are used: names, shapes, dtypes, finite values, thresholds not negative.
 
 An SAE file has five arrays; a skip transcoder's has a sixth:
 
@@ -46,7 +46,7 @@ def weights_error(source: str | Path, what: str, remedy: str = REMEDY) -> Weight
 
 
 def short(value: object) -> str:
-    """``repr`` of something that a file says, cut: whoever made the file may want to fill screens or steer terminals.
+    """``repr`` of a value from a file, cut short: the file may have been made to fill screens or to control terminals.
 
     >>> short("x" * 1000)[-9:]
     'xxxxxx...'

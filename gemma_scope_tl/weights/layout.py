@@ -1,9 +1,9 @@
 """Where the arrays of a file lie, and reading them in one pass that checks and converts as it goes.
 
-Both file formats come down to the same thing: an array is a run of bytes in the file, stored as they are or deflated.
-:func:`stream` walks such runs in the order of the file, chunk by chunk, through one buffer of a few MiB, and hands
-every chunk to whoever needs it: the CRC-32, a sha256 of the whole file, the range of values, a destination of another
-dtype or device. So a file is read once however much is asked of it, and only the destinations are allocated.
+In both file formats an array is a run of bytes in the file, stored as they are or deflated.
+:func:`stream` walks such runs in the order of the file, chunk by chunk, through one buffer of a few MiB, and passes
+every chunk to all its consumers: the CRC-32, a sha256 of the whole file, the range of values, a destination of another
+dtype or device. So a file is read once, however many consumers there are, and only the destinations are allocated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Sink = Callable[[int, torch.Tensor], None]
 
 
 class Digest(Protocol):
-    """What hashlib's objects do."""
+    """The method of hashlib's objects that is used."""
 
     def update(self, data: memoryview, /) -> None:
         """Take the next bytes."""
@@ -102,7 +102,7 @@ def stream(
     Args:
         path: the file.
         layouts: all of its arrays, which do not overlap, by any names.
-        sinks: who gets the chunks of which arrays; arrays without sinks are skipped unless there is a ``digest``.
+        sinks: the consumers of the chunks, by array; arrays without sinks are skipped unless there is a ``digest``.
         verify: names of the arrays whose CRC-32 is compared.
         digest: gets every byte of the file, those between the arrays too.
 

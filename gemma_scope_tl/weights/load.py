@@ -1,9 +1,9 @@
 """One checked set of tensors from either file layout: headers first, then the data and its checks in one pass.
 
-What can stay where it is, stays: a stored array that needs no conversion, in a file that nobody writes into
-(``mapping.py``), is mapped, and its pages are read when they are touched. Everything else goes chunk by chunk into a
-tensor of the dtype and on the device that is asked for. A file is checked whole once (checksums, finite values), which
-is remembered (``stamp.py``); biases and thresholds are checked at every load.
+A stored array that needs no conversion, in a file that nobody writes into (:func:`may_map`), is memory-mapped: its
+pages are read when they are touched. Every other array goes chunk by chunk into a tensor of the wanted dtype and
+device. A file is checked whole once (checksums, finite values), which is remembered (``stamp.py``); biases and
+thresholds are checked at every load.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gemma_scope_tl.weights.checks import (
     value_range,
     weights_error,
 )
-from gemma_scope_tl.weights.hub_cache import in_hub_cache, verify_download, wrong_hash
+from gemma_scope_tl.weights.hub_cache import check_sha256, in_hub_cache, wrong_hash
 from gemma_scope_tl.weights.layout import ArrayLayout, Sink, map_array, stream
 from gemma_scope_tl.weights.modes import is_out_of_memory, ordinary_tensors
 from gemma_scope_tl.weights.npz import inspect_npz, read_errors
@@ -41,7 +41,10 @@ _ANYONE_WRITES = 0o222
 
 
 def may_map(path: Path) -> bool:
-    """Whether a file can be mapped for as long as its tensors live.
+    """Whether a file may be mapped: a write to it would change the tensors for as long as they live.
+
+    Files of the Hub's cache are replaced and never written to, those of the package neither; of other files only those
+    that nobody has the permission to write are mapped.
 
     Raises:
         OSError: the file cannot be looked at.
@@ -86,8 +89,8 @@ def load_arrays(
     """The parameters in a ``.npz`` or ``.safetensors`` file under their canonical names, checked.
 
     Arrays that the file stores uncompressed and that need no conversion are memory-mapped, copy-on-write, where nobody
-    writes into the file (``mapping.py``). Others are copied, converted and moved in slices of 4 MiB, so the peak is the
-    result and one slice. Keys may be ``W_enc`` or ``w_enc`` alike. Shapes are judged before any data is read.
+    writes into the file (:func:`may_map`). Others are copied, converted and moved in slices of 4 MiB, so the peak is
+    the result and one slice. Keys may be ``W_enc`` or ``w_enc`` alike. Shapes are judged before any data is read.
 
     Args:
         path: the file; what it is follows from its suffix.
@@ -111,8 +114,8 @@ def load_arrays(
             mapped = (path.exists() and may_map(path)) if mapped is None else mapped
         return _load(path, expected, _Reading(path, dtype, torch.device(device), elementwise or {}, mapped), sha256)
     except WeightsError:
-        if sha256 is not None and is_file(path):  # a file that fails for being another one is said to be that
-            verify_download(path, sha256)
+        if sha256 is not None and is_file(path):  # a wrong file is reported as such, not by the first check it fails
+            check_sha256(path, sha256)
         raise
 
 
@@ -169,7 +172,7 @@ class _Range:
 
 @dataclass
 class _Reading:
-    """What is to be done with each array of one file."""
+    """The plan for each array of one file: where it goes and which checks see it."""
 
     path: Path
     dtype: torch.dtype | None
@@ -223,7 +226,7 @@ class _Reading:
 
 
 def _allocated(path: Path, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor to be filled; where there is no room for it, that is said, and nothing about the file."""
+    """A tensor to be filled. An error for want of memory says so and does not blame the file."""
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     except (RuntimeError, MemoryError) as error:
@@ -278,7 +281,7 @@ def canonical_arrays(
 
 
 def _finished(tensors: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """Parameters under other names become the ones that SAEs have."""
+    """Arrays under the names of an SAE's parameters: other parametrisations are converted."""
     for name in SCALING_KEYS:
         factor = tensors.pop(name, None)
         if factor is not None and not bool((factor == 1).all()):

@@ -1,4 +1,4 @@
-"""Making tensors that are the same whatever mode the caller of a function is in."""
+"""Making tensors that do not depend on the modes of PyTorch that the caller has set."""
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ _DTYPES = {
 }
 
 
-class _Frugal:
-    """A file that refuses to be read in large pieces: zipfile would make an object of every entry of a huge index."""
+class _BoundedReads:
+    """A file that refuses large reads: zipfile would make an object of every entry of a huge index."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._read = file.read
@@ -118,7 +118,7 @@ def inspect_npz(
 def _inspect(
     file: IO[bytes], path: str | Path, names: Collection[str] | None, vectors: Mapping[str, int]
 ) -> dict[str, ArrayLayout]:
-    with zipfile.ZipFile(_Frugal(file)) as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with zipfile.ZipFile(_BoundedReads(file)) as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
         infos = archive.infolist()
         if not infos or len(infos) > MAX_ARRAYS:
             raise weights_error(path, f"holds {len(infos)} arrays, which no SAE file does")

@@ -5,10 +5,10 @@ are asked for, all at once. A compressed array must be inflated to its end.
 
 In Gemma Scope's layout a latent is a row of ``W_dec`` but a column of ``W_enc [d_in, d_sae]``, whose values lie one per
 row: a column of a 16k SAE touches 2,304 pages of 4 KiB for 9 KiB of values, and remotely costs the whole matrix. Hence
-encoder columns are read from local files only; ``row_cache.py`` keeps a copy with latents as rows.
+encoder columns are read from local files only; :func:`read_cached` keeps a copy with latents as rows.
 
-What is read is checked (finite, thresholds not negative). Whether the rest of the file is sound is not known unless it
-was loaded whole before.
+What is read is checked (finite, thresholds not negative). The rest of the file is not checked, unless it was
+loaded whole before.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from gemma_scope_tl.weights.safetensors_file import inspect_safetensors, safeten
 from gemma_scope_tl.weights.stamp import CACHE_VARIABLE, cache_folder, file_key
 
 if TYPE_CHECKING:
-    from gemma_scope_tl.weights.remote import ByteSource, RemoteFile
+    from gemma_scope_tl.weights.remote import RemoteFile
 
 _NAME = "W_enc_rows"
 _BLOCK = 1 << 26  # bytes transposed at a time
@@ -139,7 +139,7 @@ def read_remote(remote: RemoteFile, latents: Sequence[int], expected: Expected) 
     return _checked({name: a.squeeze(-1) if len(shapes[name]) == 1 else a for name, a in found.items()}, source)
 
 
-def read_rows(source: ByteSource, wanted: Mapping[str, tuple[ArrayLayout, Sequence[int]]]) -> Arrays:
+def read_rows(source: RemoteFile, wanted: Mapping[str, tuple[ArrayLayout, Sequence[int]]]) -> Arrays:
     """Rows of stored arrays (entries of vectors), all asked for at once.
 
     Returns:

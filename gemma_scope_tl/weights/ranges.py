@@ -1,4 +1,4 @@
-"""HTTP ranges of one file on the Hub: where it lies, one range at a time, every answer checked, faults retried.
+"""HTTP ranges of one file on the Hub: one range at a time, every answer checked, failed requests repeated.
 
 The Hub's client gives address, headers and session, so its settings hold: ``HF_ENDPOINT``, ``HF_TOKEN``, proxies.
 Content of LFS files lies on another host, under a signed address that expires; the token is never sent there.
@@ -39,8 +39,8 @@ class HubAddress:
         return download_command(self.repo, self.filename, self.revision)
 
 
-class _Passing(Exception):
-    """A trouble that may pass: the message, and how long the server asks to wait."""
+class _Retry(Exception):
+    """A failure that may pass: the message, and how long the server asks to wait."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -89,9 +89,9 @@ class RangeReader:
                     ) from error
                 renewed = True
                 self._renew(location)
-            except _Passing as trouble:
+            except _Retry as failure:
                 tried += 1
-                self._wait(trouble, tried)
+                self._wait(failure, tried)
         return bytes(data)
 
     def _get(self, location: str, start: int, stop: int, data: bytearray) -> None:
@@ -113,9 +113,9 @@ class RangeReader:
                         raise weights_error(str(self.address), "was answered with more bytes than asked for", _CHANGED)
         except hub_exceptions() as error:
             self._refuse_offline(error)
-            raise _Passing(f"the connection failed or was lost ({type(error).__name__})") from None
+            raise _Retry(f"the connection failed or was lost ({type(error).__name__})") from None
         if start + len(data) < stop:
-            raise _Passing(f"only {len(data)} of {stop - start} bytes arrived")
+            raise _Retry(f"only {len(data)} of {stop - start} bytes arrived")
 
     def _check_answer(self, status: int, headers: Mapping[str, str], first: int, stop: int) -> None:
         """Whether an answer is the range that was asked for, of the file that was opened."""
@@ -123,7 +123,7 @@ class RangeReader:
         if status in (401, 403):
             raise _Expired
         if status in PASSING:
-            raise _Passing(_name(status), _retry_after(headers))
+            raise _Retry(_name(status), _retry_after(headers))
         if status == 200:
             what = "cannot be read in parts: the server ignores ranges and would send the whole file"
             raise weights_error(source, what, f"Download it: `{self.address.command}`.")
@@ -152,7 +152,7 @@ class RangeReader:
             raise weights_error(str(self.address), "changed while it was being read", _CHANGED)
 
     def _renew(self, expired: str) -> None:
-        """A fresh signed address; once, however many threads find the old one expired."""
+        """Ask for a fresh signed address, once however many threads find that the old one has expired."""
         with self._resolving:
             if self._location != expired:
                 return
@@ -168,9 +168,9 @@ class RangeReader:
         while True:
             try:
                 return self._head(revision)
-            except _Passing as trouble:
+            except _Retry as failure:
                 tried += 1
-                self._wait(trouble, tried)
+                self._wait(failure, tried)
 
     def _head(self, revision: str | None) -> tuple[int, str, str, str]:
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
@@ -184,9 +184,9 @@ class RangeReader:
             self._refuse_offline(error)
             response = getattr(error, "response", None)
             if response is not None and response.status_code in PASSING:
-                raise _Passing(_name(response.status_code), _retry_after(response.headers)) from None
+                raise _Retry(_name(response.status_code), _retry_after(response.headers)) from None
             if response is None and isinstance(error, hub_exceptions()) and not isinstance(error, ValueError):
-                raise _Passing(f"the connection failed or was lost ({type(error).__name__})") from None
+                raise _Retry(f"the connection failed or was lost ({type(error).__name__})") from None
             failure = hub_error(error, address.repo, address.filename, address.revision)
             raise failure from failure.__cause__
         if metadata.size is None or metadata.etag is None or metadata.commit_hash is None:
@@ -213,13 +213,13 @@ class RangeReader:
         own = (hub.scheme, hub.hostname, hub.port) == (there.scheme, there.hostname, there.port)
         return {**build_hf_headers(token=None if own else False), "Accept-Encoding": "identity"}
 
-    def _wait(self, trouble: _Passing, tried: int) -> None:
+    def _wait(self, failure: _Retry, tried: int) -> None:
         """Sleep before the next try, or give up."""
         if tried >= TRIES:
-            what = f"could not be read after {TRIES} tries: {trouble}"
-            hint = "Wait some minutes, or log in (`hf auth login`) for a higher limit." if "429" in str(trouble) else ""
+            what = f"could not be read after {TRIES} tries: {failure}"
+            hint = "Wait some minutes, or log in (`hf auth login`) for a higher limit." if "429" in str(failure) else ""
             raise weights_error(str(self.address), what, hint or "Try again later.") from None
-        wait = _FIRST_WAIT * 2 ** (tried - 1) if trouble.wait is None else trouble.wait
+        wait = _FIRST_WAIT * 2 ** (tried - 1) if failure.wait is None else failure.wait
         time.sleep(min(wait, LONGEST_WAIT))
 
     def _count(self, requests: int = 0, received: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Parts of a file, on this machine or on the Hub, without reading the rest.
+"""Parts of a file on the Hub, without reading the rest.
 
 An SAE of a million latents is a file of 19 GB, and ten of its decoder rows are 92 kB. :class:`RemoteFile` reads such
 parts with HTTP ranges and is a binary file object, so ``zipfile.ZipFile(RemoteFile(...))`` works.
@@ -12,10 +12,9 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from gemma_scope_tl.weights.checks import NOT_READ, read_head, weights_error
+from gemma_scope_tl.weights.checks import weights_error
 from gemma_scope_tl.weights.ranges import HubAddress, RangeReader
 
 if TYPE_CHECKING:
@@ -27,78 +26,6 @@ GAP = 1 << 12  # bytes: closer ranges are fetched as one
 THREADS = 8
 _BLOCKS = 64
 _LARGEST_BLOCK = 1 << 16
-
-
-class ByteSource(Protocol):
-    """What can be read in parts: :class:`LocalBytes` or :class:`RemoteFile`."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        ...
-
-    @property
-    def source(self) -> str:
-        """The file's name, for messages."""
-        ...
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes from ``offset``.
-
-        Raises:
-            WeightsError: when the file has no such part, or it cannot be read.
-        """
-        ...
-
-    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """:meth:`read_at` for each ``(offset, length)``, in their order."""
-        ...
-
-
-class LocalBytes:
-    """A local file, read in parts. Usable from several threads; a context manager.
-
-    Args:
-        path: the file.
-
-    Raises:
-        WeightsError: when it is missing, empty or cannot be read.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        read_head(self.path)
-        self.source = str(self.path)
-        self.size = self.path.stat().st_size
-        self._file = self.path.open("rb")
-        self._lock = threading.Lock()
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes from ``offset``; see :meth:`ByteSource.read_at`."""
-        _check_range(self.source, self.size, offset, length)
-        try:
-            with self._lock:
-                self._file.seek(offset)
-                data = self._file.read(length)
-        except OSError as error:
-            raise weights_error(self.source, f"cannot be read ({error.strerror or error})", NOT_READ) from error
-        if len(data) != length:
-            raise weights_error(self.source, f"is truncated: {len(data)} of {length} bytes at {offset}")
-        return data
-
-    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """:meth:`read_at` for each ``(offset, length)``, in their order."""
-        return [self.read_at(offset, length) for offset, length in ranges]
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> LocalBytes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class RemoteFile(io.RawIOBase):
@@ -149,7 +76,11 @@ class RemoteFile(io.RawIOBase):
         return self._reader.bytes_received
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes from ``offset``; the file's position stays. See :meth:`ByteSource.read_at`."""
+        """Exactly ``length`` bytes from ``offset``; the file's position stays.
+
+        Raises:
+            WeightsError: when the file has no such part, or it cannot be read.
+        """
         _check_range(self.source, self.size, offset, length)
         if length == 0:
             return b""
@@ -216,7 +147,7 @@ class RemoteFile(io.RawIOBase):
         return length
 
     def readall(self) -> bytes:
-        """Everything from the position to the end, in one request."""
+        """Everything from the position to the end, in one request; ``RawIOBase`` would make one every 8 KiB."""
         self._check_open()
         data = self.read_at(self._position, self.size - self._position) if self._position < self.size else b""
         self._position += len(data)

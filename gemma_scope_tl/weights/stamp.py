@@ -5,8 +5,8 @@ values. Whatever changes a file changes its ``ctime``, which no program can set 
 file's content. (A bit that rots on the disk changes no time: such a file is caught when it is checked, not later.)
 
 Stamps lie beside the Hub's cache, in ``$HF_HOME/gemma_scope_tl/checked``; ``GEMMA_SCOPE_TL_CACHE`` names another
-folder. They are as trustworthy as the cached weights themselves: who can write one can write the other. Where a stamp
-cannot be written (a read-only home, or none), files are checked at every load.
+folder. They are as trustworthy as the cached weights themselves: whoever can write one can write the other. Where a
+stamp cannot be written (a read-only home, or none), files are checked at every load.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _VERSION = 1  # raise it when what a check checks changes
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
         ranges: smallest and largest value of every array, by its canonical name.
@@ -41,7 +41,7 @@ class Stamp:
 
 
 def cache_folder() -> Path | None:
-    """Where this package keeps what it can make again; None for a user without a home, as containers have them."""
+    """The folder for files that can be made again; None for a user without a home, as containers have them."""
     if own := os.environ.get(CACHE_VARIABLE):
         return expanded(own)
     general = os.environ.get("XDG_CACHE_HOME", "~/.cache")
@@ -50,7 +50,7 @@ def cache_folder() -> Path | None:
 
 
 def file_key(path: Path) -> dict[str, int | str]:
-    """What changes when a file does."""
+    """Numbers of which one changes whenever a file does."""
     path = path.resolve()
     stat = path.stat()
     numbers = {name: getattr(stat, f"st_{name}") for name in ("size", "ino", "dev", "mtime_ns", "ctime_ns")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import random
 import traceback
 import zipfile
@@ -16,7 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 from gemma_scope_tl.errors import WeightsError
-from gemma_scope_tl.weights.remote import LEAST, TAIL, ByteSource, LocalBytes, RemoteFile
+from gemma_scope_tl.weights.remote import LEAST, TAIL, RemoteFile
 from tests.hub.big_npz import write_sparse_npz
 from tests.hub.faults import Fault
 from tests.hub.repos import HubFile, Repo
@@ -124,22 +123,9 @@ def test_many_threads_share_one_tail(remote: RemoteFile) -> None:
     assert (remote.requests, remote.bytes_received) == (2, TAIL)
 
 
-def test_local_bytes(tmp_path: Path, remote: RemoteFile) -> None:
-    path = tmp_path / "local.npz"
-    path.write_bytes(CONTENT)
+def test_several_ranges(remote: RemoteFile) -> None:
     ranges = [(5, 10), (399_000, 1000), (0, 0), (7, 2)]
-    with LocalBytes(path) as local:
-        sources: list[ByteSource] = [local, remote]
-        for source in sources:
-            assert source.read_many(ranges) == [CONTENT[o : o + n] for o, n in ranges] and source.size == len(CONTENT)
-        assert local.source == str(path)
-        with pytest.raises(WeightsError, match=r"local\.npz has 400000 bytes"):
-            local.read_at(399_999, 2)
-        os.truncate(path, 10)
-        with pytest.raises(WeightsError, match="is truncated: 5 of 10 bytes at 5"):
-            local.read_at(5, 10)
-    with pytest.raises(WeightsError, match="does not exist"):
-        LocalBytes(tmp_path / "no.npz")
+    assert remote.read_many(ranges) == [CONTENT[o : o + n] for o, n in ranges] and remote.size == len(CONTENT)
 
 
 def test_cut_part_is_resumed(hub: LocalHub, remote: RemoteFile, waits: list[float]) -> None:

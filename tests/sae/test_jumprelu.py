@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError, WeightsError
+from gemma_scope_tl.families import families, forget_family, register_family
 from gemma_scope_tl.registry.schema import SAERow
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
 from gemma_scope_tl.sae.loading import load_sae
+from gemma_scope_tl.sae.save import save_sae
 from gemma_scope_tl.sae.units import embedding_scale, fold_b_dec, scale_embedding
+from gemma_scope_tl.sites import ModelDims, get_site
 
 D_IN, D_SAE, HEADS = 16, 64, 4
+DIMS = ModelDims(n_layers=4, d_model=D_IN, n_heads=HEADS, d_head=4)
 
 
 def arrays(d_in: int = D_IN, d_sae: int = D_SAE, d_out: int | None = None, seed: int = 0) -> dict[str, Any]:
@@ -311,6 +316,34 @@ def test_from_pretrained_and_load_sae(registry: Path, site: str) -> None:
     np.testing.assert_array_equal(again.W_dec.detach().numpy(), arrays()["W_dec"] * scale)
     np.testing.assert_array_equal(again.b_dec.detach().numpy(), arrays()["b_dec"] * scale)
     assert JumpReLUSAE.from_pretrained_with_cfg_and_sparsity(site, "any")[1]["d_in"] == D_IN
+
+
+def test_transcoders_may_write_another_width(tmp_path: Path) -> None:
+    write(tmp_path / "layer_3/width_64/average_l0_9", arrays(d_out=10))
+    row = a_row(site="transcoder", d_out=10).model_copy(update={"repo": str(tmp_path)})
+    sae = JumpReLUSAE.from_row(row)
+    assert (sae.cfg.d_in, sae.cfg.d_out) == (D_IN, 10) and sae(x(2, D_IN)).shape == (2, 10)
+    with pytest.raises(WeightsError, match=r"d_out 10, should be 16 according to the registry"):
+        JumpReLUSAE.from_row(row.model_copy(update={"d_out": None}))
+
+
+def test_hooks_and_units_are_those_of_the_rows_family(tmp_path: Path) -> None:
+    table = replace(get_site("embedding"), hooked_transformer="hook_table")
+    toy = replace(families()[0], name="toy", model_types=("toy",), sites={"embedding": table}, sizes={})
+    register_family(replace(toy, embedding_scale=lambda d_model: 3.0))
+    try:
+        write(tmp_path / "layer_3/width_64/average_l0_9")
+        row = a_row(site="embedding", layer=None, family="toy").model_copy(update={"repo": str(tmp_path)})
+        sae = JumpReLUSAE.from_row(row)
+        assert sae.cfg.metadata.hook_name == "hook_table"
+        np.testing.assert_array_equal(sae.W_dec.detach().numpy(), arrays()["W_dec"] * np.float32(3))
+        folder = save_sae(JumpReLUSAE.from_folder(save_sae(sae, tmp_path / "a", "sae-lens")), tmp_path / "b")
+        np.testing.assert_allclose(np.load(folder / "params.npz")["W_dec"], arrays()["W_dec"], rtol=1e-6)
+        model = SimpleNamespace(family=families()[1], cfg=DIMS)
+        given = JumpReLUSAE.from_arrays(arrays(), model=model, site="embedding")
+        assert given.cfg.metadata.hook_name == "hook_table"
+    finally:
+        forget_family("toy")
 
 
 def test_files_are_checked_against_the_row(registry: Path) -> None:
