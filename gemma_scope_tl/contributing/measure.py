@@ -132,7 +132,7 @@ def l0_of(
     from gemma_scope_tl.evals.accumulators import Mean
     from gemma_scope_tl.evals.metrics import l0
     from gemma_scope_tl.sae.access import locate
-    from gemma_scope_tl.sae.placement import bring
+    from gemma_scope_tl.sae.choices import bring
     from gemma_scope_tl.sites import flatten_heads
     from gemma_scope_tl.text.tokens import special_mask, special_token_ids
 

@@ -22,7 +22,7 @@ from gemma_scope_tl.files import checked_path, file_sha256, is_folder
 from gemma_scope_tl.registry.locate import inside
 from gemma_scope_tl.registry.schema import CFG_FILE, WEIGHTS_FILES
 from gemma_scope_tl.weights.checks import Expected, canonical_names, check_shapes, weights_error
-from gemma_scope_tl.weights.fetch import hub_error, hub_exceptions
+from gemma_scope_tl.weights.hub_errors import hub_error, hub_exceptions
 
 LISTED_NAMES = frozenset((*WEIGHTS_FILES.values(), CFG_FILE))
 BUNDLED = "bundled"

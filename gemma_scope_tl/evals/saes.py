@@ -11,9 +11,8 @@ from jaxtyping import Float
 
 from gemma_scope_tl.sae.access import decode_with_skip, flat_heads, locate
 from gemma_scope_tl.sae.base import GemmaScopeMixin
-from gemma_scope_tl.sae.choices import as_saes
+from gemma_scope_tl.sae.choices import as_saes, bring
 from gemma_scope_tl.sae.hooked_pass import is_hooked
-from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sae.sparse import SparseActs, decode_sparse, encode_sparse
 from gemma_scope_tl.sae.suite import SAESuite
 from gemma_scope_tl.sites import Place
@@ -86,7 +85,7 @@ def _checked_place(model: Any, sae: Any) -> Place:
 
 @torch.no_grad()
 def latents_of(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> SparseActs:
-    """The active latents of ``x`` alone; hooks on the SAE's own points fire. The SAE moves to the device of ``x``."""
+    """The active latents of ``x``. Hooks on the SAE's own points fire. The SAE moves to the device of ``x``."""
     bring(sae, x.device)
     if _encodes_sparsely(sae):
         return encode_sparse(x, sae.W_enc, sae.b_enc, sae.threshold)
@@ -96,7 +95,7 @@ def latents_of(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> SparseActs:
 
 @torch.no_grad()
 def latents_and_output(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> tuple[SparseActs, Float[torch.Tensor, "n d_out"]]:
-    """The active latents of ``x`` and the SAE's output, from one encoding; hooks on the SAE's own points fire."""
+    """The active latents of ``x`` and the SAE's output, from one encoding. Otherwise as :func:`latents_of`."""
     bring(sae, x.device)
     if _encodes_sparsely(sae):
         acts = latents_of(sae, x)

@@ -18,7 +18,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.metrics import Bootstrap
 from gemma_scope_tl.interp.client import Answerer, Prompt
 from gemma_scope_tl.interp.examples import Example, Examples
-from gemma_scope_tl.sae.indices import as_indices
+from gemma_scope_tl.sae.arguments import as_indices
 
 if TYPE_CHECKING:
     import pandas as pd

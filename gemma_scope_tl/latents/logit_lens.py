@@ -1,4 +1,4 @@
-"""What a latent writes, read as tokens: its decoder row through the final norm's gain and the unembedding."""
+"""The logit lens of latents: decoder rows through the final norm's gain and the unembedding."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ _CHUNK = 32768  # columns of the unembedding in float32 at once
 def top_tokens(model: Any, sae: SAEOrLatents, latent: int | Iterable[int], k: int = 10) -> pd.DataFrame:
     """The tokens that a latent promotes and suppresses most, by its direct path to the logits.
 
-    For a decoder row v, with the gains ``1 + w`` of Gemma 2's RMSNorms::
+    For a decoder row v, with the gains g of the model's RMSNorms::
 
-        u      = v                                        res, embedding, mlp, transcoder
-        u      = (v W_O) * (1 + w_post_attention[layer])  att
-        logits = (u * (1 + w_final)) W_U
+        u      = v                                  added to the residual stream: res, embedding, mlp, transcoder
+        u      = (v W_O) * g_post_attention[layer]  heads: att; without the gain in a family that has no such norm
+        logits = (u * g_final) W_U
 
-    The mlp site and a transcoder's output lie after the post-MLP norm already, and are added to the residual stream as
-    they are. The norms' denominators are left out: the final one divides all logits by the RMS of the residual stream
-    at the position, the post-attention one by the RMS of the attention's output, so for a given text ``logit`` is the
-    change per unit of activation up to one positive factor, and the order of the tokens is right. The final soft-cap
-    is left out too: it is monotone. Later layers, which read v as well, are not in it: the earlier the layer, the less
-    it says. Computed in float32.
+    The mlp site and a transcoder's output are added to the residual stream as they are. The norms' denominators are
+    left out: the final one divides all logits by the RMS of the residual stream at the position, the post-attention
+    one by the RMS of the attention's output, so for a given text ``logit`` is the change per unit of activation up to
+    one positive factor, and the order of the tokens is right. The final soft-cap is monotone and left out too. Later
+    layers read v as well, which this leaves out: the earlier the layer, the less the result says. Computed in float32.
 
     Args:
         model: from ``load_model``, either backend.
@@ -79,12 +78,12 @@ def top_tokens(model: Any, sae: SAEOrLatents, latent: int | Iterable[int], k: in
 
 @torch.no_grad()
 def latent_logits(model: Any, sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "k d_vocab"]:
-    """What each latent adds to the logits per unit of activation, as :func:`top_tokens` explains, in float32.
+    """What each latent adds to the logits per unit of activation, in float32 (see :func:`top_tokens`).
 
     Raises:
         SpliceError: for an SAE that does not fit the model's layers and widths.
     """
-    site, layer = locate(sae)
+    site, layer = locate(sae, model.family)
     site.check_layer(layer, model.dims)
     return _logits(model, site, layer, decoder_rows(sae, latents))
 

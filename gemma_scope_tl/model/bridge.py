@@ -56,7 +56,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
             point.remove_hooks(direction, including_permanent, level)
 
     def _watch(self) -> None:
-        """Token ids are read where every pass begins: at Hugging Face's decoder, also when others call it."""
+        """Read token ids at Hugging Face's decoder, where every pass begins, whoever calls it."""
         hf_model: Any = self.original_model
         decoder = hf_model.get_submodule(self.family.decoder)
         decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
@@ -64,7 +64,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         hf_model.generate = TrackedGenerate(hf_model, self)
 
     def _before_decoder(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.token_tracker.enter()  # the hook behind it leaves, also when the pass fails
+        self.token_tracker.enter()  # the hook behind the decoder leaves, also when the pass fails
         ids = args[0] if args else kwargs.get("input_ids")
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         seen = 0 if cache is None else int(cache.get_seq_length())
@@ -99,7 +99,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
     def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int, by_column: bool) -> None:
         call["attention_mask"] = mask.long()
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        if by_column:  # of rows that begin with padding, which Hugging Face then counts
+        if by_column:  # without position_ids Hugging Face counts padding too
             columns = torch.arange(mask.shape[1], device=mask.device).expand_as(positions)
             positions = torch.where(mask[:, :1], positions, columns)
         call["position_ids"] = positions[:, -new:]
@@ -138,8 +138,8 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         return texts[0] if isinstance(input, str) else texts
 
     def _hf_options(self, call: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of Hugging Face's ``generate`` from those of TransformerLens's ``hf_generate``, whose defaults give
-        way to a ``generation_config``."""
+        """Arguments of Hugging Face's ``generate`` from those of TransformerLens's ``hf_generate``; a
+        ``generation_config`` replaces the defaults of the latter."""
         own = call.get("generation_config") is not None
         options: dict[str, Any] = {} if own else {"max_new_tokens": 10, "do_sample": True, "temperature": 1.0}
         options |= {name: value for name, value in call.items() if value is not None}
@@ -163,10 +163,10 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
 
         transformers 5.24 hands attention ``cache=`` where it was ``past_key_values=``; an attention bridge
         that does not know the name attends to the new token alone. Applied to this model's own blocks, and only after
-        the defect was seen there (``repairs.py``).
+        the defect was seen there (:func:`~gemma_scope_tl.model.check.repair`).
         """
         for block in self.blocks:
-            block.attn._update_kv_cache = partial(_update_kv_cache, block.attn)  # a copy of a model copies it too
+            block.attn._update_kv_cache = partial(_update_kv_cache, block.attn)  # copied with the model
         self.fixes.append("attention reads its cache from the keyword `cache`")
 
 

@@ -1,4 +1,4 @@
-"""Hook names of either backend, also below attached SAEs: one point answers to both."""
+"""Hook names of either backend, also below attached SAEs: each point has both names."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def other_names(attached: Iterable[AttachedSAE], family: Family, dims: ModelDims
 
 
 def filter_of_both(wanted: Callable[[str], bool], others: Mapping[str, str]) -> Callable[[str], bool]:
-    """A filter on names that is asked about a point's other name too."""
+    """A filter that passes a point if ``wanted`` passes one of its two names."""
 
     def either(name: str) -> bool:
         return wanted(name) or (name in others and wanted(others[name]))
@@ -62,7 +62,7 @@ def filter_of_both(wanted: Callable[[str], bool], others: Mapping[str, str]) -> 
 
 
 def add_other_names(stored: dict[str, Any], wanted: Callable[[str], bool] | None, others: Mapping[str, str]) -> None:
-    """Put what a cache holds under the names that were asked for.
+    """Store the tensors of a cache under the names that were asked for.
 
     Args:
         stored: the cache.
@@ -84,10 +84,10 @@ def add_other_names(stored: dict[str, Any], wanted: Callable[[str], bool] | None
 
 
 def listed_hooks(hooks: Any) -> list[Any]:
-    """Pairs of a name and a function as a list; one pair by itself, as ``steer`` gives it, is one.
+    """Pairs of a name and a function as a list, also of a single pair, as ``steer`` returns it.
 
     Raises:
-        SpliceError: for what are no pairs.
+        SpliceError: for anything but such pairs.
     """
     if isinstance(hooks, tuple) and len(hooks) == 2 and callable(hooks[1]):
         return [hooks]

@@ -1,4 +1,4 @@
-"""What both backends share: site hook points, checked hook names, padding masks, generation that SAEs survive."""
+"""What both backends share: hook points of sites, checked hook names, and padding masks of forward passes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class GemmaModel(Generates, SpliceMixin):
         return translate_hook_name(name, valid, self.backend, self.family) if isinstance(name, str) else name
 
     def _resolve_hooks(self, hooks: Hooks, owner: Owner | None = None) -> list[tuple[HookName, Callable[..., Any]]]:
-        """Hooks by the names that they have here, bound to the model; functions of an ``owner`` run for it alone."""
+        """Hooks under this backend's names, bound to the model; those of an ``owner`` run in its passes alone."""
         valid = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
         resolved: list[tuple[HookName, Callable[..., Any]]] = []
         for name, fn in listed_hooks(hooks):
@@ -138,7 +138,7 @@ class GemmaModel(Generates, SpliceMixin):
     ) -> AbstractContextManager[Any]:
         """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
         fwd, bwd = listed_hooks(fwd_hooks), listed_hooks(bwd_hooks)
-        self._resolve_hooks([*fwd, *bwd])  # a wrong name is found here, and not where the block begins
+        self._resolve_hooks([*fwd, *bwd])  # a wrong name raises here, and not when the block begins
         return self._hooks_block(fwd, bwd, *args, **kwargs)
 
     @contextmanager
@@ -165,7 +165,7 @@ class GemmaModel(Generates, SpliceMixin):
         if not model_args and "input_ids" in kwargs:
             model_args = (kwargs.pop("input_ids"),)
         if self.tokenizer is None and model_args and isinstance(model_args[0], str):
-            text_ids(None, model_args[:1])  # raises, where the bridge would assert
+            text_ids(None, model_args[:1])  # raises a better error than the bridge's assertion
         resolved = self._resolve_filter(names_filter)
         with self._turns.scope():
             output, cache = super().run_with_cache(  # pyright: ignore[reportAttributeAccessIssue]
@@ -193,12 +193,12 @@ class GemmaModel(Generates, SpliceMixin):
     # -- passes -------------------------------------------------------------------------------------------------------
 
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens, from whatever stands for texts; padding never counts.
+        """As in TransformerLens, from texts in every form; padding has no effect.
 
         Args:
             input: as :func:`~gemma_scope_tl.text.batch.as_batch` takes it: a text, several, token ids, a
                 ``BatchEncoding``, chat messages; or embeddings ``[batch, pos, d_model]``. Padding, on either side, is
-                masked without being asked; ``attention_mask=`` says otherwise. The loss is the mean over predictions
+                masked, unless ``attention_mask=`` says otherwise. The loss is the mean over predictions
                 from text to text.
             *args, **kwargs: of the backend's ``forward``.
 
@@ -226,7 +226,7 @@ class GemmaModel(Generates, SpliceMixin):
         cache, seen = self._cache_of(call)
         covered = getattr(call.get("attention_mask"), "shape", (0, 0))[-1]
         if cache is not None and isinstance(input, torch.Tensor) and covered > input.shape[-1]:
-            seen = max(seen, covered - input.shape[-1])  # the caller knows what a cache holds that nothing has read yet
+            seen = max(seen, covered - input.shape[-1])  # a cache may hold more than this model has read
         ids = input[None] if isinstance(input, torch.Tensor) and input.ndim == 1 else input
         own = not seen and isinstance(ids, torch.Tensor) and ids.ndim == 2 and self.token_tracker.goes_on(ids)
         if seen or own:
@@ -240,7 +240,7 @@ class GemmaModel(Generates, SpliceMixin):
         batch = as_batch(self, input, **how)
         unpadded = bool(batch.mask.all())
         if pattern is not None:
-            call["attention_mask"] = pattern  # of every query: the caller's affair
+            call["attention_mask"] = pattern  # a mask of every query, which is the caller's
         elif not unpadded or self.backend == "hooked_transformer":  # which would ask the tokenizer
             call["attention_mask"] = attendable(batch.mask).long()
         wanted = call.get("return_type", "logits")
@@ -256,10 +256,10 @@ class GemmaModel(Generates, SpliceMixin):
         return loss if wanted == "loss" else self._both(logits, loss)
 
     def _forward_on(self, input: Any, call: dict[str, Any], cache: Any, seen: int, own: bool) -> Any:
-        """A pass that goes on with a text: behind a key-value cache, or as a generation's ``own``."""
+        """A pass that continues a text: behind a key-value cache, or as a generation's ``own``."""
         ids = input if isinstance(input, torch.Tensor) else as_batch(self, input, prepend_bos=False).ids
         before, given = self.token_tracker.history(ids, cache, seen, own), call.get("attention_mask")
-        pattern = given is not None and given.ndim > 2  # of every query: the caller's affair
+        pattern = given is not None and given.ndim > 2  # a mask of every query, which is the caller's
         mask = self._mask_behind(before, ids, seen, None if pattern else given)
         if mask is None and given is None and self.token_tracker.holds_padding(cache):
             raise SpliceError(
@@ -282,7 +282,7 @@ class GemmaModel(Generates, SpliceMixin):
         if known is None:
             return None
         known = known.to(ids.device)
-        if ours:  # backends hand on masks of their own making
+        if ours:  # backends pass masks that they made themselves
             return known
         if given is None:
             return continued_mask(known, ids, self.tokenizer)
@@ -336,7 +336,7 @@ class GemmaModel(Generates, SpliceMixin):
         Args:
             logits: ``[batch, pos, vocab]``.
             tokens: ids ``[batch, pos]``.
-            attention_mask: ``[batch, pos]``; without it padding is told by the tokenizer's padding id.
+            attention_mask: ``[batch, pos]``; by default False at the tokenizer's padding id.
             per_token: return ``[batch, pos - 1]``, zero where a token or the one before it is padding.
         """
         if attention_mask is None and tokens.ndim == 2:
@@ -370,8 +370,8 @@ class GemmaModel(Generates, SpliceMixin):
         move_to_device: bool = True,
         truncate: bool | None = None,
     ) -> torch.Tensor:
-        """Token ids ``[batch, pos]`` of a text or several, as in TransformerLens; a text that brings its own BOS (what
-        chat templates write) gets no second one.
+        """Token ids ``[batch, pos]`` of a text or several, as in TransformerLens; a text that begins with BOS, as chat
+        templates write it, gets no second one.
 
         Args:
             input: a text or several.

@@ -1,7 +1,7 @@
 """Which keywords each method of a hooked model takes.
 
-TransformerLens's bridge swallows those it does not know, and a pass without the SAE that ``sae=`` was meant to splice
-looks like any other pass.
+TransformerLens's bridge ignores unknown keywords, and a pass without the SAE that ``sae=`` was meant to splice looks
+like any other pass.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from gemma_scope_tl.errors import UnknownKeywordError, unknown_keyword
 
-# Keywords that another method takes, and where a pass with them is to be had.
+# Keywords that other methods take, and which.
 ELSEWHERE = {
     "saes": "run_with_saes(), or gs.splice() around this call",
     "sae": "run_with_saes(saes=), or gs.splice() around this call",
@@ -24,7 +24,7 @@ ELSEWHERE = {
     "streamer": "generate_stream(), or hf_generate() on the bridge",
     "names_filter": "run_with_cache() or run_with_cache_with_saes()",
 }
-# What TransformerBridge accepts for models of other kinds; nothing comes of them here.
+# TransformerBridge accepts these for models of other kinds; here they would have no effect.
 _OTHER_MODELS = {"pixel_values", "input_values", "decoder_input", "multimodal_kwargs", "forced_bos_token_id"}
 _CACHE_NAMES = {"past_key_values", "cache", "use_past_kv_cache", "one_zero_attention_mask"}
 _INPUTS = {"input_ids", "inputs_embeds"}
@@ -64,7 +64,7 @@ def check_keywords(model: Any, method: str, given: Mapping[str, Any]) -> None:
 
 @cache
 def accepted(model_class: type, hf_class: type | None, method: str) -> frozenset[str]:
-    """The keywords of a method of TransformerLens's model class, and of what it hands its keywords to."""
+    """The keywords of a method of TransformerLens's model class, and of the functions that it passes them to."""
     valid = set(_parameter_names(model_class, method))
     if method == "forward":
         valid |= _INPUTS | (set() if hf_class is None else _CACHE_NAMES | _hf_forward(hf_class))
@@ -73,7 +73,7 @@ def accepted(model_class: type, hf_class: type | None, method: str) -> frozenset
         if method == "run_with_cache":
             valid |= {"names_filter", "device", "incl_bwd", "reset_hooks_end", "clear_contexts", "pos_slice"}
         elif hf_class is not None:
-            valid -= {"names_filter"}  # the bridge takes it for show
+            valid -= {"names_filter"}  # the bridge accepts it without effect
     elif method in ("generate", "generate_stream"):
         valid |= {"attention_mask"}
         if method == "generate" and hf_class is None:

@@ -13,9 +13,8 @@ import torch
 from gemma_scope_tl.dtypes import DTYPES, parse_device, parse_dtype
 from gemma_scope_tl.errors import AdapterError, unknown_name
 from gemma_scope_tl.families import BACKENDS, Family, ModelDims, families, family_of_config, hub_ids
-from gemma_scope_tl.model.check import self_check
+from gemma_scope_tl.model.check import repair, self_check
 from gemma_scope_tl.model.plain import is_quantized, run_plain
-from gemma_scope_tl.model.repairs import repair
 from gemma_scope_tl.model.tokenizer import prepared, stop_token_ids
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.weights.modes import float32_by_default, make_ordinary, ordinary_tensors

@@ -107,7 +107,7 @@ def cache_keyword(hf_model: Any) -> str:
 
 
 def probe_tokens(hf_model: Any, length: int = 12) -> Int[torch.Tensor, "1 pos"]:
-    """BOS and ``length - 1`` fixed pseudo-random ids of ordinary tokens, fewer where the model's context is shorter."""
+    """BOS and ``length - 1`` pseudo-random ids of ordinary tokens, always the same; fewer in a shorter context."""
     config = hf_model.config
     length = min(length, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
@@ -122,19 +122,19 @@ def probe_tokens(hf_model: Any, length: int = 12) -> Int[torch.Tensor, "1 pos"]:
 
 LOGITS = Place("logits", None)
 ROWS = 3
-NOISY = 2  # how often each row is moved; the largest difference is its spread
-REPLACED = 0.25  # how far, relatively, the replaced tensors are from the model's own
-LOUDER = 64.0  # a power of two: no rounding
+NOISY = 2  # runs of each row with noise; the largest difference is its spread
+REPLACED = 0.25  # relative distance of the replaced tensors from the model's own
+LOUDER = 64.0  # a power of two, so that the product is exact
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of the three rows.
+    """One pass of the three rows: as it is, with replaced tensors, and with replaced tensors and loud queries.
 
     Attributes:
         sites: ``[3, pos, …]`` by place, before anything is replaced; :data:`LOGITS` among them.
-        replaced: ``[pos, …]``: what rows 1 and 2 went on with.
-        spread: by place, the :func:`row_difference` that rounding makes in each row.
+        replaced: ``[pos, …]``, by place: the tensors that rows 1 and 2 went on with.
+        spread: by place, the :func:`row_difference` that rounding alone makes in each row.
     """
 
     sites: dict[Place, torch.Tensor]
@@ -171,10 +171,10 @@ def relative_difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def row_difference(row: int, got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """How far a row is from what it should be: over all positions, in row 2 at the median position.
+    """The relative difference of a row from the plain model's: over all positions, in row 2 at the median position.
 
-    Attention of loud queries has ties, which rounding decides one way or the other at some position; a soft-cap that is
-    missing changes most positions. A single position, as in a pass with a cache, says nothing there.
+    With loud queries attention scores are nearly tied at some positions, and rounding decides between them, whereas a
+    missing soft-cap changes most positions. A single position, as in a pass with a cache, decides nothing in row 2.
 
     Args:
         row: 0, 1 or 2.
@@ -273,10 +273,10 @@ def _louder_modules(hf_model: Any, family: Family) -> list[Any]:
 
 @contextmanager
 def _rounding_noise(hf_model: Any) -> Generator[None]:
-    """Move what every module computes by about a unit in the last place, as another order of summation would.
+    """Change what every module computes by about a unit in the last place, as another order of summation would.
 
-    Half of the noise is shared by all entries of a position. For keys this is what the rounding of attention scores
-    does: a relative error of each score, where independent errors of the keys' entries would average out.
+    Half of the noise is the same for all entries of a position. For keys this gives each attention score a relative
+    error, as rounding does; independent errors of the entries of a key would average out.
     """
     generator = torch.Generator().manual_seed(0)
 

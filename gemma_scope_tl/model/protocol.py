@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 from gemma_scope_tl.families import Backend, Family
 from gemma_scope_tl.model.tracker import TokenTracker
 
@@ -15,6 +17,10 @@ class BindsToPass(Protocol):
 
     def bound_to(self, tracker: TokenTracker, tokenizer: Any) -> Callable[..., Any]:
         """The function for one model, whose tracker knows the token ids of a pass."""
+        ...
+
+    def __call__(self, value: torch.Tensor, hook: Any) -> Any:
+        """The tensor that goes on, or None for the same."""
         ...
 
 

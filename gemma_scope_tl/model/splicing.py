@@ -16,15 +16,14 @@ from gemma_scope_tl.model.owners import ADVICE, Owner, Turns
 from gemma_scope_tl.model.splice_options import SpliceKeywords, SpliceOptions
 from gemma_scope_tl.model.tracker import TokenTracker
 from gemma_scope_tl.sae.access import locate
-from gemma_scope_tl.sae.choices import as_saes
-from gemma_scope_tl.sae.placement import bring
+from gemma_scope_tl.sae.choices import as_saes, bring
 from gemma_scope_tl.sites import Backend, Family, ModelDims, Site
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-_bookkeeping = threading.RLock()  # taken for attaching and detaching alone, so one for all models costs nothing
+_bookkeeping = threading.RLock()  # one for all models: it is held only while SAEs are attached and detached
 
 
 class SpliceMixin:
@@ -139,7 +138,7 @@ class SpliceMixin:
             SpliceError, TypeError: as :meth:`add_sae`.
         """
         chosen = SpliceOptions.of("saes", options, by_position, ("saes", "reset_saes_end"))
-        return self._spliced(saes, reset_saes_end, chosen)
+        return self.splice_with(saes, reset_saes_end, chosen)
 
     def run_with_saes(
         self,
@@ -149,7 +148,7 @@ class SpliceMixin:
         **kwargs: Any,
     ) -> Any:
         """One forward pass with ``saes`` attached; keywords are those of :meth:`saes` and of the model's call."""
-        with self._spliced(saes, reset_saes_end, SpliceOptions.taken_from(kwargs, "run_with_saes")):
+        with self.splice_with(saes, reset_saes_end, SpliceOptions.taken_from(kwargs, "run_with_saes")):
             return self(*model_args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def run_with_cache_with_saes(
@@ -162,7 +161,7 @@ class SpliceMixin:
         """``run_with_cache`` with ``saes`` attached; features under ``<hook>.hook_sae_acts_post``, by either backend's
         name of the hook. Keywords are those of :meth:`saes` and of ``run_with_cache``."""
         options = SpliceOptions.taken_from(kwargs, "run_with_cache_with_saes")
-        with self._spliced(saes, reset_saes_end, options):
+        with self.splice_with(saes, reset_saes_end, options):
             return self.run_with_cache(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def run_with_hooks_with_saes(
@@ -175,7 +174,7 @@ class SpliceMixin:
         """``run_with_hooks`` with ``saes`` attached; hooks may name the SAEs' own hook points. Keywords are those of
         :meth:`saes` and of ``run_with_hooks``."""
         options = SpliceOptions.taken_from(kwargs, "run_with_hooks_with_saes")
-        with self._spliced(saes, reset_saes_end, options):
+        with self.splice_with(saes, reset_saes_end, options):
             return self.run_with_hooks(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def sae_hook_points(self) -> dict[str, Any]:
@@ -183,7 +182,8 @@ class SpliceMixin:
         return {name: point for attached in self._attached.values() for name, point in attached.hook_points.items()}
 
     @contextmanager
-    def _spliced(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[Self]:
+    def splice_with(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[Self]:
+        """:meth:`saes` with options that were checked already."""
         added: list[AttachedSAE] = []
         owner = Owner()
         try:
@@ -215,7 +215,7 @@ class SpliceMixin:
             raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
         excluded = self.excluded_ids(options.exclude_special_tokens)
         stage = self._next_stage(site.hook_name_out(layer, "hooked_transformer"), options.chain, site.is_transcoder)
-        if (device := self.device_of(layer)).type != "meta":  # weights that are kept elsewhere show at the pass
+        if (device := self.device_of(layer)).type != "meta":  # offloaded weights have no device before a pass
             bring(sae, device)
         attached = AttachedSAE(sae, site, layer, options, excluded, stage, owner)
         try:
@@ -228,7 +228,7 @@ class SpliceMixin:
         return attached
 
     def device_of(self, layer: int | None) -> torch.device:
-        """Where the weights of a layer are; without a layer, those of the embedding, where token ids belong too."""
+        """The device of a layer's weights; without a layer, that of the embedding, where token ids belong too."""
         module: Any = self.blocks[layer] if layer is not None else self.embedding_module()  # pyright: ignore
         return next(module.parameters()).device
 
@@ -263,7 +263,7 @@ class SpliceMixin:
         return excluded_ids(getattr(self, "tokenizer", None), exclude, must_know=True)
 
     def _next_stage(self, write_name: str, chain: bool, is_transcoder: bool) -> int:
-        """The place of one more SAE that writes there: 0 where there is none."""
+        """The position in the chain of one more SAE that writes there: 0 for the first."""
         there = [attached for attached in self._attached.values() if attached.write_name == write_name]
         if there and not all(attached.owner.here() for attached in there):
             raise SpliceError(f"{write_name} is taken: another thread or task has attached an SAE there; {ADVICE}.")
@@ -277,7 +277,7 @@ class SpliceMixin:
         return max((attached.stage for attached in there), default=-1) + 1
 
     def _find(self, name: str) -> list[AttachedSAE]:
-        """The SAEs that read a hook, all of a chain."""
+        """The SAEs that read a hook, a whole chain where there is one."""
         names = {id(one): (one.read_name, one.site.hook_name(one.layer, "bridge")) for one in self._attached.values()}
         found = [one for one in self._attached.values() if name in names[id(one)]]
         if not found:
@@ -285,7 +285,7 @@ class SpliceMixin:
         return found
 
     def _remove(self, attached: list[AttachedSAE]) -> None:
-        """Detach, last first; what cannot be detached stays known, and the others are detached all the same."""
+        """Detach in reverse order. An SAE that cannot be detached stays listed; the others are detached."""
         failed: list[Exception] = []
         with _bookkeeping:
             for one in reversed(attached):
@@ -331,4 +331,4 @@ def splice(
     chosen = SpliceOptions.of("splice", options, by_position, ("saes",))
     if not isinstance(model, SpliceMixin):
         raise SpliceError("splice() needs a model from gemma_scope_tl.load_model(); wrap yours with hf_model=.")
-    return model._spliced(saes, True, chosen)
+    return model.splice_with(saes, True, chosen)

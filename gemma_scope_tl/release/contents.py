@@ -152,7 +152,7 @@ def _walk(root: Path) -> Iterator[str]:
 
 def _check(root: Path, part: Part) -> str:
     from gemma_scope_tl.sae.loading import load_folder, load_row
-    from gemma_scope_tl.weights.fetch import wrong_hash
+    from gemma_scope_tl.weights.hub_cache import wrong_hash
 
     path = root / part.path
     try:

@@ -18,7 +18,7 @@ from gemma_scope_tl.registry.schema import NAME
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER, render_card
 from gemma_scope_tl.release.metrics import match_metrics, with_l0
 from gemma_scope_tl.release.release_saes import DEAD, DECIMALS, About, ReleaseSAE, folder_of, l0_label, read_saes
-from gemma_scope_tl.sae.indices import shown
+from gemma_scope_tl.sae.arguments import shown
 from gemma_scope_tl.sites import SITES, get_site
 
 if TYPE_CHECKING:

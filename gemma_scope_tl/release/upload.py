@@ -15,7 +15,7 @@ from gemma_scope_tl.files import checked_path, write_atomically
 from gemma_scope_tl.registry.render import render_release
 from gemma_scope_tl.registry.schema import ReleaseFile, read_release
 from gemma_scope_tl.release.contents import Contents, Part, check_contents, read_contents
-from gemma_scope_tl.weights.hub_errors import in_our_words
+from gemma_scope_tl.weights.hub_errors import upload_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -111,13 +111,13 @@ def upload_suite(
     target = _registry_target(contents, repo_id, registry_out)
     sums = check_contents(contents, progress)
     api = HfApi(library_name="gemma-scope-tl")
-    with in_our_words(repo_id, branch, "be looked up"):
+    with upload_errors(repo_id, branch, "be looked up"):
         there = _look(api, repo_id, branch)
     upload = _plan(contents, sums, repo_id, branch, private, there)
     if dry_run:
         return upload
     message = commit_message or f"Add {contents.release.release}"
-    with in_our_words(repo_id, branch), _bars(progress):
+    with upload_errors(repo_id, branch), _bars(progress):
         revision = _publish(api, upload, contents.folder, there, message, workers)
     write_registry(target, render_pinned(contents.release, repo_id, revision, sums), revision)
     return replace(upload, revision=revision, registry_file=target)
@@ -292,7 +292,7 @@ def _verify(api: HfApi, upload: Upload, revision: str, folder: Path) -> None:
 def _check_repo_id(repo_id: Any) -> None:
     from huggingface_hub.utils import validate_repo_id
 
-    with in_our_words(str(repo_id), MAIN):
+    with upload_errors(str(repo_id), MAIN):
         validate_repo_id(repo_id)
     if repo_id.count("/") != 1:
         raise GemmaScopeError(f"{repo_id!r} is not the name of a repository: give OWNER/NAME.")

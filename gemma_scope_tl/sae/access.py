@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.families import Family
-from gemma_scope_tl.sae.indices import as_indices
+from gemma_scope_tl.families import Family, family_of_model
+from gemma_scope_tl.sae.arguments import as_indices
+from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sae.latents import Latents
-from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import Site, get_site, site_of_hook
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
 
     Args:
         sae: an SAE or latents.
-        family: whose site it is; None for the first family that has it.
+        family: whose site it is; None for the family of the model that the SAE was trained on, or where that is unknown
+            the first family that has the site.
 
     Raises:
         SpliceError: when it does not say.
@@ -38,6 +39,9 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
     """
     name = getattr(sae, "site", None)
     if name is not None:
+        if family is None:
+            trained_on = family_of_model(getattr(sae, "model_name", None))
+            family = trained_on if name in trained_on.sites else None
         return get_site(name, family), getattr(sae, "layer", None)
     if isinstance(sae, Latents):
         raise SpliceError("These latents do not say where they belong: give them a site and a layer.")

@@ -36,7 +36,7 @@ def firing_frequencies(
     memory_budget: int = MEMORY_BUDGET,
     cache: str | PathLike[str] | None = None,
 ) -> pd.DataFrame:
-    """Histograms of how often latents fire (section 4.3). Nothing is spliced, so a token costs one pass and encodings.
+    """Histograms of how often latents fire (section 4.3), from one clean pass and one encoding for each SAE.
 
     Args:
         model, saes, data, context, batch_size, progress, memory_budget, cache: as

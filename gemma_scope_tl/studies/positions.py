@@ -1,4 +1,4 @@
-"""How SAEs do along the sequence (section 4.2)."""
+"""The metrics of SAEs along the sequence (section 4.2)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SINGLE = 16
-"""Positions before this one have a bin each: there the error rises fast."""
+"""Positions before this one have a bin each, because the error rises fast there."""
 GROWTH = 1.25
-"""How much longer each bin after those is than the one before."""
+"""Ratio of the length of each later bin to the one before it."""
 
 
 def binned_by_position(
@@ -55,7 +55,7 @@ def binned_by_position(
 
 
 def position_edges(length: int, single: int = SINGLE, growth: float = GROWTH) -> list[int]:
-    """Edges of bins over positions 0 to ``length - 1``: one position each at first, then longer and longer.
+    """Edges of bins over positions 0 to ``length - 1``: bins of one position first, then longer ones.
 
     >>> position_edges(24, single=4, growth=2)
     [0, 1, 2, 3, 4, 6, 10, 18, 24]
@@ -114,7 +114,7 @@ def _rows(found: Evaluation, number: int, edges: list[int]) -> list[dict[str, An
 
 
 def _binned(mean: TokenMean, edges: list[int]) -> tuple[Any, Any]:
-    """Sums and counts of each bin. A loss has one position less than the tokens: none is predicted at the last."""
+    """Sums and counts of each bin. A loss has one position fewer than the tokens, because none follows the last."""
     out: list[Any] = []
     for values in (mean.position_sums, mean.position_counts):
         running = np.concatenate([[0.0], np.cumsum(values.double().numpy())])

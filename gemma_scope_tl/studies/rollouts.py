@@ -118,9 +118,9 @@ def _framed(tokenizer: Any, words: torch.Tensor) -> torch.Tensor:
 
 def _ended(tokens: torch.Tensor, prompt: int, tokenizer: Any) -> torch.Tensor:
     """``tokens`` with padding in place of everything behind the end of an answer."""
-    ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
+    ends = [end for end in (tokenizer.eos_token_id, turn_end_id(tokenizer)) if end is not None]
     answer = tokens[:, prompt:]
-    stops = torch.isin(answer, torch.tensor(sorted(ends)))
+    stops = torch.isin(answer, torch.tensor(ends))
     over = stops.long().cumsum(1) - stops.long() > 0
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return torch.cat([tokens[:, :prompt], answer.masked_fill(over, pad)], dim=1)

@@ -1,4 +1,4 @@
-"""Texts as token ids with one BOS, padded, and never cut without a word."""
+"""Texts as token ids with one BOS, padded, and never truncated silently."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def tokenize(
         texts: one or several.
         prepend_bos: None for the model's default, which is True; False leaves texts as they are.
         padding_side: ``"left"`` or ``"right"``, None for the tokenizer's.
-        truncate: what is done with a text longer than the context: True cuts it, None cuts it and warns, False leaves
-            it whole.
+        truncate: whether a text longer than the context is cut: True cuts it, None cuts it and warns, False leaves it
+            whole.
 
     Returns:
         Ids ``[batch, pos]`` on the CPU, and True at text.
 
     Raises:
-        GemmaScopeError: no tokenizer; what is no text, or no Unicode; no token at all.
+        GemmaScopeError: no tokenizer; what is not text, or not valid Unicode; no token at all.
     """
     tokenizer, several = getattr(model, "tokenizer", None), _listed(texts)
     rows = text_ids(tokenizer, several)
@@ -97,7 +97,7 @@ def text_ids(tokenizer: Any, texts: Sequence[Any]) -> list[list[int]]:
 
 
 def without_bos(tokenizer: Any, ids: list[int]) -> list[int]:
-    """``ids`` without the BOS that they may begin with: for whoever puts one there."""
+    """``ids`` without the BOS that they may begin with, for callers that add one."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return ids[1:] if bos is not None and ids[:1] == [bos] else ids
 
@@ -105,7 +105,7 @@ def without_bos(tokenizer: Any, ids: list[int]) -> list[int]:
 def rendered(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool | None) -> str:
     """Chat messages as the tokenizer's template writes them, BOS included where it does.
 
-    Without a choice the answer is opened where the last message is not the model's.
+    By default (None) the answer is opened where the last message is not the model's.
 
     Raises:
         GemmaScopeError: no template, or one that does not take these messages; a message without role or content.
@@ -122,12 +122,12 @@ def rendered(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: boo
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         return str(tokenizer.apply_chat_template(list(messages), **options))
-    except Exception as error:  # templates raise what they like, jinja2's errors and others
+    except Exception as error:  # templates may raise anything
         raise GemmaScopeError(f"The chat template does not take these messages: {error}") from error
 
 
 def check_messages(messages: Sequence[Any], template: str) -> None:
-    """Refuse messages of which a template would read nothing in silence; keys that it names itself are its own.
+    """Refuse messages of which a template would silently ignore a part; keys that it names itself are allowed.
 
     Raises:
         GemmaScopeError: a message without role or content, or with content that is neither text nor a list of parts.
@@ -158,13 +158,13 @@ def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "left") -> Padde
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id that padding has: EOS without a padding token, 0 without either."""
+    """The id of padding: EOS without a padding token, 0 without either."""
     found = [getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos")]
     return next((i for i in found if i is not None), 0)
 
 
 def too_long(model: Any, rows: Sequence[Sequence[int]] | torch.Tensor) -> str | None:
-    """What is to be said of the first row that is longer than the model's context; None where all fit."""
+    """The beginning of an error about the first row that is longer than the model's context; None where all fit."""
     context = int(model.cfg.n_ctx)
     long = next((number for number, row in enumerate(rows) if len(row) > context), None)
     if long is None:
@@ -202,7 +202,7 @@ def chat_wrapping(tokenizer: Any) -> Wrapping:
         parts = text.removeprefix(tokenizer.bos_token or "").split(_MARK)
         if len(parts) != 2:
             raise GemmaScopeError(
-                f"The tokenizer's chat template renders a turn as {text!r}: no way to wrap documents."
+                f"The tokenizer's chat template renders a turn as {text!r}, in which the document cannot be found."
             )
     else:
         start, end = _turn_tokens(tokenizer)

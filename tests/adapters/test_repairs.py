@@ -11,8 +11,8 @@ import torch
 from gemma_scope_tl.errors import AdapterMismatch
 from gemma_scope_tl.families.gemma2 import GEMMA2
 from gemma_scope_tl.model.bridge import GemmaBridge, build_bridge
+from gemma_scope_tl.model.check import attention_fills_cache, repair
 from gemma_scope_tl.model.loading import load_model
-from gemma_scope_tl.model.repairs import attention_fills_cache, repair
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import random_gemma, random_tokens
 
