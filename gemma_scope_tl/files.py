@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,25 +113,32 @@ def replace_files(folder: str | os.PathLike[str], writers: Mapping[str, Callable
         WriteError: naming the file. None of the files has changed then.
     """
     place = make_folder(folder)
-    done: dict[str, Path] = {}
-    try:
-        for name, write in writers.items():
-            with writing(place / name):
-                _check_name(name)
-                handle, temporary = tempfile.mkstemp(prefix=_prefix(name), dir=place)
-                os.close(handle)
-                done[name] = Path(temporary)
-                write(done[name])
-                with suppress(PermissionError):  # a file system without permissions
-                    done[name].chmod(0o644)
-                sync_to_disk(done[name])
+    with ExitStack() as stack:
+        done = {name: stack.enter_context(_temporary(place, name, write)) for name, write in writers.items()}
         for name, temporary in done.items():
             with writing(place / name):
                 temporary.replace(place / name)
         with writing(place):
             sync_folder(place)
+
+
+@contextmanager
+def _temporary(folder: Path, name: str, write: Callable[[Path], Any]) -> Generator[Path]:
+    """A file for ``folder / name`` under another name, written by ``write`` and synced; deleted if it still exists."""
+    temporary: Path | None = None
+    try:
+        with writing(folder / name):
+            _check_name(name)
+            handle, found = tempfile.mkstemp(prefix=_prefix(name), dir=folder)
+            os.close(handle)
+            temporary = Path(found)
+            write(temporary)
+            with suppress(PermissionError):  # a file system without permissions
+                temporary.chmod(0o644)
+            sync_to_disk(temporary)
+        yield temporary
     finally:
-        for temporary in done.values():
+        if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
@@ -156,16 +163,7 @@ def write_new(path: str | os.PathLike[str], text: str) -> Path:
     """
     target = Path(path)
     make_folder(target.parent)
-    temporary: Path | None = None
-    try:
-        with writing(target):
-            _check_name(target.name)
-            handle, name = tempfile.mkstemp(prefix=_prefix(target.name), dir=target.parent)
-            os.close(handle)
-            temporary = Path(name)
-            temporary.write_bytes(text.encode())
-            temporary.chmod(0o644)
-            sync_to_disk(temporary)
+    with _temporary(target.parent, target.name, lambda path: path.write_bytes(text.encode())) as temporary:
         try:
             os.link(temporary, target)  # unlike a rename, fails where the file exists
         except FileExistsError:
@@ -173,9 +171,6 @@ def write_new(path: str | os.PathLike[str], text: str) -> Path:
         except OSError:  # a file system without hard links
             with target.open("x"), writing(target):
                 temporary.replace(target)
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
     return target
 
 

@@ -20,14 +20,23 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 _SITES = "res, mlp, att, embedding or transcoder"
-_MODEL = "bundled, gemma-2-2b, gemma-2-9b-it, a Hugging Face id or a folder."
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Text = Annotated[str, typer.Argument(help="The text; - reads standard input.", callback=checks.text)]
 Pattern = Annotated[str | None, typer.Argument(help="Glob over release/id or id of the SAEs.")]
 
-ModelName = Annotated[str, typer.Option(help=_MODEL, callback=checks.each(checks.model))]
-OtherModel = Annotated[str | None, typer.Option(help=_MODEL, callback=checks.each(checks.model))]
+ModelName = Annotated[
+    str,
+    typer.Option(
+        help="bundled, gemma-2-2b, gemma-2-9b-it, a Hugging Face id or a folder.", callback=checks.each(checks.model)
+    ),
+]
+OtherModel = Annotated[
+    str | None,
+    typer.Option(
+        help="bundled, gemma-2-2b, gemma-2-9b-it, a Hugging Face id or a folder.", callback=checks.each(checks.model)
+    ),
+]
 SaeModel = Annotated[str | None, typer.Option(help="The registry's model; by default that of --model.")]
 Backend = Annotated[str, typer.Option(help="bridge or hooked_transformer.", callback=checks.each(checks.backend))]
 Device = Annotated[

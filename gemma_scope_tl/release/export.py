@@ -82,11 +82,8 @@ def export_suite(
     with _bar(len(saes), progress) as step:
         for release, (folder, here) in groups.items():
             paths = _write_weights(folder, here, layouts, step)
-            transcoders = circuit_tracer and any(sae.is_transcoder for sae in here)
-            if transcoders:
-                _write_transcoders(folder, here, about.base_model or "")
-            shown = [*layouts, *(["circuit-tracer"] if transcoders else [])]
-            card = render_card(release, here, paths, [matched[id(sae)] for sae in here], about, shown)
+            more = _write_transcoders(folder, here, about.base_model or "") if circuit_tracer else []
+            card = render_card(release, here, paths, [matched[id(sae)] for sae in here], about, [*layouts, *more])
             write_atomically(folder / "README.md", card)
             _write_registry(folder, release, here, about, layouts[0], canonical)
     return [folder for folder, _ in groups.values()]
@@ -199,11 +196,15 @@ def _refuse_strangers(folder: Path, expected: set[str]) -> None:
         raise GemmaScopeError(f"{folder} holds SAEs that are not of this export, such as {strangers[0]}. Empty it.")
 
 
-def _write_transcoders(folder: Path, saes: Sequence[ReleaseSAE], base_model: str) -> None:
+def _write_transcoders(folder: Path, saes: Sequence[ReleaseSAE], base_model: str) -> list[str]:
+    """Write the sets of a repository's transcoders, if it has any. Returns the layouts that were added."""
     from gemma_scope_tl.release.circuit_tracer import transcoder_sets, write_transcoder_set
 
+    if not any(sae.is_transcoder for sae in saes):
+        return []
     for width, chosen in transcoder_sets(saes).items():
         write_transcoder_set(folder / CIRCUIT_TRACER_FOLDER / width, chosen, base_model)
+    return ["circuit-tracer"]
 
 
 def _write_registry(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import write_atomically
@@ -87,6 +87,29 @@ def check_columns(frame: pd.DataFrame, columns: Sequence[str], *, finite: bool =
     for column in columns if finite else ():
         if frame[column].dtype.kind in "fiu" and not np.isfinite(frame[column].to_numpy()).all():
             raise GemmaScopeError(f"{column!r} holds values that are not finite.")
+
+
+def named_groups(table: pd.DataFrame, by: list[str], words: Mapping[str, str]) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each combination of values in ``by``, in order of appearance, and the name of the combination.
+
+    Missing values (the layer of an embedding, the release of an unregistered SAE) form a group and are left out of
+    its name. ``words`` has formats of some columns' values, such as ``"layer {}"``.
+    """
+    if not by:
+        return [("", table)]
+    groups = table.groupby(by, sort=False, dropna=False)
+    return [(group_name(rows.iloc[0], by, words), rows) for _, rows in groups]
+
+
+def group_name(row: pd.Series[Any], by: list[str], words: Mapping[str, str]) -> str:
+    """The name of a row's combination of values; see :func:`named_groups`."""
+    named: list[str] = []
+    for column in by:
+        value = row[column]
+        if value is not None and value == value:
+            number = int(value) if isinstance(value, float) and value.is_integer() else value
+            named.append(words.get(column, "{}").format(number))
+    return ", ".join(named) or "–"
 
 
 def scale(ax: Axes, which: Literal["x", "y"], frame: pd.DataFrame, metric: str) -> None:

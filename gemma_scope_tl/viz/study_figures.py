@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.viz.figures import LABELS, STYLE, check_columns, grid, scale
+from gemma_scope_tl.viz.figures import LABELS, STYLE, check_columns, grid, group_name, named_groups, scale
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _LINES = ("-", "--", ":", "-.")
 _MOST_NAMES = 16
+_WORDS = {"layer": "layer {}", "d_sae": "{} latents"}
 _SCORES = {"detection": ("balanced accuracy of detection", 0.5), "simulation": ("correlation of simulation", 0.0)}
 
 
@@ -214,8 +215,8 @@ def _over_l0(table: pd.DataFrame, metrics: Sequence[str], by: list[str], bounds:
             rows = table[table["site"] == site]
             for name, group in _groups(rows, by):
                 ordered = group.sort_values("l0")
-                color = STYLE.color(first.index(_name(head, group.iloc[0])))
-                kind = second.index(_name([last], group.iloc[0]))
+                color = STYLE.color(first.index(group_name(group.iloc[0], head, _WORDS)))
+                kind = second.index(group_name(group.iloc[0], [last], _WORDS))
                 line_style, marker = _LINES[kind % len(_LINES)], STYLE.marker(kind)
                 x, y = ordered["l0"].to_list(), ordered[metric].to_list()
                 ax.plot(x, y, label=name, color=color, ls=line_style, marker=marker, ms=4, lw=1)
@@ -230,19 +231,7 @@ def _over_l0(table: pd.DataFrame, metrics: Sequence[str], by: list[str], bounds:
 
 
 def _groups(table: pd.DataFrame, by: list[str]) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each combination of values, in order of appearance, and its name; missing values count as one."""
-    return [(_name(by, rows.iloc[0]), rows) for _, rows in table.groupby(by, sort=False, dropna=False)]
-
-
-def _name(by: list[str], row: pd.Series[Any]) -> str:
-    words: list[str] = []
-    for column in by:
-        value = row[column]
-        if value is None or value != value:  # the embedding's layer; an SAE outside the registry
-            continue
-        number = int(value) if column in ("layer", "d_sae") else value
-        words.append({"layer": f"layer {number}", "d_sae": f"{number} latents"}.get(column, str(number)))
-    return ", ".join(words) or "–"
+    return named_groups(table, by, _WORDS)
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.viz.figures import LABELS, Style, check_columns, grid, scale
+from gemma_scope_tl.viz.figures import LABELS, Style, check_columns, grid, named_groups, scale
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,7 +77,8 @@ def training_curves(
     check_columns(frame, ["step", *metrics], finite=True)
     keys = _series(frame, by)
     figure, panels = _panels(len(metrics), columns=min(2, len(metrics)))
-    series = _split(frame, keys)
+    words = {key: f"{LABELS.get(key, key)} {{}}" for key in keys if key not in ("name", "site")}
+    series = named_groups(frame, keys, words)
     for (name, rows), color in zip(series, _colors(len(series)), strict=True):
         ordered = rows.sort_values("step")
         for ax, metric in zip(panels, metrics, strict=True):
@@ -123,12 +124,6 @@ def _series(frame: pd.DataFrame, by: str | Sequence[str] | None) -> list[str]:
     return [column for column in SERIES if column in frame.columns and frame[column].notna().all()]
 
 
-def _split(frame: pd.DataFrame, keys: list[str]) -> list[tuple[str, pd.DataFrame]]:
-    if not keys:
-        return [("", frame)]
-    return [(_name(keys, key), rows) for key, rows in frame.groupby(keys, sort=False, dropna=False)]
-
-
 def _colors(count: int) -> list[Any]:
     """Colours of the default cycle, or, for more lines than it has colours, of a colour map."""
     from matplotlib import colormaps
@@ -136,13 +131,6 @@ def _colors(count: int) -> list[Any]:
     if count <= _STYLE.colors:
         return [_STYLE.color(number) for number in range(count)]
     return [colormaps["turbo"](0.05 + 0.9 * number / (count - 1)) for number in range(count)]
-
-
-def _name(keys: list[str], values: Any) -> str:
-    parts = values if isinstance(values, tuple) else (values,)
-    plain = {"name", "site"}
-    shown = [int(v) if isinstance(v, float) and v.is_integer() else v for v in parts]
-    return ", ".join(str(v) if k in plain else f"{LABELS.get(k, k)} {v}" for k, v in zip(keys, shown, strict=True))
 
 
 def _panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:

@@ -6,7 +6,7 @@ searches for inputs that break a reader's contract: any bytes give the right arr
 the file; nothing is executed, written, or opened elsewhere; time and memory stay in proportion to the file. Targets:
 npz, safetensors, yaml, cfg, partial, stamp.
 
-Inputs that reach new code go to ``build/fuzz/<target>``, from where the next run starts. Findings go to
+Inputs with new kinds of errors go to ``build/fuzz/<target>``, from where the next run starts. Findings go to
 ``tests/fuzz/findings/<target>`` and end in ``.unfixed``: ``test_fuzz.py`` expects those to fail. Once one is fixed,
 give its file the ending of the right outcome: ``.WeightsError``, ``.RegistryError`` or ``.ok``.
 
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--target", choices=NAMES, required=True)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--corpus", type=Path, default=Path("build/fuzz"), help="folder of inputs that reach new code")
+    parser.add_argument("--corpus", type=Path, default=Path("build/fuzz"), help="folder of inputs with new errors")
     parser.add_argument("--findings", type=Path, default=FINDINGS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fuzz_") as name:

@@ -1,8 +1,12 @@
-"""A coverage-guided search for inputs that break a reader's contract.
+"""A search for inputs that break a reader's contract.
 
-An input that reaches an arc (one line after another) of the reader's modules that no input reached before, or an error
-message of a new kind, joins the corpus, from which further inputs are made. Inputs are tried in this process: a crash
-of the interpreter leaves its input in the scratch folder.
+Inputs are made by mutating the seeds and a corpus, which an input joins when it leads to an error message of a new
+kind. (Guidance by the executed lines reached no more of them: 330 and 330 arcs of the safetensors reader in 2,000
+executions of two seeds, against 331 and 328 without.) Inputs are tried in this process: a crash of the interpreter
+leaves its input in the scratch folder.
+
+Hypothesis makes the inputs of other tests. Here it would shrink the choices of a mutator rather than the bytes of a
+finding, and it keeps no corpus for the next run.
 """
 
 from __future__ import annotations
@@ -10,58 +14,14 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import gemma_scope_tl
 from gemma_scope_tl.errors import GemmaScopeError
 from tests.fuzz.guard import Guard, Violation
 from tests.fuzz.targets import Target
-
-PACKAGE = Path(gemma_scope_tl.__file__).parent
-Feature = tuple[str, int, int]
-
-
-class Arcs:
-    """Which line follows which, in some modules."""
-
-    def __init__(self, target: Target) -> None:
-        self.files = {str(PACKAGE / f"{name}.py"): name for name in target.traced}
-        self.found: set[Feature] = set()
-
-    def collect(self, run: Callable[[], Any]) -> Any:
-        """Run something; ``found`` has its arcs afterwards, whatever it raises."""
-        self.found = set()
-        before = sys.gettrace()
-        threading.settrace(self._enter)  # arrays are read by threads of their own
-        sys.settrace(self._enter)
-        try:
-            return run()
-        finally:
-            sys.settrace(before)
-            threading.settrace(before)  # type: ignore[arg-type]
-
-    def _enter(self, frame: FrameType, event: str, arg: Any) -> Any:
-        name = self.files.get(frame.f_code.co_filename)
-        if name is None:
-            return None
-        last, found = -frame.f_code.co_firstlineno, self.found
-
-        def line(frame: FrameType, event: str, arg: Any) -> Any:
-            nonlocal last
-            if event == "line":
-                found.add((name, last, frame.f_lineno))
-                last = frame.f_lineno
-            return line
-
-        return line
 
 
 @dataclass
@@ -74,17 +34,15 @@ class Totals:
     seconds: float = 0.0
     accepted: int = 0
     slowest: float = 0.0
-    arcs: set[Feature] = field(default_factory=set[Feature])
     kinds: set[str] = field(default_factory=set[str])
     corpus: list[bytes] = field(default_factory=list[bytes])
-    good: list[bytes] = field(default_factory=list[bytes])  # those of the corpus that are accepted
     findings: dict[str, tuple[bytes, str]] = field(default_factory=dict[str, "tuple[bytes, str]"])
 
     def __str__(self) -> str:
         rate = self.executions / max(self.seconds, 1e-9)
         return (
             f"{self.target} (seed {self.seed}): {self.executions} executions in {self.seconds:.0f} s ({rate:.0f} a "
-            f"second), {self.accepted} accepted; {len(self.arcs)} arcs, {len(self.kinds)} kinds of error, "
+            f"second), {self.accepted} accepted; {len(self.kinds)} kinds of error, "
             f"{len(self.corpus)} inputs in the corpus, slowest {self.slowest:.2f} s; {len(self.findings)} findings"
         )
 
@@ -140,27 +98,27 @@ def fuzz(
         report: whether to print findings when they are made, and a line a minute.
         executions: the most there may be, seeds included.
     """
-    rng, totals, arcs = random.Random(seed), Totals(target.name, seed), Arcs(target)
+    rng, totals, starts = random.Random(seed), Totals(target.name, seed), [*target.seeds(), *extra]
     start, minute = time.monotonic(), 1
-    for data in [*target.seeds(), *extra]:
-        _try(target, data, guard, arcs, totals, report)
+    for data in starts:
+        _try(target, data, guard, totals, report)
     while (now := time.monotonic() - start) < seconds and totals.executions < executions:
         if report and now > 60 * minute:
             totals.seconds, minute = now, minute + 1
             print(totals, flush=True)  # noqa: T201
-        pool = totals.corpus
-        data = rng.choice(rng.choice([pool, pool[-32:], totals.good or pool]))
+        pool = totals.corpus + starts
+        data = rng.choice(rng.choice([pool, totals.corpus[-32:], starts]))
         for _ in range(rng.choice([1, 1, 1, 2, 2, 3, 5])):
             data = target.mutate(data, rng, rng.choice(pool))
-        _try(target, data, guard, arcs, totals, report)
+        _try(target, data, guard, totals, report)
     totals.seconds, totals.slowest = time.monotonic() - start, guard.slowest
     return totals
 
 
-def _try(target: Target, data: bytes, guard: Guard, arcs: Arcs, totals: Totals, report: bool) -> None:
+def _try(target: Target, data: bytes, guard: Guard, totals: Totals, report: bool) -> None:
     totals.executions += 1
     try:
-        error = arcs.collect(lambda: _error(target, data, guard))
+        error = _error(target, data, guard)
     except Violation as violation:
         kept = totals.findings.get(violation.key)
         if kept is None or len(data) < len(kept[0]):
@@ -169,11 +127,8 @@ def _try(target: Target, data: bytes, guard: Guard, arcs: Arcs, totals: Totals, 
             print(f"FINDING {violation.key}\n{violation}", flush=True)  # noqa: T201
         return
     totals.accepted += error is None
-    if error is None and (not totals.good or not arcs.found <= totals.arcs):
-        totals.good.append(data)
     kind = "" if error is None else _kind(error)
-    if not arcs.found <= totals.arcs or kind not in totals.kinds or len(totals.corpus) < 1:
-        totals.arcs |= arcs.found
+    if kind not in totals.kinds:
         totals.kinds.add(kind)
         totals.corpus.append(data)
 

@@ -42,7 +42,6 @@ class Target:
 
     Attributes:
         name: what ``--target`` takes.
-        traced: modules of the package whose arcs guide the search, relative to it.
         seeds: where the search starts.
         mutate: see :data:`mutators.Mutate`.
         place: writes the bytes where the reader will look.
@@ -52,7 +51,6 @@ class Target:
     """
 
     name: str
-    traced: tuple[str, ...]
     seeds: Callable[[], list[bytes]]
     mutate: mutators.Mutate
     place: Callable[[bytes], object]
@@ -81,8 +79,7 @@ def _npz(folder: Path) -> Target:
                 require(some.items() <= whole.items(), "names select other arrays", "")
         _finish(whole, attempt(lambda: _loaded(path, data)))
 
-    modules = ("weights/npz", "weights/layout", "weights/sniff", "weights/load", "weights/checks")
-    return Target("npz", modules, seeds.npz_seeds, mutators.mutate_npz, path.write_bytes, run, (path.name,))
+    return Target("npz", seeds.npz_seeds, mutators.mutate_npz, path.write_bytes, run, (path.name,))
 
 
 def _npz_whole(path: Path, data: bytes) -> dict[str, ArrayLayout]:
@@ -168,10 +165,8 @@ def _safetensors(folder: Path) -> Target:
                 require(same and bits == raw, "Hugging Face reads another tensor", name)
         _finish(whole, attempt(lambda: _loaded(path, data)))
 
-    modules = ("weights/safetensors_file", "weights/layout", "weights/sniff", "weights/load", "weights/checks")
     return Target(
         "safetensors",
-        modules,
         seeds.safetensors_seeds,
         mutators.mutate_safetensors,
         path.write_bytes,
@@ -215,8 +210,7 @@ def _partial(folder: Path) -> Target:
     def starts() -> list[bytes]:
         return seeds.npz_seeds() + seeds.safetensors_seeds()
 
-    modules = ("weights/partial", "weights/npz", "weights/safetensors_file", "weights/layout", "weights/load")
-    return Target("partial", modules, starts, both, place, run, tuple(path.name for path in paths.values()))
+    return Target("partial", starts, both, place, run, tuple(path.name for path in paths.values()))
 
 
 def _yaml(folder: Path) -> Target:
@@ -239,8 +233,7 @@ def _yaml(folder: Path) -> Target:
         again = attempt(lambda: read_release(path))
         require(again == release, "reads differently twice", "")
 
-    modules = ("registry/plain_yaml", "registry/schema", "registry/containment", "registry/widths")
-    return Target("yaml", modules, seeds.yaml_seeds, mutators.mutate_yaml, path.write_bytes, run, (path.name,), None)
+    return Target("yaml", seeds.yaml_seeds, mutators.mutate_yaml, path.write_bytes, run, (path.name,), None)
 
 
 class _python_loader:
@@ -285,9 +278,8 @@ def _cfg(folder: Path) -> Target:
         require(isinstance(cfg, dict), "loads what read_cfg refuses", "")
         require(sae.W_enc.shape == (seeds.D_IN, seeds.D_SAE), "loads another SAE", "")
 
-    modules = ("sae/loading", "sae/config", "sae/base", "weights/safetensors_file", "sites")
     files = ("cfg.json", "sae_weights.safetensors")
-    return Target("cfg", modules, seeds.cfg_seeds, mutators.mutate_json, path.write_bytes, run, files)
+    return Target("cfg", seeds.cfg_seeds, mutators.mutate_json, path.write_bytes, run, files)
 
 
 def _stamp(folder: Path) -> Target:
@@ -313,8 +305,7 @@ def _stamp(folder: Path) -> Target:
             same = all(torch.equal(found[name], a.to(found[name].dtype)) for name, a in expected.items())
             require(same, "a stamp changes what is loaded", "")
 
-    modules = ("weights/stamp", "weights/load", "weights/checks")
-    return Target("stamp", modules, seeds.stamp_seeds, mutators.mutate_json, write, run, (weights.name,))
+    return Target("stamp", seeds.stamp_seeds, mutators.mutate_json, write, run, (weights.name,))
 
 
 def attempt(read: Callable[[], Any]) -> Any:

@@ -83,7 +83,7 @@ def test_the_search_sees_defects(defect: Any, key: str, tmp_path: Path) -> None:
         if b"\xff" in data:
             defect(data, tmp_path)
 
-    target = Target("yaml", (), lambda: [b"a: b\nc: d"], mutators.mutate_bytes, whole.place, run, whole.files)
+    target = Target("yaml", lambda: [b"a: b\nc: d"], mutators.mutate_bytes, whole.place, run, whole.files)
     totals = fuzz(target, guard, 60, seed=0, extra=[], executions=400)
     (found,) = [name for name in totals.findings if name.startswith(key)]
     data, text = totals.findings[found]
