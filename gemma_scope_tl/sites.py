@@ -118,12 +118,15 @@ def with_targets(places: Sequence[Place]) -> list[Place]:
     return list(dict.fromkeys([*places, *written]))
 
 
-def site_of_hook(hook_name: str, hook_name_out: str | None = None) -> tuple[Site, int | None]:
-    """The site and layer that a hook name of either backend belongs to, in any family.
+def site_of_hook(
+    hook_name: str, hook_name_out: str | None = None, family: Family | None = None
+) -> tuple[Site, int | None]:
+    """The site and layer that a hook name of either backend belongs to.
 
     Args:
         hook_name: the hook that a coder reads.
         hook_name_out: the hook that it writes, for a transcoder.
+        family: whose sites; None for those of all families.
 
     Raises:
         UnknownNameError: when no site lives there, with the nearest hook names.
@@ -133,7 +136,7 @@ def site_of_hook(hook_name: str, hook_name_out: str | None = None) -> tuple[Site
     ('att', 7)
     """
     layer = layer_of_hook(hook_name)
-    sites = [site for family in families() for site in family.sites.values()]
+    sites = [site for one in (families() if family is None else (family,)) for site in one.sites.values()]
     for site in sites:
         if site.per_layer == (layer is None):
             continue

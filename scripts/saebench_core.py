@@ -30,8 +30,8 @@ from sae_bench.evals.core.main import run_evals
 import gemma_scope_tl as gs
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.interop.run_evals import FixedTokens
-from gemma_scope_tl.model.attached import locate
 from gemma_scope_tl.registry.listing import select_rows
+from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.loading import load_row
 from gemma_scope_tl.text.documents import read_texts
 from gemma_scope_tl.text.rows import pack_texts

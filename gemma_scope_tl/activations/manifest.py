@@ -23,16 +23,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gemma_scope_tl.activations.folder import Folder
-from gemma_scope_tl.dtypes import DTYPES
+from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sites import Place, parse_place
+from gemma_scope_tl.weights.safetensors_file import safetensors_header
 
 STORE_NAME = "store.json"
 UNFINISHED = "unfinished"
 CONTENTS_NAME = f"{UNFINISHED}/contents.json"
 TENSOR = "activations"
 HEADER_BYTES = 4096
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Size = Annotated[int, Field(ge=1, lt=1 << 62)]
@@ -101,7 +101,7 @@ class Contents(_Record):
     @property
     def torch_dtype(self) -> torch.dtype:
         """Of the stored values."""
-        return DTYPES[self.dtype]
+        return parse_dtype(self.dtype)
 
     def row_bytes(self, key: str) -> int:
         """Bytes of one row of a place."""
@@ -145,14 +145,9 @@ class ShardSet(_Record):
 
     def header(self, contents: Contents, key: str) -> bytes:
         """The first block of a place's file: a safetensors header, padded with spaces."""
-        size = self.rows * contents.row_bytes(key)
-        shape = [self.rows, contents.places[key]]
-        header = {
-            "__metadata__": {"store": contents.digest, "place": key, "shard": self.stem},
-            TENSOR: {"dtype": _CODES[contents.torch_dtype], "shape": shape, "data_offsets": [0, size]},
-        }
-        length = HEADER_BYTES - 8
-        return length.to_bytes(8, "little") + json.dumps(header).encode().ljust(length)
+        metadata = {"store": contents.digest, "place": key, "shard": self.stem}
+        tensors = {TENSOR: (contents.torch_dtype, (self.rows, contents.places[key]))}
+        return safetensors_header(tensors, metadata, HEADER_BYTES)
 
 
 class StoredSet(ShardSet):

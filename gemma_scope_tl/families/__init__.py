@@ -26,6 +26,7 @@ __all__ = [
     "family_of_config",
     "family_of_model",
     "forget_family",
+    "hub_ids",
     "register_family",
 ]
 
@@ -104,6 +105,11 @@ def family_of_model(model: str | None) -> Family:
         if family.base_name(name) in family.sizes:
             return family
     return families()[0]
+
+
+def hub_ids() -> dict[str, str]:
+    """The Hub's id of each released model of all families, base and instruction-tuned, by the model's name."""
+    return {name: hub_id for family in families() for name, hub_id in family.hub_ids.items()}
 
 
 register_family(GEMMA2)

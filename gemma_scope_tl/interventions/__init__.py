@@ -1,9 +1,9 @@
 """Hooks that steer, clamp, scale or ablate latents, for plain ``run_with_hooks`` and inside ``generate``.
 
-Each function gives a ``(hook name, hook)`` pair for ``fwd_hooks``. The names are HookedTransformer's, which models from
-``load_model`` understand on both backends. Such a model also tells the hook where BOS, EOS and padding stand, which are
-left alone by default, and where in the text the tensor at hand belongs. On any other TransformerLens model, which
-cannot tell, every position may be edited, and positions count in the tensor at hand.
+Each function returns a ``(hook name, hook)`` pair for ``fwd_hooks``. The names are HookedTransformer's, which models
+from ``load_model`` understand on both backends. Such a model also tells the hook where BOS, EOS and padding are,
+which are left alone by default, and which positions of the text it is computing. On any other TransformerLens model
+every position may be edited, and positions count in the tensor that the hook gets.
 """
 
 from gemma_scope_tl.interventions.functions import ablate, clamp, scale, steer

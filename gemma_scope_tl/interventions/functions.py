@@ -1,4 +1,4 @@
-"""``steer``, ``clamp``, ``scale`` and ``ablate``: a hook name and a hook, from an SAE or a few of its latents."""
+"""``steer``, ``clamp``, ``scale`` and ``ablate``: from an SAE or a few of its latents, a hook and where it goes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, SteerLatents, SteerRows
-from gemma_scope_tl.interventions.sources import chosen_latents, place_of
 from gemma_scope_tl.model.positions import Positions
-from gemma_scope_tl.sae.indices import shown
+from gemma_scope_tl.sae.access import chosen_latents, locate
+from gemma_scope_tl.sae.arguments import shown
 from gemma_scope_tl.text.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from gemma_scope_tl.interventions.sources import Source
+    from gemma_scope_tl.sae.access import SAEOrLatents
 
 On = Literal["activations", "features"]
 Unit = Literal["activation", "norm", "mean_norm"]
@@ -27,7 +27,7 @@ UNITS: tuple[Unit, ...] = ("activation", "norm", "mean_norm")
 
 
 def steer(
-    sae: Source,
+    sae: SAEOrLatents,
     latent: int | Iterable[int],
     scale: Numbers,
     positions: Positions = None,
@@ -38,8 +38,8 @@ def steer(
 ) -> tuple[str, Intervention]:
     """Add decoder rows to a site's activations: ``x + sum_i a_i W_dec[i]``, with ``a_i`` from ``scale`` and ``unit``.
 
-    At the att site a post-norm follows W_O and divides by its own input's norm: what is added there grows only in
-    comparison with what is there already, and less and less.
+    Where a norm follows W_O, as in Gemma 2, it divides by the norm of its input: what is added at the att site has less
+    and less effect as it grows.
 
     Args:
         sae: an SAE, a transcoder (whose output is steered), or :class:`~gemma_scope_tl.sae.latents.Latents`. Gradients
@@ -54,9 +54,9 @@ def steer(
 
             - ``"activation"``: ``a = s``. Gemma Scope's rows have unit norm, so it is the length that is added.
             - ``"mean_norm"``: ``a = s m / ||W_dec[i]||``, with the site's mean norm ``m = E||x||`` from ``mean_norm``.
-            - ``"norm"``: ``a = s ||x|| / ||W_dec[i]||``, with the norm of the very position that is edited, as it
-              stands there. A mean over the pass would depend on how many positions the pass holds, so steered
-              generation with a cache and without would differ.
+            - ``"norm"``: ``a = s ||x|| / ||W_dec[i]||``, with the norm of the position that is edited. A mean over
+              the pass would depend on the number of positions in it, and steered generation with a cache would differ
+              from that without.
         mean_norm: m itself, or the table of :func:`mean_norms`, in which the site and layer are looked up.
         on: ``"activations"``, for a plain model; ``"features"``, for a model with the SAE spliced in, whose latents
             then get ``f_i + a_i``. The same with the error term. Not with ``unit="norm"``: features have no ||x||.
@@ -89,7 +89,7 @@ def steer(
 
 
 def clamp(
-    sae: Source,
+    sae: SAEOrLatents,
     latents: int | Iterable[int],
     value: Numbers,
     positions: Positions = None,
@@ -121,7 +121,7 @@ def clamp(
 
 
 def scale(
-    sae: Source,
+    sae: SAEOrLatents,
     latents: int | Iterable[int],
     factor: Numbers,
     positions: Positions = None,
@@ -130,8 +130,8 @@ def scale(
 ) -> tuple[str, Scale]:
     """Multiply latents' activations: ``x + sum_i (s_i - 1) f_i(x) W_dec[i]``, or ``s_i f_i`` on features.
 
-    These are parts of a tensor. Multiplying *all* of a sub-layer's output before its post-norm (all heads at the att
-    site, the raw MLP output) changes nothing: RMSNorm divides the factor out again.
+    These are parts of a tensor. Multiplying *all* of a sub-layer's output before a norm (all heads at the att site of
+    Gemma 2) changes nothing, because RMSNorm divides by the factor again.
 
     Args:
         sae, latents, positions, exclude_special_tokens, on: as for :func:`clamp`.
@@ -145,7 +145,7 @@ def scale(
 
 
 def ablate(
-    sae: Source,
+    sae: SAEOrLatents,
     latents: int | Iterable[int],
     positions: Positions = None,
     exclude_special_tokens: ExcludeTokens = True,
@@ -166,7 +166,7 @@ def ablate(
 
 
 def _edit(
-    sae: Source, latents: int | Iterable[int], positions: Positions, exclude_special_tokens: ExcludeTokens, on: On
+    sae: SAEOrLatents, latents: int | Iterable[int], positions: Positions, exclude_special_tokens: ExcludeTokens, on: On
 ) -> tuple[str, list[int], dict[str, Any]]:
     name = _hook_name(sae, on, reads=True)
     where = {
@@ -177,11 +177,11 @@ def _edit(
     return name, chosen_latents(sae, latents), where
 
 
-def _hook_name(sae: Source, on: On, reads: bool) -> str:
-    """Where the hook goes; ``reads`` when it must know the latents' activations there."""
+def _hook_name(sae: SAEOrLatents, on: On, reads: bool) -> str:
+    """The hook to edit; ``reads`` if the edit needs the latents' activations there."""
     if on not in ON:
         raise unknown_name("place to edit (on=)", on, ON)
-    site, layer = place_of(sae)
+    site, layer = locate(sae)
     if on == "features":
         return f"{site.hook_name_out(layer, 'hooked_transformer')}.hook_sae_acts_post"
     if reads and site.is_transcoder:

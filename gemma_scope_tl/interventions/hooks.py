@@ -1,4 +1,4 @@
-"""The forward hooks themselves: what each edit computes, and where it applies."""
+"""The forward hooks of interventions: what each edit computes, and at which positions."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.interventions.sources import decoder_rows, encode_latents
 from gemma_scope_tl.model.positions import Positions, chosen_columns, rows_of
 from gemma_scope_tl.model.tracker import TokenTracker
+from gemma_scope_tl.sae.access import decoder_rows, encode_latents
 from gemma_scope_tl.sae.choices import checked_positions
 from gemma_scope_tl.sites import flatten_heads, unflatten_heads
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_choice, excluded_ids
 
 if TYPE_CHECKING:
-    from gemma_scope_tl.interventions.sources import Source
+    from gemma_scope_tl.sae.access import SAEOrLatents
 
 
 class Intervention:
@@ -66,7 +66,7 @@ class Intervention:
         return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - 2)), value, out)
 
     def _untouched(self, x: torch.Tensor) -> torch.Tensor | None:
-        """True at positions (``[batch, pos]``) that must stay as they are; None when there are none."""
+        """True at positions (``[batch, pos]``) that are not edited; None when there are none."""
         keep = None
         if self.positions is not None:
             chosen = chosen_columns(self.positions, rows_of(x, self._tracker))
@@ -105,7 +105,7 @@ class Steer(Intervention):
         return self._vector
 
     def vector_on(self, device: torch.device) -> Float[torch.Tensor, " d"]:
-        """v on a device, where it stays."""
+        """v on a device; it is kept there."""
         self._vector = self._vector.to(device)
         return self._vector
 
@@ -117,20 +117,20 @@ class Steer(Intervention):
 
 
 class SteerRows(Steer):
-    """Adds ``v = sum_i a_i W_dec[i]``, of the decoder rows as they are when a pass runs; gradients reach them.
+    """Adds ``v = sum_i a_i W_dec[i]``, of the decoder rows as they are when a pass runs; gradients flow through them.
 
-    Without gradients v is kept until the decoder is written to, other than through ``.data``, which PyTorch does not
-    note.
+    Without gradients v is kept until the decoder changes. Writing through ``.data`` goes unnoticed, since it does not
+    change a tensor's version.
 
     Args:
-        source: an SAE or loaded latents; it stays where it is.
+        source: an SAE or loaded latents; it is not moved.
         latents: their indices.
         numbers: ``[k]``; ``a_i`` is the number, or with ``per_length`` the number over ``||W_dec[i]||``.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: SAEOrLatents,
         latents: list[int],
         numbers: Float[torch.Tensor, " k"],
         positions: Positions = None,
@@ -157,7 +157,7 @@ class SteerRows(Steer):
         written = 0 if decoder.is_inference() else decoder._version
         state = id(decoder), decoder.data_ptr(), written, decoder.dtype, device
         if self._kept is None or self._kept[0] != state:
-            with torch.inference_mode(False), torch.no_grad():  # it may be used in a pass with gradients next
+            with torch.inference_mode(False), torch.no_grad():  # a later pass may need gradients
                 self._kept = state, self.vector.to(device)
         return self._kept[1]
 
@@ -165,26 +165,26 @@ class SteerRows(Steer):
 def steering_amounts(
     numbers: Float[torch.Tensor, " k"], rows: Float[torch.Tensor, "k d"], per_length: bool
 ) -> Float[torch.Tensor, " k"]:
-    """What decoder rows are multiplied by: the numbers, or these over the rows' lengths."""
+    """The factors of decoder rows: the numbers, or these divided by the rows' norms."""
     return numbers.to(rows.device) / rows.float().norm(dim=-1) if per_length else numbers
 
 
 class LatentEdit(Intervention):
-    """Gives some latents other activations: ``f_i -> g_i(f_i)``.
+    """Changes the activations of some latents: ``f_i -> g_i(f_i)``.
 
-    On a site's activations x, which the SAE need not be spliced into, this adds what the change writes::
+    On a site's activations x, where the SAE need not be spliced in, this adds the difference in what they write::
 
         x + sum_i (g_i(f_i(x)) - f_i(x)) W_dec[i]
 
-    All f_i are those of the x that comes in, and everything else in x stays: the other latents, and what the SAE does
+    All f_i are computed from the incoming x, and everything else in x stays: the other latents, and what the SAE does
     not explain. On a spliced SAE's own activations (``on_features``) f_i itself is replaced. With the error term both
-    are the same. What the SAE would read from the edited x need not be ``g_i``: decoder rows are not orthogonal, and
-    the encoder is not the decoder's inverse.
+    are the same. The SAE's activations on the edited x need not be ``g_i``, because decoder rows are not orthogonal and
+    the encoder is not the inverse of the decoder.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: SAEOrLatents,
         latents: list[int],
         positions: Positions = None,
         exclude_special_tokens: ExcludeTokens = True,
@@ -208,7 +208,7 @@ class LatentEdit(Intervention):
 
 
 class Ablate(LatentEdit):
-    """``f_i -> 0``: takes away what the latents contribute."""
+    """``f_i -> 0``: removes what the latents contribute."""
 
     def changed(self, acts: torch.Tensor) -> torch.Tensor:
         """Zeros."""
@@ -218,7 +218,9 @@ class Ablate(LatentEdit):
 class _WithNumbers(LatentEdit):
     """A latent edit with one number a latent."""
 
-    def __init__(self, source: Source, latents: list[int], numbers: Float[torch.Tensor, " k"], **where: Any) -> None:
+    def __init__(
+        self, source: SAEOrLatents, latents: list[int], numbers: Float[torch.Tensor, " k"], **where: Any
+    ) -> None:
         super().__init__(source, latents, **where)
         self.numbers = numbers
 
@@ -249,7 +251,7 @@ class SteerLatents(_WithNumbers):
 
     def __init__(
         self,
-        source: Source,
+        source: SAEOrLatents,
         latents: list[int],
         numbers: Float[torch.Tensor, " k"],
         per_length: bool = False,

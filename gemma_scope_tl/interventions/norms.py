@@ -1,4 +1,4 @@
-"""How long a site's activations are, which is what steering strengths compare with."""
+"""The mean norm of a site's activations, the unit in which steering strengths are comparable."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sae.indices import as_indices
-from gemma_scope_tl.sites import Site, flatten_heads, get_site
+from gemma_scope_tl.sae.arguments import as_indices
+from gemma_scope_tl.sites import Site, flatten_heads
 from gemma_scope_tl.text.batch import Text, as_batch
 from gemma_scope_tl.text.tokens import special_token_ids
 
@@ -28,8 +28,8 @@ def mean_norms(
 ) -> pd.DataFrame:
     """The mean norm ``E||x||`` of activations at sites, over the ordinary tokens of some text.
 
-    BOS, EOS and padding are left out: in Gemma 2 the residual stream at BOS can be many times longer than elsewhere,
-    and one token of a text would decide the mean.
+    BOS, EOS and padding are left out: the residual stream at BOS can be many times longer than elsewhere, so that one
+    token of a text would decide the mean.
 
     Args:
         model: from ``load_model``.
@@ -81,7 +81,7 @@ def mean_norms(
 def _places(model: Any, sites: Iterable[str], layers: int | Iterable[int] | None) -> list[tuple[Site, int | None]]:
     chosen = list(range(model.dims.n_layers)) if layers is None else as_indices(layers)
     places: list[tuple[Site, int | None]] = []
-    for site in map(get_site, sites):
+    for site in map(model.family.site, sites):
         places += [(site, layer) for layer in chosen] if site.per_layer else [(site, None)]
     for site, layer in places:
         site.check_layer(layer, model.dims)

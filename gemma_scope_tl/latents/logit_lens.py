@@ -1,4 +1,4 @@
-"""What a latent writes, read as tokens: its decoder row through the final norm's gain and the unembedding."""
+"""The logit lens of latents: decoder rows through the final norm's gain and the unembedding."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.interventions.sources import chosen_latents, decoder_rows, place_of
+from gemma_scope_tl.sae.access import chosen_latents, decoder_rows, locate
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from gemma_scope_tl.interventions.sources import Source
+    from gemma_scope_tl.sae.access import SAEOrLatents
     from gemma_scope_tl.sites import Site
 
 _CHUNK = 32768  # columns of the unembedding in float32 at once
 
 
 @torch.no_grad()
-def top_tokens(model: Any, sae: Source, latent: int | Iterable[int], k: int = 10) -> pd.DataFrame:
+def top_tokens(model: Any, sae: SAEOrLatents, latent: int | Iterable[int], k: int = 10) -> pd.DataFrame:
     """The tokens that a latent promotes and suppresses most, by its direct path to the logits.
 
-    For a decoder row v, with the gains ``1 + w`` of Gemma 2's RMSNorms::
+    For a decoder row v, with the gains g of the model's RMSNorms::
 
-        u      = v                                        res, embedding, mlp, transcoder
-        u      = (v W_O) * (1 + w_post_attention[layer])  att
-        logits = (u * (1 + w_final)) W_U
+        u      = v                                  added to the residual stream: res, embedding, mlp, transcoder
+        u      = (v W_O) * g_post_attention[layer]  heads: att; without the gain in a family that has no such norm
+        logits = (u * g_final) W_U
 
-    The mlp site and a transcoder's output lie after the post-MLP norm already, and are added to the residual stream as
-    they are. The norms' denominators are left out: the final one divides all logits by the RMS of the residual stream
-    at the position, the post-attention one by the RMS of the attention's output, so for a given text ``logit`` is the
-    change per unit of activation up to one positive factor, and the order of the tokens is right. The final soft-cap
-    is left out too: it is monotone. Later layers, which read v as well, are not in it: the earlier the layer, the less
-    it says. Computed in float32.
+    The mlp site and a transcoder's output are added to the residual stream as they are. The norms' denominators are
+    left out: the final one divides all logits by the RMS of the residual stream at the position, the post-attention
+    one by the RMS of the attention's output, so for a given text ``logit`` is the change per unit of activation up to
+    one positive factor, and the order of the tokens is right. The final soft-cap is monotone and left out too. Later
+    layers read v as well, which this leaves out: the earlier the layer, the less the result says. Computed in float32.
 
     Args:
         model: from ``load_model``, either backend.
@@ -78,20 +77,20 @@ def top_tokens(model: Any, sae: Source, latent: int | Iterable[int], k: int = 10
 
 
 @torch.no_grad()
-def latent_logits(model: Any, sae: Source, latents: list[int]) -> Float[torch.Tensor, "k d_vocab"]:
-    """What each latent adds to the logits per unit of activation, as :func:`top_tokens` explains, in float32.
+def latent_logits(model: Any, sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "k d_vocab"]:
+    """What each latent adds to the logits per unit of activation, in float32 (see :func:`top_tokens`).
 
     Raises:
         SpliceError: for an SAE that does not fit the model's layers and widths.
     """
-    site, layer = place_of(sae)
+    site, layer = locate(sae, model.family)
     site.check_layer(layer, model.dims)
     return _logits(model, site, layer, decoder_rows(sae, latents))
 
 
 def _logits(model: Any, site: Site, layer: int | None, rows: torch.Tensor) -> Float[torch.Tensor, "k d_vocab"]:
-    block = model.blocks[layer] if site.name == "att" else None
-    width = model.dims.n_heads * model.dims.d_head if block is not None else model.dims.d_model
+    written = model.family.site(site.writes[0])
+    width = written.d_in(model.dims)
     if rows.shape[-1] != width:
         raise SpliceError(
             f"The decoder row has {rows.shape[-1]} dimensions, site {site.name!r} of this model {width}: it belongs to "
@@ -99,12 +98,24 @@ def _logits(model: Any, site: Site, layer: int | None, rows: torch.Tensor) -> Fl
         )
     w_u = model.W_U
     u = rows.to(w_u.device, torch.float32)
-    if block is not None:
-        u = u @ block.attn.W_O.to(u).reshape(width, -1) * _gain(model, block.ln1_post).to(u)  # layers may be apart
+    match written.joins:
+        case "residual" | "embedding" | "branch":
+            pass
+        case "attention":
+            u = _through_attention(model, model.blocks[layer], u)
+        case _:
+            raise SpliceError(f"What is written at site {written.name!r} does not reach the residual stream.")
     u = u * _gain(model, model.ln_final).to(u)
     return torch.cat([u @ columns.float() for columns in w_u.split(_CHUNK, dim=1)], dim=1)
 
 
+def _through_attention(model: Any, block: Any, u: Float[torch.Tensor, "k heads"]) -> Float[torch.Tensor, "k d_model"]:
+    """What concatenated heads add to the residual stream: W_O, and the gain of the norm behind it, if there is one."""
+    u = u @ block.attn.W_O.to(u).reshape(u.shape[-1], -1)  # the unembedding may be on another device than the layer
+    norm = model.family.norm_after_attention
+    return u if norm is None else u * _gain(model, getattr(block, norm)).to(u)
+
+
 def _gain(model: Any, norm: Any) -> Float[torch.Tensor, " d_model"]:
-    """``1 + w``: HookedTransformer's weights have the 1 in them, Hugging Face's (under the bridge) do not."""
-    return norm.w.float() + (1.0 if model.backend == "bridge" else 0.0)
+    """The gain of an RMSNorm, which some libraries hold as a difference from 1."""
+    return norm.w.float() + model.family.gain_offset[model.backend]

@@ -1,4 +1,4 @@
-"""Which latents fire on which token, as a tidy table."""
+"""Which latents are active on which token, as a tidy table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.interventions.sources import encode_latents, place_of
+from gemma_scope_tl.sae.access import encode_latents, locate
 from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import flatten_heads
@@ -32,8 +32,8 @@ def features(
 ) -> pd.DataFrame:
     """The active latents of ``saes`` on ``text``, from one forward pass for all of them.
 
-    The pass is the model's as it stands: hooks and SAEs that are attached act. SAEs are fed from hooks, never from
-    Hugging Face's ``hidden_states``, whose last entry is after the final norm: not the last layer's res site.
+    The pass is the model's as it is, with the hooks and SAEs that are attached. SAEs read hooks, never Hugging Face's
+    ``hidden_states``, whose last entry is behind the final norm and thus not the last layer's residual stream.
 
     Args:
         model: from ``load_model``.
@@ -44,7 +44,7 @@ def features(
         top: keep the strongest latents of each token and SAE; None for all.
         exclude_special_tokens: leave out BOS, EOS and padding, on which Gemma Scope was not trained: on BOS, whose
             activations can be far longer than any other token's, thousands of latents fire. Or the ids to leave out;
-            False for none. Padding is no text and never listed.
+            False for none. Padding is never listed.
         min_activation: leave out latents that fire less than this, in units of the latent.
         attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
 
@@ -54,7 +54,7 @@ def features(
         the place in ``saes``, which tells two SAEs of one site and layer apart. ``""``, BOS alone, has no rows.
 
     Raises:
-        GemmaScopeError: when ``top`` is below 1 or ``min_activation`` below 0; text that is none, or too long.
+        GemmaScopeError: when ``top`` is below 1 or ``min_activation`` below 0; no text, or one that is too long.
         SpliceError: without an SAE, or when one does not say where it belongs.
     """
     import pandas as pd
@@ -62,7 +62,7 @@ def features(
     if (top is not None and top < 1) or not min_activation >= 0:
         raise GemmaScopeError(f"top is at least 1 and min_activation at least 0; given: {top}, {min_activation}.")
     several, batch = as_saes(saes), as_batch(model, text, attention_mask)
-    places = [place_of(sae) for sae in several]
+    places = [locate(sae, model.family) for sae in several]
     names = [site.hook_name(layer, "hooked_transformer") for site, layer in places]
     seen = _activations(model, batch, names)
     counted = batch.ordinary(excluded_ids(model.tokenizer, exclude_special_tokens))
@@ -111,7 +111,7 @@ def _active(
         strongest, which = acts.topk(min(top, acts.shape[-1]), dim=-1)
         rows, columns, rank = ((strongest > 0) & (strongest >= min_activation) & counted).nonzero(as_tuple=True)
         latents, values = which[rows, columns, rank], strongest[rows, columns, rank].float()
-    order = values.argsort(descending=True, stable=True)  # by value, then stably by place: strongest first at each
+    order = values.argsort(descending=True, stable=True)  # by value, then stably by position: strongest first at each
     order = order[(rows * x.shape[1] + columns)[order].argsort(stable=True)]
     names = latents if not isinstance(sae, Latents) else torch.tensor(sae.latents, device=acts.device)[latents]
     return rows[order].cpu(), columns[order].cpu(), names[order].cpu(), values[order].cpu()

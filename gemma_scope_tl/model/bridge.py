@@ -1,4 +1,4 @@
-"""Gemma 2 on ``TransformerBridge``: Hugging Face's own forward pass with hooks, one copy of the weights."""
+"""Models on ``TransformerBridge``: Hugging Face's own forward pass with hooks, one copy of the weights."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
 from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.families import Backend, Family, ModelDims
 from gemma_scope_tl.model.generation import TrackedGenerate, fill_id, prompts_of, stop_ids
 from gemma_scope_tl.model.hooked import GemmaModel, HookName
 from gemma_scope_tl.model.keywords import named
 from gemma_scope_tl.model.tokenizer import HasTokenizer
-from gemma_scope_tl.sites import Backend, ModelDims
 from gemma_scope_tl.text.tokens import attendable
-
-ARCHITECTURE = "Gemma2ForCausalLM"
 
 
 class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """A Gemma 2 ``TransformerBridge`` with the SAE methods of this package. Made by ``load_model``."""
+    """A ``TransformerBridge`` with the SAE methods of this package. Made by ``load_model``."""
 
     backend: Backend = "bridge"
     return_types = (*GemmaModel.return_types, "logits_and_cache")
@@ -58,20 +56,20 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
             point.remove_hooks(direction, including_permanent, level)
 
     def _watch(self) -> None:
-        """Token ids are read where every pass begins: at Hugging Face's decoder, also when others call it."""
+        """Read token ids at Hugging Face's decoder, where every pass begins, whoever calls it."""
         hf_model: Any = self.original_model
-        decoder = hf_model.model
+        decoder = hf_model.get_submodule(self.family.decoder)
         decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True)
         hf_model.generate = TrackedGenerate(hf_model, self)
 
     def _before_decoder(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.token_tracker.enter()  # the hook behind it leaves, also when the pass fails
+        self.token_tracker.enter()  # the hook behind the decoder leaves, also when the pass fails
         ids = args[0] if args else kwargs.get("input_ids")
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         seen = 0 if cache is None else int(cache.get_seq_length())
         if ids is None:
-            if any(attached.site.name == "embedding" for attached in self._attached.values()):
+            if self._embedding_is_spliced():
                 raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
             self.token_tracker.observe(None)
             return
@@ -101,7 +99,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
     def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int, by_column: bool) -> None:
         call["attention_mask"] = mask.long()
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        if by_column:  # of rows that begin with padding, which Hugging Face then counts
+        if by_column:  # without position_ids Hugging Face counts padding too
             columns = torch.arange(mask.shape[1], device=mask.device).expand_as(positions)
             positions = torch.where(mask[:, :1], positions, columns)
         call["position_ids"] = positions[:, -new:]
@@ -140,8 +138,8 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         return texts[0] if isinstance(input, str) else texts
 
     def _hf_options(self, call: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of Hugging Face's ``generate`` from those of TransformerLens's ``hf_generate``, whose defaults give
-        way to a ``generation_config``."""
+        """Arguments of Hugging Face's ``generate`` from those of TransformerLens's ``hf_generate``; a
+        ``generation_config`` replaces the defaults of the latter."""
         own = call.get("generation_config") is not None
         options: dict[str, Any] = {} if own else {"max_new_tokens": 10, "do_sample": True, "temperature": 1.0}
         options |= {name: value for name, value in call.items() if value is not None}
@@ -163,12 +161,12 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
     def read_cache_kwarg(self) -> None:
         """Make attention find its cache under the name that newer transformers versions give it.
 
-        transformers 5.24 hands Gemma 2's attention ``cache=`` where it was ``past_key_values=``; an attention bridge
+        transformers 5.24 hands attention ``cache=`` where it was ``past_key_values=``; an attention bridge
         that does not know the name attends to the new token alone. Applied to this model's own blocks, and only after
-        the defect was seen there (``repairs.py``).
+        the defect was seen there (:func:`~gemma_scope_tl.model.check.repair`).
         """
         for block in self.blocks:
-            block.attn._update_kv_cache = partial(_update_kv_cache, block.attn)  # a copy of a model copies it too
+            block.attn._update_kv_cache = partial(_update_kv_cache, block.attn)  # copied with the model
         self.fixes.append("attention reads its cache from the keyword `cache`")
 
 
@@ -178,13 +176,13 @@ def _update_kv_cache(attention: Any, k: torch.Tensor, v: torch.Tensor, **kwargs:
     return type(attention)._update_kv_cache(attention, k, v, **kwargs)
 
 
-def build_bridge(hf_model: Any, tokenizer: Any, model_id: str | None) -> GemmaBridge:
+def build_bridge(hf_model: Any, tokenizer: Any, model_id: str | None, family: Family) -> GemmaBridge:
     """Wrap ``hf_model`` in place: its weights are not copied, and it still computes the same."""
     parameter = next(hf_model.parameters())
-    config = build_bridge_config_from_hf(hf_model.config, ARCHITECTURE, model_id or "gemma-2", parameter.dtype)
+    config = build_bridge_config_from_hf(hf_model.config, family.architecture, model_id or family.name, parameter.dtype)
     adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
     adapter.cfg.device = str(parameter.device)
     adapter.prepare_model(hf_model)
     bridge = GemmaBridge(hf_model, adapter, tokenizer)
-    bridge.prepare(ModelDims.from_config(hf_model.config), model_id)
+    bridge.prepare(ModelDims.from_config(hf_model.config), model_id, family)
     return bridge.eval()

@@ -1,37 +1,42 @@
-"""The self-check on load: a dozen tokens decide whether the hooked model is the plain model, hook by hook."""
+"""The self-check on load: a dozen tokens through the hooked and the plain model, compared hook by hook.
+
+Known defects of the installed libraries are repaired first, each only after it was seen on the model at hand.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from gemma_scope_tl.errors import AdapterMismatch
+from gemma_scope_tl.families import Place
 from gemma_scope_tl.model.hooked import GemmaModel
 from gemma_scope_tl.model.plain import (
     LOGITS,
     ROWS,
     Pass,
     PlainModel,
-    Reference,
-    SiteKey,
-    relative_difference,
+    cache_keyword,
+    probe_tokens,
     row_difference,
     with_louder,
     with_replaced,
 )
-from gemma_scope_tl.sites import get_site
 
-# Relative L2 differences up to these are rounding, whatever was measured. Norms are computed in float32 at least.
-# Eight-bit arithmetic has a step of 2^-8 whatever the dtype, and a step more or less is rare enough to be missed.
+# Relative L2 differences up to these count as rounding, whatever was measured. Norms are computed in float32 at least.
+# Eight-bit arithmetic has a step of 2^-8 whatever the dtype, and a step more or less is so rare that the spread of the
+# plain model may not show it.
 FLOOR = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 EIGHT_BITS = 3e-2
-# How many times the plain model's spread is still rounding. Measured on HookedTransformer, whose rounding differs most,
-# in all dtypes and with models whose rounding errors grow a thousandfold: at most 2.3. In row 0 errors add up over
-# layers, which varies more. A spread is the largest of two tries, and small by luck now and then: so much of the
-# largest spread of the same site in any layer is rounding too.
+# A difference up to this many times the plain model's spread counts as rounding, by row. Measured on HookedTransformer,
+# whose rounding differs most, in all dtypes and with models whose rounding errors grow a thousandfold: at most 2.3. In
+# row 0 errors add up over layers, which varies more.
 SPREADS = (10.0, 4.0, 4.0)
+# A spread is the larger of two tries and is sometimes small by chance, so at least this part of the largest spread of
+# the same site in any layer counts too.
 OF_LARGEST = 0.25
 # What the unembedding takes, up to a gain. On the bridge an edit at hook_normalized leaves Hugging Face's own norm.
 FINAL = {"bridge": "ln_final.hook_out", "hooked_transformer": "ln_final.hook_normalized"}
@@ -43,7 +48,7 @@ class Difference:
 
     Attributes:
         rows: :func:`row_difference` in each of the three rows of :class:`PlainModel`.
-        allowed: what is still rounding in each.
+        allowed: up to which difference each row counts as rounding.
     """
 
     rows: list[float]
@@ -59,24 +64,34 @@ class Difference:
         return f"{self.rows[row]:.2e} (rounding: {self.allowed[row]:.1e})"
 
 
+def site_hooks(model: GemmaModel, places: Iterable[Place]) -> dict[Place, str]:
+    """The name of the hook of each place in the model; the logits have none."""
+    return {
+        place: model.family.site(place.site).hook_name(place.layer, model.backend)
+        for place in places
+        if place != LOGITS
+    }
+
+
 class _Recorder:
-    """Hooks that keep a pass of the hooked model, and do to its rows what was done to the plain model's."""
+    """Hooks that keep the tensors of a pass of the hooked model, and edit its rows as the plain model's were edited."""
 
     def __init__(self, model: GemmaModel, plain: Pass) -> None:
         self._plain, self._final = plain, FINAL[model.backend]
-        self._names = {key: get_site(key[0]).hook_name(key[1], model.backend) for key in plain.sites if key != LOGITS}
-        self._seen: dict[SiteKey, torch.Tensor] = {}
+        self._names = site_hooks(model, plain.sites)
+        self._layers = range(model.dims.n_layers)
+        self._seen: dict[Place, torch.Tensor] = {}
 
     def hooks(self) -> list[tuple[str, Any]]:
         """For ``model.hooks(fwd_hooks=…)``."""
 
-        def keep(value: torch.Tensor, key: SiteKey) -> torch.Tensor | None:
+        def keep(value: torch.Tensor, key: Place) -> torch.Tensor | None:
             self._seen[key] = value
             replacement = self._plain.replaced.get(key)
             return None if replacement is None else with_replaced(value, replacement)
 
         kept = [(name, lambda value, hook, key=key: keep(value, key)) for key, name in self._names.items()]
-        queries = [f"blocks.{layer}.attn.hook_q" for site, layer in self._names if site == "res"]
+        queries = [f"blocks.{layer}.attn.hook_q" for layer in self._layers]
         return [*kept, *((name, lambda value, hook: with_louder(value)) for name in (*queries, self._final))]
 
     def differences(self, logits: torch.Tensor, floor: float) -> dict[str, Difference]:
@@ -96,22 +111,8 @@ class _Recorder:
 
 
 @torch.no_grad()
-def site_differences(model: GemmaModel, reference: Reference) -> dict[str, float]:
-    """Relative difference from one plain pass, of the logits and of every site and layer, by hook name."""
-    call, seen = cast(Any, model), dict[str, torch.Tensor]()
-    names = {key: get_site(key[0]).hook_name(key[1], model.backend) for key in reference.sites}
-    keep = [(name, lambda value, hook, name=name: seen.__setitem__(name, value)) for name in names.values()]
-    logits = call.run_with_hooks(reference.tokens, fwd_hooks=keep)
-    found = {"logits": relative_difference(logits, reference.logits)}
-    for key, name in names.items():
-        wanted = reference.sites[key]
-        found[name] = relative_difference(seen[name].reshape(wanted.shape), wanted) if name in seen else float("inf")
-    return found
-
-
-@torch.no_grad()
 def differences(model: GemmaModel, plain: PlainModel) -> dict[str, Difference]:
-    """The hooked model against the plain one by hook name, and with ``"cached "`` before it for a pass with a cache."""
+    """How far the hooked model is from the plain one by hook name; a pass with a cache has ``"cached "`` before it."""
     tokens, call = plain.tokens, cast(Any, model)
     floor = max(FLOOR.get(plain.dtype, EIGHT_BITS), EIGHT_BITS if plain.eight_bits else 0.0)
     whole = _Recorder(model, plain.whole)
@@ -153,11 +154,11 @@ def cached_logits(model: GemmaModel, tokens: torch.Tensor, prefix_hooks: Any = (
 
 
 def self_check(model: GemmaModel, plain: PlainModel) -> dict[str, float]:
-    """Compare ``model`` with the plain model: cached with cached, uncached with uncached, each in its own dtype.
+    """Compare ``model`` with the plain model, with a key-value cache and without, in the model's own dtype.
 
     Returns:
-        Relative L2 differences, the largest of three rows (:mod:`plain`): by hook name and ``"logits"``,
-        and with ``"cached "`` before it for the pass with a cache.
+        Relative L2 differences, each the largest of three rows (:class:`~gemma_scope_tl.model.plain.PlainModel`), by
+        hook name and ``"logits"``; names of the pass with a cache begin ``"cached "``.
 
     Raises:
         AdapterMismatch: with the numbers, where a difference is more than rounding.
@@ -175,3 +176,35 @@ def self_check(model: GemmaModel, plain: PlainModel) -> dict[str, float]:
             "(check=False skips this comparison and changes nothing else; it is for looking into the difference.)"
         )
     return {name: max(value.rows) for name, value in found.items()}
+
+
+def repair(model: GemmaModel) -> None:
+    """Work around known defects of the installed libraries; ``model.fixes`` lists those that were found.
+
+    Raises:
+        AdapterMismatch: when a workaround does not help.
+    """
+    read_cache_kwarg = getattr(model, "read_cache_kwarg", None)
+    if read_cache_kwarg is None or attention_fills_cache(model):
+        return
+    read_cache_kwarg()
+    if not attention_fills_cache(model):
+        raise AdapterMismatch(
+            "The installed transformer-lens and transformers do not agree on how attention gets its key-value cache, "
+            "so generation would be wrong. Install the versions that `gemma-scope doctor` names as tested."
+        )
+
+
+@torch.no_grad()
+def attention_fills_cache(model: Any) -> bool:
+    """Whether every layer's attention puts a token into the key-value cache that the model is given.
+
+    One token goes through the wrapped Hugging Face model, as in its own ``generate``.
+    """
+    from transformers import DynamicCache
+
+    hf_model = model.original_model
+    cache = DynamicCache(config=hf_model.config)
+    hf_model(probe_tokens(hf_model, 1), **{cache_keyword(hf_model): cache, "use_cache": True})
+    model.token_tracker.clear()
+    return all(cache.get_seq_length(layer) == 1 for layer in range(model.dims.n_layers))

@@ -1,31 +1,31 @@
 """Copies of a model, in memory or pickled: independent, with their own SAEs attached where the original's are.
 
-TransformerLens hooks a point through a local function, which ``copy`` takes over as it is, so that a copy's hook would
-run the original's SAE. Here the copy's functions are made anew, in their places among the user's hooks.
+TransformerLens hooks a point through a local function, which ``copy`` does not copy, so a copy's hook would run the
+original's SAE. The copy gets functions of its own here, in the same order among the user's hooks.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.model.attached import AttachedSAE, SpliceOptions
+from gemma_scope_tl.model.attached import AttachedSAE
+from gemma_scope_tl.model.protocol import BindsToPass
+from gemma_scope_tl.model.splice_options import SpliceOptions
 
-if TYPE_CHECKING:
-    from gemma_scope_tl.model.splicing import SpliceMixin
-
-_LOCAL = "<locals>"  # in the full name of what is made inside a function
+_LOCAL = "<locals>"  # part of the qualified name of everything that is made inside a function
 
 
-def shallow_copy(model: SpliceMixin) -> Any:
+def shallow_copy(model: Any) -> Any:
     """Another object with the same parts, as ``copy.copy`` makes of any module."""
-    twin = type(model).__new__(type(model))
-    twin.__setstate__(vars(model))  # pyright: ignore
+    kind: Any = type(model)
+    twin = kind.__new__(kind)
+    twin.__setstate__(vars(model))
     return twin
 
 
-def deep_copy(model: SpliceMixin, memo: dict[int, Any]) -> Any:
+def deep_copy(model: Any, memo: dict[int, Any]) -> Any:
     """A model that shares nothing with ``model``: hooks, interventions and attached SAEs are copied too."""
     twin = _copied(model, memo)
     for attached in twin._attached.values():
@@ -33,7 +33,7 @@ def deep_copy(model: SpliceMixin, memo: dict[int, Any]) -> Any:
     return twin
 
 
-def reduced(model: SpliceMixin) -> Any:
+def reduced(model: Any) -> Any:
     """What ``pickle`` and ``torch.save`` store: the model without its SAEs, whose hooks are local functions, and the
     SAEs with their options.
 
@@ -42,9 +42,9 @@ def reduced(model: SpliceMixin) -> Any:
     """
     check_picklable(model, own_hooks=False)
     memo: dict[int, Any] = {}
-    held = list(model._attached.values())  # pyright: ignore[reportPrivateUsage]
+    held = list(model._attached.values())
     shared: list[Any] = [attached.sae for attached in held]
-    shared += [model.tokenizer, *model.parameters(), *model.buffers()]  # pyright: ignore
+    shared += [model.tokenizer, *model.parameters(), *model.buffers()]
     for one in shared:
         memo[id(one)] = one
     bare = _copied(model, memo)
@@ -57,11 +57,11 @@ def reduced(model: SpliceMixin) -> Any:
 
 
 def check_picklable(model: Any, own_hooks: bool = True) -> None:
-    """Say beforehand what ``pickle`` would fail on: what was made inside a function has no name to find it by.
+    """Refuse what ``pickle`` would fail on: a class or function made inside a function, which it cannot find by name.
 
     Args:
         model: to be pickled.
-        own_hooks: look at its hooks too, which are the user's once SAEs are detached.
+        own_hooks: check its hooks too.
 
     Raises:
         SpliceError: it holds such a class or such a hook.
@@ -92,20 +92,21 @@ def _local(function: Any) -> bool:
 
 
 def restored(model: Any, recipes: list[tuple[Any, SpliceOptions]]) -> Any:
-    """``model`` with the SAEs attached again, when it is unpickled."""
+    """``model`` with the SAEs attached again: what unpickling calls."""
     for sae, options in recipes:
-        model.add_sae(sae, options.error_term, options.exclude_special_tokens, options.positions, options.chain)
+        model.add_sae(sae, **vars(options))
     return model
 
 
-def _copied(model: SpliceMixin, memo: dict[int, Any]) -> Any:
-    """A copy of ``model`` and of all that ``memo`` does not hold, whose hooks run the copies of the SAEs."""
-    twin: Any = type(model).__new__(type(model))
+def _copied(model: Any, memo: dict[int, Any]) -> Any:
+    """A copy of ``model`` and of everything that is not in ``memo``, whose hooks run the copies of the SAEs."""
+    kind: Any = type(model)
+    twin = kind.__new__(kind)
     memo[id(model)] = twin
-    twin.__setstate__(copy.deepcopy(vars(model), memo))  # pyright: ignore
+    twin.__setstate__(copy.deepcopy(vars(model), memo))
     for point in {id(point): point for point in twin.hook_dict.values()}.values():
         for handle in point.fwd_hooks:
-            if hasattr(handle.user_hook, "bound_to") or isinstance(_self_of(handle.user_hook), AttachedSAE):
+            if isinstance(handle.user_hook, BindsToPass) or isinstance(_self_of(handle.user_hook), AttachedSAE):
                 _bind(point, handle)
     return twin
 
@@ -115,7 +116,7 @@ def _self_of(hook: Any) -> Any:
 
 
 def _bind(point: Any, handle: Any) -> None:
-    """Put a function of the copy's own in the place of the original's, which came along."""
+    """Replace the original's hook function, which the copy holds too, by one for the copy."""
     held = vars(point)["_forward_hooks"]
     old = held[handle.hook.id]
     inside = dict(zip(old.__code__.co_freevars, (cell.cell_contents for cell in old.__closure__), strict=True))

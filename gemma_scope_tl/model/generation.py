@@ -1,4 +1,4 @@
-"""The prompts of a generation: any way of giving texts, as rows that end where new tokens follow."""
+"""``generate`` on both backends: prompts in every form, padding, stop tokens, and what SAEs know of the text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.model.keywords import named
 from gemma_scope_tl.model.positions import move_rows
 from gemma_scope_tl.model.tracker import Generation, TokenTracker
-from gemma_scope_tl.sae.indices import as_indices
+from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.text.batch import TokenBatch, as_batch
 from gemma_scope_tl.text.tokens import TextRead, attendable, text_mask
 
@@ -35,7 +35,7 @@ class Prompts:
     as_text: bool = False
 
     def generation(self, by_hugging_face: bool = False) -> Generation:
-        """A generation that knows its prompts before they enter the model."""
+        """A generation from these prompts, which have not entered the model yet."""
         if self.mask is None:
             return Generation(by_hugging_face=by_hugging_face)
         read = TextRead(self.ids, self.mask, self.ids.shape[1], self.moved, growing=True)
@@ -43,12 +43,12 @@ class Prompts:
 
 
 def prompts_of(model: Any, given: Any, call: dict[str, Any]) -> Prompts:
-    """Prompts from whatever stands for texts; what says how to read them is taken out of ``call``.
+    """Prompts from texts in every form; the arguments that say how to read them are taken out of ``call``.
 
     New tokens follow behind the last column, so rows that are padded on the right are moved to the right edge.
 
     Raises:
-        GemmaScopeError: what is given is no text, or ``max_new_tokens`` is below 1.
+        GemmaScopeError: for what is no text, or ``max_new_tokens`` below 1.
     """
     if int(call.get("max_new_tokens", 1)) < 1:
         raise GemmaScopeError(f"max_new_tokens is at least 1; given: {call['max_new_tokens']}.")
@@ -91,7 +91,7 @@ def is_text(given: Any) -> bool:
 
 
 def stop_ids(model: Any, call: dict[str, Any]) -> list[int] | int | None:
-    """Where generation stops: ``eos_token_id`` of the call, else where the model says that it stops.
+    """The ids at which generation stops: ``eos_token_id`` of the call, otherwise the model's.
 
     Raises:
         GemmaScopeError: when nothing says where to stop.
@@ -112,7 +112,7 @@ def stop_ids(model: Any, call: dict[str, Any]) -> list[int] | int | None:
 
 
 def fill_id(tokenizer: Any, stop: list[int] | int | None) -> int | None:
-    """What stands behind the end of a text that is done before others of its batch: padding, as in Hugging Face."""
+    """The id behind the end of a text that ends before others of its batch: padding, as in Hugging Face."""
     pad = getattr(tokenizer, "pad_token_id", None)
     first = stop[0] if isinstance(stop, list) and stop else stop
     return pad if pad is not None else first if isinstance(first, int) else None
@@ -146,7 +146,7 @@ class Generates:
     tokenizer: Any
 
     def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens, from whatever stands for texts; attached SAEs know the token ids.
+        """As in TransformerLens, from texts in every form; attached SAEs know the token ids.
 
         Args:
             input: as for ``forward``. Padding is masked. New tokens follow on the last column, so rows that are padded
@@ -183,7 +183,7 @@ class Generates:
         return self._stream(pieces, call.get("return_type", "input"))
 
     def _stream(self, pieces: Iterator[Any], return_type: str) -> Iterator[Any]:
-        """For a backend that does not turn what it streams into what ``return_type`` asks for."""
+        """For a backend whose stream ignores ``return_type``."""
         return pieces
 
     def _pieces(self, pieces: Generator[Any], generation: Generation) -> Iterator[Any]:
@@ -212,7 +212,7 @@ class Generates:
 
 
 def _filled(result: Any, filler: Filler) -> Any:
-    """What ``generate`` gives, its ids with padding behind the end of each text."""
+    """The result of ``generate``, with padding behind the end of each text."""
     if isinstance(result, torch.Tensor):
         return filler(result) if result.ndim == 2 and not result.is_floating_point() else result
     if isinstance(result, tuple):  # with a cache, or the prompt's ids, behind it
@@ -223,7 +223,7 @@ def _filled(result: Any, filler: Filler) -> Any:
 
 
 def decoded(pieces: Iterator[torch.Tensor], tokenizer: Any) -> Iterator[str | list[str]]:
-    """Pieces of ids ``[batch, new]`` as the text that each adds; a character that is not whole waits for its rest."""
+    """Pieces of ids ``[batch, new]`` as the text that each adds; an incomplete character waits for its rest."""
     history: torch.Tensor | None = None
     given: list[str] = []
     for piece in pieces:
@@ -251,7 +251,7 @@ class TrackedGenerate:
         self.hf_model, self.model = hf_model, model
 
     def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """See the model's class."""
+        """As Hugging Face's ``generate``."""
         plain = type(self.hf_model).generate
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():

@@ -1,4 +1,4 @@
-"""Hook names of either backend, also below attached SAEs: one point answers to both."""
+"""Hook names of either backend, also below attached SAEs: each point has both names."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gemma_scope_tl.errors import KeywordError, SpliceError, UnknownNameError, unknown_name
+from gemma_scope_tl.families import Backend, Family, ModelDims
 from gemma_scope_tl.model.attached import AttachedSAE
-from gemma_scope_tl.sites import SITES, Backend, ModelDims, site_of_hook
+from gemma_scope_tl.sites import site_of_hook
 
 
-def translate_hook_name(name: str, valid: Iterable[str], backend: Backend) -> str:
+def translate_hook_name(name: str, valid: Iterable[str], backend: Backend, family: Family | None = None) -> str:
     """``name`` if the model has it, else the other backend's name for the same site, also below attached SAEs.
+
+    Args:
+        name: a hook name of either backend.
+        valid: the names that the model has.
+        backend: of the model.
+        family: of the model; None to look the site up in all families.
 
     Raises:
         UnknownNameError: when there is no such hook, with the nearest names.
@@ -21,7 +28,7 @@ def translate_hook_name(name: str, valid: Iterable[str], backend: Backend) -> st
         return name
     base, dot, internal = name.partition(".hook_sae_")
     try:
-        site, layer = site_of_hook(base)
+        site, layer = site_of_hook(base, family=family)
         inside = f"{site.hook_name_out(layer, 'hooked_transformer')}{dot}{internal}"
         translated = inside if dot else site.hook_name(layer, backend)
     except (UnknownNameError, SpliceError):
@@ -32,11 +39,11 @@ def translate_hook_name(name: str, valid: Iterable[str], backend: Backend) -> st
     raise unknown_name("hook", name, names, hint)
 
 
-def other_names(attached: Iterable[AttachedSAE], dims: ModelDims, backend: Backend) -> dict[str, str]:
+def other_names(attached: Iterable[AttachedSAE], family: Family, dims: ModelDims, backend: Backend) -> dict[str, str]:
     """The other backend's name of every hook point of attached SAEs, and of every site, by the name it has here."""
     named: dict[str, str] = {}
     other: Backend = "bridge" if backend == "hooked_transformer" else "hooked_transformer"
-    for site in SITES.values():
+    for site in family.sites.values():
         for layer in range(dims.n_layers) if site.per_layer else (None,):
             named[site.hook_name(layer, backend)] = site.hook_name(layer, other)
     for one in attached:
@@ -46,7 +53,7 @@ def other_names(attached: Iterable[AttachedSAE], dims: ModelDims, backend: Backe
 
 
 def filter_of_both(wanted: Callable[[str], bool], others: Mapping[str, str]) -> Callable[[str], bool]:
-    """A filter on names that is asked about a point's other name too."""
+    """A filter that passes a point if ``wanted`` passes one of its two names."""
 
     def either(name: str) -> bool:
         return wanted(name) or (name in others and wanted(others[name]))
@@ -55,7 +62,7 @@ def filter_of_both(wanted: Callable[[str], bool], others: Mapping[str, str]) -> 
 
 
 def add_other_names(stored: dict[str, Any], wanted: Callable[[str], bool] | None, others: Mapping[str, str]) -> None:
-    """Put what a cache holds under the names that were asked for.
+    """Store the tensors of a cache under the names that were asked for.
 
     Args:
         stored: the cache.
@@ -77,10 +84,10 @@ def add_other_names(stored: dict[str, Any], wanted: Callable[[str], bool] | None
 
 
 def listed_hooks(hooks: Any) -> list[Any]:
-    """Pairs of a name and a function as a list; one pair by itself, as ``steer`` gives it, is one.
+    """Pairs of a name and a function as a list, also of a single pair, as ``steer`` returns it.
 
     Raises:
-        SpliceError: for what are no pairs.
+        SpliceError: for anything but such pairs.
     """
     if isinstance(hooks, tuple) and len(hooks) == 2 and callable(hooks[1]):
         return [hooks]

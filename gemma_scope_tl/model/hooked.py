@@ -1,4 +1,4 @@
-"""What both backends share: site hook points, checked hook names, padding masks, generation that SAEs survive."""
+"""What both backends share: hook points of sites, checked hook names, and padding masks of forward passes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gemma_scope_tl.errors import KeywordError, SpliceError, unknown_name
-from gemma_scope_tl.interventions import Intervention
+from gemma_scope_tl.families import Family, ModelDims
 from gemma_scope_tl.model.attached import AttachedSAE
 from gemma_scope_tl.model.generation import Generates
 from gemma_scope_tl.model.hook_names import (
@@ -22,9 +22,9 @@ from gemma_scope_tl.model.hook_names import (
 )
 from gemma_scope_tl.model.keywords import check_keywords, named
 from gemma_scope_tl.model.owners import OwnedHook, Owner, Turns
+from gemma_scope_tl.model.protocol import BindsToPass
 from gemma_scope_tl.model.splicing import SpliceMixin
 from gemma_scope_tl.model.tracker import TokenTracker
-from gemma_scope_tl.sites import ModelDims
 from gemma_scope_tl.text.batch import as_batch
 from gemma_scope_tl.text.tokenizing import text_ids, tokenize
 from gemma_scope_tl.text.tokens import TextRead, attendable, continued_mask, text_mask
@@ -35,10 +35,11 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
 class GemmaModel(Generates, SpliceMixin):
-    """A hooked Gemma 2 with the Gemma Scope sites; mixed into the backend's own model class.
+    """A hooked model with the sites of its family; mixed into the backend's own model class.
 
     Attributes:
         backend: ``"bridge"`` or ``"hooked_transformer"``.
+        family: the sites, modules and norms of the model.
         dims: layers, widths and heads.
         model_id: the name that SAEs know this model by (``"gemma-2-2b"``), or None for one they cannot know.
         fixes: the defects of the installed TransformerLens that were found here and worked around.
@@ -48,14 +49,15 @@ class GemmaModel(Generates, SpliceMixin):
 
     return_types: tuple[str | None, ...] = ("logits", "loss", "both", None)
     stop_token_ids: tuple[int, ...] = ()
+    family: Family
     model_id: str | None
     fixes: list[str]
     tokenizer: Any
     cfg: Any
 
-    def prepare(self, dims: ModelDims, model_id: str | None) -> None:
+    def prepare(self, dims: ModelDims, model_id: str | None, family: Family) -> None:
         """Set up the state this class needs; the loader calls it once."""
-        self.dims, self.model_id = dims, model_id
+        self.dims, self.model_id, self.family = dims, model_id, family
         self.fixes = []
         self._attached: dict[str, AttachedSAE] = {}
         self._turns = Turns()
@@ -85,10 +87,10 @@ class GemmaModel(Generates, SpliceMixin):
     # -- hook names ---------------------------------------------------------------------------------------------------
 
     def _resolve_name(self, name: Any, valid: Any) -> Any:
-        return translate_hook_name(name, valid, self.backend) if isinstance(name, str) else name
+        return translate_hook_name(name, valid, self.backend, self.family) if isinstance(name, str) else name
 
     def _resolve_hooks(self, hooks: Hooks, owner: Owner | None = None) -> list[tuple[HookName, Callable[..., Any]]]:
-        """Hooks by the names that they have here, bound to the model; functions of an ``owner`` run for it alone."""
+        """Hooks under this backend's names, bound to the model; those of an ``owner`` run in its passes alone."""
         valid = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
         resolved: list[tuple[HookName, Callable[..., Any]]] = []
         for name, fn in listed_hooks(hooks):
@@ -98,7 +100,7 @@ class GemmaModel(Generates, SpliceMixin):
         return resolved
 
     def _bound(self, fn: Any) -> Any:
-        return fn.bound_to(self.token_tracker, self.tokenizer) if isinstance(fn, Intervention) else fn
+        return fn.bound_to(self.token_tracker, self.tokenizer) if isinstance(fn, BindsToPass) else fn
 
     def _resolve_filter(self, names: Any) -> Any:
         if names is None:
@@ -111,7 +113,7 @@ class GemmaModel(Generates, SpliceMixin):
         return [self._resolve_name(name, valid) for name in names]
 
     def _other_names(self) -> dict[str, str]:
-        return other_names(self._attached.values(), self.dims, self.backend)
+        return other_names(self._attached.values(), self.family, self.dims, self.backend)
 
     def run_with_hooks(self, *model_args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any) -> Any:
         """As in TransformerLens, but a hook name of either backend works and an unknown one raises.
@@ -136,7 +138,7 @@ class GemmaModel(Generates, SpliceMixin):
     ) -> AbstractContextManager[Any]:
         """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
         fwd, bwd = listed_hooks(fwd_hooks), listed_hooks(bwd_hooks)
-        self._resolve_hooks([*fwd, *bwd])  # a wrong name is found here, and not where the block begins
+        self._resolve_hooks([*fwd, *bwd])  # a wrong name raises here, and not when the block begins
         return self._hooks_block(fwd, bwd, *args, **kwargs)
 
     @contextmanager
@@ -163,7 +165,7 @@ class GemmaModel(Generates, SpliceMixin):
         if not model_args and "input_ids" in kwargs:
             model_args = (kwargs.pop("input_ids"),)
         if self.tokenizer is None and model_args and isinstance(model_args[0], str):
-            text_ids(None, model_args[:1])  # raises, where the bridge would assert
+            text_ids(None, model_args[:1])  # raises a better error than the bridge's assertion
         resolved = self._resolve_filter(names_filter)
         with self._turns.scope():
             output, cache = super().run_with_cache(  # pyright: ignore[reportAttributeAccessIssue]
@@ -191,12 +193,12 @@ class GemmaModel(Generates, SpliceMixin):
     # -- passes -------------------------------------------------------------------------------------------------------
 
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens, from whatever stands for texts; padding never counts.
+        """As in TransformerLens, from texts in every form; padding has no effect.
 
         Args:
             input: as :func:`~gemma_scope_tl.text.batch.as_batch` takes it: a text, several, token ids, a
                 ``BatchEncoding``, chat messages; or embeddings ``[batch, pos, d_model]``. Padding, on either side, is
-                masked without being asked; ``attention_mask=`` says otherwise. The loss is the mean over predictions
+                masked, unless ``attention_mask=`` says otherwise. The loss is the mean over predictions
                 from text to text.
             *args, **kwargs: of the backend's ``forward``.
 
@@ -224,7 +226,7 @@ class GemmaModel(Generates, SpliceMixin):
         cache, seen = self._cache_of(call)
         covered = getattr(call.get("attention_mask"), "shape", (0, 0))[-1]
         if cache is not None and isinstance(input, torch.Tensor) and covered > input.shape[-1]:
-            seen = max(seen, covered - input.shape[-1])  # the caller knows what a cache holds that nothing has read yet
+            seen = max(seen, covered - input.shape[-1])  # a cache may hold more than this model has read
         ids = input[None] if isinstance(input, torch.Tensor) and input.ndim == 1 else input
         own = not seen and isinstance(ids, torch.Tensor) and ids.ndim == 2 and self.token_tracker.goes_on(ids)
         if seen or own:
@@ -238,7 +240,7 @@ class GemmaModel(Generates, SpliceMixin):
         batch = as_batch(self, input, **how)
         unpadded = bool(batch.mask.all())
         if pattern is not None:
-            call["attention_mask"] = pattern  # of every query: the caller's affair
+            call["attention_mask"] = pattern  # a mask of every query, which is the caller's
         elif not unpadded or self.backend == "hooked_transformer":  # which would ask the tokenizer
             call["attention_mask"] = attendable(batch.mask).long()
         wanted = call.get("return_type", "logits")
@@ -254,10 +256,10 @@ class GemmaModel(Generates, SpliceMixin):
         return loss if wanted == "loss" else self._both(logits, loss)
 
     def _forward_on(self, input: Any, call: dict[str, Any], cache: Any, seen: int, own: bool) -> Any:
-        """A pass that goes on with a text: behind a key-value cache, or as a generation's ``own``."""
+        """A pass that continues a text: behind a key-value cache, or as a generation's ``own``."""
         ids = input if isinstance(input, torch.Tensor) else as_batch(self, input, prepend_bos=False).ids
         before, given = self.token_tracker.history(ids, cache, seen, own), call.get("attention_mask")
-        pattern = given is not None and given.ndim > 2  # of every query: the caller's affair
+        pattern = given is not None and given.ndim > 2  # a mask of every query, which is the caller's
         mask = self._mask_behind(before, ids, seen, None if pattern else given)
         if mask is None and given is None and self.token_tracker.holds_padding(cache):
             raise SpliceError(
@@ -280,7 +282,7 @@ class GemmaModel(Generates, SpliceMixin):
         if known is None:
             return None
         known = known.to(ids.device)
-        if ours:  # backends hand on masks of their own making
+        if ours:  # backends pass masks that they made themselves
             return known
         if given is None:
             return continued_mask(known, ids, self.tokenizer)
@@ -298,7 +300,7 @@ class GemmaModel(Generates, SpliceMixin):
             call["attention_mask"] = attendable(mask).long()
             with self.token_tracker.under_way():
                 return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
-        if not call.get("start_at_layer") and any(one.site.name == "embedding" for one in self._attached.values()):
+        if not call.get("start_at_layer") and self._embedding_is_spliced():
             raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
         with self.token_tracker.expecting(None, None, 0):
             self.token_tracker.clear()
@@ -334,7 +336,7 @@ class GemmaModel(Generates, SpliceMixin):
         Args:
             logits: ``[batch, pos, vocab]``.
             tokens: ids ``[batch, pos]``.
-            attention_mask: ``[batch, pos]``; without it padding is told by the tokenizer's padding id.
+            attention_mask: ``[batch, pos]``; by default False at the tokenizer's padding id.
             per_token: return ``[batch, pos - 1]``, zero where a token or the one before it is padding.
         """
         if attention_mask is None and tokens.ndim == 2:
@@ -368,8 +370,8 @@ class GemmaModel(Generates, SpliceMixin):
         move_to_device: bool = True,
         truncate: bool | None = None,
     ) -> torch.Tensor:
-        """Token ids ``[batch, pos]`` of a text or several, as in TransformerLens; a text that brings its own BOS (what
-        chat templates write) gets no second one.
+        """Token ids ``[batch, pos]`` of a text or several, as in TransformerLens; a text that begins with BOS, as chat
+        templates write it, gets no second one.
 
         Args:
             input: a text or several.

@@ -1,4 +1,4 @@
-"""Gemma 2 on ``HookedTransformer``, from any Hugging Face Gemma 2 and without weight processing.
+"""Models on ``HookedTransformer``, from a Hugging Face model and without weight processing.
 
 ``HookedTransformer`` is gone from TransformerLens 4; this module is the only one that imports it, and only on request.
 It holds a second copy of the weights (and unties the unembedding), and its bfloat16 differs from Hugging Face's.
@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedTransformer import Output
-from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.families import Backend, Family, ModelDims
 from gemma_scope_tl.model.attached import AttachedSAE
 from gemma_scope_tl.model.generation import decoded
 from gemma_scope_tl.model.hooked import GemmaModel
 from gemma_scope_tl.model.tokenizer import HasTokenizer
-from gemma_scope_tl.sites import Backend, ModelDims
 
 
 class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
     HasTokenizer, GemmaModel, HookedTransformer
 ):
-    """A Gemma 2 ``HookedTransformer`` with the SAE methods of this package. Made by ``load_model``."""
+    """A ``HookedTransformer`` with the SAE methods of this package. Made by ``load_model``."""
 
     backend: Backend = "hooked_transformer"
 
@@ -38,7 +38,7 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
         self.token_tracker.observe_embedded(args[0], self.tokenizer)
 
     def _prepared(self, method: str, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if any(attached.site.name == "embedding" for attached in self._attached.values()):
+        if self._embedding_is_spliced():
             raise SpliceError('HookedTransformer.generate skips hook_embed: load with backend="bridge".')
         prompts, call = super()._prepared(method, input, args, kwargs)
         total = prompts.ids.shape[1] + int(call.get("max_new_tokens", 10)) - 1  # the last token is not read again
@@ -85,7 +85,9 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
         return super().to_str_tokens(input, *args, **kwargs)
 
 
-def _config(hf_config: Any, dtype: torch.dtype, device: str, model_id: str | None) -> HookedTransformerConfig:
+def _config(
+    family: Family, hf_config: Any, dtype: torch.dtype, device: str, model_id: str | None
+) -> HookedTransformerConfig:
     dims = ModelDims.from_config(hf_config)
     return HookedTransformerConfig(
         n_layers=dims.n_layers,
@@ -96,39 +98,30 @@ def _config(hf_config: Any, dtype: torch.dtype, device: str, model_id: str | Non
         n_ctx=hf_config.max_position_embeddings,
         d_mlp=hf_config.intermediate_size,
         d_vocab=hf_config.vocab_size,
-        act_fn=hf_config.hidden_activation,
-        eps=hf_config.rms_norm_eps,
-        normalization_type="RMS",
-        final_rms=True,
-        gated_mlp=True,
-        positional_embedding_type="rotary",
-        rotary_base=hf_config.rope_parameters["rope_theta"],
-        rotary_dim=dims.d_head,
-        use_attn_scale=True,
-        attn_scale=float(hf_config.query_pre_attn_scalar) ** 0.5,
-        use_local_attn=True,
-        window_size=hf_config.sliding_window,
-        attn_types=["local" if kind == "sliding_attention" else "global" for kind in hf_config.layer_types],
-        attn_scores_soft_cap=hf_config.attn_logit_softcapping or -1.0,
-        output_logits_soft_cap=hf_config.final_logit_softcapping or -1.0,
-        use_normalization_before_and_after=True,
-        original_architecture="Gemma2ForCausalLM",
-        model_name=model_id or "gemma-2",
+        original_architecture=family.architecture,
+        model_name=model_id or family.name,
         init_weights=False,
         dtype=dtype,
         device=device,
         default_prepend_bos=True,
+        **family.hooked_transformer_config(hf_config, dims),
     )
+
+
+def _converted(family: Family, hf_model: Any, config: HookedTransformerConfig) -> dict[str, torch.Tensor]:
+    """The weights by their names in TransformerLens, converted by its own function for the family."""
+    module, _, function = family.hooked_transformer_weights.partition(":")
+    return getattr(import_module(module), function)(hf_model, config)
 
 
 def _through_hook_in(mlp: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (mlp.hook_in(args[0]), *args[1:])
 
 
-def build_hooked_transformer(hf_model: Any, tokenizer: Any, model_id: str | None) -> HookedGemma:
+def build_hooked_transformer(hf_model: Any, tokenizer: Any, model_id: str | None, family: Family) -> HookedGemma:
     """Copy the weights of ``hf_model`` into a :class:`HookedGemma`, unprocessed."""
     parameter = next(hf_model.parameters())
-    config = _config(hf_model.config, parameter.dtype, str(parameter.device), model_id)
+    config = _config(family, hf_model.config, parameter.dtype, str(parameter.device), model_id)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model = HookedGemma(config, tokenizer=tokenizer)
@@ -137,11 +130,11 @@ def build_hooked_transformer(hf_model: Any, tokenizer: Any, model_id: str | None
         block.mlp.register_forward_pre_hook(_through_hook_in)
     model.setup()
     model.load_and_process_state_dict(
-        convert_gemma_weights(hf_model, config),
+        _converted(family, hf_model, config),
         fold_ln=False,
         center_writing_weights=False,
         center_unembed=False,
         fold_value_biases=False,
     )
-    model.prepare(ModelDims.from_config(hf_model.config), model_id)
+    model.prepare(ModelDims.from_config(hf_model.config), model_id, family)
     return model.eval()

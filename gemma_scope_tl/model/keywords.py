@@ -1,21 +1,19 @@
 """Which keywords each method of a hooked model takes.
 
-TransformerLens's bridge swallows those it does not know, and a pass without the SAE that ``sae=`` was meant to splice
-looks like any other pass.
+TransformerLens's bridge ignores unknown keywords, and a pass without the SAE that ``sae=`` was meant to splice looks
+like any other pass.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from gemma_scope_tl.errors import KeywordError, UnknownKeywordError, unknown_keyword
-from gemma_scope_tl.model.attached import SpliceOptions
+from gemma_scope_tl.errors import UnknownKeywordError, unknown_keyword
 
-# Keywords that another method takes, and where a pass with them is to be had.
+# Keywords that other methods take, and which.
 ELSEWHERE = {
     "saes": "run_with_saes(), or gs.splice() around this call",
     "sae": "run_with_saes(saes=), or gs.splice() around this call",
@@ -26,7 +24,7 @@ ELSEWHERE = {
     "streamer": "generate_stream(), or hf_generate() on the bridge",
     "names_filter": "run_with_cache() or run_with_cache_with_saes()",
 }
-# What TransformerBridge accepts for models of other kinds; nothing comes of them here.
+# TransformerBridge accepts these for models of other kinds; here they would have no effect.
 _OTHER_MODELS = {"pixel_values", "input_values", "decoder_input", "multimodal_kwargs", "forced_bos_token_id"}
 _CACHE_NAMES = {"past_key_values", "cache", "use_past_kv_cache", "one_zero_attention_mask"}
 _INPUTS = {"input_ids", "inputs_embeds"}
@@ -39,7 +37,7 @@ def named(model: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, A
         UnknownKeywordError: for a keyword that it does not take, with the nearest that it does.
         TypeError: too many positional arguments, or one given twice.
     """
-    names = [name for name in _parameters(_below(model), method) if name != "input"]
+    names = [name for name in _parameter_names(_below(model), method) if name != "input"]
     if len(args) > len(names):
         raise TypeError(f"{method}() takes {len(names) + 1} positional arguments at most; given: {len(args) + 1}.")
     call = dict(zip(names, args, strict=False))
@@ -66,8 +64,8 @@ def check_keywords(model: Any, method: str, given: Mapping[str, Any]) -> None:
 
 @cache
 def accepted(model_class: type, hf_class: type | None, method: str) -> frozenset[str]:
-    """The keywords of a method of TransformerLens's model class, and of what it hands its keywords to."""
-    valid = set(_parameters(model_class, method))
+    """The keywords of a method of TransformerLens's model class, and of the functions that it passes them to."""
+    valid = set(_parameter_names(model_class, method))
     if method == "forward":
         valid |= _INPUTS | (set() if hf_class is None else _CACHE_NAMES | _hf_forward(hf_class))
     elif method in ("run_with_cache", "run_with_hooks"):
@@ -75,7 +73,7 @@ def accepted(model_class: type, hf_class: type | None, method: str) -> frozenset
         if method == "run_with_cache":
             valid |= {"names_filter", "device", "incl_bwd", "reset_hooks_end", "clear_contexts", "pos_slice"}
         elif hf_class is not None:
-            valid -= {"names_filter"}  # the bridge takes it for show
+            valid -= {"names_filter"}  # the bridge accepts it without effect
     elif method in ("generate", "generate_stream"):
         valid |= {"attention_mask"}
         if method == "generate" and hf_class is None:
@@ -91,7 +89,7 @@ def _below(model: Any) -> type:
 
 
 @cache
-def _parameters(model_class: type, method: str) -> tuple[str, ...]:
+def _parameter_names(model_class: type, method: str) -> tuple[str, ...]:
     function = getattr(model_class, method)
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     found = inspect.signature(function).parameters
@@ -114,42 +112,3 @@ def _hf_generate(hf_class: type) -> set[str]:
 
     names = set(inspect.signature(hf_class.generate).parameters)  # pyright: ignore[reportAttributeAccessIssue]
     return (names | set(GenerationConfig().to_dict())) - {"self", "kwargs", "inputs"}
-
-
-OPTIONS = ("error_term", "use_error_term", "exclude_special_tokens", "positions", "chain")
-OWN = ("saes", "reset_saes_end", *OPTIONS)
-
-
-def one_error_term(function: str, error_term: bool | None, use_error_term: bool | None) -> bool | None:
-    """The one option that has two names, SAELens's being ``use_error_term``.
-
-    Raises:
-        KeywordError: a ``TypeError``, when both are given and differ.
-    """
-    if error_term is not None and use_error_term is not None and bool(error_term) != bool(use_error_term):
-        raise KeywordError(
-            f"{function}() got error_term={error_term!r} and use_error_term={use_error_term!r}, which are two names of "
-            "one option: give one."
-        )
-    return use_error_term if error_term is None else error_term
-
-
-def refuse_unknown(function: str, unknown: Mapping[str, Any], others: Iterable[str]) -> None:
-    """Raise :class:`UnknownKeywordError` for what is left over; ``others`` are keywords besides :data:`OPTIONS`."""
-    for name in unknown:
-        raise unknown_keyword(function, name, (*others, *OPTIONS))
-
-
-def taken_options(function: str, keywords: dict[str, Any]) -> SpliceOptions:
-    """The options of a splice, taken out of ``keywords``.
-
-    Raises:
-        KeywordError: as :func:`one_error_term`; for a keyword that is one of these but for a letter. Others are for
-            the pass to judge.
-    """
-    for name in keywords.keys() - {"position_ids"}:  # Hugging Face's, and near to one of these
-        if name not in OPTIONS and difflib.get_close_matches(name, OWN, n=1, cutoff=0.8):
-            raise unknown_keyword(function, name, OWN)
-    given = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
-    term = one_error_term(function, given.pop("error_term", None), given.pop("use_error_term", None))
-    return SpliceOptions(term, **given)

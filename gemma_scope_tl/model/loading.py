@@ -1,4 +1,4 @@
-"""``hf_model=``: what can be wrapped, and what to give instead of what cannot."""
+"""``load_model``: a hooked model from a name, a folder, or a Hugging Face model that is loaded already."""
 
 from __future__ import annotations
 
@@ -12,102 +12,19 @@ import torch
 
 from gemma_scope_tl.dtypes import DTYPES, parse_device, parse_dtype
 from gemma_scope_tl.errors import AdapterError, unknown_name
-from gemma_scope_tl.model.check import self_check
+from gemma_scope_tl.families import BACKENDS, Family, ModelDims, families, family_of_config, hub_ids
+from gemma_scope_tl.model.check import repair, self_check
 from gemma_scope_tl.model.plain import is_quantized, run_plain
-from gemma_scope_tl.model.repairs import repair
 from gemma_scope_tl.model.tokenizer import prepared, stop_token_ids
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
-from gemma_scope_tl.sites import BACKENDS, ModelDims
 from gemma_scope_tl.weights.modes import float32_by_default, make_ordinary, ordinary_tensors
 
 if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
 
-
-def check_type(config: Any, source: str) -> None:
-    """Raise :class:`AdapterError` unless ``config`` is Gemma 2's."""
-    kind = getattr(config, "model_type", None)
-    if kind != "gemma2":
-        raise AdapterError(f"{source} is a {kind or 'model of unknown type'!r}, not a Gemma 2.")
-
-
-def check_given(hf_model: Any, backend: str) -> None:
-    """Raise unless ``hf_model`` is a ``Gemma2ForCausalLM`` as it was loaded; nothing is changed.
-
-    Raises:
-        AdapterError: for wrappers, other heads, weights that are not there, and models that are hooked already.
-    """
-    from transformers import Gemma2ForCausalLM
-
-    kind = type(hf_model).__name__
-    if not isinstance(hf_model, Gemma2ForCausalLM):
-        raise AdapterError(_what_it_is(hf_model, kind))
-    check_type(hf_model.config, kind)
-    if any("model_bridge" in type(module).__module__ for module in hf_model.modules()):
-        raise AdapterError("This hf_model is wrapped by a bridge already. Load it again.")
-    if any(_compiled(module) for module in hf_model.modules()):
-        raise AdapterError("This hf_model is compiled, and hooks need its plain modules. Give it before compiling.")
-    weights = [*hf_model.parameters(), *hf_model.buffers()]
-    if any(weight.is_meta for weight in weights):
-        where = "offloaded" if getattr(hf_model, "hf_device_map", None) else 'on the "meta" device'
-        raise AdapterError(f"Weights of this hf_model are {where}, so it has no values. Load it onto a device.")
-    if backend == "hooked_transformer" and is_quantized(hf_model):
-        raise AdapterError('HookedTransformer copies weights, which a quantised model packs. Use backend="bridge".')
-
-
-def move_given(hf_model: Any, dtype: torch.dtype | None, device: torch.device | None) -> None:
-    """Prepare a model that passed :func:`check_given`, in place: eager attention, evaluation mode, dtype, device.
-
-    Raises:
-        AdapterError: where its dtype is none that the package supports, or a quantised model cannot change.
-    """
-    try:
-        if dtype is not None and dtype != hf_model.dtype:
-            hf_model.to(dtype)
-        if device is not None:
-            hf_model.to(device)
-    except ValueError as error:  # quantised or dispatched models refuse
-        raise AdapterError(f"This hf_model stays as it is: {error}\nLeave dtype and device out.") from error
-    if hf_model.dtype not in DTYPES.values():
-        raise AdapterError(f"This hf_model is in {hf_model.dtype}. Pass dtype=, one of {', '.join(DTYPES)}.")
-    make_ordinary(hf_model)  # it may have been loaded in inference mode
-    hf_model.config._attn_implementation = "eager"
-    hf_model.eval()
-
-
-def _compiled(module: Any) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _what_it_is(given: Any, kind: str) -> str:
-    """A sentence about something that is no ``Gemma2ForCausalLM``, which names where in it one is."""
-    from transformers import Gemma2ForCausalLM
-
-    if isinstance(given, (str, bytes)) or not hasattr(given, "__dict__"):
-        return f"hf_model= takes a Gemma2ForCausalLM, not {given!r:.100}. A name or folder is the first argument."
-    held = given if isinstance(given, torch.nn.Module) else getattr(given, "model", None)
-    if isinstance(held, torch.nn.Module):
-        for path, module in held.named_modules():
-            if isinstance(module, Gemma2ForCausalLM):
-                parts = [] if held is given else ["model"]
-                place = ".".join(["hf_model", *parts, *(path.split(".") if path else [])])
-                adapters = " Merge adapters first (merge_and_unload())." if hasattr(given, "merge_and_unload") else ""
-                return f"hf_model is a {kind} around a Gemma2ForCausalLM. Give {place} instead.{adapters}"
-    model_type = getattr(getattr(given, "config", None), "model_type", None)
-    if model_type == "gemma2":
-        return f"hf_model is a {kind}, which has no unembedding. Load it as a Gemma2ForCausalLM."
-    if model_type is not None:
-        return f"{kind} is a {model_type!r}, not a Gemma 2."
-    return f"hf_model= takes a Gemma2ForCausalLM, not a {kind}."
-
-
 logger = logging.getLogger(__name__)
 
 BUNDLED = "bundled"
-MODELS = {
-    f"gemma-2-{size}{kind}": f"google/gemma-2-{size}{kind}" for size in ("2b", "9b", "27b") for kind in ("", "-it")
-}
-_DIMS = {"2b": ModelDims(26, 2304, 8, 256), "9b": ModelDims(42, 3584, 16, 256), "27b": ModelDims(46, 4608, 32, 128)}
 
 
 @ordinary_tensors()
@@ -122,32 +39,33 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     check: bool = True,
 ) -> GemmaModel:
-    """Load a Gemma 2 as a TransformerLens hooked model.
+    """Load a model of a known family (:mod:`gemma_scope_tl.families`) as a TransformerLens hooked model.
 
-    Attention is always eager (the soft-cap needs it) and weights are never processed, so every site holds exactly what
-    the Gemma Scope SAEs were trained on. The model is the same in every mode of torch (inference_mode, autocast, …).
+    Attention is always eager, because fused kernels compute no soft-cap and show no scores, and weights are never
+    processed: every site holds exactly what the SAEs were trained on. The model is the same in every mode of torch
+    (``inference_mode``, ``autocast`` and so on).
 
     Args:
-        name: ``"bundled"`` (offline), ``"gemma-2-2b"`` and its kin, a Hugging Face id (``"unsloth/gemma-2-2b"``), or a
-            local folder.
-        hf_model: a loaded ``Gemma2ForCausalLM`` instead; the bridge wraps it in place, without a second copy, and it
-            is set to eager attention and evaluation mode. ``name``, if given too, says which model it is and where its
-            tokenizer is.
+        name: ``"bundled"`` (offline), ``"gemma-2-2b"`` or another released model, a Hugging Face id
+            (``"unsloth/gemma-2-2b"``), or a local folder.
+        hf_model: a loaded Hugging Face model with an unembedding, such as a ``Gemma2ForCausalLM``, instead. The bridge
+            wraps it in place, without a second copy, and sets it to eager attention and evaluation mode. ``name``, if
+            given too, says which model it is and where its tokenizer is.
         tokenizer: by default the one that belongs to ``name``; None with ``hf_model`` alone, and the model then takes
-            token ids only. A given one is copied, never loaded again by its name; the copy, ``model.tokenizer``, pads
-            on the left.
+            token ids only. A given tokenizer is copied, never loaded again by its name; the copy, ``model.tokenizer``,
+            pads on the left.
         backend: ``"bridge"`` (one copy of the weights, Hugging Face's own forward pass) or ``"hooked_transformer"`` (a
             second copy; TransformerLens 3 only).
         device: by default CUDA where there is one; a given ``hf_model`` stays where it is.
         dtype: ``"float32"`` by default, ``"bfloat16"``, ``"float16"``; a given ``hf_model`` keeps its own.
         check: run a dozen tokens through the plain and the hooked model and compare them at every site, with and
-            without a cache. Defects of the installed libraries are mended (``model.fixes``) in any case.
+            without a cache. Defects of the installed libraries are repaired (``model.fixes``) in any case.
 
     Raises:
-        UnknownNameError: a name that is no model, folder or Hugging Face id; a backend or dtype that does not exist.
-        DeviceError: a device that is not here.
-        AdapterError: a model that is not a Gemma 2, is wrapped by something, or cannot be loaded; another tokenizer
-            than one of transformers.
+        UnknownNameError: a name that is no model, folder or Hugging Face id; an unknown backend or dtype.
+        DeviceError: a device that this machine does not have.
+        AdapterError: a model that is of no known family, is wrapped by something, or cannot be loaded; a tokenizer
+            that is not one of transformers.
         AdapterMismatch: when the check fails.
     """
     if backend not in BACKENDS:
@@ -155,22 +73,106 @@ def load_model(
     if name is None and hf_model is None:
         raise AdapterError('Give a model name, a folder or hf_model=. Offline, "bundled" always works.')
     source = None if name is None else _source(name)
-    to_dtype, to_device = _wanted(dtype, device, hf_model)
+    to_dtype, to_device = _dtype_and_device(dtype, device, hf_model)
     if hf_model is not None:
-        check_given(hf_model, backend)
-    config = _load_config(source) if hf_model is None and source is not None else getattr(hf_model, "config", None)
-    model_id = None if source is None else _model_id(str(name), source, config, given=hf_model is not None)
+        family, config = check_given(hf_model, backend), hf_model.config
+    else:
+        config = _load_config(str(source))
+        family = family_of_config(config, str(source))
+    model_id = None if source is None else _model_id(str(name), source, family, config, given=hf_model is not None)
     if tokenizer is not None or source is not None:
         tokenizer = _load_tokenizer(str(source)) if tokenizer is None else prepared(tokenizer)
     if hf_model is not None:
         move_given(hf_model, to_dtype, to_device)
-    elif source is not None:
-        hf_model = _load_weights(source, config, to_dtype or torch.float32, parse_device(to_device))
-    return _hook(hf_model, tokenizer, model_id, backend, check)
+    else:
+        hf_model = _load_weights(str(source), family, config, to_dtype or torch.float32, parse_device(to_device))
+    return _hook(hf_model, tokenizer, model_id, family, backend, check)
 
 
-def _wanted(dtype: Any, device: Any, hf_model: Any) -> tuple[torch.dtype | None, torch.device | None]:
-    """The dtype and device to load to, or to move a given model to; None for as it is."""
+def check_given(hf_model: Any, backend: str) -> Family:
+    """The family of ``hf_model``, which is not changed.
+
+    Raises:
+        AdapterError: unless it is a Hugging Face model of a known family as it was loaded: for wrappers, other heads,
+            weights that are not in memory, and models that are hooked already.
+    """
+    kind = type(hf_model).__name__
+    if not isinstance(hf_model, _architectures()):
+        raise AdapterError(_what_it_is(hf_model, kind))
+    family = family_of_config(hf_model.config, kind)
+    if any("model_bridge" in type(module).__module__ for module in hf_model.modules()):
+        raise AdapterError("This hf_model is wrapped by a bridge already. Load it again.")
+    if any(_compiled(module) for module in hf_model.modules()):
+        raise AdapterError("This hf_model is compiled, and hooks need its plain modules. Give it before compiling.")
+    weights = [*hf_model.parameters(), *hf_model.buffers()]
+    if any(weight.is_meta for weight in weights):
+        where = "offloaded" if getattr(hf_model, "hf_device_map", None) else 'on the "meta" device'
+        raise AdapterError(f"Weights of this hf_model are {where}, so it has no values. Load it onto a device.")
+    if backend == "hooked_transformer" and is_quantized(hf_model, family):
+        raise AdapterError('HookedTransformer copies weights, which a quantised model packs. Use backend="bridge".')
+    return family
+
+
+def move_given(hf_model: Any, dtype: torch.dtype | None, device: torch.device | None) -> None:
+    """Prepare a model that passed :func:`check_given`, in place: eager attention, evaluation mode, dtype, device.
+
+    Raises:
+        AdapterError: for a dtype that the package does not support, or a quantised model that cannot change.
+    """
+    try:
+        if dtype is not None and dtype != hf_model.dtype:
+            hf_model.to(dtype)
+        if device is not None:
+            hf_model.to(device)
+    except ValueError as error:  # quantised and dispatched models refuse
+        raise AdapterError(f"This hf_model stays as it is: {error}\nLeave dtype and device out.") from error
+    if str(hf_model.dtype).removeprefix("torch.") not in DTYPES:
+        raise AdapterError(f"This hf_model is in {hf_model.dtype}. Pass dtype=, one of {', '.join(DTYPES)}.")
+    make_ordinary(hf_model)  # it may have been loaded in inference mode
+    hf_model.config._attn_implementation = "eager"
+    hf_model.eval()
+
+
+def _architectures() -> tuple[type, ...]:
+    """The Hugging Face classes of all families that the installed transformers has."""
+    import transformers
+
+    found = (getattr(transformers, family.architecture, None) for family in families())
+    return tuple(one for one in found if one is not None)
+
+
+def _or(names: list[str]) -> str:
+    return " or ".join(dict.fromkeys(names))
+
+
+def _compiled(module: Any) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _what_it_is(given: Any, kind: str) -> str:
+    """A sentence about something that is no model of a known family, which names where in it one is."""
+    wanted = _or([family.architecture for family in families()])
+    if isinstance(given, (str, bytes)) or not hasattr(given, "__dict__"):
+        return f"hf_model= takes a {wanted}, not {given!r:.100}. A name or folder is the first argument."
+    held = given if isinstance(given, torch.nn.Module) else getattr(given, "model", None)
+    if isinstance(held, torch.nn.Module):
+        for path, module in held.named_modules():
+            if isinstance(module, _architectures()):
+                parts = [] if held is given else ["model"]
+                place = ".".join(["hf_model", *parts, *(path.split(".") if path else [])])
+                adapters = " Merge adapters first (merge_and_unload())." if hasattr(given, "merge_and_unload") else ""
+                return f"hf_model is a {kind} around a {type(module).__name__}. Give {place} instead.{adapters}"
+    model_type = getattr(getattr(given, "config", None), "model_type", None)
+    for family in families():
+        if model_type in family.model_types:
+            return f"hf_model is a {kind}, which has no unembedding. Load it as a {family.architecture}."
+    if model_type is not None:
+        return f"{kind} is a {model_type!r}, not a {_or([family.title for family in families()])}."
+    return f"hf_model= takes a {wanted}, not a {kind}."
+
+
+def _dtype_and_device(dtype: Any, device: Any, hf_model: Any) -> tuple[torch.dtype | None, torch.device | None]:
+    """The dtype and device to load to, or to move a given model to; None to leave them as they are."""
     to_dtype = None if dtype is None else parse_dtype(dtype)
     to_device = None if device is None and hf_model is not None else parse_device(device)
     if to_device is not None and to_device.type == "meta":
@@ -178,13 +180,13 @@ def _wanted(dtype: Any, device: Any, hf_model: Any) -> tuple[torch.dtype | None,
     return to_dtype, to_device
 
 
-def _hook(hf_model: Any, tokenizer: Any, model_id: str | None, backend: str, check: bool) -> GemmaModel:
+def _hook(hf_model: Any, tokenizer: Any, model_id: str | None, family: Family, backend: str, check: bool) -> GemmaModel:
     plain = run_plain(hf_model) if check else None
     if backend == "bridge":
         from gemma_scope_tl.model.bridge import build_bridge as build
-    else:
+    else:  # TransformerLens 4 has no HookedTransformer
         from gemma_scope_tl.model.hooked_transformer import build_hooked_transformer as build
-    model = build(hf_model, tokenizer, model_id)
+    model = build(hf_model, tokenizer, model_id, family)
     model.stop_token_ids = stop_token_ids(hf_model, tokenizer)
     repair(model)
     if plain is not None:
@@ -204,8 +206,8 @@ def _source(name: str | PathLike[str]) -> str:
     if isinstance(name, str):
         if name == BUNDLED:
             return str(BUNDLED_MODEL)
-        if name in MODELS:
-            return MODELS[name]
+        if name in hub_ids():
+            return hub_ids()[name]
     try:
         folder = Path(text).expanduser()
         if folder.is_dir():
@@ -214,20 +216,20 @@ def _source(name: str | PathLike[str]) -> str:
         pass
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
-    raise unknown_name("model", text, [BUNDLED, *MODELS], "A local folder or a Hugging Face id works too.")
+    raise unknown_name("model", text, [BUNDLED, *hub_ids()], "A local folder or a Hugging Face id works too.")
 
 
-def _model_id(name: str, source: str, config: Any, given: bool) -> str | None:
-    """The name that SAEs know a model by, or None for one they cannot know.
+def _model_id(name: str, source: str, family: Family, config: Any, given: bool) -> str | None:
+    """The name that SAEs know a model by, or None for one that they cannot know.
 
     A folder or repository is known by the last part of its name (``"unsloth/gemma-2-2b"``, ``"/models/Gemma-2-2B/"``,
     a snapshot in the Hub's cache), but only where the sizes agree.
 
     Raises:
-        AdapterError: when ``hf_model`` is ``given`` and not of the sizes of the model that it is said to be.
+        AdapterError: when ``hf_model`` is ``given`` and has other sizes than the model that ``name`` says it is.
     """
     dims = ModelDims.from_config(config)
-    known = _dims_by_name(name, source)
+    known = _dims_by_name(name, source, family)
     for model_id, theirs in known.items():
         if theirs == dims:
             return model_id
@@ -238,66 +240,69 @@ def _model_id(name: str, source: str, config: Any, given: bool) -> str | None:
     return None
 
 
-def _dims_by_name(name: str, source: str) -> dict[str, ModelDims]:
+def _dims_by_name(name: str, source: str, family: Family) -> dict[str, ModelDims]:
     """The models that a name stands for, with their sizes: none, one, or two where a link is named like another."""
     if source == str(BUNDLED_MODEL):
         config = json.loads((BUNDLED_MODEL / "config.json").read_text(encoding="utf-8"))
         return {BUNDLED: ModelDims.from_config(config)}
-    paths = [Path(name), Path(source)]
-    parts = [
-        path.parent.parent.name.split("--")[-1] if path.parent.name == "snapshots" else path.name for path in paths
-    ]
-    return {part: _DIMS[part.split("-")[2]] for part in map(str.lower, parts) if part in MODELS}
+    found: dict[str, ModelDims] = {}
+    for path in (Path(name), Path(source)):
+        in_cache = path.parent.name == "snapshots"  # models--owner--name/snapshots/commit
+        last = (path.parent.parent.name.split("--")[-1] if in_cache else path.name).lower()
+        if (dims := family.dims_of(last)) is not None:
+            found[last] = dims
+    return found
 
 
 def _load_config(source: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise _cannot_load(source, str(error)) from error
-    check_type(config, source)
-    return config
+        raise _cannot_load(source, families(), str(error)) from error
 
 
-def _load_weights(source: str, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_weights(source: str, family: Family, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    import transformers
     from safetensors import SafetensorError
-    from transformers import Gemma2ForCausalLM
 
     try:
-        loaded: Any = Gemma2ForCausalLM.from_pretrained(
+        loaded: Any = getattr(transformers, family.architecture).from_pretrained(
             source, config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise _cannot_load(source, str(error)) from error
+        raise _cannot_load(source, (family,), str(error)) from error
     except RuntimeError as error:
         if "mismatch" not in str(error):  # the machine's, such as no memory
             raise
-        raise _cannot_load(source, str(error)) from error
+        raise _cannot_load(source, (family,), str(error)) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would go on with random numbers
-        raise _cannot_load(source, f"its files lack {len(missing)} weights, such as {', '.join(missing[:3])}")
+        why = f"its files lack {len(missing)} weights, such as {', '.join(missing[:3])}"
+        raise _cannot_load(source, (family,), why)
     return model.to(device).eval()
 
 
-def _cannot_load(source: str, why: str) -> AdapterError:
+def _cannot_load(source: str, wanted: tuple[Family, ...], why: str) -> AdapterError:
+    gated = [family.title for family in wanted if family.gated]
+    hint = 'Offline, load_model("bundled") always works.'
     if Path(source).is_dir():
         hint = "A folder needs config.json and whole weights, as save_pretrained writes them."
-    else:
+    elif gated:
         hint = (
-            "The Gemma 2 models are gated: accept the licence on their page and log in with `hf auth login`. "
-            'Offline, load_model("bundled") always works.'
+            f"The {_or(gated)} models are gated: accept the licence on their page and log in with `hf auth login`. "
+            + hint
         )
-    return AdapterError(f"Cannot load a Gemma 2 from {source}: {why}\n{hint}")
+    return AdapterError(f"Cannot load a {_or([family.title for family in wanted])} from {source}: {why}\n{hint}")
 
 
 def _load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
-        # AutoTokenizer would make up an empty Gemma tokenizer here, without a word
+        # AutoTokenizer would make up an empty tokenizer here, without a warning
         logger.warning("%s has no tokenizer: the model takes token ids only", source)
         return None
     try:

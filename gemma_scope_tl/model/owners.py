@@ -1,7 +1,7 @@
-"""Who may run through what is attached to a model: the context, that is the thread or task, that attached it.
+"""Which thread or task may run through what is attached to a model: the one that attached it.
 
-A model's hooks are one list that all threads share. So that no pass is changed by another thread's splice, everything
-attached here has an owner, and a pass that reaches it elsewhere raises. A context that is copied
+All threads share a model's lists of hooks. So that no pass is changed by another thread's splice, everything that is
+attached has an owner, a context, and a pass of another context that reaches it raises. A context that is copied
 (``contextvars.copy_context().run``, ``asyncio.to_thread``) owns what the original owned.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.model.protocol import BindsToPass
 
 _held: ContextVar[frozenset[Owner]] = ContextVar("gemma_scope_tl_held", default=frozenset())
 
@@ -31,7 +32,7 @@ class Owner:
     """The context in which it is made.
 
     Args:
-        thread: whether the whole thread owns, and not only this context: for what stays until it is taken away.
+        thread: whether the whole thread owns, and not only this context: for what stays until it is removed.
     """
 
     def __init__(self, thread: bool = False) -> None:
@@ -44,21 +45,21 @@ class Owner:
         return self in _held.get() or (self._thread and self._made_by() is threading.current_thread())
 
     def check(self, what: str) -> None:
-        """Raise :class:`SpliceError` when a pass of another context is here."""
+        """Raise :class:`SpliceError` in a pass of another context."""
         if not self.here() and not _recomputing():
             raise SpliceError(f"{what} by another thread or task, and this pass would run through it: {ADVICE}.")
 
     def may_undo(self) -> bool:
-        """Whether what is owned may be taken away here: also in another context of the thread, or once that ended."""
+        """Whether what is owned may be removed here: also in another context of the thread, or once that has ended."""
         made_by = self._made_by()
         return self in _held.get() or made_by is None or made_by is threading.current_thread() or not made_by.is_alive()
 
     def keep(self) -> None:
-        """From now on the whole thread owns."""
+        """Let the whole thread own from now on."""
         self._thread = True
 
     def release(self) -> None:
-        """Forget, where this context owns."""
+        """Let this context own no longer."""
         _held.set(_held.get() - {self})
 
     def __deepcopy__(self, memo: Any) -> Owner:
@@ -72,7 +73,7 @@ class OwnedHook:
         self.fn, self.owner = fn, owner
 
     def __call__(self, value: Any, hook: Any) -> Any:
-        """What the function gives."""
+        """The function's result."""
         self.owner.check("A hook was put here")
         return self.fn(value, hook=hook)
 
@@ -80,27 +81,27 @@ class OwnedHook:
         return repr(self.fn)
 
     def bound_to(self, tracker: Any, tokenizer: Any) -> OwnedHook:
-        """As the function's own method of that name, where it has one."""
-        bound = self.fn.bound_to(tracker, tokenizer) if hasattr(self.fn, "bound_to") else self.fn  # pyright: ignore
+        """The same hook around the function bound to a pass, where it needs that."""
+        bound = self.fn.bound_to(tracker, tokenizer) if isinstance(self.fn, BindsToPass) else self.fn
         return OwnedHook(bound, self.owner)
 
     def __deepcopy__(self, memo: Any) -> OwnedHook:
-        """Of a copied model; functions are not copied, but what follows its model is."""
-        fn = copy.deepcopy(self.fn, memo) if hasattr(self.fn, "bound_to") else self.fn
+        """For a copied model. Functions are shared; what is bound to a model is copied."""
+        fn = copy.deepcopy(self.fn, memo) if isinstance(self.fn, BindsToPass) else self.fn
         return OwnedHook(fn, copy.deepcopy(self.owner, memo))
 
 
 class Turns:
-    """Whose turn it is on a model: scopes of hooks of one context at a time, and no foreign pass beside them.
+    """Lets one context at a time hook a model, and no pass of another context meanwhile.
 
-    TransformerLens counts nested scopes on the model, and its caches are filled by hooks. Scopes of two threads at once
+    TransformerLens counts nested blocks of hooks on the model, and fills caches by hooks. Blocks of two threads at once
     would remove each other's hooks and fill each other's caches.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._scopes: list[Owner] = []
-        self._passes: dict[int, int] = {}  # by thread, how many are under way, one inside the other
+        self._passes: dict[int, int] = {}  # by thread, how many nested passes are under way
 
     @contextmanager
     def scope(self) -> Generator[Owner]:
@@ -152,5 +153,5 @@ class Turns:
 
 
 def _recomputing() -> bool:
-    """Whether autograd's own thread is here, which runs parts of a checkpointed pass again."""
+    """Whether this is autograd's own thread, which runs parts of a checkpointed pass again."""
     return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]

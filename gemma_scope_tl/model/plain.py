@@ -6,13 +6,15 @@ import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 
-SiteKey = tuple[str, int | None]
-Change = Callable[[SiteKey, torch.Tensor], torch.Tensor | None]
+from gemma_scope_tl.families import Family, ModelDims, Place, Site, family_of_config
+
+Change = Callable[[Place, torch.Tensor], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -22,58 +24,12 @@ class Reference:
     Attributes:
         tokens: ``[batch, pos]`` ids.
         logits: ``[batch, pos, vocab]``.
-        sites: tensors by ``(site, layer)``; ``("transcoder", L)`` is the transcoder's input.
+        sites: by place, what a coder there reads; for a transcoder, its input.
     """
 
     tokens: Int[torch.Tensor, "batch pos"]
     logits: Float[torch.Tensor, "batch pos vocab"]
-    sites: dict[SiteKey, torch.Tensor]
-
-
-def _rms_normalized(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """``x / rms(x)`` in float32, without a gain: the transcoder's input (paper, appendix B)."""
-    x = x.float()
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-
-
-class _Taps:
-    """Hooks on the plain model: what passes a site is kept, and ``change`` may give what goes on in its place."""
-
-    def __init__(self, change: Change | None) -> None:
-        self.sites: dict[SiteKey, torch.Tensor] = {}
-        self.handles: list[Any] = []
-        self._change = change
-
-    def _pass(self, key: SiteKey, value: torch.Tensor) -> torch.Tensor | None:
-        self.sites[key] = value
-        return self._change(key, value) if self._change is not None else None
-
-    def output(self, module: Any, key: SiteKey) -> None:
-        """Tap what ``module`` gives."""
-
-        def hook(_module: Any, _args: Any, given: Any) -> Any:
-            plain = not isinstance(given, tuple)  # older layers give a tuple
-            changed = self._pass(key, given if plain else given[0])
-            return changed if plain or changed is None else (changed, *given[1:])
-
-        self.handles.append(module.register_forward_hook(hook))
-
-    def input(self, module: Any, key: SiteKey) -> None:
-        """Tap what ``module`` takes."""
-
-        def hook(_module: Any, args: Any) -> Any:
-            changed = self._pass(key, args[0])
-            return None if changed is None else (changed, *args[1:])
-
-        self.handles.append(module.register_forward_pre_hook(hook))
-
-    def normalized_input(self, module: Any, key: SiteKey, eps: float) -> None:
-        """Keep what ``module`` takes, normalised."""
-        self.handles.append(
-            module.register_forward_pre_hook(
-                lambda _m, args: self.sites.__setitem__(key, _rms_normalized(args[0], eps))
-            )
-        )
+    sites: dict[Place, torch.Tensor]
 
 
 @torch.no_grad()
@@ -85,25 +41,22 @@ def run_reference(
     change: Change | None = None,
     **kwargs: Any,
 ) -> Reference:
-    """Run a plain ``Gemma2ForCausalLM`` and keep what passes through every Gemma Scope site.
+    """Run a plain Hugging Face model and keep what passes through every site of its family.
 
     Args:
         hf_model: not wrapped by a bridge.
         tokens: ``[batch, pos]`` ids.
         attention_mask: ``[batch, pos]``, 1 at text.
-        change: takes ``(site, layer)`` and the site's tensor, and returns what the pass goes on with, or None for the
-            same; it is not asked about transcoder inputs.
+        change: takes a place and its tensor, and returns what the pass goes on with, or None for the same tensor. It is
+            not asked about normalised inputs, which are no tensors of the plain model.
         **kwargs: for the model.
     """
-    taps = _Taps(change)
-    eps = hf_model.config.rms_norm_eps
-    decoder = hf_model.model
-    taps.output(decoder.embed_tokens, ("embedding", None))
-    for index, layer in enumerate(decoder.layers):
-        taps.output(layer, ("res", index))
-        taps.output(layer.post_feedforward_layernorm, ("mlp", index))
-        taps.input(layer.self_attn.o_proj, ("att", index))
-        taps.normalized_input(layer.pre_feedforward_layernorm, ("transcoder", index), eps)
+    family = family_of_config(hf_model.config, type(hf_model).__name__)
+    taps = _Taps(change, hf_model.config)
+    decoder = hf_model.get_submodule(family.decoder)
+    for site in family.sites.values():
+        for layer in range(ModelDims.from_config(hf_model.config).n_layers) if site.per_layer else (None,):
+            taps.tap(decoder.get_submodule(site.module.format(layer=layer)), site, Place(site.name, layer))
     try:
         logits = hf_model(tokens, attention_mask=attention_mask, **{"use_cache": False, **kwargs}).logits
     finally:
@@ -112,13 +65,49 @@ def run_reference(
     return Reference(tokens, logits, taps.sites)
 
 
+class _Taps:
+    """Hooks on the plain model that keep what passes a site; ``change`` may put another tensor in its place."""
+
+    def __init__(self, change: Change | None, config: Any) -> None:
+        self.sites: dict[Place, torch.Tensor] = {}
+        self.handles: list[Any] = []
+        self._change, self._config = change, config
+
+    def tap(self, module: Any, site: Site, place: Place) -> None:
+        """Hook the side of ``module`` where the tensor of the site is."""
+        match site.side:
+            case "output":
+                self.handles.append(module.register_forward_hook(partial(self._output, place)))
+            case "input":
+                self.handles.append(module.register_forward_pre_hook(partial(self._input, place)))
+            case "normalized_input":
+                self.handles.append(module.register_forward_pre_hook(partial(self._normalized_input, place)))
+
+    def _pass(self, place: Place, value: torch.Tensor) -> torch.Tensor | None:
+        self.sites[place] = value
+        return self._change(place, value) if self._change is not None else None
+
+    def _output(self, place: Place, _module: Any, _args: Any, given: Any) -> Any:
+        plain = not isinstance(given, tuple)  # older layers return a tuple
+        changed = self._pass(place, given if plain else given[0])
+        return changed if plain or changed is None else (changed, *given[1:])
+
+    def _input(self, place: Place, _module: Any, args: Any) -> Any:
+        changed = self._pass(place, args[0])
+        return None if changed is None else (changed, *args[1:])
+
+    def _normalized_input(self, place: Place, _module: Any, args: Any) -> None:
+        x = args[0].float()
+        self.sites[place] = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self._config.rms_norm_eps)
+
+
 def cache_keyword(hf_model: Any) -> str:
     """The name by which this version of transformers takes a key-value cache."""
     return "cache" if "cache" in inspect.signature(type(hf_model).forward).parameters else "past_key_values"
 
 
 def probe_tokens(hf_model: Any, length: int = 12) -> Int[torch.Tensor, "1 pos"]:
-    """BOS and ``length - 1`` fixed pseudo-random ids of ordinary tokens, fewer where the model's context is shorter."""
+    """BOS and ``length - 1`` pseudo-random ids of ordinary tokens, always the same; fewer in a shorter context."""
     config = hf_model.config
     length = min(length, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
@@ -131,26 +120,26 @@ def probe_tokens(hf_model: Any, length: int = 12) -> Int[torch.Tensor, "1 pos"]:
     return tokens.to(hf_model.get_input_embeddings().weight.device)
 
 
-LOGITS: SiteKey = ("logits", None)
+LOGITS = Place("logits", None)
 ROWS = 3
-NOISY = 2  # how often each row is moved; the largest difference is its spread
-REPLACED = 0.25  # how far, relatively, the replaced tensors are from the model's own
-LOUDER = 64.0  # a power of two: no rounding
+NOISY = 2  # runs of each row with noise; the largest difference is its spread
+REPLACED = 0.25  # relative distance of the replaced tensors from the model's own
+LOUDER = 64.0  # a power of two, so that the product is exact
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of the three rows.
+    """One pass of the three rows: as it is, with replaced tensors, and with replaced tensors and loud queries.
 
     Attributes:
-        sites: ``[3, pos, …]`` by ``(site, layer)``, before anything is replaced; :data:`LOGITS` among them.
-        replaced: ``[pos, …]``: what rows 1 and 2 went on with.
-        spread: by site, the :func:`row_difference` that rounding makes in each row.
+        sites: ``[3, pos, …]`` by place, before anything is replaced; :data:`LOGITS` among them.
+        replaced: ``[pos, …]``, by place: the tensors that rows 1 and 2 went on with.
+        spread: by place, the :func:`row_difference` that rounding alone makes in each row.
     """
 
-    sites: dict[SiteKey, torch.Tensor]
-    replaced: dict[SiteKey, torch.Tensor]
-    spread: dict[SiteKey, list[float]]
+    sites: dict[Place, torch.Tensor]
+    replaced: dict[Place, torch.Tensor]
+    spread: dict[Place, list[float]]
 
 
 @dataclass(frozen=True)
@@ -182,10 +171,10 @@ def relative_difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def row_difference(row: int, got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """How far a row is from what it should be: over all positions, in row 2 at the median position.
+    """The relative difference of a row from the plain model's: over all positions, in row 2 at the median position.
 
-    Attention of loud queries has ties, which rounding decides one way or the other at some position; a soft-cap that is
-    missing changes most positions. A single position, as in a pass with a cache, says nothing there.
+    With loud queries attention scores are nearly tied at some positions, and rounding decides between them, whereas a
+    missing soft-cap changes most positions. A single position, as in a pass with a cache, decides nothing in row 2.
 
     Args:
         row: 0, 1 or 2.
@@ -221,11 +210,12 @@ def run_plain(hf_model: Any, length: int = 12) -> PlainModel:
     """Run the plain model, before a bridge wraps it, on ``length`` tokens with and without a cache.
 
     Args:
-        hf_model: a ``Gemma2ForCausalLM``; it is not changed.
+        hf_model: of a known family; it is not changed.
         length: number of tokens.
     """
+    family = family_of_config(hf_model.config, type(hf_model).__name__)
     tokens = probe_tokens(hf_model, length).expand(ROWS, -1)
-    with _hooked(_louder_modules(hf_model), lambda _module, _args, out: with_louder(out)):
+    with _hooked(_louder_modules(hf_model, family), lambda _module, _args, out: with_louder(out)):
         whole, prefix, cached = _three_passes(hf_model, tokens, None)
         with _rounding_noise(hf_model):
             noisy = _three_passes(hf_model, tokens.repeat(NOISY, 1), (whole, prefix, cached))
@@ -233,16 +223,16 @@ def run_plain(hf_model: Any, length: int = 12) -> PlainModel:
         Pass(exact.sites, exact.replaced, {key: _spread(moved.sites[key], exact.sites[key]) for key in exact.sites})
         for exact, moved in zip((whole, prefix, cached), noisy, strict=True)
     ]
-    return PlainModel(tokens, *passes, dtype=whole.sites[LOGITS].dtype, eight_bits=is_quantized(hf_model))
+    return PlainModel(tokens, *passes, dtype=whole.sites[LOGITS].dtype, eight_bits=is_quantized(hf_model, family))
 
 
 def _three_passes(hf_model: Any, tokens: torch.Tensor, like: tuple[Pass, Pass, Pass] | None) -> tuple[Pass, Pass, Pass]:
     from transformers import DynamicCache
 
     def run(part: torch.Tensor, index: int, **kwargs: Any) -> Pass:
-        replaced: dict[SiteKey, torch.Tensor] = {} if like is None else like[index].replaced
+        replaced: dict[Place, torch.Tensor] = {} if like is None else like[index].replaced
 
-        def change(key: SiteKey, value: torch.Tensor) -> torch.Tensor:
+        def change(key: Place, value: torch.Tensor) -> torch.Tensor:
             if like is None:
                 replaced[key] = _moved(value[0], seed=len(replaced))
             return with_replaced(value, replaced[key])
@@ -274,16 +264,19 @@ def _hooked(modules: list[Any], hook: Callable[[Any, Any, Any], Any]) -> Generat
             handle.remove()
 
 
-def _louder_modules(hf_model: Any) -> list[Any]:
-    return [*(layer.self_attn.q_proj for layer in hf_model.model.layers), hf_model.model.norm]
+def _louder_modules(hf_model: Any, family: Family) -> list[Any]:
+    """What computes queries and what the unembedding takes: a soft-cap behind either shows where these are large."""
+    decoder, layers = hf_model.get_submodule(family.decoder), range(ModelDims.from_config(hf_model.config).n_layers)
+    queries = [decoder.get_submodule(family.query.format(layer=layer)) for layer in layers]
+    return [*queries, decoder.get_submodule(family.final_norm)]
 
 
 @contextmanager
 def _rounding_noise(hf_model: Any) -> Generator[None]:
-    """Move what every module computes by about a unit in the last place, as another order of summation would.
+    """Change what every module computes by about a unit in the last place, as another order of summation would.
 
-    Half of the noise is shared by all entries of a position. For keys this is what the rounding of attention scores
-    does: a relative error of each score, where independent errors of the keys' entries would average out.
+    Half of the noise is the same for all entries of a position. For keys this gives each attention score a relative
+    error, as rounding does; independent errors of the entries of a key would average out.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -296,21 +289,19 @@ def _rounding_noise(hf_model: Any) -> Generator[None]:
         noise = (each + shared).to(out.device, wide) * (torch.finfo(out.dtype).eps / 2)
         return (out.to(wide) * (1 + noise)).to(out.dtype)
 
-    modules = [hf_model.model.embed_tokens, hf_model.model.norm, hf_model.lm_head]
-    modules += [m for layer in hf_model.model.layers for m in layer.modules() if not any(True for _ in m.children())]
-    with _hooked(modules, move):
+    with _hooked([module for module in hf_model.modules() if not any(True for _ in module.children())], move):
         yield
 
 
-def is_quantized(hf_model: Any) -> bool:
+def is_quantized(hf_model: Any, family: Family) -> bool:
     """Whether a projection of the model is anything else than a floating-point matrix."""
+    decoder = hf_model.get_submodule(family.decoder)
+    layers = range(ModelDims.from_config(hf_model.config).n_layers)
+    weights = (
+        getattr(decoder.get_submodule(path.format(layer=layer)), "weight", None)
+        for layer in layers
+        for path in family.projections
+    )
     return any(
-        not isinstance(weight := getattr(module, "weight", None), torch.Tensor)
-        or not weight.is_floating_point()
-        or weight.ndim != 2
-        for layer in hf_model.model.layers
-        for module in (
-            *(getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"),
-            *(getattr(layer.mlp, f"{name}_proj") for name in ("gate", "up", "down")),
-        )
+        not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.ndim != 2 for weight in weights
     )

@@ -7,9 +7,9 @@ generation, with a cache or without. Ints must exist (in every row), as in ``lis
 
 A mask of shape ``[batch, pos]`` lies over the token ids as they were given, padding included; a mask ``[pos]`` stands
 for the positions at which it is True. Generated tokens that a mask does not reach are not chosen. A row of padding
-alone has no positions, and none is missed there.
+alone has no positions, and none is required there.
 
-Where nothing tells the token ids (a model that ``load_model`` did not make, a pass from embeddings), positions count in
+Where token ids are unknown (a model that ``load_model`` did not make, a pass from embeddings), positions count in
 the tensor at hand.
 """
 
@@ -29,7 +29,7 @@ Positions = int | slice | Sequence[int] | torch.Tensor | None
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the texts of a batch lie among the columns of its token ids.
+    """Which columns of a batch of token ids hold its texts.
 
     Attributes:
         start: ``[batch]``, the first column that is not padding.
@@ -62,7 +62,7 @@ def rows_of_mask(mask: Bool[torch.Tensor, "batch total"], prompt: int, growing: 
 
 
 def rows_of(x: torch.Tensor, tracker: TokenTracker | None) -> Rows:
-    """The rows that ``x`` (``[batch, pos, …]``) holds the last columns of; without token ids, ``x`` is all there is."""
+    """The rows whose last columns ``x`` (``[batch, pos, …]``) holds; where token ids are unknown, ``x`` is the text."""
     known = None if tracker is None else tracker.sequence(x)
     if tracker is not None and known is not None:
         moved = tracker.read.moved

@@ -1,4 +1,4 @@
-"""Sizes of a model without loading it, for plans."""
+"""The sizes of a model without loading it, for plans of memory and time."""
 
 from __future__ import annotations
 

@@ -5,26 +5,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.model import copies
-from gemma_scope_tl.model.attached import AttachedSAE, SpliceOptions, locate
-from gemma_scope_tl.model.keywords import one_error_term, refuse_unknown, taken_options
+from gemma_scope_tl.model.attached import AttachedSAE
 from gemma_scope_tl.model.owners import ADVICE, Owner, Turns
-from gemma_scope_tl.model.positions import Positions
+from gemma_scope_tl.model.splice_options import SpliceKeywords, SpliceOptions
 from gemma_scope_tl.model.tracker import TokenTracker
-from gemma_scope_tl.sae.choices import as_saes
-from gemma_scope_tl.sae.placement import bring
-from gemma_scope_tl.sites import Backend, ModelDims, Site
+from gemma_scope_tl.sae.access import locate
+from gemma_scope_tl.sae.choices import as_saes, bring
+from gemma_scope_tl.sites import Backend, Family, ModelDims, Site
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-_bookkeeping = threading.RLock()  # taken for attaching and detaching alone, so one for all models costs nothing
+_bookkeeping = threading.RLock()  # one for all models: it is held only while SAEs are attached and detached
 
 
 class SpliceMixin:
@@ -34,6 +33,7 @@ class SpliceMixin:
     """
 
     backend: Backend
+    family: Family
     dims: ModelDims
     token_tracker: TokenTracker
     _attached: dict[str, AttachedSAE]
@@ -46,41 +46,23 @@ class SpliceMixin:
         named = ((one.read_name + (f".{one.stage}" if one.stage else ""), one.sae) for one in self._attached.values())
         return dict(named)
 
-    def add_sae(
-        self,
-        sae: SAE[Any],
-        error_term: bool | None = None,
-        exclude_special_tokens: ExcludeTokens = True,
-        positions: Positions = None,
-        chain: bool = False,
-        *,
-        use_error_term: bool | None = None,
-        **unknown: Never,
-    ) -> None:
+    def add_sae(self, sae: SAE[Any], *by_position: Any, **options: Unpack[SpliceKeywords]) -> None:
         """Attach ``sae`` until :meth:`reset_saes`, for passes of this thread.
 
         It moves, in place, to the device of the site's weights, and follows when the model moves.
 
         Args:
-            sae: any SAELens SAE or transcoder at a Gemma Scope site.
-            error_term: add what the SAE misses, so that the pass is unchanged until a feature is edited. None keeps
-                the SAE's own setting.
-            exclude_special_tokens: leave BOS, EOS and padding alone (default), or the given token ids, or none.
-            positions: splice only there; they count in the text (``positions.py``), through padding and in every step
-                of generation. None for all.
-            chain: where another SAE writes already, read that SAE's output and write after it, under the hook names
-                ``<hook>.1.hook_sae_acts_post`` and so on.
-            use_error_term: SAELens's name for ``error_term``.
+            sae: any SAELens SAE or transcoder at a site of the model's family.
+            *by_position: options in the order of :class:`~gemma_scope_tl.model.splice_options.SpliceKeywords`.
+            **options: see there.
 
         Raises:
             SpliceError: another model, width or layer; a site that is taken; an SAE that is attached already.
             TypeError: another keyword, or both names of the error term with two values.
         """
-        refuse_unknown("add_sae", unknown, ("sae",))
-        term = one_error_term("add_sae", error_term, use_error_term)
-        options, owner = SpliceOptions(term, exclude_special_tokens, positions, chain), Owner(thread=True)
+        chosen, owner = SpliceOptions.of("add_sae", options, by_position, ("sae",)), Owner(thread=True)
         try:
-            self._attach(sae, options, owner)
+            self._attach(sae, chosen, owner)
         except BaseException:
             owner.release()
             raise
@@ -134,37 +116,29 @@ class SpliceMixin:
         for attached in self._attached.values():
             if attached.sae is sae:
                 return f"{attached.name}.{internal}"
-        site, layer = locate(sae)
+        site, layer = locate(sae, self.family)
         return f"{site.hook_name_out(layer, 'hooked_transformer')}.{internal}"
 
-    @contextmanager
     def saes(
         self,
         saes: SAE[Any] | Iterable[SAE[Any]] = (),
         reset_saes_end: bool = True,
-        error_term: bool | None = None,
-        exclude_special_tokens: ExcludeTokens = True,
-        positions: Positions = None,
-        chain: bool = False,
-        *,
-        use_error_term: bool | None = None,
-        **unknown: Never,
-    ) -> Generator[SpliceMixin]:
+        *by_position: Any,
+        **options: Unpack[SpliceKeywords],
+    ) -> AbstractContextManager[Self]:
         """Attach ``saes`` inside the block; all of them or, on an error, none. They are spliced into passes of this
         context: a pass of another thread raises, and runs neither with them nor, silently, without.
 
         Args:
             saes: one, several, a mapping of them or a suite.
             reset_saes_end: False leaves them attached at the end of the block, as :meth:`add_sae` does.
-            error_term, exclude_special_tokens, positions, chain, use_error_term: as for :meth:`add_sae`.
+            *by_position, **options: as for :meth:`add_sae`.
 
         Raises:
             SpliceError, TypeError: as :meth:`add_sae`.
         """
-        refuse_unknown("saes", unknown, ("saes", "reset_saes_end"))
-        term = one_error_term("saes", error_term, use_error_term)
-        with self._spliced(saes, reset_saes_end, SpliceOptions(term, exclude_special_tokens, positions, chain)):
-            yield self
+        chosen = SpliceOptions.of("saes", options, by_position, ("saes", "reset_saes_end"))
+        return self.splice_with(saes, reset_saes_end, chosen)
 
     def run_with_saes(
         self,
@@ -174,8 +148,7 @@ class SpliceMixin:
         **kwargs: Any,
     ) -> Any:
         """One forward pass with ``saes`` attached; keywords are those of :meth:`saes` and of the model's call."""
-        options = taken_options("run_with_saes", kwargs)
-        with self._spliced(saes, reset_saes_end, options):
+        with self.splice_with(saes, reset_saes_end, SpliceOptions.taken_from(kwargs, "run_with_saes")):
             return self(*model_args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def run_with_cache_with_saes(
@@ -187,8 +160,8 @@ class SpliceMixin:
     ) -> tuple[Any, Any]:
         """``run_with_cache`` with ``saes`` attached; features under ``<hook>.hook_sae_acts_post``, by either backend's
         name of the hook. Keywords are those of :meth:`saes` and of ``run_with_cache``."""
-        options = taken_options("run_with_cache_with_saes", kwargs)
-        with self._spliced(saes, reset_saes_end, options):
+        options = SpliceOptions.taken_from(kwargs, "run_with_cache_with_saes")
+        with self.splice_with(saes, reset_saes_end, options):
             return self.run_with_cache(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def run_with_hooks_with_saes(
@@ -200,8 +173,8 @@ class SpliceMixin:
     ) -> Any:
         """``run_with_hooks`` with ``saes`` attached; hooks may name the SAEs' own hook points. Keywords are those of
         :meth:`saes` and of ``run_with_hooks``."""
-        options = taken_options("run_with_hooks_with_saes", kwargs)
-        with self._spliced(saes, reset_saes_end, options):
+        options = SpliceOptions.taken_from(kwargs, "run_with_hooks_with_saes")
+        with self.splice_with(saes, reset_saes_end, options):
             return self.run_with_hooks(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def sae_hook_points(self) -> dict[str, Any]:
@@ -209,13 +182,14 @@ class SpliceMixin:
         return {name: point for attached in self._attached.values() for name, point in attached.hook_points.items()}
 
     @contextmanager
-    def _spliced(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[None]:
+    def splice_with(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[Self]:
+        """:meth:`saes` with options that were checked already."""
         added: list[AttachedSAE] = []
         owner = Owner()
         try:
             for sae in as_saes(saes, empty=True, whole=True):
                 added.append(self._attach(sae, options, owner))
-            yield
+            yield self
         except BaseException:
             self._remove(added)
             owner.release()
@@ -226,18 +200,22 @@ class SpliceMixin:
         else:
             owner.keep()
 
+    def _embedding_is_spliced(self) -> bool:
+        """Whether an SAE writes the embedding, which a pass that begins behind it would skip."""
+        return any(attached.site.joins == "embedding" for attached in self._attached.values())
+
     def _attach(self, sae: SAE[Any], options: SpliceOptions, owner: Owner) -> AttachedSAE:
         with _bookkeeping:
             return self._attach_locked(sae, options, owner)
 
     def _attach_locked(self, sae: SAE[Any], options: SpliceOptions, owner: Owner) -> AttachedSAE:
-        site, layer = locate(sae)
-        self._check_fits(sae, site, layer)
+        site, layer = locate(sae, self.family)
+        self.check_fits(sae, site, layer)
         if any(attached.sae is sae for attached in self._attached.values()):
             raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
         excluded = self.excluded_ids(options.exclude_special_tokens)
         stage = self._next_stage(site.hook_name_out(layer, "hooked_transformer"), options.chain, site.is_transcoder)
-        if (device := self.device_of(layer)).type != "meta":  # weights that are kept elsewhere show at the pass
+        if (device := self.device_of(layer)).type != "meta":  # offloaded weights have no device before a pass
             bring(sae, device)
         attached = AttachedSAE(sae, site, layer, options, excluded, stage, owner)
         try:
@@ -250,11 +228,16 @@ class SpliceMixin:
         return attached
 
     def device_of(self, layer: int | None) -> torch.device:
-        """Where the weights of a layer are; without a layer, those of the embedding, where token ids belong too."""
+        """The device of a layer's weights; without a layer, that of the embedding, where token ids belong too."""
         module: Any = self.blocks[layer] if layer is not None else self.embedding_module()  # pyright: ignore
         return next(module.parameters()).device
 
-    def _check_fits(self, sae: SAE[Any], site: Site, layer: int | None) -> None:
+    def check_fits(self, sae: SAE[Any], site: Site, layer: int | None) -> None:
+        """Check that ``sae`` can be spliced at a site and layer of this model.
+
+        Raises:
+            SpliceError: another model, width or layer.
+        """
         site.check_layer(layer, self.dims)
         d_in = site.d_in(self.dims)
         if sae.cfg.d_in != d_in:
@@ -264,8 +247,12 @@ class SpliceMixin:
             )
         theirs = getattr(sae, "model_name", None) or sae.cfg.metadata.model_name
         ours = getattr(self, "model_id", None)
-        if theirs and ours and _family(theirs) != _family(ours):
+        if theirs and ours and self._base_name(theirs) != self._base_name(ours):
             raise SpliceError(f"The SAE was trained on {theirs!r}; this model is {ours!r}.")
+
+    def _base_name(self, model_name: str) -> str:
+        """SAEs of a base model may be spliced into its instruction-tuned model (Gemma Scope, section 4.5)."""
+        return self.family.base_name(model_name.split("/")[-1].lower())
 
     def excluded_ids(self, exclude: ExcludeTokens = True) -> tuple[int, ...]:
         """The token ids that ``exclude_special_tokens`` names (:func:`~gemma_scope_tl.text.tokens.excluded_ids`).
@@ -276,7 +263,7 @@ class SpliceMixin:
         return excluded_ids(getattr(self, "tokenizer", None), exclude, must_know=True)
 
     def _next_stage(self, write_name: str, chain: bool, is_transcoder: bool) -> int:
-        """The place of one more SAE that writes there: 0 where there is none."""
+        """The position in the chain of one more SAE that writes there: 0 for the first."""
         there = [attached for attached in self._attached.values() if attached.write_name == write_name]
         if there and not all(attached.owner.here() for attached in there):
             raise SpliceError(f"{write_name} is taken: another thread or task has attached an SAE there; {ADVICE}.")
@@ -290,7 +277,7 @@ class SpliceMixin:
         return max((attached.stage for attached in there), default=-1) + 1
 
     def _find(self, name: str) -> list[AttachedSAE]:
-        """The SAEs that read a hook, all of a chain."""
+        """The SAEs that read a hook, a whole chain where there is one."""
         names = {id(one): (one.read_name, one.site.hook_name(one.layer, "bridge")) for one in self._attached.values()}
         found = [one for one in self._attached.values() if name in names[id(one)]]
         if not found:
@@ -298,7 +285,7 @@ class SpliceMixin:
         return found
 
     def _remove(self, attached: list[AttachedSAE]) -> None:
-        """Detach, last first; what cannot be detached stays known, and the others are detached all the same."""
+        """Detach in reverse order. An SAE that cannot be detached stays listed; the others are detached."""
         failed: list[Exception] = []
         with _bookkeeping:
             for one in reversed(attached):
@@ -324,33 +311,24 @@ class SpliceMixin:
 
 
 def splice(
-    model: Any,
-    saes: SAE[Any] | Iterable[SAE[Any]],
-    error_term: bool | None = None,
-    exclude_special_tokens: ExcludeTokens = True,
-    positions: Positions = None,
-    chain: bool = False,
-    *,
-    use_error_term: bool | None = None,
-    **unknown: Never,
+    model: Any, saes: SAE[Any] | Iterable[SAE[Any]], *by_position: Any, **options: Unpack[SpliceKeywords]
 ) -> AbstractContextManager[Any]:
     """Attach ``saes`` to a model from :func:`~gemma_scope_tl.load_model` inside a ``with`` block.
 
     Everything inside runs through them: forward passes, caches, hooks and ``generate``, in this context; a pass of
-    another thread raises. SAEs on another device move to the model's, in place. Arguments as
-    :meth:`SpliceMixin.saes`.
+    another thread raises. SAEs on another device move to the model's, in place.
+
+    Args:
+        model: from ``load_model``.
+        saes: one, several, a mapping of them or a suite.
+        *by_position: options in the order of :class:`~gemma_scope_tl.model.splice_options.SpliceKeywords`.
+        **options: ``error_term``, ``exclude_special_tokens``, ``positions`` and ``chain``; see there.
 
     Raises:
         SpliceError: when the model does not come from ``load_model``, or an SAE does not fit.
         TypeError: another keyword, or both names of the error term with two values.
     """
-    refuse_unknown("splice", unknown, ("saes",))
+    chosen = SpliceOptions.of("splice", options, by_position, ("saes",))
     if not isinstance(model, SpliceMixin):
         raise SpliceError("splice() needs a model from gemma_scope_tl.load_model(); wrap yours with hf_model=.")
-    term = one_error_term("splice", error_term, use_error_term)
-    return model.saes(saes, True, term, exclude_special_tokens, positions, chain)
-
-
-def _family(model_name: str) -> str:
-    """Name without owner, and without ``-it``: SAEs of a base model may be spliced into its IT model (section 4.5)."""
-    return model_name.split("/")[-1].lower().removesuffix("-it")
+    return model.splice_with(saes, True, chosen)

@@ -1,4 +1,4 @@
-"""A model's tokenizer: the given object's own copy, never one loaded again by its name."""
+"""A model's tokenizer: a copy of the given object, never loaded again by its name."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def prepared(tokenizer: Any, own: bool = False) -> Any:
     """``tokenizer`` as the models here need it: padding on the left, and a padding token.
 
     A copy, so that the caller's object pads as before, with all its added tokens and its chat template. A tokenizer
-    without a padding token gets ``<pad>`` if its vocabulary has that, else EOS, else BOS. BOS and EOS are not made up.
+    without a padding token gets ``<pad>`` if its vocabulary has that, else EOS, else BOS. BOS and EOS are not added.
 
     Args:
         tokenizer: a ``PreTrainedTokenizerBase`` of any kind; one that was prepared before is returned as it is.
-        own: nobody else holds this object, so it is changed in place.
+        own: whether nobody else uses this object, so that it may be changed in place.
 
     Raises:
-        AdapterError: for what is no tokenizer of transformers, or has nothing to pad with.
+        AdapterError: for what is no tokenizer of transformers, or has no token to pad with.
     """
     from transformers import PreTrainedTokenizerBase
 
@@ -44,7 +44,7 @@ def prepared(tokenizer: Any, own: bool = False) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = _padding_token(tokenizer)
     if tokenizer.bos_token_id is None:
-        logger.warning("the tokenizer has no BOS token: texts begin without the BOS that Gemma 2 was trained with")
+        logger.warning("the tokenizer has no BOS token: texts begin without the BOS that models are trained with")
     setattr(tokenizer, _MARK, True)
     return tokenizer
 
@@ -75,16 +75,16 @@ def adds_special_tokens(tokenizer: Any) -> tuple[bool, bool]:
 
 
 def _short_texts(tokenizer: Any) -> Iterator[str]:
-    """Texts of which one should give tokens of its own: a vocabulary need not know "a"."""
+    """Short texts, of which one at least should have tokens: a vocabulary need not contain "a"."""
     yield "a"
     yield from heapq.nsmallest(100, tokenizer.get_vocab(), key=len)
 
 
 class HasTokenizer:
-    """The ``tokenizer`` of a hooked model. What is assigned is copied and prepared, never loaded again by its name.
+    """The ``tokenizer`` of a hooked model. An assigned one is copied and prepared, never loaded again by its name.
 
     Attributes:
-        stop_token_ids: after which ids a text is complete, by :func:`stop_token_ids`.
+        stop_token_ids: the ids that end a text (:func:`stop_token_ids`).
     """
 
     stop_token_ids: tuple[int, ...]
@@ -116,7 +116,7 @@ class HasTokenizer:
 
 
 def stop_token_ids(hf_model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The ids after which a text is complete, as Hugging Face's ``generate`` finds them.
+    """The ids that end a text, as Hugging Face's ``generate`` finds them.
 
     ``generation_config.eos_token_id`` (one id or several); where that is None the model's config, then the tokenizer.
     """

@@ -1,7 +1,8 @@
-"""Which text a hooked model is looking at: token ids, padding and prompt, through caches and generation.
+"""Which text a hooked model reads: token ids, padding and prompt, through key-value caches and generation.
 
-Both backends' ``generate`` pass single tokens around, and users make cached passes of their own; masks and positions
-need the whole text. A pass tells the tracker what enters the model, and a key-value cache carries what it holds.
+Both backends generate from single tokens, and users write cached passes of their own, while masks and positions are
+about the whole text. A pass tells the tracker what enters the model, and a key-value cache is marked with the text that
+it holds.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from gemma_scope_tl.text.tokens import TextRead, joined_mask, special_mask, text
 class Generation:
     """One generation, which may be paused: what it has read, and whether its prompt has entered the model.
 
-    Without ids it begins from embeddings.
+    One that has no ids begins from embeddings.
 
     Attributes:
-        by_hugging_face: whether Hugging Face's ``generate`` makes its passes, and not TransformerLens's.
+        by_hugging_face: whether its passes are made by Hugging Face's ``generate`` instead of TransformerLens's.
     """
 
     read: TextRead = field(default_factory=TextRead)
@@ -42,11 +43,12 @@ class Generation:
         return self.prompt is None
 
     def makes(self, ids: Int[torch.Tensor, "batch pos"]) -> bool:
-        """Whether ``ids`` are what a pass of this generation without a cache reads: the prompt, with what followed."""
+        """Whether a pass of this generation without a cache reads ``ids``: the prompt, and what was generated."""
         if self.prompt is None or ids.shape[0] % self.prompt.shape[0]:
             return False
         width = min(ids.shape[1], self.prompt.shape[1])
-        if width < self.prompt.shape[1] and (self.entered or not self.by_hugging_face):  # else a part of it comes first
+        may_begin_with_a_part = self.by_hugging_face and not self.entered  # Hugging Face can split a long prompt
+        if width < self.prompt.shape[1] and not may_begin_with_a_part:
             return False
         prompt = self.prompt[:, :width].repeat_interleave(ids.shape[0] // self.prompt.shape[0], dim=0)
         return torch.equal(prompt.to(ids.device), ids[:, :width])
@@ -60,7 +62,7 @@ class Expected:
         mask: over the whole text, None when unknown.
         cache: the key-value cache that it reads.
         seen: how many positions that holds.
-        own: whether the pass is one of the generation that is running.
+        own: whether the running generation makes the pass.
         came: whether the ids have entered.
     """
 
@@ -71,22 +73,22 @@ class Expected:
     came: bool = False
 
 
-_ON_CACHE = "_gemma_scope_text"  # a key-value cache carries what it holds, so that copies of it do too
+_ON_CACHE = "_gemma_scope_text"  # an attribute of key-value caches, so that copies of a cache have it too
 
 
 class TokenTracker:
-    """Remembers the token ids that last entered the model, also through cached generation; for each thread its own.
+    """Remembers the token ids that last entered the model, separately for each thread.
 
-    A pass without a key-value cache begins a text. A pass with one goes on with the text that the cache holds, whatever
-    the model has read in between. While a generation is :meth:`running`, its passes are told from those that hooks and
-    logits processors make, by who makes them, by its cache and by its text; its prompt's end stays where it was.
+    A pass without a key-value cache begins a text. A pass with one continues the text that the cache holds, whatever
+    the model has read in between. While a generation is :meth:`running`, hooks and logits processors may make passes of
+    their own; the caller, the cache and the text of a pass say which it is. The end of the prompt does not move.
     """
 
     def __init__(self) -> None:
         self._here = threading.local()
 
     def __reduce__(self) -> tuple[type[TokenTracker], tuple[()]]:
-        """Copies and pickles have read nothing yet."""
+        """Copies and pickles begin empty."""
         return TokenTracker, ()
 
     @property
@@ -105,12 +107,12 @@ class TokenTracker:
 
     @property
     def _depth(self) -> int:
-        """How many passes are under way, one inside the other."""
+        """How many nested passes are under way."""
         return getattr(self._here, "depth", 0)
 
     @property
     def expected(self) -> Expected | None:
-        """What :meth:`expecting` announced for the ids that come next; None once they came, or if nobody did."""
+        """What :meth:`expecting` announced for the next ids; None once they came, or without an announcement."""
         found: Expected | None = getattr(self._here, "expected", None)
         return None if found is None or found.came else found
 
@@ -124,7 +126,7 @@ class TokenTracker:
         seen: int = 0,
         by_column: bool = False,
     ) -> None:
-        """Take note of what enters the model.
+        """Record what enters the model.
 
         Args:
             ids: None for embeddings.
@@ -160,12 +162,12 @@ class TokenTracker:
     def observe_embedded(self, ids: Int[torch.Tensor, "batch pos"], tokenizer: Any) -> None:
         """:meth:`observe` at the embedding of a backend that may embed tokens outside of a pass, one by one.
 
-        Inside :meth:`expecting` they belong to that pass; else, in a generation, they go on with it.
+        Inside :meth:`expecting` they belong to that pass; otherwise, in a generation, they continue it.
         """
         generation, expected = self._generation, self.expected
         if expected is not None:
             self.observe(ids, expected.mask, expected.cache, expected.seen)
-        elif self._depth:  # a hook embeds other ids while a pass goes on
+        elif self._depth:  # a hook embeds other ids during a pass
             return
         elif generation is None:
             self.observe(ids, text_mask(ids, tokenizer))
@@ -178,14 +180,14 @@ class TokenTracker:
                 self._here.expected = None
 
     def expected_mask(self, ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
-        """The mask that :meth:`expecting` announced for ``ids``; without it, what their padding says."""
+        """The mask that :meth:`expecting` announced for ``ids``; otherwise that of their padding."""
         mask = None if self.expected is None else self.expected.mask
         return text_mask(ids, tokenizer) if mask is None else mask
 
     @contextmanager
     def expecting(self, mask: torch.Tensor | None, cache: Any, seen: int, own: bool = False) -> Generator[None]:
-        """Announce the mask, the key-value cache and the positions already seen of the pass made inside, and whether it
-        is one of the generation that is running."""
+        """Announce the pass that is made inside: its mask, its key-value cache, how many positions that holds, and
+        whether the running generation makes the pass."""
         outer = getattr(self._here, "expected", None)
         self._here.expected = Expected(mask, cache, seen, own)
         try:
@@ -196,7 +198,7 @@ class TokenTracker:
 
     @contextmanager
     def under_way(self) -> Generator[None]:
-        """A pass that nothing has to be announced for."""
+        """A pass of which nothing has to be announced."""
         depth = self._depth
         self.enter()
         try:
@@ -205,14 +207,14 @@ class TokenTracker:
             self.leave(depth)
 
     def enter(self) -> None:
-        """A pass begins; :meth:`leave` must follow. A pass within another one, from a hook, leaves what that one has
-        read as it was."""
+        """Begin a pass, which :meth:`leave` must end. A pass inside another one, made by a hook, does not change what
+        the outer one has read."""
         stack: list[TextRead] = self._here.__dict__.setdefault("stack", [])
         stack.append(self.read)
         self._here.depth = self._depth + 1
 
     def leave(self, depth: int | None = None) -> None:
-        """The pass that began last ends, or all beyond a depth: one that was interrupted could not say so."""
+        """End the pass that began last, or all beyond a depth, some of which may have been interrupted."""
         stack: list[TextRead] = self._here.__dict__.setdefault("stack", [])
         down_to = self._depth - 1 if depth is None else depth
         while stack and self._depth > down_to:
@@ -222,16 +224,16 @@ class TokenTracker:
                 self._set(read)
 
     def _owns(self, ids: Int[torch.Tensor, "batch pos"], by_hugging_face: bool) -> bool:
-        """Whether a pass that begins now, without a cache, is one of the generation that is running."""
+        """Whether the running generation makes the pass that begins now, without a cache."""
         generation = self._generation
         if generation is None or generation.by_hugging_face != by_hugging_face:
             return False
-        nested = self._depth > by_hugging_face  # Hugging Face's pass itself has begun already
+        nested = self._depth > by_hugging_face  # a pass of Hugging Face's has begun already
         return not nested and generation.makes(ids)
 
     def history(self, ids: Int[torch.Tensor, "batch pos"], cache: Any, seen: int, own: bool) -> TextRead:
-        """The text that a pass over ``ids`` goes on with; an empty one for a text that begins, not whole where the text
-        before is unknown."""
+        """The text that a pass over ``ids`` continues: empty where a text begins, not ``whole`` after an unknown
+        text."""
         generation, batch = self._generation, ids.shape[0]
         of_generation = TextRead() if generation is None else generation.read
         if not seen:
@@ -248,14 +250,14 @@ class TokenTracker:
         return of_generation if goes_on and of_generation.serves(batch, seen) else TextRead(whole=False)
 
     def remember(self, cache: Any) -> None:
-        """Note on a key-value cache that it holds the text read last."""
+        """Mark a key-value cache with the text that was read last."""
         with suppress(AttributeError):  # tuples, as older libraries have: positions are unknown in the next pass
             if cache is not None and self.read.ids is not None:
                 setattr(cache, _ON_CACHE, (self.read, _keys(cache)))
 
     @contextmanager
     def running(self, generation: Generation) -> Generator[None]:
-        """Go on with a generation. Afterwards this thread has read, and generates, what it did before."""
+        """Continue a generation inside the block, and restore this thread's state at its end."""
         outer, expected = self._generation, getattr(self._here, "expected", None)
         before, depth = self.read, self._depth
         self._here.generation, self._here.expected, self._here.depth = generation, None, 0
@@ -267,23 +269,23 @@ class TokenTracker:
             self._set(before)
 
     def goes_on(self, ids: Int[torch.Tensor, "batch pos"]) -> bool:
-        """Whether a pass over ``ids`` without a cache, which is about to begin, is TransformerLens's next step of the
-        generation that is running."""
+        """Whether a pass over ``ids`` without a cache, which is about to begin, is the next step of the running
+        generation, made by TransformerLens."""
         return self._owns(ids, by_hugging_face=False)
 
     def growing_mask(self, total: int) -> Bool[torch.Tensor, "batch total"] | None:
-        """The mask of the generation that is running, if that has read ``total`` columns; else None."""
+        """The mask of the running generation if it has read ``total`` columns, otherwise None."""
         generation = self._generation
         mask = None if generation is None or self._depth else generation.read.mask
         return mask if mask is not None and mask.shape[1] == total else None
 
     def holds_padding(self, cache: Any) -> bool:
-        """Whether a key-value cache held padding when it was last noted what it holds."""
+        """Whether a key-value cache held padding when it was last marked."""
         known, _ = getattr(cache, _ON_CACHE, (TextRead(), None))
         return known.mask is not None and not bool(known.mask.all())
 
     def is_running(self, ids: torch.Tensor) -> bool:
-        """Whether a generation from these very ids is running, which has not begun yet."""
+        """Whether a generation from this tensor of ids is running whose first pass has not been made."""
         generation = self._generation
         return generation is not None and generation.read.ids is ids and not generation.entered
 
@@ -297,12 +299,12 @@ class TokenTracker:
     # -- what hooks ask -----------------------------------------------------------------------------------------------
 
     def sequence(self, like: torch.Tensor) -> tuple[Bool[torch.Tensor, "batch total"], int] | None:
-        """Where the whole text that ``like`` (``[batch, pos, …]``) holds the last positions of is text and not padding,
-        and how many columns came with the prompt. None in a pass that began from embeddings.
+        """The mask of the whole text, whose last positions are those of ``like`` (``[batch, pos, …]``), and the number
+        of columns of the prompt. None in a pass that began from embeddings.
 
         Raises:
-            SpliceError: when generation began from embeddings, or a cache holds a text that is unknown: where a token
-                stands is then unknown.
+            SpliceError: when generation began from embeddings, or a cache holds a text that is unknown: positions
+                are then unknown.
         """
         read, (batch, pos) = self.read, like.shape[:2]
         mask = read.mask
@@ -321,7 +323,7 @@ class TokenTracker:
         return None
 
     def mask(self, like: torch.Tensor, ids: tuple[int, ...], padding: bool) -> Bool[torch.Tensor, "batch pos"]:
-        """True at the positions of ``like`` that hold one of ``ids``, or padding of any id; computed once a pass.
+        """True at the positions of ``like`` that hold one of ``ids``, or padding of any id; computed once in a pass.
 
         Raises:
             SpliceError: as :meth:`tokens`.
@@ -352,6 +354,6 @@ class TokenTracker:
 
 
 def _keys(cache: Any) -> Any:
-    """The keys that a cache holds for the first layer: another tensor once its rows were reordered."""
+    """The keys of the first layer in a cache: another tensor once the rows of the cache were reordered."""
     layers = getattr(cache, "layers", None)
     return getattr(layers[0], "keys", None) if layers else None

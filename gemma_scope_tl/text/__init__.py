@@ -1,4 +1,4 @@
-"""Texts as token ids with a mask: one way from what users give, and from documents, to rows of tokens."""
+"""Texts as token ids with a mask: from what users pass to functions, and from documents, to rows of tokens."""
 
 from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
 from gemma_scope_tl.text.tokenizing import text_ids, tokenize, without_bos

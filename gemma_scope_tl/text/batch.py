@@ -1,4 +1,4 @@
-"""Whatever stands for texts, as token ids with a mask."""
+"""Texts in every form that users have them, as token ids with a mask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sae.indices import as_index, is_index, shown
+from gemma_scope_tl.sae.arguments import as_index, is_index, shown
 from gemma_scope_tl.text.tokenizing import pad_id, padded, rendered, tokenize, too_long
 from gemma_scope_tl.text.tokens import special_mask, text_mask
 
@@ -54,11 +54,11 @@ class TokenBatch:
 
     @property
     def place(self) -> Int[torch.Tensor, "batch pos"]:
-        """The position in its text of each column, from 0; no text's where the mask is False."""
+        """The position in its text of each column, from 0; meaningless where the mask is False."""
         return torch.arange(self.mask.shape[1], device=self.mask.device) - self.start[:, None]
 
     def ordinary(self, special: Iterable[int]) -> Bool[torch.Tensor, "batch pos"]:
-        """True at text that is none of the ``special`` ids."""
+        """True at text whose id is none of ``special``."""
         return self.mask & ~special_mask(self.ids, special)
 
 
@@ -72,9 +72,9 @@ def as_batch(
     truncate: bool = False,
     add_generation_prompt: bool | None = False,
 ) -> TokenBatch:
-    """Token ids and mask of whatever stands for texts.
+    """Token ids and mask of texts in any form.
 
-    Texts get BOS (once, where they begin with it already) and are padded on the left, as are id lists of several
+    Texts get BOS, unless they begin with it, and are padded on the left, as are id lists of several
     lengths. Chat messages go through the tokenizer's chat template; a list of lists of messages is a batch.
 
     Args:
@@ -83,17 +83,17 @@ def as_batch(
             or several; token ids as a tensor or array ``[pos]`` or ``[batch, pos]`` of any integer dtype, as a list, or
             lists of several lengths; a mapping with ``input_ids``, whose ``attention_mask`` is used; a
             :class:`TokenBatch`.
-        attention_mask: 1 or True at text, in the shape of the ids; it wins over every other mask. By default the mask
-            is that of the texts or the mapping; for ids, padding on either side is told by the tokenizer's padding id.
+        attention_mask: 1 or True at text, in the shape of the ids; it replaces every other mask. By default the mask
+            is that of the texts or the mapping; for ids, padding on either side is found by the tokenizer's padding id.
         prepend_bos: put BOS before texts; None for the model's default, which is True.
         padding_side: of texts and lists of ids of several lengths; None for the tokenizer's.
         truncate: cut texts to the model's context instead of raising.
         add_generation_prompt: end chat messages with the opening of an answer; None: where the last is not the model's.
 
     Raises:
-        GemmaScopeError: nothing in it; what is neither text nor ids; several kinds in one list; a text that is no
-            Unicode, or longer than the context; ids that are not integers, of other shapes or outside the vocabulary;
-            text for a model without a tokenizer; a mask of another shape, with other values or with holes.
+        GemmaScopeError: an empty input; what is neither text nor ids; several kinds in one list; a text that is not
+            valid Unicode, or longer than the context; ids that are not integers, of other shapes or outside the
+            vocabulary; text for a model without a tokenizer; a mask of another shape, with other values or with holes.
     """
     mask, tokenizer = attention_mask, getattr(model, "tokenizer", None)
     if isinstance(text, TokenBatch):
@@ -105,7 +105,7 @@ def as_batch(
             raise GemmaScopeError(f"A mapping with the keys {list(text)[:8]} holds no input_ids. {_TAKEN}")
         mask = text.get("attention_mask") if mask is None else mask
         text = text["input_ids"]
-    ids, known = _array(text), None  # known: which columns are text, where padding ids need not tell
+    ids, known = _array(text), None  # known: the mask, where it does not follow from padding ids
     if ids is None:
         given, kind = _texts_of(tokenizer, _listed(text), add_generation_prompt)
         if kind == "text":
@@ -142,7 +142,7 @@ def _from_texts(
     return ids, mask
 
 
-# -- what it is -------------------------------------------------------------------------------------------------------
+# -- kinds of input ---------------------------------------------------------------------------------------------------
 
 
 def _array(text: Any) -> torch.Tensor | None:
@@ -153,7 +153,7 @@ def _array(text: Any) -> torch.Tensor | None:
         return None
     import numpy as np
 
-    array: Any = np.array(text)  # a copy: tables hand out views that torch must not write to
+    array: Any = np.array(text)  # a copy: tables return views that torch must not write to
     if array.dtype.kind == "O":  # a nullable column with gaps
         return None
     return torch.as_tensor(array.astype("int64") if array.dtype.kind == "u" else array)
@@ -247,11 +247,11 @@ def _checked_ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
     vocabulary, (low, high) = int(model.cfg.d_vocab), (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= vocabulary:
         raise GemmaScopeError(
-            f"Token ids run from {low} to {high}; the model's are 0..{vocabulary - 1}. (Padding is told by the mask or "
-            "by the tokenizer's padding id, not by a negative number.)"
+            f"Token ids run from {low} to {high}; the model's are 0..{vocabulary - 1}. (Padding is marked by the mask "
+            "or by the tokenizer's padding id, not by a negative number.)"
         )
     if getattr(model, "backend", None) == "hooked_transformer" and (over := too_long(model, ids)):
-        raise GemmaScopeError(f"{over}: give fewer.")  # Hugging Face's own pass, the bridge's, goes on
+        raise GemmaScopeError(f"{over}: give fewer.")  # the bridge has no such limit
     return ids
 
 

@@ -23,18 +23,18 @@ _BATCH = 128
 _BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = {".gz", ".xz", ".bz2", ".zst"}
 _TOKEN_COLUMNS = ("tokens", "input_ids")
-_ENDS = 1 << 20  # bytes at both ends of a file that tell it from others
+_ENDS = 1 << 20  # bytes at either end of a file that are hashed to identify it
 
 
 @dataclass(frozen=True)
 class Documents:
-    """A sequence of documents that can be read from any of them on.
+    """A sequence of documents that can be read from any position.
 
     Attributes:
-        source: which they are; equal for equal documents. None when that cannot be told without reading them.
+        source: identifies them: equal for equal documents. None where that is unknown before they are read.
         tokenised: whether they are token ids already.
-        total: how many there are, where that is known.
-        read: batches of documents, from a given number on. Where ``source`` is None, it works once and from 0 only.
+        total: their number, where that is known.
+        read: batches of documents, beginning with a given number. Where ``source`` is None it works once, from 0.
     """
 
     source: str | None
@@ -64,7 +64,7 @@ def open_documents(
         streaming: read a dataset of the Hub while it downloads; False downloads it first.
 
     Raises:
-        GemmaScopeError: nothing is there, or it is nothing of these kinds.
+        GemmaScopeError: nothing is there, or it is none of these kinds.
         UnknownNameError: no such column or split.
     """
     if isinstance(data, (str, os.PathLike)):
@@ -115,7 +115,7 @@ def _from_iterator(texts: Iterable[Any]) -> Documents:
 def _from_dataset(dataset: Any, source: str | None, column: str | None) -> Documents:
     try:
         first: dict[str, Any] | None = next(iter(dataset), None)
-    except Exception as error:  # whatever datasets, pyarrow or the file system raise
+    except Exception as error:  # datasets, pyarrow and file systems raise errors of many types
         raise GemmaScopeError(f"The documents cannot be read: {error}") from error
     if first is None:
         raise GemmaScopeError("The dataset has no rows.")
@@ -148,13 +148,13 @@ def _pick(dataset: Any, split: str) -> Any:
 
 
 def _fingerprint(dataset: Any) -> str | None:
-    """What ``datasets`` tells a dataset by; an IterableDataset has nothing."""
+    """The fingerprint of ``datasets``; an IterableDataset has none."""
     found = getattr(dataset, "_fingerprint", None)
     return found and f"dataset {found}"
 
 
 def _local(path: Path, split: str) -> tuple[Any, str | None]:
-    """The dataset in a file or folder, and what tells it from others, wherever it lies."""
+    """The dataset in a file or folder, and what identifies it, whatever its path."""
     import datasets
 
     try:
@@ -174,7 +174,7 @@ def _local(path: Path, split: str) -> tuple[Any, str | None]:
         return dataset, "files " + " ".join(_file_id(file) for file in files)
     except GemmaScopeError:
         raise
-    except Exception as error:  # whatever datasets or pyarrow raise
+    except Exception as error:  # datasets and pyarrow raise errors of many types
         raise GemmaScopeError(f"Cannot read documents from {path}: {error}") from error
 
 
@@ -184,7 +184,7 @@ def _hub(name: str, **options: Any) -> Any:
     config = options.pop("config")
     try:
         return datasets.load_dataset(name, config, **options)
-    except Exception as error:  # the Hub's, the network's and the builders' errors
+    except Exception as error:  # of the Hub, the network or a builder
         raise GemmaScopeError(
             f"{name[:200]!r} is no file or folder here, and cannot be opened as a dataset of the Hub: {error}\n"
             "A single text goes in a list."
@@ -217,7 +217,7 @@ def _checked(texts: Batch) -> Batch:
 
 
 def read_texts(source: str | PathLike[str] | None = None, column: str = "text", split: str = "train") -> Iterator[str]:
-    """Texts one by one, read when asked for.
+    """Texts one by one, read lazily.
 
     Args:
         source: a ``.txt`` file (one text), a ``.jsonl`` file (an object with ``column`` per line), a ``.json`` file
@@ -229,7 +229,7 @@ def read_texts(source: str | PathLike[str] | None = None, column: str = "text", 
 
     Raises:
         UnknownNameError: for a column that does not exist.
-        GemmaScopeError: for a file that cannot be read, or a data set that cannot be had.
+        GemmaScopeError: for a file that cannot be read, or a data set that cannot be loaded.
     """
     return (_text_of(record, column) for record in read_records(source, split, column))
 
@@ -240,7 +240,7 @@ def read_records(
     """All columns of what :func:`read_texts` reads, record by record; a ``.txt`` file is one, with its ``column``.
 
     Raises:
-        GemmaScopeError: for a file that cannot be read, or a data set that cannot be had.
+        GemmaScopeError: for a file that cannot be read, or a data set that cannot be loaded.
     """
     path = HELD_OUT_TEXT if source is None else Path(source)
     kind = path.suffix.lower()
@@ -254,7 +254,7 @@ def read_records(
 
 def _content(path: Path) -> str:
     try:
-        content = path.read_text(encoding="utf-8-sig")  # editors on Windows write a mark first
+        content = path.read_text(encoding="utf-8-sig")  # editors on Windows begin files with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise GemmaScopeError(f"Cannot read {path} as UTF-8 text: {error}") from error
     if not content.strip():
@@ -271,7 +271,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             raise GemmaScopeError(f"{path} is not JSON: {error}") from error
         yield from (record if isinstance(record, dict) else {} for record in listed)
         return
-    for number, line in enumerate(content.split("\n"), 1):  # other separators may stand inside a JSON string
+    for number, line in enumerate(content.split("\n"), 1):  # splitlines() would split at separators inside JSON strings
         if not line.strip():
             continue
         try:
@@ -290,7 +290,7 @@ def _dataset(name: str, split: str) -> Iterator[dict[str, Any]]:
         yield from found
     except GemmaScopeError:
         raise
-    except Exception as error:  # the library raises whatever its readers and the network raise
+    except Exception as error:  # of the Hub, the network or a reader
         raise GemmaScopeError(
             f"Cannot read the data set {name!r}, split {split!r}: {error} (A file's name ends in .txt or .jsonl.)"
         ) from error

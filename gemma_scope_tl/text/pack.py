@@ -1,7 +1,7 @@
-"""Writing token rows: documents in, rows out, in bounded memory, and on from where an earlier try was stopped.
+"""Packing documents into token rows on disk, in bounded memory; a packing that was stopped is resumed.
 
-While it lasts, the rows are in a hidden file and ``progress.json`` says how far they are good. Only when everything is
-written and hashed does the file get its name, and then the manifest is written; without it nothing counts as finished.
+Until it is finished the rows are in a hidden file, and ``progress.json`` says how many of them are valid. When all are
+written and hashed the file gets its name, and the manifest is written last: without it nothing counts as finished.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from gemma_scope_tl.text.token_rows import (
     Request,
     TokenId,
     TokenRows,
+    cut_rows,
     header,
     read_manifest,
 )
@@ -39,18 +40,18 @@ from gemma_scope_tl.text.tokenizing import chat_wrapping, text_ids, without_bos
 
 PARTIAL_NAME, PROGRESS_NAME = ".tokens.partial", "progress.json"
 CHECKPOINT_SECONDS = 30.0
-_GO_ON = "Make room and pack again: where the documents come from files, it goes on from where it was."
+_GO_ON = "Make room and pack again: where the documents come from files, it resumes where it was."
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class Reached(Record):
-    """How far packing has come.
+    """How far packing has got.
 
     Attributes:
         request: what is packed.
-        documents: how many were read.
-        rows: how many are in the file.
+        documents: the number that were read.
+        rows: the number in the file.
         carry: tokens after the last whole row.
     """
 
@@ -118,7 +119,7 @@ class Packer:
         return reached
 
     def _rows(self, batch: Batch, carry: Ids, read: int) -> tuple[Ids, Ids]:
-        """Rows of a batch of documents, and what is left over for the next."""
+        """Rows of a batch of documents, and the tokens that are left over for the next."""
         documents = self._encode(batch, read)
         request = self.request
         if request.layout == "rows":
@@ -134,11 +135,7 @@ class Packer:
             return out, carry
         ends = np.array([request.eos], np.int32)
         stream = np.concatenate([carry, *(part for ids in documents for part in (ids, ends))])
-        body = request.context - 1
-        count = len(stream) // body
-        out = np.full((count, request.context), bos, np.int32)
-        out[:, 1:] = stream[: count * body].reshape(count, body)
-        return out, stream[count * body :]
+        return cut_rows(stream, request.context, bos)
 
     def _encode(self, batch: Batch, read: int) -> list[Ids]:
         """Ids of each document, without a leading BOS unless they came as ids and are rows."""
@@ -183,7 +180,7 @@ class Packer:
         return manifest
 
     def _reached(self) -> Reached:
-        """Where an earlier try at the same request came to; the beginning otherwise."""
+        """The progress of an earlier packing of the same request, otherwise the beginning."""
         try:
             text = (self.folder / PROGRESS_NAME).read_text(encoding="utf-8")
             found = Reached.model_validate_json(text)
@@ -234,7 +231,7 @@ def pack_tokens(
     limit_tokens: int | None = None,
     progress: bool = True,
 ) -> TokenRows:
-    """Rows of ``context`` tokens, in ``folder``; found again and not packed twice.
+    """Rows of ``context`` tokens in ``folder``, packed unless they are there already.
 
     Documents follow each other with EOS between, cut into rows that begin with BOS; what is left at the end is dropped
     (the rule of :func:`gemma_scope_tl.text.rows.pack_texts`). With ``chat``, a document is a row: BOS, the user's
@@ -242,14 +239,14 @@ def pack_tokens(
     token ids is packed likewise, without the BOS that documents begin with; but when its first row has ``context`` ids
     and begins with BOS, its rows are taken as they are.
 
-    A packing that was stopped goes on where it was; two processes may ask for the same folder, one of them packs. Where
-    documents come from an iterator, they can be told from others only by packing them again.
+    A packing that was stopped is resumed. Two processes may ask for the same folder; one of them packs. Documents that
+    come from an iterator are packed again, since nothing else identifies them.
 
     Args:
         data: see :func:`~gemma_scope_tl.text.documents.open_documents`; also for the next five.
         tokenizer: a Hugging Face tokenizer with BOS and EOS (padding, for chat).
         context: tokens in a row, BOS included.
-        folder: for these rows alone.
+        folder: of these rows; it holds nothing else.
         column, split, config, revision, streaming: of the dataset.
         chat: wrap documents as for an instruction-tuned model.
         limit_tokens: stop after as many whole rows as fit.
@@ -279,7 +276,7 @@ def pack_tokens(
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A sha256 of everything that decides which ids a text gets, special tokens around it apart."""
+    """A sha256 of everything that decides which ids a text gets, except for the special tokens around it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         parts: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
@@ -295,7 +292,7 @@ def _request(documents: Documents, tokenizer: Any, context: int, chat: bool, lim
         raise GemmaScopeError("Packing needs the model's tokenizer: it also says what BOS, EOS and padding are.")
     bos, eos, pad = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad"))
     if bos is None or (pad if chat else eos) is None:
-        raise GemmaScopeError(f"Rows need BOS and {'padding' if chat else 'EOS'}, and this tokenizer has not both.")
+        raise GemmaScopeError(f"Rows need BOS and {'padding' if chat else 'EOS'}, and this tokenizer lacks one.")
     prefix, suffix = chat_wrapping(tokenizer) if chat else ([], [])
     least = len(prefix) + len(suffix) + 2
     if context < least:

@@ -1,4 +1,4 @@
-"""Evaluation data as fixed rows of token ids."""
+"""Rows of token ids to measure on, in memory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
+from gemma_scope_tl.text.token_rows import cut_rows
 from gemma_scope_tl.text.tokenizing import pad_id, text_ids, without_bos
 from gemma_scope_tl.text.tokens import special_token_ids
 
@@ -24,12 +26,12 @@ def pack_texts(
 
     Args:
         tokenizer: of the model.
-        texts: read one by one, no more than needed.
+        texts: read one by one, as far as needed.
         context: tokens in a row.
-        limit: rows at most.
+        limit: the largest number of rows.
 
     Raises:
-        GemmaScopeError: when there is less text than one row, what is no text, no tokenizer, or a context below 2.
+        GemmaScopeError: less text than one row, what is not text, no tokenizer, or a context below 2.
     """
     if tokenizer is None:
         raise GemmaScopeError("The model has no tokenizer: give token ids instead of texts.")
@@ -42,17 +44,16 @@ def pack_texts(
         stream += [*without_bos(tokenizer, ids), tokenizer.eos_token_id]
         if limit is not None and len(stream) >= limit * body:
             break
-    rows = len(stream) // body if limit is None else min(limit, len(stream) // body)
-    if rows == 0:
+    rows, _ = cut_rows(np.array(stream), context, tokenizer.bos_token_id)
+    if not len(rows):
         raise GemmaScopeError(
             f"The texts hold {len(stream)} tokens, less than one row of {body}: give more, or a smaller context."
         )
-    packed = torch.tensor(stream[: rows * body]).view(rows, body)
-    return torch.cat([torch.full((rows, 1), tokenizer.bos_token_id), packed], dim=1)
+    return torch.from_numpy(rows[:limit])
 
 
 def as_rows(model: Any, data: Text, context: int, attention_mask: Any = None, limit: int | None = None) -> TokenBatch:
-    """Rows to measure on: texts packed by :func:`pack_texts`; anything else as it is, a row per text.
+    """Rows to measure on: texts packed by :func:`pack_texts`; anything else unchanged, a row for each text.
 
     Rows begin with their text in column 0, so that a column is a position in the text and no padding is attended to.
 
@@ -62,7 +63,7 @@ def as_rows(model: Any, data: Text, context: int, attention_mask: Any = None, li
             (:func:`~gemma_scope_tl.text.batch.as_batch`).
         context: tokens in a row of packed texts.
         attention_mask: of token ids, 1 at text.
-        limit: rows at most.
+        limit: the largest number of rows.
 
     Returns:
         Ids and mask on the CPU, padded on the right.
@@ -112,7 +113,7 @@ def special_ids(model: Any) -> tuple[int, ...]:
 
 
 def _told_apart(data: Any) -> tuple[Any, Iterable[str] | None]:
-    """Data that can be read again, and the texts where it holds texts."""
+    """Data that can be iterated over again, and its texts if it holds texts."""
     if isinstance(data, str):
         return data, [data]
     whole = isinstance(data, (torch.Tensor, TokenBatch, Mapping)) or not hasattr(data, "__iter__")
@@ -124,5 +125,5 @@ def _told_apart(data: Any) -> tuple[Any, Iterable[str] | None]:
     if first and isinstance(first[0], str):
         return data, chain(first, found)
     if first and isinstance(first[0], Mapping) and "role" not in first[0]:
-        return first, None  # records, of which there may be no end: refused by the first
+        return first, None  # perhaps endless records, which as_batch refuses at the first
     return ([*first, *found] if found is plain else plain), None

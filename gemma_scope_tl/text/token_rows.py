@@ -1,4 +1,4 @@
-"""Token rows on disk: what a run trains on, packed once and memory-mapped from then on.
+"""Token rows on disk: what a run trains on, packed once and memory-mapped.
 
 A folder holds ``tokens.safetensors`` (one int32 tensor ``tokens [rows, context]``, readable by anything that reads
 safetensors) and ``tokens.json``, which says what they were made from and their sha256, and is written last.
@@ -7,11 +7,10 @@ safetensors) and ``tokens.json``, which says what they were made from and their 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import file_sha256
 from gemma_scope_tl.text.tokens import special_mask
+from gemma_scope_tl.weights.safetensors_file import safetensors_header
 
 DATA_NAME, MANIFEST_NAME, TENSOR = "tokens.safetensors", "tokens.json", "tokens"
 HEADER_BYTES = 512
@@ -28,6 +28,7 @@ _CHUNK_ROWS = 4096
 
 Layout = Literal["packed", "rows", "chat"]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+Id = TypeVar("Id", bound=np.integer[Any])
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -41,14 +42,14 @@ class Request(Record):
     """What token rows are made from: equal requests give equal rows.
 
     Attributes:
-        source: which texts; None when they cannot be told (an iterator's).
+        source: identifies the texts; None where nothing does (those of an iterator).
         tokenizer: its fingerprint.
         context: tokens in a row.
         layout: ``"packed"`` (documents one after the other with EOS between), ``"chat"`` (a document a row, wrapped) or
             ``"rows"`` (rows that came tokenised with BOS, as they are).
         bos, eos, pad: ids of the special tokens; those that the tokenizer has.
         prefix, suffix: of chat: ids between BOS and the document, and after it.
-        limit_tokens: where packing stopped.
+        limit_tokens: after how many tokens packing stopped; None for all.
     """
 
     source: str | None
@@ -64,7 +65,7 @@ class Request(Record):
 
 
 class Manifest(Record):
-    """Everything known of finished token rows."""
+    """What is recorded of finished token rows."""
 
     format: Literal["gemma_scope_tl tokens"] = "gemma_scope_tl tokens"
     version: Literal[1] = 1
@@ -83,8 +84,8 @@ class TokenRows:
     """Rows of token ids ``[rows, context]``, each beginning with BOS.
 
     Attributes:
-        manifest: what they are.
-        folder: where they are, or None in memory.
+        manifest: what they were made from.
+        folder: where they are; None for rows in memory.
 
     >>> rows = TokenRows.from_ids(torch.tensor([[2, 7, 1], [2, 8, 9]]), special=(2, 1, 0))
     >>> len(rows), rows.kept.tolist()
@@ -102,12 +103,12 @@ class TokenRows:
         """Rows that :func:`~gemma_scope_tl.text.pack.pack_tokens` wrote.
 
         Args:
-            folder: theirs.
+            folder: where they were written.
             verify: read the whole file and compare its sha256; its size and header are compared always.
 
         Raises:
             GemmaScopeError: nothing finished is there; the manifest is damaged; the file is missing, truncated, or
-                another one.
+                a different one.
         """
         place = Path(folder)
         manifest = read_manifest(place)
@@ -140,7 +141,7 @@ class TokenRows:
 
         Args:
             tokens: ids.
-            special: ids of BOS, EOS and padding; None for those that there are not.
+            special: ids of BOS, EOS and padding; None for those that do not exist.
 
         Raises:
             GemmaScopeError: other shapes, or a row that does not begin with BOS.
@@ -171,7 +172,7 @@ class TokenRows:
 
     @property
     def sha256(self) -> str:
-        """Of the file: names these rows."""
+        """The sha256 of the file, which identifies these rows."""
         return self.manifest.sha256
 
     @property
@@ -188,7 +189,7 @@ class TokenRows:
 
     @cached_property
     def kept(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """How many positions of each row are trained on, ``[rows]``: one pass over the file, then remembered."""
+        """How many positions of each row are trained on, ``[rows]``; computed once, from the whole file."""
         first = 1 + len(self.manifest.request.prefix)
         counts = np.empty(len(self), np.int64)
         for at in range(0, len(self), _CHUNK_ROWS):
@@ -200,7 +201,7 @@ class TokenRows:
         return counts
 
     def kept_by_pass(self, batch_rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """How many activations every forward pass over ``batch_rows`` rows gives, from the tokens alone."""
+        """How many activations every forward pass over ``batch_rows`` rows gives, computed from the tokens."""
         if batch_rows < 1:
             raise GemmaScopeError(f"A forward pass takes one token row at least, not {batch_rows}.")
         return np.add.reduceat(self.kept, np.arange(0, len(self), batch_rows), dtype=np.int64)
@@ -218,18 +219,27 @@ class TokenRows:
             )
 
 
+def cut_rows(
+    stream: np.ndarray[Any, np.dtype[Id]], context: int, bos: int
+) -> tuple[np.ndarray[Any, np.dtype[Id]], np.ndarray[Any, np.dtype[Id]]]:
+    """Rows of BOS and ``context - 1`` consecutive ids ``[rows, context]``, and the ids that are left over."""
+    body = context - 1
+    count = len(stream) // body
+    rows = np.full((count, context), bos, stream.dtype)
+    rows[:, 1:] = stream[: count * body].reshape(count, body)
+    return rows, stream[count * body :]
+
+
 def header(rows: int, context: int) -> bytes:
     """The first block of a data file: a safetensors header, padded with spaces."""
-    entry = {"dtype": "I32", "shape": [rows, context], "data_offsets": [0, rows * context * 4]}
-    length = HEADER_BYTES - 8
-    return length.to_bytes(8, "little") + json.dumps({TENSOR: entry}).encode().ljust(length)
+    return safetensors_header({TENSOR: (torch.int32, (rows, context))}, size=HEADER_BYTES)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest in ``folder``, or None without one.
 
     Raises:
-        GemmaScopeError: naming the file and the first thing that is wrong.
+        GemmaScopeError: it cannot be read, or is not valid; the message names the file and the first error.
     """
     path = folder / MANIFEST_NAME
     try:

@@ -1,4 +1,4 @@
-"""Texts as token ids with one BOS, padded, and never cut without a word."""
+"""Texts as token ids with one BOS, padded, and never truncated silently."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.families import families
 
 Padded = tuple[torch.Tensor, torch.Tensor]
 """Ids and mask, both ``[batch, pos]``."""
@@ -31,14 +32,14 @@ def tokenize(
         texts: one or several.
         prepend_bos: None for the model's default, which is True; False leaves texts as they are.
         padding_side: ``"left"`` or ``"right"``, None for the tokenizer's.
-        truncate: what is done with a text longer than the context: True cuts it, None cuts it and warns, False leaves
-            it whole.
+        truncate: whether a text longer than the context is cut: True cuts it, None cuts it and warns, False leaves it
+            whole.
 
     Returns:
         Ids ``[batch, pos]`` on the CPU, and True at text.
 
     Raises:
-        GemmaScopeError: no tokenizer; what is no text, or no Unicode; no token at all.
+        GemmaScopeError: no tokenizer; what is not text, or not valid Unicode; no token at all.
     """
     tokenizer, several = getattr(model, "tokenizer", None), _listed(texts)
     rows = text_ids(tokenizer, several)
@@ -96,7 +97,7 @@ def text_ids(tokenizer: Any, texts: Sequence[Any]) -> list[list[int]]:
 
 
 def without_bos(tokenizer: Any, ids: list[int]) -> list[int]:
-    """``ids`` without the BOS that they may begin with: for whoever puts one there."""
+    """``ids`` without the BOS that they may begin with, for callers that add one."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return ids[1:] if bos is not None and ids[:1] == [bos] else ids
 
@@ -104,7 +105,7 @@ def without_bos(tokenizer: Any, ids: list[int]) -> list[int]:
 def rendered(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool | None) -> str:
     """Chat messages as the tokenizer's template writes them, BOS included where it does.
 
-    Without a choice the answer is opened where the last message is not the model's.
+    By default (None) the answer is opened where the last message is not the model's.
 
     Raises:
         GemmaScopeError: no template, or one that does not take these messages; a message without role or content.
@@ -121,12 +122,12 @@ def rendered(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: boo
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         return str(tokenizer.apply_chat_template(list(messages), **options))
-    except Exception as error:  # templates raise what they like, jinja2's errors and others
+    except Exception as error:  # templates may raise anything
         raise GemmaScopeError(f"The chat template does not take these messages: {error}") from error
 
 
 def check_messages(messages: Sequence[Any], template: str) -> None:
-    """Refuse messages of which a template would read nothing in silence; keys that it names itself are its own.
+    """Refuse messages of which a template would silently ignore a part; keys that it names itself are allowed.
 
     Raises:
         GemmaScopeError: a message without role or content, or with content that is neither text nor a list of parts.
@@ -157,13 +158,13 @@ def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "left") -> Padde
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id that padding has: EOS without a padding token, 0 without either."""
+    """The id of padding: EOS without a padding token, 0 without either."""
     found = [getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos")]
     return next((i for i in found if i is not None), 0)
 
 
 def too_long(model: Any, rows: Sequence[Sequence[int]] | torch.Tensor) -> str | None:
-    """What is to be said of the first row that is longer than the model's context; None where all fit."""
+    """The beginning of an error about the first row that is longer than the model's context; None where all fit."""
     context = int(model.cfg.n_ctx)
     long = next((number for number, row in enumerate(rows) if len(row) > context), None)
     if long is None:
@@ -172,7 +173,6 @@ def too_long(model: Any, rows: Sequence[Sequence[int]] | torch.Tensor) -> str | 
     return f"{which} {len(rows[long])} tokens, more than the model's context of {context}"
 
 
-START, END = "<start_of_turn>", "<end_of_turn>"
 _MARK = "DOCUMENT"
 
 
@@ -189,11 +189,12 @@ class Wrapping(NamedTuple):
 
 
 def chat_wrapping(tokenizer: Any) -> Wrapping:
-    """The ids around a user's turn: from the tokenizer's chat template, else from Gemma's own tokens.
+    """The ids around a user's turn: from the tokenizer's chat template, else from the turn tokens of the
+    first family whose tokens it knows.
 
     Raises:
         GemmaScopeError: a template that does not show where the document begins and ends; no template, and a tokenizer
-            that does not know Gemma's turn tokens.
+            that knows the turn tokens of no family.
     """
     if getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": _MARK}]
@@ -201,15 +202,27 @@ def chat_wrapping(tokenizer: Any) -> Wrapping:
         parts = text.removeprefix(tokenizer.bos_token or "").split(_MARK)
         if len(parts) != 2:
             raise GemmaScopeError(
-                f"The tokenizer's chat template renders a turn as {text!r}: no way to wrap documents."
+                f"The tokenizer's chat template renders a turn as {text!r}, in which the document cannot be found."
             )
     else:
-        known = tokenizer.get_vocab()
-        missing = [token for token in (START, END) if token not in known]
-        if missing:
-            raise GemmaScopeError(
-                f"This tokenizer has no chat template and does not know {' and '.join(missing)}: chat=True needs the "
-                "tokenizer of an instruction-tuned Gemma."
-            )
-        parts = [f"{START}user\n", f"{END}\n{START}model\n"]
+        start, end = _turn_tokens(tokenizer)
+        parts = [f"{start}user\n", f"{end}\n{start}model\n"]
     return Wrapping(*(tokenizer.encode(part, add_special_tokens=False) for part in parts))
+
+
+def turn_end_id(tokenizer: Any) -> int | None:
+    """The id of the token that ends a turn of a chat, in the first family whose token it is; None without one."""
+    known = tokenizer.get_vocab()
+    return next((known[family.turn_end] for family in families() if family.turn_end in known), None)
+
+
+def _turn_tokens(tokenizer: Any) -> tuple[str, str]:
+    known = tokenizer.get_vocab()
+    for family in families():
+        if family.turn_start in known and family.turn_end in known:
+            return family.turn_start, family.turn_end
+    tokens = [token for token in (families()[0].turn_start, families()[0].turn_end) if token not in known]
+    raise GemmaScopeError(
+        f"This tokenizer has no chat template and does not know {' and '.join(tokens)}: chat=True needs the tokenizer "
+        "of an instruction-tuned model."
+    )

@@ -1,7 +1,7 @@
-"""Which positions hold special tokens, and which token ids a hooked forward pass is looking at.
+"""Special tokens, padding, and the text that a forward pass has read.
 
-Gemma Scope was not trained on BOS, EOS or padding (paper, section 3.1): at those positions an SAE gives nonsense (a BOS
-token can activate thousands of latents), so splicing and metrics leave them alone.
+Gemma Scope was not trained on BOS, EOS or padding (paper, section 3.1), and there an SAE's output is meaningless (a BOS
+token can activate thousands of latents), so splicing and metrics leave these positions alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
 
 
 def excluded_choice(exclude: Any) -> bool | tuple[int, ...]:
-    """What ``exclude_special_tokens`` says, whatever it is given as: True, False, or token ids, sorted.
+    """The value of ``exclude_special_tokens``, given in any form: True, False, or token ids, sorted.
 
     Raises:
         SpliceError: for anything but a bool and an iterable of ids, such as one bare int, a mask, or a negative id.
@@ -107,7 +107,7 @@ def text_mask(tokens: Int[torch.Tensor, "batch pos"], tokenizer: Any) -> Bool[to
 def continued_mask(
     mask: Bool[torch.Tensor, "batch total"], ids: Int[torch.Tensor, "batch new"], tokenizer: Any
 ) -> Bool[torch.Tensor, "batch total"]:
-    """The mask of a text whose last columns are ``ids``, where a row may have been padding alone until then."""
+    """The mask of a text whose last columns are ``ids``; a row may have held nothing but padding before them."""
     before = mask.shape[1] - ids.shape[1]
     empty = ~mask[:, :before].any(dim=-1, keepdim=True)
     new = torch.where(empty, text_mask(ids, tokenizer), mask[:, before:])
@@ -115,7 +115,7 @@ def continued_mask(
 
 
 def attendable(mask: Bool[torch.Tensor, "batch pos"]) -> Bool[torch.Tensor, "batch pos"]:
-    """A mask for attention, which must find something: True all over in a row of padding alone."""
+    """A mask for attention, which needs one position at least: True throughout in a row of padding alone."""
     return mask | ~mask.any(dim=-1, keepdim=True)
 
 
@@ -131,7 +131,7 @@ class TextRead:
             all: new tokens follow on the last column, so padding on the right has to go to the left.
         whole: False where a key-value cache holds columns before these that are unknown.
         growing: whether it is the text of a generation, whose prompt stays the prompt.
-        by_column: whether the model numbered positions by column, padding included, as Hugging Face does unasked.
+        by_column: whether the model numbered positions by column, padding included, as Hugging Face does by default.
     """
 
     ids: Int[torch.Tensor, "batch total"] | None = None
@@ -143,7 +143,7 @@ class TextRead:
     by_column: bool = False
 
     def serves(self, batch: int, seen: int) -> bool:
-        """Whether a pass over ``batch`` rows can go on behind the first ``seen`` columns of this text."""
+        """Whether a pass over ``batch`` rows can continue behind the first ``seen`` columns of this text."""
         return self.ids is not None and self.whole and batch % self.ids.shape[0] == 0 and self.ids.shape[1] >= seen
 
     def mask_over(self, total: int, batch: int) -> Bool[torch.Tensor, "batch total"] | None:
@@ -154,7 +154,7 @@ class TextRead:
         return torch.nn.functional.pad(known, (0, total - known.shape[1]), value=True)
 
     def ends(self, ids: Int[torch.Tensor, "batch pos"], seen: int) -> bool:
-        """Whether ``ids`` are all that follows behind the first ``seen`` columns of this text."""
+        """Whether ``ids`` are exactly what follows the first ``seen`` columns of this text."""
         if self.ids is None or self.ids.shape[1] != seen + ids.shape[1] or not self.serves(ids.shape[0], seen):
             return False
         known = self.ids[:, seen:].repeat_interleave(ids.shape[0] // self.ids.shape[0], dim=0)
@@ -162,7 +162,14 @@ class TextRead:
 
 
 def joined_mask(ids: torch.Tensor, mask: torch.Tensor | None, before: TextRead, known_first: bool) -> torch.Tensor:
-    """The mask over all of ``ids`` from the one given and that of the text before."""
+    """The mask over all of ``ids``, from a given one and that of the text before.
+
+    Args:
+        ids: ``[batch, total]``, with the text before.
+        mask: over all of ``ids`` or its last columns; may be None.
+        before: the text before.
+        known_first: whether the mask of the text before counts more than the given one.
+    """
     batch, total = ids.shape
     known = before.mask_over(total, batch)
     if known_first and known is not None:

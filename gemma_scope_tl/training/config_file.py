@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from gemma_scope_tl.errors import TrainingStateError
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
-from gemma_scope_tl.registry.schema import error_text
+from gemma_scope_tl.registry.problems import error_text
 
 _MAX_EXTENDS = 8
 _A_SECTION, _A_WORD = "should be a section of keys", "should be a word"

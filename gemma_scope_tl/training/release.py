@@ -155,7 +155,7 @@ def write_release(folder: Path, saes: Sequence[TrainedSAE], shard: Shard = WHOLE
 
 def _release_arrays(sae: TrainedSAE) -> dict[str, Tensor]:
     """This process's part of the released arrays, in the file's order and layout."""
-    from gemma_scope_tl.sae.loading import scale_embedding
+    from gemma_scope_tl.sae.units import scale_embedding
 
     arrays = {key: value.detach().cpu().float().contiguous() for key, value in sae.arrays.items()}
     if get_site(sae.spec.place.site).joins == "embedding":  # released in the units of the embedding's rows

@@ -10,12 +10,12 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from gemma_scope_tl.errors import AdapterMismatch
+from gemma_scope_tl.families.gemma2 import GEMMA2
 from gemma_scope_tl.model.bridge import build_bridge
-from gemma_scope_tl.model.check import differences, self_check
+from gemma_scope_tl.model.check import differences, repair, self_check
 from gemma_scope_tl.model.hooked_transformer import build_hooked_transformer
 from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.model.plain import run_plain
-from gemma_scope_tl.model.repairs import repair
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import DEFAULT, random_gemma
 
@@ -116,7 +116,7 @@ WRONG: dict[str, Edit] = {
 
 
 def built(hf_model: Any, backend: str) -> Any:
-    model: Any = (build_bridge if backend == "bridge" else build_hooked_transformer)(hf_model, None, None)
+    model: Any = (build_bridge if backend == "bridge" else build_hooked_transformer)(hf_model, None, None, GEMMA2)
     repair(model)
     return model
 

@@ -14,6 +14,7 @@ from transformers import Gemma2ForSequenceClassification, Gemma2Model, Generatio
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import AdapterError, DeviceError, UnknownNameError
+from gemma_scope_tl.families.gemma2 import GEMMA2
 from gemma_scope_tl.model import loading
 from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
@@ -121,8 +122,8 @@ def test_devices_are_checked_before_anything_is_loaded(device: Any, monkeypatch:
         raise AssertionError("nothing should be loaded")
 
     monkeypatch.setattr(loading, "_load_config", refuse)
-    monkeypatch.setattr("gemma_scope_tl.sae.loading.fetch", refuse)
-    monkeypatch.setattr("gemma_scope_tl.sae.loading.load_arrays", refuse)
+    monkeypatch.setattr("gemma_scope_tl.sae.reading.fetch", refuse)
+    monkeypatch.setattr("gemma_scope_tl.sae.reading.load_arrays", refuse)
     arrays = {"W_enc": torch.zeros(2, 4)}
     calls: list[Callable[..., Any]] = [
         lambda **k: load_model("bundled", **k),
@@ -227,7 +228,7 @@ def test_the_machines_faults_are_not_the_files(tmp_path: Path, monkeypatch: pyte
 )
 def test_the_name_that_saes_know_a_model_by(name: str, model_id: str | None) -> None:
     config = {"num_hidden_layers": 26, "hidden_size": 2304, "num_attention_heads": 8, "head_dim": 256}
-    assert loading._model_id(name, name, config, given=False) == model_id
+    assert loading._model_id(name, name, GEMMA2, config, given=False) == model_id
 
 
 def test_a_small_model_in_a_folder_with_a_large_ones_name_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -249,7 +250,7 @@ def test_a_name_with_hf_model_says_which_model_it_is() -> None:
 @pytest.mark.parametrize(("model", "layer", "width"), [("2b", 20, "16k"), ("9b", 20, "16k"), ("27b", 22, "131k")])
 def test_the_sizes_of_the_named_models_are_those_of_their_saes(model: str, layer: int, width: str) -> None:
     row = gs.registry.find(f"gemma-2-{model}", "res", layer, width, "canonical")
-    assert row.d_in == loading._DIMS[model].d_model
+    assert row.d_in == GEMMA2.sizes[f"gemma-2-{model}"].dims.d_model
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

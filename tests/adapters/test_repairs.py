@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from gemma_scope_tl.errors import AdapterMismatch
+from gemma_scope_tl.families.gemma2 import GEMMA2
 from gemma_scope_tl.model.bridge import GemmaBridge, build_bridge
+from gemma_scope_tl.model.check import attention_fills_cache, repair
 from gemma_scope_tl.model.loading import load_model
-from gemma_scope_tl.model.repairs import attention_fills_cache, repair
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import random_gemma, random_tokens
 
@@ -41,7 +42,7 @@ def test_generation_is_right_whether_checked_or_not(check: bool, backend: str) -
 
 
 def test_a_repair_is_made_only_where_the_defect_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    untouched = build_bridge(random_gemma(), None, None)
+    untouched = build_bridge(random_gemma(), None, None, GEMMA2)
     broken = not attention_fills_cache(untouched)
     model = load_model(hf_model=random_gemma(), check=False)
     assert len(model.fixes) == int(broken)
@@ -52,7 +53,7 @@ def test_a_repair_is_made_only_where_the_defect_is_seen(monkeypatch: pytest.Monk
 
 
 def test_a_defect_that_stays_is_an_error_without_a_check_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    if attention_fills_cache(build_bridge(random_gemma(), None, None)):
+    if attention_fills_cache(build_bridge(random_gemma(), None, None, GEMMA2)):
         pytest.skip("the installed transformer-lens reads transformers' cache: there is no defect to leave")
     monkeypatch.setattr(GemmaBridge, "read_cache_kwarg", lambda self: None)
     with pytest.raises(AdapterMismatch, match="key-value cache"):

@@ -16,9 +16,9 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE as StockJumpReLU
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.files import file_sha256
-from gemma_scope_tl.model.attached import locate
-from gemma_scope_tl.model.check import relative_difference
+from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.sae import sparse_ops as ops
+from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.hooked_pass import hooked_pass
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.sparse import encode_sparse

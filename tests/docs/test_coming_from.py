@@ -16,7 +16,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from transformers import Gemma2ForCausalLM
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.model.check import relative_difference
+from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sites import BACKENDS, flatten_heads, get_site
 from tests.docs.blocks import ROOT, Block, blocks_of

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from gemma_scope_tl.model.check import relative_difference, site_differences
-from gemma_scope_tl.model.plain import Reference, run_reference
+from gemma_scope_tl.model.check import site_hooks
+from gemma_scope_tl.model.plain import Reference, relative_difference, run_reference
 from gemma_scope_tl.sites import BACKENDS, SITES, get_site
 from tests.helpers import CONFIGS, hooked, random_gemma, random_tokens
 
@@ -18,6 +20,20 @@ TOLERANCE = {
     ("hooked_transformer", torch.float32): 5e-6,
     ("hooked_transformer", torch.bfloat16): 6e-2,
 }
+
+
+@torch.no_grad()
+def site_differences(model: Any, reference: Reference) -> dict[str, float]:
+    """Relative difference from one plain pass, of the logits and of every site and layer, by hook name."""
+    seen: dict[str, torch.Tensor] = {}
+    names = site_hooks(model, reference.sites)
+    keep = [(name, lambda value, hook, name=name: seen.__setitem__(name, value)) for name in names.values()]
+    logits = model.run_with_hooks(reference.tokens, fwd_hooks=keep)
+    found = {"logits": relative_difference(logits, reference.logits)}
+    for key, name in names.items():
+        wanted = reference.sites[key]
+        found[name] = relative_difference(seen[name].reshape(wanted.shape), wanted) if name in seen else float("inf")
+    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

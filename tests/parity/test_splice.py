@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.model.check import relative_difference
 from gemma_scope_tl.model.loading import load_model
+from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.sites import BACKENDS, get_site
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 

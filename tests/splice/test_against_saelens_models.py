@@ -13,7 +13,7 @@ from transformer_lens.factories.architecture_adapter_factory import Architecture
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
-from gemma_scope_tl.model.check import relative_difference
+from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.sites import BACKENDS, get_site
 from tests.helpers import hooked, random_gemma, random_tokens
 

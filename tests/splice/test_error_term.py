@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma_scope_tl.model.check import relative_difference
+from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 

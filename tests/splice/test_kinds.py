@@ -12,7 +12,7 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAECon
 from sae_lens.saes.sae import SAEMetadata
 
 from gemma_scope_tl.errors import SpliceError, UnknownNameError
-from gemma_scope_tl.model.check import relative_difference
+from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.sites import BACKENDS, flatten_heads, get_site
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 from tests.parity.test_splice import by_hand

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.model.check import relative_difference
+from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.model.splicing import splice
 from gemma_scope_tl.sites import BACKENDS, flatten_heads
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens

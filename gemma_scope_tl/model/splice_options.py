@@ -1,0 +1,110 @@
+"""How SAEs are spliced: the keywords that ``splice`` and the methods of a model share, and their checked values."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from gemma_scope_tl.errors import KeywordError, unknown_keyword
+from gemma_scope_tl.model.positions import Positions
+from gemma_scope_tl.sae.choices import checked_positions
+from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_choice
+
+
+class SpliceKeywords(TypedDict, total=False):
+    """The keywords of a splice, all of them optional.
+
+    The first four may also follow the SAEs by position, in this order, as in SAELens.
+
+    Attributes:
+        error_term: add what the SAE misses, so that the pass is unchanged until a latent is edited. None keeps the
+            SAE's own setting.
+        exclude_special_tokens: leave BOS, EOS and padding alone (True, the default), or the given token ids, or none.
+        positions: splice only there; they count in the text (:mod:`gemma_scope_tl.model.positions`), through padding
+            and in every step of generation. None for all.
+        chain: where another SAE writes already, read that SAE's output and write after it, under the hook names
+            ``<hook>.1.hook_sae_acts_post`` and so on.
+        use_error_term: SAELens's name for ``error_term``.
+    """
+
+    error_term: bool | None
+    exclude_special_tokens: ExcludeTokens
+    positions: Positions
+    chain: bool
+    use_error_term: bool | None
+
+
+OPTIONS = tuple(SpliceKeywords.__annotations__)
+_OF_METHODS = ("saes", "reset_saes_end", *OPTIONS)
+
+
+@dataclass(frozen=True)
+class SpliceOptions:
+    """The checked values of :class:`SpliceKeywords`, with its defaults.
+
+    Raises:
+        SpliceError: for what are no positions or no choice of tokens.
+    """
+
+    error_term: bool | None = None
+    exclude_special_tokens: ExcludeTokens = True
+    positions: Positions = None
+    chain: bool = False
+
+    def __post_init__(self) -> None:
+        checked_positions(self.positions)
+        choice = excluded_choice(self.exclude_special_tokens)  # an iterator is read once, for all SAEs
+        object.__setattr__(self, "exclude_special_tokens", choice)
+
+    @classmethod
+    def of(
+        cls,
+        function: str,
+        keywords: Mapping[str, Any],
+        by_position: tuple[Any, ...] = (),
+        others: tuple[str, ...] = (),
+    ) -> SpliceOptions:
+        """The options of a call that takes no other keywords.
+
+        Args:
+            function: its name, for errors.
+            keywords: what was given by name.
+            by_position: what was given after the SAEs.
+            others: further keywords of the function, for hints.
+
+        Raises:
+            UnknownKeywordError: a ``TypeError``, for another keyword.
+            KeywordError: a ``TypeError``, for two values of the error term, which has two names.
+            TypeError: too many values, or one given twice.
+        """
+        for name in keywords:
+            if name not in OPTIONS:
+                raise unknown_keyword(function, name, (*others, *OPTIONS))
+        if len(by_position) >= len(OPTIONS):
+            raise TypeError(f"{function}() takes {len(OPTIONS) - 1} options by position at most.")
+        given = dict(zip(OPTIONS, by_position, strict=False))
+        if twice := given.keys() & keywords.keys():
+            raise TypeError(f"{function}() got two values for {sorted(twice)[0]!r}.")
+        given |= keywords
+        first, second = given.pop("error_term", None), given.pop("use_error_term", None)
+        if first is not None and second is not None and bool(first) != bool(second):
+            raise KeywordError(
+                f"{function}() got error_term={first!r} and use_error_term={second!r}, which are two names of one "
+                "option: give one."
+            )
+        return cls(second if first is None else first, **given)
+
+    @classmethod
+    def taken_from(cls, keywords: dict[str, Any], function: str) -> SpliceOptions:
+        """The options of a call whose other keywords are for a forward pass; they are taken out of ``keywords``.
+
+        Raises:
+            UnknownKeywordError: for a keyword that looks like a misspelt option. Others are for the pass to judge.
+            KeywordError: as :meth:`of`.
+        """
+        for name in keywords.keys() - {"position_ids"}:  # a keyword of Hugging Face's, and near to "positions"
+            if name not in OPTIONS and difflib.get_close_matches(name, _OF_METHODS, n=1, cutoff=0.8):
+                raise unknown_keyword(function, name, _OF_METHODS)
+        return cls.of(function, {name: keywords.pop(name) for name in OPTIONS if name in keywords})

@@ -1,0 +1,119 @@
+"""What other rooms ask of an SAE, of SAELens or of this package, or of a few loaded latents: where it belongs, decoder
+rows and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+
+from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.families import Family, family_of_model
+from gemma_scope_tl.sae.arguments import as_indices
+from gemma_scope_tl.sae.choices import bring
+from gemma_scope_tl.sae.latents import Latents
+from gemma_scope_tl.sites import Site, get_site, site_of_hook
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+    SAEOrLatents = SAE[Any] | Latents
+
+
+def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int | None]:
+    """The site and layer that an SAE, a transcoder or loaded latents belong to.
+
+    An SAE of this package says so itself; one of SAELens's own names hooks in its metadata.
+
+    Args:
+        sae: an SAE or latents.
+        family: whose site it is; None for the family of the model that the SAE was trained on, or where that is unknown
+            the first family that has the site.
+
+    Raises:
+        SpliceError: when it does not say.
+        UnknownNameError: for a site or a hook that does not exist.
+    """
+    name = getattr(sae, "site", None)
+    if name is not None:
+        if family is None:
+            trained_on = family_of_model(getattr(sae, "model_name", None))
+            family = trained_on if name in trained_on.sites else None
+        return get_site(name, family), getattr(sae, "layer", None)
+    if isinstance(sae, Latents):
+        raise SpliceError("These latents do not say where they belong: give them a site and a layer.")
+    hook = sae.cfg.metadata.hook_name
+    if hook is None:
+        raise SpliceError("This SAE does not say where it belongs: load it with site= and layer=.")
+    return site_of_hook(hook, sae.cfg.metadata.hook_name_out, family)
+
+
+def chosen_latents(sae: SAEOrLatents, latents: int | Iterable[int]) -> list[int]:
+    """Indices of latents as a list, checked against what ``sae`` has.
+
+    Raises:
+        SpliceError: for no latent at all, one that does not exist, or one that is given twice.
+        UnknownNameError: for a latent that is not among the loaded ones.
+    """
+    from gemma_scope_tl.sae.base import checked_latents
+
+    if not isinstance(sae, Latents):
+        return checked_latents(latents, sae.cfg.d_sae)
+    chosen = as_indices(latents)
+    for latent in chosen:
+        sae.position(latent)
+    return checked_latents(chosen, max(chosen, default=0) + 1)
+
+
+def decoder_rows(sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "k d_out"]:
+    """The decoder rows of some latents, through which gradients flow."""
+    return sae.decoder_rows(latents) if isinstance(sae, Latents) else sae.W_dec[latents]
+
+
+def encode_latents(
+    sae: SAEOrLatents, x: Float[torch.Tensor, "... d_in"], latents: list[int] | None = None
+) -> Float[torch.Tensor, "... k"]:
+    """Activations of some latents (None for all that ``sae`` has) on ``x``, heads flattened.
+
+    Hooks on the SAE's own points do not fire, because caches and edits of an attached SAE are about the model's pass.
+    ``sae`` moves to the device of ``x``, in place.
+
+    Raises:
+        SpliceError: for loaded latents without encoder columns.
+    """
+    from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
+
+    from gemma_scope_tl.sae.base import GemmaScopeMixin
+
+    bring(sae, x.device)
+    if isinstance(sae, Latents):
+        acts = sae.encode(x)
+        return acts if latents is None else acts[..., [sae.position(latent) for latent in latents]]
+    if isinstance(sae, GemmaScopeMixin) and latents is not None:
+        return sae.encode(x, latents=latents)
+    with flat_heads(sae), _disable_hooks(sae):
+        acts = sae.encode(x.to(sae.dtype))
+    return acts if latents is None else acts[..., latents]
+
+
+def decode_with_skip(sae: SAE[Any], acts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The whole output for latents ``acts`` of ``x``: ``decode`` leaves out what a skip transcoder adds to them."""
+    out = sae.decode(acts)
+    w_skip = getattr(sae, "W_skip", None)
+    return out if w_skip is None else out + x.to(out.dtype) @ w_skip.T
+
+
+@contextmanager
+def flat_heads(sae: Any) -> Generator[None]:
+    """Inside the block, SAELens's own SAEs at attention heads take ``[..., n_heads * d_head]`` as this package's do."""
+    reshapes = bool(getattr(sae, "hook_z_reshaping_mode", False))
+    if reshapes:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        if reshapes:
+            sae.turn_on_forward_pass_hook_z_reshaping()
