@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import fsspec
 
@@ -32,92 +32,100 @@ def unfinished(name: str) -> str:
     return f"{name}.unfinished"
 
 
-class OpenFile(Protocol):
-    """A file being written from its beginning to its end, and hashed as it goes."""
+class LocalFile:
+    """A file that has another name until it is whole.
+
+    A store is larger than memory, so its pages would evict everything else from the page cache: they are dropped as the
+    file grows, which also makes the system start to write them. Writing 2 GiB with their sha256 (two cores, a virtual
+    disk) takes 3.1 s this way, as much as with ``O_DIRECT`` and threads, and 4.9 s where all pages wait for ``fsync``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._temporary = path, path.with_name(unfinished(path.name))
+        self._digest, self._at, self._dropped = hashlib.sha256(), 0, 0
+        with writing(path, _REMEDY):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 
     def write(self, data: memoryview) -> None:
         """Append bytes."""
-        ...
+        with writing(self._path, _REMEDY):
+            for done in range(0, len(data), CHUNK):
+                chunk = data[done : done + CHUNK]
+                self._digest.update(chunk)
+                while len(chunk):
+                    count = os.pwrite(self._handle, chunk, self._at)
+                    chunk, self._at = chunk[count:], self._at + count
+                if self._at - self._dropped >= _CACHED:
+                    self._drop_pages()
 
     def commit(self) -> str:
         """Make the file whole and visible, and return its sha256."""
-        ...
+        with writing(self._path, _REMEDY):
+            os.fsync(self._handle)
+            self._drop_pages()
+            self._close()
+            self._temporary.replace(self._path)
+            sync_folder(self._path.parent)
+        return self._digest.hexdigest()
 
     def abort(self) -> None:
-        """Leave nothing behind."""
-        ...
+        """Remove what was written."""
+        self._close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _drop_pages(self) -> None:
+        if hasattr(os, "posix_fadvise"):  # macOS has none
+            os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._dropped = self._at
+
+    def _close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
 
 
-class Folder(Protocol):
-    """Files by their names relative to the folder, with ``/`` between."""
+class RemoteFile:
+    """A file behind fsspec, with the methods of :class:`LocalFile`."""
 
-    def url(self, name: str = "") -> str:
-        """What to call a file in messages."""
-        ...
+    def __init__(self, file: Any, url: str, remove: Callable[[], None]) -> None:
+        self._file, self._url, self._remove, self._digest = file, url, remove, hashlib.sha256()
 
-    def sizes(self, below: str) -> dict[str, int]:
-        """Bytes of the files in a folder, by file name; none when there is no such folder."""
-        ...
+    def write(self, data: memoryview) -> None:
+        with writing(self._url, _REMEDY):
+            for done in range(0, len(data), CHUNK):
+                self._file.write(data[done : done + CHUNK])
+                self._digest.update(data[done : done + CHUNK])
 
-    def read(self, name: str) -> bytes | None:
-        """A small file, or None when there is none."""
-        ...
+    def commit(self) -> str:
+        with writing(self._url, _REMEDY):
+            self._file.close()
+        return self._digest.hexdigest()
 
-    def read_into(self, name: str, start: int, view: memoryview) -> None:
-        """Fill ``view`` from byte ``start`` on; a file that ends before raises."""
-        ...
-
-    def put(self, name: str, data: bytes) -> None:
-        """Write a small file, whole or not at all."""
-        ...
-
-    def create(self, name: str) -> OpenFile:
-        """Begin a large file."""
-        ...
-
-    def remove(self, name: str) -> None:
-        """Delete a file or a folder if it is there."""
-        ...
-
-    def free(self) -> int | None:
-        """Bytes that can still be written, None where that is unknown, as in object stores."""
-        ...
-
-    def lock(self, name: str) -> AbstractContextManager[None]:
-        """Hold a lock that other processes cannot take, released when this one ends. Object stores have no locks, so
-        there nothing is held."""
-        ...
-
-
-def open_folder(path: str | os.PathLike[str]) -> Folder:
-    """The folder at a path or an fsspec URL (``s3://…``, ``memory://…``, ``file://…``). Nothing is made yet.
-
-    Raises:
-        GemmaScopeError: no such protocol, or its package is not installed.
-    """
-    try:
-        fs, root = fsspec.url_to_fs(os.fspath(path))  # pyright: ignore[reportPrivateImportUsage]
-    except (ValueError, ImportError) as error:
-        raise GemmaScopeError(f"{path} cannot be opened by fsspec: {error}") from error
-    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    return LocalFolder(Path(root)) if protocols & {"file", "local"} else RemoteFolder(fs, str(root))
+    def abort(self) -> None:
+        with suppress(Exception):  # what remains is in no manifest, and the next attempt overwrites it
+            self._file.close()
+            self._remove()
 
 
 class LocalFolder:
-    """A folder on this machine."""
+    """A folder on this machine. Files are named by their paths relative to it, with ``/`` between the parts."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def url(self, name: str = "") -> str:
+        """The name of a file in messages."""
         return str(self.root / name)
 
     def sizes(self, below: str) -> dict[str, int]:
+        """Bytes of the files in a folder, by file name; empty if there is no such folder."""
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / below) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         return {}
 
     def read(self, name: str) -> bytes | None:
+        """The content of a small file, or None if there is none."""
         try:
             return (self.root / name).read_bytes()
         except FileNotFoundError:
@@ -126,6 +134,7 @@ class LocalFolder:
             raise _unreadable(self.url(name), error) from error
 
     def read_into(self, name: str, start: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes from ``start`` on; a file that ends before raises."""
         try:
             handle = os.open(self.root / name, os.O_RDONLY)
             try:
@@ -141,12 +150,15 @@ class LocalFolder:
             raise _unreadable(self.url(name), error) from error
 
     def put(self, name: str, data: bytes) -> None:
+        """Write a small file, whole or not at all."""
         write_atomically(self.root / name, data)
 
-    def create(self, name: str) -> OpenFile:
-        return _LocalFile(self.root / name)
+    def create(self, name: str) -> LocalFile:
+        """Begin a large file."""
+        return LocalFile(self.root / name)
 
     def remove(self, name: str) -> None:
+        """Delete a file or a folder if it is there."""
         path = self.root / name
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -154,11 +166,13 @@ class LocalFolder:
             path.unlink(missing_ok=True)
 
     def free(self) -> int | None:
+        """Bytes that can still be written; None where that is unknown, as in object stores."""
         there = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.exists())
         return shutil.disk_usage(there).free
 
     @contextmanager
     def lock(self, name: str) -> Generator[None]:
+        """Hold a lock that no other process can take; the system releases it if this one is killed."""
         path = self.root / name
         with writing(path, _REMEDY):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +188,7 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A folder behind fsspec."""
+    """A folder that fsspec reaches, with the methods of :class:`LocalFolder`. There are no locks."""
 
     def __init__(self, fs: Any, root: str) -> None:
         self.fs, self.root = fs, root.rstrip("/")
@@ -216,10 +230,10 @@ class RemoteFolder:
             self.fs.makedirs(self.fs._parent(self._path(name)), exist_ok=True)
             self.fs.pipe_file(self._path(name), data)
 
-    def create(self, name: str) -> OpenFile:
+    def create(self, name: str) -> RemoteFile:
         with writing(self.url(name), _REMEDY):
             self.fs.makedirs(self.fs._parent(self._path(name)), exist_ok=True)
-            return _RemoteFile(self.fs.open(self._path(name), "wb"), self.url(name), lambda: self.remove(name))
+            return RemoteFile(self.fs.open(self._path(name), "wb"), self.url(name), lambda: self.remove(name))
 
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
@@ -235,75 +249,22 @@ class RemoteFolder:
         return f"{self.root}/{name}".rstrip("/")
 
 
-class _LocalFile:
-    """A file that has another name until it is whole.
+Folder = LocalFolder | RemoteFolder
+OpenFile = LocalFile | RemoteFile
 
-    A store is larger than memory, so its pages would evict everything else from the page cache: they are dropped as the
-    file grows, which also makes the system start to write them. Writing 2 GiB with their sha256 (two cores, a virtual
-    disk) takes 3.1 s this way, as much as with ``O_DIRECT`` and threads, and 4.9 s where all pages wait for ``fsync``.
+
+def open_folder(path: str | os.PathLike[str]) -> Folder:
+    """The folder at a path or an fsspec URL (``s3://…``, ``memory://…``, ``file://…``). Nothing is made yet.
+
+    Raises:
+        GemmaScopeError: no such protocol, or its package is not installed.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._temporary = path, path.with_name(unfinished(path.name))
-        self._digest, self._at, self._dropped = hashlib.sha256(), 0, 0
-        with writing(path, _REMEDY):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-
-    def write(self, data: memoryview) -> None:
-        with writing(self._path, _REMEDY):
-            for done in range(0, len(data), CHUNK):
-                chunk = data[done : done + CHUNK]
-                self._digest.update(chunk)
-                while len(chunk):
-                    count = os.pwrite(self._handle, chunk, self._at)
-                    chunk, self._at = chunk[count:], self._at + count
-                if self._at - self._dropped >= _CACHED:
-                    self._drop_pages()
-
-    def commit(self) -> str:
-        with writing(self._path, _REMEDY):
-            os.fsync(self._handle)
-            self._drop_pages()
-            self._close()
-            self._temporary.replace(self._path)
-            sync_folder(self._path.parent)
-        return self._digest.hexdigest()
-
-    def abort(self) -> None:
-        self._close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _drop_pages(self) -> None:
-        if hasattr(os, "posix_fadvise"):  # macOS has none
-            os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        self._dropped = self._at
-
-    def _close(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
-
-
-class _RemoteFile:
-    def __init__(self, file: Any, url: str, remove: Callable[[], None]) -> None:
-        self._file, self._url, self._remove, self._digest = file, url, remove, hashlib.sha256()
-
-    def write(self, data: memoryview) -> None:
-        with writing(self._url, _REMEDY):
-            for done in range(0, len(data), CHUNK):
-                self._file.write(data[done : done + CHUNK])
-                self._digest.update(data[done : done + CHUNK])
-
-    def commit(self) -> str:
-        with writing(self._url, _REMEDY):
-            self._file.close()
-        return self._digest.hexdigest()
-
-    def abort(self) -> None:
-        with suppress(Exception):  # what remains is in no manifest, and the next attempt overwrites it
-            self._file.close()
-            self._remove()
+    try:
+        fs, root = fsspec.url_to_fs(os.fspath(path))  # pyright: ignore[reportPrivateImportUsage]
+    except (ValueError, ImportError) as error:
+        raise GemmaScopeError(f"{path} cannot be opened by fsspec: {error}") from error
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    return LocalFolder(Path(root)) if protocols & {"file", "local"} else RemoteFolder(fs, str(root))
 
 
 def _unreadable(url: str, error: OSError) -> GemmaScopeError:

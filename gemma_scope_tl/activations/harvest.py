@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError, unknown_name
 from gemma_scope_tl.model.splicing import SpliceMixin
-from gemma_scope_tl.sites import Place, flatten_heads, get_site
+from gemma_scope_tl.sites import BACKENDS, Place, flatten_heads
 
 if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
@@ -53,7 +53,7 @@ class Harvester:
         self.widths: Mapping[Place, int] = {}
         self._points: dict[Place, Any] = {}
         for place in places:
-            site = get_site(place.site)
+            site = model.family.site(place.site)
             site.check_layer(place.layer, model.dims)
             self.widths[place] = site.d_in(model.dims)
             self._points[place] = model.site_hook_point(site.hook_name(place.layer, model.backend))
@@ -110,10 +110,13 @@ class Harvester:
 
     def _forward(self, tokens: torch.Tensor) -> None:
         model: Any = self.model
-        if model.backend == "bridge":
-            model.original_model.model(input_ids=tokens, use_cache=False)
-        else:  # without a mask, HookedTransformer would take padding on the right for padding on the left
-            model(tokens, stop_at_layer=model.dims.n_layers, attention_mask=torch.ones_like(tokens))
+        match model.backend:
+            case "bridge":
+                model.original_model.get_submodule(model.family.decoder)(input_ids=tokens, use_cache=False)
+            case "hooked_transformer":  # without a mask it would take padding on the right for padding on the left
+                model(tokens, stop_at_layer=model.dims.n_layers, attention_mask=torch.ones_like(tokens))
+            case _:
+                raise unknown_name("backend", model.backend, BACKENDS)
 
     def _check(self, tokens: torch.Tensor, keep: torch.Tensor) -> None:
         if self.model.acts_to_saes:

@@ -189,26 +189,24 @@ class Manifest(_Record):
         return self
 
 
-def parse_record(kind: type[_R], data: bytes, url: str) -> _R:
-    """A record from its JSON.
+def read_record(kind: type[_R], folder: Folder, name: str) -> _R | None:
+    """A record from its JSON in a folder, or None if there is no such file.
 
     Raises:
-        GemmaScopeError: the JSON is not such a record; the message names ``url`` and the first error.
+        GemmaScopeError: the file is not such a record; the message names it and the first error.
     """
+    data = folder.read(name)
+    if data is None:
+        return None
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][:4])
         raise GemmaScopeError(
-            f"{url} is corrupt, or not written by this version: {where + ': ' if where else ''}{first['msg']}."
+            f"{folder.url(name)} is corrupt, or not written by this version: {where + ': ' if where else ''}"
+            f"{first['msg']}."
         ) from error
-
-
-def read_record(kind: type[_R], folder: Folder, name: str) -> _R | None:
-    """A record from a folder, or None when it is not there."""
-    data = folder.read(name)
-    return None if data is None else parse_record(kind, data, folder.url(name))
 
 
 def to_json(record: BaseModel) -> bytes:

@@ -1,7 +1,7 @@
 """This package's releases for stock SAELens: ``sae_lens.SAE.from_pretrained(release, id)`` finds them.
 
-SAELens has no way to add a release, but its directory is one dict, made once and handed out as it is, and its loaders
-are found by name in two more. Entries are added to these three; nothing that SAELens put there is changed.
+SAELens has no function that adds a release, but its directory is one dict that is made once and shared, and its loaders
+are found by name in two more. Entries are added to these three; none of SAELens's own are changed.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def load_for_sae_lens(
     """A loader in SAELens's shape: configuration, parameters on ``device``, and no sparsity.
 
     Args:
-        repo_id: unused; the registry row knows.
-        folder_name: the SAE's id.
+        repo_id: unused; the registry row has it.
+        folder_name: the id of the SAE.
         device: where the parameters go.
-        force_download: unused; a cached file is one that passed its checks.
+        force_download: unused, since a cached file has passed its checks.
         cfg_overrides: from the directory's entry; holds the release.
     """
     from gemma_scope_tl.sae.loading import load_row
@@ -70,7 +70,7 @@ def load_for_sae_lens(
     overrides = dict(cfg_overrides or {})
     row = resolve(overrides.pop(_RELEASE_KEY), folder_name)
     sae = load_row(row, device=device, dtype=overrides.get("dtype", "float32"))
-    overrides.pop("neuronpedia_id", None)  # the row's own stands in the metadata
+    overrides.pop("neuronpedia_id", None)  # the metadata have that of the row
     cfg = {**sae.cfg.to_dict(), **overrides, "device": device}
     return cfg, dict(sae.state_dict()), None
 
@@ -96,7 +96,7 @@ def _lookup(name: str) -> PretrainedSAELookup:
         repo_id=release.rows[0].repo,
         model=release.model,
         conversion_func=LOADER_NAME,
-        saes_map={id_: id_ for id_ in ids},  # the loader gets the value, and an id says more than its folder
+        saes_map={id_: id_ for id_ in ids},  # SAELens passes the value to the loader as folder_name
         expected_var_explained=dict.fromkeys(ids, _UNKNOWN),
         expected_l0={id_: row.l0 or _UNKNOWN for id_, row in ids.items()},
         neuronpedia_id=cast("dict[str, str]", {id_: row.neuronpedia for id_, row in ids.items()}),

@@ -1,15 +1,15 @@
-"""Other evaluations on this package's SAEs and models: SAELens's ``run_evals`` on given tokens.
+"""SAELens's ``run_evals`` on this package's SAEs and models, with given tokens.
 
-It is handed our objects as they are. What it reports is renamed to the columns of
-:func:`~gemma_scope_tl.evals.suite.evaluate` where both measure the same, which ``tests/evals/test_bridges.py`` shows:
+Its metrics have the names of :func:`~gemma_scope_tl.evals.suite.evaluate` where both measure the same, as
+``tests/evals/test_bridges.py`` asserts:
 
 - ``l0``, ``fvu`` (1 - its explained variance), ``loss_clean`` and ``loss_spliced`` are equal up to rounding, on tokens
-  without EOS inside. With EOS, ``run_evals`` also counts predictions *of* it, which the paper masks;
-- its ablated loss sets the whole site to zero, BOS too, which a splice leaves alone, so its CE score compares a splice
-  with an ablation of other positions; its KL takes in the last position, which has no next token. Both stay under
+  without EOS inside. With EOS, ``run_evals`` also counts predictions *of* it, which the paper masks.
+- Its ablated loss sets the whole site to zero, also at BOS, which a splice leaves unchanged, so its CE score compares a
+  splice with an ablation of other positions. Its KL includes the last position, which has no next token. Both have
   names of their own.
 
-``run_evals`` has no place for a tensor that is read here and written there: transcoders are refused.
+``run_evals`` writes the tensor that it reads, so transcoders are refused.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 
 class FixedTokens:
-    """What ``run_evals`` asks of an activation store: the same rows of tokens in batches, again and again.
+    """An activation store for ``run_evals`` that serves the same rows of tokens in batches, again and again.
 
     Args:
         tokens: ``[rows, pos]``.
-        batch: rows in a batch; it has to divide the rows, for ``run_evals`` weighs batches alike.
+        batch: rows in a batch. It must divide the rows, because ``run_evals`` gives batches equal weight.
 
     Raises:
-        GemmaScopeError: when it does not.
+        GemmaScopeError: it does not divide the rows.
     """
 
     def __init__(self, tokens: Int[torch.Tensor, "rows pos"], batch: int) -> None:
@@ -46,12 +46,12 @@ class FixedTokens:
         self.store_batch_size_prompts, self.context_size = batch, tokens.shape[1]
 
     def get_batch_tokens(self, *_: Any) -> Int[torch.Tensor, "batch pos"]:
-        """The next batch, after the last the first."""
+        """The next batch; after the last one the first."""
         self.served += 1
         return self.batches[(self.served - 1) % len(self.batches)]
 
     def reset_input_dataset(self) -> None:
-        """Nothing to do: every evaluation takes whole rounds."""
+        """Does nothing, since every evaluation takes all batches."""
 
 
 def run_sae_lens_evals(

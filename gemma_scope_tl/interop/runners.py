@@ -1,8 +1,8 @@
 # pyright: basic
 """SAELens's training runners with the paper's recipe.
 
-SAELens builds its trainers itself. These runners change them in the one place between building and fitting, which
-both SAELens runners give to subclasses:
+SAELens builds its trainers itself. These runners change them between building and fitting, in a method that both
+SAELens runners let subclasses override:
 
 =========================== =========================================================================================
 recipe                      how
@@ -17,14 +17,14 @@ interruption                SIGINT and SIGTERM write a full checkpoint (SAELens'
 seed                        ``cfg.seed`` seeds torch's global generator, which SAELens uses for weights and shuffling
 =========================== =========================================================================================
 
-What the seam cannot honour:
+Limits of this approach:
 
-- A resumed run continues with the same weights, optimizer, schedules, scale and place in the data set, but the shuffle
-  buffer starts empty and the generator anew, so it is not the uninterrupted run to the bit.
-- Activations that measured the scale are not trained on. One scale a hook: SAEs that share a hook share it.
-- SAELens trains an SAE on one tensor: no transcoders.
-- Between a checkpoint and the end, checkpoints hold weights in training units; the scale stands beside them.
-- The saved configuration says ``lr_scheduler_name="constant"`` without a warm-up: the schedule is the recipe's.
+- A resumed run continues with the same weights, optimizer, schedules, scale and position in the data set, but with an
+  empty shuffle buffer and a new generator, so it is not the uninterrupted run to the bit.
+- Activations that measured the scale are not trained on. SAEs that share a hook share its scale.
+- SAELens trains an SAE on one tensor, so there are no transcoders.
+- Checkpoints hold weights in training units, with the scale beside them.
+- The saved configuration says ``lr_scheduler_name="constant"`` without a warm-up; the schedule is the recipe's.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE
 from gemma_scope_tl.training.recipe import PAPER, Recipe, StreamingRMS, decoder_on_sphere, lr_schedule
 
 NO_CLIP = 2.0**-20
-"""Gradients are scaled by this, so that clipping to norm 1 needs a norm of a million. A power of two is exact."""
+"""Factor of the gradients, so that clipping to norm 1 would need a norm of a million. A power of two is exact."""
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def recipe_applied(
     Args:
         trainer: fresh, or with a checkpoint's state loaded.
         recipe: see :mod:`gemma_scope_tl.training.recipe`.
-        scale: ``C = sqrt(E ||x||^2)`` of the raw activations; None where the trainer has its scale already.
+        scale: ``C = sqrt(E ||x||^2)`` of the raw activations; None if the trainer has its scale already.
 
     Raises:
         GemmaScopeError: the SAE is of another class.
@@ -111,7 +111,7 @@ def check_settings(cfg: Any, recipe: Recipe, saes: Mapping[str, TrainingSAE[Any]
 
 
 class GemmaScopeTrainingRunner(LanguageModelSAETrainingRunner):
-    """``LanguageModelSAETrainingRunner`` with the recipe: one SAE at one hook. See the module for what it changes."""
+    """``LanguageModelSAETrainingRunner`` with the recipe, for one SAE at one hook. The module lists what it changes."""
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], *, recipe: Recipe = PAPER, **overrides: Any) -> None:
         """
@@ -127,7 +127,7 @@ class GemmaScopeTrainingRunner(LanguageModelSAETrainingRunner):
         check_settings(cfg, recipe, {"": self.sae})
 
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
-        """The seam: between building the trainer and fitting it."""
+        """Apply the recipe to the trainer that SAELens has built, then fit it."""
         scale = None
         if trainer.activation_scaler.scaling_factor is None:
             rms = StreamingRMS()
@@ -139,13 +139,13 @@ class GemmaScopeTrainingRunner(LanguageModelSAETrainingRunner):
 
 
 class GemmaScopeMultiTrainingRunner(MultiSAETrainingRunner):
-    """``MultiSAETrainingRunner`` with the recipe: many SAEs, at any sites, from one forward pass."""
+    """``MultiSAETrainingRunner`` with the recipe, for many SAEs at any sites from one forward pass."""
 
     def __init__(self, cfg: MultiSAETrainingRunnerConfig, *, recipe: Recipe = PAPER, **overrides: Any) -> None:
         """
         Args:
             cfg: built as for the single runner; every SAE of it must be a ``GemmaScopeTrainingSAEConfig``.
-            recipe: the hyper-parameters. Lambda and initial threshold are taken from each SAE's own configuration.
+            recipe: the hyper-parameters, except lambda and the initial threshold, which each SAE's configuration gives.
             overrides: ``override_dataset``, ``override_model`` and ``override_saes``, as in SAELens.
         """
         torch.manual_seed(cfg.seed)
@@ -154,7 +154,7 @@ class GemmaScopeMultiTrainingRunner(MultiSAETrainingRunner):
         check_settings(cfg, recipe, self.saes)
 
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, TrainingSAE[Any]]:
-        """The seam: between building the trainers and fitting them."""
+        """Apply the recipe to the trainers that SAELens has built, then fit them."""
         scales = self._scales(trainer)
         with ExitStack() as stack:
             for name, one in trainer.trainers.items():
@@ -162,7 +162,7 @@ class GemmaScopeMultiTrainingRunner(MultiSAETrainingRunner):
             return _fit(trainer, self.cfg.checkpoint_path)
 
     def _scales(self, trainer: MultiSAETrainer) -> dict[str, float]:
-        """``C`` of every hook whose trainers have none yet, all from the same batches."""
+        """``C`` of every hook whose trainers have no scale yet, from the same batches."""
         hooks = {
             trainer.hook_names[name]: StreamingRMS()
             for name, one in trainer.trainers.items()
@@ -186,7 +186,7 @@ def _checked_class(sae: Any) -> GemmaScopeTrainingSAE:
 
 
 def _fit(trainer: Any, checkpoint_path: str | None) -> Any:
-    """Fit; on SIGINT or SIGTERM write everything that a resumed run needs, then raise."""
+    """Fit. On SIGINT or SIGTERM everything that a resumed run needs is written before the exception is raised again."""
     try:
         signal.signal(signal.SIGINT, interrupt_callback)
         signal.signal(signal.SIGTERM, interrupt_callback)

@@ -1,7 +1,7 @@
 # pyright: basic
 """The paper's JumpReLU SAE as a SAELens training class.
 
-Its architecture name, ``gemma_scope_jumprelu``, exists only while training. What it saves for use is SAELens's own
+Its architecture name, ``gemma_scope_jumprelu``, exists only while training. For inference it saves SAELens's own
 ``jumprelu`` with ``apply_b_dec_to_input=False``, which stock SAELens loads without this package.
 """
 
@@ -39,7 +39,7 @@ DTYPES = ("float32", "float64")
 
 @dataclass
 class GemmaScopeTrainingSAEConfig(TrainingSAEConfig):
-    """What the paper fixes about an SAE (section 3.2 and the JumpReLU paper's appendix I), with its values.
+    """The hyper-parameters of an SAE (section 3.2 and the JumpReLU paper's appendix I), by default the paper's.
 
     All numbers are in the units of activations with ``E ||x||^2 = 1``.
 
@@ -49,7 +49,7 @@ class GemmaScopeTrainingSAEConfig(TrainingSAEConfig):
         init_threshold: theta of every latent at the start.
         bandwidth: epsilon of the rectangle kernel.
         decoder_init_norm: the length of decoder rows; the recipe keeps it at 1.
-        apply_b_dec_to_input: subtract ``b_dec`` before the encoder while training. Folded away on saving either way.
+        apply_b_dec_to_input: subtract ``b_dec`` before the encoder while training; saving folds it into ``b_enc``.
     """
 
     l0_coefficient: float = 6e-4
@@ -121,8 +121,8 @@ class GemmaScopeTrainingSAE(SavingMixin, TrainingSAE[GemmaScopeTrainingSAEConfig
 
     Attributes:
         log_threshold: ``[d_sae]``, the trained parameter.
-        grad_scale: gradients come out multiplied by this (the loss does not). Training loops that clip gradients are
-            kept from it by a tiny value, which the optimizer hooks of the recipe divide out again.
+        grad_scale: factor of the gradients, but not of the loss. A tiny value keeps training loops from clipping
+            gradients; the optimizer hooks of the recipe divide by it.
     """
 
     b_enc: nn.Parameter
@@ -177,7 +177,7 @@ class GemmaScopeTrainingSAE(SavingMixin, TrainingSAE[GemmaScopeTrainingSAEConfig
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        """Change units so that raw activations can be given: ``C = 1 / scaling_factor`` (appendix A).
+        """Change units so that raw activations can be passed: ``C = 1 / scaling_factor`` (appendix A).
 
         Biases and thresholds take the scale; the matrices, and so the unit length of decoder rows, stay.
         """
@@ -212,7 +212,7 @@ class GemmaScopeTrainingSAE(SavingMixin, TrainingSAE[GemmaScopeTrainingSAEConfig
         return write_sae_lens_files(path, state, self.cfg.get_inference_sae_cfg_dict())
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        """Accept thresholds given as they are."""
+        """Accept a state with thresholds in place of their logarithms."""
         if "threshold" in state_dict:
             state_dict["log_threshold"] = state_dict.pop("threshold").log()
 

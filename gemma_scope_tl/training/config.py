@@ -1,4 +1,4 @@
-"""What a training run is, as a YAML file says it: all errors of the file at once, unknown keys with nearest names."""
+"""The configuration of a training run. All its errors are reported at once, unknown keys with the nearest names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER, Recipe, f
 
 PRESETS: Mapping[str, Recipe] = {"paper": PAPER, "fast": FAST, "gemma_scope_2": GEMMA_SCOPE_2}
 NO_EFFECT = ("output", "threads", "checkpoint_every", "loggers")
-"""Keys that may change between a run and its continuation: they do not change what is trained."""
+"""Keys that may differ between a run and its continuation, because results do not depend on them."""
 _SHOWN_PROBLEMS = 50
 
 
@@ -56,7 +56,7 @@ def _path(value: str) -> str:
 
 
 def _recipe(value: object) -> object:
-    """Values of a recipe, each checked by itself; whether they go together is checked where they are merged."""
+    """Values of a recipe, checked without those with which they are merged later."""
     if not isinstance(value, Mapping):
         raise ValueError("a recipe is a mapping, such as {preset: fast, batch_size: 1024}")
     given = {str(key): number(item) for key, item in cast("Mapping[object, object]", value).items()}
@@ -93,7 +93,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The model whose activations are trained on: arguments of ``load_model``."""
+    """The model on whose activations SAEs are trained: arguments of ``load_model``."""
 
     name: str = "bundled"
     backend: Literal["bridge", "hooked_transformer"] = "bridge"
@@ -105,7 +105,7 @@ class DataSection(Section):
     """The text, as ``pack_tokens`` takes it; ``dataset: bundled`` is the package's own held-out text.
 
     Attributes:
-        folder: where the packed tokens are kept; by default ``tokens`` in the run's folder.
+        folder: of the packed tokens; by default ``tokens`` in the run's folder.
     """
 
     dataset: Annotated[str, Field(min_length=1)]
@@ -121,14 +121,14 @@ class DataSection(Section):
 
 
 class SourceSection(Section):
-    """Where activations come from.
+    """The source of activations.
 
     Attributes:
         kind: ``streaming`` runs the model as it goes, ``store`` reads what ``write_store`` wrote.
         path: of the store.
         dtype: in which the bucket holds activations.
         bucket_rows: activations that are shuffled together; a multiple of the batch size.
-        batch_rows: token rows to a forward pass.
+        batch_rows: token rows in a forward pass.
         scale_rows: activations from which each place's scale is measured.
         device: where the bucket is.
     """
@@ -143,12 +143,12 @@ class SourceSection(Section):
 
 
 class MeshSection(Section):
-    """How many processes divide each SAE, and each batch: ``torchrun`` starts ``latents * data`` of them.
+    """How many processes divide each SAE and each batch. ``torchrun`` must start ``latents * data`` of them.
 
     Attributes:
-        latents: equal parts of every SAE's latents, each with its own process: for SAEs that are too wide for one.
-        data: equal parts of every batch. Every process reads the whole batch, so a store suits better than streaming,
-            where each of them runs the model.
+        latents: number of equal parts of every SAE's latents, for SAEs that are too wide for one process.
+        data: number of equal parts of every batch. Every process reads the whole batch, so a store is better suited
+            than streaming, where each process runs the model.
     """
 
     latents: Count = 1
@@ -156,7 +156,7 @@ class MeshSection(Section):
 
     @property
     def processes(self) -> int:
-        """In all."""
+        """Number of processes."""
         return self.latents * self.data
 
 
@@ -168,8 +168,8 @@ class GridEntry(Section):
         layers: ``all`` or a list; the embedding has none.
         widths: numbers of latents, or labels such as ``16k``.
         lambdas: fixed sparsity coefficients.
-        target_l0s: wanted L0s instead, each below every width; lambda is steered towards each.
-        steps, tokens: of these SAEs; the run's unless given.
+        target_l0s: in place of lambdas, L0s towards which lambda is steered, each below every width.
+        steps, tokens: length of the training, the run's unless given.
         recipe: values that differ from the run's.
     """
 
@@ -198,7 +198,7 @@ class GridEntry(Section):
 
 
 class LoggerSection(Section):
-    """Where metrics go beside ``metrics.jsonl``.
+    """A logger of metrics beside ``metrics.jsonl``.
 
     Attributes:
         kind: ``tensorboard`` or ``wandb``.
@@ -219,19 +219,19 @@ class SuiteConfig(Section):
 
     Attributes:
         output: its folder: checkpoints, metrics and the finished suite.
-        model, data, source: see there. Without ``data`` the source must be a store.
-        steps, tokens: how long SAEs are trained; one of both, unless every entry of the grid says its own.
+        model, data, source: see their sections. Without ``data`` the source must be a store.
+        steps, tokens: length of the training; one of both, unless every entry of the grid has its own.
         recipe: ``preset`` (paper, fast, gemma_scope_2) and values that differ from it. ``fast`` adapts its rate,
             threshold and bandwidth to the width of each place (:func:`~gemma_scope_tl.training.recipe.fast`).
         grid: the SAEs.
-        only: patterns of names; SAEs of the grid that fit none of them are left out. Empty for all.
-        seed: of everything that is drawn.
+        only: patterns of names; SAEs of the grid that match none of them are left out. Empty for all.
+        seed: of initial weights and shuffles.
         device: where SAEs are trained.
-        mesh: see there.
+        mesh: see its section.
         threads: processor threads; by default PyTorch's number. Equal numbers give equal bits.
-        eval_batches: batches after training on which the L0 in an SAE's name is measured.
+        eval_batches: number of batches after training on which SAEs are measured.
         checkpoint_every, log_every: steps.
-        loggers: see there.
+        loggers: see their section.
     """
 
     output: Annotated[str, AfterValidator(_path)]
@@ -275,7 +275,7 @@ class SuiteConfig(Section):
         return self
 
     def _undivided(self) -> list[str]:
-        """Why the mesh cannot divide the work equally."""
+        """Problems of a mesh that cannot divide the work equally."""
         widths = sorted({width for entry in self.grid for width in entry.widths if width % self.mesh.latents})
         found = [f"mesh.latents, {self.mesh.latents}, does not divide the widths {widths}"] if widths else []
         if self.batch_size % self.mesh.data:
@@ -298,7 +298,7 @@ class SuiteConfig(Section):
 
     @property
     def results(self) -> dict[str, Any]:
-        """Everything that the trained weights and the log depend on, as plain data."""
+        """Everything on which the trained weights and the metrics depend, as plain data."""
         left_out = {*NO_EFFECT, *(("mesh",) if self.mesh.processes == 1 else ())}
         return self.model_dump(mode="json", exclude=left_out)
 
@@ -307,11 +307,11 @@ def merged_recipe(values: Mapping[str, Any], d_in: int | None = None) -> Recipe:
     """The recipe that ``preset`` (the paper's unless given) and further values describe.
 
     Args:
-        values: as in a configuration; what it gives is taken as it is.
+        values: as in a configuration.
         d_in: the width of the activations, for the preset ``fast``, which depends on it.
 
     Raises:
-        GemmaScopeError: no such preset or value, or a value that cannot be.
+        GemmaScopeError: no such preset or value, or a value out of range.
     """
     rest = dict(values)
     preset = rest.pop("preset", "paper")
@@ -353,5 +353,5 @@ def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: S
 
 
 def place_of(site: str, layer: int | None) -> Place:
-    """The place, without a layer where the site has none."""
+    """The place of a site, without a layer where the site exists once."""
     return Place(site, layer if get_site(site).per_layer else None)

@@ -1,14 +1,14 @@
 """Loss and gradients of one SAE where many latents are near their thresholds: dense products, block by block.
 
-The equations are those of ``sparse_pass.py``. Both halves go over blocks of latents. Of a small SAE the first keeps the
-pre-activations; of a large one the second computes them again, one product in six, so that neither
-``[batch, latents]`` nor a full gradient ever exists. In a block where few latents are active although many are near,
-the decoder's product and the gradients of both matrices are sums over the active ones, on a CPU many times faster than
-products; early in training, and on a GPU, they are products too.
+The equations are those of ``sparse_pass.py``. Both halves go over blocks of latents. For a small SAE the first half
+keeps the pre-activations; for a large one the second half computes them again (one product in six), so that neither
+``[batch, latents]`` nor a full gradient ever exists. In a block where few latents are active although many are near
+their thresholds, the decoder's product and the gradients of both matrices are sums over the active ones, which on a CPU
+is many times faster than products. Early in training, and on a GPU, they are products.
 
-The active ones are found token by token, as the decoder wants them, and sorted latent by latent, as the gradients do.
-Finding them is the dear part (a processor cannot guess which come next), and sorting many at once is cheap, so what was
-kept is sorted in one go.
+Active latents are found token by token, the order of the decoder's sums, and sorted latent by latent, the order of the
+gradients' sums. Finding them is expensive, because branches on them cannot be predicted, and sorting many at once is
+cheap, so those of all kept blocks are sorted together.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from gemma_scope_tl.training.optimizer import Prices, chunk_rows
 from gemma_scope_tl.training.stack import Batch, Chunk, Member, Vectors, Weights, residuals_
 
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
-"""Size of one ``[batch, block]`` temporary; a step has some four at a time. Masks are floating-point: comparing into
-them, and adding them up by products with ones, takes a third of the time that boolean masks take."""
+"""Size of one ``[batch, block]`` temporary, of which a step has about four at a time. Masks are floating-point, because
+comparing into them, and summing them by products with ones, takes a third of the time of boolean masks."""
 
 NARROW_BYTES = 16 << 10
-"""On a CPU a block has at most so many bytes for each dimension of the input: with few dimensions the products are
-short, and more is won by having the block in a core's cache (a step of width 128 is a quarter faster, of 1,024 slower).
-"""
+"""On a CPU a block has at most this many bytes for each dimension of the input. With few dimensions the products are
+short, and it is faster to keep the block in a core's cache: a step of width 128 takes a quarter less time, one of width
+1,024 more."""
 
 ACTIVE_ENTRIES = 0.08
-"""Share of a block's pre-activations below which the active ones are added up one by one."""
+"""Share of active pre-activations in a block below which sums over the active ones replace products."""
 
 SAMPLE_ROWS = 512
-"""Pre-activations near their thresholds are counted on a batch's first rows: which pass is faster needs no more."""
+"""Pre-activations near their thresholds are counted on these first rows of a batch, which suffices to choose a pass."""
 
 KEPT_BYTES = 16 << 20
-"""Pre-activations that the first half keeps for the second, with the active ones where they are few."""
+"""Size of the pre-activations that the first half keeps for the second, with the active ones where they are few."""
 
 _POOL = BufferPool(keep=4)
 
@@ -95,14 +95,14 @@ class DensePass:
         return min(max(1, most // (x.shape[0] * x.element_size())), len(self.theta))
 
     def _blocks(self) -> Iterator[tuple[int, slice]]:
-        """Blocks of latents, counted from the SAE's first here, with the number of their segment."""
+        """Blocks of latents, counted from the first of this SAE in this process, with the number of their segment."""
         size, first = self._block_size(), self.member.rows.start
         for number, segment in enumerate(self.member.segments):
             for i in range(segment.start - first, segment.stop - first, size):
                 yield number, slice(i, min(i + size, segment.stop - first))
 
     def _space(self, count: int) -> Tensor:
-        """Memory for ``count`` numbers."""
+        """Uninitialised memory for ``count`` numbers, from the pool on a CPU."""
         x = self.batch.x
         return x.new_empty(count) if x.is_cuda else _POOL.empty((count,), x.dtype)
 
@@ -111,7 +111,7 @@ class DensePass:
         return torch.addmm(self.bias[at], self.batch.x, self.enc[at].T, out=out)
 
     def backward(self, prices: Sequence[Prices]) -> None:
-        """The prices and the direct part of ``b_dec``'s gradient; the rest comes with the blocks."""
+        """Take the prices, and compute the direct part of the gradient of ``b_dec``; the blocks give the rest."""
         (self.prices,) = prices
         l0 = self.l0
         if self.prices.around is not None:
@@ -146,7 +146,8 @@ class DensePass:
         return not z.is_cuda and float(active) < ACTIVE_ENTRIES * z.numel()
 
     def _if_few(self, at: slice, z: Tensor, on: Tensor) -> tuple[_Active, Tensor] | None:
-        """A block's active entries by latent and where each latent's begin, if they are few; else their mask ``on``."""
+        """The active entries of a block by latent, and where those of each latent begin, if they are few. If not, None,
+        and their mask is written to ``on``."""
         if at.start in self.active:
             starts = self.starts[at.start : at.stop + 1]
             first, last = int(starts[0]), int(starts[-1])
@@ -155,7 +156,7 @@ class DensePass:
         return _Active.find(z, on).by_latent(at.stop - at.start) if self._few(on.sum(), z) else None
 
     def _block_gradients(self, segment: int, at: slice, space: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of this block's rows of both matrices from this process's rows; fills the block of the vectors."""
+        """Gradients of a block of both matrices from this process's rows; those of the vectors are stored."""
         theta, half, g_out = self.theta[at], 0.5 * self.member.bandwidth, self.g_out[:, segment]
         own, on, near, work = _cut(space, len(self.batch.x), at, 4)
         kept = self.kept.pop(at.start, None)
@@ -200,23 +201,23 @@ class _Active(NamedTuple):
     """The active entries of a block, or of several one after the other."""
 
     flat: Tensor
-    """Their places in their block ``[batch, block]``, read row by row."""
+    """Their indices in the flattened block ``[batch, block]``."""
     token: Tensor
     latent: Tensor
     f: Tensor
 
     @classmethod
     def find(cls, z: Tensor, on: Tensor) -> _Active:
-        """Those of a block ``z [batch, block]`` and its mask, token by token."""
+        """The active entries of a block ``z [batch, block]``, given its mask, token by token."""
         return cls(*ops.entries(z, on.bool()))
 
     @classmethod
     def join(cls, blocks: dict[int, _Active]) -> _Active:
-        """Those of several blocks, each under the number of its first latent."""
+        """The entries of several blocks, each keyed by the number of its first latent."""
         shifted = (block._replace(latent=block.latent + first) for first, block in blocks.items())
         return cls(*(torch.cat(parts) for parts in zip(*shifted, strict=True)))
 
     def by_latent(self, latents: int) -> tuple[_Active, Tensor]:
-        """Latent by latent, tokens ascending, and where each latent's begin, ``[latents + 1]``."""
+        """The entries sorted by latent, then token, and where those of each latent begin, ``[latents + 1]``."""
         order, starts = ops.groups(self.latent, latents)
         return _Active(*(values.index_select(0, order) for values in self)), starts

@@ -1,4 +1,4 @@
-"""From a configuration's grid to the SAEs of a run."""
+"""The SAEs of a run, from the grid of its configuration."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Group:
     """SAEs that are stepped together: one place, one length.
 
     Attributes:
-        place: the tensor they read.
-        steps: how long they are trained.
+        place: the tensor that they read.
+        steps: length of their training.
         specs: the SAEs.
     """
 
@@ -32,7 +32,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Unique in a run, and a file's name."""
+        """Unique in a run; also the name of files."""
         return f"{self.place.key.replace('/', '_')}_{self.steps}_steps"
 
 
@@ -73,8 +73,10 @@ def places_of(groups: Sequence[Group]) -> list[Place]:
 
 
 def last_step(config: SuiteConfig) -> int:
-    """Steps of the longest training in the whole grid, whatever ``only`` leaves of it: where measuring begins. So
-    an SAE is measured on the same activations whichever others train beside it."""
+    """Steps of the longest training in the whole grid, after which SAEs are measured.
+
+    SAEs that ``only`` leaves out count too, so that an SAE is measured on the same activations in either case.
+    """
     return max(_steps(config, entry, recipe) for entry, recipe in zip(config.grid, config.recipes, strict=True))
 
 
@@ -112,5 +114,5 @@ def _specs(entry: GridEntry, place: Place, recipe: Recipe, seed: int) -> list[SA
 
 
 def _seed(seed: int, name: str) -> int:
-    """Of an SAE's first weights: from the run's seed and its name, so other SAEs of the run do not matter."""
+    """The seed of an SAE's initial weights. It depends on the run's seed and the SAE's name, not on other SAEs."""
     return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1, np.uint32)[0])

@@ -1,7 +1,7 @@
-"""Where a run's metrics go: a file of JSON lines always, TensorBoard and W&B if they are asked for.
+"""Loggers of metrics: always a file of JSON lines; TensorBoard and W&B on request.
 
-Loggers see numbers and nothing else, so they cannot change what is trained. Neither library is imported before it is
-used: ``pip install 'gemma-scope-tl[tensorboard]'`` or ``'gemma-scope-tl[wandb]'``.
+Loggers are given numbers only, so they cannot change what is trained. TensorBoard and W&B are imported on use:
+``pip install 'gemma-scope-tl[tensorboard]'`` or ``'gemma-scope-tl[wandb]'``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LABELS = ("name", "site", "layer", "width", "d_sae", "step")
 
 
 class Logger(Protocol):
-    """Takes metrics."""
+    """What takes metrics."""
 
     def log(self, step: int, rows: Sequence[Row]) -> None:
         """Take a row for each SAE: ``name`` and numbers."""
@@ -35,19 +35,18 @@ class Logger(Protocol):
 
 
 class MetricsFile:
-    """``metrics.jsonl``: an object a line, a line for each SAE at each logged step, and nothing that differs between
-    equal runs."""
+    """``metrics.jsonl``: a JSON object for each SAE at each logged step, the same in equal runs."""
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
-        """Open it and cut off what was written after a checkpoint.
+        """Open the file and cut off what was written after the last checkpoint.
 
         Args:
-            path: made if need be.
-            keep_bytes: its length at the checkpoint; 0 begins anew.
+            path: created if it does not exist.
+            keep_bytes: its length at the checkpoint; 0 starts an empty file.
 
         Raises:
-            TrainingStateError: it is shorter than that.
-            WriteError: it cannot be written.
+            TrainingStateError: the file is shorter than that.
+            WriteError: the file cannot be written.
         """
         self._path = path
         with writing(path):
@@ -71,7 +70,7 @@ class MetricsFile:
                 lines = lines[self._file.write(lines) :]
 
     def sync(self) -> int:
-        """Flush to the disk; the file's length."""
+        """Flush to the disk, and return the length of the file."""
         with writing(self._path, _GO_ON):
             os.fsync(self._file.fileno())
         return self._file.tell()
@@ -85,7 +84,7 @@ class MetricsFile:
 
 
 class TensorBoardLogger:
-    """Scalars ``name/metric``. After a resume, what an earlier process logged of the same steps is hidden."""
+    """Scalars ``name/metric``. A resumed run hides what an earlier process logged of the same steps."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         try:
@@ -95,18 +94,16 @@ class TensorBoardLogger:
         self._writer: Any = SummaryWriter(str(folder), purge_step=first_step or None)
 
     def log(self, step: int, rows: Sequence[Row]) -> None:
-        """As the protocol says."""
         for row in rows:
             for key, value in _numbers(row).items():
                 self._writer.add_scalar(f"{row['name']}/{key}", value, step)
 
     def close(self) -> None:
-        """As the protocol says."""
         self._writer.close()
 
 
 class WandbLogger:
-    """One W&B run for the suite, metrics ``name/metric`` over ``step``; a resumed run goes on in the same one."""
+    """One W&B run for the suite, with metrics ``name/metric`` over ``step``; a resumed run continues the same one."""
 
     def __init__(self, section: LoggerSection, config: SuiteConfig, folder: Path) -> None:
         try:
@@ -126,12 +123,10 @@ class WandbLogger:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, rows: Sequence[Row]) -> None:
-        """As the protocol says."""
         values = {f"{row['name']}/{key}": value for row in rows for key, value in _numbers(row).items()}
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
-        """As the protocol says."""
         self._run.finish()
 
 
@@ -152,7 +147,7 @@ def open_loggers(config: SuiteConfig, folder: Path, first_step: int) -> list[Log
 
 
 def _numbers(row: Row) -> dict[str, float]:
-    """The metrics of a row, without what says which SAE it is."""
+    """The metrics of a row, without the columns that identify the SAE."""
     return {
         key: float(value)
         for key, value in row.items()

@@ -1,13 +1,13 @@
-"""Adam without a first moment, on some rows of a matrix at a time.
+"""What a step needs beside gradients: the penalties' prices, the sparsity coefficient, and Adam on some rows at a time.
 
 With ``beta1 = 0`` (the paper's), step ``t`` (from 1) moves a parameter with gradient ``g`` by ::
 
     v <- beta2 v + (1 - beta2) g^2        p <- p - lr g / (sqrt(v / (1 - beta2^t)) + eps)
 
 so a row whose gradient is 0 does not move, and its ``v`` shrinks by ``beta2``. Such rows are not read at all: a counter
-holds the step up to which each row's ``v`` is right, and the next gradient finds ``v`` times ``beta2^skipped``. The
-result is that of a dense Adam but for rounding. Rows are worked on in chunks that stay in a core's cache with their
-gradients, so that the memory is passed over once a step.
+holds the step up to which each row's ``v`` is up to date, and at the next gradient ``v`` is first multiplied by
+``beta2^skipped``. The result equals that of a dense Adam up to rounding. Rows are updated in chunks that fit into a
+core's cache with their gradients, so that memory is read and written once a step.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from gemma_scope_tl.training.recipe import Recipe, project_out_rows_, unit_rows_
-from gemma_scope_tl.training.spec import SAESpec
 
 
 @dataclass(frozen=True)
 class Prices:
-    """The penalties of one SAE at one step.
+    """The penalties of one SAE at one step, as prices of its pre-activations ``H_ti`` being active.
 
     With ``L_t`` the number of active latents of activation ``t``, ``p_i`` the share of the batch on which latent ``i``
     is active and ``n`` activations, summed over all processes::
@@ -59,10 +58,10 @@ class Prices:
 class Lambda:
     """The sparsity coefficient of one SAE, with the recipe's warm-up.
 
-    Without a target, or with the quadratic penalty (which has the target in it), it is the recipe's. Otherwise, with
+    Without a target, or with the quadratic penalty (which contains the target), it is the recipe's. Otherwise, with
     ``e = log(L0 / target)`` clipped to [-1, 1] and averaged exponentially, ``lambda = base exp(P e)``; after the
-    warm-up ``base`` grows by the factor ``exp(I e)`` a step: where L0 stays too high the penalty rises until it is not.
-    The controller is ours; the paper trains with fixed coefficients.
+    warm-up ``base`` is multiplied by ``exp(I e)`` each step, so that the penalty rises as long as L0 is too high. This
+    controller is not the paper's, which trains with fixed coefficients.
 
     Attributes:
         base: the slowly moving part.
@@ -76,11 +75,6 @@ class Lambda:
         self.target = target if recipe.l0_penalty == "linear" else None
         self.base = recipe.l0_coefficient
         self.error = 0.0
-
-    @classmethod
-    def of(cls, spec: SAESpec) -> Lambda:
-        """That of an SAE."""
-        return cls(spec.recipe, spec.target_l0)
 
     def at(self, step: int) -> float:
         """Lambda of step ``step`` (from 0)."""
@@ -97,12 +91,12 @@ class Lambda:
 
 
 CHUNK_BYTES = {"cpu": 512 << 10, "cuda": 64 << 20}
-"""A chunk's share of each array. On a processor parameter, second moment, gradient and working space fit 2 MB of cache
-together; a GPU wants few kernels that are large, as long as the working space is small beside the weights."""
+"""Bytes of a chunk in each array. On a processor, parameter, second moment, gradient and working space together fit
+into 2 MB of cache; a GPU is faster with few large kernels, as long as the working space is small beside the weights."""
 
 
 def chunk_rows(like: Tensor, width: int) -> int:
-    """Rows of ``width`` values that make a chunk, in the dtype and on the device of ``like``."""
+    """The number of rows of ``width`` values in a chunk, for the dtype and device of ``like``."""
     size = CHUNK_BYTES["cuda" if like.is_cuda else "cpu"]
     return max(1, size // (width * like.element_size()))
 
@@ -122,17 +116,17 @@ class Rate:
     step: int
 
     def decay(self, last: Tensor) -> Tensor:
-        """``beta2^skipped`` for rows whose second moments are right up to step ``last``: float64, ``[rows, 1]``."""
+        """``beta2^skipped`` for rows whose second moments are those of step ``last``: float64, ``[rows, 1]``."""
         return torch.pow(self.beta2, (self.step - last).double()).unsqueeze(1)
 
 
 def adam_(param: Tensor, second: Tensor, grad: Tensor, rate: Rate, decay: Tensor | None = None) -> None:
-    """One step of a parameter in place; ``grad`` is lost.
+    """One step of a parameter in place; ``grad`` may be overwritten.
 
     The bias correction ``c = sqrt(1 - beta2^t)`` is moved out of the root: ``lr c g / (sqrt(v) + eps c)``.
 
     Args:
-        decay: what ``second`` shrinks by, ``[rows, 1]``; None for ``beta2``.
+        decay: factors of ``second``, ``[rows, 1]``; None for ``beta2``.
     """
     second.mul_(rate.beta2 if decay is None else decay.to(second.dtype))
     second.addcmul_(grad, grad, value=1.0 - rate.beta2)

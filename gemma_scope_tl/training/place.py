@@ -116,7 +116,7 @@ class PlaceTrainer:
         self.second = Weights.zeros(latents, len(specs), d_in, d_out, dtype, self.device)
         initialize(self.weights, specs, self.members, shard)
         self.last = torch.zeros(latents, dtype=torch.int64, device=self.device)
-        self.lambdas = [Lambda.of(spec) for spec in specs]
+        self.lambdas = [Lambda(spec.recipe, spec.target_l0) for spec in specs]
         self.windows = [Window(m.rows.stop - m.rows.start, self.device) for m in self.members]
         self.entries = [1.0] * len(specs)  # share of pre-activations above the kernel's lower end in the last step
         self.steps_done = 0
@@ -195,7 +195,7 @@ class PlaceTrainer:
         spec, step = self.specs[member.index], self.steps_done
         recipe = spec.recipe
         around = spec.target_l0 if recipe.l0_penalty == "quadratic" else None
-        frequency = recipe.frequency_coefficient_at(step)
+        frequency = recipe.frequency_coefficient * recipe.warm_up_at(step)
         return Prices(self.lambdas[member.index].at(step), around, frequency, recipe.frequency_limit)
 
     def _update(self, each: Pass, found: Sequence[Sequence[float]], n: int) -> None:

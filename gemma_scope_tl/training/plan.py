@@ -1,4 +1,4 @@
-"""What a run will take, before it runs and without loading a model: ``plan_suite``."""
+"""The memory, disk and time that a run will take, without loading a model: ``plan_suite``."""
 
 from __future__ import annotations
 
@@ -26,39 +26,44 @@ SAE_LENS_BUFFERS = 3.0
 """SAELens's mixing buffer holds the old rows, their concatenation and its permuted copy; measured at 3.0 times."""
 SAE_LENS_NORM_BATCHES = 1_000
 """Batches of every hook that SAELens's multi-SAE runner holds to estimate norms."""
+GIB = 2.0**30
+_ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
+STEP_PRODUCTS = 5.0
+"""A dense step is five products of the encoder's size: encode, decode, and the gradients of latents and matrices."""
+_LATENTS, _ROWS, _WARM_UP, _RUNS = 1_024, 1_024, 2, 3
 
 
 def parameters(d_in: int, d_out: int, d_sae: int) -> int:
-    """Trained numbers of one SAE."""
+    """Number of trained parameters of one SAE."""
     return d_sae * (d_in + d_out + 2) + d_out
 
 
 def state_bytes(d_in: int, d_out: int, widths: Sequence[int]) -> int:
-    """Weights and Adam's second moments of SAEs stepped together; also about what a checkpoint of them takes.
+    """Weights and Adam's second moments of SAEs that are stepped together; also about the size of a checkpoint.
 
-    Counters (when a latent last moved, how often it fired) are some bytes a latent and left out.
+    Counters (when a latent last moved, whether it fired) take a few bytes a latent and are left out.
     """
     return 2 * FLOAT32 * sum(parameters(d_in, d_out, d_sae) for d_sae in widths)
 
 
 def step_bytes(d_in: int, d_out: int, widths: Sequence[int], batch: int) -> int:
-    """What a step takes on top: gradients, a batch and its reconstructions, and the pre-activations of all latents."""
+    """What a step needs besides: gradients, a batch and its reconstructions, and the pre-activations of all latents."""
     gradients = sum(parameters(d_in, d_out, d_sae) for d_sae in widths)
     return FLOAT32 * (gradients + batch * (2 * d_in + 2 * d_out * len(widths) + sum(widths)))
 
 
 def released_bytes(d_in: int, d_out: int, d_sae: int) -> int:
-    """One ``params.npz``, its headers apart."""
+    """One ``params.npz``, without its headers."""
     return FLOAT32 * parameters(d_in, d_out, d_sae)
 
 
 def bucket_bytes(widths: Iterable[int], rows: int, item_size: int) -> int:
-    """The streamed source's buffers, one for each place; there is no second copy."""
+    """The buffers of a source, one for each place; there is no second copy."""
     return rows * sum(widths) * item_size
 
 
 def largest_bucket(widths: Iterable[int], item_size: int, batch: int, budget: float) -> int:
-    """The most rows, whole batches, whose buffers fit ``budget`` bytes; 0 if one batch does not.
+    """The largest number of rows, in whole batches, whose buffers fit into ``budget`` bytes; 0 if one batch does not.
 
     All 78 sites of Gemma 2 2B in bfloat16 and 16 GiB:
 
@@ -82,23 +87,18 @@ def sae_lens_bytes(widths: Iterable[int], rows: int, batch: int, item_size: int)
 
 
 def store_bytes(width: int, rows: int, item_size: int) -> int:
-    """A place's activations on disk, shard headers apart."""
+    """The activations of a place on disk, without the headers of shards."""
     return width * rows * item_size
-
-
-STEP_PRODUCTS = 5.0
-"""A dense step is five products of the encoder's size: encode, decode, and the gradients of latents and matrices."""
-_LATENTS, _ROWS, _WARM_UP, _RUNS = 1_024, 1_024, 2, 3
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What an estimate rests on.
+    """The speed on which estimates of time are based.
 
     Attributes:
-        flops: floating-point operations a second of the model's products.
-        step_flops: of a training step, counted as encoder products (``2 batch d d_sae``).
-        basis: in words.
+        flops: floating-point operations a second in the model's products.
+        step_flops: the same of a training step, which is counted as one encoder product (``2 batch d d_sae``).
+        basis: how they were found, in words.
     """
 
     flops: float
@@ -107,14 +107,14 @@ class Speed:
 
 
 def stated(flops: float) -> Speed:
-    """A device of which only its FLOP/s are known."""
+    """The speed of a device of which only the FLOP/s are known."""
     return Speed(flops, flops / STEP_PRODUCTS, f"{flops:.3g} FLOP/s as given; a step is {STEP_PRODUCTS:g} products")
 
 
 def measured(group: Group, d_in: int, d_out: int, d_model: int, d_ff: int, batch: int) -> Speed:
     """Time a product of the model's MLP and a step of a small trainer at the widths of a group, with all threads.
 
-    The step has at most 1,024 latents and 1,024 rows: the rest is proportion.
+    The step has at most 1,024 latents and 1,024 rows; larger ones are assumed to take proportionally longer.
     """
     from gemma_scope_tl.training.place import PlaceTrainer
 
@@ -127,8 +127,7 @@ def measured(group: Group, d_in: int, d_out: int, d_model: int, d_ff: int, batch
     small = replace(spec, d_sae=latents)
     trainer = PlaceTrainer(d_in, d_out, [small], total_steps=1_000)
     inputs = torch.randn(rows, d_in, generator=generator) * d_in**-0.5
-    transcoder = target_of(group.place) != group.place
-    targets = torch.randn(rows, d_out, generator=generator) * d_out**-0.5 if transcoder else None
+    targets = torch.randn(rows, d_out, generator=generator) * d_out**-0.5 if spec.is_transcoder else None
     step = 2.0 * rows * d_in * latents / _seconds(lambda: trainer.step(inputs.clone(), targets))
     threads = torch.get_num_threads()
     basis = (
@@ -140,7 +139,7 @@ def measured(group: Group, d_in: int, d_out: int, d_model: int, d_ff: int, batch
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The best of some runs."""
+    """The shortest time of a few runs."""
     for _ in range(_WARM_UP):
         work()
     times: list[float] = []
@@ -151,13 +150,9 @@ def _seconds(work: Callable[[], object]) -> float:
     return min(times)
 
 
-GIB = 2.0**30
-_ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. All sizes are bytes, all times seconds.
+    """The resources that a run will take. All sizes are in bytes, all times in seconds.
 
     Attributes:
         jobs: a row for each place and length (SAEs that are stepped together, and could be a job of their own):
@@ -167,7 +162,7 @@ class Plan:
         totals: of one process that does all: the same names, and ``model``, ``disk``, ``memory_budget``, ``disk_free``,
             ``largest_bucket`` (rows that fit the budget beside all else), ``largest_bucket_alone`` (rows whose buffers
             alone fill the budget), ``sae_lens`` (what SAELens's buffers would peak at), ``forward_seconds``.
-        basis: what the times rest on.
+        basis: how the times were found.
     """
 
     jobs: pd.DataFrame
@@ -176,7 +171,7 @@ class Plan:
 
     @property
     def refusals(self) -> list[str]:
-        """Why it cannot run as one process; empty if it can."""
+        """Why the run cannot be one process; empty if it can."""
         t, found = self.totals, list[str]()
         if t["memory"] > t["memory_budget"]:
             most = t["largest_bucket"]
@@ -192,10 +187,10 @@ class Plan:
         return found
 
     def check(self) -> None:
-        """Refuse what cannot run.
+        """Raise if the run does not fit.
 
         Raises:
-            TrainingStateError: with the bytes that are needed and those that are there.
+            TrainingStateError: with the bytes that are needed and those that are available.
         """
         if self.refusals:
             raise TrainingStateError(f"This run does not fit: {'; '.join(self.refusals)}. force=True runs it anyway.")
@@ -209,13 +204,13 @@ def plan_suite(
     device_flops: float | None = None,
     measure: bool = True,
 ) -> Plan:
-    """What ``train_suite`` of the same configuration will take.
+    """The resources that ``train_suite`` of the same configuration will take.
 
     Args:
         config, overrides: as there.
         memory: bytes that may be used; by default all that the machine has.
         device_flops: FLOP/s of the device, for the times; measured on this machine's processor unless given.
-        measure: False leaves the times out.
+        measure: False omits the times.
 
     Raises:
         TrainingStateError: a wrong configuration.
@@ -298,7 +293,7 @@ def _totals(
 
 
 def _forward(groups: Sequence[Group], config: SuiteConfig, sizes: ModelSizes, speed: Speed) -> float:
-    """All forward passes: each runs as deep as the deepest place that still trains."""
+    """Seconds of all forward passes, each of which runs as deep as the deepest place that still trains."""
     assert config.data is not None  # a streaming source has text
     seconds, done = 0.0, 0
     for end in sorted({group.steps for group in groups}):

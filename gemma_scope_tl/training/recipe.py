@@ -1,4 +1,4 @@
-"""The paper's optimisation details (section 3.2 and the JumpReLU paper's appendix I), usable by any training loop.
+"""The paper's optimisation details (section 3.2 and the JumpReLU paper's appendix I), for any training loop.
 
 A loop that follows them looks like this, for an SAE with ``W_dec [d_sae, d_in]`` of unit rows::
 
@@ -33,8 +33,8 @@ class Recipe:
     """Hyper-parameters of one training run; the defaults are Gemma Scope's. See :data:`PAPER`, :data:`FAST` and
     :data:`GEMMA_SCOPE_2`.
 
-    From the Gemma Scope paper (sections 3.1 and 3.2) or, where that refers to it, the JumpReLU paper (appendix I):
-    every default down to ``bandwidth``. Second-hand, from reports of Gemma Scope 2, is what follows it; what those
+    The defaults down to ``bandwidth`` are from the Gemma Scope paper (sections 3.1 and 3.2) or, where it refers to it,
+    the JumpReLU paper (appendix I). The options after it are known from reports of Gemma Scope 2 only; what the reports
     leave open is said at each.
 
     Attributes:
@@ -49,19 +49,18 @@ class Recipe:
         init_threshold: theta of every latent at the start, for activations with ``E ||x||^2 = 1``.
         bandwidth: epsilon of the rectangle kernel, in the same units.
         l0_penalty: ``"linear"``, ``lambda ||f||_0``, is the paper's; ``"quadratic"`` is ``lambda (2 / L0*) (||f||_0 -
-            L0*)^2`` around a target. It is taken for each activation and averaged, as the target-L0 loss in the
-            JumpReLU paper's appendix F is written; second-hand reports do not say.
-        frequency_coefficient: the price of firing often: ``coefficient * sum_i max(0, p_i - limit)``, ``p_i`` being the
-            share of the batch on which latent i is active, with the same straight-through estimator and the same
-            warm-up as lambda. That there is such a penalty is reported; this form and its size are ours.
-        frequency_limit: the share above which it is paid; 0.1 is reported.
-        matryoshka: shares of the latents. For each, the first so many latents must reconstruct the target by
-            themselves; the error is the mean over these prefixes and the whole. Empty for none. That Gemma Scope 2 has
-            such prefixes is reported; which, is not, and the mean (not the sum) is ours, so that lambda keeps its
-            meaning.
+            L0*)^2`` around a target. It is computed for each activation and averaged, as the target-L0 loss in the
+            JumpReLU paper's appendix F; the reports do not say.
+        frequency_coefficient: of the penalty on latents that fire often, ``coefficient * sum_i max(0, p_i - limit)``,
+            where ``p_i`` is the share of the batch on which latent i is active, with the same straight-through
+            estimator and the same warm-up as lambda. Such a penalty is reported; its form and size are our choice.
+        frequency_limit: the share above which latents are penalised; 0.1 is reported.
+        matryoshka: shares of the latents, empty for none. For each share, the first latents up to it must reconstruct
+            the target by themselves; the error is the mean over these prefixes and the whole. Such prefixes are
+            reported, but not their sizes. The mean (not the sum) is our choice, so that lambda keeps its meaning.
 
     Raises:
-        GemmaScopeError: a value that cannot be.
+        GemmaScopeError: a value out of range.
     """
 
     lr: float = 7e-5
@@ -99,7 +98,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
-        """A recipe from plain data, such as ``dataclasses.asdict`` gives; what is missing is the paper's.
+        """A recipe from plain data, such as ``dataclasses.asdict`` gives; missing values are the paper's.
 
         Raises:
             UnknownNameError: a key that no field has.
@@ -161,12 +160,8 @@ class Recipe:
         """
         return self.l0_coefficient * self.warm_up_at(step)
 
-    def frequency_coefficient_at(self, step: int) -> float:
-        """The frequency penalty's coefficient of step ``step`` (from 0)."""
-        return self.frequency_coefficient * self.warm_up_at(step)
-
     def warm_up_at(self, step: int) -> float:
-        """The share of the penalties that is due at step ``step`` (from 0): linear from 0 to 1.
+        """The factor of the penalties at step ``step`` (from 0), which rises linearly from 0 to 1.
 
         >>> [PAPER.warm_up_at(t) for t in (0, 2_500, 10_000, 20_000)]
         [0.0, 0.25, 1.0, 1.0]
@@ -174,10 +169,10 @@ class Recipe:
         return 1.0 if step >= self.l0_warm_up_steps else step / self.l0_warm_up_steps
 
     def rescaled(self, factor: float) -> Recipe:
-        """The recipe for activations of which a unit direction sees ``factor`` times as much.
+        """The recipe for activations whose projections on a unit direction are ``factor`` times as large.
 
-        Pre-activations, biases and entries of the weights are that much larger, and so are what they are compared with
-        (threshold, bandwidth) and what moves them (rate).
+        Pre-activations, biases and entries of the weights are larger by this factor, so the threshold and the bandwidth
+        with which they are compared, and the learning rate, are multiplied by it.
         """
         names = ("lr", "init_threshold", "bandwidth")
         return replace(self, **{name: getattr(self, name) * factor for name in names})
@@ -186,7 +181,7 @@ class Recipe:
         """Keyword arguments of :class:`~gemma_scope_tl.interop.training_sae.GemmaScopeTrainingSAEConfig`.
 
         Raises:
-            GemmaScopeError: penalties that SAELens's loop does not have here.
+            GemmaScopeError: penalties that the SAELens training class does not have.
         """
         if self.l0_penalty != "linear" or self.frequency_coefficient or self.matryoshka:
             raise GemmaScopeError("SAELens's runners train with the linear L0 penalty only: use a PlaceTrainer.")
@@ -228,27 +223,27 @@ FAST = Recipe(
 )
 """For runs of some thousand steps on small models. What differs from the paper, and why:
 
-- Adam moves log theta by at most about the learning rate a step. From 0.001 to the 0.05 where thresholds of small SAEs
-  end is ln(50) = 3.9 nats, 56,000 steps at 7e-5. So the rate is higher, and thresholds start near their end.
-- The bandwidth is larger: fewer activations are seen, and each must inform more of the kernel density estimate. It is
+- Adam moves log theta by at most about the learning rate a step. From 0.001 to 0.05, the final threshold of small SAEs,
+  is ln(50) = 3.9, which takes 56,000 steps at 7e-5. So the rate is higher, and thresholds start near their final value.
+- The bandwidth is larger: with fewer activations, each must contribute to more of the kernel density estimate. It is
   about two thresholds, so that nearly all of the kernel lies on positive pre-activations.
 - Lambda is larger: with fewer latents and a lower L0, each active latent explains more of the error.
 - The warm-ups of learning rate and lambda are shorter, as the run is, and the batch is half as large.
 - The learning rate falls linearly to 0 over the last half, since without a decay the higher rate leaves noise.
-- The second moment is a mean over about 20 steps and not 1,000: what it holds of the first steps, when gradients are
-  large, would slow a run that is no longer than that memory.
+- The second moment averages about 20 steps and not 1,000: the large gradients of the first steps would slow down a run
+  that is not much longer than that.
 
 Loss, no momentum, Adam's epsilon, unit decoder rows, projection and initialisation are the paper's. Rate, threshold and
-bandwidth are for :data:`FAST_WIDTH` dimensions: :func:`fast` has them for others.
+bandwidth are for :data:`FAST_WIDTH` dimensions; :func:`fast` rescales them for others.
 """
 
 FAST_WIDTH = 128
-"""The width of the activations on which :data:`FAST` was found."""
+"""The width of the activations for which the values of :data:`FAST` were found."""
 
 
 def fast(d_in: int) -> Recipe:
-    """:data:`FAST` :meth:`~Recipe.rescaled` for another width: of an activation of length 1 a unit direction sees about
-    ``1 / sqrt(d_in)``.
+    """:data:`FAST` :meth:`~Recipe.rescaled` for another width: the projection of an activation of length 1 on a unit
+    direction is about ``1 / sqrt(d_in)``.
 
     >>> round(fast(512).init_threshold, 3), fast(FAST_WIDTH) == FAST
     (0.03, True)
@@ -257,13 +252,13 @@ def fast(d_in: int) -> Recipe:
 
 
 GEMMA_SCOPE_2 = Recipe(l0_penalty="quadratic", l0_warm_up_steps=50_000, frequency_coefficient=1e-2)
-"""Gemma Scope 2's changes, as far as they are reported (second-hand), to the paper's recipe.
+"""Gemma Scope 2's changes to the paper's recipe, as far as they are reported.
 
 Reported: the quadratic penalty around a target L0, a penalty on latents that fire on more than 10 % of tokens through
 the same straight-through estimator, a warm-up of 50,000 steps, Matryoshka prefixes; bandwidth, rate, Adam, batch and
-initialisation as before. Ours: lambda stays 6e-4 (an excess of a quarter over L0* then costs what 6e-4 costs in the
-linear penalty), the frequency penalty's form and size (some sixteen times that price for each firing), and no prefixes
-unless ``matryoshka`` names them.
+initialisation as before. Our choices: lambda stays 6e-4 (an L0 a quarter above L0* then has the price that 6e-4 gives
+in the linear penalty), the form and size of the frequency penalty (about sixteen times that price for each firing), and
+no prefixes unless ``matryoshka`` names them.
 """
 
 
@@ -284,7 +279,7 @@ def lr_schedule(
 
 
 def project_out_rows(grad: Tensor, rows: Tensor) -> Tensor:
-    """The part of a gradient that turns each row and does not stretch it: ``g - (g.d / d.d) d``.
+    """The part of a gradient that is orthogonal to each row: ``g - (g.d / d.d) d``.
 
     Args:
         grad, rows: ``[d_sae, d_in]``.
@@ -316,8 +311,8 @@ def decoder_on_sphere(
     After it: rows are scaled to length 1. Both are hooks of the optimizer, removed on leaving.
 
     Args:
-        decoder: returns ``W_dec [d_sae, d_in]``, asked at every step.
-        grad_scale: what the loss's gradients had been multiplied by; a power of two divides out without rounding.
+        decoder: returns ``W_dec [d_sae, d_in]``; called at every step.
+        grad_scale: the factor by which the gradients of the loss were multiplied; a power of two is exact.
     """
 
     @torch.no_grad()
@@ -343,9 +338,9 @@ def decoder_on_sphere(
 
 
 class StreamingRMS:
-    """``C = sqrt(E ||x||^2)``, the one scalar that a site's activations are divided by, from a stream of batches.
+    """``C = sqrt(E ||x||^2)``, the scalar by which a site's activations are divided, from a stream of batches.
 
-    Keeps two numbers and no data. Not the mean of norms, not per token, nothing is centred (paper, section 3.1).
+    Only two numbers are kept. It is neither a mean of norms nor per token, and nothing is centred (section 3.1).
 
     >>> rms = StreamingRMS()
     >>> rms.update(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
@@ -369,7 +364,7 @@ class StreamingRMS:
         """``C``.
 
         Raises:
-            GemmaScopeError: nothing was seen, or only zeros, or something that is not finite.
+            GemmaScopeError: there were no activations, only zeros, or values that are not finite.
         """
         if not (self.count and 0.0 < self.total < float("inf")):
             raise GemmaScopeError(f"No scale from {self.count} activations with a sum of squares of {self.total}.")

@@ -1,8 +1,8 @@
-"""Which part of the latents and of the batch a process has, and how parts are added up.
+"""The part of the latents and of the batch that a process has, and the sums over all parts.
 
-Training is split as in the paper's section 3.3: over latents (each process has some latents of every SAE and sees every
-row), over the batch (each has all latents and sees some rows), or both. :data:`WHOLE` is one process with everything.
-A distributed shard overrides the two sums; nothing else in a training step talks to other processes.
+Training is divided as in the paper's section 3.3: over latents (each process has some latents of every SAE and sees
+every row), over the batch (each has all latents and sees some rows), or both. :data:`WHOLE` is one process with
+everything. A distributed shard overrides the sums; nothing else in a training step communicates.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from gemma_scope_tl.errors import GemmaScopeError
 
 @dataclass(frozen=True)
 class Shard:
-    """One process of ``latent_ranks * data_ranks``; itself only the case of one process.
+    """The part of one process among ``latent_ranks * data_ranks``. This class itself is the case of one process.
 
     Attributes:
-        latent_rank, latent_ranks: which of the equal contiguous parts of every SAE's latents.
-        data_rank, data_ranks: which of the equal contiguous parts of every batch.
+        latent_rank, latent_ranks: index and number of the equal, contiguous parts of every SAE's latents.
+        data_rank, data_ranks: index and number of the equal, contiguous parts of every batch.
     """
 
     latent_rank: int = 0
@@ -66,16 +66,16 @@ class Shard:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes what all of them have in common; one does."""
+        """Whether this is the one process that writes what all of them have in common."""
         return self.latent_rank == 0 and self.data_rank == 0
 
     @property
     def part(self) -> str:
-        """What the name of a file with this process's latents ends with."""
+        """The ending of the names of files with this process's latents."""
         return "" if self.latent_ranks == 1 else f".{self.latent_rank}_of_{self.latent_ranks}"
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, small ones; every process waits for the others here."""
+        """The (small) values of all processes. Every process waits for the others here."""
         return [value]
 
     def most(self, value: int) -> int:
@@ -83,7 +83,7 @@ class Shard:
         return value
 
     def whole(self, local: Tensor, chunk: int | None = None) -> Generator[Tensor, None, None]:
-        """A tensor whose first dimension is divided over the latents, whole, ``chunk`` columns at a time.
+        """The whole of a tensor whose first dimension is divided as the latents are, ``chunk`` columns at a time.
 
         Every process must take part. With ``chunk`` no process holds more than ``[latents, chunk]`` of it.
         """
@@ -93,11 +93,11 @@ class Shard:
             yield from local.split(chunk, dim=1)
 
     def sum_latents(self, tensor: Tensor) -> Tensor:
-        """The sum of ``tensor`` over the processes that have the same rows and other latents; may be in place."""
+        """The sum of ``tensor`` over the processes with the same rows and other latents, possibly in place."""
         return tensor
 
     def sum_data(self, tensor: Tensor) -> Tensor:
-        """The sum of ``tensor`` over the processes that have the same latents and other rows; may be in place."""
+        """The sum of ``tensor`` over the processes with the same latents and other rows, possibly in place."""
         return tensor
 
 
@@ -113,12 +113,12 @@ WHOLE = Shard()
 
 AXES = ("data", "latents")
 SECONDS = 600.0
-"""For which a process waits for the others. Between two exchanges lie a step, or the writing of a checkpoint."""
+"""How long a process waits for the others. Two exchanges are a step apart, or the writing of a checkpoint."""
 
 
 @dataclass(frozen=True)
 class MeshShard(Shard):
-    """A process's place in a DeviceMesh with the axes ``data`` and ``latents``.
+    """The part of a process in a DeviceMesh with the axes ``data`` and ``latents``.
 
     Sums are all-reduces, so every process of an axis gets the same bits.
     """
@@ -136,7 +136,7 @@ class MeshShard(Shard):
     def _sum(self, tensor: Tensor, axis: str, ranks: int) -> Tensor:
         if ranks == 1 or self.mesh is None:
             return tensor
-        whole = tensor.to(self.mesh.device_type).contiguous()  # NCCL adds up what is on a GPU only
+        whole = tensor.to(self.mesh.device_type).contiguous()  # NCCL adds tensors on GPUs only
         with _exchange():
             dist.all_reduce(whole, group=self.mesh.get_group(axis))
         return whole.to(tensor.device)
@@ -171,14 +171,13 @@ class MeshShard(Shard):
 
 @contextmanager
 def _exchange() -> Generator[None, None, None]:
-    """Say what a failed exchange means: the backend's own words name sockets."""
+    """Explain a failed exchange: messages of the backend are about sockets."""
     try:
         yield
     except RuntimeError as error:
         raise GemmaScopeError(
-            "Another process of this job ended, or did not answer in time; what it said itself is the cause. End what "
-            "is left of the job and start the same command again: the run goes on from its last checkpoint, to the "
-            "same bits. "
+            "Another process of this job ended, or did not answer in time; its own message says why. End what is left "
+            "of the job and start the same command again: the run goes on from its last checkpoint, to the same bits. "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error
 
@@ -191,7 +190,7 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def led(shard: Shard, act: Callable[[], object]) -> None:
-    """Let the leading process ``act`` while all others wait; what it raises, all of them raise.
+    """Let the leading process ``act`` while all others wait. An error that it raises is raised by all.
 
     Raises:
         GemmaScopeError: of the leading process.
@@ -209,11 +208,6 @@ def led(shard: Shard, act: Callable[[], object]) -> None:
         raise GemmaScopeError(said)
 
 
-def launched() -> bool:
-    """Whether this process was started by ``torchrun`` or another launcher that sets its variables."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 @contextmanager
 def process_mesh(
     latent_ranks: int = 1,
@@ -229,11 +223,11 @@ def process_mesh(
         latent_ranks, data_ranks: how many parts the latents and the batch are cut into.
         device: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL; each process takes the GPU of its local rank).
         backend: another one.
-        seconds: for which a process waits for the others; :data:`SECONDS` unless given. Where one ends, the others
-            notice at once; where one hangs, or its machine is lost, after that time.
+        seconds: how long a process waits for the others, :data:`SECONDS` unless given. If one ends, the others notice
+            at once; if one hangs or its machine is lost, after that time.
 
     Raises:
-        GemmaScopeError: the launcher started another number of processes; another process ended or does not answer.
+        GemmaScopeError: the launcher started another number of processes; another process ended or did not answer.
     """
     wanted = latent_ranks * data_ranks
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -263,14 +257,14 @@ def process_mesh(
             mesh=mesh,
         )
         with _exchange():
-            dist.barrier()  # a process that leaves while another still talks to it would abort it
+            dist.barrier()  # a process that leaves early would abort the others
     finally:
         if begun:
             dist.destroy_process_group()
 
 
 def _mesh(kind: str, latent_ranks: int, data_ranks: int, limit: timedelta) -> DeviceMesh:
-    """A mesh whose groups have the time limit: ``init_device_mesh`` gives them the backend's, half an hour."""
+    """A mesh whose groups have the time limit; ``init_device_mesh`` would give them the backend's, half an hour."""
     ranks = torch.arange(data_ranks * latent_ranks).reshape(data_ranks, latent_ranks)
     with _exchange():
         data, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=limit)
@@ -280,7 +274,7 @@ def _mesh(kind: str, latent_ranks: int, data_ranks: int, limit: timedelta) -> De
 
 
 def agreed(values: Mapping[str, Any]) -> None:
-    """Raise on every process unless all were given the same ``values``: different settings would train nonsense.
+    """Raise on every process unless all were given the same ``values``.
 
     Raises:
         GemmaScopeError: naming the settings that differ between processes.

@@ -1,9 +1,9 @@
-"""Loss and gradients of several SAEs by hand, where few latents are active: only the encoder's product is dense.
+"""Loss and gradients of several SAEs where few latents are active: only the encoder's product is dense.
 
 All other work is on *entries*: pre-activations above the lower end of the threshold's kernel, active or not, a few
-dozen of thousands a token. The SAEs are one stack of latents that read one input, so they share the encoder's product
-and every operation after it. Entries come in the order (token, SAE, prefix segment, latent), so each token has a row
-for each segment of each SAE: decoding and the gradients of the values are sums over such rows.
+dozen among thousands for each token. The SAEs are one stack of latents that read one input, so they share the encoder's
+product and every operation after it. Entries are in the order (token, SAE, prefix segment, latent), so each token has a
+row for each segment of each SAE: decoding and the gradients of the values are sums over such rows.
 
 With ``G_t`` the error term's gradient at a row's reconstruction, ``g = G_t . d_i`` that of a latent, ``on`` its being
 active, ``K`` the kernel at its pre-activation and ``price`` the penalties', the sums running over the batch::
@@ -25,7 +25,7 @@ from gemma_scope_tl.training.optimizer import Prices, chunk_rows
 from gemma_scope_tl.training.stack import Batch, Chunk, Member, Vectors, Weights, residuals_
 
 WHOLE_CHUNK = 0.75
-"""From this share of touched rows on, a chunk is updated in place as a whole instead of gathered and put back."""
+"""Share of touched rows from which on a whole chunk is updated in place, instead of gathering and scattering rows."""
 
 
 class SparsePass:
@@ -87,7 +87,7 @@ class SparsePass:
         self.sums = batch.shard.sum_data(torch.stack(found))
 
     def backward(self, prices: Sequence[Prices]) -> None:
-        """Gradients of the entries' values, brought into the order of the latents, and their sums for each latent."""
+        """The gradients of the entries' values, sorted by latent, and their sums for each latent."""
         shard = self.batch.shard
         order, self.starts = by_latent = ops.groups(self.latents, self.theta.shape[0])
         g = ops.sampled(self.offsets, self.latents, self.g_out, self.dec, by_latent)

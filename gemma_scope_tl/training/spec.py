@@ -1,4 +1,4 @@
-"""What one SAE of a suite is: where it reads, how wide it is, how it is trained."""
+"""The description of one SAE to train: its place, its width and its recipe."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class SAESpec:
         d_sae: its latents.
         recipe: its hyper-parameters. SAEs of one place share the batch size.
         seed: of its initial weights.
-        target_l0: the L0 wanted. With the recipe's linear penalty lambda is steered towards it; with the quadratic
-            penalty it is the penalty's ``L0*``, and needed. None keeps lambda fixed.
+        target_l0: the wanted L0. With the linear penalty, lambda is steered towards it. With the quadratic penalty it
+            is ``L0*``, and required. None keeps lambda fixed.
 
     Raises:
-        GemmaScopeError: a value that cannot be.
+        GemmaScopeError: a value out of range.
     """
 
     name: str
@@ -77,10 +77,10 @@ class SAESpec:
 
 
 def check_one_place(specs: Sequence[SAESpec]) -> None:
-    """Refuse SAEs that cannot be stepped together.
+    """Raise if SAEs cannot be stepped together.
 
     Raises:
-        GemmaScopeError: none, two with one name, of several places, or of several batch sizes.
+        GemmaScopeError: there are none, two have one name, or they have several places or batch sizes.
     """
     if not specs:
         raise GemmaScopeError("A place needs at least one SAE.")
