@@ -175,9 +175,18 @@ def test_latents_are_listed_steered_and_read_through_the_unembedding(model: Any,
 
 def test_it_is_evaluated(model: Any) -> None:
     tokens = random_tokens(model, batch=4, length=16)
-    table = gs.evaluate(model, [sae_at(model, "stream", 1), sae_at(model, "heads", 0)], tokens)
-    assert table["site"].tolist() == ["stream", "heads"]
-    assert (table["delta_loss"] > 0).all()
+    saes = [
+        sae_at(model, "stream", 1),
+        sae_at(model, "heads", 0),
+        sae_at(model, "ff", 1),
+        sae_at(model, "tokens", None),
+    ]
+    table = gs.evaluate(model, saes, tokens)
+    assert table["site"].tolist() == ["stream", "heads", "ff", "tokens"]
+    clean = model(tokens, return_type="loss", loss_per_token=True)[:, 1:].mean()  # predictions from BOS do not count
+    for sae, delta in zip(saes, table["delta_loss"], strict=True):
+        spliced = model.run_with_saes(tokens, saes=sae, return_type="loss", loss_per_token=True)[:, 1:].mean()
+        assert delta == pytest.approx(float(spliced - clean), rel=1e-3, abs=1e-5)
 
 
 def test_another_family_cannot_give_a_site_of_this_name_another_meaning() -> None:
