@@ -207,26 +207,23 @@ class SpliceMixin:
 
     def _attach(self, sae: SAE[Any], options: SpliceOptions, owner: Owner) -> AttachedSAE:
         with _bookkeeping:
-            return self._attach_locked(sae, options, owner)
-
-    def _attach_locked(self, sae: SAE[Any], options: SpliceOptions, owner: Owner) -> AttachedSAE:
-        site, layer = locate(sae, self.family)
-        self.check_fits(sae, site, layer)
-        if any(attached.sae is sae for attached in self._attached.values()):
-            raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
-        excluded = self.excluded_ids(options.exclude_special_tokens)
-        stage = self._next_stage(site.hook_name_out(layer, "hooked_transformer"), options.chain, site.is_transcoder)
-        if (device := self.device_of(layer)).type != "meta":  # offloaded weights have no device before a pass
-            bring(sae, device)
-        attached = AttachedSAE(sae, site, layer, options, excluded, stage, owner)
-        try:
-            attached.attach(self)  # pyright: ignore[reportArgumentType]
-        except BaseException:
-            attached.detach()
-            raise
-        self._attached[attached.name] = attached
-        self._after_attach(attached)
-        return attached
+            site, layer = locate(sae, self.family)
+            self.check_fits(sae, site, layer)
+            if any(attached.sae is sae for attached in self._attached.values()):
+                raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
+            excluded = self.excluded_ids(options.exclude_special_tokens)
+            stage = self._next_stage(site.hook_name_out(layer, "hooked_transformer"), options.chain, site.is_transcoder)
+            if (device := self.device_of(layer)).type != "meta":  # offloaded weights have no device before a pass
+                bring(sae, device)
+            attached = AttachedSAE(sae, site, layer, options, excluded, stage, owner)
+            try:
+                attached.attach(self)  # pyright: ignore[reportArgumentType]
+            except BaseException:
+                attached.detach()
+                raise
+            self._attached[attached.name] = attached
+            self._after_attach(attached)
+            return attached
 
     def device_of(self, layer: int | None) -> torch.device:
         """The device of a layer's weights; without a layer, that of the embedding, where token ids belong too."""

@@ -193,6 +193,8 @@ def test_another_family_cannot_give_a_site_of_this_name_another_meaning() -> Non
     from dataclasses import replace
 
     site = replace(LLAMA.sites["ff"], writes=("stream",))
+    with pytest.raises(UnknownNameError, match="joins of site 'ff'"):
+        replace(site, joins="stream")  # pyright: ignore[reportArgumentType]
     with pytest.raises(GemmaScopeError, match="give it another name"):
         register_family(replace(LLAMA, name="another", model_types=("another",), sites={"ff": site}))
 
