@@ -139,7 +139,7 @@ class SpliceMixin:
             SpliceError, TypeError: as :meth:`add_sae`.
         """
         chosen = SpliceOptions.of("saes", options, by_position, ("saes", "reset_saes_end"))
-        return self.splice_with(saes, reset_saes_end, chosen)
+        return self._spliced(saes, reset_saes_end, chosen)
 
     def run_with_saes(
         self,
@@ -149,7 +149,7 @@ class SpliceMixin:
         **kwargs: Any,
     ) -> Any:
         """One forward pass with ``saes`` attached; keywords are those of :meth:`saes` and of the model's call."""
-        with self.splice_with(saes, reset_saes_end, SpliceOptions.taken_from(kwargs, "run_with_saes")):
+        with self._spliced(saes, reset_saes_end, SpliceOptions.taken_from(kwargs, "run_with_saes")):
             return self(*model_args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def run_with_cache_with_saes(
@@ -162,7 +162,7 @@ class SpliceMixin:
         """``run_with_cache`` with ``saes`` attached; features under ``<hook>.hook_sae_acts_post``, by either backend's
         name of the hook. Keywords are those of :meth:`saes` and of ``run_with_cache``."""
         options = SpliceOptions.taken_from(kwargs, "run_with_cache_with_saes")
-        with self.splice_with(saes, reset_saes_end, options):
+        with self._spliced(saes, reset_saes_end, options):
             return self.run_with_cache(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def run_with_hooks_with_saes(
@@ -175,7 +175,7 @@ class SpliceMixin:
         """``run_with_hooks`` with ``saes`` attached; hooks may name the SAEs' own hook points. Keywords are those of
         :meth:`saes` and of ``run_with_hooks``."""
         options = SpliceOptions.taken_from(kwargs, "run_with_hooks_with_saes")
-        with self.splice_with(saes, reset_saes_end, options):
+        with self._spliced(saes, reset_saes_end, options):
             return self.run_with_hooks(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def sae_hook_points(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class SpliceMixin:
         return {name: point for attached in self._attached.values() for name, point in attached.hook_points.items()}
 
     @contextmanager
-    def splice_with(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[Self]:
+    def _spliced(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[Self]:
         """:meth:`saes` with options that were checked already."""
         added: list[AttachedSAE] = []
         owner = Owner()
@@ -329,4 +329,4 @@ def splice(
     chosen = SpliceOptions.of("splice", options, by_position, ("saes",))
     if not isinstance(model, SpliceMixin):
         raise SpliceError("splice() needs a model from gemma_scope_tl.load_model(); wrap yours with hf_model=.")
-    return model.splice_with(saes, True, chosen)
+    return model.saes(saes, True, **vars(chosen))
