@@ -22,10 +22,9 @@ from datasets.utils.logging import disable_progress_bar
 from benchmarks.timing import paired, save
 from gemma_scope_tl.activations.buckets import Bucket
 from gemma_scope_tl.activations.folder import open_folder
-from gemma_scope_tl.activations.manifest import Contents
+from gemma_scope_tl.activations.manifest import Contents, tensor_bytes
 from gemma_scope_tl.activations.reader import StoreSource
-from gemma_scope_tl.activations.shards import SHARD_BYTES, tensor_bytes
-from gemma_scope_tl.activations.store import write_passes
+from gemma_scope_tl.activations.writer import SHARD_BYTES, write_passes
 from gemma_scope_tl.sites import Place
 
 D_IN, CONTEXT, PASS_ROWS, CACHED_BYTES = 2304, 1024, 8192, 1 << 28

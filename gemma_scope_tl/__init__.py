@@ -21,7 +21,7 @@ _NAMES = {
     "AdapterMismatch": "errors",
     "GemmaScopeError": "errors",
     "JumpReLUSAE": "sae.jumprelu",
-    "JumpReLUTranscoder": "sae.transcoder",
+    "JumpReLUTranscoder": "sae.jumprelu",
     "ablate": "interventions",
     "attribute": "attributions.gradients",
     "circuit": "attributions.graph",
@@ -33,7 +33,7 @@ _NAMES = {
     "list_saes": "registry",
     "load_latents": "sae.partial",
     "load_model": "model.loading",
-    "load_sae": "sae.jumprelu",
+    "load_sae": "sae.loading",
     "load_suite": "sae.suite",
     "mean_norms": "interventions",
     "register_release": "registry",
@@ -67,11 +67,11 @@ if TYPE_CHECKING:
     from gemma_scope_tl.release.export import export_suite
     from gemma_scope_tl.release.release_saes import About
     from gemma_scope_tl.release.upload import upload_suite
-    from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, load_sae
+    from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, JumpReLUTranscoder
+    from gemma_scope_tl.sae.loading import load_sae
     from gemma_scope_tl.sae.partial import load_latents
     from gemma_scope_tl.sae.save import save_sae
     from gemma_scope_tl.sae.suite import load_suite
-    from gemma_scope_tl.sae.transcoder import JumpReLUTranscoder
     from gemma_scope_tl.training.suite import train_suite
     from gemma_scope_tl.viz.latent_page import feature_page
 

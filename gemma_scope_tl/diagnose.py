@@ -1,4 +1,4 @@
-"""What ``gemma-scope doctor`` looks at: facts about the installation, and what to do about what is wrong with it."""
+"""The checks of ``gemma-scope doctor``: facts about the installation, and advice on problems."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from gemma_scope_tl.families import families
+
 PACKAGES = (
     "gemma-scope-tl",
     "torch",
@@ -22,19 +24,20 @@ PACKAGES = (
     "triton",
 )
 PYTHONS = ((3, 11), (3, 13))
-GATED = "google/gemma-2-2b"
 HUB_SECONDS = 5.0
-ROOM = 20e9  # bytes: Gemma 2 2B and some SAEs
+ROOM = 20e9  # bytes: the smallest model and some SAEs
+_FAMILY = families()[0]
+GATED = next(iter(_FAMILY.hub_ids.values()))
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Something to know, and what to do.
+    """A problem and its remedy.
 
     Attributes:
-        what: is the case.
-        do: about it.
-        serious: whether the package cannot be relied on until it is done.
+        what: the problem.
+        do: the remedy.
+        serious: whether results of the package may be wrong until then.
     """
 
     what: str
@@ -44,7 +47,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class KnownBad:
-    """Versions of a library that do something wrong here, as a specifier of PEP 440."""
+    """Versions of a library, as a specifier of PEP 440, that have a defect which matters here."""
 
     package: str
     versions: str
@@ -58,7 +61,7 @@ KNOWN_BAD = (
     KnownBad(
         "transformers",
         "<5.21.1",
-        "sdpa attention drops Gemma 2's soft-cap in models that Hugging Face loads by default",
+        "sdpa attention drops the soft-cap of attention in models that Hugging Face loads by default",
         "pip install 'transformers>=5.21.1'",
     ),
     KnownBad(
@@ -79,11 +82,11 @@ KNOWN_BAD = (
 
 @dataclass
 class Diagnosis:
-    """What was found.
+    """The results of all checks.
 
     Attributes:
-        facts: by name, for people. Tokens are never shown.
-        advice: what to do, the serious first.
+        facts: by name, for people. Access tokens are never part of them.
+        advice: the serious first.
     """
 
     facts: dict[str, str] = field(default_factory=dict[str, str])
@@ -96,9 +99,9 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at versions, registry, devices, the Hub, disk space, and run the bundled model on both backends."""
+    """Check versions, registry, devices, the Hub and disk space, and run the bundled model on both backends."""
     found = Diagnosis({"python": platform.python_version(), "platform": platform.platform()})
-    installed = {name: _version(name) for name in PACKAGES}
+    installed = {name: installed_version(name) for name in PACKAGES}
     found.facts.update({name: number or "not installed" for name, number in installed.items()})
     found.advice += [*python_advice(sys.version_info[:2]), *version_advice(installed)]
     checks: tuple[tuple[str, Callable[[], tuple[str, list[Advice]]]], ...] = (
@@ -113,7 +116,7 @@ def diagnose() -> Diagnosis:
         try:
             found.facts[name], advice = check()
             found.advice += advice
-        except Exception as error:  # a broken installation fails in ways nobody foresaw; that is what this shows
+        except Exception as error:  # a broken installation may fail in any way, and this shows how
             found.facts[name] = f"FAILED: {type(error).__name__}: {error}"
             do = "install the package again in a new environment, with the versions in constraints.txt"
             found.advice.append(Advice(f"the check of the {name} failed", do, serious=True))
@@ -122,7 +125,7 @@ def diagnose() -> Diagnosis:
 
 
 def python_advice(running: tuple[int, ...]) -> Iterator[Advice]:
-    """Whether this Python is one that the package supports."""
+    """Advice if the package does not support this version of Python."""
     low, high = PYTHONS
     if not low <= running[:2] <= high:
         names = f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
@@ -130,7 +133,7 @@ def python_advice(running: tuple[int, ...]) -> Iterator[Advice]:
 
 
 def version_advice(installed: dict[str, str | None]) -> Iterator[Advice]:
-    """Known-bad versions among the installed ones, and packages that are missing.
+    """Advice on versions with known defects and on missing packages.
 
     >>> [one.serious for one in version_advice({"transformers": "5.20.2", "torch": "2.5.0"})]
     [True]
@@ -146,7 +149,7 @@ def version_advice(installed: dict[str, str | None]) -> Iterator[Advice]:
             yield Advice(f"{name} is not installed", "pip install gemma-scope-tl, in a new environment", serious=True)
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
@@ -169,17 +172,17 @@ def _devices() -> tuple[str, list[Advice]]:
         name = torch.cuda.get_device_name(number)
         found.append(f"cuda:{number} ({name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {bf16})")
     seen = shutil.which("nvidia-smi") is not None
-    advice = device_advice(torch.cuda.is_available(), seen, torch.version.cuda, _version("triton") is not None)
+    advice = device_advice(torch.cuda.is_available(), seen, torch.version.cuda, installed_version("triton") is not None)
     return ", ".join(found), list(advice)
 
 
 def device_advice(usable: bool, driver: bool, built_for: str | None, triton: bool) -> Iterator[Advice]:
-    """What to do about a GPU.
+    """Advice on GPUs.
 
     Args:
-        usable: whether PyTorch can use one.
-        driver: whether NVIDIA's tools are on this machine.
-        built_for: the CUDA version that PyTorch was built for, None for a build without.
+        usable: whether PyTorch can use a GPU.
+        driver: whether NVIDIA's tools are installed.
+        built_for: the CUDA version that PyTorch was built for, None for a build without CUDA.
         triton: whether it is installed.
     """
     if driver and not usable and built_for is None:
@@ -209,7 +212,7 @@ def _hub() -> tuple[str, list[Advice]]:
 
 
 def hub_access() -> tuple[str, list[Advice]]:
-    """Whether the Hub answers and gives out Gemma 2: one request for the size of a small file, without a retry."""
+    """Whether the Hub answers and gives access to the models: one request for a small file's size, without retries."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
     licence = f"accept the licence on the page of {GATED} with your account, then `hf auth login`"
@@ -217,13 +220,13 @@ def hub_access() -> tuple[str, list[Advice]]:
     try:
         get_hf_file_metadata(hf_hub_url(GATED, "config.json"), timeout=HUB_SECONDS)
     except errors.GatedRepoError:
-        return "Gemma 2 is gated for you", [Advice("no access to Gemma 2", f"{licence}; {ungated}")]
-    except errors.RepositoryNotFoundError:  # so the Hub answers a token that it does not know
+        return f"{_FAMILY.title} is gated for you", [Advice(f"no access to {_FAMILY.title}", f"{licence}; {ungated}")]
+    except errors.RepositoryNotFoundError:  # the Hub's answer to a token that it does not know
         return "the Hub refuses the token", [Advice("the Hub refuses the token", "log in again with `hf auth login`")]
     except errors.HfHubHTTPError as error:
         number = getattr(error.response, "status_code", "an error")
         return f"the Hub answers with {number}", [Advice(f"the Hub answers with {number}", "try again later")]
-    except Exception as error:  # whatever the HTTP library and the operating system raise
+    except Exception as error:  # the HTTP library and the operating system raise many kinds
         do = "look at the network, a proxy (HTTPS_PROXY) and HF_ENDPOINT; without a network set HF_HUB_OFFLINE=1"
         return "the Hub cannot be reached", [Advice(f"the Hub cannot be reached ({type(error).__name__})", do)]
     return f"access to {GATED}", []
@@ -233,7 +236,7 @@ def _disk() -> tuple[str, list[Advice]]:
     from huggingface_hub import constants
 
     folder = os.path.expanduser(constants.HF_HUB_CACHE)
-    there = os.path.abspath(folder)  # a user without a home has a relative one
+    there = os.path.abspath(folder)  # relative for a user without a home
     while not os.path.exists(there):
         there = os.path.dirname(there)
     free = shutil.disk_usage(there).free
@@ -241,21 +244,21 @@ def _disk() -> tuple[str, list[Advice]]:
 
 
 def disk_advice(free: float, folder: str) -> Iterator[Advice]:
-    """What to do about little room (bytes) where the Hub's client keeps its files."""
+    """Advice if few bytes are free where the Hub's client keeps its files."""
     if free < ROOM:
-        do = f"make room, or set HF_HOME to a larger disk; Gemma 2 2B and some SAEs take {ROOM / 1e9:.0f} GB"
+        do = f"make room, or set HF_HOME to a larger disk; {GATED} and some SAEs take {ROOM / 1e9:.0f} GB"
         yield Advice(f"{free / 1e9:.1f} GB are free at {folder}", do)
 
 
 def _self_check(backend: str) -> str:
-    from transformers import Gemma2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from gemma_scope_tl.model.check import self_check
     from gemma_scope_tl.model.loading import load_model
     from gemma_scope_tl.model.plain import run_plain
     from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 
-    hf_model: Any = Gemma2ForCausalLM.from_pretrained(BUNDLED_MODEL, attn_implementation="eager")
+    hf_model: Any = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, attn_implementation="eager")
     plain = run_plain(hf_model)
     model = load_model(hf_model=hf_model, backend=backend, check=False)
     worst = max(self_check(model, plain).values())

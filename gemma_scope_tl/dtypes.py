@@ -1,20 +1,20 @@
-"""Floating dtypes and devices by name, one spelling for the whole package."""
+"""Floating dtypes and devices by name, with the same spelling in the whole package.
+
+The names are known without torch, which is imported when a dtype or a device is looked up: the command line checks
+names first, and importing torch takes seconds.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.errors import DeviceError, unknown_name
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -23,19 +23,20 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     Raises:
         UnknownNameError: for anything else.
     """
-    if isinstance(dtype, torch.dtype):
-        if dtype in DTYPES.values():
-            return dtype
-        raise unknown_name("dtype", dtype, DTYPES)
-    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else None  # pyright: ignore[reportUnnecessaryIsInstance]
-    found = DTYPES.get(_SHORT.get(name, name)) if name is not None else None
-    if found is None:
-        raise unknown_name("dtype", dtype, [*DTYPES, *_SHORT])
-    return found
+    import torch
+
+    named = isinstance(dtype, (str, torch.dtype))  # pyright: ignore[reportUnnecessaryIsInstance]
+    name = str(dtype).removeprefix("torch.") if named else ""
+    full = SHORT_DTYPES.get(name, name)
+    if full not in DTYPES:
+        raise unknown_name("dtype", dtype, [*DTYPES, *SHORT_DTYPES])
+    return getattr(torch, full)
 
 
 def available_devices() -> list[str]:
     """The devices that tensors can be on here: ``"cpu"``, and every accelerator (``"cuda:0"``, ``"mps"``)."""
+    import torch
+
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is None:
         return ["cpu"]
@@ -53,6 +54,8 @@ def parse_device(device: str | int | torch.device | None) -> torch.device:
     Raises:
         DeviceError: naming the devices that are available, for a device that does not exist, here or at all.
     """
+    import torch
+
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -63,13 +66,15 @@ def parse_device(device: str | int | torch.device | None) -> torch.device:
         raise _no_device(device, "no device of torch") from None
     if (parsed.index or 0) >= _count(parsed):
         raise _no_device(device, "not available here")
-    return torch.device("cpu") if parsed.type == "cpu" else parsed  # tensors call "cpu:0" just "cpu"
+    return torch.device("cpu") if parsed.type == "cpu" else parsed  # a tensor on "cpu:0" reports "cpu"
 
 
 def _count(device: torch.device) -> int:
     """How many devices of this kind there are."""
     if device.type in ("cpu", "meta"):
         return 1
+    import torch
+
     try:
         module: Any = torch.get_device_module(device)
         return int(module.device_count()) if module.is_available() else 0

@@ -1,7 +1,7 @@
 """The package's errors. Every message says what was given, what is valid and what to do.
 
-All are children of :class:`GemmaScopeError`, and where a standard exception says the same thing, of that one too,
-so that ``except ValueError`` and ``except FileNotFoundError`` keep working.
+All derive from :class:`GemmaScopeError`, and from a standard exception where one has the same meaning, so that
+``except ValueError`` works too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class GemmaScopeError(Exception):
 class UnknownNameError(GemmaScopeError, KeyError):
     """A release, id, site, hook, width or configuration key that does not exist."""
 
-    def __str__(self) -> str:  # KeyError would show the repr
+    def __str__(self) -> str:  # KeyError's shows the repr of the message
         return str(self.args[0]) if self.args else ""
 
 
@@ -38,14 +38,14 @@ class WeightsError(GemmaScopeError, ValueError):
 
 
 class WriteError(GemmaScopeError, OSError):
-    """A file cannot be written: the disk is full or read-only, the name too long, a permission missing.
+    """A file cannot be written: the disk is full or read-only, the name is too long, or a permission is missing.
 
     ``errno`` is that of the system's error, which is the ``__cause__``.
     """
 
 
 class AdapterError(GemmaScopeError, ValueError):
-    """A model cannot be loaded as a Gemma 2 with the Gemma Scope sites."""
+    """A model cannot be loaded as one of a known family with its sites."""
 
 
 class AdapterMismatch(GemmaScopeError, AssertionError):
@@ -53,21 +53,21 @@ class AdapterMismatch(GemmaScopeError, AssertionError):
 
 
 class DeviceError(GemmaScopeError, RuntimeError):
-    """A device that does not exist here, or tensors on different ones where nothing says which should move."""
+    """A device that does not exist on this machine, or tensors on different devices."""
 
 
 class SpliceError(GemmaScopeError, ValueError):
-    """An SAE cannot be spliced: no such site, a site that is taken, or another model or width."""
-
-
-def nearest(given: str, valid: Iterable[str], n: int = 5) -> list[str]:
-    """The ``n`` names of ``valid`` most alike to ``given``, best first (never empty unless ``valid`` is)."""
-    names = list(valid)
-    return difflib.get_close_matches(given, names, n=n, cutoff=0.0)
+    """An SAE cannot be spliced: its site does not exist or is taken, or it is of another model or width."""
 
 
 class TrainingStateError(GemmaScopeError, ValueError):
-    """A configuration, a checkpoint or a run's folder that cannot be used as it is."""
+    """A configuration, a checkpoint or a run's folder that cannot be used."""
+
+
+def nearest(given: str, valid: Iterable[str], n: int = 5) -> list[str]:
+    """The ``n`` names of ``valid`` most similar to ``given``, best first; empty only if ``valid`` is."""
+    names = list(valid)
+    return difflib.get_close_matches(given, names, n=n, cutoff=0.0)
 
 
 def unknown_name(kind: str, given: object, valid: Iterable[str], hint: str = "") -> UnknownNameError:
@@ -95,7 +95,7 @@ def unknown_keyword(function: str, given: str, valid: Iterable[str]) -> UnknownK
 
 
 def device_mismatch(what: str, its: object, given: object) -> DeviceError:
-    """A :class:`DeviceError` that says how to bring both together.
+    """A :class:`DeviceError` that says how to move one to the other's device.
 
     >>> print(device_mismatch("res, layer 20", "cpu", "cuda:0"))
     res, layer 20 is on cpu, the tensor given on cuda:0: move one of them, for example with .to('cuda:0').

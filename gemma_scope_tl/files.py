@@ -1,7 +1,6 @@
-"""Writing files so that a crash leaves the old file or the new one, never half of one; telling files apart.
+"""Atomic writes, which leave the old file or the new one after a crash; paths that users give; hashes of files.
 
-Whatever the system has against a write (no room, no permission, a name that is too long) is raised as one
-:class:`WriteError` that names the file.
+When the system refuses a write (disk full, no permission, name too long), a :class:`WriteError` names the file.
 """
 
 from __future__ import annotations
@@ -20,8 +19,14 @@ from gemma_scope_tl.errors import GemmaScopeError, WriteError
 
 _BLOCK = 4 << 20
 _MAX_NAME = 255  # bytes, on nearly every file system
-_RANDOM = 10  # bytes that a temporary name adds: two dots and what makes it unique
-_UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF)  # folders on some network disks
+_RANDOM = 10  # bytes that a temporary name adds: two dots and 8 random letters
+_UNSYNCED = (
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EBADF,
+)  # fsync of a folder on some network disks
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk is full: your quota is used up",
@@ -45,17 +50,17 @@ _RUST_ERRNO = re.compile(r"(?:os error|code:) (\d+)")
 
 @contextmanager
 def writing(path: str | os.PathLike[str], remedy: str = "") -> Generator[None]:
-    """Raise what the system has against writing ``path`` as a :class:`WriteError`.
+    """Raise the system's errors in writing ``path`` as :class:`WriteError`.
 
     Args:
-        path: what is written, a file or a folder.
-        remedy: what to do, as whole sentences, in place of the usual advice.
+        path: the file or folder that is written.
+        remedy: advice in whole sentences, in place of the usual one.
     """
     try:
         yield
     except GemmaScopeError:
         raise
-    except Exception as error:  # safetensors has its own class for the system's errors, without their number
+    except Exception as error:  # safetensors raises the system's errors in a class without ``errno``
         raised = write_error(path, error, remedy)
         if raised is None:
             raise
@@ -63,7 +68,7 @@ def writing(path: str | os.PathLike[str], remedy: str = "") -> Generator[None]:
 
 
 def write_error(path: str | os.PathLike[str], error: Exception, remedy: str = "") -> WriteError | None:
-    """What :func:`writing` raises for ``error``; None for errors that are not the system's."""
+    """The error that :func:`writing` raises for ``error``; None for errors that are not the system's."""
     number = _errno(error)
     if number is None and not isinstance(error, OSError):
         return None
@@ -78,16 +83,16 @@ def write_error(path: str | os.PathLike[str], error: Exception, remedy: str = ""
 
 
 def reason(error: Exception) -> str:
-    """What the system had against a write, in a few words."""
+    """Why the system refused a write, in a few words."""
     said = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return _REASONS.get(_errno(error) or 0, said)
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Make a folder and those above it, if need be.
+    """Create a folder and its parents where they do not exist.
 
     Raises:
-        WriteError: it cannot be made.
+        WriteError: when it cannot be created.
     """
     place = Path(path)
     with writing(place):
@@ -98,14 +103,14 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 def replace_files(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], Any]]) -> None:
     """Write every file completely under a temporary name in ``folder``, then rename them into place.
 
-    A process that is killed meanwhile may leave temporary files, whose names begin with a dot, and nothing else.
+    A process that is killed meanwhile may leave temporary files, whose names begin with a dot.
 
     Args:
-        folder: made if need be.
-        writers: a function per file name, which writes to the path that it is given.
+        folder: created where it does not exist.
+        writers: for each file name a function that writes to the path that it is given.
 
     Raises:
-        WriteError: naming the file; all of them are as they were before.
+        WriteError: naming the file. None of the files has changed then.
     """
     place = make_folder(folder)
     done: dict[str, Path] = {}
@@ -117,7 +122,7 @@ def replace_files(folder: str | os.PathLike[str], writers: Mapping[str, Callable
                 os.close(handle)
                 done[name] = Path(temporary)
                 write(done[name])
-                with suppress(PermissionError):  # a disk without permissions
+                with suppress(PermissionError):  # a file system without permissions
                     done[name].chmod(0o644)
                 sync_to_disk(done[name])
         for name, temporary in done.items():
@@ -134,7 +139,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
     """Write ``data`` (text as UTF-8) to ``path`` whole or not at all, and return the path.
 
     Raises:
-        WriteError: it cannot be written; what was there is as it was.
+        WriteError: when it cannot be written. An existing file is unchanged then.
     """
     target = Path(path)
     encoded = data.encode() if isinstance(data, str) else data
@@ -143,11 +148,11 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
 
 
 def write_new(path: str | os.PathLike[str], text: str) -> Path:
-    """As :func:`write_atomically`, for a file that must not exist, not even when another process makes it meanwhile.
+    """As :func:`write_atomically`, for a file that must not exist, even if another process creates it meanwhile.
 
     Raises:
-        FileExistsError: it exists.
-        WriteError: it cannot be written.
+        FileExistsError: when it exists.
+        WriteError: when it cannot be written.
     """
     target = Path(path)
     make_folder(target.parent)
@@ -165,7 +170,7 @@ def write_new(path: str | os.PathLike[str], text: str) -> Path:
             os.link(temporary, target)  # unlike a rename, fails where the file exists
         except FileExistsError:
             raise
-        except OSError:  # a file system without a second name for a file
+        except OSError:  # a file system without hard links
             with target.open("x"), writing(target):
                 temporary.replace(target)
     finally:
@@ -175,10 +180,10 @@ def write_new(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:
-    """Add a line of UTF-8 text to a file, which is made with its folder if need be.
+    """Append a line of UTF-8 text to a file. The file and its folder are created where they do not exist.
 
     Raises:
-        WriteError: it cannot be written; a part of the line may be there.
+        WriteError: when it cannot be written. A part of the line may have been written.
     """
     target = Path(path)
     make_folder(target.parent)
@@ -187,7 +192,7 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path | None:
-    """A path whose ``~`` is the user's home; None where there is none (a container's user has no entry and no HOME)."""
+    """A path with ``~`` expanded; None where the user has no home, as in a container without HOME."""
     given = Path(path)
     try:
         found = given.expanduser()
@@ -197,10 +202,10 @@ def expanded(path: str | os.PathLike[str]) -> Path | None:
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
-    """A path that a user gave, its ``~`` expanded.
+    """A path that a user gave, with ``~`` expanded.
 
     Raises:
-        GemmaScopeError: there is no such home; the path is empty or has a NUL in it.
+        GemmaScopeError: when there is no such home, or the path is empty or contains a NUL.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
@@ -213,7 +218,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is there. Where the system will not say (no permission, a name that is too long), it is not."""
+    """Whether a folder exists; False where the system cannot say (no permission, name too long)."""
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):
@@ -221,7 +226,7 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is there, in the manner of :func:`is_folder`."""
+    """Whether a file exists; False where the system cannot say."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
@@ -229,7 +234,7 @@ def is_file(path: str | os.PathLike[str]) -> bool:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file, read a few MiB at a time."""
+    """Hex digest of a file, read in blocks of a few MiB."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while block := file.read(_BLOCK):
@@ -237,8 +242,17 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def sync_to_disk(path: Path) -> None:
+    """Sync the content of a file to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_folder(path: Path) -> None:
-    """Bring the names of a folder's files to the disk, where the disk knows how to."""
+    """Sync the entries of a folder to the disk, where the file system can."""
     try:
         sync_to_disk(path)
     except OSError as error:
@@ -247,7 +261,7 @@ def sync_folder(path: Path) -> None:
 
 
 def _check_name(name: str) -> None:
-    """Names that would be another place, or that no system takes."""
+    """Raise for names that are paths, or that no system accepts."""
     if "/" in name or "\0" in name or name in ("", ".", ".."):
         raise OSError(errno.EINVAL, f"{name[:80]!r} is no name of a file")
     if len(os.fsencode(name)) > _MAX_NAME:
@@ -255,7 +269,7 @@ def _check_name(name: str) -> None:
 
 
 def _prefix(name: str) -> str:
-    """How the temporary name for ``name`` begins: short enough for the whole to be a name too."""
+    """The prefix of the temporary name for ``name``, cut so that the whole is not too long."""
     return f".{os.fsencode(name)[: _MAX_NAME - _RANDOM].decode('utf-8', 'ignore')}."
 
 
@@ -265,12 +279,3 @@ def _errno(error: Exception) -> int | None:
     if type(error).__name__ == "SafetensorError" and (found := _RUST_ERRNO.search(str(error))):
         return int(found[1])
     return None
-
-
-def sync_to_disk(path: Path) -> None:
-    """Bring a file's content to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

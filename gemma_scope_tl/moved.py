@@ -17,10 +17,14 @@ NAMES = {
     "activations.chat": "text.tokenizing",
     "activations.documents": "text.documents",
     "activations.packer": "text.pack",
-    "activations.room": "activations.shards",
+    "activations.direct_file": "activations.folder",
+    "activations.room": "activations.writer",
     "activations.sequences": "text.pack",
+    "activations.shards": "activations.writer",
     "activations.spare": "activations.buckets",
     "activations.squares": "activations.source",
+    "activations.store": "activations.writer",
+    "activations.stored": "activations.reader",
     "activations.token_rows": "text.token_rows",
     "adapters": "model",
     "adapters.base": "model.hooked",
@@ -48,15 +52,18 @@ NAMES = {
     "contributing.facts": "contributing.folder_metadata",
     "contributing.places": "contributing.repositories",
     "contributing.remote_headers": "contributing.repositories",
+    "demo.names": "demo.hosts",
     "demo.suite_grid": "demo.views",
+    "demo.waiting": "demo.queue_rules",
     "evals.bridges": "interop.run_evals",
     "evals.intervals": "evals.metrics",
     "evals.packing": "text.rows",
     "evals.step": "evals.run",
+    "evals.store": "evals.cache",
     "evals.subjects": "evals.saes",
     "evals.tables": "evals.suite",
     "evals.texts": "text.documents",
-    "evals.units": "evals.accumulators",
+    "evals.units": "evals.sums",
     "feature_table": "latents.table",
     "inputs": "text",
     "inputs.batch": "text.batch",
@@ -72,10 +79,14 @@ NAMES = {
     "release.about": "release.release_saes",
     "release.items": "release.release_saes",
     "release.upload_errors": "weights.hub_errors",
+    "sae.indices": "sae.arguments",
     "sae.loading_methods": "sae.sae_lens_methods",
+    "sae.placement": "sae.choices",
     "sae.sae_lens_releases": "interop.releases",
     "sae.saving_methods": "sae.sae_lens_methods",
+    "sae.tensors": "sae.arguments",
     "sae.training": "interop.training_sae",
+    "sae.transcoder": "sae.jumprelu",
     "sae.unfinished": "sae.config",
     "splicing": "model.splicing",
     "splicing.copies": "model.copies",
@@ -94,7 +105,7 @@ NAMES = {
     "training.costs": "training.plan",
     "training.job_table": "training.ray.job_table",
     "training.jobs": "training.ray.jobs",
-    "training.joining": "training.ray.job_table",
+    "training.joining": "training.ray.merge_jobs",
     "training.model_sizes": "model.sizes",
     "training.parallel": "training.shard",
     "training.penalties": "training.optimizer",
@@ -118,13 +129,25 @@ NAMES = {
 """The old name of each module that has moved, and the new one, both without the package's own name."""
 
 _ELSEWHERE = {
-    "inputs.as_indices": "sae.choices",
-    "inputs.as_saes": "sae.choices",
+    "evals.store.Store": "evals.cache:MetricsCache",
     "attached.decode_with_skip": "sae.access",
     "attached.locate": "sae.access",
+    "inputs.as_indices": "sae.arguments",
+    "inputs.as_saes": "sae.choices",
+    **{f"inputs.choices.{name}": "sae.arguments" for name in ("as_index", "as_indices", "is_index", "shown")},
     "splicing.ExcludeTokens": "text.tokens",
     "splicing.translate_hook_name": "model.hook_names",
 }
+
+
+class _OldModule(ModuleType):
+    """A module under its old name; importing it puts it into the package in place of a function of that name.
+
+    So that the function can still be called (``interp.explain``), the module is callable.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
 class MovedModules(MetaPathFinder, Loader):
@@ -138,6 +161,10 @@ class MovedModules(MetaPathFinder, Loader):
         if package != _PACKAGE or name not in NAMES:
             return None
         return ModuleSpec(fullname, self, is_package="." not in name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """An empty module."""
+        return _OldModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         """Warn, and let the module answer with the attributes of the new one."""
@@ -154,7 +181,7 @@ class MovedModules(MetaPathFinder, Loader):
                 raise AttributeError(f"module {module.__name__!r} has no attribute {wanted!r}")
             if f"{name}.{wanted}" in NAMES:
                 return import_module(f"{module.__name__}.{wanted}")
-            home = _ELSEWHERE.get(f"{name}.{wanted}", new)
-            return getattr(import_module(f"{_PACKAGE}.{home}"), wanted)
+            home, _, renamed = _ELSEWHERE.get(f"{name}.{wanted}", new).partition(":")
+            return getattr(import_module(f"{_PACKAGE}.{home}"), renamed or wanted)
 
         vars(module)["__getattr__"] = attribute

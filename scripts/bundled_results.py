@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.evals.store import VERSION
+from gemma_scope_tl.evals.cache import VERSION
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.files import replace_files
 from gemma_scope_tl.registry.listing import RESULTS, select_rows

@@ -1,9 +1,9 @@
 """A bucket: rows of activations that are shuffled together, in one buffer that is never copied.
 
-The paper shuffles in buckets of about a million activations (section 3.1). Here the order is a permutation, a few bytes
-a row, and a batch is gathered through it; rows stay where they were written. So the next bucket is written over the
-last, a bucket costs its own size in memory and no more, and nothing of a shuffle needs saving: the order follows from
-the seed and the bucket's number.
+The paper shuffles in buckets of about a million activations (section 3.1). Here the order is a permutation, eight bytes
+a row, and a batch is gathered through it, while the rows stay where they were written. The next bucket overwrites the
+last one, so shuffling needs no second buffer, and no state of a shuffle is saved: the order follows from the seed and
+the bucket's number.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ from gemma_scope_tl.weights.modes import is_out_of_memory
 
 Block = np.ndarray[Any, np.dtype[np.uint8]]
 
+_CHUNK = 512  # rows that are gathered at a time when their dtype changes: so many fit into a core's cache
 
-class SpareMemory:
-    """Makes uninitialised CPU tensors out of blocks that come back when the last tensor on them is gone."""
+
+class BufferPool:
+    """Makes uninitialised CPU tensors out of memory blocks that return to the pool when no tensor uses them any more.
+
+    Allocating a batch anew each step costs page faults; reusing the block of an earlier one does not.
+    """
 
     def __init__(self, keep: int = 2) -> None:
         """
@@ -37,31 +42,31 @@ class SpareMemory:
         self._blocks: dict[int, deque[Block]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor like ``torch.empty``; views of it keep it from being used again, as any tensor."""
+        """A tensor like ``torch.empty``. Its block is reused only after the last view of the tensor is gone."""
         size = math.prod(shape) * dtype.itemsize
-        spare = self._blocks.setdefault(size, deque(maxlen=self.keep))
+        unused = self._blocks.setdefault(size, deque(maxlen=self.keep))
         try:
-            block = spare.pop()
+            block = unused.pop()
         except IndexError:
             block = np.empty(size, np.uint8)
-        lent = block.view()  # the tensor's storage holds this view, and nothing else does
-        weakref.finalize(lent, spare.append, block).atexit = False
+        lent = block.view()  # only the tensor's storage refers to this view, so the view dies with the storage
+        weakref.finalize(lent, unused.append, block).atexit = False
         return torch.from_numpy(lent).view(dtype).view(shape)
 
 
-_CHUNK = 512  # rows gathered at a time where they change their dtype: they stay in the cache
-
-
 def bucket_order(seed: int, number: int, rows: int) -> Int[torch.Tensor, " rows"]:
-    """The order in which the rows of bucket ``number`` are served: a permutation, equal for all sources.
+    """The order in which the rows of bucket ``number`` are served: a permutation, the same for every source.
 
     Args:
         seed: of the run, not negative.
         number: of the bucket, counted from 0 through all epochs.
         rows: of the bucket.
+
+    Raises:
+        GemmaScopeError: ``seed`` or ``number`` is negative.
     """
     if seed < 0 or number < 0:
-        raise GemmaScopeError(f"Seeds and bucket numbers are not negative, as {seed} and {number}.")
+        raise GemmaScopeError(f"Seeds and bucket numbers cannot be negative: {seed}, {number}.")
     mixed = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
     return torch.randperm(rows, generator=torch.Generator().manual_seed(mixed))
 
@@ -94,7 +99,10 @@ class Bucket:
             GemmaScopeError: no rows, no places, no floating-point dtype, or not enough memory.
         """
         if rows < 1 or not widths or not dtype.is_floating_point:
-            raise GemmaScopeError(f"No bucket of {rows} rows, {len(widths)} places and {dtype}.")
+            raise GemmaScopeError(
+                f"No bucket can have {rows} rows, {len(widths)} places and {dtype}: it needs a row, a place and a "
+                "floating-point dtype."
+            )
         self.rows = rows
         try:
             self.tensors = {
@@ -110,7 +118,7 @@ class Bucket:
                 f"({error}). Lower bucket_rows, store bfloat16, or train fewer places at a time."
             ) from error
         self._order: torch.Tensor | None = None
-        self._spare = SpareMemory()
+        self._pool = BufferPool()
 
     @property
     def nbytes(self) -> int:
@@ -118,8 +126,9 @@ class Bucket:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def fill(self, at: int, values: Mapping[Place, Float[torch.Tensor, "n d"]]) -> None:
-        """Write rows ``at`` and following of every place, and forget the order. From a GPU to pinned memory the copy
-        goes on in the background until :meth:`shuffle`.
+        """Write rows of every place, from row ``at`` on, and discard the order.
+
+        A copy from a GPU to pinned memory may continue in the background until :meth:`shuffle`.
 
         Raises:
             GemmaScopeError: a place is missing or unknown, another width, unequal numbers of rows, or too many.
@@ -127,7 +136,7 @@ class Bucket:
         self._order = None
         if set(values) != set(self.tensors):
             raise GemmaScopeError(
-                f"The bucket holds {_keys(self.tensors)}; the values are of {_keys(values)}: give all of them."
+                f"The bucket holds {_keys(self.tensors)}, and values were given for {_keys(values)}: give all of them."
             )
         count = len(next(iter(values.values())))
         for place, value in values.items():
@@ -165,7 +174,7 @@ class Bucket:
     def _gather(self, tensor: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if tensor.device.type != "cpu":
             return tensor.index_select(0, rows).to(dtype)
-        out = self._spare.empty((len(rows), tensor.shape[1]), dtype)
+        out = self._pool.empty((len(rows), tensor.shape[1]), dtype)
         if tensor.dtype == dtype:
             return torch.index_select(tensor, 0, rows, out=out)
         for at in range(0, len(rows), _CHUNK):

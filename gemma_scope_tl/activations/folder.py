@@ -1,8 +1,7 @@
 """The folder of a store, on this machine's disks or anywhere that fsspec reaches, in the few operations a store needs.
 
-Local files are written around the page cache (``O_DIRECT``) where the file system can: a store is larger than memory,
-so its pages would only drive out others, and the copy into the cache is what leaves no time for hashing. They become
-visible by a rename, after they are on the disk. Remote files become visible when they are closed, as in object stores.
+Large files are hashed while they are written. A local file becomes visible by a rename, after it is on the disk; a
+remote file when it is closed, as in object stores.
 """
 
 from __future__ import annotations
@@ -18,11 +17,19 @@ from typing import Any, Protocol
 
 import fsspec
 
-from gemma_scope_tl.activations.direct_file import CHUNK, GO_ON, DirectFile
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.files import write_atomically, writing
+from gemma_scope_tl.files import sync_folder, write_atomically, writing
 
+CHUNK = 1 << 22
+"""Bytes that are handed to the system at a time."""
 _REMOTE_CHUNK = 1 << 24
+_CACHED = 1 << 26  # bytes of a file being written that may stay in the page cache
+_REMEDY = "What was whole before is unchanged; write again to continue."
+
+
+def unfinished(name: str) -> str:
+    """What a local file is called until it is whole."""
+    return f"{name}.unfinished"
 
 
 class OpenFile(Protocol):
@@ -73,11 +80,12 @@ class Folder(Protocol):
         ...
 
     def free(self) -> int | None:
-        """Bytes that can still be written, None where nobody knows."""
+        """Bytes that can still be written, None where that is unknown, as in object stores."""
         ...
 
     def lock(self, name: str) -> AbstractContextManager[None]:
-        """Hold a name against other processes, as far as the place can; a process that ends lets go."""
+        """Hold a lock that other processes cannot take, released when this one ends. Object stores have no locks, so
+        there nothing is held."""
         ...
 
 
@@ -136,7 +144,7 @@ class LocalFolder:
         write_atomically(self.root / name, data)
 
     def create(self, name: str) -> OpenFile:
-        return DirectFile(self.root / name)
+        return _LocalFile(self.root / name)
 
     def remove(self, name: str) -> None:
         path = self.root / name
@@ -152,7 +160,7 @@ class LocalFolder:
     @contextmanager
     def lock(self, name: str) -> Generator[None]:
         path = self.root / name
-        with writing(path, GO_ON):
+        with writing(path, _REMEDY):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
@@ -204,12 +212,12 @@ class RemoteFolder:
             wanted[:] = data
 
     def put(self, name: str, data: bytes) -> None:
-        with writing(self.url(name), GO_ON):
+        with writing(self.url(name), _REMEDY):
             self.fs.makedirs(self.fs._parent(self._path(name)), exist_ok=True)
             self.fs.pipe_file(self._path(name), data)
 
     def create(self, name: str) -> OpenFile:
-        with writing(self.url(name), GO_ON):
+        with writing(self.url(name), _REMEDY):
             self.fs.makedirs(self.fs._parent(self._path(name)), exist_ok=True)
             return _RemoteFile(self.fs.open(self._path(name), "wb"), self.url(name), lambda: self.remove(name))
 
@@ -227,23 +235,73 @@ class RemoteFolder:
         return f"{self.root}/{name}".rstrip("/")
 
 
+class _LocalFile:
+    """A file that has another name until it is whole.
+
+    A store is larger than memory, so its pages would evict everything else from the page cache: they are dropped as the
+    file grows, which also makes the system start to write them. Writing 2 GiB with their sha256 (two cores, a virtual
+    disk) takes 3.1 s this way, as much as with ``O_DIRECT`` and threads, and 4.9 s where all pages wait for ``fsync``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._temporary = path, path.with_name(unfinished(path.name))
+        self._digest, self._at, self._dropped = hashlib.sha256(), 0, 0
+        with writing(path, _REMEDY):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+
+    def write(self, data: memoryview) -> None:
+        with writing(self._path, _REMEDY):
+            for done in range(0, len(data), CHUNK):
+                chunk = data[done : done + CHUNK]
+                self._digest.update(chunk)
+                while len(chunk):
+                    count = os.pwrite(self._handle, chunk, self._at)
+                    chunk, self._at = chunk[count:], self._at + count
+                if self._at - self._dropped >= _CACHED:
+                    self._drop_pages()
+
+    def commit(self) -> str:
+        with writing(self._path, _REMEDY):
+            os.fsync(self._handle)
+            self._drop_pages()
+            self._close()
+            self._temporary.replace(self._path)
+            sync_folder(self._path.parent)
+        return self._digest.hexdigest()
+
+    def abort(self) -> None:
+        self._close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _drop_pages(self) -> None:
+        if hasattr(os, "posix_fadvise"):  # macOS has none
+            os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._dropped = self._at
+
+    def _close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
 class _RemoteFile:
     def __init__(self, file: Any, url: str, remove: Callable[[], None]) -> None:
         self._file, self._url, self._remove, self._digest = file, url, remove, hashlib.sha256()
 
     def write(self, data: memoryview) -> None:
-        with writing(self._url, GO_ON):
+        with writing(self._url, _REMEDY):
             for done in range(0, len(data), CHUNK):
                 self._file.write(data[done : done + CHUNK])
                 self._digest.update(data[done : done + CHUNK])
 
     def commit(self) -> str:
-        with writing(self._url, GO_ON):
+        with writing(self._url, _REMEDY):
             self._file.close()
         return self._digest.hexdigest()
 
     def abort(self) -> None:
-        with suppress(Exception):  # whatever is left is in no manifest, and written over by the next try
+        with suppress(Exception):  # what remains is in no manifest, and the next attempt overwrites it
             self._file.close()
             self._remove()
 

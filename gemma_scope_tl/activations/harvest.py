@@ -1,11 +1,11 @@
 """Activations of many places from one forward pass, which ends at the last tensor that is wanted.
 
 The tensors are read at the hook points of the site table by plain PyTorch hooks. On the bridge the decoder itself is
-called, so that no logits are computed and TransformerLens's handling of inputs and outputs is not paid for: the pass
-costs what a hooked Hugging Face model costs, and calling its idle hook points. When the last place was read, an
-exception ends the pass; it is caught here. ``stop_at_layer`` would run on to the end of a block.
+called, which computes no logits and skips TransformerLens's handling of inputs and outputs. After the last place was
+read, an exception ends the pass; it is caught here. ``stop_at_layer`` would run to the end of the block.
 
-What users' own hooks on the model do is in the tensors. SAEs may not be attached: their reconstructions would be.
+Users' own hooks on the model act on the tensors. Attached SAEs are refused, because their reconstructions would be
+harvested.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _AllRead(Exception):
-    """Ends a forward pass."""
+    """Ends a forward pass after the last place was read."""
 
 
 class Harvester:
@@ -48,7 +48,7 @@ class Harvester:
         if not isinstance(given, SpliceMixin):
             raise SpliceError("Activations are read from a model of gemma_scope_tl.load_model(); wrap yours with it.")
         if not places:
-            raise GemmaScopeError("Say which places to read, such as Place('res', 3).")
+            raise GemmaScopeError("Name the places to read, such as Place('res', 3).")
         self.model = model
         self.widths: Mapping[Place, int] = {}
         self._points: dict[Place, Any] = {}
@@ -70,11 +70,11 @@ class Harvester:
         """Activations at the positions to keep, row by row.
 
         Args:
-            tokens: ids; padding may only stand on the right, where causal attention lets it change nothing before it.
+            tokens: ids; padding may only be on the right, where causal attention keeps it from changing anything.
             keep: the positions that are wanted.
 
         Returns:
-            New tensors on the model's device in the dtype that the site has there. Equal input gives equal bits.
+            New tensors on the model's device, in the model's dtype at the site. Equal input gives equal bits.
 
         Raises:
             SpliceError: SAEs are attached to the model.
@@ -88,14 +88,14 @@ class Harvester:
             self._forward(tokens.to(self.device).long())
         missing = [place.key for place in self._points if place not in found]
         if missing:
-            raise GemmaScopeError(f"The forward pass of this model does not come by {', '.join(missing)}.")
+            raise GemmaScopeError(f"The forward pass of this model does not reach {', '.join(missing)}.")
         return {place: found[place] for place in self._points}
 
     @contextmanager
     def _reading(self, kept: torch.Tensor, found: dict[Place, torch.Tensor]) -> Generator[None]:
         def read(place: Place, value: torch.Tensor) -> None:
             flat = flatten_heads(value).reshape(-1, self.widths[place])
-            found[place] = flat.index_select(0, kept)  # a copy: what the model does with its tensor is its own affair
+            found[place] = flat.index_select(0, kept)  # a copy, because the model may change its tensor in place
             if len(found) == len(self._points):
                 raise _AllRead
 
@@ -112,18 +112,20 @@ class Harvester:
         model: Any = self.model
         if model.backend == "bridge":
             model.original_model.model(input_ids=tokens, use_cache=False)
-        else:  # a mask, or else HookedTransformer takes padding on the right for padding on the left
+        else:  # without a mask, HookedTransformer would take padding on the right for padding on the left
             model(tokens, stop_at_layer=model.dims.n_layers, attention_mask=torch.ones_like(tokens))
 
     def _check(self, tokens: torch.Tensor, keep: torch.Tensor) -> None:
         if self.model.acts_to_saes:
-            raise SpliceError("SAEs are attached, and would be harvested: detach them with reset_saes() first.")
+            raise SpliceError(
+                "SAEs are attached, and their reconstructions would be harvested: detach them with reset_saes() first."
+            )
         config = self.model.cfg
         if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise GemmaScopeError(f"Token ids are integers [batch, pos], not {tokens.dtype} {list(tokens.shape)}.")
         if keep.shape != tokens.shape or keep.dtype != torch.bool:
             raise GemmaScopeError(
-                f"Which positions to keep is a bool each, {list(tokens.shape)}, not {keep.dtype} {list(keep.shape)}."
+                f"keep holds a bool for each position, {list(tokens.shape)}, not {keep.dtype} {list(keep.shape)}."
             )
         if tokens.shape[1] > config.n_ctx:
             raise GemmaScopeError(f"Rows of {tokens.shape[1]} tokens: this model's context is {config.n_ctx}.")

@@ -1,4 +1,4 @@
-"""What a store says of itself: whose activations it holds, and which rows are in which file with which sha256.
+"""The records of a store: which activations it holds, and which rows are in which file with which sha256.
 
 A store is a folder::
 
@@ -22,18 +22,17 @@ from typing import Annotated, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from gemma_scope_tl.activations.direct_file import BLOCK
 from gemma_scope_tl.activations.folder import Folder
-from gemma_scope_tl.dtypes import DTYPES
+from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sites import Place, parse_place
+from gemma_scope_tl.weights.safetensors_file import safetensors_header
 
 STORE_NAME = "store.json"
 UNFINISHED = "unfinished"
 CONTENTS_NAME = f"{UNFINISHED}/contents.json"
 TENSOR = "activations"
-HEADER_BYTES = BLOCK
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+HEADER_BYTES = 4096
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Size = Annotated[int, Field(ge=1, lt=1 << 62)]
@@ -49,7 +48,7 @@ _R = TypeVar("_R", bound=_Record)
 
 
 class Contents(_Record):
-    """Whose activations a store holds: equal contents are equal to the bit.
+    """What the activations of a store depend on: stores with equal contents are equal to the bit.
 
     Attributes:
         model, backend, weights: name, kind of hooked model, and a fingerprint of the parameters.
@@ -85,12 +84,12 @@ class Contents(_Record):
             except GemmaScopeError:
                 known = False
             if not known:
-                raise ValueError(f"{key[:80]!r} is no place")
+                raise ValueError(f"{key[:80]!r} is not a place")
         return self
 
     @property
     def digest(self) -> str:
-        """Names these contents in headers."""
+        """A hash of the contents, which the header of each shard repeats."""
         canonical = json.dumps(self.model_dump(), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
@@ -102,7 +101,7 @@ class Contents(_Record):
     @property
     def torch_dtype(self) -> torch.dtype:
         """Of the stored values."""
-        return DTYPES[self.dtype]
+        return parse_dtype(self.dtype)
 
     def row_bytes(self, key: str) -> int:
         """Bytes of one row of a place."""
@@ -113,9 +112,9 @@ class ShardSet(_Record):
     """The same rows of all places, a file for each.
 
     Attributes:
-        part, number: which writer's, and its how manieth.
-        first_batch, batches: the forward passes that they come from, counted over all parts.
-        first_row, rows: the activations, counted over all parts.
+        part, number: index of the writer, and of the set within its part.
+        first_batch, batches: index of the first forward pass over all parts, and how many there are.
+        first_row, rows: index of the first activation over all parts, and how many there are.
     """
 
     part: Count
@@ -146,29 +145,24 @@ class ShardSet(_Record):
 
     def header(self, contents: Contents, key: str) -> bytes:
         """The first block of a place's file: a safetensors header, padded with spaces."""
-        size = self.rows * contents.row_bytes(key)
-        shape = [self.rows, contents.places[key]]
-        header = {
-            "__metadata__": {"store": contents.digest, "place": key, "shard": self.stem},
-            TENSOR: {"dtype": _CODES[contents.torch_dtype], "shape": shape, "data_offsets": [0, size]},
-        }
-        length = HEADER_BYTES - 8
-        return length.to_bytes(8, "little") + json.dumps(header).encode().ljust(length)
+        metadata = {"store": contents.digest, "place": key, "shard": self.stem}
+        tensors = {TENSOR: (contents.torch_dtype, (self.rows, contents.places[key]))}
+        return safetensors_header(tensors, metadata, HEADER_BYTES)
 
 
 class StoredSet(ShardSet):
-    """A set of shards that is whole.
+    """A set of shards that was written completely.
 
     Attributes:
-        store: the digest of the contents.
-        sha256: of every place's whole file, by the place's key.
+        store: the digest of the store's contents.
+        sha256: of the file of each place, by the place's key.
     """
 
     store: Text
     sha256: dict[str, Sha256]
 
     def planned(self) -> ShardSet:
-        """Without what is known only afterwards."""
+        """The set as it was planned, without the hashes."""
         return ShardSet(**self.model_dump(exclude={"store", "sha256"}))
 
 
@@ -185,9 +179,9 @@ class Manifest(_Record):
         at, seen = 0, set[str]()
         for shard in self.shards:
             if shard.first_row != at or shard.stem in seen:
-                raise ValueError(f"shard {shard.stem} does not begin at row {at}, or stands twice")
+                raise ValueError(f"shard {shard.stem} does not begin at row {at}, or is listed twice")
             if shard.store != self.contents.digest or set(shard.sha256) != set(self.contents.places):
-                raise ValueError(f"shard {shard.stem} is of another store")
+                raise ValueError(f"shard {shard.stem} belongs to another store")
             at += shard.rows
             seen.add(shard.stem)
         if at != self.contents.rows:
@@ -199,7 +193,7 @@ def parse_record(kind: type[_R], data: bytes, url: str) -> _R:
     """A record from its JSON.
 
     Raises:
-        GemmaScopeError: naming ``url`` and the first thing that is wrong.
+        GemmaScopeError: the JSON is not such a record; the message names ``url`` and the first error.
     """
     try:
         return kind.model_validate_json(data)
@@ -218,7 +212,7 @@ def read_record(kind: type[_R], folder: Folder, name: str) -> _R | None:
 
 
 def to_json(record: BaseModel) -> bytes:
-    """What :func:`parse_record` reads."""
+    """The JSON of a record, which :func:`read_record` reads."""
     return record.model_dump_json(indent=1).encode() + b"\n"
 
 
@@ -248,3 +242,8 @@ def cut(kept: Sequence[int], row_bytes: Mapping[str, int], shard_bytes: int, par
                 row, number, first, held = row + held, number + 1, batch, 0
             held += rows
     return sets
+
+
+def tensor_bytes(value: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return value.view(-1).view(torch.uint8).numpy().data

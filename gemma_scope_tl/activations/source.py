@@ -1,10 +1,10 @@
-"""What a trainer asks of activations, wherever they come from: a model that runs now, or a store on disk.
+"""Sources of activations for training: what a model that runs now and a store on disk have in common.
 
 Both serve the same batches to the bit (in one dtype). The activations of a run form one sequence of rows, in the order
-of the tokens, which begins anew after the last. It is cut into buckets of ``bucket_rows`` rows (bucket ``b`` holds rows
-``b * bucket_rows`` and on, modulo all rows); each is shuffled by a generator seeded with the run's seed and ``b``, and
-served from beginning to end. So batch ``n`` is a function of the seed and of ``n`` alone: a trainer that resumes asks
-for batches from where it was, and no state of a shuffle is ever saved.
+of the tokens, which begins again after the last. It is cut into buckets of ``bucket_rows`` rows: bucket ``b`` begins at
+row ``b * bucket_rows``, modulo the number of rows. Each bucket is shuffled by a generator seeded with the run's seed
+and ``b``, and served from beginning to end. So batch ``n`` is a function of the seed and of ``n`` alone: a trainer that
+resumes asks for batches from where it was, and no state of a shuffle is ever saved.
 """
 
 from __future__ import annotations
@@ -54,26 +54,28 @@ class Source(Protocol):
         ...
 
 
-_BLOCK = 4096
-
-
 class MeanSquares:
-    """``E ||x||^2`` of rows that arrive in pieces. However they are cut, the result is the same to the bit.
+    """``E ||x||^2`` of rows that arrive in pieces. The result is the same to the bit however the rows are cut.
 
-    A row's square is summed in float64 by itself; rows are summed in blocks counted from the first, without rounding
-    between (``math.fsum``).
+    The square of each row is summed in float64 by itself; rows are then summed exactly (``math.fsum``) in blocks that
+    are counted from the first row.
     """
 
+    BLOCK = 4096
+
     def __init__(self, dtype: torch.dtype) -> None:
-        """``dtype`` is what the rows are stored in: they are rounded to it first, so that the mean is of what is
-        served, and a stream and a store agree."""
+        """
+        Args:
+            dtype: of the bucket. Rows are rounded to it first, so that the mean is that of the rows that are served,
+                and a stream and a store agree.
+        """
         self.dtype = dtype
         self.rows = 0
         self._open: dict[Place, list[float]] = {}
         self._blocks: dict[Place, list[float]] = {}
 
-    def add(self, values: Mapping[Place, Float[torch.Tensor, "n d"]]) -> None:
-        """Count the next rows of all places.
+    def update(self, values: Mapping[Place, Float[torch.Tensor, "n d"]]) -> None:
+        """Add the next rows of all places.
 
         Raises:
             GemmaScopeError: an infinite value or NaN.
@@ -86,9 +88,9 @@ class MeanSquares:
             waiting = self._open.setdefault(place, [])
             waiting += squares.tolist()
             blocks = self._blocks.setdefault(place, [])
-            while len(waiting) >= _BLOCK:
-                blocks.append(math.fsum(waiting[:_BLOCK]))
-                del waiting[:_BLOCK]
+            while len(waiting) >= self.BLOCK:
+                blocks.append(math.fsum(waiting[: self.BLOCK]))
+                del waiting[: self.BLOCK]
         self.rows += len(next(iter(values.values())))
 
     def means(self) -> dict[Place, float]:
@@ -106,12 +108,12 @@ class MeanSquares:
 
 
 class BucketedSource(ABC):
-    """A :class:`~gemma_scope_tl.activations.source.Source` of rows that a child can read from any row on.
+    """A :class:`Source` whose subclass can read the data from any row on.
 
     Attributes:
         widths: ``d`` of every place on offer.
         rows: how many rows there are before they repeat.
-        bucket_rows: rows that are shuffled together; more than ``rows`` works, they then repeat within a bucket.
+        bucket_rows: rows that are shuffled together; with more than ``rows`` they repeat within a bucket.
         seed: of the shuffles.
         dtype: in which the bucket stores them; batches are float32.
         device: where the bucket is, and the batches.
@@ -130,7 +132,7 @@ class BucketedSource(ABC):
     ) -> None:
         """
         Raises:
-            GemmaScopeError: there are no rows, or no room for any in a bucket; a negative seed.
+            GemmaScopeError: there are no rows; a bucket of none; a negative seed.
         """
         if rows < 1 or bucket_rows < 1 or seed < 0:
             raise GemmaScopeError(
@@ -145,30 +147,32 @@ class BucketedSource(ABC):
 
     @abstractmethod
     def pieces(self, start: int, count: int) -> Iterator[dict[Place, Float[torch.Tensor, "n d"]]]:
-        """Rows ``start`` to ``start + count`` of the data, which has them all, in pieces of any size."""
+        """Rows ``start`` to ``start + count`` of the data, in pieces of any size; the data has all of these rows."""
 
     def fill(self, bucket: Bucket, at: int, start: int, count: int) -> None:
-        """Write rows ``start`` to ``start + count`` of the data at row ``at`` of the bucket. A child that can read into
-        the buffer directly does."""
+        """Write rows ``start`` to ``start + count`` of the data at row ``at`` of the bucket.
+
+        Subclasses that can read into the buffer directly override this.
+        """
         for values in self.pieces(start, count):
             bucket.fill(at, values)
             at += len(next(iter(values.values())))
 
     def mean_squares(self, rows: int) -> dict[Place, float]:
-        """``E ||x||^2`` of each place over the first ``rows`` rows (all, where there are fewer), as they are stored.
+        """``E ||x||^2`` of each place over the first ``rows`` rows (all, if there are fewer), as the bucket holds them.
 
         Raises:
             GemmaScopeError: ``rows`` below 1; activations that are not finite.
         """
         squares = MeanSquares(self.dtype)
         for values in self.pieces(0, min(rows, self.rows)):
-            squares.add(values)
+            squares.update(values)
         return squares.means()
 
     def batches(self, batch_size: int, start: int = 0) -> Iterator[Mapping[Place, Float[torch.Tensor, "batch_size d"]]]:
         """Raw activations in float32, row by row from the same tokens, from batch ``start`` on, without end.
 
-        A source has one bucket, so it serves one iteration at a time: an older one raises when it is asked for more.
+        A source has one bucket, so it serves one iteration at a time: once another has begun, the older one raises.
 
         Raises:
             GemmaScopeError: ``batch_size`` does not divide ``bucket_rows``, or ``start`` is negative.
@@ -184,19 +188,19 @@ class BucketedSource(ABC):
     def _batches(self, batch_size: int, start: int, own: object) -> Iterator[dict[Place, torch.Tensor]]:
         number, first = divmod(start, self.bucket_rows // batch_size)
         while True:
-            self._still(own)
+            self._check_current(own)
             bucket = self._filled(number)
             for index in range(first, self.bucket_rows // batch_size):
-                self._still(own)
+                self._check_current(own)
                 yield bucket.take(index, batch_size)
             number, first = number + 1, 0
 
-    def _still(self, own: object) -> None:
+    def _check_current(self, own: object) -> None:
         if self._serving is not own:
             raise GemmaScopeError("Another iteration over this source has begun; its bucket serves one at a time.")
 
     def _filled(self, number: int) -> Bucket:
-        """Bucket ``number``, in the memory of the one before."""
+        """Bucket ``number``, shuffled, in the memory of the previous one."""
         if self._bucket is None:
             self._bucket = Bucket(self.bucket_rows, self.widths, self.dtype, self.device, self._pinned)
         at = 0

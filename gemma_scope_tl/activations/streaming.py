@@ -1,4 +1,4 @@
-"""Activations from a model that runs now, as training asks for them; nothing is stored but one bucket."""
+"""Activations from a model that runs as training asks for them; only one bucket of them is held."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class StreamSource(BucketedSource):
     """Activations of token rows, harvested as they are needed.
 
-    How many rows a forward pass gives is known from its tokens, so any row of the data is found without running the
-    model up to it. A pass always takes the same token rows, wherever reading began, so its activations are the same
-    bits; one that lies across two buckets is run once for both.
+    The tokens say how many activations each forward pass gives, so the pass of any row of the data is known without
+    running those before it. A pass always takes the same token rows, wherever reading began, so its activations are the
+    same to the bit. A pass that spans two buckets is run once for both.
     """
 
     def __init__(
@@ -41,18 +41,18 @@ class StreamSource(BucketedSource):
     ) -> None:
         """
         Args:
-            model: from ``load_model``; it runs in its own dtype and where it is.
+            model: from ``load_model``; it runs in its own dtype and on its own device.
             token_rows: the data.
             places: whose activations are wanted; targets of transcoders are added.
             bucket_rows: rows that are shuffled together; the paper has about a million.
             seed: of the shuffles.
-            batch_rows: token rows to a forward pass.
+            batch_rows: token rows in a forward pass.
             dtype: in which the bucket stores activations.
             device: where the bucket is, and the batches.
 
         Raises:
             SpliceError: not such a model, or no such layer.
-            GemmaScopeError: the tokens are not the model's, or hold no position to train on.
+            GemmaScopeError: the token ids are not the model's, or no position is left to train on.
         """
         self._ends = np.cumsum(token_rows.kept_by_pass(batch_rows))
         self.harvester = Harvester(model, with_targets(places))
@@ -81,7 +81,7 @@ class StreamSource(BucketedSource):
         number = int(np.searchsorted(self._ends, start, side="right"))
         while start < end:
             stop = int(self._ends[number])
-            if stop == start:  # a pass with nothing to keep
+            if stop == start:  # no position of this pass is kept
                 number += 1
                 continue
             values = self._pass(number)
@@ -93,10 +93,10 @@ class StreamSource(BucketedSource):
                 self._last = None
 
     def _pass(self, number: int) -> dict[Place, torch.Tensor]:
-        """Activations of one forward pass."""
+        """Activations of one forward pass, which is remembered until the next."""
         if self._last is not None and self._last[0] == number:
             return self._last[1]
-        self._last = None  # its memory is free for the pass
+        self._last = None  # frees its memory for the next pass
         first = number * self.batch_rows
         tokens = self.token_rows[first : first + self.batch_rows]
         values = self.harvester.run(tokens, self.token_rows.keep_mask(tokens))

@@ -1,22 +1,22 @@
 """``attribute``: what every active latent contributes to a metric of the logits, to first order or integrated.
 
 At a site, an SAE writes the model's activation as a sum, ``x_t = sum_i f_{t,i} W_dec[i] + b_dec + e_t``. With the
-gradient ``g_t`` of the metric m with respect to ``x_t``, the parts of ``x_t . g_t`` are
+gradient ``g_t`` of the metric m with respect to ``x_t``, the terms of ``x_t . g_t`` are
 
     a_{t,i} = f_{t,i} (g_t . W_dec[i])        b_dec . g_t        e_t . g_t
 
-the first of which estimates what is lost when latent i is set to zero at token t: ``m(x) - m(x - f_{t,i} W_dec[i])``
+The first estimates how much m decreases when latent i is set to zero at token t: ``m(x) - m(x - f_{t,i} W_dec[i])``
 to first order. This is attribution patching applied to latents, as in Sparse Feature Circuits (Marks et al., 2024);
 Gemma Scope's appendix C.3 uses the same product.
 
 Integrated gradients (Sundararajan et al., 2017) put the mean gradient on the straight path from a baseline x' in place
 of g, by Gauss-Legendre quadrature: ``sum_k w_k g(x' + alpha_k (x - x'))``, exact for polynomials up to degree
-``2 steps - 1`` in alpha. Then the parts' moves add up to ``m(x) - m(x')`` but for the error of the quadrature
-(completeness); ``attrs["gap"]`` is that error. Each SAE's site moves alone, all tokens together: ``steps`` forward and
-backward passes and a forward pass per SAE. A path from zero meets the sharp bend of the next RMSNorm near zero, where
-no moderate number of steps will do for the res, att and embedding sites; paths from the other baselines are smooth.
-As all latents move at once, what they do together is shared among them: for the effect of ablating one latent alone,
-activation times gradient is the better estimate unless the metric is far from linear.
+``2 steps - 1`` in alpha. Then the attributions add up to ``m(x) - m(x')`` but for the error of the quadrature
+(completeness); ``attrs["gap"]`` is that error. The tensor of each SAE's site changes alone, at all tokens together,
+which takes ``steps`` forward and backward passes and a forward pass per SAE. A path from zero meets the sharp bend of
+the next RMSNorm near zero, where a moderate number of steps is too few for the res, att and embedding sites; paths from
+the other baselines are smooth. As all latents change at once, their joint effect is shared among them: for the effect
+of ablating one latent alone, activation times gradient is the better estimate unless the metric is far from linear.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ import torch
 
 from gemma_scope_tl.attributions.decomposition import (
     BASELINES,
-    Moves,
-    Parts,
+    Change,
+    Terms,
+    change_from,
     decompose,
-    moves_from,
     strongest,
     table_of,
 )
 from gemma_scope_tl.attributions.passes import (
     Pass,
-    Place,
+    PlacedSAE,
     Prompt,
     differentiable,
     one_prompt,
-    places_of,
+    placed_saes,
     prompt_of,
     run_probed,
     token_row,
 )
 from gemma_scope_tl.attributions.targets import Metric, Tokens, metric_on, metric_value
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, unknown_name
-from gemma_scope_tl.sae.indices import as_indices
+from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sites import flatten_heads
 from gemma_scope_tl.text.batch import Text
 from gemma_scope_tl.text.tokens import ExcludeTokens
@@ -75,7 +75,7 @@ def attribute(
 ) -> pd.DataFrame:
     """What each latent, the SAE's error and its bias contribute to ``metric`` on ``text``.
 
-    A part of a site's tensor gets ``moved . g``: how far it is from its baseline, along a gradient (see the module).
+    The attribution of a term of a site's tensor is its difference from a baseline times a gradient (see the module).
 
     Args:
         model: from ``load_model``; left as it was.
@@ -110,12 +110,12 @@ def attribute(
         GemmaScopeError: the metric, counterfactual or a number does not do.
     """
     chosen = _checked(method, baseline, counterfactual, steps, top)
-    places = places_of(model, saes, exclude_special_tokens)
+    placed = placed_saes(model, saes, exclude_special_tokens)
     prompt = prompt_of(model, text, exclude_special_tokens, attention_mask)
     metric = metric_on(model, metric, prompt)
     other = None if counterfactual is None else prompt_of(model, counterfactual, exclude_special_tokens)
-    with differentiable(model, places):
-        table = _attributions(model, prompt, other, places, metric, chosen, steps if method == "integrated" else None)
+    with differentiable(model, placed):
+        table = _attributions(model, prompt, other, placed, metric, chosen, steps if method == "integrated" else None)
     return strongest(table, top)
 
 
@@ -123,33 +123,34 @@ def _attributions(
     model: Any,
     prompt: Prompt,
     other: Prompt | None,
-    places: list[Place],
+    placed: list[PlacedSAE],
     metric: Metric,
     baseline: str,
     steps: int | None,
 ) -> pd.DataFrame:
-    """The rows of every place, unsorted; first order where ``steps`` is None."""
+    """The rows of every SAE, unsorted; first order where ``steps`` is None."""
     import pandas as pd
 
-    clean = run_probed(model, prompt, places)
+    clean = run_probed(model, prompt, placed)
     value = metric_value(metric, clean.logits)
-    moves = _moves(model, prompt, other, places, clean, baseline)
+    changes = _changes(model, prompt, other, placed, clean, baseline)
     attrs: dict[str, Any] = {"metric": float(value.detach())}
     if steps is None:
         found = clean.gradients(value)
-        gradients = [flatten_heads(found[place.write]) for place in places]
+        gradients = [flatten_heads(found[one.write]) for one in placed]
     else:
-        ends = [clean.values[place.write].detach() for place in places]
+        ends = [clean.values[one.write].detach() for one in placed]
         del clean, value  # and with them the graph, before others are made
         both = [
-            _mean_gradient(model, prompt, place, move, end, metric, steps)
-            for place, move, end in zip(places, moves, ends, strict=True)
+            _mean_gradient(model, prompt, one, change, end, metric, steps)
+            for one, change, end in zip(placed, changes, ends, strict=True)
         ]
         gradients, attrs["baseline_metric"] = [mean for mean, _ in both], [start for _, start in both]
-    frames = [table_of(model, prompt, *one) for one in zip(places, moves, gradients, strict=True)]
+    frames = [table_of(model, prompt, *one) for one in zip(placed, changes, gradients, strict=True)]
     if steps is not None:
-        changes = [attrs["metric"] - start for start in attrs["baseline_metric"]]
-        attrs["gap"] = [float(f["attribution"].sum()) - c for f, c in zip(frames, changes, strict=True)]
+        sums = [float(frame["attribution"].sum()) for frame in frames]
+        starts = attrs["baseline_metric"]
+        attrs["gap"] = [total - (attrs["metric"] - start) for total, start in zip(sums, starts, strict=True)]
     table = pd.concat(frames, ignore_index=True)
     table.attrs.update(attrs)
     return table
@@ -162,7 +163,9 @@ def _checked(method: str, baseline: str | None, counterfactual: Any, steps: int,
     if baseline is not None and baseline not in BASELINES:
         raise unknown_name("baseline", baseline, BASELINES)
     if baseline is not None and counterfactual is not None:
-        raise GemmaScopeError("Give baseline= or counterfactual=, not both: each says what parts are compared with.")
+        raise GemmaScopeError(
+            "Give baseline= or counterfactual=, not both: each is what activations are compared with."
+        )
     if steps < 1:
         raise GemmaScopeError(f"steps={steps}: the quadrature needs at least 1 step.")
     if top is not None and top < 1:
@@ -170,18 +173,18 @@ def _checked(method: str, baseline: str | None, counterfactual: Any, steps: int,
     return baseline or ("zero" if method == "gradient" else "latents")
 
 
-def _moves(
-    model: Any, prompt: Prompt, other: Prompt | None, places: list[Place], clean: Pass, baseline: str
-) -> list[Moves]:
-    def parts(place: Place, one: Pass) -> Parts:
-        return decompose(place, one.values[place.read], one.values[place.write], prompt.spliced)
+def _changes(
+    model: Any, prompt: Prompt, other: Prompt | None, placed: list[PlacedSAE], clean: Pass, baseline: str
+) -> list[Change]:
+    def terms(one: PlacedSAE, run: Pass) -> Terms:
+        return decompose(one, run.values[one.read], run.values[one.write], prompt.spliced)
 
     with torch.no_grad():
         if other is None:
-            return [moves_from(parts(place, clean), baseline) for place in places]
+            return [change_from(terms(one, clean), baseline) for one in placed]
         _check_alike(prompt, other)
-        reference = run_probed(model, other, places)
-        return [moves_from(parts(place, clean), baseline, parts(place, reference)) for place in places]
+        reference = run_probed(model, other, placed)
+        return [change_from(terms(one, clean), baseline, terms(one, reference)) for one in placed]
 
 
 def _check_alike(prompt: Prompt, other: Prompt) -> None:
@@ -195,20 +198,20 @@ def _check_alike(prompt: Prompt, other: Prompt) -> None:
 
 
 def _mean_gradient(
-    model: Any, prompt: Prompt, place: Place, moves: Moves, value: torch.Tensor, metric: Metric, steps: int
+    model: Any, prompt: Prompt, placed: PlacedSAE, change: Change, value: torch.Tensor, metric: Metric, steps: int
 ) -> tuple[torch.Tensor, float]:
-    """The mean gradient between the baseline and ``value``, and the metric at the baseline."""
+    """The mean gradient on the path from the baseline to ``value``, and the metric at the baseline."""
     with torch.no_grad():
         end = flatten_heads(value)
-        span = moves.total(place.sae.W_dec)
+        span = change.total(placed.sae.W_dec)
         start = end.to(span.dtype) - span
-        logits = run_probed(model, prompt, [place], replaced={place.write: start}).logits
+        logits = run_probed(model, prompt, [placed], replaced={placed.write: start}).logits
         at_start = float(metric(logits.to(torch.promote_types(logits.dtype, torch.float32))))
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     mean = torch.zeros_like(span)
     for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-        one = run_probed(model, prompt, [place], replaced={place.write: start + float(node) * span})
-        found = one.gradients(metric_value(metric, one.logits))[place.write]
+        one = run_probed(model, prompt, [placed], replaced={placed.write: start + float(node) * span})
+        found = one.gradients(metric_value(metric, one.logits))[placed.write]
         mean += float(weight) * flatten_heads(found).to(span.dtype)
     return mean, at_start
 
@@ -240,7 +243,7 @@ def ablation_effects(
         SpliceError: the SAE does not fit; a latent that it has not.
         GemmaScopeError: several texts; a position that the text has not.
     """
-    places_of(model, sae, exclude_special_tokens)
+    placed_saes(model, sae, exclude_special_tokens)
     prompt = one_prompt(model, text, exclude_special_tokens, attention_mask, "Ablations are measured on")
     metric = metric_on(model, metric, prompt)
     wanted = [as_indices(pair) for pair in pairs]

@@ -1,16 +1,16 @@
 """Which latents drive which: edges between SAEs of different sites, and the small circuit behind a metric.
 
-An edge is the same product as an attribution, with a downstream latent in the metric's place. For latent i at token s
+An edge is the same product as an attribution, with a downstream latent in place of the metric. For latent i at token s
 of an SAE with output ``x_s``, and an active latent j at token t downstream with pre-activation ``z_{t,j}``,
 
     w = f_{s,i} (dz_{t,j}/dx_s . W_dec[i])
 
-is to first order how much of ``z_{t,j}`` (of ``f_{t,j}`` too: above its threshold JumpReLU has slope 1) goes when i is
-set to zero at s. One backward pass gives all edges into a downstream latent. Through the rest of the downstream tensor
-the same holds for its error: the error is taken as the function ``x - x_hat(x)`` along the gradient at its output.
+is, to first order, the decrease of ``z_{t,j}`` when i is set to zero at s (of ``f_{t,j}`` too: above its threshold
+JumpReLU has slope 1). One backward pass gives all edges into a downstream latent. The error downstream has edges as
+well: it is the function ``x - x_hat(x)`` of its input, projected on the gradient of the metric at its output.
 
 In a circuit, gradients stop at every site that has an SAE, so an edge is the direct effect, not through a site between.
-With all nodes in, the chain rule then holds exactly: a node's attribution is its direct effect on the metric plus the
+When all nodes are in, the chain rule holds exactly: a node's attribution is its direct effect on the metric plus the
 effects through all its edges. Sparse Feature Circuits (Marks et al., 2024) draws graphs of this kind.
 """
 
@@ -24,27 +24,27 @@ import torch
 
 from gemma_scope_tl.attributions.decomposition import (
     COLUMNS,
-    Moves,
-    Parts,
+    Change,
+    Terms,
+    change_from,
     decompose,
-    moves_from,
     strongest,
     table_of,
     token_names,
 )
 from gemma_scope_tl.attributions.passes import (
     Pass,
-    Place,
+    PlacedSAE,
     Prompt,
     differentiable,
     one_prompt,
-    places_of,
+    placed_saes,
     run_probed,
     token_row,
 )
 from gemma_scope_tl.attributions.targets import Metric, Tokens, metric_on, metric_value
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.sae.indices import as_indices
+from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sites import flatten_heads
 from gemma_scope_tl.text.batch import Text
 from gemma_scope_tl.text.tokens import ExcludeTokens
@@ -60,7 +60,7 @@ class Circuit:
     Attributes:
         nodes: a row per node, the index is its number: ``kind`` (``latent``, ``error``, ``skip``, ``unspliced``, and
             ``metric`` for the last), ``site, layer, position, token, latent, activation, attribution`` (of the whole
-            effect on the metric), and ``rank``, the place of its site in the order of the forward pass, from 0.
+            effect on the metric), and ``rank``, the position of its site in the order of the forward pass, from 0.
         edges: ``source, target`` (numbers of nodes), ``weight`` (in the target's units: how much of its activation),
             ``effect`` (how much of the metric, through this edge); strongest effect first.
         tokens: of the prompt.
@@ -74,14 +74,27 @@ class Circuit:
 
 
 @dataclass(frozen=True)
-class _Scene:
-    """A prompt with its pass cut at every place, and what is at each place, differentiable and not."""
+class _CutPass:
+    """A pass over a prompt whose gradients stop where SAEs write.
+
+    Attributes:
+        prompt: the token ids.
+        placed: the SAEs.
+        run: the pass.
+        terms: of the tensor that each SAE writes, differentiable.
+        changes: the same, detached, from a baseline of zero.
+    """
 
     prompt: Prompt
-    places: list[Place]
-    cut: Pass
-    parts: list[Parts]
-    moves: list[Moves]
+    placed: list[PlacedSAE]
+    run: Pass
+    terms: list[Terms]
+    changes: list[Change]
+
+    def gradients(self, scalar: torch.Tensor) -> list[torch.Tensor]:
+        """The gradient of ``scalar`` at the output of each SAE."""
+        found = self.run.gradients(scalar)
+        return [flatten_heads(found[one.write]) for one in self.placed]
 
 
 def circuit(
@@ -111,27 +124,27 @@ def circuit(
 
     Raises:
         SpliceError: an SAE that does not fit; two that write at the same place.
-        GemmaScopeError: several texts; a metric that is not one differentiable number; no nodes or edges wanted.
+        GemmaScopeError: several texts; a metric that is not one differentiable number; fewer than one node or edge.
     """
     import pandas as pd
 
     if nodes < 1 or edges < 1:
         raise GemmaScopeError(f"nodes={nodes}, edges={edges}: a circuit needs at least 1 of each.")
-    places, prompt = _scenery(model, text, saes, exclude_special_tokens, attention_mask)
+    placed, prompt = _checked_inputs(model, text, saes, exclude_special_tokens, attention_mask)
     metric = metric_on(model, metric, prompt)
-    with differentiable(model, places):
-        whole = run_probed(model, prompt, places)
+    with differentiable(model, placed):
+        whole = run_probed(model, prompt, placed)
         value = metric_value(metric, whole.logits)
         gradients = {name: flatten_heads(g) for name, g in whole.gradients(value).items()}
-        scene = _scene(model, prompt, places)
+        cut = _cut_pass(model, prompt, placed)
         frames: list[pd.DataFrame] = []
-        order = [name for name in scene.cut.values if name in scene.cut.probes]
-        for number, (place, moves) in enumerate(zip(places, scene.moves, strict=True)):
-            frame = table_of(model, prompt, place, moves, gradients[place.write])
-            frames.append(frame[frame["kind"] != "bias"].assign(place=number, rank=order.index(place.write)))
+        order = [name for name in cut.run.values if name in cut.run.probes]
+        for number, (one, change) in enumerate(zip(placed, cut.changes, strict=True)):
+            frame = table_of(model, prompt, one, change, gradients[one.write])
+            frames.append(frame[frame["kind"] != "bias"].assign(sae=number, rank=order.index(one.write)))
         ranked = strongest(pd.concat(frames, ignore_index=True), None).head(nodes).reset_index(drop=True)
-        direct = metric_value(metric, scene.cut.logits)
-        found = _edges(scene, ranked, gradients, direct)
+        direct = metric_value(metric, cut.run.logits)
+        found = _edges(cut, ranked, gradients, direct)
     kept = found.loc[found["effect"].abs().sort_values(ascending=False, kind="stable").index].head(edges)
     last = {"kind": "metric", "attribution": float(value.detach()), "position": int(prompt.length[0]) - 1}
     end = pd.DataFrame([{**last, "token": "", "site": "", "rank": len(order)}])
@@ -150,7 +163,7 @@ def latent_edges(
     exclude_special_tokens: ExcludeTokens = True,
     attention_mask: Any = None,
 ) -> pd.DataFrame:
-    """What each part of an upstream site contributes to chosen latents of a downstream SAE, along every path.
+    """What each term of an upstream site contributes to chosen latents of a downstream SAE, along every path.
 
     Args:
         model, text, exclude_special_tokens, attention_mask: as for :func:`circuit`.
@@ -160,7 +173,7 @@ def latent_edges(
         top: keep the ``top`` strongest upstream latents of each target.
 
     Returns:
-        The columns of :func:`~gemma_scope_tl.attribute` for the upstream parts, ``attribution`` being the edge in units
+        The columns of :func:`~gemma_scope_tl.attribute` for the upstream terms, ``attribution`` being the edge in units
         of the target's activation, and ``target_position, target_latent, target_activation``.
 
     Raises:
@@ -171,21 +184,21 @@ def latent_edges(
 
     if not targets:
         raise GemmaScopeError("No targets were given: name (position, latent) pairs of the downstream SAE.")
-    places, prompt = _scenery(model, text, [upstream, downstream], exclude_special_tokens, attention_mask)
+    placed, prompt = _checked_inputs(model, text, [upstream, downstream], exclude_special_tokens, attention_mask)
     frames: list[pd.DataFrame] = []
-    with differentiable(model, places):
-        scene = _scene(model, prompt, places)
-        order = list(scene.cut.values)
-        if order.index(places[0].write) >= order.index(places[1].read):
-            raise SpliceError(f"{places[0].write} is not before {places[1].read} in the forward pass: swap the two.")
+    with differentiable(model, placed):
+        cut = _cut_pass(model, prompt, placed)
+        order = list(cut.run.values)
+        if order.index(placed[0].write) >= order.index(placed[1].read):
+            raise SpliceError(f"{placed[0].write} is not before {placed[1].read} in the forward pass: swap the two.")
         for position, latent in map(as_indices, targets):
-            activation = scene.parts[1].acts[0, token_row(prompt, position), _checked_latent(downstream, latent)]
+            activation = cut.terms[1].acts[0, token_row(prompt, position), _checked_latent(downstream, latent)]
             if float(activation.detach()) == 0:
                 raise GemmaScopeError(
                     f"Latent {latent} is not active at position {position}: features() lists those that are."
                 )
-            gradient = flatten_heads(scene.cut.gradients(activation)[places[0].write])
-            table = strongest(table_of(model, prompt, places[0], scene.moves[0], gradient), top)
+            gradient = cut.gradients(activation)[0]
+            table = strongest(table_of(model, prompt, placed[0], cut.changes[0], gradient), top)
             target = {
                 "target_position": position,
                 "target_latent": latent,
@@ -195,16 +208,16 @@ def latent_edges(
     return pd.concat(frames, ignore_index=True)
 
 
-def _scenery(
+def _checked_inputs(
     model: Any, text: Text, saes: Any, exclude: ExcludeTokens, attention_mask: Any
-) -> tuple[list[Place], Prompt]:
-    places = places_of(model, saes, exclude)
+) -> tuple[list[PlacedSAE], Prompt]:
+    placed = placed_saes(model, saes, exclude)
     prompt = one_prompt(model, text, exclude, attention_mask, "A circuit is of")
-    writes = [place.write for place in places]
+    writes = [one.write for one in placed]
     for name in writes:
         if writes.count(name) > 1:
             raise SpliceError(f"{name} is taken: {writes.count(name)} of the SAEs write there. Give one a place.")
-    return places, prompt
+    return placed, prompt
 
 
 def _checked_latent(sae: Any, latent: int) -> int:
@@ -213,25 +226,29 @@ def _checked_latent(sae: Any, latent: int) -> int:
     return latent
 
 
-def _scene(model: Any, prompt: Prompt, places: list[Place]) -> _Scene:
-    cut = run_probed(model, prompt, places, cut=True)
-    parts = [decompose(p, cut.values[p.read], cut.values[p.write], prompt.spliced) for p in places]
-    still = [Parts(one.acts.detach(), {k: v.detach() for k, v in one.vectors.items()}) for one in parts]
-    return _Scene(prompt, places, cut, parts, [moves_from(one, "zero") for one in still])
+def _cut_pass(model: Any, prompt: Prompt, placed: list[PlacedSAE]) -> _CutPass:
+    run = run_probed(model, prompt, placed, cut=True)
+    terms = [decompose(one, run.values[one.read], run.values[one.write], prompt.spliced) for one in placed]
+    detached = [Terms(one.acts.detach(), {k: v.detach() for k, v in one.vectors.items()}) for one in terms]
+    return _CutPass(prompt, placed, run, terms, [change_from(one, "zero") for one in detached])
 
 
-def _edges(scene: _Scene, nodes: pd.DataFrame, whole: dict[str, torch.Tensor], metric: torch.Tensor) -> pd.DataFrame:
-    """Every edge between ``nodes`` and from them to the metric, whose number is ``len(nodes)``."""
+def _edges(cut: _CutPass, nodes: pd.DataFrame, total: dict[str, torch.Tensor], metric: torch.Tensor) -> pd.DataFrame:
+    """Every edge between ``nodes`` and from them to the metric, whose number is ``len(nodes)``.
+
+    Args:
+        cut: the pass with direct gradients.
+        nodes: a row per node.
+        total: the gradient of the metric along all paths, at each write hook.
+        metric: computed in the cut pass.
+    """
     import pandas as pd
 
     rows: list[tuple[int, int, float, float]] = []
-    sources = _sources(scene, nodes)
-    for target in range(len(nodes) + 1):
-        if target == len(nodes):
-            scalar, slope = metric, 1.0
-        else:
-            scalar, slope = _target(scene, nodes.iloc[target], whole)
-        for number, gradient in enumerate(_by_place(scene, scalar)):
+    sources = _source_vectors(cut, nodes)
+    targets = [_target(cut, nodes.iloc[number], total) for number in range(len(nodes))]
+    for target, (scalar, slope) in enumerate([*targets, (metric, 1.0)]):
+        for number, gradient in enumerate(cut.gradients(scalar)):
             if number not in sources:
                 continue
             which, positions, vectors = sources[number]
@@ -240,35 +257,30 @@ def _edges(scene: _Scene, nodes: pd.DataFrame, whole: dict[str, torch.Tensor], m
     return pd.DataFrame(rows, columns=["source", "target", "weight", "effect"])
 
 
-def _by_place(scene: _Scene, scalar: torch.Tensor) -> list[torch.Tensor]:
-    found = scene.cut.gradients(scalar)
-    return [flatten_heads(found[place.write]) for place in scene.places]
-
-
-def _sources(scene: _Scene, nodes: pd.DataFrame) -> dict[int, tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """For each place: its nodes, their positions, and the vector ``[n, d]`` that each adds to the site."""
+def _source_vectors(cut: _CutPass, nodes: pd.DataFrame) -> dict[int, tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """For each SAE: its nodes, their positions, and the vector ``[n, d]`` that each adds to the site."""
     found: dict[int, tuple[list[int], torch.Tensor, torch.Tensor]] = {}
-    for number, group in nodes.groupby("place"):
-        place, parts = scene.places[cast(int, number)], scene.parts[cast(int, number)]
-        positions = [token_row(scene.prompt, int(p)) for p in group["position"]]
+    for number, group in nodes.groupby("sae"):
+        sae, terms = cut.placed[cast(int, number)].sae, cut.terms[cast(int, number)]
+        positions = [token_row(cut.prompt, int(p)) for p in group["position"]]
         vectors: list[torch.Tensor] = []
         for at, kind, latent in zip(positions, group["kind"], group["latent"], strict=True):
             if kind == "latent":
-                vectors.append(parts.acts[0, at, int(latent)].detach() * place.sae.W_dec[int(latent)].detach())
+                vectors.append(terms.acts[0, at, int(latent)].detach() * sae.W_dec[int(latent)].detach())
             else:
-                vectors.append(parts.vectors[kind][0, at].detach())
+                vectors.append(terms.vectors[kind][0, at].detach())
         device = vectors[0].device
         found[cast(int, number)] = (group.index.tolist(), torch.tensor(positions, device=device), torch.stack(vectors))
     return found
 
 
-def _target(scene: _Scene, node: Any, whole: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """The scalar that a node is as a target, and how much of the metric a unit of it makes."""
-    place, parts = scene.places[int(node["place"])], scene.parts[int(node["place"])]
-    at = token_row(scene.prompt, int(node["position"]))
-    gradient = whole[place.write][0, at].to(parts.acts.dtype)
+def _target(cut: _CutPass, node: Any, total: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """The scalar of a node that edges lead to, and the change of the metric for each unit of it."""
+    placed, terms = cut.placed[int(node["sae"])], cut.terms[int(node["sae"])]
+    at = token_row(cut.prompt, int(node["position"]))
+    gradient = total[placed.write][0, at].to(terms.acts.dtype)
     if node["kind"] == "latent":
-        row = place.sae.W_dec[int(node["latent"])].detach()
-        return parts.acts[0, at, int(node["latent"])], float(row.to(gradient.dtype) @ gradient)
-    vector = parts.vectors[node["kind"]][0, at]
-    return vector @ gradient, 1.0
+        row = placed.sae.W_dec[int(node["latent"])].detach()
+        return terms.acts[0, at, int(node["latent"])], float(row.to(gradient.dtype) @ gradient)
+    # For any other term: its product with the gradient, taken as constant, which is in the metric's units already.
+    return terms.vectors[node["kind"]][0, at] @ gradient, 1.0

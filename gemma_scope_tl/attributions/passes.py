@@ -1,10 +1,10 @@
 """One forward pass with a probe at every site of interest, so that one backward pass gives all gradients.
 
 A probe is a tensor of zeros added to a site: the gradient with respect to it is the gradient at the site. The pass is
-the unchanged model's. Splicing an SAE with its error term also leaves the pass unchanged, so the gradient at the output
-of the splice is the same tensor, and nothing needs to be spliced here. This also settles what several SAEs do to each
-other's gradients, namely nothing: each sees the gradient of the model, as if it alone were spliced. An edit of a latent
-under ``use_error_term=True`` acts likewise, as the errors of SAEs downstream are taken anew in the edited pass.
+that of the unchanged model. Splicing an SAE with its error term also leaves the pass unchanged, so the gradient at the
+output of the splice is the same tensor, and nothing needs to be spliced here. It also follows that several SAEs do not
+change each other's gradients: each has the gradient of the model, as if it alone were spliced. Editing a latent under
+``use_error_term=True`` has the same property, because the errors of SAEs downstream are computed in the edited pass.
 """
 
 from __future__ import annotations
@@ -20,39 +20,37 @@ from jaxtyping import Bool
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.choices import as_saes
-from gemma_scope_tl.sites import Site
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 from gemma_scope_tl.weights.modes import make_ordinary
 
 
 @dataclass(frozen=True)
-class Place:
-    """An SAE and where it reads and writes (HookedTransformer's hook names, understood on both backends)."""
+class PlacedSAE:
+    """An SAE, the place that it reads, and its hooks.
+
+    Attributes:
+        sae: an SAE or transcoder.
+        place: what it reads.
+        read, write: the hooks of what it encodes and of what it reconstructs, by HookedTransformer's names, which both
+            backends understand.
+    """
 
     sae: Any
-    site: Site
-    layer: int | None
-
-    @property
-    def read(self) -> str:
-        """The hook that the SAE encodes."""
-        return self.site.hook_name(self.layer, "hooked_transformer")
-
-    @property
-    def write(self) -> str:
-        """The hook that the SAE reconstructs."""
-        return self.site.hook_name_out(self.layer, "hooked_transformer")
+    place: Place
+    read: str
+    write: str
 
 
 @dataclass
 class Pass:
-    """A forward pass.
+    """A probed forward pass.
 
     Attributes:
         logits: ``[batch, pos, vocab]``.
-        values: hook name to tensor, as it came to the hook, in the order of the pass.
-        probes: write hook to its probe.
+        values: the tensor that each hook saw, by the hook's name, in the order of the pass.
+        probes: the probe at each write hook.
     """
 
     logits: torch.Tensor
@@ -71,23 +69,23 @@ class Pass:
 
 @dataclass(frozen=True)
 class Prompt(TokenBatch):
-    """Token ids and what is known of them.
+    """Token ids, and where SAEs apply.
 
     Attributes:
-        spliced: True where SAEs are spliced: in the text, everywhere but at special tokens.
+        spliced: True where SAEs are spliced: in the text, except at special tokens.
     """
 
     spliced: Bool[torch.Tensor, "batch pos"]
 
 
-def places_of(model: Any, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> list[Place]:
+def placed_saes(model: Any, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> list[PlacedSAE]:
     """Where each SAE belongs in ``model``, after the checks that splicing makes.
 
     Raises:
         SpliceError: no SAE; one that does not fit, or whose site is taken; one that rescales its input.
     """
-    several = as_saes(saes, whole=True)
-    for sae in several:
+    found: list[PlacedSAE] = []
+    for sae in as_saes(saes, whole=True):
         with model.saes([sae], exclude_special_tokens=exclude):  # every check of add_sae, and detached again
             pass
         if sae.cfg.normalize_activations not in ("none", None):
@@ -95,7 +93,10 @@ def places_of(model: Any, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> 
                 f"This SAE normalises its input ({sae.cfg.normalize_activations!r}), so a latent's contribution is not "
                 "its activation times its decoder row: fold the normalisation into the weights first."
             )
-    return [Place(sae, *locate(sae)) for sae in several]
+        site, layer = locate(sae, model.family)
+        hooks = site.hook_name(layer, "hooked_transformer"), site.hook_name_out(layer, "hooked_transformer")
+        found.append(PlacedSAE(sae, Place(site.name, layer), *hooks))
+    return found
 
 
 def prompt_of(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: Any = None) -> Prompt:
@@ -106,7 +107,10 @@ def prompt_of(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: An
     """
     with torch.inference_mode(False):
         batch = as_batch(model, text, attention_mask, add_generation_prompt=None)
-        ids, mask = batch.ids.clone(), batch.mask.clone()  # copies, so that those made in inference mode serve here
+        ids, mask = (
+            batch.ids.clone(),
+            batch.mask.clone(),
+        )  # copies, because autograd refuses tensors made in inference mode
         return Prompt(ids, mask, batch.ordinary(excluded_ids(model.tokenizer, exclude)).clone())
 
 
@@ -114,13 +118,13 @@ def one_prompt(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: A
     """The prompt of one text.
 
     Raises:
-        GemmaScopeError: for several, or a row of padding alone.
+        GemmaScopeError: for several texts, or a row of nothing but padding.
     """
     prompt = prompt_of(model, text, exclude, attention_mask)
     if len(prompt.ids) != 1:
         raise GemmaScopeError(f"{what} one text, {len(prompt.ids)} were given: call it for each.")
     if not bool(prompt.mask.any()):
-        raise GemmaScopeError("The text is padding alone: there is nothing to explain.")
+        raise GemmaScopeError("The text holds nothing but padding: there is nothing to explain.")
     return prompt
 
 
@@ -137,12 +141,12 @@ def token_row(prompt: Prompt, position: int) -> int:
 
 
 @contextmanager
-def differentiable(model: Any, places: Sequence[Place]) -> Generator[None]:
-    """Gradients on, also inside ``no_grad`` and ``inference_mode``; the model's parameters frozen, then as before.
+def differentiable(model: Any, placed: Sequence[PlacedSAE]) -> Generator[None]:
+    """Enable gradients, also inside ``no_grad`` and ``inference_mode``, and freeze the model's parameters meanwhile.
 
-    A model or an SAE that was made or moved in inference mode gets parameters that gradients can pass.
+    The tensors of a model or an SAE that was made or moved in inference mode are replaced by ordinary ones.
     """
-    for module in (model, *model.acts_to_saes.values(), *(place.sae for place in places)):
+    for module in (model, *model.acts_to_saes.values(), *(one.sae for one in placed)):
         make_ordinary(module)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -158,22 +162,22 @@ def differentiable(model: Any, places: Sequence[Place]) -> Generator[None]:
 def run_probed(
     model: Any,
     batch: TokenBatch,
-    places: Sequence[Place],
+    placed: Sequence[PlacedSAE],
     cut: bool = False,
     replaced: Mapping[str, torch.Tensor] | None = None,
 ) -> Pass:
-    """A forward pass with a probe at every place.
+    """A forward pass with a probe where each SAE writes.
 
     Args:
         model: from ``load_model``.
         batch: the ids, padded where its mask says so.
-        places: whose tensors are kept, and whose write hooks get a probe.
-        cut: let no gradient through a place, so that gradients are of the direct paths between neighbours only.
-        replaced: tensors that stand in for what comes to a write hook.
+        placed: the SAEs whose tensors are kept, and whose write hooks get a probe.
+        cut: stop gradients at each write hook, so that they follow the direct paths between neighbouring SAEs only.
+        replaced: tensors that replace what a write hook sees, by its name.
     """
     values: dict[str, torch.Tensor] = {}
     probes: dict[str, torch.Tensor] = {}
-    writes = {place.write for place in places}
+    writes = {one.write for one in placed}
 
     def visit(value: torch.Tensor, name: str) -> torch.Tensor | None:
         if replaced and name in replaced:
@@ -186,7 +190,7 @@ def run_probed(
         probes[name] = torch.zeros_like(value, requires_grad=True)
         return (value.detach() if cut else value) + probes[name]
 
-    names = dict.fromkeys(name for place in places for name in (place.read, place.write))
+    names = dict.fromkeys(name for one in placed for name in (one.read, one.write))
     hooks = [(name, lambda value, hook, name=name: visit(value, name)) for name in names]
     logits = model.run_with_hooks(batch.ids, attention_mask=batch.attention_mask, fwd_hooks=hooks)
     return Pass(logits, values, probes)

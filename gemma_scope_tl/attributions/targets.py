@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sae.indices import as_indices, is_index
+from gemma_scope_tl.sae.arguments import as_indices, is_index
 from gemma_scope_tl.text.batch import TokenBatch
 from gemma_scope_tl.text.tokenizing import text_ids
 

@@ -8,21 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_scope_tl.cli import (
-    catalogue,
-    evals,
-    interp,
-    models,
-    publish,
-    studies,
-    train,
-)
-from gemma_scope_tl.cli import (
-    tools as demo,
-)
-from gemma_scope_tl.cli import (
-    tools as doctor,
-)
+from gemma_scope_tl.cli import catalogue, evals, interp, models, publish, studies, tools, train
 from gemma_scope_tl.cli.command import Root, add
 from gemma_scope_tl.cli.failures import run
 from gemma_scope_tl.cli.output import say
@@ -38,18 +24,18 @@ app = typer.Typer(
 )
 add(app, catalogue.list_command, "list")
 add(app, catalogue.show)
-add(app, models.features, "features")
-add(app, models.steer, "steer")
-add(app, models.top_tokens_command, "top-tokens")
-add(app, models.attribute, "attribute")
-add(app, evals.eval_command, "eval")
-add(app, interp.explain_command, "explain")
-add(app, interp.neuronpedia_command, "neuronpedia")
+add(app, models.Features, "features")
+add(app, models.Steer, "steer")
+add(app, models.TopTokens, "top-tokens")
+add(app, models.Attribute, "attribute")
+add(app, evals.Evaluate, "eval")
+add(app, interp.Explain, "explain")
+add(app, interp.Neuronpedia, "neuronpedia")
 add(app, train.train)
-add(app, demo.demo)
+add(app, tools.demo)
 add(app, publish.export)
 add(app, publish.upload)
-add(app, doctor.doctor)
+add(app, tools.doctor)
 app.add_typer(studies.studies_app, name="study")
 app.add_typer(registry_app, name="registry")
 
@@ -75,7 +61,7 @@ def _whole(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: whatever goes wrong becomes a line on standard error and an exit status.
+    """The entry point. Errors become a line on standard error and an exit status.
 
     Args:
         arguments: by default those of this process.

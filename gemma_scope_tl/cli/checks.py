@@ -1,20 +1,24 @@
-"""What can be seen of arguments before torch is imported, which takes seconds: names, paths, texts, ports."""
+"""Checks of arguments that need no torch, whose import takes seconds: names, paths, texts and ports."""
 
 from __future__ import annotations
 
 import os
 import re
-import socket
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from gemma_scope_tl import dtypes
 from gemma_scope_tl.errors import DeviceError, GemmaScopeError, unknown_name
+from gemma_scope_tl.families import hub_ids
 
-DTYPES = ("float32", "bfloat16", "float16", "float64", "fp32", "bf16", "fp16", "fp64")
+if TYPE_CHECKING:
+    from gemma_scope_tl.registry.schema import SAERow
+
+DTYPES = (*dtypes.DTYPES, *dtypes.SHORT_DTYPES)
 DEVICE_KINDS = ("cpu", "cuda", "mps", "xpu")
-MODELS = ("bundled", *(f"gemma-2-{size}{kind}" for size in ("2b", "9b", "27b") for kind in ("", "-it")))
+# The lists below are those of modules that import torch; tests/cli compares them.
 UNITS = ("activation", "norm", "mean_norm")
 ATTRIBUTIONS = ("gradient", "integrated")
 ABLATIONS = ("zero", "mean")
@@ -25,8 +29,13 @@ _TEXT_FILES = (".txt", ".jsonl", ".json")
 _DEVICE = re.compile(rf"({'|'.join(DEVICE_KINDS)})(:\d+)?")
 
 
+def models() -> tuple[str, ...]:
+    """Names of the bundled model and of the released models of all families."""
+    return ("bundled", *hub_ids())
+
+
 def each(check: Callable[[Any], object]) -> Callable[[Any], Any]:
-    """An option's callback: every given value passes ``check``, which raises or not."""
+    """An option's callback that calls ``check`` with every given value."""
 
     def callback(value: Any) -> Any:
         for item in value if isinstance(value, (list, tuple)) else [value]:
@@ -38,7 +47,7 @@ def each(check: Callable[[Any], object]) -> Callable[[Any], Any]:
 
 
 def one_of(kind: str, names: Iterable[str]) -> Callable[[Any], Any]:
-    """A callback for names of a kind."""
+    """An option's callback that raises :class:`UnknownNameError` for any value outside ``names``."""
     valid = tuple(names)
 
     def check(name: str) -> None:
@@ -66,7 +75,7 @@ def width(label: str) -> str:
     """The registry's label of a width: 16k for 16384.
 
     Raises:
-        RegistryError: it is no width.
+        RegistryError: for a label that is not a width.
     """
     from gemma_scope_tl.registry.widths import parse_width, width_label
 
@@ -86,17 +95,23 @@ def dtype(name: str) -> None:
 
 
 def device(name: str) -> None:
-    """Raise unless it is a kind of device, with a number or without; whether there is one here is seen later."""
+    """Raise unless it is a kind of device, with or without a number; :func:`available` looks whether it exists."""
     if not _DEVICE.fullmatch(name):
         raise DeviceError(f"Device {name!r} is no device: write cpu, cuda, cuda:1 (the second GPU), mps or xpu.")
 
 
 def available(name: str | None) -> None:
-    """Raise unless there is such a device here, which only torch knows."""
+    """Raise unless this machine has the device. Imports torch for any but the CPU."""
     if name is not None and name != "cpu":
         from gemma_scope_tl.dtypes import parse_device
 
         parse_device(name)
+
+
+def latent(row: SAERow, number: int) -> None:
+    """Raise unless the SAE of a registry row has this latent."""
+    if number >= row.d_sae:
+        raise GemmaScopeError(f"{row.release} {row.id} has latents 0 to {row.d_sae - 1:,}, and no {number:,}.")
 
 
 def release(name: str) -> None:
@@ -109,8 +124,8 @@ def release(name: str) -> None:
 def model(name: str) -> None:
     """Raise unless it is a model's name, a folder, or looks like a name on the Hub."""
     on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
-    if name not in MODELS and not Path(name).is_dir() and not on_hub:
-        raise unknown_name("model", name, MODELS, "A local folder or a Hugging Face id works too.")
+    if name not in models() and not Path(name).is_dir() and not on_hub:
+        raise unknown_name("model", name, models(), "A local folder or a Hugging Face id works too.")
 
 
 def table_file(path: Path) -> None:
@@ -139,7 +154,7 @@ def writable(path: Path) -> None:
 
 
 def folder(path: Path) -> None:
-    """Raise unless files can be written into the folder, which is made when they are."""
+    """Raise unless files can be written into the folder, which need not exist yet."""
     there = path.expanduser().absolute()
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -150,7 +165,7 @@ def folder(path: Path) -> None:
 
 
 def readable(path: Path) -> None:
-    """Raise unless the path is a file that can be read and holds something."""
+    """Raise unless the path is a file that can be read and is not empty."""
     if not path.exists():
         raise GemmaScopeError(f"{path} does not exist.")
     if path.is_dir():
@@ -168,7 +183,7 @@ def url(given: str) -> None:
 
 
 def existing_folder(path: Path) -> None:
-    """Raise unless the folder is there."""
+    """Raise unless the folder exists."""
     if not path.expanduser().is_dir():
         raise GemmaScopeError(f"{path} is no folder." if path.exists() else f"{path} does not exist.")
 
@@ -180,7 +195,7 @@ def repository(name: str) -> None:
 
 
 def source(name: str) -> None:
-    """Raise unless it is a folder that is there or may be a repository on the Hub."""
+    """Raise unless it is a folder that exists or may be a repository on the Hub."""
     if not Path(name).expanduser().is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise GemmaScopeError(f"{name!r} is no folder here and no OWNER/NAME on the Hub.")
 
@@ -192,7 +207,7 @@ def table(path: Path) -> None:
 
 
 def texts(source: str) -> None:
-    """Raise where a file of texts cannot be read; a data set's name is looked up later."""
+    """Raise for a file of texts that cannot be read. Names of data sets are looked up later."""
     path = Path(source)
     if path.suffix.lower() in _TEXT_FILES:
         readable(path)
@@ -204,7 +219,7 @@ def text(given: str) -> str:
     """The text itself, or standard input for ``-``.
 
     Raises:
-        GemmaScopeError: there is no text, or it is not Unicode.
+        GemmaScopeError: for an empty text, or one that is not valid UTF-8.
     """
     found = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape") if given == "-" else given
     if found != given:
@@ -218,17 +233,15 @@ def text(given: str) -> str:
 
 
 def free_port(host: str, port: int | None) -> None:
-    """Raise unless one can listen there.
+    """Raise unless a server can listen there.
 
     Raises:
-        GemmaScopeError: the port is taken or reserved, or the host is no address of this machine.
+        GemmaScopeError: when the port is taken or reserved, or the host is not an address of this machine.
     """
+    from gemma_scope_tl.demo.serving import try_listening
+
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port or 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as tried:
-            if os.name == "posix":  # a connection that has just ended is no obstacle
-                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(address)
+        try_listening(host, port)
     except OSError as error:
         advice = (
             "Take another --port, or none for the first free one." if port else "--host is an address of this machine."

@@ -1,4 +1,4 @@
-"""What all verbs share: old names of options, finite numbers, examples letter by letter, results apart."""
+"""What all verbs share: old names of options, finite numbers, examples as they are written, results apart."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
-from typing import Any, Protocol, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -21,21 +21,30 @@ RENAMED: dict[str, dict[str, str]] = {
     "check": {"--model-path": "--model"},
     "top-tokens": {"--k": "--top"},
 }
-"""Old names of options by verb; they are accepted with a word about the new one."""
+"""Old names of options by verb; they are accepted with a remark that gives the new one."""
 _NARROW = 72
 _EXAMPLES = re.compile(r"\n\s*Examples?:\n")
 _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"])+""")
 
 
-class Shared(Protocol):
-    """Options that several verbs share: a dataclass whose fields are options."""
+@dataclass(kw_only=True)
+class Command:
+    """A verb that shares options with others: a dataclass whose fields are its options and whose docstring is its help.
+
+    Typer reads the signature of the dataclass as it reads that of a function, and makes an object of what was given.
+    Classes that several verbs inherit from are keyword-only, so that in the help a verb's own options come first.
+    """
 
     def check(self) -> None:
         """Raise what can be raised before anything heavy is imported."""
 
+    def run(self) -> None:
+        """Do what the verb does, and print the results."""
+        raise NotImplementedError
+
 
 class Verb(TyperCommand):
-    """A command whose help shows its examples letter by letter, and whose standard output holds nothing but results."""
+    """A command whose help shows its examples as they are written, and whose standard output holds only results."""
 
     def __init__(self, name: str | None, *, help: str | None = None, **settings: Any) -> None:
         text, *examples = _EXAMPLES.split(inspect.cleandoc(help or ""), maxsplit=1)
@@ -43,7 +52,7 @@ class Verb(TyperCommand):
         self.examples = [" ".join(part.split()) for part in examples[0].split("\n\n")] if examples else []
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Accept old names, and refuse numbers that are none."""
+        """Accept old names, and refuse infinities and NaN."""
         rest = super().parse_args(ctx, list(self._new_names(args)))
         for param in self.get_params(ctx):
             value = ctx.params.get(param.name)
@@ -66,10 +75,14 @@ class Verb(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the verb; what libraries print goes to standard error."""
         with results_apart():
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            if not isinstance(result, Command):  # the verb is a function, which has run
+                return result
+            result.check()
+            return result.run()
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The help, then the examples. In a narrow terminal it is plain, since frames would cut long words."""
+        """Write the help, then the examples. In a narrow terminal it is plain, since frames would cut long words."""
         width = shutil.get_terminal_size().columns - 3
         mode, self.rich_markup_mode = self.rich_markup_mode, self.rich_markup_mode if width > _NARROW else None
         try:
@@ -82,7 +95,7 @@ class Verb(TyperCommand):
 
 
 class Root(TyperGroup):
-    """The whole command line: with ``--debug`` errors show where they happened; Ctrl-C is a line."""
+    """The whole command line: ``--debug`` shows tracebacks, and Ctrl-C is reported in one line."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a verb."""
@@ -98,40 +111,12 @@ class Root(TyperGroup):
 
 
 def add(app: typer.Typer, function: Callable[..., Any], name: str | None = None) -> None:
-    """Make a function a verb of ``app``."""
+    """Make a function, or the class of a :class:`Command`, a verb of ``app``."""
     app.command(name, cls=Verb)(function)
 
 
-def verb(function: Callable[..., Any], kind: type[Shared]) -> Callable[..., None]:
-    """A command with a function's own options and those of ``kind``, of which it gets one as its first argument.
-
-    An option of the function that has the name of a shared one takes its place.
-    """
-    hints = {**get_type_hints(kind, include_extras=True), **get_type_hints(function, include_extras=True)}
-    own = list(inspect.signature(function).parameters.values())[1:]
-    shared = {field.name: field.default for field in fields(kind)}  # pyright: ignore[reportArgumentType]
-    for parameter in own:
-        shared.pop(parameter.name, None)
-
-    def command(**given: Any) -> None:
-        choice = kind(**{key: given.pop(key) for key in shared})
-        choice.check()
-        function(choice, **given)
-
-    only, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
-    defaults = {**{parameter.name: parameter.default for parameter in own}, **shared}
-    parameters = [
-        inspect.Parameter(key, only, default=empty if value is MISSING else value, annotation=hints[key])
-        for key, value in defaults.items()
-    ]
-    setattr(command, "__signature__", inspect.Signature(parameters))  # noqa: B010
-    command.__annotations__ = {key: hints[key] for key in defaults}
-    command.__doc__ = function.__doc__
-    return command
-
-
 def _indented(example: str, width: int) -> str:
-    """An example, broken before options where it is too long for a line; the shell reads it as one line."""
+    """An example, with escaped line breaks before options where it is too long for a line."""
     lines, parts = [""], list[str]()
     for word in _WORD.findall(example):
         if parts and not word.startswith("--"):

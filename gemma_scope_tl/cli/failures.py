@@ -1,4 +1,4 @@
-"""What went wrong as one line on standard error and an exit status, never a traceback."""
+"""Errors as one line on standard error and an exit status, without a traceback."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         arguments: by default those of this process.
 
     Returns:
-        The exit status: 0; 1 where something failed; 2 for a wrong call; 130 after Ctrl-C.
+        The exit status: 0 for success, 1 for an error, 2 for a wrong call, 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal or pipe that cannot show a letter is no reason to fail
+        if hasattr(stream, "reconfigure"):  # characters that the encoding lacks are escaped
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     command: Any = get_command(app)
     try:
         status = command(args=arguments, standalone_mode=False)
         sys.stdout.flush()
         return int(status or 0)
-    except SystemExit as stop:  # of a pipe whose reader has gone
+    except SystemExit as stop:  # typer's, when the reader of a pipe has closed it
         _forget_output()
         return stop.code if isinstance(stop.code, int) else 1
     except BrokenPipeError:
@@ -45,11 +45,11 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         complain("interrupted")
         return 130
     except Exception as error:
-        return _told(error)
+        return _report(error)
 
 
-def _told(error: Exception) -> int:
-    """Say what went wrong. Returns the exit status."""
+def _report(error: Exception) -> int:
+    """Print an error. Returns the exit status."""
     status: Any = getattr(error, "exit_code", None)
     if status is not None and hasattr(error, "format_message"):  # a wrong call
         _show_usage(error)
@@ -62,9 +62,9 @@ def _told(error: Exception) -> int:
 
 
 def in_words(error: BaseException) -> str:
-    """What an error says to people."""
+    """The line that is printed for an error."""
     if isinstance(error, GemmaScopeError):
-        return "error: " + re.sub(r"\n(?! )", " ", str(error).strip())  # items of a list are indented, and stay lines
+        return "error: " + re.sub(r"\n(?! )", " ", str(error).strip())  # keeps the lines of a list, which are indented
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"error: {where}{error.strerror}."
@@ -77,7 +77,7 @@ def in_words(error: BaseException) -> str:
 
 
 def _show_usage(error: Any) -> None:
-    """A wrong call as one line; a call without any words as the help."""
+    """Print a wrong call as one line, and the help for a call without arguments."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return
@@ -88,7 +88,7 @@ def _show_usage(error: Any) -> None:
 
 
 def _forget_output() -> None:
-    """Let Python flush its output into nothing when it ends, where nobody reads it."""
+    """Redirect standard output, whose reader has closed it, so that Python's flush at exit does not fail."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # pyright: ignore[reportOptionalMemberAccess]
     except (OSError, ValueError, AttributeError):

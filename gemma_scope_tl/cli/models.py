@@ -1,23 +1,18 @@
 """Commands that look at one SAE of a model: features, steer, top-tokens, attribute."""
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gemma_scope_tl.cli import checks, options
-from gemma_scope_tl.cli.command import verb
 from gemma_scope_tl.cli.options import OneSAE
 from gemma_scope_tl.cli.output import note, print_facts, print_frame, print_rows
 
 
-def _features(
-    choice: OneSAE,
-    text: options.Text,
-    top: Annotated[int, typer.Option(min=1, help="Strongest latents per token.")] = 5,
-) -> None:
+@dataclass
+class Features(OneSAE):
     """Show which latents fire on which token.
 
     Examples:
@@ -26,43 +21,33 @@ def _features(
 
         gemma-scope features "The Golden Gate Bridge" --model gemma-2-2b --layer 20 --width 16k --json
     """
-    _note_file(text)
-    model, sae = choice.load()
-    from gemma_scope_tl.latents.table import features as feature_table
 
-    table = feature_table(model, text, sae, top=top)
-    if choice.as_json:
-        print_frame(choice.named(table), "", True)
-        return
-    rows = [
-        {
-            "position": position,
-            "token": repr(found["token"].iloc[0]),
-            "latent:activation": " ".join(f"{row.latent}:{row.activation:.2f}" for row in found.itertuples()),
-        }
-        for position, found in table.groupby("position", sort=True)
-    ]
-    active = f"tokens with active latents: {len(rows)}" if rows else "No latent is active on this text."
-    print_rows(rows, f"{active}\nSAE: {choice.name()}", False)
+    text: options.Text
+    top: Annotated[int, typer.Option(min=1, help="Strongest latents per token.")] = 5
+
+    def run(self) -> None:
+        _note_file(self.text)
+        model, sae = self.load()
+        from gemma_scope_tl.latents.table import features as feature_table
+
+        table = feature_table(model, self.text, sae, top=self.top)
+        if self.as_json:
+            print_frame(self.named(table), "", True)
+            return
+        rows = [
+            {
+                "position": position,
+                "token": repr(found["token"].iloc[0]),
+                "latent:activation": " ".join(f"{row.latent}:{row.activation:.2f}" for row in found.itertuples()),
+            }
+            for position, found in table.groupby("position", sort=True)
+        ]
+        active = f"tokens with active latents: {len(rows)}" if rows else "No latent is active on this text."
+        print_rows(rows, f"{active}\nSAE: {self.name()}", False)
 
 
-def _steer(
-    choice: OneSAE,
-    text: options.Text,
-    latent: options.Latent,
-    scale: Annotated[float | None, typer.Option(help="Strength along the decoder row, in --unit.")] = None,
-    clamp: Annotated[float | None, typer.Option(help="Set the latent to this activation instead.")] = None,
-    unit: Annotated[
-        str,
-        typer.Option(
-            help="activation, norm (of each position) or mean_norm (TEXT).",
-            callback=checks.one_of("unit", checks.UNITS),
-        ),
-    ] = "activation",
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 40,
-    temperature: options.Temperature = 0.0,
-    seed: options.Seed = 0,
-) -> None:
+@dataclass
+class Steer(OneSAE):
     """Continue a text with and without steering or clamping a latent.
 
     Examples:
@@ -75,30 +60,80 @@ def _steer(
 
         gemma-scope steer "I went to" --model gemma-2-2b --layer 20 --latent 3124 --scale 154 --temperature 0.8
     """
-    if (scale is None) == (clamp is None):
-        raise typer.BadParameter("give one of --scale and --clamp")
-    choice.check_latent(latent)
-    _note_file(text)
-    model, sae = choice.load()
-    hook = _steering_hook(model, sae, text, latent, scale, clamp, unit)
-    done = f"scale {scale:g} ({unit})" if clamp is None else f"clamp {clamp:g}"
-    plain = _continue(model, text, tokens, temperature, seed)
-    with model.hooks([hook]):
-        steered = _continue(model, text, tokens, temperature, seed)
-    if choice.as_json:
-        facts = {"text": text, "plain": plain, "steered": steered, "latent": latent, "scale": scale}
-        row = choice.row()
-        named = {"release": row.release, "id": row.id}
-        print_facts({**facts, "clamp": clamp, "unit": None if scale is None else unit, **named}, True)
-        return
-    print_facts({"plain": plain, f"latent {latent}, {done}": steered, "SAE": choice.name()})
+
+    text: options.Text
+    latent: options.Latent
+    scale: Annotated[float | None, typer.Option(help="Strength along the decoder row, in --unit.")] = None
+    clamp: Annotated[float | None, typer.Option(help="Set the latent to this activation instead.")] = None
+    unit: Annotated[
+        str,
+        typer.Option(
+            help="activation, norm (of each position) or mean_norm (TEXT).",
+            callback=checks.one_of("unit", checks.UNITS),
+        ),
+    ] = "activation"
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 40
+    temperature: options.Temperature = 0.0
+    seed: options.Seed = 0
+
+    def run(self) -> None:
+        if (self.scale is None) == (self.clamp is None):
+            raise typer.BadParameter("give one of --scale and --clamp")
+        self.check_latent(self.latent)
+        _note_file(self.text)
+        model, sae = self.load()
+        hook = self.hook(model, sae)
+        done = f"scale {self.scale:g} ({self.unit})" if self.clamp is None else f"clamp {self.clamp:g}"
+        plain = self.continuation(model)
+        with model.hooks([hook]):
+            steered = self.continuation(model)
+        if not self.as_json:
+            print_facts({"plain": plain, f"latent {self.latent}, {done}": steered, "SAE": self.name()})
+            return
+        row = self.row()
+        facts = {
+            "text": self.text,
+            "plain": plain,
+            "steered": steered,
+            "latent": self.latent,
+            "scale": self.scale,
+            "clamp": self.clamp,
+            "unit": None if self.scale is None else self.unit,
+            "release": row.release,
+            "id": row.id,
+        }
+        print_facts(facts, True)
+
+    def hook(self, model: Any, sae: Any) -> tuple[str, Any]:
+        """The intervention that the options ask for."""
+        from gemma_scope_tl import interventions
+
+        if self.clamp is not None:
+            return interventions.clamp(sae, self.latent, self.clamp)
+        norms = None
+        if self.unit == "mean_norm":
+            layers = None if sae.layer is None else [sae.layer]
+            norms = interventions.mean_norms(model, self.text, sites=sae.site, layers=layers)
+        unit: Any = self.unit  # one of interventions' units: the option's callback has checked it
+        return interventions.steer(sae, self.latent, self.scale or 0.0, unit=unit, mean_norm=norms)
+
+    def continuation(self, model: Any) -> str:
+        """The text and what the model generates after it, sampled with the seed where the temperature is above 0."""
+        import torch
+
+        from gemma_scope_tl.text.batch import as_batch
+
+        torch.manual_seed(self.seed)
+        prompt = as_batch(model, self.text).ids
+        sampling = (
+            {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {"do_sample": False}
+        )
+        out = model.generate(prompt, max_new_tokens=self.tokens, return_type="tokens", **sampling)
+        return model.tokenizer.decode(out[0, 1:])
 
 
-def _top_tokens(
-    choice: OneSAE,
-    latent: options.Latent,
-    top: Annotated[int, typer.Option(min=1, help="Tokens of each kind.")] = 10,
-) -> None:
+@dataclass
+class TopTokens(OneSAE):
     """Show the tokens that a latent promotes and suppresses most, by its direct path to the logits.
 
     Examples:
@@ -107,37 +142,34 @@ def _top_tokens(
 
         gemma-scope top-tokens --latent 3124 --model gemma-2-2b --layer 20 --width 16k --json
     """
-    choice.check_latent(latent)
-    model, sae = choice.load()
-    from gemma_scope_tl.latents.logit_lens import top_tokens
 
-    table = top_tokens(model, sae, latent, k=top)
-    if choice.as_json:
-        print_frame(choice.named(table), "", True)
-        return
-    sides = [rows.reset_index(drop=True) for _, rows in table.groupby("kind")]  # promoted, suppressed
-    rows = [
-        {
-            "promoted": repr(up.token),
-            "its logit": f"{up.logit:.3f}",
-            "suppressed": repr(down.token),
-            "of that": f"{down.logit:.3f}",
-        }
-        for up, down in zip(*(side.itertuples() for side in sides), strict=True)
-    ]
-    print_rows(rows, f"latent {latent}\nSAE: {choice.name()}", False)
+    latent: options.Latent
+    top: Annotated[int, typer.Option(min=1, help="Tokens of each kind.")] = 10
+
+    def run(self) -> None:
+        self.check_latent(self.latent)
+        model, sae = self.load()
+        from gemma_scope_tl.latents.logit_lens import top_tokens
+
+        table = top_tokens(model, sae, self.latent, k=self.top)
+        if self.as_json:
+            print_frame(self.named(table), "", True)
+            return
+        sides = [rows.reset_index(drop=True) for _, rows in table.groupby("kind")]  # promoted, suppressed
+        rows = [
+            {
+                "promoted": repr(up.token),
+                "its logit": f"{up.logit:.3f}",
+                "suppressed": repr(down.token),
+                "of that": f"{down.logit:.3f}",
+            }
+            for up, down in zip(*(side.itertuples() for side in sides), strict=True)
+        ]
+        print_rows(rows, f"latent {self.latent}\nSAE: {self.name()}", False)
 
 
-def _attribute(
-    choice: OneSAE,
-    text: options.Text,
-    target: Annotated[str, typer.Option(help="Next token whose logit is explained; mind the leading space.")],
-    other: Annotated[str | None, typer.Option(help="Explain the logit of --target minus that of this token.")] = None,
-    method: Annotated[
-        str, typer.Option(help="gradient or integrated.", callback=checks.one_of("method", checks.ATTRIBUTIONS))
-    ] = "gradient",
-    top: Annotated[int, typer.Option(min=1, help="Strongest latents.")] = 15,
-) -> None:
+@dataclass
+class Attribute(OneSAE):
     """Show what each latent contributes to the logit of the next token.
 
     Examples:
@@ -146,63 +178,44 @@ def _attribute(
 
         gemma-scope attribute "The bridge is in San" --target " Francisco" --model gemma-2-2b --layer 20 --json
     """
-    checks.text(target)
-    _note_file(text)
-    model, sae = choice.load()
-    from gemma_scope_tl.attributions.gradients import attribute as attributions
-    from gemma_scope_tl.attributions.targets import logit, logit_difference, single_token
 
-    first = single_token(model, target)
-    metric = logit(first) if other is None else logit_difference(first, single_token(model, other))
-    table = attributions(model, text, sae, metric, method=method, top=top)
-    if choice.as_json:
-        print_frame(choice.named(table), "", True)
-        return
-    rest = table[table["kind"] != "latent"].groupby("kind")["attribution"].sum()
-    shares = ", ".join(f"{kind} {share:+.3f}" for kind, share in rest.items())
-    rows = [
-        {
-            "position": row.position,
-            "token": repr(row.token),
-            "latent": row.latent,
-            "activation": f"{row.activation:.3f}",
-            "attribution": f"{row.attribution:+.3f}",
-        }
-        for row in table[table["kind"] == "latent"].itertuples()
-    ]
-    print_rows(rows, f"metric {table.attrs['metric']:.3f}\nover all tokens: {shares}\nSAE: {choice.name()}", False)
+    text: options.Text
+    target: Annotated[str, typer.Option(help="Next token whose logit is explained; mind the leading space.")]
+    other: Annotated[str | None, typer.Option(help="Explain the logit of --target minus that of this token.")] = None
+    method: Annotated[
+        str, typer.Option(help="gradient or integrated.", callback=checks.one_of("method", checks.ATTRIBUTIONS))
+    ] = "gradient"
+    top: Annotated[int, typer.Option(min=1, help="Strongest latents.")] = 15
 
+    def run(self) -> None:
+        checks.text(self.target)
+        _note_file(self.text)
+        model, sae = self.load()
+        from gemma_scope_tl.attributions.gradients import attribute as attributions
+        from gemma_scope_tl.attributions.targets import logit, logit_difference, single_token
 
-features, steer, attribute = (verb(function, OneSAE) for function in (_features, _steer, _attribute))
-top_tokens_command = verb(_top_tokens, OneSAE)
+        first = single_token(model, self.target)
+        metric = logit(first) if self.other is None else logit_difference(first, single_token(model, self.other))
+        table = attributions(model, self.text, sae, metric, method=self.method, top=self.top)
+        if self.as_json:
+            print_frame(self.named(table), "", True)
+            return
+        rest = table[table["kind"] != "latent"].groupby("kind")["attribution"].sum()
+        shares = ", ".join(f"{kind} {share:+.3f}" for kind, share in rest.items())
+        rows = [
+            {
+                "position": row.position,
+                "token": repr(row.token),
+                "latent": row.latent,
+                "activation": f"{row.activation:.3f}",
+                "attribution": f"{row.attribution:+.3f}",
+            }
+            for row in table[table["kind"] == "latent"].itertuples()
+        ]
+        print_rows(rows, f"metric {table.attrs['metric']:.3f}\nover all tokens: {shares}\nSAE: {self.name()}", False)
 
 
 def _note_file(text: str) -> None:
-    """A remark where the text is a file's name: it is taken as a text."""
+    """Remark that a text which is a file's name is not read as a file."""
     if len(text) < 256 and "\n" not in text and Path(text).is_file():
         note(f"note: {text!r} is read as the text itself; `- < {text}` reads the file.")
-
-
-def _steering_hook(
-    model: Any, sae: Any, text: str, latent: int, scale: float | None, clamp: float | None, unit: Any
-) -> tuple[str, Any]:
-    from gemma_scope_tl import interventions
-
-    if clamp is not None:
-        return interventions.clamp(sae, latent, clamp)
-    norms = None
-    if unit == "mean_norm":
-        norms = interventions.mean_norms(model, text, sites=sae.site, layers=None if sae.layer is None else [sae.layer])
-    return interventions.steer(sae, latent, scale or 0.0, unit=unit, mean_norm=norms)
-
-
-def _continue(model: Any, text: str, tokens: int, temperature: float, seed: int) -> str:
-    import torch
-
-    from gemma_scope_tl.text.batch import as_batch
-
-    torch.manual_seed(seed)
-    prompt = as_batch(model, text).ids
-    sampled = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    out = model.generate(prompt, max_new_tokens=tokens, return_type="tokens", **sampled)
-    return model.tokenizer.decode(out[0, 1:])

@@ -1,6 +1,4 @@
-"""The options that several verbs have, each defined once, with what can be checked of it at once."""
-
-from __future__ import annotations
+"""The options that verbs share: a type for each, and two sets of them, :class:`SeveralSAEs` and :class:`OneSAE`."""
 
 import sys
 from dataclasses import dataclass
@@ -9,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemma_scope_tl.cli import checks, options
+from gemma_scope_tl.cli import checks
+from gemma_scope_tl.cli.command import Command
 from gemma_scope_tl.cli.output import note, progress
+from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gemma_scope_tl.registry.schema import SAERow
 
+GIB = 1 << 30
 _SITES = "res, mlp, att, embedding or transcoder"
 _MODEL = "bundled, gemma-2-2b, gemma-2-9b-it, a Hugging Face id or a folder."
 
@@ -73,44 +74,40 @@ TableFile = Annotated[Path | None, typer.Option(help="Write all columns to a .cs
 Figure = Annotated[Path | None, typer.Option(help="Draw the table to this .png file.")]
 
 
-GIB = 1 << 30
+@dataclass(kw_only=True)
+class SeveralSAEs(Command):
+    """Which SAEs to look at, on which model and text, and where the results go."""
 
-
-@dataclass
-class Choice:
-    """Which SAEs, on which model and text, and where the answer goes."""
-
-    pattern: options.Pattern = None
-    model: options.ModelName = "bundled"
-    sae_model: options.SaeModel = None
-    release: options.Releases = None
-    site: options.Sites = None
-    layer: options.Layers = None
-    width: options.Widths = None
+    pattern: Pattern = None
+    model: ModelName = "bundled"
+    sae_model: SaeModel = None
+    release: Releases = None
+    site: Sites = None
+    layer: Layers = None
+    width: Widths = None
     canonical: Annotated[bool, typer.Option("--canonical", help="Canonical SAEs only.")] = False
-    data: options.Data = None
+    data: Data = None
     column: Annotated[str, typer.Option(help="Where a .jsonl file or a data set has the text.")] = "text"
     split: Annotated[str | None, typer.Option(help="Split of a data set; by default train, of the Pile test.")] = None
     rows: Annotated[int, typer.Option(min=1, help="Rows of tokens at most.")] = 64
-    context: options.Context = 256
-    batch_size: options.BatchSize = 8
+    context: Context = 256
+    batch_size: BatchSize = 8
     memory: Annotated[float, typer.Option(min=0.01, help="GiB that tensors may take beside weights.")] = 1.0
     sae_memory: Annotated[float, typer.Option(min=0.01, help="GiB of SAEs to hold at a time.")] = 8.0
     resume: Annotated[Path | None, typer.Option(help="Cache folder: go on there, and measure nothing twice.")] = None
-    out: options.TableFile = None
-    backend: options.Backend = "bridge"
-    device: options.Device = None
-    dtype: options.Dtype = "float32"
-    as_json: options.Json = False
+    out: TableFile = None
+    backend: Backend = "bridge"
+    device: Device = None
+    dtype: Dtype = "float32"
+    as_json: Json = False
 
     def check(self) -> None:
-        """See, before anything is loaded, that there are such SAEs and texts, and that the answer can be written.
+        """Check before anything is loaded that the SAEs and texts exist and that the results can be written.
 
         Raises:
             GemmaScopeError: with what is wrong.
         """
-        if self.out is not None:
-            checks.table_file(self.out)
+        self.check_out()
         if self.resume is not None:
             checks.folder(self.resume)
         if self.data is not None:
@@ -118,10 +115,13 @@ class Choice:
         self.sae_rows()
         checks.available(self.device)
 
-    def refuse_cache(self, what: str) -> None:
-        """Raise :class:`GemmaScopeError` where a cache folder is given to what keeps nothing in one."""
-        from gemma_scope_tl.errors import GemmaScopeError
+    def check_out(self) -> None:
+        """Raise :class:`GemmaScopeError` unless the table can be written to ``out``."""
+        if self.out is not None:
+            checks.table_file(self.out)
 
+    def refuse_cache(self, what: str) -> None:
+        """Raise :class:`GemmaScopeError` where ``--resume`` is given to a verb that caches nothing."""
         if self.resume is not None:
             raise GemmaScopeError(f"{what} keeps nothing in a cache folder: leave --resume out.")
 
@@ -132,13 +132,12 @@ class Choice:
         with progress.status("loading"):
             return load_model(name or self.model, backend=self.backend, device=self.device, dtype=dtype or self.dtype)
 
-    def sae_rows(self, registry_model: str | None = None) -> list[SAERow]:
+    def sae_rows(self, registry_model: str | None = None) -> "list[SAERow]":
         """Registry rows of the SAEs that fit all conditions; of another model where one is named.
 
         Raises:
             GemmaScopeError: when none does.
         """
-        from gemma_scope_tl.errors import GemmaScopeError
         from gemma_scope_tl.registry.listing import select_rows
 
         own = None if self.release else registry_name(self.model, self.sae_model)
@@ -156,7 +155,7 @@ class Choice:
         return chosen
 
     def suite(self, model: Any, registry_model: str | None = None, dtype: str | None = None) -> Any:
-        """The SAEs of :meth:`sae_rows`, loaded in turn."""
+        """The SAEs of :meth:`sae_rows`, each loaded when it is needed."""
         from gemma_scope_tl.sae.loading import load_row
         from gemma_scope_tl.sae.suite import SAESuite
 
@@ -164,83 +163,57 @@ class Choice:
         held = int(self.sae_memory * GIB)
         return SAESuite(keyed, lambda row: load_row(row, device=model.cfg.device, dtype=dtype or self.dtype), held)
 
-    def tokens(self, model: Any) -> torch.Tensor:
-        """Rows of tokens."""
+    def tokens(self, model: Any) -> "torch.Tensor":
+        """Rows of token ids, ``[rows, context]``."""
         from gemma_scope_tl.text.documents import read_texts
         from gemma_scope_tl.text.rows import pack_texts
 
         texts = read_texts(self.data, self.column, self.split or "train")
         return pack_texts(model.tokenizer, texts, self.context, self.rows)
 
-    def options(self) -> dict[str, Any]:
-        """What ``evaluate`` takes besides model, SAEs and data."""
-        shared = {"batch_size": self.batch_size, "memory_budget": int(self.memory * GIB), "cache": self.resume}
-        return {**shared, "progress": sys.stderr.isatty()}
+    def settings(self) -> dict[str, Any]:
+        """The keywords that ``evaluate`` shares with other functions which run the model over tokens."""
+        memory = int(self.memory * GIB)
+        return {"batch_size": self.batch_size, "memory_budget": memory, "progress": sys.stderr.isatty()}
+
+    def cached_settings(self) -> dict[str, Any]:
+        """:meth:`settings` and the cache folder of ``--resume``."""
+        return {**self.settings(), "cache": self.resume}
 
 
-def registry_name(model: str, sae_model: str | None) -> str:
-    """The registry's model for a model's name or folder.
+@dataclass(kw_only=True)
+class OneSAE(Command):
+    """Which model and which of its SAEs to look at, and how the results are printed."""
 
-    Raises:
-        UnknownNameError: it has no SAEs, with the option that says whose to take.
-    """
-    from gemma_scope_tl.errors import UnknownNameError
-    from gemma_scope_tl.registry.catalog import checked_model
-
-    if sae_model is not None:
-        return checked_model(sae_model)
-    try:
-        return checked_model(Path(model).name)
-    except UnknownNameError as error:
-        raise UnknownNameError(f"{error} --sae-model says whose SAEs to take for {model}.") from None
-
-
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table whole or not at all, in the format that the path's ending names."""
-    from gemma_scope_tl.files import replace_files, write_atomically
-
-    checks.file_format("table", path, checks.FORMATS)
-    kind = path.suffix.lower()
-    if kind == ".csv":
-        write_atomically(path, table.to_csv(index=False))
-    elif kind == ".json":
-        write_atomically(path, table.to_json(orient="records", indent=2) + "\n")
-    else:
-        replace_files(path.parent, {path.name: lambda temporary: table.to_parquet(temporary, index=False)})
-
-
-@dataclass
-class OneSAE:
-    """Which model, which SAE of it, and how the answer is printed."""
-
-    model: options.ModelName = "bundled"
-    sae_model: options.SaeModel = None
-    site: options.Site = "res"
-    layer: options.Layer = 2
-    width: options.Width = None
-    l0: options.L0 = "canonical"
-    backend: options.Backend = "bridge"
-    device: options.Device = None
-    dtype: options.Dtype = "float32"
-    as_json: options.Json = False
+    model: ModelName = "bundled"
+    sae_model: SaeModel = None
+    site: Site = "res"
+    layer: Layer = 2
+    width: Width = None
+    l0: L0 = "canonical"
+    backend: Backend = "bridge"
+    device: Device = None
+    dtype: Dtype = "float32"
+    as_json: Json = False
 
     def check(self) -> None:
-        """See that there is such an SAE, and such a device.
+        """Check that the SAE and the device exist.
 
         Raises:
-            UnknownNameError: with those that exist.
-            DeviceError: with the devices that are here.
+            UnknownNameError: with the SAEs that exist.
+            DeviceError: with the devices of this machine.
         """
         self.row()
         checks.available(self.device)
 
-    def row(self) -> SAERow:
+    def row(self) -> "SAERow":
         """The SAE's registry row."""
         from gemma_scope_tl.registry import find
         from gemma_scope_tl.registry.listing import select_rows
+        from gemma_scope_tl.sites import get_site
 
         name = registry_name(self.model, self.sae_model)
-        layer = None if self.site == "embedding" else self.layer
+        layer = self.layer if get_site(self.site).per_layer else None
         width = self.width
         if width is None:
             rows = select_rows(model=name, site=self.site, layer=layer)
@@ -252,27 +225,19 @@ class OneSAE:
         row = self.row()
         return f"{row.release} {row.id}"
 
-    def named(self, table: pd.DataFrame) -> pd.DataFrame:
-        """A table for JSON whose every row says which SAE it is of; of an empty one, standard error says it."""
+    def named(self, table: "pd.DataFrame") -> "pd.DataFrame":
+        """A table with the columns ``release`` and ``id``. For an empty table a remark names the SAE."""
         row = self.row()
         if not len(table):
             note(f"note: no row; the SAE is {self.name()}.")
         return table.assign(release=row.release, id=row.id)
 
     def check_latent(self, latent: int) -> None:
-        """See that the SAE has this latent.
-
-        Raises:
-            GemmaScopeError: it has fewer.
-        """
-        from gemma_scope_tl.errors import GemmaScopeError
-
-        row = self.row()
-        if latent >= row.d_sae:
-            raise GemmaScopeError(f"{self.name()} has latents 0 to {row.d_sae - 1:,}, and no {latent:,}.")
+        """Raise :class:`GemmaScopeError` when the SAE has no such latent."""
+        checks.latent(self.row(), latent)
 
     def load(self) -> tuple[Any, Any]:
-        """The model and the SAE, on its device."""
+        """The model and the SAE, on the same device."""
         from gemma_scope_tl.dtypes import parse_device
 
         device = parse_device(self.device)
@@ -282,3 +247,33 @@ class OneSAE:
         with progress.status("loading"):
             sae = load_row(self.row(), device=device, dtype=self.dtype)
             return load_model(self.model, backend=self.backend, device=device, dtype=self.dtype), sae
+
+
+def registry_name(model: str, sae_model: str | None) -> str:
+    """The registry's name of a model that is given by its name or folder.
+
+    Raises:
+        UnknownNameError: for a model without SAEs, with the option that says whose SAEs to take.
+    """
+    from gemma_scope_tl.registry.catalog import checked_model
+
+    if sae_model is not None:
+        return checked_model(sae_model)
+    try:
+        return checked_model(Path(model).name)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{error} --sae-model says whose SAEs to take for {model}.") from None
+
+
+def write_table(table: "pd.DataFrame", path: Path) -> None:
+    """Write a table whole or not at all, in the format that the path's suffix names."""
+    from gemma_scope_tl.files import replace_files, write_atomically
+
+    checks.file_format("table", path, checks.FORMATS)
+    kind = path.suffix.lower()
+    if kind == ".csv":
+        write_atomically(path, table.to_csv(index=False))
+    elif kind == ".json":
+        write_atomically(path, table.to_json(orient="records", indent=2) + "\n")
+    else:
+        replace_files(path.parent, {path.name: lambda temporary: table.to_parquet(temporary, index=False)})

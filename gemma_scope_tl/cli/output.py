@@ -1,4 +1,4 @@
-"""Where the commands print: results on standard output, JSON if asked for; all else on standard error."""
+"""Printing: results to standard output, as text or JSON, and everything else to standard error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ progress = Console(stderr=True)  # spinners and bars
 
 @contextlib.contextmanager
 def results_apart() -> Generator[None]:
-    """Within the context only :func:`say` writes to standard output; what else is printed goes to standard error."""
+    """Within the context only :func:`say` writes to standard output; other prints go to standard error."""
     if _RESULTS:
         yield
         return
@@ -50,7 +50,7 @@ def say(text: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Print plain data as JSON; numbers that JSON has not are null, and paths are strings."""
+    """Print plain data as JSON, with null for NaN and infinities, and paths as strings."""
     say(json.dumps(_plain(value), indent=2, allow_nan=False))
 
 
@@ -60,7 +60,7 @@ def note(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """Print what went wrong; where nobody can read it, that is no further error."""
+    """Print an error. A closed standard error is ignored."""
     with contextlib.suppress(OSError):
         typer.secho(text, fg="red", err=True)
 
@@ -77,8 +77,8 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_FRAMED_ROWS = 100  # frames of long tables take seconds
-_LEAST = 16  # columns for a value beside its name; where there are fewer, it stands below
+_FRAMED_ROWS = 100  # framing a longer table takes seconds
+_LEAST = 16  # columns that a value needs beside its name; with fewer it is printed below the name
 _BELOW = 4
 _LOW, _HIGH = "_low", "_high"
 _STYLES = {"✓": "green", "✗": "red"}
@@ -91,10 +91,10 @@ def print_frame(frame: pd.DataFrame, title: str, as_json: bool, columns: Sequenc
     """Print a DataFrame; see :func:`print_rows`.
 
     Args:
-        frame: what to print; JSON has all of it.
-        title: what is said below it.
-        as_json: print JSON alone.
-        columns: which ones people see, with the intervals that belong to them; by default all.
+        frame: the table.
+        title: printed below the table.
+        as_json: print the table, with all columns, as JSON only.
+        columns: the columns to print, with their intervals; by default all.
     """
     if as_json:
         say(frame.to_json(orient="records", indent=2))
@@ -128,9 +128,9 @@ def print_rows(rows: Sequence[Row], title: str, as_json: bool) -> None:
 
 
 def print_facts(facts: Mapping[str, Any], as_json: bool = False) -> None:
-    """Print names and values, a line each; further lines of a value stand below its first.
+    """Print names and values, a line each, with further lines of a value below its first.
 
-    In a terminal values are folded at its width, between words and parts of names where there are some.
+    In a terminal, values are folded at its width, between words or parts of names where possible.
     """
     if as_json:
         say_json(facts)
@@ -146,12 +146,12 @@ def print_facts(facts: Mapping[str, Any], as_json: bool = False) -> None:
 
 
 def terminal() -> Console:
-    """The console of results."""
+    """A console that prints to the stream of results."""
     return Console(file=results())
 
 
 def with_intervals(row: Row) -> dict[str, Any]:
-    """The row with numbers and their intervals in one cell.
+    """The row with each number and its interval in one cell.
 
     >>> with_intervals({"kl": 0.4271, "kl_low": 0.4024, "kl_high": 0.4512})
     {'kl': '0.427 ± 0.025'}
@@ -178,7 +178,7 @@ def interval(value: Any, low: Any, high: Any) -> Any:
 
 
 def cell(value: Any) -> str:
-    """A value as people read it, on one line."""
+    """A value as text on one line."""
     if value is True:
         return "✓"
     if value is False or value is None or str(value) in ("<NA>", "nan"):
@@ -187,7 +187,7 @@ def cell(value: Any) -> str:
 
 
 def _rounded(value: float) -> str:
-    """Four digits of a measured number, and no fewer than lie before its point."""
+    """A number with four significant digits, or all digits before the decimal point if there are more."""
     return f"{value:g}" if value.is_integer() or abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -196,25 +196,25 @@ def _escaped(text: str) -> str:
 
 
 def _printable(text: str) -> list[str]:
-    """The lines of a text, without letters that steer a terminal."""
+    """The lines of a text, with control characters escaped."""
     return [_escaped(line) for line in text.split("\n")]
 
 
 def _hung(text: str, room: int | None) -> list[str]:
-    """A line in pieces of at most ``room`` columns; words that are longer are cut."""
+    """A line in pieces of at most ``room`` columns; longer words are cut."""
     if room is None:
         return [text]
     return [piece for line in _folded(text, room).split("\n") for piece in chop_cells(line, room) or [""]]
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with the columns below each other."""
+    """Lines with aligned columns."""
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(map(_padded, line, widths)).rstrip() for line in cells]
 
 
 def _laid_out(names: list[str], cells: list[list[str]], title: str, width: int) -> list[Any]:
-    """What to print in a terminal of so many columns; a table is as wide as that at most."""
+    """The table and the lines below it for a terminal of this width. Columns with one value only may become a line."""
     same: list[str] = []
     if _natural(names, cells) + _frame(len(names)) > width and len(cells) > 1:
         alike = [i for i in range(len(names)) if len({line[i] for line in cells}) == 1]
@@ -254,7 +254,7 @@ def _natural(names: list[str], cells: list[list[str]]) -> int:
 
 
 def _widths(names: list[str], cells: list[list[str]], room: int) -> list[int] | None:
-    """A width for each column with which no part of a name is cut, or None."""
+    """Widths of the columns with which no part of a name is cut; None where there are none."""
     least: list[int] = []
     full: list[int] = []
     for name, *texts in zip(names, *cells, strict=True):
@@ -272,7 +272,7 @@ def _widths(names: list[str], cells: list[list[str]], room: int) -> list[int] | 
 
 
 def _folded(text: str, width: int, breaks: re.Pattern[str] = _BREAK) -> str:
-    """The text in lines of at most ``width`` letters, broken between its parts."""
+    """The text in lines of at most ``width`` columns, broken between its parts."""
     lines = [""]
     for part in breaks.split(text):
         if lines[-1] and cell_len((lines[-1] + part).rstrip()) > width:

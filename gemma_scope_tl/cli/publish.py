@@ -156,7 +156,7 @@ def _print_left_out(left_out: Sequence[str]) -> None:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    """Hyper-parameters by name; JSON is YAML too."""
+    """Hyper-parameters by name, from YAML or JSON, which is YAML too."""
     from gemma_scope_tl.errors import GemmaScopeError
     from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 
@@ -167,7 +167,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 
 def _table(path: Path) -> Any:
-    """The table that ``eval`` wrote."""
+    """Read the table that ``eval`` wrote."""
     import pandas as pd
 
     from gemma_scope_tl.errors import GemmaScopeError

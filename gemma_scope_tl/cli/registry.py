@@ -164,7 +164,7 @@ def _print_report(report: Report) -> None:
 
 
 def _mark(findings: Iterable[Finding]) -> str:
-    """One cell of the table: a cross where anything is wrong, a tick where all is right, a dash where nobody looked."""
+    """A cell of the table: a cross for a failed check, a tick for a passed one, a dash for one that was not made."""
     states = {finding.ok for finding in findings}
     if not states:
         return ""

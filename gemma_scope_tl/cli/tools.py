@@ -1,4 +1,4 @@
-"""``gemma-scope doctor``: is the installation sound?"""
+"""``gemma-scope doctor`` and ``gemma-scope demo``: a check of the installation, and the web app."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def demo(
     checks.available(device)
     from gemma_scope_tl.demo.serving import gradio, launch
 
-    gradio()  # a missing extra is found out before anything heavy is imported
+    gradio()  # raises for a missing extra before anything heavy is imported
     from gemma_scope_tl.demo.app import build_app
 
     with progress.status("loading"):

@@ -1,4 +1,4 @@
-"""``gemma-scope train``: train the SAEs of a configuration, or say what that takes."""
+"""``gemma-scope train``: train the SAEs of a configuration, or plan the memory, disk and time that this takes."""
 
 from __future__ import annotations
 

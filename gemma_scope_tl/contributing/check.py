@@ -1,6 +1,6 @@
 """A registry file checked against everything else that is known and against the files its rows name.
 
-Every check of every row is made; nothing stops at the first problem.
+Every check of every row is made: a problem does not end the others.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from gemma_scope_tl.contributing.folder_metadata import ARCHITECTURES
-from gemma_scope_tl.contributing.repositories import Place, each, is_remote, place_of, sizes_of
+from gemma_scope_tl.contributing.folder_metadata import ARCHITECTURES, flat_cfg
+from gemma_scope_tl.contributing.repositories import Repository, ask_each, is_remote, open_repository, sizes_of
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
 from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.catalog import Header, clashing_names, read_header
@@ -29,13 +29,13 @@ CHECKS = ("schema", "names", "files", "shapes", "sha256", "l0")
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
         check: one of :data:`CHECKS`.
         row: the row's id; empty for the file as a whole.
-        ok: None where it was not looked at.
-        text: what is wrong, or why it was not looked at; empty when there is nothing to say.
+        ok: whether the check passed; None where it was not made.
+        text: what is wrong, or why the check was not made; empty when it passed.
     """
 
     check: str
@@ -54,7 +54,7 @@ class Report:
 
     @property
     def problems(self) -> list[Finding]:
-        """The findings that are not as they should be."""
+        """The findings of checks that failed."""
         return [finding for finding in self.findings if finding.ok is False]
 
     def extended(self, more: Iterable[Finding]) -> Report:
@@ -98,7 +98,7 @@ def _schema(data: object, path: Path) -> tuple[list[Finding], tuple[SAERow, ...]
 
 
 def _valid_rows(data: object, path: Path) -> tuple[SAERow, ...]:
-    """The rows of a broken file that are valid for themselves, if the keys that say where they are and what, are."""
+    """The rows of a broken file that are valid on their own, given valid keys of the release."""
     fields = cast("Mapping[str, object]", data) if isinstance(data, Mapping) else {}
     needed = {key: fields[key] for key in ("release", "model", "repo", "format") if key in fields}
     head = {"license": "unknown", "description": "unknown", **needed}
@@ -143,7 +143,7 @@ def _names(data: object, path: Path) -> list[Finding]:
 
 
 def _sae_lens_names() -> set[str]:
-    """SAELens's releases: the keys at the margin of its catalogue, read without importing SAELens."""
+    """Names of SAELens's releases: the top-level keys of its YAML catalogue, read without importing SAELens."""
     spec = importlib.util.find_spec("sae_lens")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         catalogue = Path(folder) / "pretrained_saes.yaml"
@@ -154,36 +154,36 @@ def _sae_lens_names() -> set[str]:
 
 
 def _files(rows: Sequence[SAERow], repo: str, revision: str | None, remote: bool, progress: bool) -> list[Finding]:
-    """Existence, shapes and hashes of the files of one place."""
+    """Existence, shapes and hashes of the files in one repository."""
     if is_remote(repo) and not remote:
         return [
             Finding(check, row.id, None, "give --remote") for row in rows for check in ("files", "shapes", "sha256")
         ]
     try:
-        place = place_of(repo, revision)
-        found = place.files()
+        repository = open_repository(repo, revision)
+        found = repository.files
     except GemmaScopeError as error:
         return [Finding("files", row.id, False, str(error)) for row in rows]
     missing = {row.id: [name for name in _needed(row) if name not in found] for row in rows}
     findings = [
-        Finding("files", id_, not names, f"{place.name} has no {' and no '.join(names)}." if names else "")
+        Finding("files", id_, not names, f"{repository.name} has no {' and no '.join(names)}." if names else "")
         for id_, names in missing.items()
     ]
     there = [row for row in rows if not missing[row.id]]
-    findings += _asked("shapes", there, lambda row: _shapes(place, row), place, progress)
+    findings += _asked("shapes", there, lambda row: _shapes(repository, row), repository, progress)
     hashed = [row for row in there if row.sha256]
     findings += [Finding("sha256", row.id, None, "none given") for row in there if not row.sha256]
-    return findings + _asked("sha256", hashed, lambda row: _sha256(place, row), place, progress)
+    return findings + _asked("sha256", hashed, lambda row: _sha256(repository, row), repository, progress)
 
 
 def _asked(
     check: str,
     rows: Sequence[SAERow],
     ask: Callable[[SAERow], tuple[bool | None, str]],
-    place: Place,
+    repository: Repository,
     progress: bool,
 ) -> list[Finding]:
-    answers = each(rows, ask, check, place.workers, progress)
+    answers = ask_each(rows, ask, check, repository.workers, progress)
     pairs = [(False, str(answer)) if isinstance(answer, GemmaScopeError) else answer for answer in answers]
     return [Finding(check, row.id, ok, text) for row, (ok, text) in zip(rows, pairs, strict=True)]
 
@@ -192,22 +192,22 @@ def _needed(row: SAERow) -> list[str]:
     return [row.weights_path, *([f"{row.path}/{CFG_FILE}"] if row.format == "sae-lens" else [])]
 
 
-def _shapes(place: Place, row: SAERow) -> tuple[bool, str]:
-    source = f"{place.name}/{row.weights_path}"
+def _shapes(repository: Repository, row: SAERow) -> tuple[bool, str]:
+    source = f"{repository.name}/{row.weights_path}"
     is_transcoder = get_site(row.site).is_transcoder
-    sizes_of(place.shapes(row.weights_path), source, Expected(row.d_in, row.d_sae, row.d_in, is_transcoder, "the row"))
-    texts = _cfg_problems(row, place.cfg(row.path)) if row.format == "sae-lens" else []
+    expected = Expected(row.d_in, row.d_sae, row.d_in, is_transcoder, "the row")
+    sizes_of(repository.shapes(row.weights_path), source, expected)
+    texts = _cfg_problems(row, repository.cfg(row.path)) if row.format == "sae-lens" else []
     return not texts, " ".join(texts)
 
 
 def _cfg_problems(row: SAERow, cfg: Mapping[str, Any]) -> list[str]:
-    """Where a ``cfg.json`` contradicts the row."""
+    """Every contradiction between a ``cfg.json`` and the row."""
     texts: list[str] = []
     architecture = cfg.get("architecture")
     if architecture not in ARCHITECTURES or (architecture != "jumprelu") != get_site(row.site).is_transcoder:
         texts.append(f"{CFG_FILE} is of a {architecture!r} SAE, which does not fit site {row.site!r}.")
-    inner = cfg.get("metadata")
-    meta: dict[str, Any] = {**cfg, **(cast("dict[str, Any]", inner) if isinstance(inner, dict) else {})}
+    meta = flat_cfg(cfg)
     if isinstance(hook := meta.get("hook_name"), str) and hook:
         try:
             site, layer = site_of_hook(hook, meta.get("hook_name_out"))
@@ -221,8 +221,8 @@ def _cfg_problems(row: SAERow, cfg: Mapping[str, Any]) -> list[str]:
     return texts
 
 
-def _sha256(place: Place, row: SAERow) -> tuple[bool | None, str]:
-    found = place.sha256(row.weights_path)
+def _sha256(repository: Repository, row: SAERow) -> tuple[bool | None, str]:
+    found = repository.sha256(row.weights_path)
     if found is None:
         return None, "the file is not in LFS, so the listing has no hash"
     return found == row.sha256, "" if found == row.sha256 else f"the file has {found}, the row says {row.sha256}."

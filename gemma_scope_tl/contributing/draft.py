@@ -1,4 +1,4 @@
-"""A registry file drafted from a folder or a repository: every value read from the files, or asked for."""
+"""A registry file drafted from a folder or repository: every value is read from the files or given as an option."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_tl.contributing.folder_metadata import KEYS, NAME, Facts, folders_of, parse_setting, read_facts
-from gemma_scope_tl.contributing.repositories import Place, each, open_place
+from gemma_scope_tl.contributing.folder_metadata import (
+    KEYS,
+    NAME,
+    FolderMetadata,
+    layout_of,
+    parse_setting,
+    read_metadata,
+)
+from gemma_scope_tl.contributing.repositories import Repository, ask_each, open_source
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError
 from gemma_scope_tl.files import write_atomically, write_new
 from gemma_scope_tl.registry.catalog import natural_key
@@ -24,16 +31,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What the files cannot say, or what should hold where they do not say it.
+    """Values of a draft that the files do not hold.
 
     Attributes:
-        release: its name; by default the last part of the repository's or folder's.
-        model, site, layer, l0: for the folders that say nothing of it; a folder that says something else is an error.
+        release: its name; by default the last part of the name of the repository or folder.
+        model, site, layer, l0: for the folders that do not say it; a folder that says another value is an error.
         license: SPDX identifier of the weights' licence.
         description: one line; made from the rows without it.
         revision: branch, tag or commit of the repository; its commit goes into the rows.
-        format: the layout, where a place has both.
-        settings: ``FOLDER:KEY=VALUE``, which overrules whatever is said of that folder.
+        format: the layout, where the source has both.
+        settings: ``FOLDER:KEY=VALUE``, which overrides everything else about that folder.
         unknown_l0: write null where no L0 is known, in place of an error.
         canonical: mark the SAE nearest to an L0 of 100 for every site, layer and width.
     """
@@ -54,7 +61,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Draft:
-    """A drafted release: the file's content, and what its author should look at."""
+    """A drafted release: the file's content, and remarks on what its author should check."""
 
     release: ReleaseFile
     remarks: list[str] = field(default_factory=list[str])
@@ -67,34 +74,38 @@ def draft_release(
 
     Args:
         source: a folder, or a repository on the Hub.
-        out: the file or folder that it is meant for; a source below it is written as ``./…``, so that both can move
-            together. The working directory by default.
+        out: the file or folder that it is meant for; a source below it is written as ``./…``, so that both can be
+            moved together. The working directory by default.
         options: see :class:`Options`.
         progress: show bars on standard error.
 
     Raises:
-        RegistryError: with everything that is missing, contradictory or wrong, at once.
-        GemmaScopeError: when the place cannot be read.
+        RegistryError: with everything that is missing, contradictory or wrong.
+        GemmaScopeError: when the folder or repository cannot be read.
     """
     options = options or Options()
-    place = open_place(source, options.revision)
-    format_, folders = folders_of(place, options.format)
-    read = each(folders, lambda f: read_facts(place, f, format_), "reading headers", place.workers, progress)
-    facts = [fact for fact in read if isinstance(fact, Facts)]  # read_facts raises nothing
-    facts.sort(key=lambda fact: natural_key(fact.path))
-    problems = _apply(options, facts)
-    name = options.release or Path(place.name).resolve().name
-    model, rows = _rows(facts, options, problems)
+    repository = open_source(source, options.revision)
+    format_, names = layout_of(repository, options.format)
+
+    def read(folder: str) -> FolderMetadata:
+        return read_metadata(repository, folder, format_)
+
+    answers = ask_each(names, read, "reading headers", repository.workers, progress)
+    folders = [found for found in answers if isinstance(found, FolderMetadata)]  # all: read_metadata raises nothing
+    folders.sort(key=lambda folder: natural_key(folder.path))
+    problems = _apply(options, folders)
+    name = options.release or Path(repository.name).resolve().name
+    model, rows = _rows(folders, options, problems)
     if options.license is None:
         problems.append("The licence of the weights is not known: give --license, such as CC-BY-4.0.")
-    problems += [f"{fact.path or '(top)'}: {text}" for fact in facts for text in fact.problems]
+    problems += [f"{folder.path or '(top)'}: {text}" for folder in folders for text in folder.problems]
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
-        raise RegistryError(f"{place.name} cannot be drafted yet. To settle ({len(problems)}):\n{listed}")
-    remarks = _add_hashes(place, rows, format_, progress) + _label_remarks(facts, rows)
+        raise RegistryError(f"{repository.name} cannot be drafted yet. To settle ({len(problems)}):\n{listed}")
+    remarks = _add_hashes(repository, rows, format_, progress) + _label_remarks(folders, rows)
     if options.canonical:
         remarks += mark_canonical(rows)
-    head = {"release": name, "repo": _repo_text(source, place, out), "model": model, "license": options.license}
+    head = {"release": name, "repo": _repo_text(source, repository, out), "model": model, "license": options.license}
     text = options.description or _describe(str(model), rows)
     data = {**head, "description": text, "format": format_, "saes": rows}
     return Draft(parse_release(data, f"The draft of {name}"), remarks)
@@ -109,7 +120,7 @@ def write_draft(draft: Draft, out: Path | None = None, force: bool = False) -> P
         force: replace a file that exists.
 
     Raises:
-        GemmaScopeError: when the file exists and ``force`` is not given, or its name is another.
+        GemmaScopeError: when the file exists and ``force`` is not given, or the file has another name than the release.
     """
     out = out or Path()
     file = out if out.suffix in (".yaml", ".yml") else out / f"{draft.release.release}.yaml"
@@ -144,9 +155,9 @@ def mark_canonical(rows: Sequence[Row]) -> list[str]:
     return remarks
 
 
-def _apply(options: Options, facts: Iterable[Facts]) -> list[str]:
-    """Give the options' values to the folders. Returns what is wrong with the options."""
-    by_path = {fact.path: fact for fact in facts}
+def _apply(options: Options, folders: Iterable[FolderMetadata]) -> list[str]:
+    """Add the values of the options to the folders' claims. Returns what is wrong with the options."""
+    by_path = {folder.path: folder for folder in folders}
     problems: list[str] = []
     for key in KEYS:
         value = getattr(options, key)
@@ -154,39 +165,40 @@ def _apply(options: Options, facts: Iterable[Facts]) -> list[str]:
             continue
         if key == "site":
             value = get_site(value).name
-        for fact in by_path.values():
-            embedding = key in ("site", "layer") and "embedding" in fact.says["site"].values()
-            if not embedding:  # a release of one site may have the embedding's SAEs beside it
-                fact.says[key][f"--{key}"] = value.rpartition("/")[2] if key == "model" else value
+        for folder in by_path.values():
+            # A release of one site may have the SAEs of a site without layers (the embedding) beside it.
+            single = any(not get_site(site).per_layer for site in folder.claims["site"].values())
+            if not (single and key in ("site", "layer")):
+                folder.claims[key][f"--{key}"] = value.rpartition("/")[2] if key == "model" else value
     for text in options.settings:
-        folder, key, value = parse_setting(text)
-        if folder in by_path:
-            by_path[folder].says[key] = {"--set": value}
+        path, key, value = parse_setting(text)
+        if path in by_path:
+            by_path[path].claims[key] = {"--set": value}
         else:
             problems.append(f"--set {text!r} names a folder without weights.")
     return problems
 
 
-def _rows(facts: Sequence[Facts], options: Options, problems: list[str]) -> tuple[str | None, list[Row]]:
-    """The rows, with None for what is not known, and the model; what is missing goes to ``problems``."""
+def _rows(folders: Sequence[FolderMetadata], options: Options, problems: list[str]) -> tuple[str | None, list[Row]]:
+    """The model and the rows, with None for what is not known; what is missing is added to ``problems``."""
     rows: list[Row] = []
     missing: defaultdict[str, list[str]] = defaultdict(list)
     models: set[str] = set()
-    for fact in facts:
-        site, layer, l0, model = (fact.value(key) for key in KEYS)
+    for folder in folders:
+        site, layer, l0, model = (folder.value(key) for key in KEYS)
         if model is not None:
             models.add(model)
         if site is None:
-            missing["site"].append(fact.path)
+            missing["site"].append(folder.path)
         elif layer is None and get_site(site).per_layer:
-            missing["layer"].append(fact.path)
+            missing["layer"].append(folder.path)
         if l0 is None and not options.unknown_l0:
-            missing["l0"].append(fact.path)
-        if fact.d_in and site is not None and fact.d_in != fact.d_out and not get_site(site).is_transcoder:
-            fact.problems.append(f"The weights map {fact.d_in} to {fact.d_out} values, so site {site} is wrong.")
-        sizes = {"width": width_label(fact.d_sae or 1), "d_sae": fact.d_sae, "d_in": fact.d_in}
+            missing["l0"].append(folder.path)
+        if folder.d_in and site is not None and folder.d_in != folder.d_out and not get_site(site).is_transcoder:
+            folder.problems.append(f"The weights map {folder.d_in} to {folder.d_out} values, so site {site} is wrong.")
+        sizes = {"width": width_label(folder.d_sae or 1), "d_sae": folder.d_sae, "d_in": folder.d_in}
         where = {"site": site, "layer": layer if site is None or get_site(site).per_layer else None}
-        rows.append({"id": fact.path, **where, **sizes, "l0": l0, "path": fact.path})
+        rows.append({"id": folder.path, **where, **sizes, "l0": l0, "path": folder.path})
     if len(models) != 1:
         found = f"is one of {', '.join(sorted(models))}: a release has one" if models else "is not known"
         problems.append(f"The model {found}. Give --model, such as gemma-2-2b.")
@@ -200,33 +212,33 @@ def _rows(facts: Sequence[Facts], options: Options, problems: list[str]) -> tupl
     return next(iter(models), None), rows
 
 
-def _add_hashes(place: Place, rows: Sequence[Row], format_: Format, progress: bool) -> list[str]:
+def _add_hashes(repository: Repository, rows: Sequence[Row], format_: Format, progress: bool) -> list[str]:
     paths = [f"{row['path']}/{WEIGHTS_FILES[format_]}" for row in rows]
-    hashes = each(paths, place.sha256, "hashing", place.workers, progress)
+    hashes = ask_each(paths, repository.sha256, "hashing", repository.workers, progress)
     without: list[str] = []
     for row, digest in zip(rows, hashes, strict=True):
         if isinstance(digest, GemmaScopeError):
             raise digest
-        row["revision"], row["sha256"] = place.revision, digest
+        row["revision"], row["sha256"] = repository.revision, digest
         without += [] if digest else [row["path"]]
     return [f"No sha256 for {len(without)} files that are not in LFS: {', '.join(without[:3])}."] if without else []
 
 
-def _label_remarks(facts: Iterable[Facts], rows: Iterable[Row]) -> list[str]:
-    """A folder whose name claims another width than its weights have: the weights are right, and the row says so."""
+def _label_remarks(folders: Iterable[FolderMetadata], rows: Iterable[Row]) -> list[str]:
+    """Remarks on folders whose names claim another width than the weights have. The row takes the weights' width."""
     remarks: list[str] = []
-    for fact, row in zip(facts, rows, strict=True):
-        if fact.width_label not in (None, fact.d_sae):
-            row["note"] = f"the folder's name says {fact.width_label} latents, the weights have {fact.d_sae}"
-            remarks.append(f"{fact.path}: {NAME} says {fact.width_label} latents, the weights have {fact.d_sae}.")
+    for folder, row in zip(folders, rows, strict=True):
+        if folder.width_label not in (None, folder.d_sae):
+            row["note"] = f"the folder's name says {folder.width_label} latents, the weights have {folder.d_sae}"
+            remarks.append(f"{folder.path}: {NAME} says {folder.width_label} latents, the weights have {folder.d_sae}.")
     return remarks
 
 
-def _repo_text(source: str, place: Place, out: Path | None) -> str:
-    """``repo`` as the file should have it."""
-    if place.revision is not None:
+def _repo_text(source: str, repository: Repository, out: Path | None) -> str:
+    """The registry file's ``repo``: a folder is written relative to the file where it lies below the file's folder."""
+    if repository.revision is not None:
         return source
-    root = Path(place.name).resolve()
+    root = Path(repository.name).resolve()
     out = out or Path()
     beside = (out.parent if out.suffix in (".yaml", ".yml") else out).resolve()
     if not root.is_relative_to(beside):
@@ -239,5 +251,5 @@ def _describe(model: str, rows: Sequence[Row]) -> str:
     sites = dict.fromkeys(row["site"] for row in rows)
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
     span = "" if not layers else f", layer {layers[0]}" if len(layers) == 1 else f", layers {layers[0]}-{layers[-1]}"
-    kind = "transcoders" if set(sites) == {"transcoder"} else "SAEs"
+    kind = "transcoders" if all(get_site(site).is_transcoder for site in sites) else "SAEs"
     return f"{len(rows)} JumpReLU {kind} of {model}: {', '.join(sites)}{span}"

@@ -1,4 +1,4 @@
-"""The last check of a release: some of its SAEs run on held-out text, and their L0 compared with the rows'."""
+"""The last check of a release: the L0 of some of its SAEs on held-out text, compared with that of their rows."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     import torch
 
 TOLERANCE = 0.25
-"""How far a measured L0 may be from the row's, as a part of it; and 1 more, for rounding and for the sparsest SAEs.
+"""Tolerated difference between a measured L0 and the row's, as a share of the row's. :func:`tolerated` adds 1 to it,
+for rounding and for the sparsest SAEs.
 
-Labels of the released SAEs and L0s measured on other texts differ by about a tenth; a wrong site, layer or scale of the
-input changes the L0 by far more.
+On other texts the released SAEs have L0s that differ from their labels by about a tenth; a wrong site, layer or scale
+of the input changes the L0 by far more.
 """
-CONTEXT, ROWS, BATCH = 256, 16, 2  # a small batch: its latents of a million-wide SAE take 2 GB
+CONTEXT, ROWS, BATCH = 256, 16, 2  # at a width of a million a batch of two rows has 2 GB of latents
 
 
 def measure_l0(
@@ -40,15 +41,15 @@ def measure_l0(
     device: str | None = None,
     dtype: str = "float32",
 ) -> list[Finding]:
-    """Run ``count`` SAEs, spread evenly over the rows, on the bundled held-out text: 4,080 tokens, less EOS.
+    """Run ``count`` SAEs, spread evenly over the rows, on 4,080 tokens of the bundled held-out text (EOS left out).
 
     Args:
         rows: of one release.
         count: how many; 0 runs none.
-        model_path: the model's folder or name; without it only the bundled model is at hand.
+        model_path: the model's folder or name; not needed for SAEs of the bundled model.
         remote: download SAEs that are on the Hub.
         progress: show a bar on standard error.
-        backend, device, dtype: as for ``load_model``; dtype is that of the SAEs too.
+        backend, device, dtype: as for ``load_model``; the SAEs have the same dtype.
 
     Returns:
         A finding per SAE that was run, or that could not be. A row without an L0 gets the measured one as its text.
@@ -80,14 +81,14 @@ def measure_l0(
 
 
 def results_l0(rows: Sequence[SAERow], results: str | Path) -> list[Finding]:
-    """The L0 of each row compared with the measured one in a table of results, as ``evaluate`` gives.
+    """Compare the L0 of each row with the measured one in a table that ``evaluate`` returned.
 
     Args:
         rows: of one release.
         results: a ``.csv``, ``.json`` (a list of rows) or ``.parquet`` file with columns ``release``, ``id``, ``l0``.
 
     Returns:
-        A finding per row; one that the table has not is not looked at, and one that it has twice is wrong.
+        A finding per row: not checked where the table lacks the row, failed where it has several L0s of it.
 
     Raises:
         GemmaScopeError: for a file that cannot be read or lacks a column.
@@ -125,35 +126,35 @@ def l0_of(
 ) -> list[float | GemmaScopeError]:
     """Mean number of active latents of each SAE over the ordinary tokens, from one pass of the model for all.
 
-    The same number as ``evaluate``'s ``l0``, without its passes for the losses. An SAE that does not fit the model has
-    the error in its place.
+    The result is that of ``evaluate``'s ``l0``, without its passes for the losses. For an SAE that does not fit the
+    model the list holds the error.
     """
     from gemma_scope_tl.evals.accumulators import Mean
     from gemma_scope_tl.evals.metrics import l0
     from gemma_scope_tl.sae.access import locate
-    from gemma_scope_tl.sae.placement import bring
-    from gemma_scope_tl.sites import ModelDims, flatten_heads
+    from gemma_scope_tl.sae.choices import bring
+    from gemma_scope_tl.sites import flatten_heads
     from gemma_scope_tl.text.tokens import special_mask, special_token_ids
 
-    dims, means = ModelDims.from_config(model.cfg), [Mean() for _ in saes]
+    means = [Mean() for _ in saes]
     hooks: dict[int, str] = {}
     errors: dict[int, GemmaScopeError] = {}
     for number, sae in enumerate(saes):
         try:
             site, layer = locate(sae)
-            site.check_layer(layer, dims)
-            hooks[number] = site.hook_name(layer, "hooked_transformer")
+            site.check_layer(layer, model.dims)
+            hooks[number] = model.family.site(site.name).hook_name(layer, model.backend)
         except GemmaScopeError as error:
             errors[number] = error
-    for batch in track(tokens.split(BATCH), "measuring L0", disable=not progress, transient=True, console=_console()):
-        seen: dict[str, torch.Tensor] = {}
-        ordinary = ~special_mask(batch, special_token_ids(model.tokenizer))
-        names = sorted(set(hooks.values()))
-        reads = [(name, partial(_keep, seen, name)) for name in names]
+    batches = tokens.split(BATCH)
+    for batch in track(batches, "measuring L0", disable=not progress, transient=True, console=Console(stderr=True)):
+        read: dict[str, torch.Tensor] = {}
+        reads = [(name, partial(_keep, read, name)) for name in sorted(set(hooks.values()))]
         model.run_with_hooks(batch.to(model.cfg.device), fwd_hooks=reads)
-        for number in [n for n in hooks if n not in errors]:
+        ordinary = ~special_mask(batch, special_token_ids(model.tokenizer))
+        for number in hooks.keys() - errors.keys():
             try:
-                x = flatten_heads(seen[hooks[number]])[ordinary]
+                x = flatten_heads(read[hooks[number]])[ordinary]
                 means[number].update(l0(bring(saes[number], x.device).encode(x)))
             except GemmaScopeError as error:
                 errors[number] = error
@@ -161,7 +162,7 @@ def l0_of(
 
 
 def held_out_tokens(model: Any) -> torch.Tensor:
-    """Rows of BOS and held-out text, ``[16, 256]``."""
+    """Token ids of rows of held-out text that begin with BOS, ``[16, 256]``."""
     from gemma_scope_tl.text.rows import pack_texts
 
     texts = [json.loads(line)["text"] for line in HELD_OUT_TEXT.read_text(encoding="utf-8").splitlines()]
@@ -175,7 +176,7 @@ def spread(rows: Sequence[SAERow], count: int) -> list[SAERow]:
 
 
 def tolerated(l0: float) -> float:
-    """How far a measured L0 may be from ``l0``.
+    """The tolerated difference between a measured L0 and ``l0``.
 
     >>> tolerated(100)
     26.0
@@ -193,9 +194,5 @@ def _compared(row: SAERow, measured: float | GemmaScopeError) -> Finding:
     return Finding("l0", row.id, ok, text)
 
 
-def _keep(seen: dict[str, torch.Tensor], name: str, value: torch.Tensor, hook: Any) -> None:
-    seen[name] = value
-
-
-def _console() -> Console:
-    return Console(stderr=True)
+def _keep(read: dict[str, torch.Tensor], name: str, value: torch.Tensor, hook: Any) -> None:
+    read[name] = value

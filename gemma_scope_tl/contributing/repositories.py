@@ -1,4 +1,8 @@
-"""A repository on the Hub, asked for listings and headers: no weights are downloaded."""
+"""Where the files of a release are: a folder on this machine, or a repository on the Hub.
+
+Both answer the same questions, listed in :class:`Repository`. No weights are downloaded: shapes come from the headers
+of the files, and hashes of files on the Hub from its listing.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,44 +22,135 @@ from gemma_scope_tl.files import checked_path, file_sha256, is_folder
 from gemma_scope_tl.registry.locate import inside
 from gemma_scope_tl.registry.schema import CFG_FILE, WEIGHTS_FILES
 from gemma_scope_tl.weights.checks import Expected, canonical_names, check_shapes, weights_error
-from gemma_scope_tl.weights.fetch import hub_error, hub_exceptions
+from gemma_scope_tl.weights.hub_errors import hub_error, hub_exceptions
+
+LISTED_NAMES = frozenset((*WEIGHTS_FILES.values(), CFG_FILE))
+BUNDLED = "bundled"
+T = TypeVar("T")
+R = TypeVar("R")
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes by canonical array name, as ``weights/checks.py`` lists them."""
 
 
-class HubRepo:
-    """A model repository at one commit.
+@dataclass(frozen=True)
+class RepositoryFile:
+    """A file of a release.
+
+    Attributes:
+        path: below the repository, with ``/`` between its parts.
+        size: in bytes.
+        sha256: where the repository knows it.
+    """
+
+    path: str
+    size: int
+    sha256: str | None = None
+
+
+class Repository(Protocol):
+    """The files of a release.
+
+    Attributes:
+        name: what messages call it.
+        revision: the commit that the answers are about; None for a folder.
+        workers: how many files may be asked about at a time.
+        files: the weights files and ``cfg.json`` files by path.
+    """
+
+    name: str
+    revision: str | None
+    workers: int
+    files: Mapping[str, RepositoryFile]
+
+    def shapes(self, path: str) -> Shapes:
+        """Shapes of the arrays in a weights file, from its headers. Only the names of the arrays are checked."""
+        ...
+
+    def cfg(self, folder: str) -> dict[str, Any]:
+        """The ``cfg.json`` in a folder."""
+        ...
+
+    def sha256(self, path: str) -> str | None:
+        """The hash of a file, None where it takes a download to know it."""
+        ...
+
+
+class LocalFolder:
+    """A folder on this machine. Hidden folders in it are left out, and links that lead out of it are not followed.
+
+    Raises:
+        WeightsError: when it is not a folder.
+    """
+
+    revision: str | None = None
+    workers = 1
+
+    def __init__(self, root: Path) -> None:
+        if not is_folder(root):
+            raise WeightsError(f"{root} is not a folder. Check the path; a repository on the Hub is OWNER/NAME.")
+        self.root, self.name = root, str(root)
+        self.files: Mapping[str, RepositoryFile] = self._list()
+
+    def _list(self) -> dict[str, RepositoryFile]:
+        found: dict[str, RepositoryFile] = {}
+        for folder, inner, names in os.walk(self.root):
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            for name in sorted(LISTED_NAMES.intersection(names)):
+                path = (Path(folder) / name).relative_to(self.root).as_posix()
+                found[path] = RepositoryFile(path, self._at(path).stat().st_size)
+        return found
+
+    def shapes(self, path: str) -> Shapes:
+        """See :class:`Repository`."""
+        return shapes_in(self._at(path), path, str(self._at(path)))
+
+    def cfg(self, folder: str) -> dict[str, Any]:
+        """See :class:`Repository`."""
+        from gemma_scope_tl.weights.safetensors_file import read_cfg
+
+        return read_cfg(self._at(f"{folder}/{CFG_FILE}").parent)
+
+    def sha256(self, path: str) -> str | None:
+        """See :class:`Repository`. Reads the whole file."""
+        try:
+            return file_sha256(self._at(path))
+        except OSError as error:
+            raise weights_error(self._at(path), f"cannot be read ({error.strerror or error})", "") from error
+
+    def _at(self, path: str) -> Path:
+        return inside(self.root, path)
+
+
+class HubRepository:
+    """A model repository on the Hub at one commit. Its listing has the sha256 of files in LFS.
 
     Args:
         repo: ``owner/name``.
-        revision: a branch, tag or commit; the main branch without it.
+        revision: a branch, tag or commit; by default the main branch.
 
     Raises:
-        WeightsError: when the repository or revision does not exist, or the Hub cannot be asked.
+        WeightsError: when the repository or revision does not exist, or the Hub cannot be reached.
     """
 
     workers = 8
 
     def __init__(self, repo: str, revision: str | None = None) -> None:
         from huggingface_hub import HfApi
-
-        self.name, self._api = repo, HfApi()
-        with _hub_errors(repo, revision):
-            self.revision = self._api.repo_info(repo, revision=revision).sha
-
-    def files(self) -> Mapping[str, FoundFile]:
-        """See :class:`~gemma_scope_tl.contributing.repositories.Place`. Files in LFS come with their sha256."""
-        return self._files
-
-    @cached_property
-    def _files(self) -> Mapping[str, FoundFile]:
         from huggingface_hub.hf_api import RepoFile
 
-        with _hub_errors(self.name, self.revision):
-            entries = list(self._api.list_repo_tree(self.name, recursive=True, revision=self.revision))
-        kept = [e for e in entries if isinstance(e, RepoFile) and e.path.rpartition("/")[2] in KEPT_NAMES]
-        return {e.path: FoundFile(e.path, e.size, e.lfs.sha256 if e.lfs else None) for e in kept}
+        api, self.name = HfApi(), repo
+        with _hub_errors(repo, revision):
+            self.revision = api.repo_info(repo, revision=revision).sha
+        with _hub_errors(repo, self.revision):
+            entries = list(api.list_repo_tree(repo, recursive=True, revision=self.revision))
+        kept = [e for e in entries if isinstance(e, RepoFile) and e.path.rpartition("/")[2] in LISTED_NAMES]
+        self.files: Mapping[str, RepositoryFile] = {
+            e.path: RepositoryFile(e.path, e.size, e.lfs.sha256 if e.lfs else None) for e in kept
+        }
 
     def shapes(self, path: str) -> Shapes:
-        """See :class:`~gemma_scope_tl.contributing.repositories.Place`. Reads the headers by range."""
+        """See :class:`Repository`. Reads the headers with range requests."""
         from gemma_scope_tl.weights.remote import RemoteFile
 
         with _hub_errors(self.name, self.revision, path):
@@ -64,7 +158,7 @@ class HubRepo:
             return shapes_in(file, path, file.source)
 
     def cfg(self, folder: str) -> dict[str, Any]:
-        """See :class:`~gemma_scope_tl.contributing.repositories.Place`. The file goes through the Hub's cache."""
+        """See :class:`Repository`. The file goes through the Hub's cache."""
         from huggingface_hub import hf_hub_download
 
         from gemma_scope_tl.weights.safetensors_file import read_cfg
@@ -74,14 +168,14 @@ class HubRepo:
         return read_cfg(Path(file).parent)
 
     def sha256(self, path: str) -> str | None:
-        """See :class:`~gemma_scope_tl.contributing.repositories.Place`: the LFS hash in the listing."""
-        found = self.files().get(path)
+        """See :class:`Repository`: the LFS hash in the listing."""
+        found = self.files.get(path)
         return found.sha256 if found else None
 
 
 @contextmanager
 def _hub_errors(repo: str, revision: str | None, what: str = "The listing") -> Generator[None]:
-    """What the Hub's client raises as one :class:`WeightsError`, where the Hub answered worded as for downloads."""
+    """Raise the errors of the Hub's client as :class:`WeightsError`, in the words of a failed download."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -97,132 +191,34 @@ def _hub_errors(repo: str, revision: str | None, what: str = "The listing") -> G
         raise failure from failure.__cause__
 
 
-KEPT_NAMES = frozenset((*WEIGHTS_FILES.values(), CFG_FILE))
-BUNDLED = "bundled"
-T = TypeVar("T")
-R = TypeVar("R")
-
-Shapes = dict[str, tuple[int, ...]]
-"""Shapes by canonical array name, as ``weights/checks.py`` lists them."""
-
-
-@dataclass(frozen=True)
-class FoundFile:
-    """A file of a release: its path with ``/`` between the parts, its bytes, its sha256 where the place knows it."""
-
-    path: str
-    size: int
-    sha256: str | None = None
-
-
-class Place(Protocol):
-    """What the files of a release can be asked.
-
-    Attributes:
-        name: what messages call it.
-        revision: the commit that the answers are about; None where there are no commits.
-        workers: how many files may be asked about at a time.
-    """
-
-    name: str
-    revision: str | None
-    workers: int
-
-    def files(self) -> Mapping[str, FoundFile]:
-        """The weights files and ``cfg.json`` files by path."""
-        ...
-
-    def shapes(self, path: str) -> Shapes:
-        """Shapes of the arrays in a weights file, from its headers only, unchecked but for their names."""
-        ...
-
-    def cfg(self, folder: str) -> dict[str, Any]:
-        """The ``cfg.json`` in a folder."""
-        ...
-
-    def sha256(self, path: str) -> str | None:
-        """The hash of a file, None where the place cannot tell it without a download."""
-        ...
-
-
-class LocalFolder:
-    """A folder on this machine; nothing outside it is read, through symbolic links neither."""
-
-    revision: str | None = None
-    workers = 1
-
-    def __init__(self, root: Path) -> None:
-        if not is_folder(root):
-            raise WeightsError(f"{root} is not a folder. Check the path; a repository on the Hub is OWNER/NAME.")
-        self.root, self.name = root, str(root)
-
-    def files(self) -> Mapping[str, FoundFile]:
-        """See :class:`Place`. Hidden folders are left out."""
-        return self._files
-
-    @cached_property
-    def _files(self) -> Mapping[str, FoundFile]:
-        found: dict[str, FoundFile] = {}
-        for folder, inner, names in os.walk(self.root):
-            inner[:] = sorted(name for name in inner if not name.startswith("."))
-            for name in sorted(KEPT_NAMES.intersection(names)):
-                path = (Path(folder) / name).relative_to(self.root).as_posix()
-                found[path] = FoundFile(path, self._at(path).stat().st_size)
-        return found
-
-    def shapes(self, path: str) -> Shapes:
-        """See :class:`Place`."""
-        return shapes_in(self._at(path), path, str(self._at(path)))
-
-    def cfg(self, folder: str) -> dict[str, Any]:
-        """See :class:`Place`."""
-        from gemma_scope_tl.weights.safetensors_file import read_cfg
-
-        return read_cfg(self._at(f"{folder}/{CFG_FILE}").parent)
-
-    def sha256(self, path: str) -> str | None:
-        """See :class:`Place`. Reads the whole file."""
-        try:
-            return file_sha256(self._at(path))
-        except OSError as error:
-            raise weights_error(self._at(path), f"cannot be read ({error.strerror or error})", "") from error
-
-    def _at(self, path: str) -> Path:
-        return inside(self.root, path)
-
-
-def open_place(source: str, revision: str | None = None) -> Place:
-    """The place that a user names: a folder that exists, or a repository on the Hub.
-
-    Raises:
-        GemmaScopeError: when it is neither, or the Hub cannot be asked.
-    """
-    path = checked_path(source)
-    if is_folder(path) or source.startswith(("/", ".", "~")) or source.count("/") != 1:
-        return LocalFolder(path)
-    return place_of(source, revision)
-
-
 def is_remote(repo: str) -> bool:
     """Whether a registry row's ``repo`` is on the Hub."""
     return repo != BUNDLED and not repo.startswith("/")
 
 
-def place_of(repo: str, revision: str | None = None) -> Place:
-    """The place that a registry row's ``repo`` names: ``bundled``, a folder's absolute path, or a Hub repository.
+def open_repository(repo: str, revision: str | None = None) -> Repository:
+    """The repository that a registry row's ``repo`` names: ``bundled``, a folder's absolute path, or one on the Hub.
 
     Raises:
-        GemmaScopeError: when it does not exist, or the Hub cannot be asked.
+        GemmaScopeError: when it does not exist, or the Hub cannot be reached.
     """
     if repo == BUNDLED:
         from gemma_scope_tl.weights.fetch import bundled_root
 
         return LocalFolder(bundled_root())
-    if repo.startswith("/"):
-        return LocalFolder(Path(repo))
-    from gemma_scope_tl.contributing.repositories import HubRepo
+    return HubRepository(repo, revision) if is_remote(repo) else LocalFolder(Path(repo))
 
-    return HubRepo(repo, revision)
+
+def open_source(source: str, revision: str | None = None) -> Repository:
+    """The repository that a user names: a folder that exists, or else a repository on the Hub.
+
+    Raises:
+        GemmaScopeError: when it is neither, or the Hub cannot be reached.
+    """
+    path = checked_path(source)
+    if is_folder(path) or source.startswith(("/", ".", "~")) or source.count("/") != 1:
+        return LocalFolder(path)
+    return open_repository(source, revision)
 
 
 def shapes_in(file: Any, path: str, source: str) -> Shapes:
@@ -230,7 +226,7 @@ def shapes_in(file: Any, path: str, source: str) -> Shapes:
 
     Args:
         file: its path, or an open file with a ``source`` and a ``size``.
-        path: by whose suffix the format is known.
+        path: by its suffix the format is known.
         source: the file's name, for messages.
 
     Raises:
@@ -249,20 +245,24 @@ def shapes_in(file: Any, path: str, source: str) -> Shapes:
 
 
 def sizes_of(shapes: Shapes, source: str, expected: Expected | None = None) -> tuple[int, int, int]:
-    """``d_in, d_sae, d_out`` of arrays whose shapes fit together, and fit ``expected``.
+    """``d_in, d_sae, d_out`` of arrays, after a check that their shapes fit together and fit ``expected``.
 
     Raises:
-        WeightsError: naming every array whose shape is wrong.
+        WeightsError: with every array whose shape is wrong.
     """
     check_shapes(shapes, source, expected)
     (d_in, d_sae), d_out = shapes["W_enc"], shapes["W_dec"][1]
     return d_in, d_sae, d_out
 
 
-def each(
+def ask_each(
     items: Iterable[T], ask: Callable[[T], R], what: str, workers: int, progress: bool
 ) -> list[R | GemmaScopeError]:
-    """``ask`` of every item, in their order, with a bar on standard error; an error stands in place of its answer."""
+    """Call ``ask`` with every item, in threads, with a bar on standard error.
+
+    Returns:
+        The answers in the order of the items; a :class:`GemmaScopeError` that was raised stands in place of its answer.
+    """
 
     def answer(item: T) -> R | GemmaScopeError:
         try:

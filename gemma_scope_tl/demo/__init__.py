@@ -1,1 +1,1 @@
-"""The interactive demo: what it computes (no word of a user interface), how that looks, and the web app around it."""
+"""The interactive demo: computations without a user interface, their presentation, and the web app."""

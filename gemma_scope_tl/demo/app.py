@@ -1,4 +1,4 @@
-"""The web app: forms around :mod:`gemma_scope_tl.demo.logic`. Gradio is imported when an app is built."""
+"""The web app: forms for :mod:`gemma_scope_tl.demo.logic`. Gradio is imported when an app is built."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from gemma_scope_tl.demo import logic, views
 from gemma_scope_tl.demo.limits import whole_number
+from gemma_scope_tl.demo.queue_rules import QueueRules
 from gemma_scope_tl.demo.serving import as_messages, gradio
-from gemma_scope_tl.demo.waiting import Places
 from gemma_scope_tl.demo.world import World, load_world
 from gemma_scope_tl.viz.latent_page import latent_html
 
@@ -18,10 +18,10 @@ TEXT = "In the beginning God created the heaven and the earth. And the earth was
 PROMPT = "In the beginning God created"
 INTRODUCTION = """# Gemma Scope
 Sparse autoencoders read a language model's activations as latents, a few of which fire on each token.
-Choose one, see where its latents fire, follow a latent, steer the model with it, and see what splicing costs."""
+Choose one, see where its latents fire, follow a latent, steer the model with it, and see how splicing
+changes the loss."""
 
-# The model serves one question at a time; a second may load its SAE meanwhile. The others wait in the queue, which
-# drops those that nobody waits for any more.
+# The model runs one request at a time, and a second one may load its SAE meanwhile. The others wait in the queue.
 ON_THE_MODEL = {"concurrency_id": "model", "concurrency_limit": 2}
 
 
@@ -39,11 +39,11 @@ def build_app(world: World | str = "bundled", **options: Any) -> Any:
     """The demo as Gradio ``Blocks``: serve it with :func:`~gemma_scope_tl.demo.serving.launch`.
 
     Args:
-        world: what to show, or a model's name.
-        options: of :func:`~gemma_scope_tl.demo.world.load_world`, with a name.
+        world: the model and SAEs to show, or a model's name.
+        options: of :func:`~gemma_scope_tl.demo.world.load_world`, where ``world`` is a name.
 
     Raises:
-        GemmaScopeError: when gradio is not installed; as ``load_world``.
+        GemmaScopeError: when gradio is not installed, and for the reasons of ``load_world``.
     """
     gr = gradio()
     shown = load_world(world, **options) if isinstance(world, str) else world
@@ -65,13 +65,13 @@ def build_app(world: World | str = "bundled", **options: Any) -> Any:
 
 
 def blocks(gr: Any, world: World) -> Any:
-    """Gradio's ``Blocks`` that show what they refuse as text, and end what the model runs when they close."""
+    """A class of ``Blocks`` that escapes its own errors and, when it is closed, ends what the model runs."""
 
     class Demo(gr.Blocks):
-        places: Places | None = None
+        queue_rules: QueueRules | None = None
 
         async def preprocess_data(self, *args: Any, **options: Any) -> Any:
-            """Gradio's own refusals quote what was sent, and the page shows messages as HTML: escape them."""
+            """Escape Gradio's own errors, which quote the request and are shown as HTML."""
             try:
                 return await super().preprocess_data(*args, **options)
             except gr.Error as error:
@@ -81,8 +81,8 @@ def blocks(gr: Any, world: World) -> Any:
             if self.is_running:
                 self._queue.close()
                 world.stop()
-                if self.places is not None:
-                    self.places.end()
+                if self.queue_rules is not None:
+                    self.queue_rules.end()
             super().close(verbose)
 
         def block_thread(self) -> None:
@@ -97,7 +97,7 @@ def blocks(gr: Any, world: World) -> Any:
 
 
 def _chooser(gr: Any, world: World) -> Chosen:
-    """Site, layer, SAE and latent; the lists follow each other."""
+    """Fields for site, layer, SAE and latent. The choices of each depend on those before it."""
     start = world.start()
     row = world.rows[start]
 
@@ -226,9 +226,7 @@ def _steer_tab(gr: Any, world: World, chosen: Chosen) -> None:
 
 
 def _splice_tab(gr: Any, world: World) -> None:
-    gr.Markdown(
-        "Replaces activations by what the SAEs make of them, and shows what that does to the loss of each token."
-    )
+    gr.Markdown("Replaces activations by the SAEs' reconstructions, and shows how the loss of each token changes.")
     choices = [(views.place_label(row), name) for name, row in world.rows.items()]
     saes = gr.Dropdown(
         choices,

@@ -1,7 +1,7 @@
-"""What the demo answers to a network: its own routes, to its own pages, in requests of bounded size.
+"""Middleware in front of Gradio: only the demo's own routes, for its own pages, in requests of bounded size.
 
 Gradio registers some eighty routes (uploads, files, proxies, an editor of the app's own source) and answers every host
-and origin. The guard is put around the whole of it, Gradio's own middleware included.
+and origin. The middleware is outside of all of it, including Gradio's own middleware.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 
-from gemma_scope_tl.demo.names import Names, host_name, is_address
+from gemma_scope_tl.demo.hosts import Hosts, host_name, is_address
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from gemma_scope_tl.demo.waiting import Places
+    from gemma_scope_tl.demo.queue_rules import QueueRules
 
 BODY_BYTES = 1 << 18
-"""Of a request. A text of 4,000 characters takes 48,000 where each is written as two escapes."""
+"""The largest request. A text of 4,000 characters takes 48,000 bytes where each is written as two escapes."""
 BODY_SECONDS = 10.0
 API = "/gradio_api/"
 JOIN, ANSWERS = f"{API}queue/join", f"{API}queue/data"
@@ -36,17 +36,17 @@ READ = frozenset(
         ANSWERS,
     }
 )
-"""Asked for with GET: the page, what it and Gradio's Python client read first, and the stream of answers."""
+"""Routes for GET: the page, what it and Gradio's Python client read first, and the stream of answers."""
 READ_BELOW = ("/assets/", "/static/", f"{API}heartbeat/")
 WRITE = frozenset({JOIN, f"{API}cancel"})
-"""Sent with POST: a question, and that its answer is no longer wanted."""
+"""Routes for POST: a request, and its cancellation."""
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors "
 )
-"""What a page may load, and who may frame it. Gradio's own page names hosts for fonts and scripts; the browser never
-asks them. Its templates need inline scripts and ``eval``: what keeps a text from being code is that it is escaped."""
+"""What a page may load, and which pages may frame it. Gradio's page refers to other hosts for fonts and scripts, which
+this forbids. Its templates need inline scripts and ``eval``, so texts of visitors must be escaped."""
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",
@@ -54,29 +54,29 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 _OWN_PAGE = ("same-origin", "none")
-_DEPTH = 3  # of lists in a question: a row's value in what was clicked
-_SESSION = 64  # characters of a page's name for itself, which Gradio keeps for a while
+_DEPTH = 3  # of lists in a request: the row of a clicked cell
+_SESSION = 64  # characters of the session's name, which Gradio keeps for a while
 
 
-def guarded(app: ASGIApp, names: Names, places: Places, framed_by: Iterable[str] = ()) -> ASGIApp:
-    """``app`` behind the guard.
+def guarded(app: ASGIApp, hosts: Hosts, rules: QueueRules, framed_by: Iterable[str] = ()) -> ASGIApp:
+    """``app`` behind the middleware of this module.
 
     Args:
-        app: the whole of Gradio's.
-        names: the hosts that it answers to.
-        places: told who waits for answers.
+        app: Gradio's application with its middleware.
+        hosts: the names that it answers to.
+        rules: is told which pages wait for answers.
         framed_by: origins whose pages may frame the demo.
     """
     frames = " ".join(framed_by) or "'none'"
     headers = {**HEADERS, "Content-Security-Policy": POLICY + frames}
     if frames == "'none'":
         headers["X-Frame-Options"] = "DENY"
-    bounded = RequestBodyLimitMiddleware(_Questions(_Listening(app, places)), max_body_size=BODY_BYTES)
-    return _Headers(_Hosts(_Origins(_Routes(bounded), names), names), headers)
+    bounded = RequestBodyLimitMiddleware(_Questions(_Listening(app, rules)), max_body_size=BODY_BYTES)
+    return _Headers(_KnownHosts(_Origins(_Routes(bounded), hosts), hosts), headers)
 
 
 class _Headers:
-    """Every answer carries the same headers, refusals too."""
+    """Adds the same headers to every answer, including refusals."""
 
     def __init__(self, app: ASGIApp, headers: Mapping[str, str]) -> None:
         self.app, self.headers = app, headers
@@ -90,12 +90,12 @@ class _Headers:
         await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
 
 
-class _Hosts(TrustedHostMiddleware):
-    """Only requests to a known host pass: a name that an attacker lets resolve to this machine is none."""
+class _KnownHosts(TrustedHostMiddleware):
+    """Refuses requests to unknown host names, such as a foreign name that resolves to this machine (DNS rebinding)."""
 
-    def __init__(self, app: ASGIApp, names: Names) -> None:
-        super().__init__(app, allowed_hosts=sorted(names.own | names.given), www_redirect=False)
-        self.addresses = names.addresses
+    def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
+        super().__init__(app, allowed_hosts=sorted(hosts.own | hosts.given), www_redirect=False)
+        self.addresses = hosts.addresses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.addresses and scope["type"] == "http" and is_address(host_name(Headers(scope=scope).get("host", ""))):
@@ -105,10 +105,10 @@ class _Hosts(TrustedHostMiddleware):
 
 
 class _Origins:
-    """Pages of other origins cannot send, nor read the API; Gradio sees no origin, so it allows none by its headers."""
+    """Refuses pages of other origins that send or read the API. Gradio is not told the origin, so it allows none."""
 
-    def __init__(self, app: ASGIApp, names: Names) -> None:
-        self.app, self.names = app, names
+    def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
+        self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -117,18 +117,18 @@ class _Origins:
             if guarded and not self._own_page(headers):
                 await PlainTextResponse("A page of another origin asked.", 403)(scope, receive, send)
                 return
-            forwarded = self.names.is_given(headers.get("x-forwarded-host", "").split(",")[0].strip())
+            forwarded = self.hosts.is_given(headers.get("x-forwarded-host", "").split(",")[0].strip())
             hidden = (b"origin",) if forwarded else (b"origin", b"x-forwarded-host")
             scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] not in hidden]}
         await self.app(scope, receive, send)
 
     def _own_page(self, headers: Headers) -> bool:
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-        return site in _OWN_PAGE and (origin is None or self.names.sends(origin, headers.get("host", "")))
+        return site in _OWN_PAGE and (origin is None or self.hosts.sends(origin, headers.get("host", "")))
 
 
 class _Routes:
-    """Only what the demo's page uses is there; queries reach the stream of answers alone."""
+    """Refuses routes that the demo's page does not use, and removes queries except those of the stream of answers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -150,7 +150,7 @@ class _Routes:
 
 
 class _Questions:
-    """A body is read whole, in time, and is plain data; what Gradio would take for a file to fetch is refused."""
+    """Refuses bodies that are slow or more than plain data, such as what Gradio would take for a file to fetch."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -173,7 +173,7 @@ class _Questions:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """A request's whole body; None where the client left before its end."""
+    """A request's whole body; None when the client disconnects before its end."""
     parts: list[bytes] = []
     while True:
         message = await receive()
@@ -185,7 +185,7 @@ async def _body(receive: Receive) -> bytes | None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that gives ``body`` first."""
+    """A ``receive`` that returns ``body`` first."""
     first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def give() -> Message:
@@ -207,28 +207,28 @@ def _is_question(body: bytes) -> bool:
 
 
 def _refused(constant: str) -> None:
-    raise ValueError(constant)  # NaN and infinities are not JSON, and no browser sends them
+    raise ValueError(constant)  # NaN and infinities are not JSON
 
 
 def _plain(value: Any, depth: int) -> bool:
-    """Whether a value is text, a number or lists of such."""
+    """Whether a value is a text, a number or a list of them, nested at most ``depth`` times."""
     if isinstance(value, list):
         return depth > 0 and all(_plain(one, depth - 1) for one in value)
     return not isinstance(value, dict)
 
 
 class _Listening:
-    """Tells who waits for answers, and at once when a visitor has left."""
+    """Tells the rules of the queue which pages wait for answers, and at once when one has disconnected."""
 
-    def __init__(self, app: ASGIApp, places: Places) -> None:
-        self.app, self.places = app, places
+    def __init__(self, app: ASGIApp, rules: QueueRules) -> None:
+        self.app, self.rules = app, rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != ANSWERS:
             await self.app(scope, receive, send)
             return
         session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
-        left = self.places.came(session)
+        left = self.rules.came(session)
         open_, heard = False, True
         first: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
 
@@ -253,7 +253,7 @@ class _Listening:
         watching = asyncio.create_task(watch())
         try:
             await self.app(scope, give, pass_on)
-            if open_ and heard:  # the demo stops: Gradio leaves the stream without its end
+            if open_ and heard:  # when the demo stops, Gradio does not end the stream
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             watching.cancel()

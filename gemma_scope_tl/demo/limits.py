@@ -1,4 +1,4 @@
-"""Bounds on what a visitor may ask for, checked before the model runs."""
+"""Bounds of a visitor's request, checked before the model runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may cost.
+    """Bounds of a request.
 
     Attributes:
         characters, tokens: of a text, BOS included.
@@ -29,10 +29,10 @@ class Limits:
     temperature: float = 2.0
 
     def text(self, text: object) -> str:
-        """A text that is not empty and not too long.
+        """The text, after a check that it is neither empty nor too long.
 
         Raises:
-            GemmaScopeError: for any other.
+            GemmaScopeError: for any other text.
         """
         if not isinstance(text, str) or not text.strip():
             raise GemmaScopeError("Type some text first.")
@@ -51,10 +51,10 @@ class Limits:
 
 
 def whole_number(name: str, given: Any, low: int, high: int) -> int:
-    """A whole number within bounds, from whatever a form sent.
+    """A whole number within bounds, from the value of a form's field.
 
     Raises:
-        GemmaScopeError: for anything else.
+        GemmaScopeError: for any other value.
     """
     value = number(name, given, low, high)
     if value != int(value):
@@ -63,10 +63,10 @@ def whole_number(name: str, given: Any, low: int, high: int) -> int:
 
 
 def number(name: str, given: Any, low: float, high: float) -> float:
-    """A number within bounds, from whatever a form sent.
+    """A number within bounds, from the value of a form's field.
 
     Raises:
-        GemmaScopeError: for anything else.
+        GemmaScopeError: for any other value.
     """
     try:
         value = math.nan if isinstance(given, bool) else float(given)

@@ -1,4 +1,4 @@
-"""What the demo computes: plain functions of a :class:`World` and a visitor's input."""
+"""The computations of the demo: functions of a :class:`World` and a visitor's input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int
 
 from gemma_scope_tl.demo.limits import number, whole_number
-from gemma_scope_tl.demo.world import EMBEDDING
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.interventions import steer
 from gemma_scope_tl.latents.table import features
@@ -26,7 +25,7 @@ SEEDS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Reading:
-    """A text as an SAE sees it.
+    """The latents of an SAE on a text.
 
     Attributes:
         sae: its name.
@@ -55,7 +54,7 @@ class Reading:
         """Position and latent of the strongest activation of a latent that few tokens share; (0, 0) without any.
 
         A latent that fires everywhere says little about a text, so those that fire on more than a quarter of the tokens
-        are passed over where there are others.
+        are ignored unless there are no others.
         """
         if self.table.empty:
             return 0, 0
@@ -79,7 +78,7 @@ def read_text(world: World, text: object, sae: str) -> Reading:
 
 
 def checked_latent(world: World, sae: str, latent: Any) -> int:
-    """A latent's index from whatever a form sent.
+    """A latent's index from the value of a form's field.
 
     Raises:
         GemmaScopeError: when the SAE has no such latent.
@@ -140,16 +139,16 @@ def steer_text(
     tokens = world.tokens(text)
     hook = steer(world.sae(sae), index, scale, unit="norm")
     with world.running():
-        with world.model.hooks([(EMBEDDING, world.check)]):
+        with world.model.hooks([world.check_hook]):
             plain = _continue(world.model, tokens, count, heat, start)
-        with world.model.hooks([(EMBEDDING, world.check), hook]):
+        with world.model.hooks([world.check_hook, hook]):
             steered = _continue(world.model, tokens, count, heat, start)
     return Continuations(plain, steered)
 
 
 @torch.no_grad()
 def _continue(model: Any, tokens: Int[torch.Tensor, "1 pos"], count: int, temperature: float, seed: int) -> str:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the process's own randomness stays
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # keeps the process's random state
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         out = model.generate(tokens, max_new_tokens=count, return_type="tokens", verbose=False, **sampling)
@@ -158,7 +157,7 @@ def _continue(model: Any, tokens: Int[torch.Tensor, "1 pos"], count: int, temper
 
 @dataclass(frozen=True)
 class SpliceEffect:
-    """What splicing costs on a text.
+    """The change of the loss on a text by splicing.
 
     Attributes:
         tokens: texts of all tokens, BOS first.
@@ -185,7 +184,7 @@ def splice_loss(world: World, text: object, saes: Sequence[str] | None, error_te
         world: what to run.
         text: two tokens or more.
         saes: names.
-        error_term: add what the SAEs miss, which makes the pass the model's own.
+        error_term: add what the SAEs do not reconstruct, which gives the model's own loss.
 
     Raises:
         GemmaScopeError: for no SAE, too many, two at one place, or a text beyond the limits.

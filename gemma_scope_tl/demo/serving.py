@@ -1,4 +1,4 @@
-"""Serving the demo: on this machine alone unless asked, and without a request to anywhere else."""
+"""Serves the demo, by default to this machine only, and without requests to other hosts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from gemma_scope_tl.errors import GemmaScopeError
 
 if TYPE_CHECKING:
-    from gemma_scope_tl.demo.names import Names
-    from gemma_scope_tl.demo.waiting import Places
+    from gemma_scope_tl.demo.hosts import Hosts
+    from gemma_scope_tl.demo.queue_rules import QueueRules
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ NOTEBOOKS = ("'self'", "http://localhost:*", "http://127.0.0.1:*", "vscode-webvi
 _BUTTONS = {
     f"button_primary_background_fill{part}": color
     for part, color in (("", "#c2410c"), ("_hover", "#9a3412"), ("_dark", "#c2410c"), ("_hover_dark", "#9a3412"))
-}  # the theme's orange is too light under white words
+}  # the theme's orange has too little contrast with white text
 SESSIONS = 256  # visitors whose last reading is kept: a megabyte or so each
 _FIXED = {
     "share": False,
@@ -40,7 +40,7 @@ _FIXED = {
 CSS = """
 .gradio-container { max-width: 72rem !important; margin: 0 auto !important; }
 footer { display: none !important; }
-/* A failure is told in a message; what was on the page before stays. */
+/* Errors are shown as messages; the content of the page stays. */
 [data-testid="status-tracker"]:has(> .error) { display: none !important; }
 """
 
@@ -60,9 +60,9 @@ def gradio() -> Any:
 
 
 def as_messages(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with the package's errors shown as messages; any other is logged, and shown without its text.
+    """``function`` with the package's errors shown as messages. Other errors are logged, and shown without their text.
 
-    Gradio shows a message as HTML, and ours quote what was given, so it is escaped.
+    Gradio shows messages as HTML, and errors quote input of visitors, so they are escaped.
     """
     error_class = gradio().Error
 
@@ -97,31 +97,31 @@ def launch(
 
     Args:
         app: what to serve.
-        host: address to listen on; ``"0.0.0.0"`` lets others in, and there is no password.
+        host: address to listen on; ``"0.0.0.0"`` admits other machines, and there is no password.
         port: by default the first free one from 7860 on.
-        open_browser: open the page.
-        wait: stay until interrupted; a notebook does not wait, and shows the page inline.
+        open_browser: open the page in a browser.
+        wait: block until interrupted; a notebook does not wait, and shows the page inline.
         allowed_hosts: further names by which browsers ask, such as that of a reverse proxy; ``*.example.org`` stands
             for all names below ``example.org``.
-        framed_by: origins whose pages may show the demo in a frame, such as ``"https://example.org"``. In a notebook
-            those of this machine may; elsewhere none.
+        framed_by: origins whose pages may show the demo in a frame, such as ``"https://example.org"``. By default
+            none, and in a notebook those of this machine.
 
     Returns:
         The page's address.
 
     Raises:
-        GemmaScopeError: when the port is taken or no port, an allowed host is no name, or a framing page's
-            origin is none.
+        GemmaScopeError: when the port is taken or not a port, an allowed host is not a name, or an origin of
+            ``framed_by`` is invalid.
     """
-    from gemma_scope_tl.demo.names import bracketed, names_of, origins_of
-    from gemma_scope_tl.demo.waiting import PLACES, Places
+    from gemma_scope_tl.demo.hosts import bracketed, hosts_of, origins_of
+    from gemma_scope_tl.demo.queue_rules import WAITING, QueueRules
 
     gr = gradio()
     check_address(host, port)
-    names = names_of(host, allowed_hosts)
+    hosts = hosts_of(host, allowed_hosts)
     frames = origins_of(framed_by) or (NOTEBOOKS if gr.utils.ipython_check() else ())
-    app.queue(max_size=PLACES, default_concurrency_limit=4)
-    app.places = Places(app._queue)
+    app.queue(max_size=WAITING, default_concurrency_limit=4)
+    app.queue_rules = QueueRules(app._queue)
     try:
         _, address, _ = app.launch(
             server_name=bracketed(host),
@@ -130,7 +130,7 @@ def launch(
             theme=_theme(gr),
             css=CSS,
             **_FIXED,
-            app_kwargs={"lifespan": _behind_guard(names, app.places, frames), "openapi_url": None},
+            app_kwargs={"lifespan": _behind_guard(hosts, app.queue_rules, frames), "openapi_url": None},
         )
     except OSError as error:
         raise GemmaScopeError(f"Cannot listen on {host}, port {port or '7860 and up'}: {error}") from error
@@ -145,35 +145,44 @@ def _theme(gr: Any) -> Any:
     ).set(**_BUTTONS)
 
 
-def _behind_guard(names: Names, places: Places, frames: Iterable[str]) -> Callable[[Any], Any]:
-    """A lifespan of Gradio's server that puts the guard around all of it, its own middleware included."""
+def _behind_guard(hosts: Hosts, rules: QueueRules, frames: Iterable[str]) -> Callable[[Any], Any]:
+    """A lifespan of Gradio's server that puts the guard in front of it, before its own middleware."""
     from gemma_scope_tl.demo.guard import guarded
 
     @asynccontextmanager
     async def lifespan(served: Any) -> AsyncGenerator[None, None]:
-        served.middleware_stack = guarded(served.middleware_stack, names, places, frames)  # before the first request
+        served.middleware_stack = guarded(served.middleware_stack, hosts, rules, frames)  # before the first request
         yield
 
     return lifespan
 
 
 def check_address(host: str, port: int | None) -> None:
-    """See that a server can listen there, before anything heavy is loaded. Without a port there is nothing to see.
+    """Check that a server can listen there, before anything heavy is loaded. Without a port nothing is checked.
 
     Raises:
-        GemmaScopeError: for an address that is not this machine's, a port that is taken, or no port.
+        GemmaScopeError: for an address of another machine, a port that is taken, or a number that is not a port.
     """
     if port is None:
         return
     if not 1 <= port <= 65535:
         raise GemmaScopeError(f"A port is a number from 1 to 65535; given: {port}.")
     try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-        for family, kind, protocol, _, address in found[:1]:
-            with socket.socket(family, kind, protocol) as tried:
-                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                tried.bind(address)
+        try_listening(host, port)
     except OSError as error:
         raise GemmaScopeError(
             f"Cannot listen on {host}, port {port}: {error.strerror or error}. Choose another port or host."
         ) from error
+
+
+def try_listening(host: str, port: int | None) -> None:
+    """Bind a socket to the address, or to any free port of the host, and close it again.
+
+    Raises:
+        OSError: when the port is taken or reserved, or the host is not an address of this machine.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port or 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as tried:
+        if os.name == "posix":  # else a port whose last connection has just ended counts as taken
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        tried.bind(address)

@@ -1,4 +1,4 @@
-"""How the demo's answers look: highlighted tokens, sentences, the heat map."""
+"""The presentation of the demo's results: highlighted tokens, sentences, and the heat map of a suite."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ def place_label(row: SAERow) -> str:
 
 
 def layer_label(layer: int | None) -> str:
+    """A layer, for a list."""
     return "none" if layer is None else str(layer)
 
 
@@ -102,7 +103,7 @@ def reading_view(reading: Reading, latent: int) -> list[tuple[str, float | None]
 
 
 def reading_words(reading: Reading, latent: int, position: int) -> str:
-    """A sentence on what the colours are."""
+    """A sentence that explains the colours."""
     values = reading.activations(latent)
     active = sum(value > 0 for value in values)
     if not active:
@@ -135,12 +136,12 @@ def splice_table(effect: SpliceEffect) -> pd.DataFrame:
 
 
 def heat_map(grid: pd.DataFrame, label: str, lower_is_better: bool = True) -> str:
-    """Sites by layers as a table, its cells the more orange the worse they are.
+    """Sites by layers as a table. The worse a value, the darker its cell.
 
     Args:
-        grid: of :func:`~gemma_scope_tl.demo.views.suite_grid`.
+        grid: of :func:`suite_grid`.
         label: of the metric.
-        lower_is_better: False where a high value is the good one.
+        lower_is_better: False for a metric of which higher values are better.
     """
     values = [float(value) for value in grid.to_numpy().ravel() if value == value]
     if not values:

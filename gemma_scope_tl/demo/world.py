@@ -1,4 +1,4 @@
-"""What all visitors of a demo share: one model, its SAEs, and a lock around them. Nothing of any one visitor."""
+"""What all visitors of a demo share: a model, its SAEs, and a lock. No state of a visitor is kept here."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 GIB = 1 << 30
-EMBEDDING = "hook_embed"  # a hook point of both backends that every pass goes through, once for each new token
 wanted: ContextVar[Callable[[], bool]] = ContextVar("wanted", default=lambda: True)
-"""Whether somebody still waits for what this thread computes."""
+"""Whether a page still waits for what this thread computes."""
 
 
 class World:
-    """A model and the SAEs that a demo offers; an SAE is loaded when it is first asked for.
+    """A model and the SAEs that a demo offers. An SAE is loaded on first use.
 
     SAEs are named ``release/id``.
 
     Attributes:
-        lock: held while the model runs: hooks and SAEs of one visitor must not act in the pass of another. Take it by
-            :meth:`running`.
-        limits: what one request may cost.
+        lock: held while the model runs, since hooks and SAEs of one visitor must not act in the pass of another. Use
+            :meth:`running` to take it.
+        limits: bounds of a request.
 
     Args:
         model: from ``load_model``.
@@ -76,7 +75,7 @@ class World:
         """Hold the model.
 
         Raises:
-            GemmaScopeError: when the demo stops, or nobody waits for the answer any more.
+            GemmaScopeError: when the demo stops, or no page waits for the answer any more.
         """
         with self._changed:
             self._users += 1
@@ -90,7 +89,7 @@ class World:
                 self._changed.notify_all()
 
     def check(self, *_: Any, **__: Any) -> None:
-        """Raise where the work at hand is of no use any more; also a hook, for :data:`EMBEDDING`.
+        """Raise when nobody needs the result of the present work any more. It also serves as a hook function.
 
         Raises:
             GemmaScopeError: as :meth:`running`.
@@ -100,8 +99,15 @@ class World:
         if not wanted.get()():
             raise GemmaScopeError("Nobody waits for this answer any more.")
 
+    @property
+    def check_hook(self) -> tuple[str, Any]:
+        """:meth:`check` as a hook that runs at the beginning of every pass, and so before each generated token."""
+        sites = {site.joins: site for site in self.model.family.sites.values()}
+        first = sites.get("embedding") or sites["residual"]
+        return first.hook_name(0, self.model.backend), self.check
+
     def stop(self, seconds: float = 30.0) -> bool:
-        """End what runs, and wait until it has ended: a process that ends in the middle of a pass would abort.
+        """End what runs, and wait for it: a process that exits during a forward pass would abort.
 
         Returns:
             Whether it has ended within ``seconds``. The world can be used again.
@@ -114,7 +120,7 @@ class World:
 
     @property
     def text(self) -> PageText:
-        """The text of latents' pages, read when first asked for."""
+        """The text of latents' pages, read on first use."""
         with self.running():
             if self._text is None:
                 self._text = PageText(self.model)
@@ -125,7 +131,7 @@ class World:
 
         Raises:
             UnknownNameError: with the nearest names.
-            WeightsError: when its file cannot be had.
+            WeightsError: when its file cannot be loaded.
         """
         return self._suite[name, self.row(name).layer]
 
@@ -154,7 +160,7 @@ class World:
         return [name for name, row in self.rows.items() if (row.site, row.layer) == (site, layer)]
 
     def first_name(self, site: str, layer: int | None) -> str:
-        """The SAE to show of a place: canonical where one is.
+        """The SAE of a place to show first: a canonical one, if there is one.
 
         Raises:
             GemmaScopeError: when the place has none.
@@ -165,9 +171,9 @@ class World:
         return next((name for name in names if self.rows[name].canonical), names[0])
 
     def start(self) -> str:
-        """The SAE that a demo opens with: of the residual stream where there is one, at half of the layers."""
+        """The SAE that a demo opens with: one of the residual stream, if there is one, in the middle of the layers."""
         sites = self.sites()
-        site = "res" if "res" in sites else sites[0]
+        site = next((name for name in sites if SITES[name].joins == "residual"), sites[0])
         layers = self.layers(site)
         return self.first_name(site, layers[len(layers) // 2])
 
@@ -182,6 +188,7 @@ class World:
         return tokens
 
     def token_texts(self, tokens: Int[torch.Tensor, "1 pos"]) -> list[str]:
+        """The text of each token."""
         return [self.model.tokenizer.decode([i]) for i in tokens[0].tolist()]
 
 
@@ -201,7 +208,7 @@ def load_world(
         model: as ``load_model`` takes it.
         release: one or several; by default all of the registry's for this model.
         device, dtype: of the model; the SAEs have the same.
-        limits: what one request may cost.
+        limits: bounds of a request.
         rows, context: of the held-out text that latents' pages look at.
 
     Raises:

@@ -1,17 +1,18 @@
 """One clean forward pass that many measurements share, and passes that restart behind a site.
 
-The pass keeps the sites' tensors and what each block was called with. A splice then re-runs only what lies behind it:
+The pass keeps the sites' tensors and what each block was called with. A splice then runs again only what lies behind
+it, which follows from how the site joins the residual stream (``Site.joins``):
 
-- embedding: all blocks, from the spliced embedding;
-- res: the blocks after its own, from the spliced residual stream;
-- mlp, transcoder: the same, from the residual stream before the MLP plus the spliced MLP output;
-- att: its own block again, with the spliced heads, and those after.
+- ``"embedding"``: all blocks, from the spliced embedding;
+- ``"residual"``: the blocks after its own, from the spliced residual stream;
+- ``"branch"`` (the MLP's output): the same, from the residual stream before the MLP plus the spliced output;
+- ``"attention"``: its own block again, with the spliced heads, and those after.
 
 The blocks are called as the model called them, so masks, rotary angles and hooks inside them are the model's own, and a
 restart from the clean tensor gives the clean pass, to the bit where the device's kernels are deterministic.
 Hooks on the final norm see a restart's tensors; hooks on the unembedding do not run here.
 
-:func:`clean_batches` is for other statistics too: one loop over it shares the pass among all of them.
+:func:`clean_batches` serves other statistics too: one loop over it shares the pass among all of them.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemma_scope_tl.errors import AdapterMismatch
+from gemma_scope_tl.errors import AdapterMismatch, unknown_name
 from gemma_scope_tl.evals.metrics import scored_positions
-from gemma_scope_tl.sites import Place, flatten_heads, get_site, unflatten_heads, with_targets
+from gemma_scope_tl.families import Family
+from gemma_scope_tl.sites import Place, flatten_heads, unflatten_heads, with_targets
 from gemma_scope_tl.text.tokens import special_mask
 
 MEMORY_BUDGET = 1 << 30
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative; other dtypes 1e-2: rounding, not another tensor
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+"""Relative differences that are rounding, and not another tensor; 1e-2 for other dtypes."""
 
 
 class _Reached(Exception):
-    """The final norm's input, thrown past the unembedding."""
+    """Carries the final norm's input out of the forward pass, so that the unembedding does not run."""
 
     def __init__(self, residual: torch.Tensor) -> None:
         super().__init__()
@@ -57,47 +60,56 @@ class CleanPass:
     _calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(
         default_factory=dict[int, "tuple[tuple[Any, ...], dict[str, Any]]"]
     )
-    _inputs: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
-    _middles: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
+    _block_inputs: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
+    _before_mlp: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
 
     @classmethod
     def run(cls, model: Any, tokens: Int[torch.Tensor, "batch pos"], places: Iterable[Place]) -> CleanPass:
         """Run ``model`` up to its final norm and keep ``places``, ready to restart behind each."""
-        kept = cls(model)
+        kept, family = cls(model), model.family
         with removed_after() as handles:
+            joins: dict[str, set[int | None]] = {}
             for place in places:
-                handles.append(hook_point(model, place).register_forward_hook(_keeper(kept.values, place)))
-            middles = {place.layer for place in places if place.site == "mlp"}
-            inputs = {place.layer for place in places if place.site == "att"}
+                handles.append(hook_point(model, place).register_forward_hook(_output_keeper(kept.values, place)))
+                joins.setdefault(family.site(place.site).joins, set()).add(place.layer)
             for layer, block in enumerate(model.blocks):
-                keep = kept._called(layer, layer in inputs)
+                keep = kept._called(layer, layer in joins.get("attention", ()))
                 handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
-                if layer in middles:
-                    handles.append(block.ln2.register_forward_pre_hook(_middle_keeper(kept._middles, layer)))
+                if layer in joins.get("branch", ()):
+                    norm = getattr(block, family.norm_before_mlp)
+                    handles.append(norm.register_forward_pre_hook(_input_keeper(kept._before_mlp, layer)))
             kept.final = run_to_final_norm(model, tokens)
         return kept
 
     def restart(self, place: Place, value: torch.Tensor) -> Float[torch.Tensor, "batch pos d_model"]:
-        """The residual stream before the final norm, had ``value`` (shaped like ``values[place]``) been at ``place``.
+        """The residual stream before the final norm when ``value`` replaces the tensor at ``place``.
 
-        ``place`` is where an SAE writes: a transcoder's is the mlp site.
+        Args:
+            place: where an SAE writes: for a transcoder, the MLP's output.
+            value: shaped like ``values[place]``.
+
+        Raises:
+            UnknownNameError: for a site that is only read.
         """
-        layer, blocks = place.layer, self.model.blocks
-        if layer is None:
-            return self._from(0, value)
-        if place.site == "res":
-            return self._from(layer + 1, value)
-        if place.site == "mlp":
-            summed = self._middles[layer] + value
-            return self._from(layer + 1, hook_point(self.model, Place("res", layer))(summed))
-        with removed_after() as handles:
-            handles.append(hook_point(self.model, place).register_forward_hook(lambda _m, _a, _o: value))
-            args, kwargs = self._calls[layer]
-            out = _first(blocks[layer](self._inputs[layer], *args, **kwargs))
-        return self._from(layer + 1, out)
+        family: Family = self.model.family
+        layer = -1 if place.layer is None else place.layer
+        match family.site(place.site).joins:
+            case "embedding" | "residual":
+                return self._from(layer + 1, value)
+            case "branch":
+                return self._from(layer + 1, self._block_output(layer, self._before_mlp[layer] + value))
+            case "attention":
+                with removed_after() as handles:
+                    handles.append(hook_point(self.model, place).register_forward_hook(lambda _m, _a, _o: value))
+                    args, kwargs = self._calls[layer]
+                    out = _first(self.model.blocks[layer](self._block_inputs[layer], *args, **kwargs))
+                return self._from(layer + 1, out)
+            case _:
+                written = [name for name, site in family.sites.items() if site.joins != "nowhere"]
+                raise unknown_name("site to restart behind", place.site, written)
 
     def check(self, places: Iterable[Place]) -> None:
-        """See that restarting from the clean tensor gives the clean pass, at the first place of each site.
+        """Check that restarting from the clean tensor gives the clean pass, at the first place of each site.
 
         Raises:
             AdapterMismatch: when it does not, with the relative difference.
@@ -113,8 +125,8 @@ class CleanPass:
             if not difference <= tolerance:
                 raise AdapterMismatch(
                     f"A pass restarted behind {place.key} differs from the full pass by {difference:.1e} "
-                    f"({tolerance:g} is tolerated): the loss behind a splice could not be trusted. A hook that changes "
-                    "other tensors when it runs twice does this, or an unknown version of TransformerLens."
+                    f"({tolerance:g} is tolerated), so losses behind a splice would be wrong. The cause is a hook that "
+                    "returns something else when it runs twice, or an unknown version of TransformerLens."
                 )
 
     def _from(self, layer: int, x: torch.Tensor) -> torch.Tensor:
@@ -123,12 +135,20 @@ class CleanPass:
             x = _first(self.model.blocks[number](x, *args, **kwargs))
         return x
 
+    def _block_output(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
+        """The residual stream after a block whose sum is ``residual``: hooks on the block's output apply to it."""
+        for name, site in self.model.family.sites.items():
+            if site.joins == "residual":
+                residual = hook_point(self.model, Place(name, layer))(residual)
+        return residual
+
     def _called(self, layer: int, keep_input: bool) -> Callable[..., None]:
         def keep(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Hugging Face's name of a block's input, and HookedTransformer's.
             rest = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "resid_pre")}
             self._calls[layer] = args[1:], rest
             if keep_input:
-                self._inputs[layer] = args[0] if args else next(v for n, v in kwargs.items() if n not in rest)
+                self._block_inputs[layer] = args[0] if args else next(v for n, v in kwargs.items() if n not in rest)
 
         return keep
 
@@ -198,13 +218,15 @@ def clean_batches(
 
 
 def rows_that_fit(model: Any, places: Iterable[Place], context: int, batch_size: int, memory: int) -> int:
-    """How many rows a pass may have so that what it keeps and works with stays within ``memory`` bytes; 1 or more.
+    """How many rows a pass may have so that the tensors that it keeps and computes take ``memory`` bytes; 1 or more.
 
-    Counted are the tensors kept, a residual stream's dozen in flight, and three of a layer's attention patterns.
+    The estimate counts the tensors kept, twelve residual streams, and three of a layer's attention patterns.
     """
     kept, dims = with_targets(list(places)), model.dims
     item = next(model.parameters()).element_size()
-    widths = sum(get_site(place.site).d_in(dims) + dims.d_model * (place.site in ("mlp", "att")) for place in kept)
+    sites = [model.family.site(place.site) for place in kept]
+    # Behind attention and the MLP, a residual stream inside the block is kept beside the site's tensor.
+    widths = sum(site.d_in(dims) + dims.d_model * (site.joins in ("attention", "branch")) for site in sites)
     mlp = int(getattr(model.cfg, "d_mlp", None) or 4 * dims.d_model)
     per_token = widths + 12 * dims.d_model + 3 * mlp + 3 * dims.n_heads * context
     return max(1, min(batch_size, memory // (per_token * context * item)))
@@ -223,35 +245,36 @@ def run_to_final_norm(model: Any, tokens: torch.Tensor) -> Float[torch.Tensor, "
             model(tokens, **options)
         except _Reached as reached:
             return reached.residual
-    raise AdapterMismatch("The model's forward pass never came to its final norm.")
+    raise AdapterMismatch("The model's forward pass did not reach its final norm.")
 
 
 def hook_point(model: Any, place: Place) -> Any:
     """The hook point whose tensor an SAE at ``place`` reads."""
-    return model.site_hook_point(get_site(place.site).hook_name(place.layer, model.backend))
+    return model.site_hook_point(model.family.site(place.site).hook_name(place.layer, model.backend))
 
 
-def _keeper(values: dict[Place, torch.Tensor], place: Place) -> Callable[..., None]:
+def _output_keeper(values: dict[Place, torch.Tensor], place: Place) -> Callable[..., None]:
     def keep(_module: Any, _args: Any, out: torch.Tensor) -> None:
         values[place] = out
 
     return keep
 
 
-def _middle_keeper(middles: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
+def _input_keeper(values: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
     def keep(_module: Any, args: tuple[Any, ...]) -> None:
-        middles[layer] = args[0]
+        values[layer] = args[0]
 
     return keep
 
 
 def _first(value: Any) -> torch.Tensor:
+    """The residual stream that a block returned, alone or in a tuple."""
     return value[0] if isinstance(value, tuple) else value
 
 
 @contextmanager
 def removed_after() -> Generator[list[Any]]:
-    """Hooks put into the list are taken back at the end, whatever happens."""
+    """A list; the hooks whose handles are appended are removed at the end of the context, also after an error."""
     handles: list[Any] = []
     try:
         yield handles

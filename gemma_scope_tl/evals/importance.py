@@ -19,7 +19,7 @@ def sampled_positions(
 ) -> Int[torch.Tensor, "batch count"]:
     """``count`` different positions of each row whose predictions count, -1 where a row has fewer.
 
-    The draw depends on the seed and the row's number alone, so batches do not matter.
+    The draw depends on the seed and the row's number alone, so it is the same for all batch sizes.
     """
     out = torch.full((scored.shape[0], count), -1, dtype=torch.int64)
     for row, valid in enumerate(scored.cpu()):
@@ -37,15 +37,15 @@ def logit_gradients(
     places: Iterable[Place],
     positions: Int[torch.Tensor, "batch count"],
 ) -> dict[Place, Float[torch.Tensor, "batch count d"]]:
-    """``∇_x 𝓛`` at each place, in the clean pass: x is the activation at a position, and 𝓛 the mean-centred logit of
-    the token that comes next there, ``l_target - mean_v l_v`` (soft-capped).
+    """Gradients ``∇_x 𝓛`` at each place, in the clean pass, with respect to the activation x at each position.
 
-    One forward pass for all places, and one backward pass for each column of ``positions``; positions of -1 give zeros.
-    The gradient at a position is that of the same position's logit, not of later ones.
+    𝓛 is the mean-centred logit of the next token, ``l_target - mean_v l_v`` (soft-capped), at the same position; later
+    positions do not count. One forward pass serves all places; each column of ``positions`` takes a backward pass.
+    Positions of -1 give zeros.
     """
     probes: dict[Place, torch.Tensor] = {}
     with torch.inference_mode(False), torch.enable_grad(), removed_after() as handles:
-        tokens, positions = tokens.clone(), positions.clone()  # those made in inference mode would not serve
+        tokens, positions = tokens.clone(), positions.clone()  # autograd refuses inference tensors
         for place in places:
             handles.append(hook_point(model, place).register_forward_hook(_prober(probes, place)))
         final = head.normed(run_to_final_norm(model, tokens))
@@ -64,7 +64,7 @@ def logit_gradients(
 
 
 def _prober(probes: dict[Place, torch.Tensor], place: Place) -> Any:
-    """A hook that adds a leaf of zeros: the gradient with respect to it is that at the place."""
+    """A hook that adds a leaf tensor of zeros, whose gradient is the gradient at the place."""
 
     def probe(_module: Any, _args: Any, out: torch.Tensor) -> torch.Tensor:
         probes[place] = torch.zeros_like(out, requires_grad=True)

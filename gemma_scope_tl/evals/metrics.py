@@ -1,6 +1,6 @@
 """The paper's metrics as pure functions. Their sums over a dataset are in :mod:`gemma_scope_tl.evals.accumulators`.
 
-Activations come as ``[n, d]``: one row per token that counts, special tokens left out by the caller.
+Activations are ``[n, d]``: a row per token that counts. The caller leaves special tokens out.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ def scored_positions(special: Bool[torch.Tensor, "batch pos"]) -> Bool[torch.Ten
 
 
 def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
-    """``(ablated - spliced) / (ablated - clean)``: 1 when splicing costs nothing, 0 when it is as bad as the ablation.
+    """``(ablated - spliced) / (ablated - clean)``: 1 when splicing leaves the loss unchanged,
+    0 when it raises the loss as much as the ablation does.
 
-    NaN where ablating the site (by zeros, or by its mean) does not raise the loss: then there is nothing to recover.
+    NaN where ablating the site (by zeros, or by its mean) does not raise the loss.
     """
     gap = ablated - clean
     return (ablated - spliced) / gap if gap > 0 else math.nan
@@ -66,7 +67,7 @@ def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
 def latent_importance(
     acts: SparseActs, gradient: Float[torch.Tensor, "n d_out"], w_dec: Float[torch.Tensor, "d_sae d_out"]
 ) -> Float[torch.Tensor, " nnz"]:
-    """Attributed effect of every active latent (appendix C.3): ``y = f(x) ⊙ (W_decᵀ ∇_x 𝓛)``, the rest being 0.
+    """Attributed effect of every active latent (appendix C.3): ``y = f(x) ⊙ (W_decᵀ ∇_x 𝓛)``; inactive ones have 0.
 
     Args:
         acts: latents of n tokens.
@@ -82,7 +83,7 @@ def uniformity(importance: Float[torch.Tensor, " nnz"], acts: SparseActs) -> Flo
     """Uniformity of active latent importance of each token (appendix C.3).
 
     ``p = |y| / ‖y‖₁`` and ``r_L0 = exp(S(p)) / ‖y‖₀``, with the entropy ``S(p) = -Σ p log p``: the effective number of
-    latents as a share of those with an effect. ``1 / ‖y‖₀ ≤ r_L0 ≤ 1``; 1 when all matter alike. NaN where none do.
+    latents as a share of those with an effect. ``1 / ‖y‖₀ ≤ r_L0 ≤ 1``; 1 when all effects are equal, NaN without any.
     """
     tokens, size = acts.tokens(), importance.abs()
     zeros = torch.zeros(acts.n_tokens, dtype=size.dtype, device=size.device)
@@ -95,8 +96,14 @@ def uniformity(importance: Float[torch.Tensor, " nnz"], acts: SparseActs) -> Flo
 def max_cosine(w_dec: Float[torch.Tensor, "d_sae d"], chunk: int = 1024) -> Float[torch.Tensor, " d_sae"]:
     """Largest cosine of each latent's decoder row with that of another latent, in float32.
 
-    High values are near duplicates (feature splitting and absorption look so). A chunk of rows is compared with all at
-    a time: ``chunk * d_sae`` numbers in memory. A latent without a direction has NaN, and is nobody's nearest.
+    High values are near duplicates, as feature splitting and absorption make them.
+
+    Args:
+        w_dec: the decoder, a latent a row.
+        chunk: rows that are compared with all others at a time, which takes ``chunk * d_sae`` numbers of memory.
+
+    Returns:
+        A value per latent. A latent whose row is zero has NaN, and is compared with no other.
 
     Raises:
         GemmaScopeError: for fewer than two latents.
@@ -120,13 +127,13 @@ def max_cosine(w_dec: Float[torch.Tensor, "d_sae d"], chunk: int = 1024) -> Floa
 class Bootstrap:
     """Resamples of the same sequences for every metric, so that differences are paired.
 
-    A metric is a function of sums over sequences; each resample draws as many sequences as there are, with replacement,
-    and the interval is between the quantiles of the metric over the resamples (percentile bootstrap).
+    A metric is a function of sums over sequences. Each resample draws as many sequences as there are, with replacement,
+    and the interval lies between two quantiles of the metric over the resamples (percentile bootstrap).
 
     Args:
-        rows: how many sequences there are.
-        resamples: how many times they are drawn.
-        level: of the interval, between 0 and 1.
+        rows: number of sequences.
+        resamples: number of draws.
+        level: confidence level of the interval, between 0 and 1.
         seed: of the draws.
 
     Raises:
@@ -135,15 +142,17 @@ class Bootstrap:
 
     def __init__(self, rows: int, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> None:
         if not 0 < level < 1 or resamples < 1:
-            raise GemmaScopeError(f"Intervals need a level in (0, 1) and a resample or more: {level}, {resamples}.")
+            raise GemmaScopeError(f"Intervals need a level in (0, 1) and a resample or more, not {level}, {resamples}.")
         self.rows, self.level = rows, level
         draws = np.random.default_rng(seed)
         self._weights = draws.multinomial(rows, np.full(rows, 1 / rows), resamples) if rows else np.zeros((1, 0))
 
     def interval(self, metric: Callable[..., Any], *by_row: torch.Tensor) -> tuple[float, float]:
-        """Bounds of ``metric`` of the sums of these ``[rows]``; NaN where it is NaN on all resamples.
+        """Bounds of a metric; NaN where the metric is NaN on all resamples.
 
-        ``metric`` takes arrays: the sums of each resample.
+        Args:
+            metric: a function of arrays, the sums of each resample.
+            by_row: the numbers of each sequence, ``[rows]``, whose sums ``metric`` takes.
         """
         sums = [self._weights @ values.double().numpy() for values in by_row]
         with np.errstate(all="ignore"):

@@ -1,12 +1,12 @@
 """Losses and KL divergences of many residual streams without all their logits: a chunk of tokens at a time.
 
-Gemma's vocabulary has 256,000 tokens: the logits of 8 rows of 1,024 tokens take 8.4 GB in float32. Here a chunk's
-clean logits are made once and compared with those of every splice, then the next chunk takes their memory.
+With a vocabulary of 256,000 tokens, the logits of 8 rows of 1,024 tokens take 8.4 GB in float32. Here the clean logits
+of a chunk are computed once and compared with those of every splice; then the next chunk reuses their memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Float, Int
 
 CACHED_BYTES = 2 << 20
-"""A chunk of logits of this size stays in a CPU's cache, which small vocabularies gain by; others take more memory."""
+"""Size of a chunk of logits that stays in a CPU's cache. Small vocabularies gain by it; others need larger chunks."""
 MIN_TOKENS = 64
-"""Tokens that a chunk should have before it stays in the cache: fewer make the product slow."""
+"""Fewest tokens of a chunk that is cut to the cache's size, because the product of fewer is slow."""
 
 
 @dataclass
 class Scores:
-    """Numbers of each prediction, ``[n]``; KL(clean ‖ this) where it was asked for."""
+    """Cross-entropy of each prediction and, where it was asked for, KL(clean ‖ this), in nats."""
 
     losses: Float[torch.Tensor, " n"]
     divergences: Float[torch.Tensor, " n"] | None
@@ -30,17 +30,17 @@ class Scores:
 class LogitHead:
     """A model's final norm, unembedding and soft-cap, in float32 (float64 for a float64 model).
 
-    A 16-bit model's logits are the float32 products of its 16-bit numbers, not rounded to 16 bits: a step of bfloat16
-    is 1/64 nat at a loss of 3, as large as many a delta loss.
+    The logits of a 16-bit model are the float32 products of its 16-bit numbers and are not rounded to 16 bits, because
+    bfloat16 has steps of 1/64 nat at a loss of 3, which is as large as some delta losses.
 
     Args:
         model: from ``load_model``.
-        memory: bytes that logits may take at a time.
+        memory: bytes that logits may take at once.
     """
 
     def __init__(self, model: Any, memory: int) -> None:
         self._norm = model.ln_final
-        self.matrix: torch.Tensor = model.unembed.W_U.detach()  # [d_model, vocab], whichever way it lies in memory
+        self.matrix: torch.Tensor = model.unembed.W_U.detach()  # [d_model, vocab], of any strides
         bias = getattr(model.unembed, "b_U", None)
         self.bias = bias.detach() if bias is not None and bool(bias.any()) else None
         cap = getattr(model.cfg, "output_logits_soft_cap", None)
@@ -57,7 +57,7 @@ class LogitHead:
     def logits(
         self, x: Float[torch.Tensor, "n d_model"], out: Float[torch.Tensor, "n vocab"] | None = None
     ) -> Float[torch.Tensor, "n vocab"]:
-        """Logits ``cap · tanh(x W_U / cap)`` of what :meth:`normed` gives; differentiable without ``out``."""
+        """Logits ``cap · tanh(x W_U / cap)`` of what :meth:`normed` returns; differentiable without ``out``."""
         if self.matrix.dtype == self.dtype:
             made = torch.mm(x, self.matrix, out=out)
         else:
@@ -82,7 +82,10 @@ class LogitHead:
         ``KL = Σ p (l - l') + log Z' - log Z``, with the clean pass's probabilities p.
         """
         n, vocabulary = clean.shape[0], self.matrix.shape[1]
-        new: Callable[[int], torch.Tensor] = lambda k: torch.empty(k, dtype=self.dtype, device=clean.device)  # noqa: E731
+
+        def new(size: int) -> torch.Tensor:
+            return torch.empty(size, dtype=self.dtype, device=clean.device)
+
         clean_losses = new(n)
         scores = [Scores(new(n), new(n) if wanted else None) for _, wanted in others]
         space = [new(min(self.chunk, n) * vocabulary).view(-1, vocabulary) for _ in range(3)]

@@ -1,143 +1,36 @@
-"""The evaluation itself: which pieces are missing, one loop over the data for all of them, and checkpoints."""
+"""One evaluation: which pieces are missing, one loop over the data that measures all of them, and checkpoints.
+
+``Run.finish`` reads from top to bottom: find finished pieces in the cache, compute the mean activations, then
+for each batch a clean pass, and a :class:`Step` that measures every place and SAE on it.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.evals.accumulators import CLEAN, LatentCounts, TokenMean, Unit, VectorMean, token_means
+from gemma_scope_tl.evals.accumulators import TokenMean
+from gemma_scope_tl.evals.cache import Checkpoint, MetricsCache, key_of
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
 from gemma_scope_tl.evals.importance import logit_gradients, sampled_positions
 from gemma_scope_tl.evals.metrics import l0, latent_importance, squared_error, uniformity
-from gemma_scope_tl.evals.next_token import LogitHead, Scores
-from gemma_scope_tl.evals.saes import Subject, fingerprint, latents_and_output
-from gemma_scope_tl.evals.store import Store, key_of
-from gemma_scope_tl.sae.sparse import SparseActs
+from gemma_scope_tl.evals.next_token import LogitHead
+from gemma_scope_tl.evals.saes import Subject, latents_and_output
+from gemma_scope_tl.evals.sums import Centre, Piece, Sums
 from gemma_scope_tl.sites import Place, flatten_heads, target_of
 from gemma_scope_tl.text.batch import TokenBatch
+from gemma_scope_tl.weights.fingerprint import fingerprint
 from gemma_scope_tl.weights.modes import make_ordinary
 
-Gradients = tuple[torch.Tensor, dict[Place, torch.Tensor]]
-"""The positions sampled, ``[batch, count]``, and the gradients there, ``[batch, count, d]`` by place."""
-
-
-class Step:
-    """All that is measured on one batch. Residual streams wait until several can share the clean logits."""
-
-    def __init__(self, run: Run, head: LogitHead, batch: Batch) -> None:
-        self.run, self.head, self.batch = run, head, batch
-        self._clean = head.normed(batch.clean.final)[:, :-1][batch.scored]
-        self._waiting: list[tuple[torch.Tensor, TokenMean, TokenMean | None]] = []
-        size = max(1, self._clean.numel() * self._clean.element_size())
-        self._most = max(1, run.settings.memory_budget // 4 // size)
-        self._clean_scored = not run.wanted(CLEAN)
-
-    def measure(self) -> None:
-        """Measure the clean pass, each place, and each SAE there."""
-        run, by_place = self.run, dict[Place, list[int]]()
-        for number, subject in enumerate(run.subjects):
-            by_place.setdefault(target_of(subject.place), []).append(number)
-        gradients = self._gradients()
-        for place, numbers in by_place.items():
-            self._place(place)
-            for number in numbers:
-                self._subject(number, place, gradients)
-        self._score()
-
-    def _place(self, place: Place) -> None:
-        run, batch = self.run, self.batch
-        if not any(run.wanted(f"{kind} {place.key}") for kind in ("deviation", *run.settings.ablations)):
-            return
-        y = batch.activations(place)
-        if run.wanted(f"deviation {place.key}"):
-            centre = run.units[f"centre {place.key}"].vector_mean().value.to(y.device)
-            run.units[f"deviation {place.key}"].token_mean("value").update(squared_error(y, centre), batch.ordinary)
-        for kind in run.settings.ablations:
-            if run.wanted(f"{kind} {place.key}"):
-                fill = torch.zeros_like(y[:1]) if kind == "zero" else self._mean(place)
-                unit = run.units[f"{kind} {place.key}"]
-                self._wait(batch.spliced(place, fill.expand_as(y)), unit.token_mean("value"), None)
-
-    def _mean(self, place: Place) -> torch.Tensor:
-        return self.run.units[f"centre {place.key}"].vector_mean().value.to(self.batch.tokens.device)[None]
-
-    def _subject(self, number: int, place: Place, gradients: Gradients) -> None:
-        run, batch = self.run, self.batch
-        named = f"sae {number}", f"uniformity {number}"
-        if not any(map(run.wanted, named)):
-            return
-        sae = run.subjects[number].get()
-        x = batch.activations(run.subjects[number].place)
-        if run.wanted(named[1]):
-            self._uniformity(run.units[named[1]].token_mean("value"), sae, run.subjects[number].place, gradients)
-        if not run.wanted(named[0]):
-            return
-        unit = run.units[named[0]]
-        acts, out = latents_and_output(sae, x)
-        unit.token_mean("l0").update(l0(acts), batch.ordinary)
-        fired = unit.parts["fired"]
-        if isinstance(fired, LatentCounts):
-            fired.update(acts)
-        unit.token_mean("error").update(squared_error(batch.activations(place), out), batch.ordinary)
-        self._wait(batch.spliced(place, out), unit.token_mean("loss"), unit.token_mean("kl"))
-
-    def _gradients(self) -> Gradients:
-        run, batch = self.run, self.batch
-        wanted = [target_of(s.place) for n, s in enumerate(run.subjects) if run.wanted(f"uniformity {n}")]
-        if not wanted:
-            return torch.empty(0), {}
-        positions = sampled_positions(batch.scored, batch.start, run.settings.uniformity)
-        places = list(dict.fromkeys(wanted))
-        return positions, logit_gradients(run.model, self.head, batch.tokens, places, positions)
-
-    def _uniformity(self, mean: TokenMean, sae: Any, place: Place, gradients: Gradients) -> None:
-        positions, by_place = gradients
-        rows, columns = (positions >= 0).nonzero(as_tuple=True)
-        at = positions[rows, columns]
-        order = (rows * self.batch.scored.shape[1] + at).argsort()
-        rows, columns, at = rows[order], columns[order], at[order]
-        device = self.batch.tokens.device
-        x = flatten_heads(self.batch.clean.values[place])[rows.to(device), at.to(device)]
-        acts: SparseActs = latents_and_output(sae, x)[0]
-        gradient = by_place[target_of(place)][rows.to(device), columns.to(device)]
-        values = uniformity(latent_importance(acts, gradient, sae.W_dec.detach()), acts).cpu()
-        counted = torch.zeros(self.batch.scored.shape, dtype=torch.bool)
-        kept = ~values.isnan()
-        counted[rows[kept], at[kept]] = True
-        mean.update(values[kept], counted)
-
-    def _wait(self, final: torch.Tensor, loss: TokenMean, divergence: TokenMean | None) -> None:
-        normed = self.head.normed(final)[:, :-1][self.batch.scored]
-        self._waiting.append((normed, loss, divergence))
-        if len(self._waiting) >= self._most:
-            self._score()
-
-    def _score(self) -> None:
-        """Make the losses of those that wait."""
-        if not self._waiting and self._clean_scored:
-            return
-        others = [(normed, divergence is not None) for normed, _, divergence in self._waiting]
-        clean, scores = self.head.score(self._clean, others, self.batch.targets())
-        if not self._clean_scored:
-            self.run.units[CLEAN].token_mean("loss").update(clean, self.batch.scored)
-            self._clean_scored = True
-        for (_, loss, divergence), score in zip(self._waiting, scores, strict=True):
-            self._take(score, loss, divergence)
-        self._waiting.clear()
-
-    def _take(self, score: Scores, loss: TokenMean, divergence: TokenMean | None) -> None:
-        loss.update(score.losses, self.batch.scored)
-        if divergence is not None and score.divergences is not None:
-            divergence.update(score.divergences, self.batch.scored)
-
-
 ABLATIONS = ("zero", "mean")
+CONFIG_VALUES = ("output_logits_soft_cap", "attn_scores_soft_cap", "eps", "window_size", "attn_scale", "rotary_base")
+"""Values of a TransformerLens config that change a model's numbers and are in none of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +42,14 @@ class Settings:
         ablations: what loss recovered is measured against: ``"zero"``, ``"mean"`` (of the dataset), both or none.
         uniformity: positions of each row at which the importance of latents is measured, 0 for none.
         memory_budget: bytes that tensors may take beside weights: half for the pass, a quarter each for logits and for
-            residual streams that wait for theirs. A row's pass and 1 token's logits are the least.
+            residual streams whose logits are still to be computed. At least a row's pass and a token's logits are
+            held, whatever the budget.
         checkpoint_every: batches between checkpoints, where there is a cache.
         progress: show a bar.
+
+    Raises:
+        UnknownNameError: for another ablation.
+        GemmaScopeError: for a number that is too small.
     """
 
     batch_size: int = 8
@@ -174,159 +72,247 @@ class Settings:
 
 @dataclass
 class Run:
-    """One evaluation of ``subjects`` on ``rows``; :meth:`finish` completes ``units``."""
+    """One evaluation of ``subjects`` on ``rows``; :meth:`finish` completes ``sums``."""
 
     model: Any
     subjects: list[Subject]
     rows: TokenBatch
     special: tuple[int, ...]
     settings: Settings
-    store: Store
-    units: dict[str, Unit] = field(default_factory=dict[str, Unit])
+    cache: MetricsCache
+
+    @cached_property
+    def sums(self) -> Sums:
+        """Everything measured, empty before :meth:`finish`."""
+        return Sums.empty(self.subjects, self.settings.ablations, self.settings.uniformity > 0)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def finish(self) -> None:
-        """Measure what the store does not have yet."""
-        make_ordinary(self.model)  # gradients are part of it
-        self._plan()
-        for name, unit in self.units.items():
-            kept = self.store.load(self._key(name)) if self._caching else None
+    def finish(self) -> Sums:
+        """Measure what the cache does not hold yet."""
+        make_ordinary(self.model)  # for the gradients of uniformity
+        sums = self.sums
+        self._set_keys()
+        for piece in sums.pieces():
+            kept = self.cache.load(piece.key)
             if kept is not None:
-                unit.restore(kept)
-                unit.done = True
-        pending = self._pending()
-        if not pending:
+                piece.restore(kept)
+                piece.done = True
+        # Centres are computed before the main loop, which needs them, and are left out of its checkpoints.
+        pending = [piece for piece in sums.pieces() if not piece.done and not isinstance(piece, Centre)]
+        if pending:
+            self._compute_centres()
+            checkpoint = Checkpoint(self.cache, self._checkpoint_key(pending), dict(enumerate(pending)))
+            self._measure(checkpoint)
+            for piece in pending:
+                self._complete(piece)
+            checkpoint.drop()
+        return sums
+
+    # -- pieces and their keys ----------------------------------------------------------------------------------------
+
+    def _set_keys(self) -> None:
+        """Give each piece its key in the cache. Without one, no fingerprint of model and SAEs needs to be computed."""
+        if self.cache.folder is None:
             return
-        self._centre()
-        self._measure()
-        for name in pending:
-            if self._caching:
-                self.store.save(self._key(name), self.units[name].state())
-            self.units[name].done = True
-        if self._caching:
-            self.store.drop(self._checkpoint_key)
-
-    # -- what there is to do ------------------------------------------------------------------------------------------
-
-    def _plan(self) -> None:
-        self.units = {CLEAN: Unit(token_means("loss"), {"unit": CLEAN})}
+        common = facts_of(self.model, self.rows, self.special)
+        self.sums.clean.key = key_of({**common, "unit": "clean"})
+        for place, sums in self.sums.places.items():
+            for kind, piece in sums.pieces().items():
+                piece.key = key_of({**common, "unit": kind, "place": place.key})
         for number, subject in enumerate(self.subjects):
-            place = target_of(subject.place).key
-            for kind in ("centre", "deviation", *self.settings.ablations):
-                fresh = {"mean": VectorMean()} if kind == "centre" else token_means("value")
-                self.units.setdefault(f"{kind} {place}", Unit(dict(fresh), {"unit": kind, "place": place}))
-            facts = {"place": subject.place.key, "sae": subject.fingerprint() if self._caching else ""}
-            means = token_means("l0", "error", "loss", "kl")
-            self.units[f"sae {number}"] = Unit(
-                {**means, "fired": LatentCounts.empty(subject.d_sae)}, {"unit": "sae", **facts}
-            )
-            if self.settings.uniformity:
+            facts = {**common, "place": subject.place.key, "sae": subject.fingerprint()}
+            self.sums.saes[number].key = key_of({**facts, "unit": "sae"})
+            if self.sums.uniformity:
                 facts["positions"] = str(self.settings.uniformity)
-                self.units[f"uniformity {number}"] = Unit(token_means("value"), {"unit": "uniformity", **facts})
+                self.sums.uniformity[number].key = key_of({**facts, "unit": "uniformity"})
 
-    def _pending(self) -> list[str]:
-        """What the main loop has to measure; centres are made before it."""
-        return [name for name, unit in self.units.items() if not unit.done and unit.facts["unit"] != "centre"]
-
-    def wanted(self, name: str) -> bool:
-        """Whether this piece is part of the evaluation, and still to be measured."""
-        return name in self.units and not self.units[name].done
-
-    @property
-    def _caching(self) -> bool:
-        return self.store.folder is not None
-
-    @cached_property
-    def _common(self) -> dict[str, Any]:
-        return facts_of(self.model, self.rows, self.special)
-
-    def _key(self, name: str) -> str:
-        return key_of({**self._common, **self.units[name].facts})
-
-    @cached_property
-    def _checkpoint_key(self) -> str:
+    def _checkpoint_key(self, pending: Sequence[Piece]) -> str:
         sizes = [self.settings.batch_size, self.settings.memory_budget]
-        return key_of({"pending": [self._key(name) for name in self._pending()], "sizes": sizes})
+        return key_of({"pending": [piece.key for piece in pending], "sizes": sizes})
+
+    def _complete(self, piece: Piece) -> None:
+        self.cache.save(piece.key, piece.state())
+        piece.done = True
 
     # -- the two loops ------------------------------------------------------------------------------------------------
+
+    def _compute_centres(self) -> None:
+        """The dataset's mean activation at every place that needs it."""
+        centres = {place: sums.centre for place, sums in self.sums.places.items() if sums.needs_centre}
+        if not centres:
+            return
+        for batch in self._batches("means", list(centres)):
+            for place, centre in centres.items():
+                centre.mean.update(batch.activations(place))
+        for centre in centres.values():
+            self._complete(centre)
+
+    def _measure(self, checkpoint: Checkpoint) -> None:
+        start = checkpoint.restore()
+        head = LogitHead(self.model, self.settings.memory_budget // 4)
+        places = list(dict.fromkeys(subject.place for n, subject in enumerate(self.subjects) if self._is_needed(n)))
+        for number, batch in enumerate(self._batches("evaluating", places, start), 1):
+            if number == 1:
+                batch.clean.check(target_of(place) for place in places)
+            Step(self, head, batch).measure()
+            done = batch.start + batch.tokens.shape[0]
+            if number % self.settings.checkpoint_every == 0 and done < self.rows.ids.shape[0]:
+                checkpoint.save(done)
+
+    def _is_needed(self, number: int) -> bool:
+        """Whether something is still to be measured of this SAE, or of the place that it writes."""
+        of_place = self.sums.place_of(number).pieces()
+        pieces = [*self.sums.of_sae(number), *(piece for kind, piece in of_place.items() if kind != "centre")]
+        return not all(piece.done for piece in pieces)
 
     def _batches(self, what: str, places: list[Place], start: int = 0) -> Iterator[Batch]:
         from rich.progress import Progress
 
-        rows = self._rows_per_batch
+        ids, mask, rows = self.rows.ids, self.rows.mask, self._rows_per_batch
         with Progress(transient=True, disable=not self.settings.progress) as bar:
-            task = bar.add_task(what, total=self.rows.ids.shape[0], completed=start)
-            ids, mask = self.rows.ids, self.rows.mask
+            task = bar.add_task(what, total=ids.shape[0], completed=start)
             for batch in clean_batches(self.model, ids, places, self.special, rows, start, mask):
                 yield batch
                 bar.advance(task, batch.tokens.shape[0])
 
     @cached_property
     def _rows_per_batch(self) -> int:
+        # Of all SAEs, measured or not, so that a batch has the same rows, and a checkpoint the same bits, in each run.
         places, size = [subject.place for subject in self.subjects], self.settings.batch_size
         return rows_that_fit(self.model, places, self.rows.ids.shape[1], size, self.settings.memory_budget // 2)
 
-    def _centre(self) -> None:
-        """The dataset's mean at every place that needs it: FVU's centre, and what mean ablation puts in."""
-        missing = [
-            target_of(subject.place)
-            for subject in self.subjects
-            if self.wanted(f"centre {target_of(subject.place).key}")
-            and any(self.wanted(f"{kind} {target_of(subject.place).key}") for kind in ("deviation", "mean"))
-        ]
-        places = list(dict.fromkeys(missing))
-        if not places:
+
+@dataclass(frozen=True)
+class _Unscored:
+    """Residual streams whose loss is still to be computed, after the final norm, and where the numbers go."""
+
+    normed: torch.Tensor
+    loss: TokenMean
+    kl: TokenMean | None
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients at sampled positions of a place.
+
+    Attributes:
+        positions: ``[batch, count]``, -1 where a row has fewer.
+        values: ``[batch, count, d]``.
+    """
+
+    positions: torch.Tensor
+    values: torch.Tensor
+
+
+class Step:
+    """All that is measured on one batch. Residual streams are collected until several can share the clean logits."""
+
+    def __init__(self, run: Run, head: LogitHead, batch: Batch) -> None:
+        self.run, self.sums, self.head, self.batch = run, run.sums, head, batch
+        self._clean = head.normed(batch.clean.final)[:, :-1][batch.scored]
+        self._unscored: list[_Unscored] = []
+        size = max(1, self._clean.numel() * self._clean.element_size())
+        self._most = max(1, run.settings.memory_budget // 4 // size)
+        self._clean_scored = self.sums.clean.done
+
+    def measure(self) -> None:
+        """Measure the clean pass, each place, and each SAE that writes there."""
+        gradients = self._gradients()
+        for place in self.sums.places:
+            self._measure_place(place)
+            for number, target in enumerate(self.sums.targets):
+                if target == place:
+                    self._measure_sae(number, place, gradients.get(number))
+        self._score()
+
+    def _measure_place(self, place: Place) -> None:
+        sums, batch = self.sums.places[place], self.batch
+        ablated = {kind: piece.value for kind, piece in sums.ablated.items() if not piece.done}
+        if sums.deviation.done and not ablated:
             return
-        for batch in self._batches("means", places):
-            for place in places:
-                self.units[f"centre {place.key}"].vector_mean().update(batch.activations(place))
-        for place in places:
-            name = f"centre {place.key}"
-            if self._caching:
-                self.store.save(self._key(name), self.units[name].state())
-            self.units[name].done = True
+        y = batch.activations(place)
+        if not sums.deviation.done:
+            centre = sums.centre.mean.value.to(y.device)
+            sums.deviation.value.update(squared_error(y, centre), batch.ordinary)
+        for kind, loss in ablated.items():
+            fill = torch.zeros_like(y[:1]) if kind == "zero" else sums.centre.mean.value.to(y.device)[None]
+            self._add(batch.spliced(place, fill.expand_as(y)), loss)
 
-    def _measure(self) -> None:
-        start = self._resume()
-        head = LogitHead(self.model, self.settings.memory_budget // 4)
-        used = [s for n, s in enumerate(self.subjects) if self._needs(n, s)]
-        places = list(dict.fromkeys(subject.place for subject in used))
-        for number, batch in enumerate(self._batches("evaluating", places, start)):
-            if number == 0:
-                batch.clean.check(target_of(place) for place in places)
-            Step(self, head, batch).measure()
-            done = batch.start + batch.tokens.shape[0]
-            if (number + 1) % self.settings.checkpoint_every == 0 and done < self.rows.ids.shape[0]:
-                self._checkpoint(done)
-
-    def _needs(self, number: int, subject: Subject) -> bool:
-        place = target_of(subject.place).key
-        names = [f"sae {number}", f"uniformity {number}", *(f"{kind} {place}" for kind in ("deviation", *ABLATIONS))]
-        return any(self.wanted(name) for name in names)
-
-    def _checkpoint(self, done: int) -> None:
-        if not self._caching:
+    def _measure_sae(self, number: int, target: Place, gradients: Gradients | None) -> None:
+        run, batch, sums = self.run, self.batch, self.sums.saes[number]
+        if all(piece.done for piece in self.sums.of_sae(number)):
             return
-        state = {"rows": torch.tensor(done)}
-        for number, name in enumerate(self._pending()):
-            state |= self.units[name].state(f"{number}/")
-        self.store.save(self._checkpoint_key, state)
+        subject = run.subjects[number]
+        sae, x = subject.get(), batch.activations(subject.place)
+        if gradients is not None:
+            self._measure_uniformity(self.sums.uniformity[number].value, sae, subject.place, gradients)
+        if sums.done:
+            return
+        acts, out = latents_and_output(sae, x)
+        sums.l0.update(l0(acts), batch.ordinary)
+        sums.fired.update(acts)
+        sums.error.update(squared_error(batch.activations(target), out), batch.ordinary)
+        self._add(batch.spliced(target, out), sums.loss, sums.kl)
 
-    def _resume(self) -> int:
-        kept = self.store.load(self._checkpoint_key) if self._caching else None
-        if kept is None:
-            return 0
-        for number, name in enumerate(self._pending()):
-            self.units[name].restore(kept, f"{number}/")
-        return int(kept["rows"])
+    # -- uniformity of latent importance ------------------------------------------------------------------------------
+
+    def _gradients(self) -> dict[int, Gradients]:
+        """Gradients at the place that an SAE writes, by the number of each SAE whose uniformity is to be measured."""
+        run, batch = self.run, self.batch
+        wanted = {n: self.sums.targets[n] for n, piece in enumerate(self.sums.uniformity) if not piece.done}
+        if not wanted:
+            return {}
+        positions = sampled_positions(batch.scored, batch.start, run.settings.uniformity)
+        places = list(dict.fromkeys(wanted.values()))
+        found = logit_gradients(run.model, self.head, batch.tokens, places, positions)
+        return {number: Gradients(positions, found[place]) for number, place in wanted.items()}
+
+    def _measure_uniformity(self, mean: TokenMean, sae: Any, place: Place, gradients: Gradients) -> None:
+        # Row-major order of the sampled positions, which is how a mask lists its True entries.
+        rows, columns = (gradients.positions >= 0).nonzero(as_tuple=True)
+        at = gradients.positions[rows, columns]
+        order = (rows * self.batch.scored.shape[1] + at).argsort()
+        rows, columns, at = rows[order], columns[order], at[order]
+        device = self.batch.tokens.device
+        x = flatten_heads(self.batch.clean.values[place])[rows.to(device), at.to(device)]
+        acts = latents_and_output(sae, x)[0]
+        gradient = gradients.values[rows.to(device), columns.to(device)]
+        values = uniformity(latent_importance(acts, gradient, sae.W_dec.detach()), acts).cpu()
+        kept = ~values.isnan()
+        counted = torch.zeros(self.batch.scored.shape, dtype=torch.bool)
+        counted[rows[kept], at[kept]] = True
+        mean.update(values[kept], counted)
+
+    # -- losses -------------------------------------------------------------------------------------------------------
+
+    def _add(self, final: torch.Tensor, loss: TokenMean, kl: TokenMean | None = None) -> None:
+        normed = self.head.normed(final)[:, :-1][self.batch.scored]
+        self._unscored.append(_Unscored(normed, loss, kl))
+        if len(self._unscored) >= self._most:
+            self._score()
+
+    def _score(self) -> None:
+        """Compute the losses of all residual streams collected so far."""
+        if not self._unscored and self._clean_scored:
+            return
+        others = [(one.normed, one.kl is not None) for one in self._unscored]
+        clean, scores = self.head.score(self._clean, others, self.batch.targets())
+        if not self._clean_scored:
+            self.sums.clean.loss.update(clean, self.batch.scored)
+            self._clean_scored = True
+        for one, score in zip(self._unscored, scores, strict=True):
+            one.loss.update(score.losses, self.batch.scored)
+            if one.kl is not None and score.divergences is not None:
+                one.kl.update(score.divergences, self.batch.scored)
+        self._unscored.clear()
 
 
 def facts_of(model: Any, rows: TokenBatch, special: tuple[int, ...]) -> dict[str, Any]:
-    """What every number measured on a model and token rows depends on, SAEs aside: part of the key of what is kept.
+    """What every number measured on a model and token rows depends on, SAEs aside: a part of each key in the cache.
 
     Raises:
-        GemmaScopeError: when there are hooks on the model, which no key can name.
+        GemmaScopeError: when there are hooks on the model, which no key can describe.
     """
     hooked = [name for name, point in model.hook_dict.items() if point.fwd_hooks]
     if hooked:
@@ -334,10 +320,9 @@ def facts_of(model: Any, rows: TokenBatch, special: tuple[int, ...]) -> dict[str
             f"There are hooks on the model ({', '.join(hooked[:3])}), and a cache cannot tell what they do: remove "
             "them, or measure without cache=."
         )
-    sizes = ("output_logits_soft_cap", "attn_scores_soft_cap", "eps", "window_size", "attn_scale", "rotary_base")
     return {
         "model": fingerprint(model),
-        "config": [model.backend, *(repr(getattr(model.cfg, name, None)) for name in sizes)],
+        "config": [model.backend, *(repr(getattr(model.cfg, name, None)) for name in CONFIG_VALUES)],
         "tokens": hashlib.sha256(rows.ids.contiguous().numpy().tobytes()).hexdigest(),
         "shape": list(rows.ids.shape),
         "special": list(special),

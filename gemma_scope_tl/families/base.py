@@ -282,6 +282,10 @@ class Family:
             raise unknown_name(f"site of {self.title}", name, self.sites)
         return self.sites[name]
 
+    def d_out(self, site: str, dims: ModelDims) -> int:
+        """Width of what a coder at a site writes, heads flattened, in a model of these sizes."""
+        return sum(self.site(name).d_in(dims) for name in self.site(site).writes)
+
     def base_name(self, model: str) -> str:
         """The name of the base model of a released model, base or instruction-tuned; any other name as it is."""
         base = model.removesuffix(self.tuned_suffix)

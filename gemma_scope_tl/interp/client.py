@@ -1,4 +1,9 @@
-"""Language models that answer prompts: an OpenAI-compatible endpoint, or a causal model of Hugging Face's library."""
+"""Language models that answer prompts: an OpenAI-compatible endpoint, or a local causal model of ``transformers``.
+
+The client of endpoints uses httpx, on which the package depends anyway. The ``openai`` package would save some 40 lines
+here and add five dependencies; it would not keep the log, check that the key is sent with encryption only, take the key
+out of error messages, or ask again after a reply without text.
+"""
 
 from __future__ import annotations
 
@@ -27,28 +32,28 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: instructions and a question."""
+    """Instructions and a question."""
 
     system: str
     user: str
 
     def messages(self) -> list[dict[str, str]]:
-        """As chat endpoints and templates take it."""
+        """The list of messages that chat endpoints and templates take."""
         return [{"role": "system", "content": self.system}, {"role": "user", "content": self.user}]
 
 
 class Answerer(Protocol):
-    """Whatever answers prompts."""
+    """A language model that answers prompts."""
 
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
-        """An answer to each prompt, in their order."""
+        """An answer to each prompt, in the order of the prompts."""
         ...
 
 
 class AnswerLog:
-    """Answers in a JSONL file, a line each as it comes, under a hash of what was asked of whom.
+    """Answers by a hash of model, prompt and options, appended to a JSONL file as they arrive.
 
-    A line that was cut short is ignored and asked again. Without a path, answers are remembered by this object alone.
+    A line that was cut short is ignored, so its prompt is asked again. Without a path, answers are kept in memory only.
     """
 
     def __init__(self, path: str | PathLike[str] | None = None) -> None:
@@ -99,25 +104,25 @@ def prompt_key(model: str, prompt: Prompt, options: dict[str, Any]) -> str:
 
 @dataclass
 class ChatClient:
-    """Any endpoint that speaks OpenAI's chat protocol.
+    """A client of any endpoint with OpenAI's chat protocol.
 
-    The key is read from an environment variable when a request is made; it is in no attribute, message or file.
-    Without the variable none is sent, as local servers want it.
+    The key is read from an environment variable when a request is made, and is kept in no attribute, message or file.
+    Without the variable no key is sent, as local servers expect.
 
     Attributes:
         model: its name at the endpoint.
-        base_url: up to and without ``/chat/completions``.
-        log: of answers (:class:`AnswerLog`, or the path of one): what it holds is not asked again.
+        base_url: the part before ``/chat/completions``.
+        log: an :class:`AnswerLog` or the path of one; prompts whose answers it holds are not sent again.
         key_variable: the environment variable with the key.
         timeout: seconds for each request.
-        retries: further attempts after a status such as 429 or 500, a timeout, a broken connection, or an answer that
-            is not what the protocol says.
-        backoff: seconds before the first of them, doubled for each, unless the server says how long.
+        retries: further attempts after a status such as 429 or 500, a timeout, a broken connection, or a reply
+            that does not follow the protocol.
+        backoff: seconds before the first further attempt, doubled for each, unless the server says how long to wait.
         concurrency: requests in flight at once.
-        max_tokens, temperature: of the answers.
+        max_tokens, temperature: settings of generation.
 
     Raises:
-        GemmaScopeError: for a URL that is not http(s); when asked, for whatever remains wrong after all retries.
+        GemmaScopeError: for a URL that is not http(s); from ``answers``, when an attempt is refused or all have failed.
     """
 
     model: str
@@ -141,7 +146,7 @@ class ChatClient:
         self._log = self.log if isinstance(self.log, AnswerLog) else AnswerLog(self.log)
 
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
-        """An answer to each prompt, in their order; equal prompts are asked once."""
+        """An answer to each prompt, in the order of the prompts; equal prompts are sent once."""
         import httpx
 
         options = {"max_tokens": self.max_tokens, "temperature": self.temperature}
@@ -180,7 +185,7 @@ class ChatClient:
         raise AssertionError("a loop of one attempt or more")
 
     def _attempt(self, http: Any, url: str, body: dict[str, Any]) -> tuple[str | None, str, float | None]:
-        """The answer, or None; what went wrong; and the seconds that the server asks to wait for."""
+        """The answer or None, the problem, and the seconds for which the server asks to wait."""
         import httpx
 
         try:
@@ -210,14 +215,14 @@ class ChatClient:
 
 @dataclass
 class LocalModel:
-    """A causal model of Hugging Face's library, asked one prompt at a time with greedy decoding.
+    """A local causal model of ``transformers``, which answers one prompt at a time with greedy decoding.
 
     Attributes:
-        model: with ``generate``.
-        tokenizer: its chat template is used if it has one; else the prompt is plain text.
-        log: as of :class:`ChatClient`.
-        max_tokens: of an answer.
-        name: under which answers are kept.
+        model: a model with ``generate``.
+        tokenizer: the model's. Without a chat template the prompt is plain text.
+        log: as in :class:`ChatClient`.
+        max_tokens: the length of an answer at most.
+        name: the model's name in the log.
     """
 
     model: Any
@@ -236,7 +241,7 @@ class LocalModel:
         """Load a model and its tokenizer by name or from a folder; ``options`` are those of the class.
 
         Raises:
-            GemmaScopeError: when it cannot be had.
+            GemmaScopeError: when it cannot be loaded.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -248,7 +253,7 @@ class LocalModel:
         return cls(model.to(device) if device else model, tokenizer, name=name, **options)
 
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
-        """An answer to each prompt, in their order."""
+        """An answer to each prompt, in the order of the prompts."""
         options = {"max_tokens": self.max_tokens}
         return [self._answer(prompt_key(self.name, prompt, options), prompt) for prompt in prompts]
 
@@ -274,7 +279,7 @@ class LocalModel:
 
 @contextmanager
 def _pool(workers: int) -> Generator[ThreadPoolExecutor]:
-    """Threads; after an error those that wait are given up, and their answers are not."""
+    """A thread pool that cancels requests which have not begun when an error ends the block."""
     pool = ThreadPoolExecutor(workers)
     try:
         yield pool

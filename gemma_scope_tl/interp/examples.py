@@ -1,4 +1,4 @@
-"""Examples of where latents fire, for any number of SAEs in one clean pass of the model over a corpus."""
+"""Examples of where latents fire, for any number of SAEs in one run of the unspliced model over a corpus."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.interp.sampling import Collector, Sampling
-from gemma_scope_tl.sae.indices import as_indices
+from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.text.batch import Text
 from gemma_scope_tl.text.rows import as_tokens, special_ids
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """A window of text, and what one latent does in it.
+    """A window of text with the activations of one latent.
 
     Attributes:
-        latent: its index.
+        latent: index of the latent.
         kind: ``top``, ``quantile`` or ``silent``.
         quantile: 0 for the weakest activations; -1 for other kinds.
-        row, start: of its first token in the corpus.
-        tokens: as text.
+        row, start: row and position of its first token in the corpus.
+        tokens: text of each token.
         values: the latent's activation on each token, 0 where it does not fire or the token is BOS, EOS or padding.
     """
 
@@ -50,7 +50,7 @@ class Example:
 
     @property
     def text(self) -> str:
-        """The tokens, put together."""
+        """The tokens in one string."""
         return "".join(self.tokens)
 
 
@@ -83,12 +83,18 @@ class Examples:
     def __len__(self) -> int:
         return len(self._slots)
 
+    @property
+    def sae_columns(self) -> dict[str, Any]:
+        """The columns of a table that say which SAE a row is about."""
+        subject = self.subject
+        return {"release": subject.release, "id": subject.id, "site": subject.place.site, "layer": subject.place.layer}
+
     def rows(self) -> set[int]:
         """Rows of the corpus that examples come from."""
         return set((self._slots[:, 1] // self._kept.windows_per_row).tolist())
 
     def fill(self, start: int, acts: Any, batch: Batch) -> None:
-        """Take the activations on all tokens of the windows from a batch of rows that begins with row ``start``."""
+        """Take the activations in the windows from rows of the corpus, the first of which is number ``start``."""
         _, window, where, values = self._kept.entries(start, acts, batch.ordinary)
         positions = batch.ordinary.cpu().nonzero(as_tuple=True)[1].numpy()[acts.tokens().cpu().numpy()]
         index = self._kept.index_of(acts)
@@ -99,7 +105,7 @@ class Examples:
         self._values[self._order[place[hit]], positions[hit] % self.sampling.window] = values[hit]
 
     def of(self, latent: int, *kinds: str) -> list[Example]:
-        """A latent's examples, of these kinds or all: the strongest first, then quantiles upwards, then silent ones.
+        """A latent's examples of these kinds (by default all): strongest first, then by quantile, then silent ones.
 
         Raises:
             SpliceError: for a latent that was not collected.
@@ -119,12 +125,10 @@ class Examples:
         """
         import pandas as pd
 
-        place = self.subject.place
-        names = {"release": self.subject.release, "id": self.subject.id, "site": place.site, "layer": place.layer}
         found = self if latents is None else (example for latent in latents for example in self.of(latent))
         rows = [
             {
-                **names,
+                **self.sae_columns,
                 **{key: getattr(one, key) for key in ("latent", "kind", "quantile", "row", "start", "activation")},
                 "text": one.text,
                 "tokens": list(one.tokens),

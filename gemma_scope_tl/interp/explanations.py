@@ -1,7 +1,7 @@
-"""Explanations of latents by a language model that is shown where they fire most.
+"""Explanations of latents by a language model, and scores of how well they predict where the latents fire.
 
 After Bills et al. (Language models can explain neurons in language models, 2023) and EleutherAI's delphi (Automatically
-interpreting millions of features in large language models, arXiv 2410.13928); the words of the prompts are our own.
+interpreting millions of features in large language models, arXiv 2410.13928), with prompts of this package.
 """
 
 from __future__ import annotations
@@ -18,18 +18,31 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.metrics import Bootstrap
 from gemma_scope_tl.interp.client import Answerer, Prompt
 from gemma_scope_tl.interp.examples import Example, Examples
-from gemma_scope_tl.sae.indices import as_indices
+from gemma_scope_tl.sae.arguments import as_indices
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MARKED = 0.3
-"""Tokens with this part of an example's largest activation or more are marked."""
+"""Tokens are marked from this share of the example's largest activation on."""
 INSTRUCTIONS = (
     "A unit inside a language model becomes active on some pieces of text. You are given excerpts on which it is most "
     "active; the tokens on which it is active are marked <<like this>>. Find what the marked tokens, or what leads up "
     "to them, have in common. Answer with one short phrase and nothing else: no quotation of the excerpts, no list. "
     "Begin it with EXPLANATION:"
+)
+HIGHEST = 10
+"""The largest activation that a simulation predicts."""
+DETECTION = (
+    "A unit inside a language model becomes active on text that fits a description. You are given the description and "
+    "some numbered excerpts. For each excerpt in turn say 1 if it holds what is described, 0 if it does not. Answer "
+    "with a JSON list of as many numbers as there are excerpts, such as [1, 0, 0], and nothing else."
+)
+SIMULATION = (
+    "A unit inside a language model becomes active on text that fits a description. You are given the description and "
+    "an excerpt as a JSON list of tokens. Predict how active the unit is on each token, as an integer from 0 (not at "
+    f"all) to {HIGHEST}. Most tokens are 0. Answer with a JSON list of as many integers as there are tokens, and "
+    "nothing else."
 )
 
 
@@ -50,57 +63,10 @@ def explain(client: Answerer, examples: Examples, latents: Iterable[int] | None 
     shown = {latent: examples.of(latent, "top") for latent in chosen}
     shown = {latent: found for latent, found in shown.items() if found}
     answers = client.answers([explanation_prompt(found) for found in shown.values()])
-    names = subject_columns(examples)
+    names = examples.sae_columns
     columns = [*names, "latent", "explanation"]
     rows = [{**names, "latent": i, "explanation": parsed(answer)} for i, answer in zip(shown, answers, strict=True)]
     return pd.DataFrame(rows, columns=pd.Index(columns))
-
-
-def explanation_prompt(examples: Sequence[Example]) -> Prompt:
-    """What is asked about a latent."""
-    listed = [f"Excerpt {number}: {marked(example)!r}" for number, example in enumerate(examples, 1)]
-    return Prompt(INSTRUCTIONS, "\n".join(listed))
-
-
-def marked(example: Example) -> str:
-    """The example's text with the active tokens marked; neighbours share their marks."""
-    limit = MARKED * example.activation
-    parts: list[str] = []
-    inside = False
-    for token, value in zip(example.tokens, example.values.tolist(), strict=True):
-        active = value > 0 and value >= limit
-        if active != inside:
-            parts.append("<<" if active else ">>")
-            inside = active
-        parts.append(token)
-    return "".join(parts) + (">>" if inside else "")
-
-
-def parsed(answer: str) -> str:
-    """The explanation in an answer: what follows the last ``EXPLANATION:``, or all of it, on one line."""
-    text = re.split(r"explanation\s*:", answer, flags=re.IGNORECASE)[-1]
-    return " ".join(text.split()).strip("*\"' ")
-
-
-def subject_columns(examples: Examples) -> dict[str, Any]:
-    """What says which SAE a row is about."""
-    subject = examples.subject
-    place = subject.place
-    return {"release": subject.release, "id": subject.id, "site": place.site, "layer": place.layer}
-
-
-HIGHEST = 10
-DETECTION = (
-    "A unit inside a language model becomes active on text that fits a description. You are given the description and "
-    "some numbered excerpts. For each excerpt in turn say 1 if it holds what is described, 0 if it does not. Answer "
-    "with a JSON list of as many numbers as there are excerpts, such as [1, 0, 0], and nothing else."
-)
-SIMULATION = (
-    "A unit inside a language model becomes active on text that fits a description. You are given the description and "
-    "an excerpt as a JSON list of tokens. Predict how active the unit is on each token, as an integer from 0 (not at "
-    f"all) to {HIGHEST}. Most tokens are 0. Answer with a JSON list of as many integers as there are tokens, and "
-    "nothing else."
-)
 
 
 def detection_scores(
@@ -113,7 +79,7 @@ def detection_scores(
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Balanced accuracy of saying in which texts a latent fires: 0.5 for guessing, 1 for always right.
+    """Balanced accuracy of predicting from an explanation in which texts a latent fires: 0.5 is chance, 1 is perfect.
 
     Args:
         client: answers the prompts.
@@ -124,12 +90,12 @@ def detection_scores(
 
     Returns:
         A row per latent: ``release, id, site, layer, latent, explanation, detection, detection_low, detection_high,
-        sensitivity`` (share of firing texts found), ``specificity`` (share of silent ones left), ``detection_examples,
-        detection_unread``. NaN where firing or silent texts are missing: a latent has no quantiles when it fires in
-        hardly more windows than its strongest examples take.
+        sensitivity`` (share of firing texts that are found), ``specificity`` (share of silent texts that are rejected),
+        ``detection_examples, detection_unread`` (texts without a readable answer). NaN where firing or silent texts are
+        missing: a latent has no quantiles when it fires in few more windows than its strongest examples take.
 
     Raises:
-        GemmaScopeError: for fewer than one text in a prompt.
+        GemmaScopeError: when ``shown`` is below 1.
     """
     import pandas as pd
 
@@ -151,7 +117,7 @@ def detection_scores(
             said[latent] += [(e.kind != "silent", n > 0) for e, n in zip(part, found, strict=True)]
     rows = [
         {
-            **subject_columns(examples),
+            **examples.sae_columns,
             "latent": latent,
             "explanation": explanation,
             **_detection(said[latent], confidence, resamples, seed),
@@ -163,7 +129,7 @@ def detection_scores(
 
 
 def _detection(pairs: Sequence[tuple[bool, bool]], confidence: float, resamples: int, seed: int) -> dict[str, float]:
-    """The scores of one latent from what is true and what was said of each text."""
+    """The scores of one latent from pairs of whether it fires in a text and whether the answer says so."""
     fires, said = np.asarray(pairs, bool).reshape(-1, 2).T
     right = fires == said
     sums = [torch.from_numpy(part.astype(float)) for part in (fires & right, fires, ~fires & right, ~fires)]
@@ -188,7 +154,7 @@ def simulation_scores(
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Correlation of simulated with true activations: 0 for guessing, 1 for a perfect simulation up to scale.
+    """Correlation of simulated with true activations: 0 is chance, 1 is a perfect simulation up to scale.
 
     Args:
         client, examples, explanations, confidence, resamples, seed: as of :func:`detection_scores`.
@@ -216,7 +182,7 @@ def simulation_scores(
         bounds = Bootstrap(len(table), resamples, confidence, seed).interval(correlation, *table.T)
         rows.append(
             {
-                **subject_columns(examples),
+                **examples.sae_columns,
                 "latent": latent,
                 "explanation": explanation,
                 "simulation": float(correlation(*table.sum(0).numpy())),
@@ -229,20 +195,46 @@ def simulation_scores(
     return pd.DataFrame(rows)
 
 
+def explanation_prompt(examples: Sequence[Example]) -> Prompt:
+    """The question for an explanation of a latent."""
+    listed = [f"Excerpt {number}: {marked(example)!r}" for number, example in enumerate(examples, 1)]
+    return Prompt(INSTRUCTIONS, "\n".join(listed))
+
+
+def marked(example: Example) -> str:
+    """The example's text with each run of active tokens between ``<<`` and ``>>``."""
+    limit = MARKED * example.activation
+    parts: list[str] = []
+    inside = False
+    for token, value in zip(example.tokens, example.values.tolist(), strict=True):
+        active = value > 0 and value >= limit
+        if active != inside:
+            parts.append("<<" if active else ">>")
+            inside = active
+        parts.append(token)
+    return "".join(parts) + (">>" if inside else "")
+
+
+def parsed(answer: str) -> str:
+    """The explanation in an answer: what follows the last ``EXPLANATION:``, or all of it, on one line."""
+    text = re.split(r"explanation\s*:", answer, flags=re.IGNORECASE)[-1]
+    return " ".join(text.split()).strip("*\"' ")
+
+
 def detection_prompt(explanation: str, examples: Sequence[Example]) -> Prompt:
-    """What is asked about some texts."""
+    """The question whether texts fit an explanation."""
     listed = [f"Excerpt {number}: {example.text!r}" for number, example in enumerate(examples, 1)]
     return Prompt(DETECTION, "\n".join([f"Description: {explanation}", *listed]))
 
 
 def simulation_prompt(explanation: str, example: Example) -> Prompt:
-    """What is asked about the tokens of a text."""
+    """The question how active the latent is on each token of a text."""
     tokens = json.dumps(list(example.tokens), ensure_ascii=False)
     return Prompt(SIMULATION, f"Description: {explanation}\nTokens ({len(example.tokens)}): {tokens}")
 
 
 def numbers(answer: str, count: int, highest: int) -> list[float] | None:
-    """The last JSON list in an answer, if it holds ``count`` numbers from 0 to ``highest``.
+    """The last JSON list of ``count`` numbers from 0 to ``highest`` in an answer, or None.
 
     >>> numbers("The answer: [1, 0, true]", 3, 1)
     [1.0, 0.0, 1.0]
@@ -261,7 +253,7 @@ def numbers(answer: str, count: int, highest: int) -> list[float] | None:
 
 
 def balanced_accuracy(found: Any, firing: Any, left: Any, silent: Any) -> Any:
-    """The mean of the shares of firing texts found and of silent texts left; NaN without one of the kinds."""
+    """The mean of sensitivity and specificity, from counts; NaN where there are no firing or no silent texts."""
     with np.errstate(all="ignore"):
         return (np.divide(found, firing) + np.divide(left, silent)) / 2
 

@@ -1,14 +1,13 @@
-"""Feature JSON in the shape that Neuronpedia's tools write and read.
+"""Feature JSON in the format of Neuronpedia's tools.
 
 Modelled on the classes in ``sae_dashboard/neuronpedia/neuronpedia_dashboard.py`` of SAEDashboard, whose runner makes
 the ``batch-N.json`` files of Neuronpedia's dashboards: ``model_id, layer, sae_set`` and a list of features with the
 fields that :func:`_feature` fills in. ``topkCosSimIndices``, ``topkCosSimValues`` and ``maxActApprox`` are fields of
-Neuronpedia's own exports. The real importer was not reached, so nothing here shows that it takes these files as they
-are.
+Neuronpedia's own exports. These files have not been tested with Neuronpedia's importer.
 
-What differs: examples are this package's windows, without a quota by interval width; the ``correlated_*`` lists are
-empty (correlations of latents with neurons and with each other over the corpus are not computed); in
-``topkCosSimIndices`` the latent itself comes first, as in the exports.
+Differences: examples are this package's windows, without a quota by interval width; the ``correlated_*`` lists are
+empty, since no correlations of latents with neurons or with each other are computed; in ``topkCosSimIndices`` the
+latent itself comes first, as in the exports.
 """
 
 from __future__ import annotations
@@ -26,12 +25,13 @@ from numpy.typing import NDArray
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, rows_that_fit
-from gemma_scope_tl.evals.saes import Subject, fingerprint, latents_of, subjects_of
+from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.interp.examples import Examples, chosen_latents, passes, top_examples
 from gemma_scope_tl.interp.sampling import Sampling
 from gemma_scope_tl.latents.logit_lens import latent_logits
 from gemma_scope_tl.text.rows import as_tokens
+from gemma_scope_tl.weights.fingerprint import fingerprint
 
 BINS = 50
 SETTINGS = "run_settings.json"
@@ -56,14 +56,14 @@ def export_neuronpedia(
     """Write the features of an SAE as ``batch-0.json``, ``batch-1.json``, … with the settings beside them.
 
     Three passes of the model over the corpus (:func:`~gemma_scope_tl.interp.top_examples`, and one for histograms),
-    whatever the number of features. Each file is written whole; files that are there are kept, and when all are, no
+    for any number of features. Each file is written whole. Files that exist are kept, and when all of them exist, no
     pass is made.
 
     Args:
         model, data, context, batch_size, progress, memory_budget: as :func:`~gemma_scope_tl.evals.suite.evaluate`
             takes them.
         sae: one SAE.
-        folder: made if need be.
+        folder: created where it does not exist.
         latents: which ones; None for all.
         features_per_batch: latents in a file.
         sampling: of the examples; by default windows of ``context`` tokens.
@@ -126,7 +126,7 @@ def _settings(
     features_per_batch: int,
     drawn: Sampling,
 ) -> dict[str, Any]:
-    """What a folder of batches is made of."""
+    """Everything on which the content of the batches depends."""
     return {
         "sae_id": subject.id,
         "sae": subject.fingerprint(),
@@ -168,7 +168,7 @@ def _histograms(
 
 
 def _decoder_facts(model: Any, sae: Any, latents: list[int], k: int = 10, near: int = 6) -> dict[int, dict[str, Any]]:
-    """What a latent's decoder row says: logits, nearest rows by cosine, largest entries."""
+    """Facts from each latent's decoder row: logits, nearest rows by cosine, largest entries."""
     logits = latent_logits(model, sae, latents)
     rows = torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1)
     cosines, indices = (rows[latents] @ rows.T).topk(min(near, rows.shape[0]), dim=1)

@@ -1,15 +1,16 @@
-"""Which windows of a corpus are kept as a latent's examples: streaming, mergeable, bounded, fixed by a seed.
+"""The choice of windows of a corpus that are kept as a latent's examples, made while the corpus streams by.
+
+Memory is bounded, samples of parts of a corpus can be merged, and a seed fixes the result.
 
 Rows of tokens are cut into windows; a window's activation is the largest of its tokens'. Each latent keeps
 
 - the windows of largest activation;
 - a uniform sample of the windows in which it fires, later cut into quantiles of activation: every pair of window and
-  latent has a priority, which is a hash of the seed and both, and the lowest ones stay. That is sampling without
-  replacement, and what stays depends neither on the order of the data nor on how it was cut into batches;
-- windows in which it does not fire, out of a pool of windows that all latents share and that is drawn the same way.
+  latent has a priority, a hash of the seed and both, and the lowest priorities are kept. This is sampling without
+  replacement, which depends neither on the order of the data nor on its division into batches;
+- windows in which it does not fire, from a pool of windows that all latents share and that is drawn in the same way.
 
-Activations come from passes of the model, which round differently for other batch sizes; two windows whose activations
-agree to that many digits may change places.
+Forward passes round differently at other batch sizes, so two windows of nearly equal activation may change places.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Sampling:
         quantiles, per_quantile: bins of activation, and windows from each.
         silent: windows in which the latent does not fire.
         window: tokens in a window.
-        pool: windows out of which silent ones are drawn; a latent that fires in almost all of them gets fewer.
+        pool: windows from which silent ones are drawn; a latent that fires in almost all of them gets fewer.
         seed: of all draws.
     """
 
@@ -62,7 +63,7 @@ class Sampling:
         return 4 * self.quantiles * self.per_quantile
 
     def bytes_per_latent(self) -> int:
-        """What a latent costs while data streams by: 20 bytes a kept window, a byte for each window of the pool.
+        """Bytes that are held for each latent: 20 for a kept window, and one for each window of the pool.
 
         >>> Sampling().bytes_per_latent()
         2332
@@ -71,13 +72,13 @@ class Sampling:
 
 
 class Collector:
-    """The samples of one SAE's latents, fed batch by batch.
+    """The samples of one SAE's latents, collected batch by batch.
 
     Args:
-        latents: which ones, int64 ``[n]``.
+        latents: indices of those to sample, int64 ``[n]``.
         d_sae: how many the SAE has.
         context: tokens in a row.
-        sampling: what to keep.
+        sampling: how many windows to keep.
     """
 
     def __init__(self, latents: Array, d_sae: int, context: int, sampling: Sampling) -> None:
@@ -93,17 +94,17 @@ class Collector:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now; they do not grow with the data."""
+        """Bytes that are held; they do not grow with the data."""
         held = (self.top, self.sample, self.pool)
         return sum(part.nbytes for part in held) + self.fired.nbytes + self.maxima.nbytes + self._index.nbytes
 
     def update(self, start: int, acts: SparseActs, ordinary: Bool[torch.Tensor, "batch pos"]) -> None:
-        """Take in rows of tokens.
+        """Add rows of tokens.
 
         Args:
             start: number of the first row in the corpus.
             acts: the latents of the ordinary tokens, in the order of ``ordinary``'s True entries.
-            ordinary: which tokens count.
+            ordinary: False for BOS, EOS and padding.
         """
         seen, window, where, values = self.entries(start, acts, ordinary)
         np.add.at(self.fired, where, 1)
@@ -131,14 +132,14 @@ class Collector:
         return np.unique(windows), windows[token[kept]], where[kept], values[kept]
 
     def index_of(self, acts: SparseActs) -> Array:
-        """The place of each entry's latent among those kept, -1 for the others."""
+        """The index of each entry's latent among those sampled, -1 for the others."""
         return self._index[acts.latents.cpu().numpy()]
 
     def merge(self, other: Collector) -> None:
-        """Take in what ``other`` saw of other rows of the same corpus.
+        """Add the samples of ``other``, which has seen other rows of the same corpus.
 
         Raises:
-            GemmaScopeError: when it keeps other latents, or keeps them otherwise.
+            GemmaScopeError: when it samples other latents, or in another way.
         """
         if self.sampling != other.sampling or not np.array_equal(self.latents, other.latents):
             raise GemmaScopeError("Samples of other latents, or drawn otherwise, cannot be merged.")
@@ -165,7 +166,7 @@ class Collector:
 
 
 class Lowest:
-    """The ``k`` entries of lowest score of each latent, with their windows; of equal scores the earlier window."""
+    """The ``k`` entries of lowest score of each latent, with their windows; the earlier window of equal scores."""
 
     def __init__(self, n: int, k: int) -> None:
         self.scores = np.full((n, k), np.inf)
@@ -178,7 +179,7 @@ class Lowest:
         return self.scores.nbytes + self.windows.nbytes + self.values.nbytes
 
     def update(self, where: Array, scores: Array, windows: Array, values: Array) -> None:
-        """Take in entries, each of the latent with index ``where``."""
+        """Add entries, each of the latent with index ``where``."""
         k = self.scores.shape[1]
         order = np.lexsort((windows, scores, where))
         where, scores, windows, values = where[order], scores[order], windows[order], values[order]
@@ -225,7 +226,7 @@ class Pool:
         return self.scores.nbytes + self.windows.nbytes + self.active.nbytes
 
     def update(self, seen: Array, scores: Array, window: Array, where: Array) -> None:
-        """Take in windows ``seen`` with their priorities, and the pairs of window and latent that are active."""
+        """Add windows with their priorities, and the pairs of window and latent that are active."""
         best = np.argsort(scores, kind="stable")[: self.size]
         kept = np.sort(seen[best])
         active = np.zeros((len(kept), self.active.shape[1]), bool)
@@ -235,7 +236,7 @@ class Pool:
         self._add(scores[np.searchsorted(seen, kept)], kept, active)
 
     def merge(self, other: Pool) -> None:
-        """Take in what ``other`` holds."""
+        """Add the windows of another pool."""
         self._add(other.scores, other.windows, other.active)
 
     def silent(self, number: int) -> Array:
@@ -250,7 +251,7 @@ class Pool:
 
 
 def hashed(seed: int, first: Array, second: Array | int) -> NDArray[np.float64]:
-    """Numbers in [0, 1) that look random and are functions of seed, ``first`` and ``second`` (splitmix64)."""
+    """Pseudo-random numbers in [0, 1) as a function of seed, ``first`` and ``second`` (splitmix64)."""
     state = np.full(np.shape(first), np.uint64(seed & (2**64 - 1)))
     for part in (np.asarray(first), np.asarray(second)):
         state = _mixed(state ^ part.astype(np.int64).astype(np.uint64))

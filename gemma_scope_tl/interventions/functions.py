@@ -11,7 +11,7 @@ from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, SteerLatents, SteerRows
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.access import chosen_latents, locate
-from gemma_scope_tl.sae.indices import shown
+from gemma_scope_tl.sae.arguments import shown
 from gemma_scope_tl.text.tokens import ExcludeTokens
 
 if TYPE_CHECKING:

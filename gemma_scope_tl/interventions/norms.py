@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sae.indices import as_indices
+from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sites import Site, flatten_heads
 from gemma_scope_tl.text.batch import Text, as_batch
 from gemma_scope_tl.text.tokens import special_token_ids

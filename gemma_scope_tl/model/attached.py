@@ -15,8 +15,8 @@ from gemma_scope_tl.model.protocol import HasSites
 from gemma_scope_tl.model.splice_options import SpliceOptions
 from gemma_scope_tl.sae.access import decode_with_skip
 from gemma_scope_tl.sae.base import GemmaScopeMixin
+from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sae.hooked_pass import hooked_pass, is_hooked
-from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import Site, flatten_heads, unflatten_heads
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.model.keywords import named
 from gemma_scope_tl.model.positions import move_rows
 from gemma_scope_tl.model.tracker import Generation, TokenTracker
-from gemma_scope_tl.sae.indices import as_indices
+from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.text.batch import TokenBatch, as_batch
 from gemma_scope_tl.text.tokens import TextRead, attendable, text_mask
 

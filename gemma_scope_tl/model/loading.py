@@ -126,7 +126,7 @@ def move_given(hf_model: Any, dtype: torch.dtype | None, device: torch.device | 
             hf_model.to(device)
     except ValueError as error:  # quantised and dispatched models refuse
         raise AdapterError(f"This hf_model stays as it is: {error}\nLeave dtype and device out.") from error
-    if hf_model.dtype not in DTYPES.values():
+    if str(hf_model.dtype).removeprefix("torch.") not in DTYPES:
         raise AdapterError(f"This hf_model is in {hf_model.dtype}. Pass dtype=, one of {', '.join(DTYPES)}.")
     make_ordinary(hf_model)  # it may have been loaded in inference mode
     hf_model.config._attn_implementation = "eager"

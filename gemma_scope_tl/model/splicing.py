@@ -16,8 +16,7 @@ from gemma_scope_tl.model.owners import ADVICE, Owner, Turns
 from gemma_scope_tl.model.splice_options import SpliceKeywords, SpliceOptions
 from gemma_scope_tl.model.tracker import TokenTracker
 from gemma_scope_tl.sae.access import locate
-from gemma_scope_tl.sae.choices import as_saes
-from gemma_scope_tl.sae.placement import bring
+from gemma_scope_tl.sae.choices import as_saes, bring
 from gemma_scope_tl.sites import Backend, Family, ModelDims, Site
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 

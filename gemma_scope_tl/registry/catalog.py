@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from gemma_scope_tl.errors import RegistryError, UnknownNameError, nearest, unknown_name
+from gemma_scope_tl.families import families, family_of_model
 from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.locate import add_file, forget_packages, release_files, remove_file
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
@@ -176,13 +177,14 @@ def header_of(release: str) -> Header:
 
 
 def checked_model(model: str) -> str:
-    """The registry's name of a model (``google/`` taken off), which must have SAEs of its own.
+    """The registry's name of a model (without its publisher's, such as ``google/``), which must have SAEs of its own.
 
     Raises:
         UnknownNameError: with the nearest names; for an instruction-tuned model the base model's releases; for the
             name of a release or a folder of SAEs how to load from it.
     """
-    name = model.removeprefix("google/")
+    owner, _, short = model.rpartition("/")
+    name = short if owner in {family.owner for family in families()} else model
     known = dict.fromkeys(h.model for h in headers())
     if name not in known:
         raise unknown_name("model", model, known, _release_hint(model) or _folder_hint(model) or _base_hint(name))
@@ -280,7 +282,7 @@ def _no_canonical_hint(id_: str, ids: Iterable[str]) -> str:
 
 def _base_hint(model: str) -> str:
     """What to do instead, for an instruction-tuned model: name the base model's releases; never take them unasked."""
-    base = model.removesuffix("-it")
+    base = model.removesuffix(family_of_model(model).tuned_suffix)
     found = [h.release for h in headers() if h.model == base]
     if base == model or not found:
         return ""

@@ -17,8 +17,10 @@ _RESERVED = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
 def render_release(release: ReleaseFile) -> str:
     """The YAML text of a release: one line a row, keys that hold their default left out, the same text every time."""
     lines = [SCHEMA_LINE]
-    for key in ("release", "canonical_release", "repo", "model", "license", "description", "format"):
-        lines.append(f"{key}: {_scalar(getattr(release, key))}")
+    for key in ("release", "canonical_release", "repo", "model", "family", "license", "description", "format"):
+        value = getattr(release, key)
+        if key != "family" or value is not None:
+            lines.append(f"{key}: {_scalar(value)}")
     lines += ["notes:", *(f"  - {_scalar(note)}" for note in release.notes)] if release.notes else ["notes: []"]
     return "\n".join([*lines, "saes:", *(f"  - {_row(entry)}" for entry in release.saes), ""])
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -23,9 +22,11 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from gemma_scope_tl.errors import RegistryError, UnknownNameError, unknown_name
+from gemma_scope_tl.errors import RegistryError, UnknownNameError
+from gemma_scope_tl.families import Family, family_named, family_of_model
 from gemma_scope_tl.registry.locate import inside
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
+from gemma_scope_tl.registry.problems import Problem, canonical_id, cross_row_problems, error_text, raw_rows, row_name
 from gemma_scope_tl.registry.widths import parse_width, width_label
 from gemma_scope_tl.sites import SITES, get_site
 
@@ -71,7 +72,8 @@ class SAEEntry(BaseModel):
         layer: counts from 0; null for the embedding, which exists once.
         width: label of ``d_sae``, such as ``16k``.
         d_sae: number of latents.
-        d_in: width of the site's flattened activations.
+        d_in: width of what the SAE reads, heads flattened.
+        d_out: width of what it writes; null for ``d_in``.
         l0: mean number of active latents, from the folder name; null when it is not known.
         path: folder inside the repository that holds the weights file.
         neuronpedia: ``model/layer-source`` where Neuronpedia has a dashboard.
@@ -89,6 +91,7 @@ class SAEEntry(BaseModel):
     width: str
     d_sae: Annotated[int, Field(gt=0)]
     d_in: Annotated[int, Field(gt=0)]
+    d_out: Annotated[int, Field(gt=0)] | None = None
     l0: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     path: RelativePath
     neuronpedia: RelativePath | None = None
@@ -100,7 +103,7 @@ class SAEEntry(BaseModel):
     @property
     def canonical_id(self) -> str | None:
         """SAELens's ``…/canonical`` name of a canonical row, else None."""
-        return _canonical_id(self.id) if self.canonical else None
+        return canonical_id(self.id) if self.canonical else None
 
     @field_validator("site", mode="before")
     @classmethod
@@ -118,6 +121,14 @@ class SAEEntry(BaseModel):
             needs = "needs a layer" if layer is None else f"exists once: its layer is null, not {layer}"
             raise ValueError(f"site {site!r} {needs}")
         return layer
+
+    @field_validator("d_out", mode="after")
+    @classmethod
+    def _d_out_suits_site(cls, d_out: int | None, info: ValidationInfo) -> int | None:
+        site, d_in = info.data.get("site"), info.data.get("d_in")
+        if d_out not in (None, d_in) and d_in is not None and site is not None and not get_site(site).is_transcoder:
+            raise ValueError(f"an SAE of site {site!r} writes what it reads, {d_in} values, not {d_out}")
+        return d_out
 
     @field_validator("width", mode="before")
     @classmethod
@@ -148,6 +159,12 @@ class SAERow(SAEEntry):
     model: str
     repo: str
     format: Format = "gemma-scope"
+    family: str | None = None
+
+    @property
+    def model_family(self) -> Family:
+        """The family of the model: the release's ``family``, or the one that the model's name belongs to."""
+        return family_of_model(self.model) if self.family is None else family_named(self.family)
 
     @property
     def weights_path(self) -> str:
@@ -163,6 +180,8 @@ class ReleaseFile(BaseModel):
         canonical_release: SAELens's second name, under which only the canonical ids exist, or null.
         repo: ``owner/name`` on Hugging Face; ``./folder`` (or ``.``) beside this file; ``/a/folder``; or ``bundled``.
         model: the model the SAEs read, without its owner: ``gemma-2-2b``.
+        family: the model's family, whose sites the rows name: ``gemma2``. Null for the one that the model's name
+            belongs to, and for the first one where the name belongs to none.
         license: SPDX identifier of the weights' licence.
         description: one line for people.
         notes: what a user should know about the release; where it differs from other catalogues, and why.
@@ -176,6 +195,7 @@ class ReleaseFile(BaseModel):
     canonical_release: Name | None = None
     repo: Annotated[str, AfterValidator(_repo), Field(json_schema_extra={"pattern": f"^{_REPO}$"})]
     model: Name
+    family: Name | None = None
     license: Annotated[str, Field(min_length=1)]
     description: Annotated[str, Field(min_length=1)]
     notes: list[str] = Field(default_factory=list[str])
@@ -190,7 +210,7 @@ class ReleaseFile(BaseModel):
         Raises:
             RegistryError: when ``repo`` is a folder beside the file, and the release was not read from a file.
         """
-        shared: dict[str, Any] = {key: getattr(self, key) for key in ("release", "model", "format")}
+        shared: dict[str, Any] = {key: getattr(self, key) for key in ("release", "model", "format", "family")}
         shared["repo"] = resolved_repo(self.repo, self._folder)
         return tuple(SAERow.model_construct(**dict(entry), **shared) for entry in self.saes)  # checked already
 
@@ -199,23 +219,20 @@ class ReleaseFile(BaseModel):
         self._folder = folder
         return self
 
+    @field_validator("family", mode="after")
+    @classmethod
+    def _family_is_known(cls, family: str | None) -> str | None:
+        try:
+            return None if family is None else family_named(family).name
+        except UnknownNameError as error:
+            raise ValueError(str(error)) from None
+
     @model_validator(mode="after")
     def _rows_agree(self) -> ReleaseFile:
-        problems = _cross_row_problems(self.model_dump())
+        problems = cross_row_problems(self.model_dump())
         if problems:
             raise PydanticCustomError(CROSS_ROWS, "{text}", {"text": "; ".join(map(str, problems))})
         return self
-
-
-class Problem(NamedTuple):
-    """One error of a registry file."""
-
-    row: str
-    field: str
-    text: str
-
-    def __str__(self) -> str:
-        return ": ".join(part for part in self if part)
 
 
 def parse_release(data: object, source: str) -> ReleaseFile:
@@ -242,7 +259,7 @@ def validate_release(data: object) -> tuple[ReleaseFile | None, list[Problem]]:
         details = [d for d in error.errors(include_url=False) if d["type"] != CROSS_ROWS]
     problems = [_problem(detail, data) for detail in details]
     if isinstance(data, Mapping):
-        problems += _cross_row_problems(cast("Mapping[str, object]", data))
+        problems += cross_row_problems(cast("Mapping[str, object]", data))
     return None, problems
 
 
@@ -291,78 +308,16 @@ def escaping_rows(rows: Iterable[SAERow]) -> list[Problem]:
     return problems
 
 
-def _canonical_id(id_: str) -> str:
-    head, slash, _ = id_.rpartition("/")
-    return f"{head}{slash}canonical"
-
-
-def _raw_rows(data: object) -> Sequence[object]:
-    rows = cast("Mapping[str, object]", data).get("saes") if isinstance(data, Mapping) else None
-    return cast("list[object]", rows) if isinstance(rows, list) else ()
-
-
-def _row_name(index: int, row: object) -> str:
-    id_ = cast("Mapping[str, object]", row).get("id") if isinstance(row, Mapping) else None
-    return id_ if isinstance(id_, str) and id_ else f"row {index + 1}"
-
-
 def _problem(detail: ErrorDetails, data: object) -> Problem:
     """One pydantic error in our words: the row's id and the field in place of a location tuple."""
     loc = list(detail["loc"])
     row = ""
     if len(loc) > 1 and loc[0] == "saes" and isinstance(loc[1], int):
-        row = _row_name(loc[1], _raw_rows(data)[loc[1]])
+        row = row_name(loc[1], raw_rows(data)[loc[1]])
         loc = loc[2:]
     fields = SAEEntry.model_fields if row else ReleaseFile.model_fields
     field = ".".join(str(part) for part in loc)
-    if detail["type"] == "missing":
-        return Problem(row, field, "is missing")
-    if detail["type"] == "extra_forbidden":
-        return Problem(row, field, str(unknown_name("key", field, fields)))
-    if detail["type"] == "value_error":
-        return Problem(row, field, str(detail.get("ctx", {}).get("error", detail["msg"])))
-    given = repr(detail["input"])
-    words = "should be a mapping of keys" if detail["type"] == "model_type" else detail["msg"]
-    return Problem(row, field, f"{words}, not {given if len(given) < 80 else given[:77] + '...'}")
-
-
-def _cross_row_problems(data: Mapping[str, object]) -> list[Problem]:
-    """What single rows cannot know. Works on unchecked data, so that it can be reported beside other problems."""
-    rows = [cast("Mapping[str, object]", row) for row in _raw_rows(data) if isinstance(row, Mapping)]
-    named = [
-        cast("Mapping[str, object]", row).get("id") if isinstance(row, Mapping) else None for row in _raw_rows(data)
-    ]
-    ids = [id_ if isinstance(id_, str) else index for index, id_ in enumerate(named)]
-    problems = [Problem(id_, "id", _rows_text(at) + " have this id") for id_, at in _repeated(ids).items()]
-    canonical = [row for row in rows if row.get("canonical") is True and isinstance(row.get("id"), str)]
-    places = [tuple(str(row.get(key)) for key in ("site", "layer", "width")) for row in canonical]
-    crowded = _repeated(places)
-    for place, at in crowded.items():
-        first = str(canonical[at[0]]["id"])
-        text = "{n} rows of site {0}, layer {1}, width {2} are canonical".format(*place, n=len(at))
-        problems.append(Problem(first, "canonical", text))
-    names = [_canonical_id(str(r["id"])) for r, place in zip(canonical, places, strict=True) if place not in crowded]
-    shared = _repeated(names)
-    problems += [
-        Problem(id_, "canonical", f"{len(at)} canonical rows would share this id") for id_, at in shared.items()
-    ]
-    taken = sorted(set(names) & set(ids))
-    problems += [Problem(name, "canonical", "is the canonical name of another row") for name in taken]
-    if (release := data.get("release")) is not None and data.get("canonical_release") == release:
-        problems.append(Problem("", "canonical_release", f"is the release's own name, {release!r}"))
-    return problems
-
-
-def _repeated(values: Iterable[Any]) -> dict[Any, list[int]]:
-    """The values that occur more than once, and where."""
-    places: defaultdict[Any, list[int]] = defaultdict(list)
-    for index, value in enumerate(values):
-        places[value].append(index)
-    return {value: at for value, at in places.items() if len(at) > 1}
-
-
-def _rows_text(at: Sequence[int]) -> str:
-    return f"rows {', '.join(str(index + 1) for index in at[:-1])} and {at[-1] + 1}"
+    return Problem(row, field, error_text(detail, fields, {"model_type": "should be a mapping of keys"}))
 
 
 def _broken(source: str, problems: Sequence[Problem]) -> RegistryError:

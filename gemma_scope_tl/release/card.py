@@ -1,4 +1,4 @@
-"""The model card of a repository: what it holds, how it was made and how it is loaded. Nothing is invented."""
+"""The model card of a repository: what it holds, how the SAEs were trained and how they are loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.release.metrics import COLUMNS, Row
-from gemma_scope_tl.release.release_saes import About, Item
+from gemma_scope_tl.release.release_saes import About, ReleaseSAE
 
 NOT_STATED = "Not stated by the authors."
 TAGS = ("sparse-autoencoder", "jumprelu", "mechanistic-interpretability")
@@ -21,7 +21,7 @@ _ENTITIES = {"<": "&lt;", "&": "&amp;"}
 
 def render_card(
     name: str,
-    items: Sequence[Item],
+    saes: Sequence[ReleaseSAE],
     paths: Sequence[str],
     rows: Sequence[Row | None],
     about: About,
@@ -31,22 +31,22 @@ def render_card(
 
     Args:
         name: of the release.
-        items: its SAEs.
+        saes: its SAEs.
         paths: their folders in the repository.
         rows: their measurements; see :func:`match_metrics`.
-        about: what the files cannot say.
-        layouts: which of ``gemma-scope``, ``sae-lens`` and ``circuit-tracer`` are there.
+        about: facts that the files do not hold.
+        layouts: those of ``gemma-scope``, ``sae-lens`` and ``circuit-tracer`` that the repository has.
     """
-    kinds = {"transcoders" if item.site == "transcoder" else "SAEs" for item in items}
-    first = f"{len(items)} JumpReLU {' and '.join(sorted(kinds))} of {cell(about.base_model or items[0].model)}."
+    kinds = {"transcoders" if sae.is_transcoder else "SAEs" for sae in saes}
+    first = f"{len(saes)} JumpReLU {' and '.join(sorted(kinds))} of {cell(about.base_model or saes[0].model)}."
     notes = "\n".join("- " + "\n  ".join(note.splitlines()) for note in about.notes)
     sections = [
         _front_matter(about, layouts),
         f"# {name}",
         f"{first} {about.description or ''}".strip(),
-        f"## What is here\n\n{_summary(items)}\n\n{_layout_text(layouts)}",
+        f"## What is here\n\n{_summary(saes)}\n\n{_layout_text(layouts)}",
         f"## Loading\n\n{_loading(name, paths[0], layouts)}",
-        f"## SAEs\n\n{_table(items, paths, rows, about)}",
+        f"## SAEs\n\n{_table(saes, paths, rows, about)}",
         f"## Training data\n\n{about.data or NOT_STATED}",
         f"## Recipe\n\n{_recipe(about)}",
         f"## Licence\n\nThe weights: {cell(about.license)}.",
@@ -56,13 +56,13 @@ def render_card(
 
 
 def cell(value: object) -> str:
-    """A value in a cell or a sentence: on one line, and never as Markdown or HTML."""
+    """A value for a cell or a sentence: on one line, and escaped so that Markdown and HTML show it as text."""
     text = " ".join(str(value).split())
     return re.sub(r"([\\`*\[\]|~])|(<)|(&)|(\b_|_\b)", lambda m: _ENTITIES.get(m[0], f"\\{m[0]}"), text)
 
 
 def code(value: str) -> str:
-    """A value as code, in a cell too: on one line, between more backticks than it holds."""
+    """A value as code, which may stand in a cell: on one line, between more backticks than it holds."""
     text = " ".join(value.split())
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
@@ -80,14 +80,14 @@ def _front_matter(about: About, layouts: Sequence[str]) -> str:
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
 
 
-def _summary(items: Sequence[Item]) -> str:
-    groups: defaultdict[tuple[str, str, int], list[Item]] = defaultdict(list)
-    for item in items:
-        groups[item.model, item.site, item.d_sae].append(item)
+def _summary(saes: Sequence[ReleaseSAE]) -> str:
+    groups: defaultdict[tuple[str, str, int], list[ReleaseSAE]] = defaultdict(list)
+    for sae in saes:
+        groups[sae.model, sae.site, sae.d_sae].append(sae)
     lines = ["| model | site | layers | width | SAEs | L0 |", "|---|---|---|---|---|---|"]
     for (model, site, d_sae), here in groups.items():
-        layers = _ranges(sorted({item.layer for item in here if item.layer is not None}))
-        l0s = sorted(round(item.l0) for item in here)
+        layers = _ranges(sorted({sae.layer for sae in here if sae.layer is not None}))
+        l0s = sorted(round(sae.l0) for sae in here)
         span = str(l0s[0]) if l0s[0] == l0s[-1] else f"{l0s[0]}-{l0s[-1]}"
         lines.append(f"| {cell(model)} | {site} | {layers} | {width_label(d_sae)} ({d_sae}) | {len(here)} | {span} |")
     return "\n".join(lines)
@@ -126,13 +126,13 @@ def _loading(name: str, path: str, layouts: Sequence[str]) -> str:
     return "\n\n".join(lines)
 
 
-def _table(items: Sequence[Item], paths: Sequence[str], rows: Sequence[Row | None], about: About) -> str:
+def _table(saes: Sequence[ReleaseSAE], paths: Sequence[str], rows: Sequence[Row | None], about: About) -> str:
     shown = [name for name in COLUMNS if any(row is not None and name in row for row in rows)]
     head = ["SAE", "site", "layer", "latents", *(COLUMNS[name] for name in shown)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for item, path, row in zip(items, paths, rows, strict=True):
-        layer = "" if item.layer is None else str(item.layer)
-        cells = [code(path), item.site, layer, str(item.d_sae), *(_number((row or {}).get(name)) for name in shown)]
+    for sae, path, row in zip(saes, paths, rows, strict=True):
+        layer = "" if sae.layer is None else str(sae.layer)
+        cells = [code(path), sae.site, layer, str(sae.d_sae), *(_number((row or {}).get(name)) for name in shown)]
         lines.append(f"| {' | '.join(cells)} |")
     if not shown:
         return "\n".join([*lines, "", "No measurements were given; the number in a folder's name is its rounded L0."])

@@ -12,23 +12,24 @@ from safetensors.torch import save_file
 
 from gemma_scope_tl.contributing.draft import CANONICAL_L0
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.families import family_of_model
 from gemma_scope_tl.files import replace_files
 from gemma_scope_tl.registry.widths import width_label
-from gemma_scope_tl.release.release_saes import Item
+from gemma_scope_tl.release.release_saes import ReleaseSAE
 
 
-def transcoder_sets(items: Sequence[Item]) -> dict[str, list[Item]]:
-    """The sets that can be written, by the name of their folder: of every width, one transcoder a layer.
+def transcoder_sets(saes: Sequence[ReleaseSAE]) -> dict[str, list[ReleaseSAE]]:
+    """One set for each width, with one transcoder a layer, by the name of its folder.
 
-    Of several in one layer, the one nearest to an L0 of 100 is taken, of two as near the sparser one.
+    Of several transcoders in a layer, the one nearest to an L0 of 100 is taken, and of two as near the sparser one.
 
     Raises:
         GemmaScopeError: when there are no transcoders, or a width lacks a layer below its last one.
     """
-    by_width: defaultdict[int, dict[int, Item]] = defaultdict(dict)
-    for item in sorted(items, key=lambda item: (abs(item.l0 - CANONICAL_L0), item.l0)):
-        if item.site == "transcoder" and item.layer is not None:
-            by_width[item.d_sae].setdefault(item.layer, item)
+    by_width: defaultdict[int, dict[int, ReleaseSAE]] = defaultdict(dict)
+    for sae in sorted(saes, key=lambda sae: (abs(sae.l0 - CANONICAL_L0), sae.l0)):
+        if sae.is_transcoder and sae.layer is not None:
+            by_width[sae.d_sae].setdefault(sae.layer, sae)
     if not by_width:
         raise GemmaScopeError("circuit-tracer reads transcoders, and there are none among the SAEs.")
     for d_sae, layers in by_width.items():
@@ -40,7 +41,7 @@ def transcoder_sets(items: Sequence[Item]) -> dict[str, list[Item]]:
     return {f"width_{width_label(d)}": [here[layer] for layer in sorted(here)] for d, here in by_width.items()}
 
 
-def write_transcoder_set(folder: Path, items: Sequence[Item], base_model: str) -> None:
+def write_transcoder_set(folder: Path, saes: Sequence[ReleaseSAE], base_model: str) -> None:
     """Write a set of one transcoder a layer, from layer 0 on.
 
     ``layer_L.safetensors`` holds ``W_enc [d_sae, d_model]`` (transposed), ``W_dec``, ``b_enc``, ``b_dec``,
@@ -48,21 +49,23 @@ def write_transcoder_set(folder: Path, items: Sequence[Item], base_model: str) -
     as ``x W_skip^T``. The values are the SAE's own, to the bit.
 
     Args:
-        folder: made if need be.
-        items: sorted by layer.
+        folder: created where it does not exist.
+        saes: one for each layer, sorted by layer.
         base_model: ``owner/name`` of the model.
     """
     import yaml
 
+    site = family_of_model(base_model).site(saes[0].site)
+    block = "blocks.0."  # circuit-tracer puts the block's name before a hook's
     config = {
         "model_name": base_model,
         "model_kind": "transcoder_set",
-        "feature_input_hook": "ln2.hook_normalized",
-        "feature_output_hook": "hook_mlp_out",
+        "feature_input_hook": site.hook_name(0, "hooked_transformer").removeprefix(block),
+        "feature_output_hook": site.hook_name_out(0, "hooked_transformer").removeprefix(block),
     }
-    for item in items:
-        arrays = _arrays(item.load())
-        replace_files(folder, {f"layer_{item.layer}.safetensors": lambda path, arrays=arrays: save_file(arrays, path)})
+    for sae in saes:
+        arrays = _arrays(sae.load())
+        replace_files(folder, {f"layer_{sae.layer}.safetensors": lambda path, arrays=arrays: save_file(arrays, path)})
     text = yaml.safe_dump(config, sort_keys=False)
     replace_files(folder, {"config.yaml": lambda path: path.write_text(text)})
 

@@ -1,4 +1,4 @@
-"""What a release consists of, found in its folder and checked. Nothing else of the folder is ever published."""
+"""The files of a release, found in its folder and checked. Nothing else in the folder is published."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Part:
     """One file of a release.
 
     Attributes:
-        path: below the folder, with ``/`` between its parts.
+        path: below the folder, with ``/`` between the names.
         size: in bytes.
-        row: the registry row whose weights these are; None for all other files.
+        row: the registry row of a weights file of the first layout; None for all other files.
     """
 
     path: str
@@ -46,10 +46,10 @@ class Contents:
     """A release's folder.
 
     Attributes:
-        folder: where it is.
+        folder: its path.
         release: its registry file.
-        parts: the files that make up the release, sorted by path.
-        left_out: all others, which are not published; a folder that was not looked into ends with ``/``.
+        parts: the files of the release, sorted by path.
+        left_out: all other files, which are not published. A name that ends with ``/`` is a folder that was not read.
     """
 
     folder: Path
@@ -62,15 +62,15 @@ def read_contents(folder: str | os.PathLike[str], logs: bool = False) -> Content
     """The files that a release consists of.
 
     These are the registry file, ``README.md``, licence texts, the weights that the registry file names, the same SAEs
-    below ``sae_lens/``, and sets of transcoders below ``circuit_tracer/``. All else (checkpoints, optimizer state,
-    locks, half-written files, weights that no row names) is left out by not being on this list.
+    below ``sae_lens/``, and sets of transcoders below ``circuit_tracer/``. Everything else is left out: checkpoints,
+    optimizer state, locks, incomplete files, and weights that no row names.
 
     Args:
         folder: as :func:`export_suite` wrote it.
         logs: also take ``metrics.jsonl``, ``.csv``, ``.json`` and ``.parquet`` beside the registry file.
 
     Raises:
-        GemmaScopeError: when the folder holds no release, several, or one whose files are not all there.
+        GemmaScopeError: when the folder holds no release, several, or one with missing files.
     """
     root = checked_path(folder)
     if not is_folder(root):
@@ -92,7 +92,7 @@ def read_contents(folder: str | os.PathLike[str], logs: bool = False) -> Content
 
 
 def _mirrors(root: Path, rows: Iterable[SAERow]) -> set[str]:
-    """The files of the same SAEs in SAELens's layout: both of an SAE's, where there is one."""
+    """The files of the same SAEs in SAELens's layout: both files of an SAE of which at least one exists."""
     pairs = [[f"{SAE_LENS_FOLDER}/{row.path}/{name}" for name in _SAE_LENS_FILES] for row in rows]
     return {name for pair in pairs if any((root / one).is_file() for one in pair) for name in pair}
 
@@ -106,9 +106,9 @@ def check_contents(contents: Contents, progress: bool = False) -> dict[str, str]
     Raises:
         GemmaScopeError: with everything that is wrong.
     """
-    from gemma_scope_tl.contributing.repositories import each
+    from gemma_scope_tl.contributing.repositories import ask_each
 
-    answers = each(contents.parts, lambda part: _check(contents.folder, part), "checking", 1, progress)
+    answers = ask_each(contents.parts, lambda part: _check(contents.folder, part), "checking", 1, progress)
     errors = [answer for answer in answers if isinstance(answer, GemmaScopeError)]
     if len(errors) == 1:
         raise errors[0]
@@ -141,7 +141,7 @@ def _own_rows(root: Path, file: Path, release: ReleaseFile) -> Sequence[SAERow]:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Every file; hidden folders, and folders that are links, are named and not looked into."""
+    """The path of every file. Of hidden folders and of links to folders only the name is given, with a ``/``."""
     for place, folders, names in os.walk(root):
         here = Path(place)
         closed = [name for name in folders if name.startswith(".") or (here / name).is_symlink()]
@@ -152,7 +152,7 @@ def _walk(root: Path) -> Iterator[str]:
 
 def _check(root: Path, part: Part) -> str:
     from gemma_scope_tl.sae.loading import load_folder, load_row
-    from gemma_scope_tl.weights.fetch import wrong_hash
+    from gemma_scope_tl.weights.hub_cache import wrong_hash
 
     path = root / part.path
     try:

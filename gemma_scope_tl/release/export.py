@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -14,9 +16,10 @@ from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.files import checked_path, make_folder, replace_files, write_atomically
 from gemma_scope_tl.registry.schema import NAME
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER, render_card
-from gemma_scope_tl.release.metrics import match_metrics
-from gemma_scope_tl.release.release_saes import About, Item, collect, folder_of
-from gemma_scope_tl.sae.indices import shown
+from gemma_scope_tl.release.metrics import match_metrics, with_l0
+from gemma_scope_tl.release.release_saes import DEAD, DECIMALS, About, ReleaseSAE, folder_of, l0_label, read_saes
+from gemma_scope_tl.sae.arguments import shown
+from gemma_scope_tl.sites import SITES, get_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,18 +46,19 @@ def export_suite(
 ) -> list[Path]:
     """Write SAEs as repositories: weights, model card and registry file.
 
-    A ``params.npz`` is copied byte for byte; anything else is written by :func:`save_sae`. Running an export that was
-    interrupted again makes it whole.
+    A ``params.npz`` is copied byte for byte; other files are written by :func:`save_sae`. Running an interrupted
+    export again completes it.
 
     Args:
         source: a folder of SAEs, such as an export; a registered release's name (``./NAME`` is a folder that is called
             so); a suite of ``load_suite``; an SAE or several.
         out: the folder of the repository; with ``repos="site"`` the folder that holds one a site.
-        about: what the files cannot say; only the licence must be given.
+        about: facts that the files do not hold; only the licence must be given.
         name: the release's; by default the name of ``out``.
         layout: ``"gemma-scope"`` writes ``params.npz`` as released, below a folder for the site where there are
             several; ``"sae-lens"`` its two files below ``sae_lens/``; ``"both"`` both.
-        repos: ``"one"``, or one a ``"site"`` as Google has them, ``<name>-<site>``; the embedding's go with res.
+        repos: ``"one"``, or one a ``"site"`` named ``<name>-<site>`` as Google's are, where SAEs of the embedding are
+            in the repository of the residual stream.
         circuit_tracer: write transcoders for circuit-tracer too (``circuit_tracer/width_W/``).
         model, site: the model's name and the site, where the source does not say them.
         metrics: the table that ``evaluate`` returned; it gives the L0 of SAEs that were fine-tuned after loading.
@@ -65,27 +69,61 @@ def export_suite(
         The folders of the repositories.
 
     Raises:
-        GemmaScopeError: a fact is missing, two SAEs would get one folder, or a folder holds other files already.
-        WeightsError: a file of the source fails a check.
+        GemmaScopeError: when a fact is missing, two SAEs would get one folder, or a folder holds other SAEs already.
+        WeightsError: when a file of the source fails a check.
     """
     _check_choices(layout, repos, circuit_tracer, about)
     root = checked_path(out)
     title = name or root.resolve().name
-    items = collect(source, model, site, metrics)
+    saes = collect(source, model, site, metrics)
     _check_out(root, source, title)
-    groups, layouts = _groups(items, repos, title, root), ["gemma-scope", "sae-lens"] if layout == "both" else [layout]
-    matched = dict(zip(map(id, items), match_metrics(items, metrics), strict=True))
-    with _bar(len(items), progress) as step:
+    groups, layouts = _groups(saes, repos, title, root), ["gemma-scope", "sae-lens"] if layout == "both" else [layout]
+    matched = dict(zip(map(id, saes), match_metrics(saes, metrics), strict=True))
+    with _bar(len(saes), progress) as step:
         for release, (folder, here) in groups.items():
             paths = _write_weights(folder, here, layouts, step)
-            transcoders = circuit_tracer and any(item.site == "transcoder" for item in here)
+            transcoders = circuit_tracer and any(sae.is_transcoder for sae in here)
             if transcoders:
                 _write_transcoders(folder, here, about.base_model or "")
             shown = [*layouts, *(["circuit-tracer"] if transcoders else [])]
-            card = render_card(release, here, paths, [matched[id(item)] for item in here], about, shown)
+            card = render_card(release, here, paths, [matched[id(sae)] for sae in here], about, shown)
             write_atomically(folder / "README.md", card)
             _write_registry(folder, release, here, about, layouts[0], canonical)
     return [folder for folder, _ in groups.values()]
+
+
+def collect(
+    source: Any, model: str | None = None, site: str | None = None, metrics: pd.DataFrame | None = None
+) -> list[ReleaseSAE]:
+    """The SAEs of a source, sorted by site, layer, width and L0.
+
+    Args:
+        source: a folder of SAEs in either layout; the name of a registered release; a suite of :func:`load_suite`; an
+            SAE or several.
+        model: the model's name, where the source does not say it.
+        site: the site, for folders that do not say it.
+        metrics: ``evaluate``'s table, for the L0 of SAEs that do not say it, such as fine-tuned ones.
+
+    Raises:
+        GemmaScopeError: with everything that is missing or contradictory; or when two SAEs would get one folder.
+    """
+    saes = with_l0(read_saes(source, model, site), metrics)
+    if not saes:
+        raise GemmaScopeError("There is no SAE to export.")
+    models = sorted({sae.model for sae in saes})
+    if len(models) > 1:
+        raise GemmaScopeError(f"The SAEs are of several models ({', '.join(models)}): export each model's alone.")
+    for decimals in range(1, DECIMALS + 1):  # as training names its folders
+        count = Counter((sae.site, sae.folder) for sae in saes)
+        saes = [replace(sae, decimals=decimals) if count[sae.site, sae.folder] > 1 else sae for sae in saes]
+    taken: set[tuple[str, str]] = set()
+    for sae in saes:
+        if float(l0_label(sae.l0)) <= 0:
+            raise GemmaScopeError(f"The {sae.site} SAE of layer {sae.layer} has an L0 of {sae.l0:g}. {DEAD}")
+        if (sae.site, sae.folder) in taken:
+            raise GemmaScopeError(f"Two SAEs of site {sae.site} would both be {sae.folder}. Export one of them.")
+        taken.add((sae.site, sae.folder))
+    return sorted(saes, key=lambda sae: (sae.site, -1 if sae.layer is None else sae.layer, sae.d_sae, sae.l0))
 
 
 def _check_choices(layout: str, repos: str, circuit_tracer: bool, about: About) -> None:
@@ -100,13 +138,14 @@ def _check_choices(layout: str, repos: str, circuit_tracer: bool, about: About) 
 
 
 def _check_title(title: str) -> None:
-    """Before anything is written: the registry file is called so."""
+    """Raise unless a registry file can have this name."""
     if not re.fullmatch(NAME, title) or len(title) > _LONGEST_NAME:
         what = f"A release is called by letters, digits, '.', '_' and '-', {_LONGEST_NAME} at most, not {title[:80]!r}"
         raise GemmaScopeError(f"{what}: give another name.")
 
 
 def _check_out(root: Path, source: Any, title: str) -> None:
+    """Check the name and that neither folder lies in the other, before anything is written."""
     _check_title(title)
     if isinstance(source, (str, PathLike)) and (place := folder_of(source)) is not None:
         inner, outer = root.resolve(), place.resolve()
@@ -114,42 +153,45 @@ def _check_out(root: Path, source: Any, title: str) -> None:
             raise GemmaScopeError(f"{root} and the source {source} lie in each other: export to another folder.")
 
 
-def _groups(items: Sequence[Item], repos: Repos, title: str, root: Path) -> dict[str, tuple[Path, list[Item]]]:
-    """The repositories by release name. A site's folder is left out where a repository holds one site."""
+def _groups(
+    saes: Sequence[ReleaseSAE], repos: Repos, title: str, root: Path
+) -> dict[str, tuple[Path, list[ReleaseSAE]]]:
+    """Folder and SAEs of each repository, by release name."""
     if repos == "one":
-        return {title: (root, list(items))}
-    groups: dict[str, tuple[Path, list[Item]]] = {}
-    for item in items:
-        site = "res" if item.site == "embedding" else item.site
+        return {title: (root, list(saes))}
+    groups: dict[str, tuple[Path, list[ReleaseSAE]]] = {}
+    residual = next(site.name for site in SITES.values() if site.joins == "residual")
+    for sae in saes:
+        site = sae.site if get_site(sae.site).per_layer else residual
         release = f"{title}-{site}"
-        groups.setdefault(release, (root / release, []))[1].append(item)
+        groups.setdefault(release, (root / release, []))[1].append(sae)
     return groups
 
 
-def _write_weights(folder: Path, items: Sequence[Item], layouts: Sequence[str], step: Any) -> list[str]:
+def _write_weights(folder: Path, saes: Sequence[ReleaseSAE], layouts: Sequence[str], step: Any) -> list[str]:
     """Write the SAEs of a repository. Returns the folders of its first layout."""
     from gemma_scope_tl.sae.save import save_sae
 
-    sites = {item.site for item in items if item.site != "embedding"}
-    inner = [item.inner if len(sites) < 2 or item.layer is None else f"{item.site}/{item.inner}" for item in items]
+    several = len(_layered_sites(saes)) > 1  # else the site's folder is left out, as in Google's repositories
+    inner = [f"{sae.site}/{sae.folder}" if several and sae.layer is not None else sae.folder for sae in saes]
     make_folder(folder)
     _refuse_strangers(folder, {f"{prefix}{path}" for path in inner for prefix in ("", f"{SAE_LENS_FOLDER}/")})
-    for item, path in zip(items, inner, strict=True):
+    for sae, path in zip(saes, inner, strict=True):
         if "gemma-scope" in layouts:
-            file = item.params_file()
+            file = sae.params_file()
             if file is not None:
                 copy = file
                 replace_files(folder / path, {"params.npz": lambda to, copy=copy: shutil.copyfile(copy, to)})
             else:
-                save_sae(item.load(), folder / path)
+                save_sae(sae.load(), folder / path)
         if "sae-lens" in layouts:
-            save_sae(item.load(), folder / SAE_LENS_FOLDER / path, format="sae-lens")
+            save_sae(sae.load(), folder / SAE_LENS_FOLDER / path, format="sae-lens")
         step()
     return inner if layouts[0] == "gemma-scope" else [f"{SAE_LENS_FOLDER}/{path}" for path in inner]
 
 
 def _refuse_strangers(folder: Path, expected: set[str]) -> None:
-    """Raise when a folder holds weights of another export, which would be published with this one."""
+    """Raise when a folder holds weights of another export, which would be published together with this one's."""
     names = ("params.npz", "sae_weights.safetensors")
     there = {file.parent.relative_to(folder).as_posix() for name in names for file in folder.rglob(name)}
     strangers = sorted(there - expected)
@@ -157,24 +199,24 @@ def _refuse_strangers(folder: Path, expected: set[str]) -> None:
         raise GemmaScopeError(f"{folder} holds SAEs that are not of this export, such as {strangers[0]}. Empty it.")
 
 
-def _write_transcoders(folder: Path, items: Sequence[Item], base_model: str) -> None:
+def _write_transcoders(folder: Path, saes: Sequence[ReleaseSAE], base_model: str) -> None:
     from gemma_scope_tl.release.circuit_tracer import transcoder_sets, write_transcoder_set
 
-    for width, chosen in transcoder_sets(items).items():
+    for width, chosen in transcoder_sets(saes).items():
         write_transcoder_set(folder / CIRCUIT_TRACER_FOLDER / width, chosen, base_model)
 
 
 def _write_registry(
-    folder: Path, release: str, items: Sequence[Item], about: About, layout: str, canonical: bool
+    folder: Path, release: str, saes: Sequence[ReleaseSAE], about: About, layout: str, canonical: bool
 ) -> None:
     """The registry file of a repository, which names its own folder; the upload writes one that names the Hub's."""
     from gemma_scope_tl.contributing.draft import Options, draft_release, write_draft
     from gemma_scope_tl.contributing.folder_metadata import checked_format
 
-    sites = {item.site for item in items if item.site != "embedding"}
+    sites = _layered_sites(saes)
     options = Options(
         release=release,
-        model=items[0].model,
+        model=saes[0].model,
         site=next(iter(sites)) if len(sites) == 1 else None,
         license=about.license,
         description=about.description,
@@ -182,6 +224,11 @@ def _write_registry(
         canonical=canonical,
     )
     write_draft(draft_release(str(folder), folder, options), folder / f"{release}.yaml", force=True)
+
+
+def _layered_sites(saes: Sequence[ReleaseSAE]) -> set[str]:
+    """The sites of SAEs, but for those that exist once."""
+    return {sae.site for sae in saes if get_site(sae.site).per_layer}
 
 
 @contextmanager

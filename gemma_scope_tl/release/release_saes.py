@@ -1,13 +1,12 @@
-"""What the files of a release cannot say about it. What is not given is left out of the card, and the card says so."""
+"""The SAEs of a release, found in a folder, in the registry or in memory, and what their files do not say of them."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,20 +15,18 @@ from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.files import checked_path, is_file, is_folder
 from gemma_scope_tl.registry.schema import parse_release, read_release
 from gemma_scope_tl.registry.widths import width_label
-from gemma_scope_tl.release.metrics import with_l0
 from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sae.provenance import still_said
+from gemma_scope_tl.sites import get_site
 from gemma_scope_tl.weights.checks import PARAMS_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from gemma_scope_tl.registry.schema import ReleaseFile, SAERow
 
 
 @dataclass(frozen=True)
 class About:
-    """Facts for a model card.
+    """Facts for a model card. The card says which of them were not given.
 
     Attributes:
         license: SPDX identifier of the weights' licence, in the Hub's spelling (``mit``, ``cc-by-4.0``).
@@ -62,28 +59,28 @@ class About:
 
 
 SUITE_FILE = "suite.json"
-_JOBS = "jobs/"  # where the jobs of a run on Ray keep their own suites
+_JOBS = "jobs/"  # below it, jobs of a run on Ray have suites of their own
 _COLUMNS = ("id", "site", "layer", "width", "d_sae", "d_in", "l0", "path", "sha256")
-_DECIMALS = 3
-_DEAD = (
+DECIMALS = 3
+DEAD = (
     "No latent of it fires, and a registry file cannot hold it: leave it out, or name the folder average_l0_N with its "
     "measured L0."
 )
 
 
 @dataclass(frozen=True)
-class Item:
-    """One SAE to be published.
+class ReleaseSAE:
+    """An SAE to be published.
 
     Attributes:
-        site, layer: where it belongs; no layer for the embedding.
-        d_sae: its latents.
-        l0: mean number of active latents; its rounded value is in the folder's name.
-        decimals: of it in the name, as many as tell it from the other SAEs of its place and width.
+        site, layer: the place that it reads; no layer for a site that exists once.
+        d_sae: number of latents.
+        l0: mean number of active latents, NaN where it is not known. The folder's name has it rounded.
+        decimals: of the L0 in the folder's name, as many as tell it from others of the same place and width.
         model: the model's name, without its owner.
-        row: where its files are; None for an SAE in memory.
+        row: the registry row of its files; None for an SAE in memory.
         sae: the SAE in memory, or None.
-        named: release and id of an SAE in memory, as the registry has them.
+        named: release and id in the registry of an SAE in memory that was loaded from it.
     """
 
     site: str
@@ -97,13 +94,18 @@ class Item:
     named: tuple[str, str] | None = None
 
     @property
-    def inner(self) -> str:
+    def is_transcoder(self) -> bool:
+        """Whether it reads one tensor and predicts another."""
+        return get_site(self.site).is_transcoder
+
+    @property
+    def folder(self) -> str:
         """Gemma Scope's folder, without the site's: ``layer_L/width_W/average_l0_N`` or ``embedding/width_W/…``."""
-        head = "embedding" if self.layer is None else f"layer_{self.layer}"
-        return f"{head}/width_{width_label(self.d_sae)}/average_l0_{_l0_label(self.l0, self.decimals)}"
+        head = self.site if self.layer is None else f"layer_{self.layer}"
+        return f"{head}/width_{width_label(self.d_sae)}/average_l0_{l0_label(self.l0, self.decimals)}"
 
     def load(self) -> Any:
-        """The SAE, checked."""
+        """The SAE, its weights checked."""
         if self.sae is not None:
             return self.sae
         from gemma_scope_tl.sae.loading import load_row
@@ -111,7 +113,7 @@ class Item:
         return load_row(cast("SAERow", self.row))
 
     def params_file(self) -> Path | None:
-        """The checked ``params.npz`` that can be copied as it is, or None where there is none."""
+        """The ``params.npz``, after a check of its weights, or None for an SAE in another format or in memory."""
         if self.row is None or self.row.format != "gemma-scope":
             return None
         from gemma_scope_tl.weights.fetch import fetch
@@ -120,50 +122,20 @@ class Item:
         return fetch(self.row)
 
 
-def _l0_label(l0: float, decimals: int = 0) -> str:
-    """The L0 in a folder's name: rounded, and below one half, where that would say 0, with decimals."""
-    return f"{l0:.{decimals if round(l0) else _DECIMALS}f}"
+def l0_label(l0: float, decimals: int = 0) -> str:
+    """The L0 in a folder's name: rounded, but with decimals below one half, which would be rounded to 0."""
+    return f"{l0:.{decimals if round(l0) else DECIMALS}f}"
 
 
-def collect(
-    source: Any, model: str | None = None, site: str | None = None, metrics: pd.DataFrame | None = None
-) -> list[Item]:
-    """The SAEs of a source, sorted by site, layer, width and L0.
-
-    Args:
-        source: a folder of SAEs in either layout; the name of a registered release; a suite of :func:`load_suite`; an
-            SAE or several.
-        model: the model's name, where the source does not say it.
-        site: the site, for folders that do not say it.
-        metrics: ``evaluate``'s table, for the L0 of SAEs that do not say it, such as fine-tuned ones.
-
-    Raises:
-        GemmaScopeError: with everything that is missing or contradictory; or when two SAEs would get one folder.
-    """
+def read_saes(source: Any, model: str | None = None, site: str | None = None) -> list[ReleaseSAE]:
+    """The SAEs of a source; see :func:`~gemma_scope_tl.release.export.collect`. An L0 that nothing says is NaN."""
     if isinstance(source, (str, PathLike)):
-        items = _from_place(cast("str | PathLike[str]", source), model, site)
-    else:
-        items = with_l0([_from_memory(sae, model) for sae in as_saes(source, empty=True, whole=True)], metrics)
-    if not items:
-        raise GemmaScopeError("There is no SAE to export.")
-    models = sorted({item.model for item in items})
-    if len(models) > 1:
-        raise GemmaScopeError(f"The SAEs are of several models ({', '.join(models)}): export each model's alone.")
-    for decimals in range(1, _DECIMALS + 1):  # as training names its folders
-        count = Counter((item.site, item.inner) for item in items)
-        items = [replace(item, decimals=decimals) if count[item.site, item.inner] > 1 else item for item in items]
-    seen: set[tuple[str, str]] = set()
-    for item in items:
-        if float(_l0_label(item.l0)) <= 0:
-            raise GemmaScopeError(f"The {item.site} SAE of layer {item.layer} has an L0 of {item.l0:g}. {_DEAD}")
-        if (item.site, item.inner) in seen:
-            raise GemmaScopeError(f"Two SAEs of site {item.site} would both be {item.inner}. Export one of them.")
-        seen.add((item.site, item.inner))
-    return sorted(items, key=lambda i: (i.site, -1 if i.layer is None else i.layer, i.d_sae, i.l0))
+        return _from_files(cast("str | PathLike[str]", source), model, site)
+    return [_from_memory(sae, model) for sae in as_saes(source, empty=True, whole=True)]
 
 
 def folder_of(source: str | PathLike[str]) -> Path | None:
-    """The folder that a source is; None where it is the name of a release, which a folder called so does not hide."""
+    """The folder that a source is. None for the name of a release, even where a folder has the same name."""
     from gemma_scope_tl.registry.catalog import releases
 
     if isinstance(source, str) and source in releases(canonical=True):
@@ -172,7 +144,7 @@ def folder_of(source: str | PathLike[str]) -> Path | None:
     return folder if is_folder(folder) else None
 
 
-def _from_place(source: str | PathLike[str], model: str | None, site: str | None) -> list[Item]:
+def _from_files(source: str | PathLike[str], model: str | None, site: str | None) -> list[ReleaseSAE]:
     folder = folder_of(source)
     said, listed = (model, None) if folder is None else _trained_suite(folder, model)
     if folder is not None and listed is None:
@@ -182,7 +154,7 @@ def _from_place(source: str | PathLike[str], model: str | None, site: str | None
     elif folder is not None:
         dead = sorted(str(path) for path in folder.rglob("average_l0_0") if path.is_dir())
         if dead:
-            raise GemmaScopeError(f"{dead[0]} says that its SAE has an L0 of 0. {_DEAD}")
+            raise GemmaScopeError(f"{dead[0]} says that its SAE has an L0 of 0. {DEAD}")
         from gemma_scope_tl.contributing.draft import Options, draft_release
 
         options = Options(release="draft", model=said, site=site, license="unknown")
@@ -195,13 +167,13 @@ def _from_place(source: str | PathLike[str], model: str | None, site: str | None
     return [_from_row(row) for row in rows]
 
 
-def _from_row(row: SAERow) -> Item:
+def _from_row(row: SAERow) -> ReleaseSAE:
     if row.l0 is None:
         raise GemmaScopeError(f"{row.release}/{row.id} has no L0, which the exported folder's name needs.")
-    return Item(row.site, row.layer, row.d_sae, row.l0, row.model, row=row)
+    return ReleaseSAE(row.site, row.layer, row.d_sae, row.l0, row.model, row=row)
 
 
-def _from_memory(sae: Any, model: str | None) -> Item:
+def _from_memory(sae: Any, model: str | None) -> ReleaseSAE:
     from gemma_scope_tl.sae.access import locate
 
     site, layer = locate(sae)
@@ -212,17 +184,19 @@ def _from_memory(sae: Any, model: str | None) -> Item:
     if not name:
         raise GemmaScopeError(f"{where} does not say of which model it is: give model=, such as gemma-2-2b.")
     if l0 is None:
-        l0 = math.nan  # with_l0 looks it up
+        l0 = math.nan  # metrics.with_l0 replaces it
     elif not isinstance(l0, (int, float)) or not (math.isfinite(l0) and l0 > 0):
         raise GemmaScopeError(f"{where} says an L0 of {l0!r}: set sae.cfg.metadata.l0 to the measured one.")
     named = None if row is None else (str(row.release), str(row.id))
-    return Item(site.name, layer, int(sae.cfg.d_sae), float(l0), str(name).rpartition("/")[2], sae=sae, named=named)
+    model = str(name).rpartition("/")[2]
+    return ReleaseSAE(site.name, layer, int(sae.cfg.d_sae), float(l0), model, sae=sae, named=named)
 
 
 def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequence[SAERow] | None]:
-    """The model's name according to a trained suite's ``suite.json``, and the suite's SAEs.
+    """The model's name and the SAEs according to a trained suite's ``suite.json``.
 
-    No SAEs where that file does not list those that are there: some were taken out, or put in, by hand.
+    None in place of the SAEs where that file does not list exactly the SAEs of the folder, some of which were then
+    removed or added by hand.
     """
     file = folder / SUITE_FILE
     if not is_file(file):
@@ -244,14 +218,14 @@ def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequenc
         return name, None
     for row in listed:
         if row.get("l0") == 0:
-            raise GemmaScopeError(f"{folder / str(row['path'])}: its SAE has an L0 of 0. {_DEAD}")
+            raise GemmaScopeError(f"{folder / str(row['path'])}: its SAE has an L0 of 0. {DEAD}")
     saes = [{key: row.get(key) for key in _COLUMNS} for row in listed]
     head = {"release": "draft", "repo": str(folder.resolve()), "model": name, "license": "unknown", "description": "-"}
     return name, parse_release({**head, "saes": saes}, str(file)).rows
 
 
 def _exported(folder: Path, model: str | None, site: str | None) -> tuple[str | None, Sequence[SAERow] | None]:
-    """As :func:`_trained_suite`, according to the registry file that an export puts into its folder."""
+    """As :func:`_trained_suite`, according to the registry file that an export writes into its folder."""
     own: list[ReleaseFile] = []
     for path in sorted(folder.glob("*.yaml")):
         with suppress(GemmaScopeError):  # another YAML file

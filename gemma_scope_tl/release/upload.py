@@ -1,4 +1,4 @@
-"""``upload_suite``: a whole release in one commit, and the registry file that names this commit."""
+"""``upload_suite``: uploads a release in one commit, and writes a registry file that names this commit."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from gemma_scope_tl.files import checked_path, write_atomically
 from gemma_scope_tl.registry.render import render_release
 from gemma_scope_tl.registry.schema import ReleaseFile, read_release
 from gemma_scope_tl.release.contents import Contents, Part, check_contents, read_contents
-from gemma_scope_tl.weights.hub_errors import in_our_words
+from gemma_scope_tl.weights.hub_errors import upload_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
 MAIN = "main"
-_AT_A_TIME = 32  # addresses to upload to are signed for a limited time, so not for all files at once
+_AT_A_TIME = 32  # the Hub signs upload addresses for a limited time
 State = Literal["new", "changed", "there"]
 
 
 @dataclass(frozen=True)
 class UploadFile:
-    """One file of an upload: its path in the repository, its bytes, its sha256, and how the branch stands to it."""
+    """A file of an upload: its path in the repository, size in bytes, sha256, and whether the branch has it."""
 
     path: str
     size: int
@@ -37,14 +37,14 @@ class UploadFile:
 
 @dataclass(frozen=True)
 class Upload:
-    """What was uploaded, or would be.
+    """An upload that was made, or that a dry run describes.
 
     Attributes:
-        repo, branch: where to.
-        private: whether the repository is, or will be.
-        exists: whether the repository was there before.
+        repo, branch: the target.
+        private: whether the repository is private, or will be.
+        exists: whether the repository existed before.
         files: of the release.
-        left_out: files of the folder that are not part of the release, and stay here.
+        left_out: files of the folder that are not part of the release and are not sent.
         revision: the commit that holds the release; None for a dry run.
         registry_file: the registry file that names this commit; None for a dry run.
     """
@@ -60,7 +60,7 @@ class Upload:
 
     @property
     def bytes_to_send(self) -> int:
-        """Bytes of the files that the branch does not have; less is sent where the Hub holds some already."""
+        """Bytes of the files that the branch does not have. Those that the Hub holds already are not sent."""
         return sum(file.size for file in self.files if file.state != "there")
 
 
@@ -77,24 +77,24 @@ def upload_suite(
     workers: int = 4,
     progress: bool = True,
 ) -> Upload:
-    """Publish the folder of :func:`export_suite`: everything is checked, then sent, then committed at once.
+    """Publish the folder of :func:`export_suite`: check everything, send it, and commit it at once.
 
-    Large files are sent first, and only those that the Hub does not hold yet, so a killed upload goes on where it was.
-    Then one commit makes all of the release visible; there is none if nothing has changed. The token is that of
-    ``HF_TOKEN`` or ``hf auth login``. Files already in the repository that the release does not have stay there.
+    Large files are sent first, and only those that the Hub does not hold, so that an interrupted upload is continued.
+    Then one commit makes the whole release visible; without changes there is none. The token is that of ``HF_TOKEN`` or
+    ``hf auth login``. Files of the repository that the release lacks stay in it.
 
-    A registry file inside the repository cannot name its own commit. So a copy is written here that names the
-    repository and, row by row, this commit: the file to register and to contribute.
+    A registry file inside the repository cannot name its own commit. So a copy is written to this machine that names
+    the repository and, in each row, the commit: it is the file to register and to contribute.
 
     Args:
         folder: of one release; with several repositories (``repos="site"``) the folder of one of them.
-        repo_id: ``owner/name`` on the Hub; made if need be.
-        private: make a new repository private; an existing public one is then refused. A private one stays private.
+        repo_id: ``owner/name`` on the Hub; created where it does not exist.
+        private: make a new repository private, and refuse an existing public one. A private one stays private.
         dry_run: check everything, look at the repository, and send nothing.
-        branch: made from main where it does not exist.
+        branch: created from main where it does not exist.
         commit_message: by default it names the release.
-        registry_out: the registry file, or its folder; by default it goes beside ``folder``.
-        logs: publish ``metrics.jsonl`` and the like too.
+        registry_out: the registry file, or its folder; by default it is written beside ``folder``.
+        logs: also publish ``metrics.jsonl`` and other logs.
         workers: files sent at a time.
         progress: show bars on standard error.
 
@@ -102,7 +102,7 @@ def upload_suite(
         What was uploaded, with the commit and the registry file.
 
     Raises:
-        GemmaScopeError: the folder holds no release, a file fails a check, or the Hub refuses; with what to do.
+        GemmaScopeError: when the folder holds no release, a file fails a check, or the Hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -111,13 +111,13 @@ def upload_suite(
     target = _registry_target(contents, repo_id, registry_out)
     sums = check_contents(contents, progress)
     api = HfApi(library_name="gemma-scope-tl")
-    with in_our_words(repo_id, branch, "be looked up"):
+    with upload_errors(repo_id, branch, "be looked up"):
         there = _look(api, repo_id, branch)
     upload = _plan(contents, sums, repo_id, branch, private, there)
     if dry_run:
         return upload
     message = commit_message or f"Add {contents.release.release}"
-    with in_our_words(repo_id, branch), _bars(progress):
+    with upload_errors(repo_id, branch), _bars(progress):
         revision = _publish(api, upload, contents.folder, there, message, workers)
     write_registry(target, render_pinned(contents.release, repo_id, revision, sums), revision)
     return replace(upload, revision=revision, registry_file=target)
@@ -126,7 +126,7 @@ def upload_suite(
 def _plan(
     contents: Contents, sums: Mapping[str, str], repo_id: str, branch: str, private: bool, there: _Remote | None
 ) -> Upload:
-    """What an upload would do. Nothing goes to a public repository that was meant to be private."""
+    """Describe the upload, and refuse to send to a public repository what was meant to be private."""
     if there is not None and private and not there.private:
         raise GemmaScopeError(f"{repo_id} is public already: give private=False (--public) to publish the suite there.")
     files = tuple(_compare(contents.folder, part, sums[part.path], there) for part in contents.parts)
@@ -135,7 +135,7 @@ def _plan(
 
 
 def _publish(api: HfApi, upload: Upload, folder: Path, there: _Remote | None, message: str, workers: int) -> str:
-    """Make the repository and the branch, send, commit, and look whether all of it arrived. Returns the commit."""
+    """Create the repository and the branch, send, commit, and verify that everything arrived. Returns the commit."""
     from huggingface_hub import CommitOperationAdd
 
     api.whoami()
@@ -145,7 +145,7 @@ def _publish(api: HfApi, upload: Upload, folder: Path, there: _Remote | None, me
         api.create_branch(upload.repo, branch=upload.branch, exist_ok=True)
     additions = [CommitOperationAdd(file.path, str(folder / file.path)) for file in upload.files]
     for addition, file in zip(additions, upload.files, strict=True):
-        addition.upload_info.sha256 = bytes.fromhex(file.sha256)  # what was checked is what the Hub must get
+        addition.upload_info.sha256 = bytes.fromhex(file.sha256)  # so the Hub refuses a file that was changed since
     parent = _look(api, upload.repo, upload.branch)
     _send(api, upload.repo, upload.branch, additions, workers)
     revision = _commit(api, upload, additions, message, parent, folder)
@@ -155,7 +155,7 @@ def _publish(api: HfApi, upload: Upload, folder: Path, there: _Remote | None, me
 
 @contextmanager
 def _bars(progress: bool) -> Generator[None]:
-    """The client's own bars, or none."""
+    """Disable the progress bars of the Hub's client unless they are wanted."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if progress or are_progress_bars_disabled():
@@ -172,7 +172,7 @@ def write_registry(target: Path, text: str, revision: str) -> None:
     """Write the registry file of a finished upload.
 
     Raises:
-        GemmaScopeError: when it cannot be written; the upload is done nevertheless.
+        GemmaScopeError: when it cannot be written. The upload itself is complete.
     """
     try:
         write_atomically(target, text)
@@ -198,7 +198,7 @@ def render_pinned(release: ReleaseFile, repo_id: str, revision: str, sums: Mappi
 
 @dataclass(frozen=True)
 class _Remote:
-    """A branch: its commit, and the sha256 (LFS) or git hash of its files. Main's, where the branch does not exist."""
+    """The commit of a branch, or of main where it does not exist, and the sha256 (LFS) or git hash of its files."""
 
     private: bool
     commit: str
@@ -207,7 +207,7 @@ class _Remote:
 
 
 def _look(api: HfApi, repo_id: str, revision: str) -> _Remote | None:
-    """The state of a branch or commit; None where there is no repository (or none that the token may see)."""
+    """The state of a branch or commit; None where there is no repository, or none that the token may read."""
     from huggingface_hub import errors
 
     try:
@@ -229,7 +229,7 @@ def _compare(folder: Path, part: Part, sha256: str, there: _Remote | None) -> Up
 
 
 def _is(path: Path, sha256: str, known: str) -> bool:
-    """Whether a file has the hash by which the Hub lists it: a sha256 for LFS, else git's own."""
+    """Whether a file has the hash in the Hub's listing: a sha256 for files in LFS, else git's hash."""
     if len(known) == len(sha256):
         return known == sha256
     data = path.read_bytes()
@@ -237,7 +237,7 @@ def _is(path: Path, sha256: str, known: str) -> bool:
 
 
 def _send(api: HfApi, repo_id: str, branch: str, additions: Sequence[CommitOperationAdd], workers: int) -> None:
-    """Send the large files that the Hub does not hold; the others go into the commit itself."""
+    """Send the large files that the Hub does not hold; the commit itself contains the small ones."""
     for start in range(0, len(additions), _AT_A_TIME):
         some = additions[start : start + _AT_A_TIME]
         api.preupload_lfs_files(repo_id, some, revision=branch, num_threads=workers, free_memory=False)
@@ -251,13 +251,13 @@ def _commit(
     parent: _Remote | None,
     folder: Path,
 ) -> str:
-    """The one commit. A commit whose answer was lost is found, and not made again."""
+    """Commit, and return the commit. One that was made although its answer was lost is not made again."""
     before = parent.commit if parent else None
     try:
         return api.create_commit(
             upload.repo, additions, commit_message=message, revision=upload.branch, parent_commit=before
         ).oid
-    except Exception:  # whatever the client raises; raised again unless the commit is there
+    except Exception:  # the client raises many kinds; raised again unless the commit exists
         after = _after(api, upload)
         if after is None or after.commit == before or _lacking(upload, after, folder):
             raise
@@ -267,12 +267,12 @@ def _commit(
 def _after(api: HfApi, upload: Upload) -> _Remote | None:
     try:
         return _look(api, upload.repo, upload.branch)
-    except Exception:  # the first error says more
+    except Exception:  # the error of the commit says more
         return None
 
 
 def _lacking(upload: Upload, there: _Remote, folder: Path) -> list[str]:
-    """The files of the release that a commit has not, or has otherwise."""
+    """The files of the release that a commit lacks, or has with other content."""
     hashes = there.hashes
     return [
         file.path
@@ -292,14 +292,14 @@ def _verify(api: HfApi, upload: Upload, revision: str, folder: Path) -> None:
 def _check_repo_id(repo_id: Any) -> None:
     from huggingface_hub.utils import validate_repo_id
 
-    with in_our_words(str(repo_id), MAIN):
+    with upload_errors(str(repo_id), MAIN):
         validate_repo_id(repo_id)
     if repo_id.count("/") != 1:
         raise GemmaScopeError(f"{repo_id!r} is not the name of a repository: give OWNER/NAME.")
 
 
 def _registry_target(contents: Contents, repo_id: str, out: str | os.PathLike[str] | None) -> Path:
-    """Where the registry file goes. Only one of the same release and repository is ever replaced."""
+    """The path of the registry file. An existing file is replaced only if it is of the same release and repository."""
     name = f"{contents.release.release}.yaml"
     place = checked_path(out) if out is not None else contents.folder.resolve().parent
     target = place if place.suffix == ".yaml" else place / name

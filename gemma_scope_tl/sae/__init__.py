@@ -6,19 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, load_sae
+    from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
+    from gemma_scope_tl.sae.loading import load_sae
     from gemma_scope_tl.sae.save import save_sae
-    from gemma_scope_tl.sae.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
 
 __all__ = ["JumpReLUSAE", "JumpReLUSkipTranscoder", "JumpReLUTranscoder", "load_sae", "save_sae"]
 
-_HOMES = {
-    "JumpReLUSAE": "jumprelu",
-    "load_sae": "jumprelu",
-    "save_sae": "save",
-    "JumpReLUTranscoder": "transcoder",
-    "JumpReLUSkipTranscoder": "transcoder",
-}
+_HOMES = {**dict.fromkeys(__all__, "jumprelu"), "load_sae": "loading", "save_sae": "save"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,9 +12,9 @@ from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.families import Family, family_of_model
-from gemma_scope_tl.sae.indices import as_indices
+from gemma_scope_tl.sae.arguments import as_indices
+from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sae.latents import Latents
-from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import Site, get_site, site_of_hook
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ PyTorch. Weights mapped from a file are private copies once written to: training
 
 from __future__ import annotations
 
-from collections import Counter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -26,32 +25,14 @@ from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsa
 from torch import nn
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.sae.indices import as_indices
+from gemma_scope_tl.sae.arguments import checked_latents, checked_tensor
 from gemma_scope_tl.sae.provenance import Marks, config_of, facts_of, marks_of
 from gemma_scope_tl.sae.sae_lens_methods import LoadingMixin, SavingMixin
-from gemma_scope_tl.sae.tensors import checked_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from gemma_scope_tl.registry.schema import SAERow
-
-
-def checked_latents(latents: int | Iterable[int], d_sae: int) -> list[int]:
-    """Indices of latents as a list.
-
-    Raises:
-        SpliceError: for one that does not exist, is no integer, or is given twice; for none.
-    """
-    chosen = as_indices(latents)
-    if not chosen:
-        raise SpliceError("No latents were given: name at least one.")
-    if len(set(chosen)) < len(chosen):
-        raise SpliceError(f"Latent {Counter(chosen).most_common(1)[0][0]} is given twice.")
-    wrong = [latent for latent in chosen if not 0 <= latent < d_sae]
-    if wrong:
-        raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{d_sae - 1}.")
-    return chosen
 
 
 class GemmaScopeMixin(LoadingMixin, SavingMixin):
@@ -274,11 +255,11 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         """Keep thresholds wide, and ``dtype`` and ``device`` true, through ``to``, ``half``, ``cuda`` and the like."""
-        held = self._parameters.get("threshold")
+        held = getattr(self, "threshold", None)
         before = None if held is None else held.data
         as_loaded = self._marks is not None and self.as_loaded
         out = super()._apply(fn, *args, **kwargs)
-        after = self._parameters.get("threshold")
+        after = getattr(self, "threshold", None)
         if before is not None and after is not None:
             wide = torch.promote_types(torch.float32, self.W_enc.dtype)
             if after.dtype != wide:

@@ -1,17 +1,17 @@
-"""SAEs as users give them: one or several, in whatever holds them; latents alike."""
+"""SAEs as users give them: one or several, in a mapping, a list or an array, on any device; and positions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.sae.indices import as_index, as_indices, is_index, shown
+from gemma_scope_tl.sae.arguments import shown
 from gemma_scope_tl.sae.latents import Latents
 
-__all__ = ["as_index", "as_indices", "as_saes", "checked_positions", "is_index", "shown"]
+T = TypeVar("T")
 
 
 def as_saes(saes: Any, empty: bool = False, whole: bool = False) -> list[Any]:
@@ -49,8 +49,36 @@ def as_saes(saes: Any, empty: bool = False, whole: bool = False) -> list[Any]:
     return several
 
 
+def bring(source: T, device: torch.device) -> T:
+    """Move an SAE, a transcoder or loaded latents to the device of a model's tensors, and return it.
+
+    What is used with a model goes to the model's device when it is first used there. It is moved in place, as
+    ``nn.Module.to`` does, so no second copy stays behind, and everyone who holds it finds it there. An SAE that is used
+    with models on two devices moves at every change; give each model its own copy then.
+
+    Raises:
+        SpliceError: for the meta device, where the weights would be lost.
+    """
+    moved: Any = source
+    if moved.W_dec.device == device:
+        return source
+    if device.type == "meta":
+        raise SpliceError(
+            "The model's tensors are on the meta device, which holds no numbers; an SAE moved there would lose its "
+            "weights. Load the model's weights, or move the SAE there yourself."
+        )
+    with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode would stay unfit for gradients
+        if isinstance(moved, Latents):
+            for name, value in vars(moved).items():
+                if isinstance(value, torch.Tensor):
+                    object.__setattr__(moved, name, value.to(device))
+        else:
+            moved.to(device)
+    return source
+
+
 def checked_positions(positions: Any) -> Any:
-    """Positions as they were given, after a look at what they are; which of them exist is known in a pass.
+    """Positions as they were given, when they are of a kind that exists. Which of them exist only a pass knows.
 
     Raises:
         SpliceError: what is neither None, an int, a slice, a list of ints nor a boolean mask.

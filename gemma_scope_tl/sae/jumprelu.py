@@ -1,49 +1,46 @@
-"""The JumpReLU SAE, and ``load_sae``."""
+"""JumpReLU SAEs and transcoders (Gemma Scope, section 2.2 and appendix B)."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE as SAELensJumpReLUSAE
+from sae_lens.saes.transcoder import JumpReLUSkipTranscoder as SAELensJumpReLUSkipTranscoder
+from sae_lens.saes.transcoder import JumpReLUTranscoder as SAELensJumpReLUTranscoder
 
+from gemma_scope_tl.sae.arguments import checked_tensor
 from gemma_scope_tl.sae.base import GemmaScopeMixin
+from gemma_scope_tl.sae.building import builds
 
 
+@builds("jumprelu")
 class JumpReLUSAE(GemmaScopeMixin, SAELensJumpReLUSAE):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A Gemma Scope SAE: ``f = JumpReLU_theta(x W_enc + b_enc)``, ``x_hat = f W_dec + b_dec``.
 
-    A :class:`sae_lens.SAE`, so SAELens' analysis functions take it. See :class:`GemmaScopeMixin` for what differs.
+    A :class:`sae_lens.SAE`, so SAELens's analysis functions take it. See :class:`GemmaScopeMixin` for what differs.
     """
 
 
-def load_sae(
-    model: str,
-    site: str,
-    layer: int | None = None,
-    width: str | int | None = None,
-    l0: int | float | str = "canonical",
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "float32",
-    release: str | None = None,
-) -> Any:
-    """The SAE of a model at a site, by what it is rather than by name.
+@builds("jumprelu_transcoder")
+class JumpReLUTranscoder(GemmaScopeMixin, SAELensJumpReLUTranscoder):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """``f = JumpReLU_theta(x W_enc + b_enc)``, ``y_hat = f W_dec + b_dec [..., d_out]``.
 
-    Args:
-        model: such as ``"gemma-2-2b"``.
-        site: ``res``, ``mlp``, ``att``, ``embedding`` or ``transcoder``.
-        layer: counts from 0; None for the embedding.
-        width: such as ``"65k"``, or the number of latents; by default ``"16k"``.
-        l0: ``"canonical"`` (nearest to 100), a number that exists, or ``"closest:50"``.
-        device, dtype: as :meth:`JumpReLUSAE.from_pretrained`.
-        release: look in this release alone; needed where two have such an SAE.
-
-    Raises:
-        RegistryError: when two releases have such an SAE and ``release`` is not given.
-        UnknownNameError: when the registry has no such SAE, with the nearest ones.
-        WeightsError: when the file cannot be had or fails a check.
+    ``x`` is the pre-MLP RMSNorm's output *without* its gain, ``y`` what the MLP adds to the residual stream.
     """
-    from gemma_scope_tl.registry.catalog import find
-    from gemma_scope_tl.sae.loading import load_row
 
-    return load_row(find(model, site, layer, width, l0, release=release), device=device, dtype=dtype)
+    is_transcoder = True
+
+    def forward_with_activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prediction ``[..., d_out]`` as :meth:`forward` gives it, and latents ``[..., d_sae]``."""
+        x = self._floating(x)
+        acts = self.encode(x)
+        out, skipped = self.decode(acts, like=x), self.skip(x)
+        return (out if skipped is None else out + skipped).to(x.dtype), acts
+
+
+@builds("jumprelu_skip_transcoder")
+class JumpReLUSkipTranscoder(JumpReLUTranscoder, SAELensJumpReLUSkipTranscoder):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """A transcoder with a linear path: ``y_hat = f W_dec + b_dec + x W_skip^T``, ``W_skip [d_out, d_in]``."""
+
+    def skip(self, x: torch.Tensor) -> torch.Tensor:
+        """``x W_skip^T``, ``[..., d_in] -> [..., d_out]``, in the SAE's dtype."""
+        return checked_tensor(x, self.get_name(), self.W_skip.device).to(self.dtype) @ self.W_skip.T

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
-from gemma_scope_tl.sae.tensors import checked_tensor
+from gemma_scope_tl.sae.arguments import checked_tensor
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow

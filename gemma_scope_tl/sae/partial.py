@@ -10,13 +10,16 @@ import torch
 
 from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.registry import catalog
+from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sae.config import expected_of_row
-from gemma_scope_tl.sae.indices import as_indices
 from gemma_scope_tl.sae.latents import Latents
-from gemma_scope_tl.sae.loading import folds_b_dec, site_units
+from gemma_scope_tl.sae.sae_lens_config import SAELensConfig
+from gemma_scope_tl.sae.units import site_units
 from gemma_scope_tl.weights.fetch import find_local
 from gemma_scope_tl.weights.modes import ordinary_tensors
 from gemma_scope_tl.weights.partial import Arrays, read_cached, read_local, read_remote
+from gemma_scope_tl.weights.remote import RemoteFile
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -52,15 +55,13 @@ def load_latents(
         UnknownNameError: for a release, id or dtype that does not exist, with the nearest ones.
         WeightsError: for a latent that does not exist, or a file that cannot be had or fails a check.
     """
-    from gemma_scope_tl.registry.catalog import resolve
-
     to, device = parse_dtype(dtype), parse_device(device)
-    row, chosen = resolve(release, sae_id), as_indices(latents)
+    row, chosen = catalog.resolve(release, sae_id), as_indices(latents)
     if not chosen:
         raise GemmaScopeError("No latents were given: name at least one.")
     path = find_local(row)
     arrays = _read(row, path, chosen, encoder if encoder is not None else path is not None, cache_rows)
-    units = site_units(row.site, row.d_in)
+    units = site_units(row.site, row.d_in, row.model_family)
     arrays = {name: units[name](array) if name in units else array for name, array in arrays.items()}
     wide = torch.promote_types(torch.float32, to)
     cast: dict[str, Any] = {n: a.to(device, wide if n == "threshold" else to) for n, a in arrays.items()}
@@ -70,7 +71,7 @@ def load_latents(
 def _read(row: SAERow, path: Path | None, latents: list[int], encoder: bool, cache_rows: bool) -> Arrays:
     expected = expected_of_row(row)
     if path is not None:
-        folds = row.format == "sae-lens" and folds_b_dec(path.parent)
+        folds = row.format == "sae-lens" and SAELensConfig.read(path.parent).subtracts_b_dec
         if cache_rows and encoder and not folds:
             return read_cached(path, latents, expected)
         arrays = read_local(path, latents, expected, encoder or folds)
@@ -82,6 +83,4 @@ def _read(row: SAERow, path: Path | None, latents: list[int], encoder: bool, cac
         raise GemmaScopeError(f"{what}. Load the whole SAE once, or leave encoder and cache_rows out.")
     if row.format == "sae-lens":
         raise GemmaScopeError(f"{row.release}/{row.id} is in SAELens' layout and not on this machine: load it whole.")
-    from gemma_scope_tl.weights.remote import RemoteFile
-
     return read_remote(RemoteFile(row.repo, row.weights_path, row.revision), latents, expected)

@@ -1,24 +1,32 @@
-"""SAELens's ways of loading an SAE, and this package's, as class methods."""
+"""Loading and saving an SAE through class methods: SAELens's, with their arguments, and this package's."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
-from sae_lens.saes.sae import SAE
 
-from gemma_scope_tl.dtypes import parse_dtype
+from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.files import checked_path, replace_files
+from gemma_scope_tl.registry import catalog
+from gemma_scope_tl.sae.building import build, class_of
+from gemma_scope_tl.sae.config import Identity
+from gemma_scope_tl.sae.reading import Checked, read_converted, read_folder, read_given, read_row, saved_dtype
+from gemma_scope_tl.sae.sae_lens_config import SAELensConfig
+from gemma_scope_tl.weights.checks import CFG_NAME, WEIGHTS_NAME
 from gemma_scope_tl.weights.modes import ordinary_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import numpy as np
+    from sae_lens.saes.sae import SAE
+
+    from gemma_scope_tl.registry.schema import SAERow
 
     _Base = SAE[Any]
 else:
@@ -26,7 +34,10 @@ else:
 
 
 class LoadingMixin(_Base):
-    """``from_pretrained`` and ``load_from_disk`` with SAELens's arguments; ``from_folder`` and ``from_arrays``."""
+    """SAELens's ``from_pretrained`` and ``load_from_disk``; ``from_row``, ``from_folder`` and ``from_arrays``.
+
+    All of them return an object of the class that the SAE needs: ``JumpReLUSAE.from_pretrained`` loads transcoders too.
+    """
 
     is_transcoder: bool = False
 
@@ -37,8 +48,6 @@ class LoadingMixin(_Base):
         Raises:
             UnknownNameError: for architectures that are not JumpReLU.
         """
-        from gemma_scope_tl.sae.loading import class_of
-
         return class_of(architecture)
 
     @classmethod
@@ -84,31 +93,44 @@ class LoadingMixin(_Base):
         converter: Any = None,
         fold_W_dec_norm: bool = False,
     ) -> tuple[Any, dict[str, Any], torch.Tensor | None]:
-        """:meth:`from_pretrained`, with the config as a dict and the sparsity that a ``converter`` may know, in
-        SAELens' shape."""
-        from gemma_scope_tl.registry.catalog import resolve
-        from gemma_scope_tl.sae.loading import from_converter, load_row
-
-        sparsity = None
+        """:meth:`from_pretrained`, with SAELens's other two results: the config as a dict, and the sparsity that a
+        ``converter`` may know."""
         if converter is None:
-            sae = load_row(resolve(release, sae_id), device=device, dtype=dtype, force_download=force_download)
+            sae, sparsity = cls.from_row(catalog.resolve(release, sae_id), device, dtype, force_download), None
         else:
-            row = None if "/" in release else resolve(release, sae_id)
+            row = None if "/" in release else catalog.resolve(release, sae_id)
             repo, folder = (release, sae_id) if row is None else (row.repo, row.path)
-            options = {"device": str(device), "dtype": _name(dtype)}
             cfg, state, sparsity = converter(
                 repo_id=repo,
                 folder_name=folder,
                 device=str(device),
                 force_download=force_download,
-                cfg_overrides=options,
+                cfg_overrides={"device": str(device), "dtype": _name(dtype)},
             )
-            sae = from_converter(cfg, state, f"{repo}/{folder}", row, device, dtype)
-        own = cls._own(sae)
+            sae = cls._converted(cfg, state, f"{repo}/{folder}", row, device, dtype)
         if fold_W_dec_norm:
-            own.fold_W_dec_norm()
-            own.mark_as_loaded()
-        return own, own.cfg.to_dict(), sparsity
+            _fold(sae)
+        return sae, sae.cfg.to_dict(), sparsity
+
+    @classmethod
+    def from_row(
+        cls,
+        row: SAERow,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        force_download: bool = False,
+    ) -> Any:
+        """The SAE (or transcoder) of a registry row, fetched and checked against the row.
+
+        Args:
+            row: as :func:`gemma_scope_tl.registry.resolve` gives it.
+            device, dtype, force_download: as :meth:`from_pretrained`.
+
+        Raises:
+            UnknownNameError: for a dtype that does not exist.
+            WeightsError: when the file cannot be had or fails a check.
+        """
+        return cls._loaded(lambda to, kind: read_row(row, to, kind, force_download), device, dtype)
 
     @classmethod
     def from_folder(
@@ -125,16 +147,15 @@ class LoadingMixin(_Base):
         Args:
             path: the folder, or the ``params.npz`` or ``.safetensors`` itself.
             model: the model's name; or a model or its config, whose sizes are then checked against the file.
-            site, layer: where it belongs. SAELens' layout knows; an npz does not, and without them encode and decode
-                work and splicing asks. With ``site="embedding"`` an npz is rescaled (:func:`scale_embedding`).
+            site, layer: where it belongs. SAELens's layout says it; an npz does not, and without them encode and
+                decode work, and splicing asks for them. With ``site="embedding"`` an npz is rescaled
+                (:func:`~gemma_scope_tl.sae.units.scale_embedding`).
             device, dtype: as :meth:`from_pretrained`.
 
         Raises:
             WeightsError: when the files are missing or fail a check.
         """
-        from gemma_scope_tl.sae.loading import load_folder
-
-        return cls._own(load_folder(path, model=model, site=site, layer=layer, device=device, dtype=dtype))
+        return cls._loaded(lambda to, kind: read_folder(path, model, site, layer, to, kind), device, dtype)
 
     @classmethod
     def from_arrays(
@@ -154,9 +175,7 @@ class LoadingMixin(_Base):
         Raises:
             WeightsError: when a check fails.
         """
-        from gemma_scope_tl.sae.loading import build
-
-        return cls._own(build(arrays, model=model, site=site, layer=layer, device=device, dtype=dtype))
+        return cls._loaded(lambda to, kind: read_given(arrays, model, site, layer), device, dtype)
 
     @classmethod
     def load_from_disk(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -167,7 +186,7 @@ class LoadingMixin(_Base):
         converter: Any = None,
         fold_W_dec_norm: bool = False,
     ) -> Any:
-        """:meth:`from_folder` under SAELens' name and with its arguments.
+        """:meth:`from_folder` under SAELens's name and with its arguments.
 
         Args:
             path: as for :meth:`from_folder`.
@@ -180,40 +199,51 @@ class LoadingMixin(_Base):
         Raises:
             WeightsError: when the files are missing or fail a check.
         """
-        from gemma_scope_tl.sae.loading import from_converter, saved_dtype
-
         if converter is None:
-            own = cls.from_folder(path, device=device, dtype=dtype or saved_dtype(path))
+            sae = cls.from_folder(path, device=device, dtype=dtype or saved_dtype(path))
         else:
             named = None if dtype is None else {"dtype": _name(dtype)}
             cfg, state = converter(path, str(device), cfg_overrides=named)
-            own = cls._own(from_converter(cfg, state, str(path), device=device, dtype=dtype))
+            sae = cls._converted(cfg, state, str(path), None, device, dtype)
         if fold_W_dec_norm:
-            own.fold_W_dec_norm()
-            own.mark_as_loaded()
-        return own
+            _fold(sae)
+        return sae
 
     @classmethod
-    def _own(cls, sae: Any) -> Any:
+    def _converted(
+        cls,
+        given: dict[str, Any],
+        state: Mapping[str, torch.Tensor],
+        source: str,
+        row: SAERow | None,
+        device: str | torch.device,
+        dtype: str | torch.dtype | None,
+    ) -> Any:
+        """The SAE of a configuration and parameters, as SAELens's converters give them."""
+        config = SAELensConfig.given(given, source)
+        identity = Identity(source) if row is None else Identity.of(row, source)
+        kind = dtype or config.dtype or "float32"
+        return cls._loaded(lambda *_: read_converted(config, state, identity), device, kind)
+
+    @classmethod
+    @ordinary_tensors()
+    def _loaded(
+        cls,
+        read: Callable[[torch.device, torch.dtype], Checked],
+        device: str | torch.device,
+        dtype: str | torch.dtype,
+    ) -> Any:
+        """The SAE that ``read`` finds, of this class where this is a transcoder's."""
+        kind, to = parse_dtype(dtype), parse_device(device)  # before anything is fetched
+        arrays, identity = read(to, kind)
+        sae = build(arrays, identity, to, kind)
         if cls.is_transcoder and not isinstance(sae, cls):
             raise GemmaScopeError(f"This is a {type(sae).__name__}, not a {cls.__name__}: load it with that class.")
         return sae
 
 
-def _name(dtype: str | torch.dtype) -> str:
-    return str(parse_dtype(dtype)).removeprefix("torch.")
-
-
-if TYPE_CHECKING:
-    from sae_lens.saes.sae import SAE
-
-    _Base = SAE[Any]
-else:
-    _Base = object
-
-
 class SavingMixin(_Base):
-    """``save_model`` with SAELens's arguments, files and answer."""
+    """SAELens's ``save_model``."""
 
     @ordinary_tensors()
     def save_model(self, path: str | PathLike[str]) -> tuple[Path, Path]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -241,12 +271,20 @@ def write_sae_lens_files(
     Raises:
         WriteError: they cannot be written; what was there before is as it was.
     """
-    from safetensors.torch import save_file
-
-    from gemma_scope_tl.files import checked_path, replace_files
-    from gemma_scope_tl.weights.checks import CFG_NAME, WEIGHTS_NAME
-
     folder, text = checked_path(path), json.dumps(cfg)
-    writers = {WEIGHTS_NAME: lambda to: save_file(dict(state), to), CFG_NAME: lambda to: to.write_text(text)}
+    writers = {
+        WEIGHTS_NAME: lambda to: safetensors.torch.save_file(dict(state), to),
+        CFG_NAME: lambda to: to.write_text(text),
+    }
     replace_files(folder, writers)
     return folder / WEIGHTS_NAME, folder / CFG_NAME
+
+
+def _fold(sae: Any) -> None:
+    """Fold the norms of the decoder rows into the encoder. The result counts as what was loaded."""
+    sae.fold_W_dec_norm()
+    sae.mark_as_loaded()
+
+
+def _name(dtype: str | torch.dtype) -> str:
+    return str(parse_dtype(dtype)).removeprefix("torch.")

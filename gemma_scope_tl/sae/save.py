@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.files import checked_path, replace_files
-from gemma_scope_tl.sae.loading import class_of, fold_b_dec, scale_embedding
+from gemma_scope_tl.sae.building import class_of
+from gemma_scope_tl.sae.config import Identity
 from gemma_scope_tl.sae.provenance import config_of
+from gemma_scope_tl.sae.units import fold_b_dec, scale_embedding
 from gemma_scope_tl.weights.checks import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME
 from gemma_scope_tl.weights.load import canonical_arrays
 from gemma_scope_tl.weights.modes import ordinary_tensors
@@ -92,8 +94,10 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], compress: bool = Fal
 def _release_arrays(sae: Any, arrays: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     if sae.cfg.apply_b_dec_to_input:
         arrays = fold_b_dec(arrays)
-    if sae.cfg.metadata.hook_name == "hook_embed" or getattr(sae, "site", None) == "embedding":
-        arrays = scale_embedding(arrays, inverse=True)
+    metadata = {name: sae.cfg.metadata.get(name) for name in ("model_name", "hook_name", "hook_name_out")}
+    identity = Identity(sae.get_name(), site=getattr(sae, "site", None), metadata=metadata).placed()
+    if identity.site is not None and identity.family.site(identity.site).joins == "embedding":
+        arrays = scale_embedding(arrays, inverse=True, family=identity.family)
     if "W_skip" in arrays:  # the release's name and orientation
         arrays = {**arrays, "affine_skip_connection": arrays["W_skip"].T}
         del arrays["W_skip"]

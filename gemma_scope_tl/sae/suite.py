@@ -13,7 +13,10 @@ import torch
 
 from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
+from gemma_scope_tl.registry import catalog
 from gemma_scope_tl.registry.widths import DEFAULT_WIDTH, width_label
+from gemma_scope_tl.sae.loading import load_row
+from gemma_scope_tl.sites import get_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,25 +56,20 @@ def load_suite(
         RegistryError: when two releases have an SAE at one place and ``release`` is not given.
         UnknownNameError: when a site, layer, width or L0 does not exist, before anything is loaded.
     """
-    from gemma_scope_tl.registry.catalog import find
-    from gemma_scope_tl.sae.loading import load_row
-
     device, dtype = parse_device(device), parse_dtype(dtype)
     rows: dict[Key, SAERow] = {}
     label = DEFAULT_WIDTH if width is None else width_label(width) if isinstance(width, int) else width
     for site in [sites] if isinstance(sites, str) else list(sites):
         if isinstance(layers, str) and layers != "all":
             raise unknown_name("choice of layers", layers, ["all"], "Or give numbers.")
-        if isinstance(layers, str) or site == "embedding":
+        once = not get_site(site).per_layer
+        if isinstance(layers, str) or once:
             numbers = _layers(model, site, label, release)
-            if not numbers:
-                find(
-                    model, site, None if site == "embedding" else 0, width, l0, release=release
-                )  # raises, and says what there is
+            numbers = numbers or [None if once else 0]  # of which find() says that there is none, and what there is
         else:
             numbers = [layers] if isinstance(layers, int) else list(layers)
         for layer in numbers:
-            rows[site, layer] = find(model, site, layer, width, l0, release=release)
+            rows[site, layer] = catalog.find(model, site, layer, width, l0, release=release)
     return SAESuite(rows, lambda row: load_row(row, device=device, dtype=dtype), memory)
 
 
@@ -202,8 +200,11 @@ def _nbytes(sae: Any) -> int:
 
 def _layers(model: str, site: str, width: str, release: str | None) -> list[int | None]:
     """Layers (None for the embedding) that have SAEs of this width, ascending."""
-    from gemma_scope_tl.registry.catalog import checked_model, header_of, headers, load_release
-
-    name, only = checked_model(model), None if release is None else header_of(release)
-    rows = [row for h in headers() if h.model == name and only in (None, h) for row in load_release(h.release).rows]
+    name, only = catalog.checked_model(model), None if release is None else catalog.header_of(release)
+    rows = [
+        row
+        for h in catalog.headers()
+        if h.model == name and only in (None, h)
+        for row in catalog.load_release(h.release).rows
+    ]
     return sorted({row.layer for row in rows if row.site == site and row.width == width}, key=lambda n: n or 0)

@@ -1,4 +1,4 @@
-"""How SAEs do on texts of different kinds (section 4.6)."""
+"""The metrics of SAEs on texts of different kinds (section 4.6)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PILE = "ArmelR/the-pile-splitted"
-"""The Pile with a configuration for each of its subsets, which can be streamed one by one."""
+"""The Pile with a configuration for each of its subsets, so that each can be streamed by itself."""
 PILE_SUBSETS: Mapping[str, str] = {
     "wikipedia_en": "Wikipedia (en)",
     "europarl": "EuroParl",
@@ -44,17 +44,17 @@ def by_domain(
 
     Args:
         model, saes: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
-        domains: texts (read one by one, no more than needed) or token ids of each: :func:`labelled_texts`,
-            :func:`pile_texts`.
-        rows: of tokens of each domain at most. The same for all makes intervals comparable.
+        domains: texts or token ids of each domain, as :func:`labelled_texts` and :func:`pile_texts` return them. Texts
+            are read one by one, as many as are needed.
+        rows: largest number of rows of each domain. Intervals are comparable when all domains have as many.
         context: tokens in a row.
-        options: others of ``evaluate``.
+        options: other arguments of ``evaluate``.
 
     Returns:
         A row per domain and SAE: ``domain``, then the columns of ``evaluate``.
 
     Raises:
-        GemmaScopeError: without domains, or when one has less text than one row, naming it.
+        GemmaScopeError: without domains, or when a domain has less text than one row.
     """
     import pandas as pd
 
@@ -76,8 +76,8 @@ def labelled_texts(
 
     Args:
         source, split: as :func:`~gemma_scope_tl.text.documents.read_texts`; None for the bundled held-out text.
-        column: where the text is.
-        label: the column that says what kind of text it is.
+        column: name of the column with the text.
+        label: name of the column with the kind of text.
 
     Raises:
         UnknownNameError: for a column that does not exist.
@@ -91,12 +91,12 @@ def labelled_texts(
 def pile_texts(
     names: Iterable[str] = tuple(PILE_SUBSETS), source: str = PILE, column: str = "text", split: str = "test"
 ) -> dict[str, Iterator[str]]:
-    """Subsets of the Pile, streamed when they are read.
+    """Subsets of the Pile; each is streamed when it is read.
 
     Args:
         names: of :data:`PILE_SUBSETS`.
         source: a data set, or a folder, with the subsets as configurations.
-        column, split: where the text is.
+        column, split: the column and the split with the text.
 
     Raises:
         UnknownNameError: for a subset that is not in the table.

@@ -1,7 +1,8 @@
-"""What SAEs lose at their sparsity (section 4.1, figures 2 and 5), and how evenly their latents matter (C.3)."""
+"""Fidelity of SAEs: against sparsity (section 4.1), uniformity of latent importance (C.3), and by dtype (4.7)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,55 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+NAMES = ["release", "id", "site", "layer", "d_sae"]
+FIDELITY = ("delta_loss", "fvu")
 COMPARED = ("l0", "fvu", "delta_loss", "loss_clean")
+
+
+def sparsity_fidelity(model: Any, saes: Any, data: Sequence[str] | torch.Tensor, **options: Any) -> pd.DataFrame:
+    """L0 against delta loss and FVU of SAEs that see the same tokens, by site, layer and width (section 4.1).
+
+    Args:
+        model, saes, data, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them, but for ``by_position``.
+
+    Returns:
+        The table of ``evaluate``, by site, layer, width and L0, with three more columns: ``width``, and
+        ``delta_loss_best`` and ``fvu_best``. They are True on the Pareto frontier of a site and layer: no other SAE
+        there is as good in both metrics and better in one.
+    """
+    table = evaluate(model, saes, data, by_position=False, **options)
+    table.insert(table.columns.get_loc("d_sae"), "width", [width_label(int(d)) for d in table["d_sae"]])  # type: ignore[arg-type]
+    for metric in FIDELITY:
+        table[f"{metric}_best"] = on_frontier(table, metric)
+    return table.sort_values(["site", "layer", "d_sae", "l0"], ignore_index=True)
+
+
+def importance_uniformity(
+    model: Any, saes: Any, data: Sequence[str] | torch.Tensor, positions: int = 8, **options: Any
+) -> pd.DataFrame:
+    """The uniformity r_L0 of active latent importance against L0 (appendix C.3).
+
+    ``r_L0 = exp(S(p)) / L0``, where p are the absolute effects of a token's active latents on the mean-centred logit of
+    its correct next token, normalised, and S is their entropy: the effective number of latents as a share of the
+    active ones.
+
+    Args:
+        model, saes, data, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
+        positions: number of positions of each row, drawn at random; each takes a backward pass of the model.
+
+    Returns:
+        A row per SAE, by site, layer and L0: ``release, id, site, layer, d_sae, l0, uniformity, uniformity_low,
+        uniformity_high, sequences``, the bounds being those of the confidence interval.
+
+    Raises:
+        GemmaScopeError: for no positions.
+    """
+    if positions < 1:
+        raise GemmaScopeError(f"Uniformity needs a position of each row or more, not {positions}.")
+    options = {"ablations": (), **options}
+    table = evaluate(model, saes, data, by_position=False, uniformity=positions, **options)
+    kept = table[[*NAMES, "l0", "uniformity", "uniformity_low", "uniformity_high", "sequences"]]
+    return kept.sort_values(["site", "layer", "l0"], ignore_index=True)
 
 
 def by_dtype(
@@ -22,7 +71,7 @@ def by_dtype(
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     **options: Any,
 ) -> pd.DataFrame:
-    """The metrics with model and SAEs both in each dtype (section 4.7). One dtype is in memory at a time.
+    """The metrics with model and SAEs in each dtype (section 4.7), of which one is in memory at a time.
 
     Args:
         load: from a dtype's name to the model and the SAEs (the same ones, in the same order) in that dtype.
@@ -48,8 +97,7 @@ def by_dtype(
         del model, saes
         table.insert(0, "dtype", dtype)
         first = frames[0] if frames else table
-        names = ["release", "id", "site", "layer", "d_sae"]
-        if not table[names].equals(first[names]):
+        if not table[NAMES].equals(first[NAMES]):
             raise GemmaScopeError(f"The SAEs in {dtype} are not those in {dtypes[0]}, or are in another order.")
         for metric in COMPARED:
             table[f"{metric}_change"] = table[metric] - first[metric]
@@ -57,58 +105,8 @@ def by_dtype(
     return pd.concat(frames, ignore_index=True)
 
 
-FIDELITY = ("delta_loss", "fvu")
-NAMES = ["release", "id", "site", "layer", "d_sae"]
-
-
-def sparsity_fidelity(model: Any, saes: Any, data: Sequence[str] | torch.Tensor, **options: Any) -> pd.DataFrame:
-    """L0 against delta loss and FVU of SAEs that see the same tokens, by site, layer and width (section 4.1).
-
-    Args:
-        model, saes, data, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them, but for ``by_position``.
-
-    Returns:
-        The table of ``evaluate``, by site, layer, width and L0, with three more columns: ``width``, and
-        ``delta_loss_best`` and ``fvu_best``. They are True on the Pareto frontier of a site and layer: no other SAE
-        there is at least as sparse and loses as little, and is better in one of the two.
-    """
-    table = evaluate(model, saes, data, by_position=False, **options)
-    table.insert(table.columns.get_loc("d_sae"), "width", [width_label(int(d)) for d in table["d_sae"]])  # type: ignore[arg-type]
-    for metric in FIDELITY:
-        table[f"{metric}_best"] = on_frontier(table, metric)
-    return table.sort_values(["site", "layer", "d_sae", "l0"], ignore_index=True)
-
-
-def importance_uniformity(
-    model: Any, saes: Any, data: Sequence[str] | torch.Tensor, positions: int = 8, **options: Any
-) -> pd.DataFrame:
-    """The uniformity r_L0 of active latent importance against L0 (appendix C.3).
-
-    ``r_L0 = exp(S(p)) / L0``, where p are the absolute effects of a token's active latents on the mean-centred logit of
-    its correct next token, normalised, and S is their entropy: the effective number of latents as a share of the
-    active ones.
-
-    Args:
-        model, saes, data, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
-        positions: of each row, drawn at random: a backward pass of the model each.
-
-    Returns:
-        A row per SAE, by site, layer and L0: ``release, id, site, layer, d_sae, l0, uniformity, uniformity_low,
-        uniformity_high, sequences``, the bounds being those of the confidence interval.
-
-    Raises:
-        GemmaScopeError: for no positions.
-    """
-    if positions < 1:
-        raise GemmaScopeError(f"Uniformity needs a position of each row or more, not {positions}.")
-    options = {"ablations": (), **options}
-    table = evaluate(model, saes, data, by_position=False, uniformity=positions, **options)
-    kept = table[[*NAMES, "l0", "uniformity", "uniformity_low", "uniformity_high", "sequences"]]
-    return kept.sort_values(["site", "layer", "l0"], ignore_index=True)
-
-
 def on_frontier(table: pd.DataFrame, metric: str) -> list[bool]:
-    """Which rows no other row of the same site and layer beats in ``l0`` and ``metric``; lower is better in both.
+    """Which rows are on the Pareto frontier of ``l0`` and ``metric`` in their site and layer; lower is better in both.
 
     A row whose metric is NaN is not on the frontier.
     """
@@ -117,5 +115,5 @@ def on_frontier(table: pd.DataFrame, metric: str) -> list[bool]:
         l0, loss = rows["l0"].to_numpy(), rows[metric].to_numpy()
         for at, label in enumerate(rows.index):
             beaten = (l0 <= l0[at]) & (loss <= loss[at]) & ((l0 < l0[at]) | (loss < loss[at]))
-            best[label] = bool(loss[at] == loss[at]) and not beaten.any()
+            best[label] = not math.isnan(loss[at]) and not beaten.any()
     return [best[label] for label in table.index]

@@ -7,13 +7,14 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.progress import track
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import LatentCounts
+from gemma_scope_tl.evals.cache import Checkpoint, MetricsCache, key_of
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, clean_batches, rows_that_fit
 from gemma_scope_tl.evals.run import facts_of
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
-from gemma_scope_tl.evals.store import Store, key_of
 from gemma_scope_tl.text.batch import Text, TokenBatch
 from gemma_scope_tl.text.rows import as_rows, special_ids
 
@@ -35,7 +36,7 @@ def firing_frequencies(
     memory_budget: int = MEMORY_BUDGET,
     cache: str | PathLike[str] | None = None,
 ) -> pd.DataFrame:
-    """Histograms of how often latents fire (section 4.3). Nothing is spliced, so a token costs one pass and encodings.
+    """Histograms of how often latents fire (section 4.3), from one clean pass and one encoding for each SAE.
 
     Args:
         model, saes, data, context, batch_size, progress, memory_budget, cache: as
@@ -73,60 +74,43 @@ def count_firing(
 ) -> list[tuple[Subject, LatentCounts]]:
     """Each SAE with how often each of its latents fired; arguments as :func:`firing_frequencies` takes them.
 
-    With a cache folder, an SAE that was counted there on the same model and tokens is not counted again, and a count
-    that was stopped goes on where it last saved, every :data:`CHECKPOINT` batches.
+    With a cache folder, an SAE that was counted there on the same model and tokens is not counted again, and an
+    interrupted count continues from where it was last saved, every :data:`CHECKPOINT` batches.
     """
-    from rich.progress import track
-
     subjects = subjects_of(model, saes)
-    given, special = as_rows(model, data, context), special_ids(model)
-    tokens = given.ids
-    store, keys = Store(cache), _keys(model, given, special, subjects) if cache is not None else []
-    kept = [store.load(key) for key in keys] or [None] * len(subjects)
-    pairs = list(zip(subjects, kept, strict=True))
-    counts = [LatentCounts.empty(s.d_sae) if k is None else LatentCounts.from_state(k) for s, k in pairs]
-    pending = [number for number, state in enumerate(kept) if state is None]
-    if not pending:
-        return list(zip(subjects, counts, strict=True))
-    places = list(dict.fromkeys(subjects[number].place for number in pending))
-    rows = rows_that_fit(model, places, tokens.shape[1], batch_size, memory_budget)
-    unfinished = key_of({"counting": [keys[number] for number in pending]}) if keys else ""
-    start = _resumed(store, unfinished, counts, pending) if keys else 0
-    batches = clean_batches(model, tokens, places, special, rows, start, given.mask)
-    total = -(-(tokens.shape[0] - start) // rows)
-    for done, batch in enumerate(track(batches, "counting", total, transient=True, disable=not progress), 1):
-        inputs = {place: batch.activations(place) for place in places}
-        for number in pending:
-            counts[number].update(latents_of(subjects[number].get(), inputs[subjects[number].place]))
-        if keys and done % CHECKPOINT == 0:
-            store.save(unfinished, _unfinished(batch.start + batch.tokens.shape[0], counts, pending))
-    for number in pending if keys else ():
-        store.save(keys[number], counts[number].state())
-    if keys:
-        store.drop(unfinished)
+    rows, special = as_rows(model, data, context), special_ids(model)
+    kept = MetricsCache(cache)
+    keys = [""] * len(subjects) if cache is None else _keys(model, rows, special, subjects)
+    counts = [LatentCounts.empty(subject.d_sae) for subject in subjects]
+    pending: dict[int, LatentCounts] = {}
+    for number, (key, one) in enumerate(zip(keys, counts, strict=True)):
+        state = kept.load(key)
+        if state is None:
+            pending[number] = one
+        else:
+            one.restore(state)
+    if pending:
+        checkpoint = Checkpoint(kept, key_of({"counting": [keys[number] for number in pending]}), pending)
+        places = list(dict.fromkeys(subjects[number].place for number in pending))
+        fitting = rows_that_fit(model, places, rows.ids.shape[1], batch_size, memory_budget)
+        start = checkpoint.restore()
+        batches = clean_batches(model, rows.ids, places, special, fitting, start, rows.mask)
+        total = -(-(rows.ids.shape[0] - start) // fitting)
+        for done, batch in enumerate(track(batches, "counting", total, transient=True, disable=not progress), 1):
+            inputs = {place: batch.activations(place) for place in places}
+            for number, one in pending.items():
+                one.update(latents_of(subjects[number].get(), inputs[subjects[number].place]))
+            if done % CHECKPOINT == 0:
+                checkpoint.save(batch.start + batch.tokens.shape[0])
+        for number, one in pending.items():
+            kept.save(keys[number], one.state())
+        checkpoint.drop()
     return list(zip(subjects, counts, strict=True))
 
 
 def _keys(model: Any, rows: TokenBatch, special: tuple[int, ...], subjects: Sequence[Subject]) -> list[str]:
     common = facts_of(model, rows, special)
     return [key_of({**common, "unit": "fired", "place": s.place.key, "sae": s.fingerprint()}) for s in subjects]
-
-
-def _unfinished(rows: int, counts: Sequence[LatentCounts], pending: Sequence[int]) -> dict[str, torch.Tensor]:
-    states = {f"{n}/{key}": value for n in pending for key, value in counts[n].state().items()}
-    return {"rows": torch.tensor(rows), **states}
-
-
-def _resumed(store: Store, key: str, counts: list[LatentCounts], pending: Sequence[int]) -> int:
-    """Take over what was counted before a stop; the row to go on with."""
-    state = store.load(key)
-    if state is None:
-        return 0
-    for number in pending:
-        start = f"{number}/"
-        mine = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
-        counts[number] = LatentCounts.from_state(mine)
-    return int(state["rows"])
 
 
 def _rows(subject: Subject, counts: LatentCounts, bins: int) -> list[dict[str, Any]]:
@@ -139,11 +123,9 @@ def _rows(subject: Subject, counts: LatentCounts, bins: int) -> list[dict[str, A
         "median": float(live.quantile(0.5)) if live.numel() else float("nan"),
         "tokens": counts.tokens,
     }
-    names = {"release": subject.release, "id": subject.id, "site": subject.place.site, "layer": subject.place.layer}
     return [
         {
-            **names,
-            "d_sae": subject.d_sae,
+            **subject.columns,
             "low": float(edges[at]),
             "high": float(edges[at + 1]),
             "latents": int(latents[at]),

@@ -1,4 +1,4 @@
-"""How SAEs do along the sequence (section 4.2)."""
+"""The metrics of SAEs along the sequence (section 4.2)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import torch
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import TokenMean
 from gemma_scope_tl.evals.suite import Evaluation, measure_suite
-from gemma_scope_tl.sites import target_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SINGLE = 16
-"""Positions before this one have a bin each: there the error rises fast."""
+"""Positions before this one have a bin each, because the error rises fast there."""
 GROWTH = 1.25
-"""How much longer each bin after those is than the one before."""
+"""Ratio of the length of each later bin to the one before it."""
 
 
 def binned_by_position(
@@ -49,14 +48,14 @@ def binned_by_position(
 
     options = {"ablations": (), **options}
     found = measure_suite(model, saes, data, **options)
-    length = int(found.units["sae 0"].token_mean("l0").position_counts.shape[0])
+    length = int(found.sums.saes[0].l0.position_counts.shape[0])
     bins = _checked(edges, length)
     rows = [row for number in range(len(found.subjects)) for row in _rows(found, number, bins)]
     return pd.DataFrame(rows)
 
 
 def position_edges(length: int, single: int = SINGLE, growth: float = GROWTH) -> list[int]:
-    """Edges of bins over positions 0 to ``length - 1``: one position each at first, then longer and longer.
+    """Edges of bins over positions 0 to ``length - 1``: bins of one position first, then longer ones.
 
     >>> position_edges(24, single=4, growth=2)
     [0, 1, 2, 3, 4, 6, 10, 18, 24]
@@ -79,16 +78,22 @@ def _checked(edges: Sequence[int] | None, length: int) -> list[int]:
 
 
 def _rows(found: Evaluation, number: int, edges: list[int]) -> list[dict[str, Any]]:
-    subject, unit = found.subjects[number], found.units[f"sae {number}"]
-    deviation = found.units[f"deviation {target_of(subject.place).key}"].token_mean("value")
-    means = {name: unit.token_mean(name) for name in ("l0", "error", "loss", "kl")}
-    sums = {name: _binned(mean, edges) for name, mean in {**means, "clean": found.clean(), "var": deviation}.items()}
+    sae = found.sums.saes[number]
+    means = {
+        "l0": sae.l0,
+        "error": sae.error,
+        "loss": sae.loss,
+        "kl": sae.kl,
+        "clean": found.sums.clean.loss,
+        "deviation": found.sums.place_of(number).deviation.value,
+    }
+    sums = {name: _binned(mean, edges) for name, mean in means.items()}
     (error, tokens), (loss, predictions) = sums["error"], sums["loss"]
     with np.errstate(all="ignore"):
         columns = {
             "l0": sums["l0"][0] / tokens,
             "squared_error": error / tokens,
-            "fvu": error / sums["var"][0],
+            "fvu": error / sums["deviation"][0],
             "loss_clean": sums["clean"][0] / predictions,
             "loss_spliced": loss / predictions,
             "delta_loss": (loss - sums["clean"][0]) / predictions,
@@ -96,11 +101,9 @@ def _rows(found: Evaluation, number: int, edges: list[int]) -> list[dict[str, An
             "tokens": tokens.astype(int),
             "predictions": predictions.astype(int),
         }
-    names = {"release": subject.release, "id": subject.id, "site": subject.place.site, "layer": subject.place.layer}
     return [
         {
-            **names,
-            "d_sae": subject.d_sae,
+            **found.subjects[number].columns,
             "start": edges[at],
             "stop": edges[at + 1],
             **{name: values[at].item() for name, values in columns.items()},
@@ -111,7 +114,7 @@ def _rows(found: Evaluation, number: int, edges: list[int]) -> list[dict[str, An
 
 
 def _binned(mean: TokenMean, edges: list[int]) -> tuple[Any, Any]:
-    """Sums and counts of each bin. A loss has one position less than the tokens: none is predicted at the last."""
+    """Sums and counts of each bin. A loss has one position fewer than the tokens, because none follows the last."""
     out: list[Any] = []
     for values in (mean.position_sums, mean.position_counts):
         running = np.concatenate([[0.0], np.cumsum(values.double().numpy())])

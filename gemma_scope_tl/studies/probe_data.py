@@ -23,11 +23,11 @@ _LAST = re.compile(r"\w+(?=[.!?](?:\s|\Z))")
 
 @dataclass(frozen=True)
 class Concept:
-    """A question with yes or no for an answer.
+    """A property that a row or a token has or lacks.
 
     Attributes:
         name: for people.
-        labels: 1, 0, or -1 where it is not asked; ``[rows]`` or, of tokens, ``[rows, pos]``.
+        labels: 1, 0, or -1 where it is undefined; ``[rows]`` or, of tokens, ``[rows, pos]``.
     """
 
     name: str
@@ -35,19 +35,19 @@ class Concept:
 
     @property
     def of_tokens(self) -> bool:
-        """Whether it is about tokens, not about rows."""
+        """Whether it is a property of tokens, and not of rows."""
         return self.labels.ndim == 2
 
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Rows of tokens and what is known about them.
+    """Rows of tokens with their documents and concepts.
 
     Attributes:
         tokens: BOS, tokens of one document, and padding, ``[rows, pos]``.
         documents: number of each row's document, ``[rows]``.
         kinds: label of each document.
-        concepts: all that may be asked.
+        concepts: the properties to probe.
     """
 
     tokens: Int[torch.Tensor, "rows pos"]
@@ -59,7 +59,7 @@ class LabelledRows:
         """The same rows with some of the concepts.
 
         Raises:
-            UnknownNameError: for one that there is not.
+            UnknownNameError: for one that does not exist.
         """
         known = {concept.name: concept for concept in self.concepts}
         for name in names:
@@ -78,7 +78,7 @@ def bundled_concepts(tokenizer: Any, context: int = 64, rows: int = 64) -> Label
     Args:
         tokenizer: of the model.
         context: tokens in a row, BOS included.
-        rows: of a document at most.
+        rows: largest number of rows of a document.
     """
     pairs = [(str(record["text"]), str(record["domain"])) for record in read_records()]
     spans = {
@@ -102,11 +102,11 @@ def read_labelled(
     Args:
         source, split: as :func:`~gemma_scope_tl.text.documents.read_texts` takes them.
         column, label: where the text is, and what it is; a label may be a number.
-        documents: of each label at most. The data is read to its end, for a label may come late.
+        documents: largest number for each label. The data are read to their end, because a label may come late.
 
     Raises:
         UnknownNameError: for a column that does not exist.
-        GemmaScopeError: for a text that is none.
+        GemmaScopeError: for a value that is not text.
     """
     found: dict[str, list[tuple[str, str]]] = {}
     for record in read_records(source, split):
@@ -130,16 +130,16 @@ def labelled_rows(
     what: str = "label",
     spans: Mapping[str, tuple[Sequence[str], Callable[[str], list[tuple[int, int]]]]] | None = None,
 ) -> LabelledRows:
-    """Documents with a label each as rows of tokens; each label against all others is a concept.
+    """Labelled documents as rows of tokens; each label against all others is a concept.
 
     Args:
         tokenizer: of the model, a fast one where there are ``spans``.
         pairs: text and label of each document.
         context: tokens in a row, BOS included.
-        rows: of a document at most. A last row is padded; one of fewer than four tokens is left out.
-        what: the labels' name.
-        spans: concepts of tokens: for which labels it is asked, and the spans of characters where the answer is yes.
-            A token belongs to a span when its first letter, blanks aside, is in it.
+        rows: largest number of rows of a document. The last one is padded, or left out if it has fewer than 4 tokens.
+        what: what the labels are, such as ``"domain"``; part of the concepts' names.
+        spans: concepts of tokens by name: the labels for which each is defined, and a function that finds the spans of
+            characters that have the property. A token is in a span when its first character that is no blank is.
 
     Raises:
         GemmaScopeError: without a tokenizer, for fewer than two labels, or a context too small.
@@ -175,7 +175,7 @@ def labelled_rows(
         raise GemmaScopeError(f"A probe tells two labels or more apart; there are {labels}.")
     of_row = [kinds[number] for number in documents]
     concepts = [Concept(f"{what}: {name}", torch.tensor([int(kind == name) for kind in of_row])) for name in labels]
-    concepts = concepts[:1] if len(labels) == 2 else concepts  # the second asks the same
+    concepts = concepts[:1] if len(labels) == 2 else concepts  # the second is the first negated
     concepts += [Concept(name, torch.tensor(lines)) for name, lines in marks.items()]
     return LabelledRows(torch.tensor(ids), torch.tensor(documents), tuple(kinds), tuple(concepts))
 
@@ -185,7 +185,7 @@ def _named(text: str, group: str) -> list[tuple[int, int]]:
 
 
 def _inside(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """For each token, whether its first letter lies in a span; -1 for tokens of blanks alone."""
+    """For each token, whether its first character lies in a span; -1 for tokens of nothing but blanks."""
     marked = bytearray(len(text) + 1)
     for start, stop in spans:
         marked[start:stop] = b"\x01" * (stop - start)

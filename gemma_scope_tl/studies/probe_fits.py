@@ -1,4 +1,4 @@
-"""Fitting probes and scoring them: arrays in, numbers out."""
+"""Fitting probes and scoring them, on NumPy arrays."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[Any]
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths that a dense probe chooses from
-CANDIDATES = 50  # latents, by difference of means, among which the best is looked for
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths among which a dense probe chooses
+CANDIDATES = 50  # latents of largest difference of means, among which the best is searched
 
 
 @dataclass(frozen=True)
 class Units:
-    """What a probe learns from.
+    """The rows or tokens that a probe is fitted and tested on.
 
     Attributes:
         features: ``[n, d]``.

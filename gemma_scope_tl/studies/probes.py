@@ -1,10 +1,9 @@
 """Do single latents tell concepts apart, and better than random directions or the raw activations do?
 
 k-sparse probes (Gurnee et al. 2023, arXiv 2305.01610, as SAEBench uses them on SAEs): on the training documents the k
-latents of largest difference of means are chosen, and a logistic regression is fitted on them. Beside them: the same
-on a random SAE of equal shape and L0 (:mod:`~gemma_scope_tl.studies.probes`), and a logistic regression on all of
-the raw activations, with its L2 penalty chosen on a part of the training documents. Needs scikit-learn, the extra
-``probes``.
+latents of largest difference of means are chosen, and a logistic regression is fitted on them. Two controls are fitted
+beside them: the same on a random SAE of equal shape and L0 (:func:`random_twin`), and a logistic regression on all raw
+activations, with its L2 penalty chosen on a part of the training documents. Needs scikit-learn, the extra ``probes``.
 """
 
 from __future__ import annotations
@@ -32,60 +31,10 @@ from gemma_scope_tl.text.rows import special_ids
 if TYPE_CHECKING:
     import pandas as pd
 
-_CHUNK = 1024  # latents whose pre-activations are sorted at once
-
-
-@torch.no_grad()
-def random_twin(sae: Any, x: Float[torch.Tensor, "n d_in"], seed: int = 0) -> Any:
-    """An SAE of the same shape with random weights, whose thresholds give the same L0 on ``x``.
-
-    Encoder columns and decoder rows are random unit vectors; ``b_enc`` takes the mean of ``x`` away; each latent's
-    threshold is the quantile of its pre-activations above which it fires on a share ``L0 / d_sae`` of the tokens. So
-    all latents fire equally often, where the SAE's differ.
-
-    Args:
-        sae: an SAE or transcoder.
-        x: activations at its place, some thousands of tokens.
-        seed: of the weights.
-
-    Raises:
-        GemmaScopeError: without an activation.
-    """
-    if not x.shape[0]:
-        raise GemmaScopeError("A random twin needs activations to set its thresholds by.")
-    site, layer = locate(sae)
-    generator = torch.Generator().manual_seed(seed)
-    d_sae, d_out = sae.W_dec.shape
-    x = x.float().cpu()
-    w_enc = torch.nn.functional.normalize(torch.randn(x.shape[1], d_sae, generator=generator), dim=0)
-    w_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_out, generator=generator), dim=1)
-    b_enc = -x.mean(0) @ w_enc
-    share = min(1.0, latents_of(sae, x.to(sae.device)).l0 / d_sae)
-    fires = round(share * x.shape[0])
-    thresholds: list[torch.Tensor] = []
-    for columns, bias in zip(w_enc.split(_CHUNK, dim=1), b_enc.split(_CHUNK), strict=True):
-        z = (x @ columns + bias).sort(dim=0, descending=True).values
-        thresholds.append(z[min(fires, x.shape[0] - 1)].clamp_min(1e-6))
-    arrays = {"W_enc": w_enc, "W_dec": w_dec, "b_enc": b_enc, "b_dec": torch.zeros(d_out)}
-    arrays["threshold"] = torch.cat(thresholds)
-    return JumpReLUSAE.from_arrays(arrays, site=site.name, layer=layer, device=sae.device)
-
-
-TEST = 0.3
-SAMPLE = 4096  # tokens that set a random twin's thresholds
+TEST = 0.3  # share of the documents of each label that test
+SAMPLE = 4096  # tokens from which the thresholds of a random twin are computed
 DENSE, LATENTS, RANDOM = "dense", "latents", "random"
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The units of a concept: rows, or tokens by row and position; their labels, documents and part."""
-
-    concept: Concept
-    row: NDArray[np.int64]
-    position: NDArray[np.int64]
-    label: NDArray[np.int64]
-    document: NDArray[np.int64]
-    test: NDArray[np.bool_]
+_CHUNK = 1024  # latents whose pre-activations are sorted at once
 
 
 def probe_concepts(
@@ -104,17 +53,17 @@ def probe_concepts(
 ) -> pd.DataFrame:
     """Probe each SAE's latents, a random twin's and the raw activations for each concept.
 
-    A concept of rows sees the mean over a row's ordinary tokens, one of tokens the token's own activations. Training
-    and test documents are apart, three tenths of each label's being test documents.
+    A probe of a row reads the mean over its ordinary tokens, a probe of a token that token's own activations. No
+    document is in both training and test data; three tenths of each label's documents test.
 
     Args:
         model, saes, batch_size, progress, memory_budget: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
         data: :func:`~gemma_scope_tl.studies.bundled_concepts`, or
             :func:`~gemma_scope_tl.studies.probe_data.labelled_rows`.
-        k: how many latents a probe may read.
-        most: units of a concept of tokens at most, half of them of each label where there are as many. What is held
-            is ``4 * d_sae`` bytes for each row and each such token, twice: for an SAE and its twin.
-        confidence, resamples, seed: of the intervals, which resample test documents. The seed is also the split's.
+        k: numbers of latents that a probe reads.
+        most: largest number of tokens for a concept of tokens, half of them of each label where there are enough.
+            Memory: ``8 * d_sae`` bytes for each row and each such token, for an SAE and its twin.
+        confidence, resamples, seed: of the intervals, which resample test documents. The seed also decides the split.
 
     Returns:
         A row per SAE, concept, kind of features (``latents``, ``random``, ``dense``) and k (0 for dense): ``release,
@@ -142,6 +91,54 @@ def probe_concepts(
     return pd.DataFrame(rows)
 
 
+@torch.no_grad()
+def random_twin(sae: Any, x: Float[torch.Tensor, "n d_in"], seed: int = 0) -> Any:
+    """An SAE of the same shape with random weights, whose thresholds give the same L0 on ``x``.
+
+    Encoder columns and decoder rows are random unit vectors; ``b_enc`` subtracts the mean of ``x``; each latent's
+    threshold is the quantile of its pre-activations above which it fires on a share ``L0 / d_sae`` of the tokens. So
+    all its latents fire equally often, unlike those of the SAE.
+
+    Args:
+        sae: an SAE or transcoder.
+        x: activations that it reads, of some thousands of tokens.
+        seed: of the weights.
+
+    Raises:
+        GemmaScopeError: without an activation.
+    """
+    if not x.shape[0]:
+        raise GemmaScopeError("A random twin needs activations, from which its thresholds are computed.")
+    site, layer = locate(sae)
+    generator = torch.Generator().manual_seed(seed)
+    d_sae, d_out = sae.W_dec.shape
+    x = x.float().cpu()
+    w_enc = torch.nn.functional.normalize(torch.randn(x.shape[1], d_sae, generator=generator), dim=0)
+    w_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_out, generator=generator), dim=1)
+    b_enc = -x.mean(0) @ w_enc
+    share = min(1.0, latents_of(sae, x.to(sae.device)).l0 / d_sae)
+    fires = round(share * x.shape[0])
+    thresholds: list[torch.Tensor] = []
+    for columns, bias in zip(w_enc.split(_CHUNK, dim=1), b_enc.split(_CHUNK), strict=True):
+        z = (x @ columns + bias).sort(dim=0, descending=True).values
+        thresholds.append(z[min(fires, x.shape[0] - 1)].clamp_min(1e-6))
+    arrays = {"W_enc": w_enc, "W_dec": w_dec, "b_enc": b_enc, "b_dec": torch.zeros(d_out)}
+    arrays["threshold"] = torch.cat(thresholds)
+    return JumpReLUSAE.from_arrays(arrays, site=site.name, layer=layer, device=sae.device)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The rows or tokens that a concept is asked about: their row, position, label and document, and which test."""
+
+    concept: Concept
+    row: NDArray[np.int64]
+    position: NDArray[np.int64]
+    label: NDArray[np.int64]
+    document: NDArray[np.int64]
+    test: NDArray[np.bool_]
+
+
 def _of_place(
     subjects: Sequence[Subject],
     data: LabelledRows,
@@ -150,7 +147,7 @@ def _of_place(
     passes: Callable[..., Iterator[Batch]],
     options: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """All probes of the SAEs of one place; ``passes`` gives the clean batches of ``tokens=``."""
+    """All probes of the SAEs of one place; ``passes(tokens=…)`` iterates over the clean batches of these rows."""
     place, seed = subjects[0].place, options["seed"]
     training = torch.from_numpy(~_is_test(data, seed)[data.documents.numpy()])
     sample = _sample(passes(tokens=data.tokens[training]), place)
@@ -186,10 +183,8 @@ def _rows(
 def _row(
     subject: Subject, kind: str, l0: float, asked: _Asked, fitted: Fitted, k: int, best: tuple[int, float] | None
 ) -> dict[str, Any]:
-    names = {"release": subject.release, "id": subject.id, "site": subject.place.site, "layer": subject.place.layer}
     return {
-        **names,
-        "d_sae": subject.d_sae,
+        **subject.columns,
         "l0": l0,
         "concept": asked.concept.name,
         "features": kind,
@@ -206,7 +201,7 @@ def _row(
 
 
 def _is_test(data: LabelledRows, seed: int) -> NDArray[np.bool_]:
-    """Which documents are for testing: three tenths of each label's, two at least."""
+    """Which documents test: three tenths of each label's, and at least two."""
     found = np.zeros(len(data.kinds), bool)
     kinds = np.asarray(data.kinds)
     generator = np.random.default_rng(seed)
@@ -243,7 +238,7 @@ def _units(concept: Concept, data: LabelledRows, special: Sequence[int], most: i
 
 
 def _balanced(label: NDArray[Any], most: int, seed: int) -> NDArray[np.int64]:
-    """Units in their order, ``most`` of them, as even between the labels as there are units."""
+    """Indices of ``most`` labels, in order, as many of each label as there are."""
     generator = np.random.default_rng(seed)
     yes, no = (generator.permutation(np.flatnonzero(label == value)) for value in (1, 0))
     half = most // 2

@@ -1,4 +1,4 @@
-"""Rollouts: prompts, and what a tuned model answers at temperature 1 (sections 4.5 and C.4)."""
+"""Rollouts: prompts, and the answers that a tuned model samples at temperature 1 (sections 4.5 and C.4)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Rollouts:
     """Prompts of one length and their answers.
 
     Attributes:
-        tokens: ``[rows, pos]``; padding after an answer's end.
-        prompt: positions before this one are the prompt's, BOS and turn marks included.
+        tokens: ``[rows, pos]``; padding behind the end of an answer.
+        prompt: length of the prompts, with BOS and the tokens around a turn.
     """
 
     tokens: Int[torch.Tensor, "rows pos"]
@@ -31,11 +31,11 @@ class Rollouts:
 
     @property
     def edges(self) -> dict[str, tuple[int, int]]:
-        """First position and end of each part."""
+        """First position of each part, and the one behind its last."""
         return {"prompt": (0, self.prompt), "rollout": (self.prompt, self.tokens.shape[1])}
 
     def by_part(self, binned: pd.DataFrame) -> pd.DataFrame:
-        """The table of ``binned_by_position`` with ``part`` instead of the edges of its bins."""
+        """The table of ``binned_by_position`` with a column ``part`` in place of the edges of its bins."""
         starts = {start: part for part, (start, _) in self.edges.items()}
         table = binned.drop(columns=["start", "stop"])
         table.insert(0, "part", [starts[start] for start in binned["start"]])
@@ -57,20 +57,20 @@ def roll_out(
     """Sample an answer to each prompt (the paper: 1,024 rollouts of 9B IT at temperature 1).
 
     A model whose tokenizer has a chat template gets each prompt as a user's turn. All prompts have one length, so that
-    prompts and answers are told apart by position: longer ones are cut, shorter ones left out.
+    the position separates prompts from answers: longer ones are cut, shorter ones left out.
 
     Args:
         model: from ``load_model``.
-        prompts: texts, or token ids without BOS and turn marks.
-        prompt_tokens: of each text.
-        new_tokens: of each answer at most; it ends with the first EOS or ``<end_of_turn>``.
+        prompts: texts, or token ids without BOS and the tokens around a turn.
+        prompt_tokens: length of each text.
+        new_tokens: largest length of an answer; it ends with the first EOS or end-of-turn token.
         temperature: of the sampling.
-        batch_size: prompts answered at a time.
+        batch_size: prompts in a batch.
         seed: of the sampling; the same seed and batch size give the same answers.
         progress: show a bar.
 
     Raises:
-        GemmaScopeError: when no text is long enough, the model's context is too short, or a number makes no sense.
+        GemmaScopeError: when no text is long enough, the model's context is too short, or a number is out of its range.
     """
     if min(prompt_tokens, new_tokens, batch_size) < 1 or temperature <= 0:
         raise GemmaScopeError(
@@ -107,7 +107,7 @@ def _cut(tokenizer: Any, prompts: Any, prompt_tokens: int) -> torch.Tensor:
 
 
 def _framed(tokenizer: Any, words: torch.Tensor) -> torch.Tensor:
-    """BOS before every row, and the marks of a user's turn around it where the tokenizer has a chat template."""
+    """Rows with BOS before them and, where the tokenizer has a chat template, inside a user's turn."""
     prefix, suffix = chat_wrapping(tokenizer) if getattr(tokenizer, "chat_template", None) else ([], [])
     before, after = (
         torch.tensor(ids, dtype=torch.int64).expand(len(words), -1)
@@ -117,10 +117,10 @@ def _framed(tokenizer: Any, words: torch.Tensor) -> torch.Tensor:
 
 
 def _ended(tokens: torch.Tensor, prompt: int, tokenizer: Any) -> torch.Tensor:
-    """Padding in the place of everything after an answer's end."""
-    ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
+    """``tokens`` with padding in place of everything behind the end of an answer."""
+    ends = [end for end in (tokenizer.eos_token_id, turn_end_id(tokenizer)) if end is not None]
     answer = tokens[:, prompt:]
-    stops = torch.isin(answer, torch.tensor(sorted(ends)))
+    stops = torch.isin(answer, torch.tensor(ends))
     over = stops.long().cumsum(1) - stops.long() > 0
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return torch.cat([tokens[:, :prompt], answer.masked_fill(over, pad)], dim=1)

@@ -14,7 +14,7 @@ from gemma_scope_tl.evals.saes import Subject, subjects_of
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.suite import SAESuite
-from gemma_scope_tl.sites import Place
+from gemma_scope_tl.sites import Place, get_site
 from gemma_scope_tl.studies.positions import binned_by_position
 from gemma_scope_tl.studies.rollouts import Rollouts
 from gemma_scope_tl.text.rows import as_tokens, special_ids
@@ -41,7 +41,7 @@ def base_on_tuned(
         base, tuned: the models, of the same sizes.
         data: :func:`~gemma_scope_tl.studies.roll_out` of the tuned model, as in the paper; or texts, which the tuned
             model's tokenizer packs, or token ids.
-        base_saes, tuned_saes: of the base model, and of the tuned one where there are any.
+        base_saes, tuned_saes: SAEs of the base model, and of the tuned one where there are any.
         rescale: measure the base SAEs a second time, with the tuned model's activations scaled to the base model's
             mean norm at the site (appendix C.4), by :func:`rescaled`.
         context, batch_size, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
@@ -116,16 +116,16 @@ def norm_ratios(
 
 @torch.no_grad()
 def rescaled(sae: Any, scale: float) -> Any:
-    """An SAE that does to x what ``sae`` does to ``scale · x``, and takes the scale out of the reconstruction.
+    """An SAE whose latents on x are those of ``sae`` on ``scale · x``, with its reconstruction divided by the scale.
 
     ``f(s x)`` has the encoder ``s W_enc``; ``x̂(s x) / s`` has the decoder ``W_dec / s`` and the bias ``b_dec / s``.
 
     Raises:
-        GemmaScopeError: for a transcoder, whose input and output have scales of their own, or a scale that is not
+        GemmaScopeError: for a transcoder, because its input and output differ in scale, or a scale that is not
             positive.
     """
-    if sae.site == "transcoder":
-        raise GemmaScopeError("A transcoder reads one tensor and writes another, so one scale does not fit: leave it.")
+    if get_site(sae.site).is_transcoder:
+        raise GemmaScopeError("A transcoder reads one tensor and writes another, so one scale does not fit both.")
     if not 0 < scale < float("inf"):
         raise GemmaScopeError(f"A scale is a positive number, not {scale}.")
     arrays = {
@@ -142,7 +142,7 @@ def rescaled(sae: Any, scale: float) -> Any:
 
 
 def _all_rescaled(saes: Any, subjects: list[Subject], scales: Mapping[Place, float]) -> Any:
-    """The same SAEs rescaled, those of a suite when they are asked for."""
+    """The same SAEs rescaled; those of a suite when they are loaded."""
     if isinstance(saes, SAESuite):
         load = saes.load
         return SAESuite(saes.rows, lambda row: rescaled(load(row), scales[Place(row.site, row.layer)]), saes.memory)

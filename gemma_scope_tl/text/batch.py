@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sae.indices import as_index, is_index, shown
+from gemma_scope_tl.sae.arguments import as_index, is_index, shown
 from gemma_scope_tl.text.tokenizing import pad_id, padded, rendered, tokenize, too_long
 from gemma_scope_tl.text.tokens import special_mask, text_mask
 

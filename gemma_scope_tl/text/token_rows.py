@@ -7,7 +7,6 @@ safetensors) and ``tokens.json``, which says what they were made from and their 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import file_sha256
 from gemma_scope_tl.text.tokens import special_mask
+from gemma_scope_tl.weights.safetensors_file import safetensors_header
 
 DATA_NAME, MANIFEST_NAME, TENSOR = "tokens.safetensors", "tokens.json", "tokens"
 HEADER_BYTES = 512
@@ -232,9 +232,7 @@ def cut_rows(
 
 def header(rows: int, context: int) -> bytes:
     """The first block of a data file: a safetensors header, padded with spaces."""
-    entry = {"dtype": "I32", "shape": [rows, context], "data_offsets": [0, rows * context * 4]}
-    length = HEADER_BYTES - 8
-    return length.to_bytes(8, "little") + json.dumps({TENSOR: entry}).encode().ljust(length)
+    return safetensors_header({TENSOR: (torch.int32, (rows, context))}, size=HEADER_BYTES)
 
 
 def read_manifest(folder: Path) -> Manifest | None:

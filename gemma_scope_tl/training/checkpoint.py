@@ -1,8 +1,9 @@
-"""Checkpoints of a run: whole or not there, verified when they are read, the last two kept.
+"""The folder of a run: its lock, the records ``run.json`` and ``suite.json``, and its checkpoints.
 
 A checkpoint is a folder ``step_N`` with a safetensors file for each group of SAEs and ``manifest.json``, which is
-written last and has every file's sha256. It is made under another name, flushed to the disk, and renamed. Where several
-processes divide the latents, each writes its own files (``group.0_of_2``) into the one folder, and all wait for all.
+written last and has every file's sha256. It is made under another name, flushed to the disk, and renamed, so it is
+there whole or not at all. Where several processes divide the latents, each writes its own files (``group.0_of_2``) into
+the same folder, and all wait for each other.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ if TYPE_CHECKING:
 
 RUN_NAME, SUITE_NAME, METRICS_NAME, CHECKPOINTS = "run.json", "suite.json", "metrics.jsonl", "checkpoints"
 LOCK_NAME = ".lock"
+MANIFEST_NAME, UNFINISHED, KEPT = "manifest.json", ".unfinished", 2
 
 
 @contextmanager
 def alone(folder: Path) -> Generator[None]:
-    """Within the context, no other process trains in ``folder``.
+    """Hold the lock of a run's folder, so that no other process trains in it.
 
     Raises:
-        TrainingStateError: one does.
+        TrainingStateError: another process holds it.
     """
     lock = FileLock(folder / LOCK_NAME)
     with writing(folder / LOCK_NAME):
@@ -54,37 +56,36 @@ def alone(folder: Path) -> Generator[None]:
 
 
 def write_run(folder: Path, config: SuiteConfig) -> None:
-    """Say that a run of ``config`` has begun in ``folder``."""
-    _write(folder / RUN_NAME, "run", config, {})
+    """Record in ``run.json`` that a run of ``config`` has begun in ``folder``."""
+    _write_record(folder / RUN_NAME, "run", config, {})
 
 
 def write_suite(
     folder: Path, config: SuiteConfig, scales: Mapping[Place, float], rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Say that the suite of ``config`` is complete: the scale of every place, and a row for each SAE."""
+    """Record in ``suite.json`` that the suite is complete, with the scale of every place and a row for each SAE."""
     facts = {"scales": {place.key: scale for place, scale in scales.items()}, "saes": list(rows)}
-    _write(folder / SUITE_NAME, "suite", config, facts)
+    _write_record(folder / SUITE_NAME, "suite", config, facts)
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What one of the two files says.
+    """The content of ``run.json`` or ``suite.json``.
 
     Raises:
-        TrainingStateError: it cannot be read, or is something else.
+        TrainingStateError: the file cannot be read, or is not such a record.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict) and isinstance(found.get("config"), dict):
             return found
-        reason = "it has no configuration"
+        why = "it has no configuration"
     except FileNotFoundError:
-        reason = "it is missing"
+        why = "it is missing"
     except OSError as error:
-        why = f"{path} cannot be read: {error.strerror or error}"
-        raise TrainingStateError(f"{why}. Check its permissions and the disk; it may be sound.") from error
+        raise _unreadable(path, error) from error
     except ValueError as error:
-        reason = str(error)
-    raise TrainingStateError(f"{path} is not what a run writes: {reason}. Restore it, or choose another output.")
+        why = str(error)
+    raise TrainingStateError(f"{path} is not what a run writes: {why}. Restore it, or choose another output.")
 
 
 def suite_table(folder: Path) -> pd.DataFrame:
@@ -94,24 +95,23 @@ def suite_table(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(read_record(folder / SUITE_NAME)["saes"]).astype({"layer": "Int64"})
 
 
-def _write(path: Path, kind: str, config: SuiteConfig, facts: Mapping[str, Any]) -> None:
+def _write_record(path: Path, kind: str, config: SuiteConfig, facts: Mapping[str, Any]) -> None:
     head = {"format": f"gemma_scope_tl {kind}", "version": __version__, "config": config.results}
     write_atomically(path, json.dumps({**head, **facts}, indent=1) + "\n")
 
 
-MANIFEST_NAME, UNFINISHED, KEPT = "manifest.json", ".unfinished", 2
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class Manifest(BaseModel):
-    """What a checkpoint says of itself.
+class CheckpointManifest(BaseModel):
+    """The manifest of a checkpoint.
 
     Attributes:
         step: steps done.
-        config: what the run's results depend on.
+        config: the configuration, as far as results depend on it.
         scales: ``C`` of every place, by its key.
         metrics_bytes: length of ``metrics.jsonl`` at this step.
-        threads: what the run had; other numbers may give other last bits.
+        threads: PyTorch's, on which the last bits of results depend.
         status: the last metrics of every SAE.
         files: sha256 of every file, by the group's name and, where latents are divided, the part.
     """
@@ -130,21 +130,21 @@ class Manifest(BaseModel):
 
 
 def save_checkpoint(
-    root: Path, manifest: Manifest, states: Mapping[str, Mapping[str, Tensor]], shard: Shard = WHOLE
+    root: Path, manifest: CheckpointManifest, states: Mapping[str, Mapping[str, Tensor]], shard: Shard = WHOLE
 ) -> Path:
     """Write a checkpoint, then remove all but the last two.
 
     Args:
-        root: the folder of the run's checkpoints, which all processes see.
+        root: the folder of the run's checkpoints, which all processes must see.
         manifest: the leading process's; its ``files`` are filled in here.
         states: tensors of every group, by its name: this process's part.
         shard: this process's place among those of the run.
 
     Returns:
-        The checkpoint's folder. One of the same step is left as it is: equal steps are equal.
+        The checkpoint's folder. An existing one of the same step is kept, as its content would be the same.
 
     Raises:
-        TrainingStateError: the disk is full, or cannot be written; earlier checkpoints are as they were.
+        TrainingStateError: the disk is full, or cannot be written; earlier checkpoints are unchanged.
     """
     final, partial = root / f"step_{manifest.step}", root / UNFINISHED
     if final.exists():
@@ -175,7 +175,7 @@ def save_checkpoint(
 
 
 def _attempt(write: Callable[[], object]) -> str:
-    """What went wrong with the disk, for all processes to hear; nothing otherwise."""
+    """Call ``write``. Returns why the disk refused, which all processes must be told, or an empty text."""
     try:
         write()
     except (OSError, SafetensorError) as error:
@@ -193,8 +193,8 @@ def _write_states(folder: Path, states: Mapping[str, Mapping[str, Tensor]], shar
     return {name: _write_tensors(folder / f"{name}.safetensors", state) for name, state in names.items()}
 
 
-def _complete(partial: Path, final: Path, manifest: Manifest, hashes: Mapping[str, str]) -> None:
-    """The manifest, and the name by which the checkpoint exists."""
+def _complete(partial: Path, final: Path, manifest: CheckpointManifest, hashes: Mapping[str, str]) -> None:
+    """Write the manifest, then give the checkpoint its final name."""
     text = manifest.model_copy(update={"files": dict(hashes)}).model_dump_json(indent=1)
     write_atomically(partial / MANIFEST_NAME, text + "\n")
     partial.rename(final)
@@ -202,20 +202,20 @@ def _complete(partial: Path, final: Path, manifest: Manifest, hashes: Mapping[st
 
 
 def steps_of(root: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, rising."""
+    """The steps of the checkpoints in a folder, in rising order."""
     names = [path.name.removeprefix("step_") for path in root.glob("step_*")]
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """What a checkpoint says of itself.
+def load_manifest(folder: Path) -> CheckpointManifest:
+    """The manifest of a checkpoint.
 
     Raises:
-        TrainingStateError: it says nothing, or no sense.
+        TrainingStateError: it is missing or damaged.
     """
     path = folder / MANIFEST_NAME
     try:
-        found = Manifest.model_validate_json(path.read_bytes())
+        found = CheckpointManifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise TrainingStateError(f"{path} is no checkpoint's manifest: it is missing. {_remedy(folder)}") from None
     except OSError as error:
@@ -228,11 +228,11 @@ def load_manifest(folder: Path) -> Manifest:
     return found
 
 
-def load_state(folder: Path, manifest: Manifest, name: str) -> dict[str, Tensor]:
-    """Tensors of one group, after its file was compared with the manifest.
+def load_state(folder: Path, manifest: CheckpointManifest, name: str) -> dict[str, Tensor]:
+    """The tensors of one group, after its file's sha256 was compared with the manifest.
 
     Raises:
-        TrainingStateError: the file is missing, was changed or cut off, or is another one.
+        TrainingStateError: the file is missing, changed or truncated, or the manifest has no such group.
     """
     path = folder / f"{name}.safetensors"
     if name not in manifest.files:
@@ -254,10 +254,10 @@ def load_state(folder: Path, manifest: Manifest, name: str) -> dict[str, Tensor]
 
 
 def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a configuration that would train something else.
+    """Raise unless two configurations give the same results.
 
     Raises:
-        TrainingStateError: naming the keys that differ.
+        TrainingStateError: they differ; the message names the keys.
     """
     differing = [
         f"{key} is {_short(old)}, not {_short(new)}" for key, old, new in _differences(found, wanted, "") if old != new
@@ -293,7 +293,7 @@ def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> str:
 
 def _unreadable(path: Path, error: OSError) -> TrainingStateError:
     why = f"{path} cannot be read: {error.strerror or error}"
-    return TrainingStateError(f"{why}. Check its permissions and the disk; the checkpoint may be sound.")
+    return TrainingStateError(f"{why}. Check its permissions and the disk; its content may be sound.")
 
 
 def _remedy(folder: Path) -> str:

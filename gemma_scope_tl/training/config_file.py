@@ -1,7 +1,7 @@
-"""A configuration's file as plain data.
+"""Configuration files: reading and merging them, overriding keys, checking plain values, and wording errors.
 
-A file may say ``extends: other.yaml`` (counted from its own folder) and give only what differs: mappings are merged,
-anything else is replaced. Other relative paths count from where the command runs.
+A file may say ``extends: other.yaml``, relative to its own folder, and give only what differs: mappings are merged,
+anything else is replaced. Other relative paths count from the working directory.
 """
 
 from __future__ import annotations
@@ -15,43 +15,11 @@ import torch
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from gemma_scope_tl.errors import TrainingStateError, unknown_name
+from gemma_scope_tl.errors import TrainingStateError
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
+from gemma_scope_tl.registry.problems import error_text
 
-
-def number(value: object) -> object:
-    """YAML reads ``4e9`` as a word; here it is a number, and a whole one is an integer."""
-    if isinstance(value, bool):
-        raise ValueError(f"not a number: {value}")
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return value
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"not a finite number: {value}")
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def device_name(value: object) -> object:
-    """A device by name; whether it is here is seen where the run is."""
-    try:
-        torch.device(str(value))
-    except RuntimeError:
-        raise ValueError(f"{value!r} is no device: write cpu, cuda or cuda:1") from None
-    return value
-
-
-def each_once(**lists: Sequence[object] | None) -> None:
-    """Raise ValueError where a list has a value twice."""
-    for name, values in lists.items():
-        for value in values or ():
-            if list(values or ()).count(value) > 1:
-                raise ValueError(
-                    f"{name} has {value:g} twice" if isinstance(value, float) else f"{name} has {value} twice"
-                )
-
-
+_MAX_EXTENDS = 8
 _A_SECTION, _A_WORD = "should be a section of keys", "should be a word"
 _WHOLE, _NUMBER, _SWITCH = "should be a whole number", "should be a number", "should be true or false"
 _WORDS = {
@@ -70,57 +38,13 @@ _WORDS = {
 }
 
 
-def problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
-    """One of pydantic's errors as a line: the key's path, and what should stand there.
-
-    Args:
-        detail: the error.
-        root: the class of the whole configuration.
-    """
-    loc = detail["loc"]
-    if detail["type"] == "extra_forbidden":
-        section, keys = _known(loc[:-1], root)
-        return f"{_path([*keys, loc[-1]])}{unknown_name('key', loc[-1], section.model_fields)}"
-    lead = _path(_known(loc, root)[1])
-    if detail["type"] == "missing":
-        return f"{lead}is missing"
-    if detail["type"] == "value_error":
-        return f"{lead}{detail.get('ctx', {}).get('error', detail['msg'])}"
-    given = detail["input"]
-    shown = repr(given) if len(repr(given)) < 80 else repr(given)[:77] + "..."
-    words = _WORDS.get(detail["type"], detail["msg"])
-    if detail["type"] == "list_type" and isinstance(given, (str, int, float)):
-        words += f", such as [{given}]"
-    return f"{lead}{words}, not {shown}"
-
-
-def _path(keys: Sequence[int | str]) -> str:
-    return ".".join(map(str, keys)) + ": " if keys else ""
-
-
-def _known(loc: Sequence[int | str], root: type[BaseModel]) -> tuple[type[BaseModel], list[int | str]]:
-    """The section that a location leads into, and the location without the names that pydantic gives to its types."""
-    section, keys = root, list[int | str]()
-    for part in loc:
-        if isinstance(part, int):
-            keys.append(part)
-        elif part in section.model_fields:
-            keys.append(part)
-            section = _section(section.model_fields[part].annotation) or section
-    return section, keys or list(loc[:1])
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _section(part))), None)
-
-
-_MAX_EXTENDS = 8
-
-
 def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
-    """The content of a file, with what it extends; nothing is checked but that it is a mapping."""
+    """The content of a file and of the files that it extends. Only its being a mapping is checked.
+
+    Raises:
+        TrainingStateError: it is not a mapping, or ``extends`` is not one file name, or too many files are nested.
+        RegistryError: the file cannot be read or is not plain YAML.
+    """
     data = load_yaml(read_text(path), str(path))
     if not isinstance(data, dict):
         raise TrainingStateError(f"{path} holds no mapping: a configuration has keys such as output, grid and steps.")
@@ -133,17 +57,13 @@ def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     return _merged(read_config(path.parent / base, depth + 1), found)
 
 
-def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in top.items():
-        old = result.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        result[key] = _merged(cast("Mapping[str, Any]", old), cast("Mapping[str, Any]", value)) if both else value
-    return result
-
-
 def override_key(data: dict[str, Any], override: str) -> None:
-    """Set ``key=value`` in ``data``, the key with dots into mappings and numbers into lists."""
+    """Set ``key=value`` in ``data``; dots in the key lead into mappings, numbers into lists. The value is plain YAML.
+
+    Raises:
+        TrainingStateError: not ``key=value``, or a number that the list does not have.
+        RegistryError: the value is not plain YAML.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise TrainingStateError(f"{override!r} is no override: write key=value, such as source.bucket_rows=65536.")
@@ -164,7 +84,86 @@ def override_key(data: dict[str, Any], override: str) -> None:
         at[last] = value
 
 
+def number(value: object) -> object:
+    """Text that means a number, such as ``4e9``, as a number, and whole floats as integers; others unchanged."""
+    if isinstance(value, bool):
+        raise ValueError(f"not a number: {value}")
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"not a finite number: {value}")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def device_name(value: object) -> object:
+    """Check the name of a device. Whether this machine has it is checked when the run starts."""
+    try:
+        torch.device(str(value))
+    except RuntimeError:
+        raise ValueError(f"{value!r} is no device: write cpu, cuda or cuda:1") from None
+    return value
+
+
+def each_once(**lists: Sequence[object] | None) -> None:
+    """Raise ValueError where a list has a value twice."""
+    for name, values in lists.items():
+        given = list(values or ())
+        for value in given:
+            if given.count(value) > 1:
+                shown = f"{value:g}" if isinstance(value, float) else value
+                raise ValueError(f"{name} has {shown} twice")
+
+
+def problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
+    """One of pydantic's errors as a line: the path of the key, and what is wrong with its value.
+
+    Args:
+        detail: the error.
+        root: the class of the whole configuration.
+    """
+    loc, words = detail["loc"], _WORDS
+    if detail["type"] == "extra_forbidden":
+        section, keys = _known(loc[:-1], root)
+        keys = [*keys, loc[-1]]
+    else:
+        section, keys = _known(loc, root)
+    if detail["type"] == "list_type" and isinstance(detail["input"], (str, int, float)):
+        words = {"list_type": f"should be a list, such as [{detail['input']}]"}
+    path = ".".join(map(str, keys)) + ": " if keys else ""
+    return path + error_text(detail, section.model_fields, words)
+
+
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in top.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[key] = _merged(cast("Mapping[str, Any]", old), cast("Mapping[str, Any]", value)) if both else value
+    return result
+
+
 def _item(values: list[Any], part: str, override: str) -> Any:
     if not part.isdecimal() or int(part) >= len(values):
         raise TrainingStateError(f"{override!r}: {part!r} is none of the list's numbers, 0 to {len(values) - 1}.")
     return values[int(part)]
+
+
+def _known(loc: Sequence[int | str], root: type[BaseModel]) -> tuple[type[BaseModel], list[int | str]]:
+    """The section that a location leads into, and the location without the names that pydantic adds for types."""
+    section, keys = root, list[int | str]()
+    for part in loc:
+        if isinstance(part, int):
+            keys.append(part)
+        elif part in section.model_fields:
+            keys.append(part)
+            section = _section(section.model_fields[part].annotation) or section
+    return section, keys or list(loc[:1])
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section(part))), None)

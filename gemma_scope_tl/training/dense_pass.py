@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemma_scope_tl.activations.buckets import SpareMemory
+from gemma_scope_tl.activations.buckets import BufferPool
 from gemma_scope_tl.sae import sparse_ops as ops
 from gemma_scope_tl.training.optimizer import Prices, chunk_rows
 from gemma_scope_tl.training.stack import Batch, Chunk, Member, Vectors, Weights, residuals_
@@ -42,7 +42,7 @@ SAMPLE_ROWS = 512
 KEPT_BYTES = 16 << 20
 """Pre-activations that the first half keeps for the second, with the active ones where they are few."""
 
-_SPARE = SpareMemory(keep=4)
+_POOL = BufferPool(keep=4)
 
 
 class DensePass:
@@ -104,7 +104,7 @@ class DensePass:
     def _space(self, count: int) -> Tensor:
         """Memory for ``count`` numbers."""
         x = self.batch.x
-        return x.new_empty(count) if x.is_cuda else _SPARE.empty((count,), x.dtype)
+        return x.new_empty(count) if x.is_cuda else _POOL.empty((count,), x.dtype)
 
     def _pre(self, at: slice, out: Tensor) -> Tensor:
         """Pre-activations ``[batch, block]``."""

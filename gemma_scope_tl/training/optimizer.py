@@ -86,8 +86,8 @@ class Lambda:
         """Lambda of step ``step`` (from 0)."""
         return self.base * math.exp(self.PROPORTIONAL * self.error) * self.recipe.warm_up_at(step)
 
-    def saw(self, step: int, l0: float) -> None:
-        """Take note of the L0 of step ``step``."""
+    def update(self, step: int, l0: float) -> None:
+        """Steer towards the target, given the L0 of step ``step``."""
         if self.target is None:
             return
         error = max(-1.0, min(1.0, math.log(max(l0, 1e-3) / self.target)))

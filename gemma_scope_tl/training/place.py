@@ -11,20 +11,26 @@ from torch import Tensor
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.training.dense_pass import DensePass
 from gemma_scope_tl.training.optimizer import Lambda, Prices, Rate, adam_, on_sphere_
-from gemma_scope_tl.training.release import folded
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.sparse_pass import SparsePass
 from gemma_scope_tl.training.spec import SAESpec, check_one_place
-from gemma_scope_tl.training.stack import Batch, Chunk, Member, Pass, Weights, members_of, start
+from gemma_scope_tl.training.stack import Batch, Chunk, Member, Pass, Weights, folded, initialize, members_of
 
 DEAD_STEPS = 1_000
-"""A latent that was not active in any of the last so many batches is called dead. The paper resamples none."""
+"""A latent is called dead when it was not active in any of this many batches. The paper resamples none."""
 
-NAMES = ("steps", "error", "l0")
+DENSE_ENTRIES = 0.06
+"""Share of pre-activations above the kernel's lower end from which on dense products are faster."""
+
+TEAM_VALUES = 1 << 20
+"""SAEs are computed together while their reconstructions of a batch have at most this many values. Above that a single
+SAE keeps the processor busy, and holding the errors of all SAEs in memory at once would be slower."""
+
+_STEPS, _STEERING = "steps_done", "steering"
 
 
 class Window:
-    """Running sums for one SAE, of the latents that this process has.
+    """What is counted for one SAE between two reports, of the latents that this process has.
 
     Attributes:
         sums: ``[3]`` in float64: steps, and the sums of error and L0 over them.
@@ -33,11 +39,11 @@ class Window:
     """
 
     def __init__(self, latents: int, device: torch.device) -> None:
-        self.sums = torch.zeros(len(NAMES), dtype=torch.float64)
+        self.sums = torch.zeros(3, dtype=torch.float64)
         self.fired = torch.zeros(latents, dtype=torch.bool, device=device)
         self.last_fired = torch.zeros(latents, dtype=torch.int64, device=device)
 
-    def saw(self, step: int, error: float, l0: float, fired: Tensor) -> None:
+    def update(self, step: int, error: float, l0: float, fired: Tensor) -> None:
         """Add step ``step`` (from 1); ``fired [latents]`` counts activations."""
         self.sums += torch.tensor((1.0, error, l0), dtype=torch.float64)
         active = fired > 0
@@ -45,7 +51,7 @@ class Window:
         self.last_fired.masked_fill_(active, step)
 
     def report(self, step: int, d_sae: int, shard: Shard) -> dict[str, float]:
-        """Means since the last report, and the shares of silent and dead latents; begins anew."""
+        """Means since the last report, and the shares of silent and dead latents; resets the counts."""
         steps, error, l0 = self.sums.tolist()
         dead = self.last_fired <= step - DEAD_STEPS
         counts = shard.sum_latents(torch.stack([(~self.fired).sum(), dead.sum()]).double()).tolist()
@@ -55,91 +61,25 @@ class Window:
         return {"error": mean[0], "l0": mean[1], "silent": counts[0] / d_sae, "dead": counts[1] / d_sae}
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """What a resumed run needs."""
+        """The tensors that a resumed run needs, by name."""
         return {"window": self.sums, "fired": self.fired, "last_fired": self.last_fired}
-
-
-STEPS = "steps_done"
-
-
-def flat_state(trainer: PlaceTrainer) -> dict[str, Tensor]:
-    """Copies on the CPU of everything that a step reads or changes."""
-    found = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in _live(trainer).items()}
-    for index, spec in enumerate(trainer.specs):
-        steer = trainer.lambdas[index]
-        values = (steer.base, steer.error, trainer.entries[index])
-        found[f"{spec.name}/steering"] = torch.tensor(values, dtype=torch.float64)
-    found[STEPS] = torch.tensor(trainer.steps_done)
-    return found
-
-
-def restore(trainer: PlaceTrainer, state: Mapping[str, Tensor]) -> None:
-    """Put what :func:`flat_state` gave back in; checks all of it first.
-
-    Raises:
-        UnknownNameError: a tensor that this trainer does not have.
-        GemmaScopeError: a missing tensor, another shape or dtype, or a value that is not finite.
-    """
-    expected = flat_shapes(trainer)
-    for name in state:
-        if name not in expected:
-            raise unknown_name("tensor of a trainer's state", name, expected)
-    missing = [name for name in expected if name not in state]
-    if missing:
-        raise GemmaScopeError(f"The trainer's state lacks {missing[0]} and {len(missing) - 1} others.")
-    for name, (shape, dtype) in expected.items():
-        value = state[name]
-        if value.shape != shape or value.dtype != dtype:
-            text = f"{value.dtype} {list(value.shape)}, not {dtype} {list(shape)}"
-            raise GemmaScopeError(f"{name} in the trainer's state is {text}.")
-        if not bool(torch.isfinite(value).all()):
-            raise GemmaScopeError(f"{name} in the trainer's state has values that are not finite.")
-    for name, value in _live(trainer).items():
-        value.copy_(state[name])
-    for index, spec in enumerate(trainer.specs):
-        steer = trainer.lambdas[index]
-        steer.base, steer.error, trainer.entries[index] = state[f"{spec.name}/steering"].tolist()
-    trainer.steps_done = int(state[STEPS])
-
-
-def flat_shapes(trainer: PlaceTrainer) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every tensor of :func:`flat_state`, without copying any."""
-    found = {name: (value.shape, value.dtype) for name, value in _live(trainer).items()}
-    found |= {f"{spec.name}/steering": (torch.Size((3,)), torch.float64) for spec in trainer.specs}
-    return found | {STEPS: (torch.Size(()), torch.int64)}
-
-
-def _live(trainer: PlaceTrainer) -> dict[str, Tensor]:
-    """The trainer's own tensors: writing to them changes it."""
-    found: dict[str, Tensor] = {}
-    for spec, member, window in zip(trainer.specs, trainer.members, trainer.windows, strict=True):
-        parts = dict(trainer.weights.of(member.index, member.rows))
-        parts |= {f"second.{name}": value for name, value in trainer.second.of(member.index, member.rows).items()}
-        parts |= {"last": trainer.last[member.rows], **window.tensors()}
-        found |= {f"{spec.name}/{name}": value for name, value in parts.items()}
-    return found
-
-
-DENSE_ENTRIES = 0.06
-"""Share of pre-activations above the kernel's lower end from which on dense products are faster."""
-
-TEAM_VALUES = 1 << 20
-"""SAEs are computed together while their reconstructions of a batch have at most so many values. Above that the
-encoder's product and the sums are long enough by themselves, and all SAEs' errors in memory at once would cost more."""
 
 
 class PlaceTrainer:
     """Trains all SAEs of one place by the recipe of each; works in units of ``E ||x||^2 = 1``.
 
-    A step computes the losses of all SAEs, then changes them; the same batches give the same bits with the same number
-    of threads. Which others share a place changes an SAE's numbers by rounding only (the encoder's product and the
-    order of some sums depend on it).
+    A step first computes the losses of all SAEs, then changes their parameters. The same batches give the same bits
+    with the same number of threads. The other SAEs of a place change an SAE's numbers by rounding only, because the
+    encoder's product and the order of some sums depend on them.
 
     Attributes:
         specs: the SAEs.
         members: where each lies in the stack.
         weights: the parameters.
-        second: Adam's second moments; of a row of ``enc`` and ``dec`` it is right up to the step in ``last``.
+        second: Adam's second moments. Rows of ``enc`` and ``dec`` are up to date as of the step in ``last``.
+        last: ``[latents]``, the last step in which each latent had a gradient.
+        lambdas: the sparsity coefficient of each SAE.
+        windows: what is counted for each SAE since the last report.
         steps_done: how many steps were made.
     """
 
@@ -174,11 +114,11 @@ class PlaceTrainer:
         latents = self.members[-1].rows.stop
         self.weights = Weights.zeros(latents, len(specs), d_in, d_out, dtype, self.device)
         self.second = Weights.zeros(latents, len(specs), d_in, d_out, dtype, self.device)
-        start(self.weights, specs, [member.rows for member in self.members], shard)
+        initialize(self.weights, specs, self.members, shard)
         self.last = torch.zeros(latents, dtype=torch.int64, device=self.device)
         self.lambdas = [Lambda.of(spec) for spec in specs]
         self.windows = [Window(m.rows.stop - m.rows.start, self.device) for m in self.members]
-        self.entries = [1.0] * len(specs)  # the share above the kernel's lower end, in the step before
+        self.entries = [1.0] * len(specs)  # share of pre-activations above the kernel's lower end in the last step
         self.steps_done = 0
 
     @property
@@ -192,11 +132,12 @@ class PlaceTrainer:
 
         Args:
             x: ``[rows, d_in]``, this process's rows of the batch divided by ``C``; left as it is.
-            y: what transcoders reconstruct, ``[rows, d_out]``, divided by the input's ``C`` (appendix B).
+            y: for transcoders the tensor that they reconstruct, ``[rows, d_out]``, divided by the input's ``C``
+                (appendix B).
 
         Raises:
-            GemmaScopeError: another shape, a target where none belongs or none where one is needed, or a loss that is
-                not finite; no parameter has changed then.
+            GemmaScopeError: another shape, a target for SAEs or none for transcoders, or a loss that is not finite; no
+                parameter has changed then.
         """
         batch = self._batch(x, y)
         passes = self._passes(batch)
@@ -218,7 +159,7 @@ class PlaceTrainer:
         return Batch(x, target, x.shape[0] * self.shard.data_ranks, not self.is_transcoder, self.shard)
 
     def _passes(self, batch: Batch) -> list[Pass]:
-        """The forward half: dense SAEs by themselves, neighbouring sparse ones together."""
+        """The forward half: a pass for each dense SAE, and one for neighbouring sparse SAEs together."""
         found: list[Pass] = []
         for team in self._teams(batch.x.shape[0]):
             if self._is_dense(team[0]):
@@ -272,8 +213,8 @@ class PlaceTrainer:
             adam_(self.weights.b_dec[index], self.second.b_dec[index], each.b_dec[number], rate)
             squares, _, active, entries = found[index]
             self.entries[index] = entries / (n * member.d_sae)
-            self.lambdas[index].saw(self.steps_done, active / n)
-            self.windows[index].saw(self.steps_done + 1, squares / n, active / n, each.vectors.fired[own])
+            self.lambdas[index].update(self.steps_done, active / n)
+            self.windows[index].update(self.steps_done + 1, squares / n, active / n, each.vectors.fired[own])
 
     def _rate(self, member: Member) -> Rate:
         recipe = self.specs[member.index].recipe
@@ -318,20 +259,44 @@ class PlaceTrainer:
         return rows
 
     def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs to go on to the bit: copies on the CPU, under ``name/what``.
+        """Everything that a step reads or changes, as copies on the CPU, named ``<name of the SAE>/<what>``.
 
-        With a divided trainer, of this process's latents.
+        A run that loads it continues to the same bits. With a divided trainer, of this process's latents.
         """
-        return flat_state(self)
+        found = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in self._live().items()}
+        for spec, steer, entries in zip(self.specs, self.lambdas, self.entries, strict=True):
+            found[f"{spec.name}/{_STEERING}"] = torch.tensor((steer.base, steer.error, entries), dtype=torch.float64)
+        found[_STEPS] = torch.tensor(self.steps_done)
+        return found
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state` gave.
+        """Continue from what :meth:`state` gave; everything is checked before anything is changed.
 
         Raises:
-            GemmaScopeError: another suite's, another shape or dtype, or a value that is not finite; nothing has changed
-                then.
+            UnknownNameError: a tensor that this trainer does not have.
+            GemmaScopeError: a missing tensor, another shape or dtype, or a value that is not finite.
         """
-        restore(self, state)
+        live = self._live()
+        expected = {name: (value.shape, value.dtype) for name, value in live.items()}
+        expected |= {f"{spec.name}/{_STEERING}": (torch.Size((3,)), torch.float64) for spec in self.specs}
+        expected[_STEPS] = (torch.Size(()), torch.int64)
+        _check_state(state, expected)
+        for name, value in live.items():
+            value.copy_(state[name])
+        for index, spec in enumerate(self.specs):
+            steer = self.lambdas[index]
+            steer.base, steer.error, self.entries[index] = state[f"{spec.name}/{_STEERING}"].tolist()
+        self.steps_done = int(state[_STEPS])
+
+    def _live(self) -> dict[str, Tensor]:
+        """The trainer's own tensors: writing to them changes it."""
+        found: dict[str, Tensor] = {}
+        for spec, member, window in zip(self.specs, self.members, self.windows, strict=True):
+            parts = self.weights.of(member.index, member.rows)
+            parts |= {f"second.{name}": value for name, value in self.second.of(member.index, member.rows).items()}
+            parts |= {"last": self.last[member.rows], **window.tensors()}
+            found |= {f"{spec.name}/{name}": value for name, value in parts.items()}
+        return found
 
     def released(self, index: int, scale: float) -> dict[str, Tensor]:
         """An SAE for raw activations under Gemma Scope's names and layout; folded in float64 (appendix A).
@@ -344,8 +309,23 @@ class PlaceTrainer:
             ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc``, ``b_dec`` and ``threshold`` in the trainer's
             dtype on the CPU. With a divided trainer, of this process's latents.
         """
-        params = self.weights.of(index, self.members[index].rows)
-        return folded(params, scale, pre_encoder_bias=not self.is_transcoder)
+        return folded(self.weights.of(index, self.members[index].rows), scale, pre_encoder_bias=not self.is_transcoder)
+
+
+def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+    for name in state:
+        if name not in expected:
+            raise unknown_name("tensor of a trainer's state", name, expected)
+    missing = [name for name in expected if name not in state]
+    if missing:
+        raise GemmaScopeError(f"The trainer's state lacks {missing[0]} and {len(missing) - 1} others.")
+    for name, (shape, dtype) in expected.items():
+        value = state[name]
+        if value.shape != shape or value.dtype != dtype:
+            text = f"{value.dtype} {list(value.shape)}, not {dtype} {list(shape)}"
+            raise GemmaScopeError(f"{name} in the trainer's state is {text}.")
+        if not bool(torch.isfinite(value).all()):
+            raise GemmaScopeError(f"{name} in the trainer's state has values that are not finite.")
 
 
 def _check(d_in: int, d_out: int, specs: Sequence[SAESpec], total_steps: int, dtype: torch.dtype) -> None:

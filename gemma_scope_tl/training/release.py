@@ -1,4 +1,4 @@
-"""The finished suite: each SAE measured on activations that came after its training, and written as Gemma Scope is."""
+"""The release of a run: every SAE measured on activations after its training, and written in Gemma Scope's layout."""
 
 from __future__ import annotations
 
@@ -19,77 +19,27 @@ from torch import Tensor
 
 from gemma_scope_tl.files import file_sha256, make_folder, replace_files, writing
 from gemma_scope_tl.registry.widths import width_label
-from gemma_scope_tl.sites import Place, target_of
+from gemma_scope_tl.sites import Place, get_site, target_of
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.spec import SAESpec
-from gemma_scope_tl.weights.fold import fold
 
-LATENTS = 4_096
-"""Latents folded at a time, so that no float64 copy of a wide SAE is made."""
-
-
-@torch.no_grad()
-def folded(params: Mapping[str, Tensor], scale: float, *, pre_encoder_bias: bool) -> dict[str, Tensor]:
-    """Weights for raw activations (:func:`gemma_scope_tl.weights.fold.fold`), computed in float64, a block at a time.
-
-    Args:
-        params: ``enc [d_sae, d_in]``, ``dec [d_sae, d_out]``, ``b_enc``, ``log_threshold``, ``b_dec``.
-        scale: ``C``.
-        pre_encoder_bias: whether ``b_dec`` was subtracted before the encoder.
-
-    Returns:
-        New tensors on the CPU, contiguous, in the dtype of ``params``, under Gemma Scope's names and in its layout.
-
-    Raises:
-        WeightsError: the scale is not a positive finite number.
-    """
-    dtype = params["enc"].dtype
-    biases: list[Tensor] = []
-    thresholds: list[Tensor] = []
-    b_dec = params["b_dec"].double()
-    folded_b_dec = b_dec * scale
-    for i in range(0, params["enc"].shape[0], LATENTS):
-        at = slice(i, i + LATENTS)
-        block = {
-            "W_enc": params["enc"][at].T.double(),
-            "W_dec": params["dec"][at],
-            "b_enc": params["b_enc"][at].double(),
-            "b_dec": b_dec,
-            "threshold": params["log_threshold"][at].double().exp(),
-        }
-        done = fold(block, scale, pre_encoder_bias=pre_encoder_bias)
-        biases.append(done["b_enc"])
-        thresholds.append(done["threshold"])
-        folded_b_dec = done["b_dec"]
-    found = {
-        "W_enc": params["enc"].T,
-        "W_dec": params["dec"],
-        "b_enc": torch.cat(biases),
-        "b_dec": folded_b_dec,
-        "threshold": torch.cat(thresholds),
-    }
-    return {name: _own(value.to("cpu", dtype)) for name, value in found.items()}
-
-
-def _own(value: Tensor) -> Tensor:
-    return value.contiguous().clone() if value.is_contiguous() else value.contiguous()
-
-
-_VALUES = 1 << 25  # pre-activations at a time
-_DECIMALS = 3
 STAGE = ".release"
+"""Hidden folder in which a release is written before it takes its place."""
+_VALUES = 1 << 25  # pre-activations that are computed at a time while measuring
+_DECIMALS = 3
 
 
 @dataclass
-class Finished:
-    """One trained SAE.
+class TrainedSAE:
+    """One trained SAE, and what was measured of it.
 
     Attributes:
         spec: what was asked for.
         steps: how long it was trained.
         arrays: its weights for raw activations, Gemma Scope's names and layout; of this process's latents.
         status: its last row of metrics.
-        shard: whose latents these are. Where latents are divided, every process measures and writes along.
+        shard: which latents these are. Where latents are divided, all processes must measure and write together.
+        rows, active, error, squares, total, fired: sums over the activations that it was measured on.
     """
 
     spec: SAESpec
@@ -105,8 +55,8 @@ class Finished:
     fired: Tensor | None = field(default=None, repr=False)
 
     @torch.no_grad()
-    def see(self, x: Tensor, y: Tensor) -> None:
-        """Measure on raw activations ``[n, d_in]`` and what they are to become, ``[n, d_out]``."""
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Measure on raw activations ``[n, d_in]`` and what they should become, ``[n, d_out]``."""
         a = self.arrays
         part = max(1, _VALUES // a["W_enc"].shape[1])
         for inputs, targets in zip(x.float().cpu().split(part), y.float().cpu().split(part), strict=True):
@@ -135,18 +85,18 @@ class Finished:
         }
 
 
-def measure(saes: Sequence[Finished], batches: Iterable[Mapping[Place, Tensor]], count: int) -> None:
+def measure(saes: Sequence[TrainedSAE], batches: Iterable[Mapping[Place, Tensor]], count: int) -> None:
     """Measure all SAEs on the next ``count`` batches."""
     for batch in islice(batches, count):
         for sae in saes:
-            sae.see(batch[sae.spec.place], batch[target_of(sae.spec.place)])
+            sae.update(batch[sae.spec.place], batch[target_of(sae.spec.place)])
 
 
 def folder_names(saes: Sequence[tuple[SAESpec, float]]) -> list[str]:
     """``res/layer_3/width_1k/average_l0_12`` for SAEs with these measured L0s, each unique.
 
-    Where two would have one name, both get decimals, as many as it takes, up to three; if those are equal too, ``_2``
-    and so on follow.
+    SAEs whose names would be equal get as many decimals as are needed, up to three; if the names are still equal,
+    ``_2`` and so on is added.
 
     >>> place = Place("res", 0)
     >>> from gemma_scope_tl.training.recipe import PAPER
@@ -169,11 +119,17 @@ def folder_names(saes: Sequence[tuple[SAESpec, float]]) -> list[str]:
     return names
 
 
-def write_release(folder: Path, saes: Sequence[Finished], shard: Shard = WHOLE) -> list[dict[str, Any]]:
-    """Write ``<site>/layer_L/width_W/average_l0_N/params.npz`` of every SAE; a registry row and metrics of each.
+def write_release(folder: Path, saes: Sequence[TrainedSAE], shard: Shard = WHOLE) -> list[dict[str, Any]]:
+    """Write ``<site>/layer_L/width_W/average_l0_N/params.npz`` of every SAE.
 
-    What an interrupted call has left is replaced. Where processes divide the latents, all must call it; the leading one
-    writes, and holds no whole matrix in memory: parts go to the disk a few columns at a time. The others get no rows.
+    The remains of an interrupted call are replaced. Where processes divide the latents, all must call it. The leading
+    one writes, and holds no whole matrix in memory: a few columns at a time go to the disk.
+
+    Returns:
+        A row for each SAE, with the registry's columns and its metrics; none on the other processes.
+
+    Raises:
+        WriteError: a file cannot be written; the folder has no release then.
     """
     from gemma_scope_tl.sae.save import write_npz
     from gemma_scope_tl.weights.checks import PARAMS_NAME
@@ -197,22 +153,22 @@ def write_release(folder: Path, saes: Sequence[Finished], shard: Shard = WHOLE) 
     return rows
 
 
-def _release_arrays(sae: Finished) -> dict[str, Tensor]:
+def _release_arrays(sae: TrainedSAE) -> dict[str, Tensor]:
     """This process's part of the released arrays, in the file's order and layout."""
-    from gemma_scope_tl.sae.loading import scale_embedding
+    from gemma_scope_tl.sae.units import scale_embedding
 
     arrays = {key: value.detach().cpu().float().contiguous() for key, value in sae.arrays.items()}
-    if sae.spec.place.site == "embedding":  # in the units of the table's rows, as released
+    if get_site(sae.spec.place.site).joins == "embedding":  # released in the units of the embedding's rows
         arrays = scale_embedding(arrays, inverse=True)
     return arrays
 
 
 def _divided(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of the released arrays those that the processes divide, latents first."""
+    """The released arrays that are divided over processes, with latents as their first dimension."""
     return {key: arrays[key].T if key == "W_enc" else arrays[key] for key in sorted(arrays) if key != "b_dec"}
 
 
-def _whole_arrays(sae: Finished, shard: Shard, parts: Path) -> dict[str, np.ndarray]:
+def _whole_arrays(sae: TrainedSAE, shard: Shard, parts: Path) -> dict[str, np.ndarray]:
     """The released arrays, gathered from all processes."""
     own = _release_arrays(sae)
     if shard.latent_ranks == 1:
@@ -222,7 +178,7 @@ def _whole_arrays(sae: Finished, shard: Shard, parts: Path) -> dict[str, np.ndar
     return {key: found[key] if key in found else value.numpy() for key, value in own.items()}
 
 
-def _gathered(local: Tensor, key: str, sae: Finished, shard: Shard, parts: Path) -> np.ndarray:
+def _gathered(local: Tensor, key: str, sae: TrainedSAE, shard: Shard, parts: Path) -> np.ndarray:
     """A whole array, filled a few columns at a time and mapped from a file where it is a matrix."""
     if local.ndim == 1:
         return next(shard.whole(local)).numpy()
@@ -237,8 +193,10 @@ def _gathered(local: Tensor, key: str, sae: Finished, shard: Shard, parts: Path)
 
 
 def _new_memmap(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A float32 matrix in a new file whose room on the disk is taken: a full disk would kill a process that writes
-    through a map."""
+    """A float32 matrix mapped from a new file, whose blocks are allocated at once.
+
+    Without that, a process that writes to the map would be killed by SIGBUS when the disk is full.
+    """
     with writing(path):
         array = open_memmap(path, "w+", np.float32, shape)
         with path.open("r+b") as file:
@@ -246,21 +204,21 @@ def _new_memmap(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def _columns(sae: Finished) -> int:
+def _columns(sae: TrainedSAE) -> int:
     """Columns of a matrix that are gathered at a time: 64 MiB of them."""
     return max(1, (1 << 24) // sae.spec.d_sae)
 
 
 @contextmanager
 def staged(folder: Path, specs: Sequence[SAESpec]) -> Generator[Path]:
-    """A hidden folder for the folders of all sites, which on leaving take the place of what was in ``folder``."""
+    """A hidden folder for the folders of all sites, which on leaving replace those in ``folder``."""
     stage = folder / STAGE
     for old in [stage, *(folder / site for site in {spec.place.site for spec in specs})]:
         shutil.rmtree(old, ignore_errors=True)
     try:
         yield stage
     except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)  # it may be what fills the disk
+        shutil.rmtree(stage, ignore_errors=True)  # makes room, as the disk may be full
         raise
     for site in sorted(path.name for path in stage.iterdir()):
         with writing(folder / site):
@@ -268,8 +226,8 @@ def staged(folder: Path, specs: Sequence[SAESpec]) -> Generator[Path]:
     stage.rmdir()
 
 
-def _row(sae: Finished, name: str, path: Path, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The registry's columns first."""
+def _row(sae: TrainedSAE, name: str, path: Path, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The row of an SAE: the registry's columns first, then metrics and how it was trained."""
     spec = sae.spec
     return {
         "id": name.removeprefix(f"{spec.place.site}/"),

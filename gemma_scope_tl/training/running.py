@@ -1,4 +1,4 @@
-"""The loop of a run: batches in, steps of all groups, metrics and checkpoints out."""
+"""The loop of a run: batches in; steps of all groups, metrics and checkpoints out."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from torch import Tensor
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sites import Place, parse_place, target_of
 from gemma_scope_tl.training.checkpoint import (
-    Manifest,
+    CheckpointManifest,
     check_same_run,
     load_manifest,
     load_state,
@@ -33,11 +32,16 @@ from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
 from gemma_scope_tl.training.grid import Group, last_step, places_of
 from gemma_scope_tl.training.logs import Logger, MetricsFile, open_loggers
 from gemma_scope_tl.training.place import PlaceTrainer
-from gemma_scope_tl.training.release import Finished, measure
+from gemma_scope_tl.training.release import TrainedSAE, measure
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.source_factory import OpenSource
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+UpdateBar = Callable[[int, Sequence[Mapping[str, Any]]], None]
+"""Takes the steps done and the newest rows of metrics, if any."""
+ForEach = Callable[[Callable[[Group], None], Iterable[Group]], Any]
+"""Calls a function with every group."""
 
 
 class TrainingStopped(GemmaScopeError):
@@ -52,85 +56,24 @@ class TrainingStopped(GemmaScopeError):
         self.signal = number
 
 
-class StopSignals:
-    """Within the context, the first SIGINT or SIGTERM is remembered; a second one does what it always did.
-
-    In other threads than the main one signals cannot be caught, and nothing is changed.
-
-    Attributes:
-        seen: the signal's number, or None.
-    """
-
-    def __init__(self) -> None:
-        self.seen: int | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._take_note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _take_note(self, number: int, _frame: FrameType | None) -> None:
-        self.seen = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-
-class _Speed(TextColumn):
-    """Tokens a second."""
-
-    def __init__(self, batch_size: int) -> None:
-        super().__init__("")
-        self.batch_size = batch_size
-
-    def render(self, task: Task) -> Text:
-        """As the base class."""
-        return Text(f"{(task.speed or 0.0) * self.batch_size:,.0f} tokens/s")
-
-
 @contextmanager
-def suite_bar(
-    total: int, done: int, batch_size: int, shown: bool
-) -> Generator[Callable[[int, Sequence[Mapping[str, Any]]], None], None, None]:
-    """A bar on standard error; call what it yields with the steps done and the newest rows of metrics, if any."""
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), _Speed(batch_size), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TextColumn("{task.fields[means]}"), console=console, disable=not shown) as bar:
-        task = bar.add_task("training", total=total, completed=done, means="")
-
-        def update(step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-            if rows:
-                parts = [
-                    f"{key} {mean(float(row[key]) for row in rows):.4g}"
-                    for key in ("l0", "error")
-                    if all(key in row for row in rows)
-                ]
-                bar.update(task, completed=step, means="  ".join(parts))
-            else:
-                bar.update(task, completed=step)
-
-        yield update
-
-
-Each = Callable[[Callable[[Group], None], Iterable[Group]], Any]
-"""Calls a function with every group."""
+def torch_threads(count: int) -> Generator[None]:
+    """Within the context PyTorch uses ``count`` processor threads; the caller's number is restored on leaving."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Run:
-    """A run from where it was to its end.
+    """A run, from its last checkpoint (or its beginning) to its end.
 
     Attributes:
         step: steps done.
         scales: ``C`` of every place.
-        threads: processor threads.
+        threads: processor threads of PyTorch, on which the last bits of results depend.
     """
 
     def __init__(
@@ -146,8 +89,7 @@ class Run:
         """Read the last checkpoint, if there is one, or measure the scales."""
         self.config, self.groups, self.checkpoints, self.shard = config, groups, checkpoints, shard
         self.progress = progress and shard.leads
-        self.threads = config.threads or torch.get_num_threads()
-        torch.set_num_threads(self.threads)  # scales have their bits from it too
+        self.threads = torch.get_num_threads()
         self.ends = sorted({group.steps for group in groups})
         self.status: dict[str, dict[str, Any]] = {}
         self._open, self._source = source, source(places_of(groups))
@@ -165,8 +107,8 @@ class Run:
         if self.metrics is not None:
             self.loggers += [self.metrics, *open_loggers(config, metrics.parent, self.step)]
 
-    def to_the_end(self) -> list[Finished]:
-        """Train, and measure what came out.
+    def to_the_end(self) -> list[TrainedSAE]:
+        """Train all groups, then measure their SAEs on later batches.
 
         Raises:
             TrainingStopped: after a signal.
@@ -176,29 +118,25 @@ class Run:
                 if end > self.step:
                     self._segment(end, stop, bar)
         saes = [
-            Finished(spec, group.steps, self._released(group, i), self.status.get(spec.name, {}), self.shard)
+            TrainedSAE(
+                spec,
+                group.steps,
+                self.trainers[group.name].released(index, self.scales[group.place]),
+                self.status.get(spec.name, {}),
+                self.shard,
+            )
             for group in self.groups
-            for i, spec in enumerate(group.specs)
+            for index, spec in enumerate(group.specs)
         ]
-        if self._source_places() != set(places_of(self.groups)):
+        if self._served_places() != set(places_of(self.groups)):
             self._source = self._open(places_of(self.groups))
-        torch.set_num_threads(self.threads)
         unseen = self._source.batches(self.config.batch_size, last_step(self.config))
         measure(saes, unseen, self.config.eval_batches)
         return saes
 
-    def _released(self, group: Group, index: int) -> dict[str, Tensor]:
-        return self.trainers[group.name].released(index, self.scales[group.place])
-
-    def close(self) -> None:
-        """Close the loggers."""
-        with ExitStack() as stack:  # all of them, though one may fail
-            for logger in self.loggers:
-                stack.callback(logger.close)
-
     def save(self) -> Path:
-        """Write a checkpoint of where the run is."""
-        manifest = Manifest(
+        """Write a checkpoint, and return its folder."""
+        manifest = CheckpointManifest(
             step=self.step,
             config=self.config.results,
             scales={place.key: value for place, value in self.scales.items()},
@@ -210,17 +148,22 @@ class Run:
         states = {name: trainer.state() for name, trainer in self.trainers.items()}
         return save_checkpoint(self.checkpoints, manifest, states, self.shard)
 
-    def _segment(self, end: int, stop: StopSignals, bar: Callable[[int, Sequence[Mapping[str, Any]]], None]) -> None:
-        """Steps up to ``end``, where some groups are done, with a source of the places that are not."""
+    def close(self) -> None:
+        """Close all loggers, also when one of them raises."""
+        with ExitStack() as stack:
+            for logger in self.loggers:
+                stack.callback(logger.close)
+
+    def _segment(self, end: int, stop: StopSignals, bar: UpdateBar) -> None:
+        """Steps up to ``end``, where some groups are done, with a source of the places that still train."""
         active = [group for group in self.groups if group.steps >= end]
-        if self._source_places() > set(places_of(active)):
+        if self._served_places() > set(places_of(active)):
             self._source = self._open(places_of(active))
         batches = iter(self._source.batches(self.config.batch_size, self.step))
-        with self._each(len(active)) as each:
+        with self._for_each(len(active)) as for_each:
             while self.step < end:
-                torch.set_num_threads(self.threads)
                 batch = next(batches)
-                each(lambda group, batch=batch: self._train(group, batch), active)
+                for_each(lambda group, batch=batch: self._step(group, batch), active)
                 self.step += 1
                 rows = self._log(active) if self.step % self.config.log_every == 0 or self.step == end else []
                 seen = self.shard.most(stop.seen or 0)
@@ -236,28 +179,30 @@ class Run:
                 bar(self.step, rows)
 
     @torch.no_grad()
-    def _train(self, group: Group, batch: Mapping[Place, Tensor]) -> None:
+    def _step(self, group: Group, batch: Mapping[Place, torch.Tensor]) -> None:
+        """One step of a group on its places' activations, each divided by the scale of the place that is read."""
         scale, own = self.scales[group.place], self.shard.rows(self.config.batch_size)
+        target = target_of(group.place)
         x = (batch[group.place][own] / scale).to(self.config.device)
-        if target_of(group.place) == group.place:
-            self.trainers[group.name].step(x)
-        else:
-            self.trainers[group.name].step(x, (batch[target_of(group.place)][own] / scale).to(self.config.device))
+        y = None if target == group.place else (batch[target][own] / scale).to(self.config.device)
+        self.trainers[group.name].step(x, y)
 
     @contextmanager
-    def _each(self, groups: int) -> Generator[Each, None, None]:
-        """One thread for each group where there are enough of them; otherwise all threads for one after the other."""
-        divided = self.shard is not WHOLE  # processes talk to each other in one order
+    def _for_each(self, groups: int) -> Generator[ForEach, None, None]:
+        """One thread for each group if there are enough of them; otherwise one group after the other on all threads."""
+        divided = self.shard is not WHOLE  # processes must exchange their sums in the same order
         if divided or self.threads == 1 or groups < self.threads or torch.device(self.config.device).type != "cpu":
             yield lambda function, active: [function(group) for group in active]
             return
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
 
-            def each(function: Callable[[Group], None], active: Iterable[Group]) -> None:
-                torch.set_num_threads(1)  # some of PyTorch's libraries have one number for all threads
-                list(pool.map(function, active))
+            def for_each(function: Callable[[Group], None], active: Iterable[Group]) -> None:
+                # Some of PyTorch's libraries have one number for all threads, so the caller's must be 1 too. Batches
+                # are made between the calls, with all threads.
+                with torch_threads(1):
+                    list(pool.map(function, active))
 
-            yield each
+            yield for_each
 
     def _log(self, active: Sequence[Group]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -272,8 +217,8 @@ class Run:
             logger.log(self.step, rows)
         return rows
 
-    def _restored(self, folder: Path) -> Manifest:
-        """The trainers as a checkpoint has them."""
+    def _restored(self, folder: Path) -> CheckpointManifest:
+        """Load the trainers' states from a checkpoint."""
         manifest = load_manifest(folder)
         check_same_run(manifest.config, self.config.results, folder)
         missing = [place.key for place in places_of(self.groups) if place.key not in manifest.scales]
@@ -286,23 +231,82 @@ class Run:
 
     def _trainer(self, group: Group) -> PlaceTrainer:
         widths = self._source.widths
-        place = group.place
         return PlaceTrainer(
-            widths[place],
-            widths[target_of(place)],
+            widths[group.place],
+            widths[target_of(group.place)],
             group.specs,
             total_steps=group.steps,
             device=self.config.device,
             shard=self.shard,
         )
 
-    def _source_places(self) -> set[Place]:
-        """Places that the source in use serves for themselves, targets of transcoders apart."""
+    def _served_places(self) -> set[Place]:
+        """The places of the run that the current source serves."""
         return set(places_of(self.groups)) & set(self._source.widths)
 
 
+class StopSignals:
+    """Within the context, the first SIGINT or SIGTERM is remembered; a second one acts as it did before.
+
+    Only the main thread can catch signals; in others nothing is changed.
+
+    Attributes:
+        seen: the signal's number, or None.
+    """
+
+    def __init__(self) -> None:
+        self.seen: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.seen = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+class _Speed(TextColumn):
+    """Tokens a second."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__("")
+        self.batch_size = batch_size
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{(task.speed or 0.0) * self.batch_size:,.0f} tokens/s")
+
+
+@contextmanager
+def suite_bar(total: int, done: int, batch_size: int, shown: bool) -> Generator[UpdateBar]:
+    """A progress bar on standard error, with the mean L0 and error of the newest metrics."""
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), _Speed(batch_size), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TextColumn("{task.fields[means]}"), console=console, disable=not shown) as bar:
+        task = bar.add_task("training", total=total, completed=done, means="")
+
+        def update(step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+            bar.update(task, completed=step)
+            if rows:
+                means = [f"{key} {mean(float(row[key]) for row in rows):.4g}" for key in ("l0", "error")]
+                bar.update(task, means="  ".join(means))
+
+        yield update
+
+
 def _scale(place: Place, squares: Mapping[Place, float]) -> float:
-    mean = squares[place]
-    if not 0.0 < mean < math.inf:
-        raise TrainingStateError(f"{place.key}: E ||x||^2 is {mean}, so there is no scale to train in.")
-    return math.sqrt(mean)
+    square = squares[place]
+    if not 0.0 < square < math.inf:
+        raise TrainingStateError(f"{place.key}: E ||x||^2 is {square}, so there is no scale to train in.")
+    return math.sqrt(square)

@@ -18,7 +18,7 @@ OpenSource = Callable[[Sequence[Place]], Source]
 
 
 def source_opener(config: SuiteConfig, model: Any = None, progress: bool = True) -> OpenSource:
-    """What makes the sources of a run. Loads the model and packs the tokens, once, if the source streams.
+    """A function that makes the sources of a run. A streaming run loads its model and packs its tokens here, once.
 
     Args:
         config: the run.
@@ -26,55 +26,44 @@ def source_opener(config: SuiteConfig, model: Any = None, progress: bool = True)
         progress: show bars.
 
     Raises:
-        GemmaScopeError: whatever is wrong with the model, the text or the store.
+        GemmaScopeError: the model, the text or the store cannot be used.
     """
-    own = config.source
+    section = config.source
     shared: dict[str, Any] = {
-        "bucket_rows": own.bucket_rows,
+        "bucket_rows": section.bucket_rows,
         "seed": config.seed,
-        "dtype": parse_dtype(own.dtype),
-        "device": own.device,
+        "dtype": parse_dtype(section.dtype),
+        "device": section.device,
     }
-    if own.kind == "store":
+    path = section.path
+    if path is not None:  # only a store has one: the configuration was checked
         from gemma_scope_tl.activations.reader import StoreSource
 
-        assert own.path is not None  # the configuration was checked
-        path = own.path
         return lambda places: StoreSource(path, places, **shared)
-    return _streaming(config, model, shared, progress)
-
-
-def _streaming(config: SuiteConfig, model: Any, shared: dict[str, Any], progress: bool) -> OpenSource:
     from gemma_scope_tl.activations.streaming import StreamSource
 
     loaded, rows = load_data(config, model, progress)
-    return lambda places: StreamSource(loaded, rows, places, batch_rows=config.source.batch_rows, **shared)
+    return lambda places: StreamSource(loaded, rows, places, batch_rows=section.batch_rows, **shared)
 
 
 def load_data(config: SuiteConfig, model: Any = None, progress: bool = True) -> tuple[Any, TokenRows]:
-    """The model of a run and its packed tokens; the configuration has ``data``.
+    """The model of a run and its packed tokens; the configuration must have ``data``.
 
     Raises:
-        GemmaScopeError: whatever is wrong with the model or the text.
+        GemmaScopeError: the model or the text cannot be used.
     """
     from gemma_scope_tl.model.loading import load_model
     from gemma_scope_tl.text.pack import pack_tokens
 
-    data, own = config.data, config.model
+    data, section = config.data, config.model
     assert data is not None  # the configuration was checked
-    loaded = model or load_model(own.name, backend=own.backend, dtype=own.dtype, device=own.device)
+    loaded = model or load_model(section.name, backend=section.backend, dtype=section.dtype, device=section.device)
     rows = pack_tokens(
         str(HELD_OUT_TEXT) if data.dataset == "bundled" else data.dataset,
         loaded.tokenizer,
         data.context,
         data.folder or Path(config.output) / "tokens",
-        column=data.column,
-        split=data.split,
-        config=data.config,
-        revision=data.revision,
-        streaming=data.streaming,
-        chat=data.chat,
-        limit_tokens=data.limit_tokens,
+        **data.model_dump(include={"column", "split", "config", "revision", "streaming", "chat", "limit_tokens"}),
         progress=progress,
     )
     return loaded, rows

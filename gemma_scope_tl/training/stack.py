@@ -1,8 +1,8 @@
-"""How the SAEs of one place lie in one stack of latents, and what a step is told about each of them."""
+"""The stack of latents of the SAEs of a place: parameters, initialisation, folding, and what passes are handed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,17 +13,19 @@ from torch import Tensor
 from gemma_scope_tl.training.optimizer import Prices
 from gemma_scope_tl.training.shard import Shard
 from gemma_scope_tl.training.spec import SAESpec
+from gemma_scope_tl.weights.fold import fold
 
 BLOCK = 1_024
-"""Latents are drawn in blocks of this many, each from its own generator, so any division into parts starts equal."""
+"""Latents are initialised in blocks of this many, each with its own generator, so that any division of the latents
+over processes starts from the same values."""
 
-LATENT_FIELDS = ("enc", "dec", "b_enc", "log_threshold")
-FIELDS = (*LATENT_FIELDS, "b_dec")
+FOLDED = 4_096
+"""Latents that are folded at a time, so that no float64 copy of a wide SAE is made."""
 
 
 @dataclass
 class Weights:
-    """Parameters of ``s`` SAEs with ``m`` latents in all, or something of each parameter's shape.
+    """Parameters of ``s`` SAEs with ``m`` latents in all, or values of the same shapes, such as second moments.
 
     Attributes:
         enc: ``[m, d_in]``, a row for each latent: ``W_enc`` transposed.
@@ -45,14 +47,14 @@ class Weights:
         shapes = ((latents, d_in), (latents, d_out), (latents,), (latents,), (saes, d_out))
         return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
 
-    def of(self, sae: int, rows: slice) -> dict[str, Tensor]:
-        """Views of one SAE's parameters: its number and its latents in the stack."""
-        found = {name: getattr(self, name)[rows] for name in LATENT_FIELDS}
-        return found | {"b_dec": self.b_dec[sae]}
+    def of(self, index: int, rows: slice) -> dict[str, Tensor]:
+        """Views of the parameters of one SAE, by name, given its number and its latents in the stack."""
+        found = {name: getattr(self, name)[rows] for name in ("enc", "dec", "b_enc", "log_threshold")}
+        return found | {"b_dec": self.b_dec[index]}
 
 
 @torch.no_grad()
-def start(weights: Weights, specs: Sequence[SAESpec], rows: Sequence[slice], shard: Shard) -> None:
+def initialize(weights: Weights, specs: Sequence[SAESpec], members: Sequence[Member], shard: Shard) -> None:
     """Fill ``weights`` with the initialisation of the paper (section 3.2; appendix B for transcoders).
 
     Thresholds all equal, biases 0, ``W_dec`` He-uniform and then scaled to unit rows (which forgets He's bound).
@@ -61,7 +63,8 @@ def start(weights: Weights, specs: Sequence[SAESpec], rows: Sequence[slice], sha
     """
     weights.b_enc.zero_()
     weights.b_dec.zero_()
-    for spec, at in zip(specs, rows, strict=True):
+    for spec, member in zip(specs, members, strict=True):
+        at = member.rows
         weights.log_threshold[at] = float(np.log(spec.recipe.init_threshold))
         own = shard.latents(spec.d_sae)
         for block in range(own.start // BLOCK, -(-own.stop // BLOCK)):
@@ -74,7 +77,7 @@ def start(weights: Weights, specs: Sequence[SAESpec], rows: Sequence[slice], sha
 
 
 def _draw(spec: SAESpec, block: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
-    """Encoder and decoder rows of one whole block in float64: every dtype starts from the same numbers."""
+    """Encoder and decoder rows of one whole block in float64, so that every dtype starts from the same numbers."""
     seed = np.random.SeedSequence((spec.seed, block)).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(seed))
     dec = 2.0 * torch.rand(BLOCK, d_out, dtype=torch.float64, generator=generator) - 1.0
@@ -91,10 +94,10 @@ class Member:
 
     Attributes:
         index: its number among the place's SAEs, and its row of ``b_dec``.
-        rows: its latents in the stack: those that this process has.
+        rows: the latents in the stack that this process has of it.
         segments: ``rows`` cut where its Matryoshka prefixes end; some may be empty where latents are divided.
         bandwidth: epsilon.
-        d_sae: all of its latents, on all processes.
+        d_sae: the number of its latents on all processes together.
     """
 
     index: int
@@ -105,7 +108,7 @@ class Member:
 
 
 def members_of(specs: Sequence[SAESpec], shard: Shard) -> list[Member]:
-    """One after the other, in the order of ``specs``."""
+    """The members of a stack that holds the SAEs one after the other, in the order of ``specs``."""
     members: list[Member] = []
     at = 0
     for index, spec in enumerate(specs):
@@ -118,9 +121,56 @@ def members_of(specs: Sequence[SAESpec], shard: Shard) -> list[Member]:
     return members
 
 
+@torch.no_grad()
+def folded(params: Mapping[str, Tensor], scale: float, *, pre_encoder_bias: bool) -> dict[str, Tensor]:
+    """Weights for raw activations (:func:`gemma_scope_tl.weights.fold.fold`), computed in float64, a block at a time.
+
+    Args:
+        params: ``enc [d_sae, d_in]``, ``dec [d_sae, d_out]``, ``b_enc``, ``log_threshold``, ``b_dec``.
+        scale: ``C``.
+        pre_encoder_bias: whether ``b_dec`` was subtracted before the encoder.
+
+    Returns:
+        New tensors on the CPU, contiguous, in the dtype of ``params``, under Gemma Scope's names and in its layout.
+
+    Raises:
+        WeightsError: the scale is not a positive finite number.
+    """
+    dtype = params["enc"].dtype
+    biases: list[Tensor] = []
+    thresholds: list[Tensor] = []
+    b_dec = params["b_dec"].double()
+    folded_b_dec = b_dec * scale
+    for i in range(0, params["enc"].shape[0], FOLDED):
+        at = slice(i, i + FOLDED)
+        block = {
+            "W_enc": params["enc"][at].T.double(),
+            "W_dec": params["dec"][at],
+            "b_enc": params["b_enc"][at].double(),
+            "b_dec": b_dec,
+            "threshold": params["log_threshold"][at].double().exp(),
+        }
+        done = fold(block, scale, pre_encoder_bias=pre_encoder_bias)
+        biases.append(done["b_enc"])
+        thresholds.append(done["threshold"])
+        folded_b_dec = done["b_dec"]
+    found = {
+        "W_enc": params["enc"].T,
+        "W_dec": params["dec"],
+        "b_enc": torch.cat(biases),
+        "b_dec": folded_b_dec,
+        "threshold": torch.cat(thresholds),
+    }
+    return {name: _own(value.to("cpu", dtype)) for name, value in found.items()}
+
+
+def _own(value: Tensor) -> Tensor:
+    return value.contiguous().clone() if value.is_contiguous() else value.contiguous()
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One batch as every part of the step sees it.
+    """One batch, with what all passes of a step need to know.
 
     Attributes:
         x: ``[rows, d_in]``, this process's rows.
@@ -144,7 +194,7 @@ class Chunk:
     Attributes:
         rows: where they lie in the stack.
         touched: which of ``rows`` have gradients, ``[k]``, counted from ``rows.start``; None for all.
-        enc, dec: ``[k, d_in]`` and ``[k, d_out]``, the caller's to overwrite.
+        enc, dec: ``[k, d_in]`` and ``[k, d_out]``, which the caller may overwrite.
     """
 
     rows: slice
@@ -155,7 +205,7 @@ class Chunk:
 
 @dataclass
 class Vectors:
-    """What a pass gives for every latent of its SAEs, ``[latents]`` each, over all processes' rows.
+    """Results of a pass for every latent of its SAEs, ``[latents]`` each, summed over the rows of all processes.
 
     Attributes:
         b_enc, log_threshold: gradients.

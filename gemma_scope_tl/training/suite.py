@@ -32,7 +32,7 @@ from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
 from gemma_scope_tl.training.plan import plan_suite
 from gemma_scope_tl.training.release import STAGE, write_release
-from gemma_scope_tl.training.running import Run
+from gemma_scope_tl.training.running import Run, torch_threads
 from gemma_scope_tl.training.shard import Shard, agreed, led, process_mesh
 from gemma_scope_tl.training.source_factory import OpenSource, source_opener
 from gemma_scope_tl.weights.modes import ordinary_tensors
@@ -54,25 +54,26 @@ def train_suite(
 ) -> pd.DataFrame:
     """Train the SAEs of a configuration together, and write them in Gemma Scope's layout.
 
-    All are stepped from one stream of batches. A place's activations are divided by one scalar, ``C = sqrt(E ||x||^2)``
-    (section 3.1); a transcoder's target by its input's (appendix B). A run that was stopped, by a signal or by a crash,
-    goes on from its last checkpoint and ends with the same bits; one that is finished is returned at once.
+    All SAEs are stepped from one stream of batches. The activations of a place are divided by one scalar,
+    ``C = sqrt(E ||x||^2)`` (section 3.1); the target of a transcoder by the scalar of its input (appendix B). A run
+    that was stopped by a signal or a crash continues from its last checkpoint and ends with the same bits; the table of
+    a finished run is returned at once.
 
-    The run's folder gets ``<site>/layer_L/width_W/average_l0_N/params.npz``, N being the L0 measured on batches after
+    The run's folder gets ``<site>/layer_L/width_W/average_l0_N/params.npz``, where N is the L0 on batches after
     training; ``suite.json`` (configuration, scales, a row per SAE); ``metrics.jsonl``; and ``runs.jsonl``, which says
     when each process ran.
 
-    With ``mesh`` in the configuration, several processes (``torchrun``, one folder that all see) divide every SAE and
-    every batch; each calls this function, the first writes, and the result is that of one process within rounding. A
-    run goes on with the mesh that it was begun with. Memory and disk are not planned for then.
+    With ``mesh`` in the configuration, several processes (started by ``torchrun``, with one folder that all see) divide
+    every SAE and every batch. Each calls this function, the first one writes, and the result is that of one process
+    within rounding. A run continues with the mesh that it was begun with. Its memory and disk are not planned.
 
     Args:
         config: a YAML file, its content, or a configuration.
-        overrides: ``"key=value"``, as the command line's ``--set``.
+        overrides: ``"key=value"``, as ``--set`` on the command line.
         model: from ``load_model``; loaded by the configuration's name unless given.
-        source: makes the source of some places, in place of the configuration's.
-        resume: go on where an unfinished run was; False starts it over.
-        force: train although the plan says that memory or disk do not suffice.
+        source: makes the source of some places, instead of the configuration's.
+        resume: continue an unfinished run; False starts it over.
+        force: train even if the plan says that memory or disk do not suffice.
         progress: show bars.
 
     Returns:
@@ -82,7 +83,7 @@ def train_suite(
         TrainingStateError: a wrong configuration; a folder that holds another run or other things; a damaged
             checkpoint; memory or disk that do not suffice.
         TrainingStopped: SIGINT or SIGTERM came, and a checkpoint was written.
-        GemmaScopeError: whatever is wrong with the model, the text or the store.
+        GemmaScopeError: the model, the text or the store cannot be used.
     """
     checked = load_config(config, overrides)
     groups = groups_of(checked, sizes_of(checked.model.name).dims if model is None else model.dims)
@@ -95,9 +96,9 @@ def train_suite(
             led(shard, lambda: held.enter_context(alone(folder)))
             if resume and (folder / SUITE_NAME).exists():
                 return _finished(folder, checked, shard)
-            if not (force or source or model) and mesh.processes == 1:  # of a model in hand sizes are not looked up
+            if not (force or source or model) and mesh.processes == 1:  # the plan knows released models only
                 plan_suite(checked, measure=False).check()
-            led(shard, lambda: _prepare(folder, checked, groups, resume))  # nobody looks for checkpoints before that
+            led(shard, lambda: _prepare(folder, checked, groups, resume))
             opener = source or source_opener(checked, model, progress and shard.leads)
             return _train(folder, checked, groups, opener, progress, shard)
 
@@ -106,15 +107,15 @@ def _train(
     folder: Path, config: SuiteConfig, groups: Sequence[Group], source: OpenSource, progress: bool, shard: Shard
 ) -> pd.DataFrame:
     began = time.time()
-    with _own_threads():
+    with torch_threads(config.threads or torch.get_num_threads()):
         run = Run(config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, progress, shard)
         first = run.step
         try:
-            with _closed_at_the_end(run):
+            with _closing(run):
                 saes = run.to_the_end()
         finally:
             if shard.leads:
-                _note_run(folder, began, first, run)
+                _record_process(folder, began, first, run)
     rows = write_release(folder, saes, shard)
     if shard.leads:
         write_suite(folder, config, run.scales, rows)
@@ -122,18 +123,8 @@ def _train(
 
 
 @contextmanager
-def _own_threads() -> Generator[None, None, None]:
-    """Within the context torch's number of threads may be changed; the caller's comes back."""
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _closed_at_the_end(run: Run) -> Generator[None]:
-    """Close a run's loggers; where the run itself has failed, what they have to say of it would hide why."""
+def _closing(run: Run) -> Generator[None]:
+    """Close a run's loggers. If the run fails, errors of the loggers are suppressed, as they would hide its own."""
     try:
         yield
     except BaseException:
@@ -143,18 +134,18 @@ def _closed_at_the_end(run: Run) -> Generator[None]:
     run.close()
 
 
-def _note_run(folder: Path, began: float, first: int, run: Run) -> None:
-    """A line of ``runs.jsonl``."""
+def _record_process(folder: Path, began: float, first: int, run: Run) -> None:
+    """Append to ``runs.jsonl`` which steps this process did, and when."""
     facts = {"began": round(began), "seconds": round(time.time() - began, 1), "threads": run.threads}
     try:
         append_line(folder / "runs.jsonl", json.dumps({"from_step": first, "to_step": run.step, **facts}))
-    except WriteError as error:  # nothing is lost with it, and what the run ended with says more
+    except WriteError as error:  # results do not depend on it, and raising would hide how the run ended
         warnings.warn(f"This run is not noted: {error}", stacklevel=2)
 
 
 def _finished(folder: Path, config: SuiteConfig, shard: Shard) -> pd.DataFrame:
-    """The table of a finished run; checkpoints are of no more use."""
-    shard.gather(None)  # the leading process has written it
+    """The table of a finished run, whose checkpoints are removed."""
+    shard.gather(None)  # waits for the leading process, which writes it
     check_same_run(read_record(folder / SUITE_NAME)["config"], config.results, folder)
     if shard.leads:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -162,9 +153,9 @@ def _finished(folder: Path, config: SuiteConfig, shard: Shard) -> pd.DataFrame:
 
 
 def _prepare(folder: Path, config: SuiteConfig, groups: Sequence[Group], resume: bool) -> None:
-    """Begin a run in a folder, or find that one of the same configuration has begun there."""
+    """Begin a run in a folder; raise unless the folder is free or holds a run of the same configuration."""
     for name in (RUN_NAME, SUITE_NAME):
-        for left in folder.glob(f".{name}.*"):  # by a process that was killed while it wrote
+        for left in folder.glob(f".{name}.*"):  # left by a process that was killed while writing
             left.unlink(missing_ok=True)
     shutil.rmtree(folder / STAGE, ignore_errors=True)
     sites = sorted({place.site for place in places_of(groups)})

@@ -1,4 +1,4 @@
-"""A circuit drawn over its prompt: sites from bottom to top, tokens from left to right."""
+"""A drawing of a circuit: tokens of the prompt from left to right, sites from bottom to top."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def draw_circuit(ax: Axes, circuit: Circuit, title: str = "", labels: bool = Tru
 
     A node stands above its token at the height of its site, nodes that share both stand side by side, and a token is as
     wide as its nodes need. A node's area grows with the size of its attribution, an edge's width with the size of its
-    effect; red is for the metric, blue against it. Diamonds are errors, squares what is not spliced, triangles skip
-    paths, the star is the metric.
+    effect; what raises the metric is red, what lowers it blue. Diamonds are errors, squares unspliced
+    places, triangles skip paths, and the star is the metric.
 
     Args:
         ax: where to draw.

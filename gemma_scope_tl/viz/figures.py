@@ -1,11 +1,12 @@
-"""Figures with matplotlib, drawn without a display and written atomically."""
+"""What figures share: style, axes, legends and files, and two plots for scripts. Nothing here needs a display."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import write_atomically
@@ -31,12 +32,51 @@ LABELS = {
     "lr": "learning rate",
 }
 _LOGARITHMIC = ("delta_loss", "error", "l0", "lambda", "threshold", "lr")
-MARKERS = "osD^vP*X"
-COLORS = 10  # of the default cycle
+
+
+@dataclass(frozen=True)
+class Style:
+    """How panels look.
+
+    Attributes:
+        title, label, tick: sizes of text in points; legends have the size of ticks.
+        colors: number of colours in matplotlib's default cycle.
+        markers: one for each line of a colour.
+    """
+
+    title: float = 9
+    label: float = 8
+    tick: float = 7
+    colors: int = 10
+    markers: str = "osD^vP*X"
+
+    def color(self, number: int) -> str:
+        """The colour of a line by its number."""
+        return f"C{number % self.colors}"
+
+    def marker(self, number: int) -> str:
+        """The marker of a line by its number."""
+        return self.markers[number % len(self.markers)]
+
+    def axes(self, ax: Axes, x: str, y: str) -> None:
+        """Label both axes, each with its metric's label or with the given text, and draw a grid."""
+        ax.set_xlabel(LABELS.get(x, x), fontsize=self.label)
+        ax.set_ylabel(LABELS.get(y, y), fontsize=self.label)
+        ax.tick_params(labelsize=self.tick)
+        ax.grid(visible=True, alpha=0.25, lw=0.6)
+
+    def legend(self, figure: Figure, ax: Axes, most: int) -> None:
+        """One legend below all panels, unless there are more than ``most`` names, or only one."""
+        handles, labels = ax.get_legend_handles_labels()
+        if 1 < len(labels) <= most:
+            figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=self.tick, frameon=False)
+
+
+STYLE = Style()
 
 
 def check_columns(frame: pd.DataFrame, columns: Sequence[str], *, finite: bool = False) -> None:
-    """Raise :class:`GemmaScopeError` unless there are rows with these columns, of finite numbers if so asked."""
+    """Raise :class:`GemmaScopeError` unless there are rows with these columns, with finite numbers if ``finite``."""
     import numpy as np
 
     missing = [column for column in columns if column not in frame.columns]
@@ -49,16 +89,11 @@ def check_columns(frame: pd.DataFrame, columns: Sequence[str], *, finite: bool =
             raise GemmaScopeError(f"{column!r} holds values that are not finite.")
 
 
-def is_logarithmic(frame: pd.DataFrame, metric: str) -> bool:
-    """Whether the metric is drawn on a logarithmic axis and is positive: a splice may lower the loss."""
-    return metric in _LOGARITHMIC and bool((frame[metric] > 0).all())
-
-
 def scale(ax: Axes, which: Literal["x", "y"], frame: pd.DataFrame, metric: str) -> None:
-    """Make an axis logarithmic where the metric asks for it, with plain numbers at 1, 2 and 5."""
+    """Make an axis logarithmic if its metric is drawn so and is positive: splicing may lower the loss."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if not is_logarithmic(frame, metric):
+    if metric not in _LOGARITHMIC or not (frame[metric] > 0).all():
         return
     axis = ax.xaxis if which == "x" else ax.yaxis
     (ax.set_xscale if which == "x" else ax.set_yscale)("log")
@@ -77,11 +112,10 @@ def grid(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, li
     return figure, [list(line) for line in figure.subplots(rows, columns, squeeze=False)]
 
 
-def legend(figure: Figure, ax: Axes, most: int) -> None:
-    """One legend below all panels, where the names are few enough to be read."""
-    handles, labels = ax.get_legend_handles_labels()
-    if 1 < len(labels) <= most:
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+def new_figure(rows: int, width: float = 9.0, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """A figure of panels below each other, each of this size in inches, and the panels."""
+    figure, panels = grid(rows, 1, (width, height * rows))
+    return figure, [line[0] for line in panels]
 
 
 def latent_heatmap(ax: Axes, table: pd.DataFrame, tokens: list[str], title: str, latents: int = 10) -> None:
@@ -97,11 +131,11 @@ def latent_heatmap(ax: Axes, table: pd.DataFrame, tokens: list[str], title: str,
     import numpy as np
 
     strongest = table.groupby("latent")["activation"].max().nlargest(latents).index.tolist()
-    grid = np.zeros((len(strongest), len(tokens)))
+    values = np.zeros((len(strongest), len(tokens)))
     shown = table[table["latent"].isin(strongest)]
     rows = [strongest.index(latent) for latent in shown["latent"]]
-    grid[rows, shown["position"].to_numpy()] = shown["activation"].to_numpy()
-    image = ax.imshow(grid, aspect="auto", cmap="magma_r", interpolation="nearest")
+    values[rows, shown["position"].to_numpy()] = shown["activation"].to_numpy()
+    image = ax.imshow(values, aspect="auto", cmap="magma_r", interpolation="nearest")
     ax.set_xticks(range(len(tokens)), [visible_token(token) for token in tokens], rotation=60, ha="right", fontsize=8)
     ax.set_yticks(range(len(strongest)), [str(latent) for latent in strongest], fontsize=8)
     ax.set_ylabel("latent")
@@ -114,36 +148,26 @@ def metric_by_layer(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> N
 
     Where a site has several SAEs in a layer, the denser is drawn solid and the sparser dashed.
     """
-    for color, (site, rows) in zip(("C0", "C1", "C2", "C3", "C4"), table.groupby("site", sort=False), strict=False):
+    for number, (site, rows) in enumerate(table.groupby("site", sort=False)):
         order = rows.sort_values("l0").groupby("layer")
         for style, pick in (("--", order.head(1)), ("-", order.tail(1))):
             picked = pick.sort_values("layer")
             mean = picked["l0"].mean()
-            ax.plot(
-                picked["layer"], picked[metric], style, color=color, marker="o", ms=4, label=f"{site}, L0 {mean:.0f}"
-            )
+            name, color = f"{site}, L0 {mean:.0f}", STYLE.color(number)
+            ax.plot(picked["layer"], picked[metric], style, color=color, marker="o", ms=4, label=name)
     ax.set_xlabel("layer")
     ax.set_ylabel(label)
     ax.set_xticks(sorted(table["layer"].unique()))
     ax.legend(fontsize=7, ncols=2)
 
 
-def new_figure(rows: int, width: float = 9.0, height: float = 3.2) -> tuple[Figure, Any]:
-    """A figure of stacked panels that needs no display: ``(figure, list of axes)``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, 1, squeeze=False)[:, 0])
-
-
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write ``figure`` as PNG; folders are made, and a killed process leaves no half file."""
+    """Write ``figure`` as PNG, whole or not at all. Folders are created."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return write_atomically(path, buffer.getvalue())
 
 
 def visible_token(token: str) -> str:
+    """A token as text of a figure, where ``$`` would begin a formula and spaces alone would be invisible."""
     return token.replace("\n", "\\n").replace("$", r"\$").strip() or "·"

@@ -1,4 +1,4 @@
-"""What a latent's page says: where the latent fires, how strongly, what it writes, and which latents resemble it."""
+"""The numbers on a latent's page: where it fires, how strongly, the tokens it promotes, and similar latents."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _CHUNK = 16384  # decoder rows in float32 at once
 
 
 class PageText:
-    """The text that latents are shown on, as token rows, and the model's activations at the places asked for last.
+    """The text of latents' pages as token rows, with the model's activations at the places that were read last.
 
-    A second latent of one place costs no forward pass while its activations are held.
+    While the activations of a place are held, further latents of it need no forward pass.
 
     Args:
-        model: from ``load_model``. Hooks and SAEs attached to it act in the pass.
+        model: from ``load_model``, with its hooks and attached SAEs.
         data: texts, token ids or conversations; None for the held-out text in the package.
         rows: of tokens, at most.
         context: tokens in a row, BOS included.
         batch_size: rows in a forward pass.
-        memory: bytes of activations to hold; those of one place are always held.
+        memory: bytes of activations to hold. Those of one place are held even if they take more.
 
     Raises:
         GemmaScopeError: when the texts hold less than one row, or ``rows`` or ``batch_size`` is below 1.
@@ -69,7 +69,7 @@ class PageText:
         """What ``sae`` reads at every token, heads flattened, on the CPU."""
         site, layer = locate(sae)
         site.check_layer(layer, self.model.dims)
-        name = site.hook_name(layer, "hooked_transformer")
+        name = self.model.family.site(site.name).hook_name(layer, self.model.backend)
         if name in self._held:
             self._held.move_to_end(name)
             return self._held[name]
@@ -113,16 +113,16 @@ class LatentFacts:
     """All numbers of a latent's page.
 
     Attributes:
-        latent: index; ``d_sae``: of how many.
+        latent: index of the latent; ``d_sae``: number of latents.
         name: release and id of the SAE, or its site and layer outside the registry.
-        site, layer: where it reads.
-        tokens: ordinary tokens looked at; ``fired``: on how many of them the latent is active.
-        maximum: strongest activation there, 0 where it never fires.
+        site, layer: the place that it reads.
+        tokens: number of tokens, without BOS, EOS and padding; ``fired``: on how many of them the latent is active.
+        maximum: the strongest activation, 0 where it never fires.
         examples: strongest first, each from another row of the text.
         edges, counts: histogram of the activations above 0; empty where there is none.
         lens: rows of :func:`~gemma_scope_tl.latents.logit_lens.top_tokens`.
         neighbours: ``latent, cosine``: the nearest decoder rows, nearest first.
-        neuronpedia: address of the latent's dashboard, where the registry knows one.
+        neuronpedia: address of the latent's dashboard, if the registry has one.
     """
 
     latent: int
@@ -159,15 +159,15 @@ def latent_facts(
     """Compute a latent's page. BOS, EOS and padding are left out, as everywhere.
 
     Args:
-        text: what to look at.
+        text: the text of the page.
         sae: a whole SAE or transcoder.
         latent: index.
-        examples: at most so many; ``around``: tokens shown on each side of the strongest.
-        k: promoted and suppressed tokens.
-        neighbours: at most so many similar latents.
+        examples: number of examples at most; ``around``: tokens on each side of the strongest.
+        k: number of promoted, and of suppressed, tokens.
+        neighbours: number of similar latents at most.
 
     Raises:
-        SpliceError: no such latent, or an SAE of another model.
+        SpliceError: for a latent that does not exist, or an SAE of another model.
         GemmaScopeError: for ``Latents``, which lack the other decoder rows, or a count below 1.
     """
     if isinstance(sae, Latents):
@@ -202,7 +202,7 @@ def latent_facts(
 
 @torch.no_grad()
 def similar_latents(sae: Any, latent: int, n: int = 8) -> pd.DataFrame:
-    """The latents whose decoder rows point most nearly where this one's does.
+    """The latents whose decoder rows have the largest cosine with this latent's.
 
     ``cosine(i, j) = W_dec[i] . W_dec[j] / (||W_dec[i]|| ||W_dec[j]||)``, in float32.
 
@@ -210,7 +210,7 @@ def similar_latents(sae: Any, latent: int, n: int = 8) -> pd.DataFrame:
         A row per latent, nearest first, without the latent itself: ``latent, cosine``.
 
     Raises:
-        SpliceError: no such latent.
+        SpliceError: for a latent that does not exist.
     """
     import pandas as pd
 

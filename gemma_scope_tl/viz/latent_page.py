@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.text.batch import Text
+from gemma_scope_tl.viz.figures import STYLE as FIGURE_STYLE
 from gemma_scope_tl.viz.figures import grid
 from gemma_scope_tl.viz.latent_facts import LatentFacts, PageText, latent_facts
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from gemma_scope_tl.viz.latent_facts import Example, LatentFacts
+    from gemma_scope_tl.viz.latent_facts import Example
 
 COLOR = "#c2410c"
 # !important: the demo shows the page inside Gradio, which styles tables and colours by its own rules.
@@ -54,17 +55,17 @@ _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 
 
 def token_text(token: str) -> str:
-    """A token as people can see it: line breaks and tabs as signs; what has no sign, or would turn the text around it
-    (controls, marks of direction, half of a pair), as its number. Never as layout."""
+    """A token as visible text: line breaks and tabs as signs, and as numbers the control characters, marks of direction
+    and lone surrogates, which would be invisible or change the text around them."""
     return _UNSEEN.sub(lambda found: _SIGNS.get(found[0]) or f"\\u{ord(found[0]):04x}", token)
 
 
 def token_spans(tokens: Sequence[str], values: Sequence[float], maximum: float, peak: int | None = None) -> str:
-    """Tokens as HTML, each the more orange the closer its value is to ``maximum``.
+    """Tokens as HTML, coloured by their values.
 
     Args:
         tokens, values: one each.
-        maximum: of the darkest colour; nothing is coloured where it is 0.
+        maximum: the value with the darkest colour; at 0 nothing is coloured.
         peak: index of a token to outline.
     """
     spans: list[str] = []
@@ -99,7 +100,7 @@ def latent_html(facts: LatentFacts) -> str:
 
 
 def document(title: str, body: str) -> str:
-    """A whole HTML file around ``body``; it loads nothing from anywhere."""
+    """A whole HTML file around ``body``, which may load nothing from elsewhere."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -124,9 +125,9 @@ def _histogram(facts: LatentFacts) -> str:
     ax.set_yscale("log")
     ax.set_ylim(bottom=0.7)
     ax.set_xlim(0, facts.edges[-1])
-    ax.set_xlabel("activation", fontsize=8)
-    ax.set_ylabel("tokens", fontsize=8)
-    ax.tick_params(labelsize=7)
+    ax.set_xlabel("activation", fontsize=FIGURE_STYLE.label)
+    ax.set_ylabel("tokens", fontsize=FIGURE_STYLE.label)
+    ax.tick_params(labelsize=FIGURE_STYLE.tick)
     ax.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
@@ -169,7 +170,7 @@ class FeaturePage:
 
     Attributes:
         facts: the numbers on it.
-        html: a whole HTML document that loads nothing from anywhere.
+        html: a whole HTML document that loads nothing from elsewhere.
     """
 
     facts: LatentFacts
@@ -179,7 +180,7 @@ class FeaturePage:
         return document(f"Latent {self.facts.latent} of {self.facts.name}", latent_html(self.facts))
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the document whole or not at all; folders are made."""
+        """Write the document whole or not at all. Folders are created."""
         return write_atomically(path, self.html)
 
     def _repr_html_(self) -> str:
@@ -203,16 +204,16 @@ def feature_page(
         sae: a whole SAE or transcoder.
         latent: index.
         text: texts or token ids to look at, by default the held-out text in the package; a :class:`PageText` keeps its
-            activations for the next latent.
-        rows, context: rows of tokens at most, and tokens in a row; a ``PageText`` has its own.
+            activations for further latents.
+        rows, context: rows of tokens at most, and tokens in a row, for texts or token ids.
         counts: ``examples``, ``around``, ``k``, ``neighbours`` of :func:`latent_facts`.
 
     Returns:
         A page that notebooks show, with ``.html`` and ``.save(path)``.
 
     Raises:
-        SpliceError: no such latent, or an SAE of another model.
-        GemmaScopeError: too little text, or an SAE of which only some latents are loaded.
+        SpliceError: for a latent that does not exist, or an SAE of another model.
+        GemmaScopeError: for too little text, or an SAE of which only some latents are loaded.
     """
     page_text = text if isinstance(text, PageText) else PageText(model, text, rows, context)
     return FeaturePage(latent_facts(page_text, sae, latent, **counts))

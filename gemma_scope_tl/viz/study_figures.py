@@ -1,4 +1,4 @@
-"""Figures of the paper's studies: each draws a table of :mod:`gemma_scope_tl.studies`."""
+"""Figures of the paper's studies and of explanations: each draws a table."""
 
 from __future__ import annotations
 
@@ -6,48 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.viz.figures import COLORS, LABELS, MARKERS, check_columns, grid, legend, scale
+from gemma_scope_tl.viz.figures import LABELS, STYLE, check_columns, grid, scale
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SCORES = {"detection": ("balanced accuracy of detection", 0.5), "simulation": ("correlation of simulation", 0.0)}
-
-
-def scores_figure(table: pd.DataFrame) -> Figure:
-    """Scores of explanations: a panel per method, a box and its points per SAE, a dashed line at chance.
-
-    Args:
-        table: of :func:`~gemma_scope_tl.interp.detection_scores`, of :func:`~gemma_scope_tl.interp.simulation_scores`,
-            or of both.
-
-    Raises:
-        GemmaScopeError: a column is missing, or there is no score to draw.
-    """
-    check_columns(table, ["site", "layer", "id", "latent"])
-    methods = [name for name in _SCORES if name in table.columns and table[name].notna().any()]
-    if not methods:
-        raise GemmaScopeError(f"There is no score to draw: none of {', '.join(_SCORES)} has a value.")
-    groups = [(str(name[0]), rows) for name, rows in table.groupby(["id"], sort=False, dropna=False)]
-    figure, panels = grid(1, len(methods), (max(5.0, 1.2 * len(groups) * len(methods) + 2), 3.6))
-    for ax, method in zip(panels[0], methods, strict=True):
-        label, chance = _SCORES[method]
-        for at, (_, rows) in enumerate(groups):
-            values = rows[method].dropna().to_list()
-            if values:
-                ax.boxplot([values], positions=[at], widths=0.5, showfliers=False)
-                spread = [at + 0.3 * ((7 * number) % 11 / 11 - 0.5) for number in range(len(values))]
-                ax.plot(spread, values, "o", ms=3, alpha=0.6, color=f"C{at % 10}")
-        ax.axhline(chance, color="0.5", ls="--", lw=0.8)
-        ax.set_xticks(range(len(groups)), [name for name, _ in groups], rotation=25, ha="right", fontsize=7)
-        ax.set_ylabel(label, fontsize=8)
-    return figure
-
-
-_STYLES = ("-", "--", ":", "-.")
+_LINES = ("-", "--", ":", "-.")
 _MOST_NAMES = 16
+_SCORES = {"detection": ("balanced accuracy of detection", 0.5), "simulation": ("correlation of simulation", 0.0)}
 
 
 def fidelity_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "fvu")) -> Figure:
@@ -58,7 +26,7 @@ def fidelity_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss",
         metrics: columns to draw; lower and further left is better.
 
     Raises:
-        GemmaScopeError: a column is missing, or there is no row. So of every figure here.
+        GemmaScopeError: when a column is missing, or there is no row. So for every figure in this module.
     """
     return _over_l0(table, metrics, ["layer", "d_sae"])
 
@@ -95,10 +63,10 @@ def position_figure(table: pd.DataFrame, metrics: Sequence[str] = ("squared_erro
     for ax, metric in zip(panels[0], metrics, strict=True):
         for number, (name, rows) in enumerate(_groups(table, ["site", "layer", "id"])):
             middle = (rows["start"] + rows["stop"] - 1) / 2
-            ax.plot(middle.to_list(), rows[metric].to_list(), color=f"C{number % COLORS}", lw=1.1, label=name)
+            ax.plot(middle.to_list(), rows[metric].to_list(), color=STYLE.color(number), lw=1.1, label=name)
         ax.set_xscale("symlog", linthresh=16)
-        _label(ax, "position", metric)
-    legend(figure, panels[0][0], _MOST_NAMES)
+        STYLE.axes(ax, "position", metric)
+    STYLE.legend(figure, panels[0][0], _MOST_NAMES)
     return figure
 
 
@@ -119,11 +87,11 @@ def frequency_figure(table: pd.DataFrame) -> Figure:
             edges = [*rows["low"].to_list(), rows["high"].iloc[-1]]
             label = None if width in named else f"{width:,} latents"
             named.add(width)
-            color = f"C{widths.index(width) % COLORS}"
+            color = STYLE.color(widths.index(width))
             ax.stairs(rows["share"].to_list(), edges, color=color, alpha=0.7, lw=1.1, label=label)
-        ax.set_title(site, fontsize=9)
-        _label(ax, "log10 of the share of tokens", "share of latents")
-        ax.legend(fontsize=7, frameon=False)
+        ax.set_title(site, fontsize=STYLE.title)
+        STYLE.axes(ax, "log10 of the share of tokens", "share of latents")
+        ax.legend(fontsize=STYLE.tick, frameon=False)
     return figure
 
 
@@ -143,12 +111,12 @@ def domain_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "
         for number, site in enumerate(sites):
             rows = table[table["site"] == site]
             across = [places[name] + 0.6 * (number + 0.5) / len(sites) - 0.3 for name in rows["domain"]]
-            ax.plot(across, rows[metric].to_list(), MARKERS[number % len(MARKERS)], ms=4, alpha=0.7, label=site)
+            ax.plot(across, rows[metric].to_list(), STYLE.marker(number), ms=4, alpha=0.7, label=site)
         ax.plot(range(len(means)), means.to_list(), "k_", ms=18, label="mean")
         ax.set_xticks(range(len(means)), list(means.index), rotation=40, ha="right")
-        _label(ax, "", metric)
+        STYLE.axes(ax, "", metric)
         scale(ax, "y", table, metric)
-    panels[0][0].legend(fontsize=7, frameon=False)
+    panels[0][0].legend(fontsize=STYLE.tick, frameon=False)
     return figure
 
 
@@ -168,12 +136,12 @@ def precision_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss"
         reference = table.loc[table["dtype"] == dtypes[0], metric].to_list()
         for number, dtype in enumerate(dtypes[1:]):
             values = table.loc[table["dtype"] == dtype, metric].to_list()
-            ax.plot(reference, values, MARKERS[number % len(MARKERS)], ms=4, alpha=0.8, label=dtype)
+            ax.plot(reference, values, STYLE.marker(number), ms=4, alpha=0.8, label=dtype)
         scale(ax, "x", table, metric)
         scale(ax, "y", table, metric)
         ax.axline((min(reference),) * 2, (max(reference) + 1e-9,) * 2, color="0.6", lw=0.8)
-        _label(ax, f"{LABELS.get(metric, metric)}, {dtypes[0]}", metric)
-    panels[0][0].legend(fontsize=7, frameon=False)
+        STYLE.axes(ax, f"{LABELS.get(metric, metric)}, {dtypes[0]}", metric)
+    panels[0][0].legend(fontsize=STYLE.tick, frameon=False)
     return figure
 
 
@@ -196,19 +164,49 @@ def probe_figure(table: pd.DataFrame) -> Figure:
             found = rows.groupby("concept")["auroc"].agg(["mean", "min", "max"]).reindex(order)
             y = [at + 0.2 * (number - 1) for at in range(len(order))]
             ax.hlines(y, found["min"].to_list(), found["max"].to_list(), color=f"C{number}", lw=1, alpha=0.6)
-            ax.plot(found["mean"].to_list(), y, MARKERS[number], ms=4, color=f"C{number}", label=kind)
+            ax.plot(found["mean"].to_list(), y, STYLE.marker(number), ms=4, color=f"C{number}", label=kind)
         ax.axvline(0.5, color="0.6", ls="--", lw=0.8)
-        ax.set_title(f"k = {k}", fontsize=9)
+        ax.set_title(f"k = {k}", fontsize=STYLE.title)
         ax.set_yticks(range(len(order)), order if ax is panels[0][0] else [""] * len(order))
-        _label(ax, "AUROC", "")
-    legend(figure, panels[0][0], _MOST_NAMES)
+        STYLE.axes(ax, "AUROC", "")
+    STYLE.legend(figure, panels[0][0], _MOST_NAMES)
+    return figure
+
+
+def scores_figure(table: pd.DataFrame) -> Figure:
+    """Scores of explanations: a panel per method, a box and its points per SAE, a dashed line at chance.
+
+    Args:
+        table: of :func:`~gemma_scope_tl.interp.detection_scores`, of :func:`~gemma_scope_tl.interp.simulation_scores`,
+            or of both.
+
+    Raises:
+        GemmaScopeError: when a column is missing, or there is no score to draw.
+    """
+    check_columns(table, ["site", "layer", "id", "latent"])
+    methods = [name for name in _SCORES if name in table.columns and table[name].notna().any()]
+    if not methods:
+        raise GemmaScopeError(f"There is no score to draw: none of {', '.join(_SCORES)} has a value.")
+    groups = [(str(name[0]), rows) for name, rows in table.groupby(["id"], sort=False, dropna=False)]
+    figure, panels = grid(1, len(methods), (max(5.0, 1.2 * len(groups) * len(methods) + 2), 3.6))
+    for ax, method in zip(panels[0], methods, strict=True):
+        label, chance = _SCORES[method]
+        for at, (_, rows) in enumerate(groups):
+            values = rows[method].dropna().to_list()
+            if values:
+                ax.boxplot([values], positions=[at], widths=0.5, showfliers=False)
+                spread = [at + 0.3 * ((7 * number) % 11 / 11 - 0.5) for number in range(len(values))]
+                ax.plot(spread, values, "o", ms=3, alpha=0.6, color=STYLE.color(at))
+        ax.axhline(chance, color="0.5", ls="--", lw=0.8)
+        ax.set_xticks(range(len(groups)), [name for name, _ in groups], rotation=25, ha="right", fontsize=7)
+        ax.set_ylabel(label, fontsize=8)
     return figure
 
 
 def _over_l0(table: pd.DataFrame, metrics: Sequence[str], by: list[str], bounds: bool = False) -> Figure:
     check_columns(table, ["site", "l0", *by, *metrics])
     sites = list(dict.fromkeys(table["site"]))
-    *head, last = by  # colours say the former, lines and markers the latter
+    *head, last = by  # colours stand for the former, lines and markers for the latter
     first, second = ([name for name, _ in _groups(table, columns)] for columns in (head, [last]))
     figure, panels = _grid(len(metrics), len(sites))
     for line, metric in zip(panels, metrics, strict=True):
@@ -216,18 +214,18 @@ def _over_l0(table: pd.DataFrame, metrics: Sequence[str], by: list[str], bounds:
             rows = table[table["site"] == site]
             for name, group in _groups(rows, by):
                 ordered = group.sort_values("l0")
-                color = first.index(_name(head, group.iloc[0])) % COLORS
+                color = STYLE.color(first.index(_name(head, group.iloc[0])))
                 kind = second.index(_name([last], group.iloc[0]))
-                line_style, marker = _STYLES[kind % len(_STYLES)], MARKERS[kind % len(MARKERS)]
+                line_style, marker = _LINES[kind % len(_LINES)], STYLE.marker(kind)
                 x, y = ordered["l0"].to_list(), ordered[metric].to_list()
-                ax.plot(x, y, label=name, color=f"C{color}", ls=line_style, marker=marker, ms=4, lw=1)
+                ax.plot(x, y, label=name, color=color, ls=line_style, marker=marker, ms=4, lw=1)
                 if bounds:
-                    ax.vlines(x, ordered[f"{metric}_low"], ordered[f"{metric}_high"], color=f"C{color}", lw=0.8)
-            ax.set_title(site, fontsize=9)
-            _label(ax, "L0", metric)
+                    ax.vlines(x, ordered[f"{metric}_low"], ordered[f"{metric}_high"], color=color, lw=0.8)
+            ax.set_title(site, fontsize=STYLE.title)
+            STYLE.axes(ax, "L0", metric)
             scale(ax, "x", rows, "l0")
             scale(ax, "y", rows, metric)
-    legend(figure, panels[0][0], _MOST_NAMES)
+    STYLE.legend(figure, panels[0][0], _MOST_NAMES)
     return figure
 
 
@@ -249,10 +247,3 @@ def _name(by: list[str], row: pd.Series[Any]) -> str:
 
 def _grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
     return grid(rows, columns, (max(3.6 * columns, 5.0), 3.2 * rows))
-
-
-def _label(ax: Axes, x: str, metric: str) -> None:
-    ax.set_xlabel(x, fontsize=8)
-    ax.set_ylabel(LABELS.get(metric, metric), fontsize=8)
-    ax.tick_params(labelsize=7)
-    ax.grid(visible=True, alpha=0.25, lw=0.6)

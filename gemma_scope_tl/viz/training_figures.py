@@ -1,14 +1,14 @@
-"""Figures of training: how good SAEs are at their sparsity, and how a run went."""
+"""Figures of training: fidelity over sparsity, and curves of a run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.viz.figures import COLORS, LABELS, MARKERS, check_columns, grid, legend, scale
+from gemma_scope_tl.viz.figures import LABELS, Style, check_columns, grid, scale
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,12 +19,13 @@ CURVES = ("error", "l0", "lambda", "threshold")
 SERIES = ("name", "site", "layer", "width", "d_sae", "target_l0", "seed")
 """Columns of a training log that say which SAE a row belongs to."""
 _MOST_NAMES = 24
+_STYLE = Style(title=10, label=9, tick=8)
 
 
 def pareto(
     frame: pd.DataFrame, metrics: Sequence[str] = ("fvu", "delta_loss"), by: str = "recipe", title: str = ""
 ) -> Figure:
-    """What SAEs lose at their sparsity: a panel per metric over L0, lower and further left is better.
+    """Metrics over L0: a panel per metric, lower and further left is better.
 
     Args:
         frame: a row per SAE with the columns ``l0``, ``by`` and ``metrics``, as
@@ -34,21 +35,20 @@ def pareto(
         title: above the panels.
 
     Raises:
-        GemmaScopeError: a column is missing, there is no row, or a value is not finite.
+        GemmaScopeError: when a column is missing, there is no row, or a value is not finite.
     """
     check_columns(frame, ["l0", by, *metrics], finite=True)
     figure, panels = _panels(len(metrics), columns=len(metrics))
     for ax, metric in zip(panels, metrics, strict=True):
         for number, (name, rows) in enumerate(frame.groupby(by, sort=False)):
             ordered = rows.sort_values("l0")
-            mark, color = MARKERS[number % len(MARKERS)], f"C{number % COLORS}"
             x, y = ordered["l0"].to_list(), ordered[metric].to_list()
-            ax.plot(x, y, label=str(name), marker=mark, color=color, ms=5, lw=1.2)
-        _axis(ax, "x", "l0", frame)
-        _axis(ax, "y", metric, frame)
-    panels[0].legend(fontsize=8, frameon=False)
+            marker, color = _STYLE.marker(number), _STYLE.color(number)
+            ax.plot(x, y, label=str(name), marker=marker, color=color, ms=5, lw=1.2)
+        _scaled(ax, "l0", metric, frame)
+    panels[0].legend(fontsize=_STYLE.tick, frameon=False)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=_STYLE.title)
     return figure
 
 
@@ -58,18 +58,18 @@ def training_curves(
     by: str | Sequence[str] | None = None,
     title: str = "",
 ) -> Figure:
-    """How a run went: a panel per metric over the steps, a line per SAE.
+    """Curves of a run: a panel per metric over the steps, a line per SAE.
 
     Args:
         log: a training log with one JSON object a line, or its rows as a frame. Rows without a ``step`` and all of
-            ``metrics`` (events) are passed over.
+            ``metrics`` (events) are left out.
         metrics: columns to draw.
-        by: the columns that tell SAEs apart; None takes those of ``name``, ``site``, ``layer``, ``target_l0`` ... that
-            are there.
+        by: the columns that tell SAEs apart; by default those of ``name``, ``site``, ``layer``, ``target_l0`` ... that
+            exist.
         title: above the panels.
 
     Raises:
-        GemmaScopeError: the log cannot be read, or holds no row with these columns.
+        GemmaScopeError: when the log cannot be read, or holds no row with these columns.
     """
     frame = _read_log(log) if isinstance(log, (str, Path)) else log
     check_columns(frame, ["step", *metrics])
@@ -83,11 +83,10 @@ def training_curves(
         for ax, metric in zip(panels, metrics, strict=True):
             ax.plot(ordered["step"].to_list(), ordered[metric].to_list(), color=color, lw=1.0, label=name)
     for ax, metric in zip(panels, metrics, strict=True):
-        _axis(ax, "x", "step", frame)
-        _axis(ax, "y", metric, frame)
-    legend(figure, panels[0], _MOST_NAMES)
+        _scaled(ax, "step", metric, frame)
+    _STYLE.legend(figure, panels[0], _MOST_NAMES)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=_STYLE.title)
     return figure
 
 
@@ -105,7 +104,7 @@ def _read_log(path: str | Path) -> pd.DataFrame:
         try:
             row = json.loads(line)
         except ValueError as error:
-            if number == len(lines):  # a killed run leaves its last line half written
+            if number == len(lines):  # a killed run may leave an incomplete last line
                 continue
             raise GemmaScopeError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
@@ -131,11 +130,11 @@ def _split(frame: pd.DataFrame, keys: list[str]) -> list[tuple[str, pd.DataFrame
 
 
 def _colors(count: int) -> list[Any]:
-    """The default cycle while it lasts, else as many colours of one map as there are lines."""
+    """Colours of the default cycle, or, for more lines than it has colours, of a colour map."""
     from matplotlib import colormaps
 
-    if count <= COLORS:
-        return [f"C{number}" for number in range(count)]
+    if count <= _STYLE.colors:
+        return [_STYLE.color(number) for number in range(count)]
     return [colormaps["turbo"](0.05 + 0.9 * number / (count - 1)) for number in range(count)]
 
 
@@ -155,10 +154,8 @@ def _panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
     return figure, axes[:count]
 
 
-def _axis(ax: Axes, which: Literal["x", "y"], metric: str, frame: pd.DataFrame) -> None:
-    """Label, scale and ticks of one axis."""
-    scale(ax, which, frame, metric)
-    axis = ax.xaxis if which == "x" else ax.yaxis
-    axis.set_label_text(LABELS.get(metric, metric), fontsize=9)
-    axis.set_tick_params(labelsize=8)
-    ax.grid(visible=True, which="major", alpha=0.25, lw=0.6)
+def _scaled(ax: Axes, x: str, y: str, frame: pd.DataFrame) -> None:
+    """Scale and label both axes."""
+    scale(ax, "x", frame, x)
+    scale(ax, "y", frame, y)
+    _STYLE.axes(ax, x, y)

@@ -165,6 +165,17 @@ def canonical_names(names: Iterable[str], source: str) -> dict[str, str]:
     return renamed
 
 
+def matrix_shape(name: str, shape: tuple[int, ...], source: str) -> tuple[int, int]:
+    """The two sizes of a matrix.
+
+    Raises:
+        WeightsError: for an array of another number of dimensions, or without entries.
+    """
+    if len(shape) != 2 or 0 in shape:
+        raise weights_error(source, f"has {name} of shape {shape}, which is not a matrix", _WRONG_SAE)
+    return shape[0], shape[1]
+
+
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], source: str, expected: Expected | None = None) -> None:
     """Shapes of canonical arrays, against each other and against ``expected``.
 
@@ -172,11 +183,8 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], source: str, expected: E
         WeightsError: naming every array whose shape is wrong, with the shape it should have.
     """
     expected = expected or Expected()
-    for name in ("W_enc", "W_dec"):
-        if len(shapes[name]) != 2 or 0 in shapes[name]:
-            raise weights_error(source, f"has {name} of shape {shapes[name]}, which is not a matrix", _WRONG_SAE)
-    d_in, d_sae = shapes["W_enc"]
-    d_out = shapes["W_dec"][1]
+    d_in, d_sae = matrix_shape("W_enc", shapes["W_enc"], source)
+    _, d_out = matrix_shape("W_dec", shapes["W_dec"], source)
     wanted: dict[str, tuple[int, ...]] = {
         "W_dec": (d_sae, d_out if expected.transcoder is not False else d_in),
         "b_enc": (d_sae,),

@@ -1,19 +1,37 @@
-"""What can go wrong while publishing, in our words; tokens and signed addresses are in none of them."""
+"""The errors of the Hub's client as this package's, which say what to do and show no token and no signed address."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import re
+import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.weights.fetch import hub_exceptions, shows_secrets, without_secrets
+from gemma_scope_tl.errors import GemmaScopeError, WeightsError
 
-_AGAIN = "Then run it again: what the Hub holds already is not sent twice."
+PASSING = (408, 429, 500, 502, 503, 504)
+"""HTTP statuses of failures that may pass: a request with one of them is worth another try."""
+_QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]*")  # a signed address: whoever has it can read the file
+_USER = re.compile(r"(?<=://)[^\s/@]+@")  # a user and password in HF_ENDPOINT
+_RUN_AGAIN = "Then run it again: what the Hub holds already is not sent twice."
 
 
 @contextmanager
-def in_our_words(repo: str, branch: str, doing: str = "be uploaded") -> Generator[None]:
+def download_errors(repo: str, filename: str, revision: str | None) -> Generator[None]:
+    """Raise what the Hub's client raises as the :class:`WeightsError` of :func:`hub_error`."""
+    try:
+        yield
+    except GemmaScopeError:
+        raise
+    except (OSError, ValueError, *hub_exceptions()) as error:
+        failure = hub_error(error, repo, filename, revision)
+        raise failure from failure.__cause__
+
+
+@contextmanager
+def upload_errors(repo: str, branch: str, doing: str = "be uploaded") -> Generator[None]:
     """Raise what the Hub's client raises as a :class:`GemmaScopeError`, and keep secrets out of what it logs.
 
     Args:
@@ -21,26 +39,82 @@ def in_our_words(repo: str, branch: str, doing: str = "be uploaded") -> Generato
         doing: what ``repo`` could not do: ``be uploaded``, ``be looked up``.
     """
     logger = logging.getLogger("huggingface_hub.utils._http")
-    logger.addFilter(_without_secrets)
+    logger.addFilter(_log_without_secrets)
     try:
         yield
     except GemmaScopeError:
         raise
     except (OSError, ValueError, RuntimeError, *hub_exceptions()) as error:
-        raised = GemmaScopeError(without_secrets(explain(_root(error), repo, branch, doing)))
-        raise raised from None if shows_secrets(error) else error
+        text = _explain_upload(_upload_cause(error), repo, branch, doing)
+        raise GemmaScopeError(without_secrets(text)) from None if shows_secrets(error) else error
     finally:
-        logger.removeFilter(_without_secrets)
+        logger.removeFilter(_log_without_secrets)
 
 
-def _without_secrets(record: logging.LogRecord) -> bool:
-    """The client logs the address of a request that it tries again, which for an upload is a signed one."""
+def hub_error(error: Exception, repo: str, filename: str, revision: str | None) -> WeightsError:
+    """What the Hub's client raised for a file, as one :class:`WeightsError` that says what to do.
+
+    Args:
+        error: from ``hf_hub_download``, ``get_hf_file_metadata`` or the session.
+        repo, filename, revision: what was asked for.
+
+    Returns:
+        The error, to be raised ``from`` its own ``__cause__``: the client's error, or None where that would show a
+        token or a signed address.
+    """
+    raised = WeightsError(without_secrets(_explain_download(_download_cause(error), repo, filename, revision)))
+    raised.__cause__ = None if shows_secrets(error) else error
+    return raised
+
+
+def hub_exceptions() -> tuple[type[Exception], ...]:
+    """The classes that the Hub's client raises: its own errors, and those of the HTTP library under it.
+
+    That library differs between versions of huggingface_hub (httpx, httpx2); the client's own error inherits from the
+    base class of the library's.
+    """
+    from huggingface_hub import errors
+
+    bases = [base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
+    return (errors.EntryNotFoundError, errors.HFValidationError, errors.OfflineModeIsEnabled, *bases)
+
+
+def download_command(repo: str, filename: str, revision: str | None) -> str:
+    """The shell command that puts a file into the Hub's cache."""
+    return f"hf download {repo} {filename}" + (f" --revision {revision}" if revision else "")
+
+
+def without_secrets(text: str) -> str:
+    """``text`` without the user's token, signatures of addresses and passwords in them."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return _USER.sub("", _QUERY.sub(r"\1", text.replace(token, "[token]") if token else text))
+
+
+def shows_secrets(error: Exception) -> bool:
+    """Whether an error, or one that it comes from, says something that :func:`without_secrets` takes out."""
+    shown = "".join(traceback.format_exception_only(type(error), error))
+    linked = [one for one in (error.__cause__, error.__context__) if isinstance(one, Exception)]
+    return without_secrets(shown) != shown or any(shows_secrets(one) for one in linked)
+
+
+def _log_without_secrets(record: logging.LogRecord) -> bool:
+    """The client logs the address of a request that it repeats, which for an upload is a signed one."""
     record.msg, record.args = without_secrets(record.getMessage()), ()
     return True
 
 
-def _root(error: BaseException) -> BaseException:
-    """The client wraps what happened to one of several files, and refusals of the card."""
+def _download_cause(error: Exception) -> Exception:
+    """The error behind the client's general one for a file that is neither reachable nor cached."""
+    from huggingface_hub import errors
+
+    general = isinstance(error, (errors.LocalEntryNotFoundError, ValueError))
+    return error.__cause__ if general and isinstance(error.__cause__, Exception) else error
+
+
+def _upload_cause(error: BaseException) -> BaseException:
+    """The error behind the client's general ones for one of several files, and for a card that the Hub refuses."""
     from huggingface_hub import errors
 
     while isinstance(error.__cause__, Exception) and type(error) in (RuntimeError, errors.LocalEntryNotFoundError):
@@ -48,7 +122,67 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def explain(error: BaseException, repo: str, branch: str, doing: str) -> str:
+def _explain_download(error: Exception, repo: str, filename: str, revision: str | None) -> str:
+    from huggingface_hub import errors
+
+    what, page = f"{filename} of {repo}", f"{_endpoint()}/{repo}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{what} is gated. Accept its terms at {page}, then run `hf auth login`."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        hint = "Check the name; a private repository needs `hf auth login`, a local folder a path that exists."
+        return f"{repo} is neither a local folder nor a repository on the Hub. {hint}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}. See which commits it has: {page}/commits/main"
+    if isinstance(error, errors.HfHubHTTPError) and not isinstance(error, errors.EntryNotFoundError):
+        return _explain_download_status(error, what, page)
+    command = download_command(repo, filename, revision)
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        hint = f"On a machine with a connection run `{command}`, then copy its cache (HF_HOME) here."
+        why = " (HF_HUB_OFFLINE is set)" if isinstance(error, errors.OfflineModeIsEnabled) else ""
+        return f"{what} is not in the local cache and the Hub cannot be reached{why}. {hint}"
+    if isinstance(error, errors.EntryNotFoundError):
+        hint = f"See what is there: {page}/tree/{revision or 'main'}"
+        return f"{what} does not exist (it may have been renamed or deleted). {hint}"
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo!r} is neither an existing folder nor a repository name: {error}"
+    return f"{what} could not be downloaded: {_explain_local(error, command)}"
+
+
+def _explain_download_status(error: Exception, what: str, page: str) -> str:
+    """What a download's HTTP status says, where the client has no class of its own for it."""
+    status, wait = _status(error)
+    if status == 401:
+        return f"{what} was refused: the Hub does not accept your token. Run `hf auth login`, or correct HF_TOKEN."
+    if status == 403:
+        hint = f"Ask for access at {page}, or use a token that may read it (`hf auth login`)."
+        return f"{what} was refused (HTTP 403). {hint}"
+    if status == 429:
+        hint = f"{wait}, or log in for a higher limit (`hf auth login`)."
+        return f"{what} was refused: too many requests (HTTP 429). {hint}"
+    if status >= 500:
+        return f"{what} could not be downloaded: the Hub has a problem of its own (HTTP {status}). Try again later."
+    return f"{what} could not be downloaded: the Hub answered with HTTP {status}. Try again, or see {page}."
+
+
+def _explain_local(error: Exception, command: str) -> str:
+    """Errors of the connection and of this machine."""
+    from huggingface_hub import constants, errors
+
+    again = f"Try again, or run `{command}`."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f"no space left on the disk of {constants.HF_HUB_CACHE}"
+        return f"{where}. Free some, or set HF_HOME to another disk."
+    if isinstance(error, OSError) and "Consistency check failed" in str(error):
+        return f"the answer has another length than the Hub says the file has. {again}"
+    if isinstance(error, errors.FileMetadataError):
+        return f"{_endpoint()} does not answer as a Hub does. Check HF_ENDPOINT and your proxy."
+    if isinstance(error, hub_exceptions()):
+        why = f"the connection to {_endpoint()} failed or was lost ({type(error).__name__})"
+        return f"{why}. Check the connection. {again}"
+    return f"{error}. {again}"
+
+
+def _explain_upload(error: BaseException, repo: str, branch: str, doing: str) -> str:
     """One sentence on what happened and one on what to do."""
     from huggingface_hub import errors
 
@@ -59,28 +193,26 @@ def explain(error: BaseException, repo: str, branch: str, doing: str) -> str:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{repo} could not {doing}: HF_HUB_OFFLINE is set. Unset it on a machine with a connection."
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo} has no branch {branch!r}, and it could not be made. Check its name. {_AGAIN}"
+        return f"{repo} has no branch {branch!r}, and it could not be made. Check its name. {_RUN_AGAIN}"
     if isinstance(error, errors.HfHubHTTPError):
-        return _explain_status(error, repo, branch, doing)
+        status, text = _explain_upload_status(error, repo, branch)
+        return f"{repo} could not {doing} (HTTP {status}): {text}. {_RUN_AGAIN}"
     if isinstance(error, OSError) and type(error).__name__ == "XetAuthenticationError":
-        return f"{repo} could not {doing}: the Hub's storage does not accept your token. Run `hf auth login`. {_AGAIN}"
-    if isinstance(error, (*hub_exceptions(), ConnectionError, TimeoutError)):
-        why = f"the connection failed or was lost ({type(error).__name__})"
-        return (
-            f"{repo} could not {doing}: {why}. Check it (where only Xet is blocked, set HF_HUB_DISABLE_XET=1). {_AGAIN}"
-        )
-    if isinstance(error, OSError):
+        why = "the Hub's storage does not accept your token. Run `hf auth login`"
+    elif isinstance(error, (*hub_exceptions(), ConnectionError, TimeoutError)):
+        hint = "Check it (where only Xet is blocked, set HF_HUB_DISABLE_XET=1)"
+        why = f"the connection failed or was lost ({type(error).__name__}). {hint}"
+    elif isinstance(error, OSError):
         what = f"{error.filename or 'a file'} ({error.strerror or error})"
-        return f"{repo} could not {doing}: this machine could not read or write {what}. Check its disk. {_AGAIN}"
-    return f"{repo} could not {doing}: {error}"
+        why = f"this machine could not read or write {what}. Check its disk"
+    else:
+        return f"{repo} could not {doing}: {error}"
+    return f"{repo} could not {doing}: {why}. {_RUN_AGAIN}"
 
 
-def _explain_status(error: BaseException, repo: str, branch: str, doing: str) -> str:
-    response = getattr(error, "response", None)
-    status = int(getattr(response, "status_code", 0))
+def _explain_upload_status(error: BaseException, repo: str, branch: str) -> tuple[int, str]:
+    status, wait = _status(error)
     said = str(getattr(error, "server_message", None) or "no reason given").rstrip(".")
-    after = str(getattr(response, "headers", {}).get("retry-after", ""))
-    wait = f"Wait {after} seconds" if after.isdigit() else "Wait some minutes"
     texts = {
         401: "the Hub does not accept your token. Run `hf auth login`, or correct HF_TOKEN",
         403: f"your token may not write there ({said}). Use one with write access to {repo.partition('/')[0]}",
@@ -90,7 +222,19 @@ def _explain_status(error: BaseException, repo: str, branch: str, doing: str) ->
         413: f"a file or the whole is more than the Hub takes ({said}). See the Hub's limits, and split the release",
         429: f"too many requests. {wait}",
     }
-    text = texts.get(status, f"the Hub refused it ({said}). See what it says")
     if status >= 500:
-        text = "the Hub has a problem of its own. Wait some minutes"
-    return f"{repo} could not {doing} (HTTP {status}): {text}. {_AGAIN}"
+        return status, "the Hub has a problem of its own. Wait some minutes"
+    return status, texts.get(status, f"the Hub refused it ({said}). See what it says")
+
+
+def _status(error: BaseException) -> tuple[int, str]:
+    """The HTTP status that an error carries, 0 without one, and how long the Hub asks to wait."""
+    response = getattr(error, "response", None)
+    after = str(getattr(response, "headers", {}).get("retry-after", ""))
+    return int(getattr(response, "status_code", 0)), f"Wait {after} seconds" if after.isdigit() else "Wait some minutes"
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT

@@ -30,7 +30,7 @@ from gemma_scope_tl.weights.checks import (
     value_range,
     weights_error,
 )
-from gemma_scope_tl.weights.fetch import in_hub_cache, verify_download, wrong_hash
+from gemma_scope_tl.weights.hub_cache import in_hub_cache, verify_download, wrong_hash
 from gemma_scope_tl.weights.layout import ArrayLayout, Sink, map_array, stream
 from gemma_scope_tl.weights.modes import is_out_of_memory, ordinary_tensors
 from gemma_scope_tl.weights.npz import inspect_npz, read_errors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 
@@ -54,16 +53,15 @@ def make_ordinary(module: torch.nn.Module) -> None:
     """
     made: dict[int, torch.Tensor] = {}
     for each in module.modules():
-        held: list[Any] = [each._parameters, each._buffers]  # pyright: ignore[reportPrivateUsage]
-        for tensors in held:
-            for name, tensor in tensors.items():
-                if tensor is None or not tensor.is_inference():
-                    continue
-                if id(tensor) not in made:
-                    copy = tensor.detach().clone()
-                    kept = isinstance(tensor, torch.nn.Parameter)
-                    made[id(tensor)] = torch.nn.Parameter(copy, tensor.requires_grad) if kept else copy
-                tensors[name] = made[id(tensor)]
+        parameters = list(each.named_parameters(recurse=False, remove_duplicate=False))
+        for name, tensor in [*parameters, *each.named_buffers(recurse=False, remove_duplicate=False)]:
+            if not tensor.is_inference():
+                continue
+            if id(tensor) not in made:
+                copy = tensor.detach().clone()
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
+                made[id(tensor)] = torch.nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+            setattr(each, name, made[id(tensor)])
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -24,11 +24,18 @@ import torch
 
 from gemma_scope_tl.errors import WeightsError, WriteError
 from gemma_scope_tl.files import replace_files
-from gemma_scope_tl.weights.checks import Expected, canonical_names, check_shapes, check_values, weights_error
+from gemma_scope_tl.weights.checks import (
+    Expected,
+    canonical_names,
+    check_shapes,
+    check_values,
+    matrix_shape,
+    weights_error,
+)
 from gemma_scope_tl.weights.layout import ArrayLayout, map_array
 from gemma_scope_tl.weights.load import inspect, load_array, load_arrays
 from gemma_scope_tl.weights.npz import inspect_npz
-from gemma_scope_tl.weights.safetensors_file import inspect_safetensors
+from gemma_scope_tl.weights.safetensors_file import inspect_safetensors, safetensors_header
 from gemma_scope_tl.weights.stamp import CACHE_VARIABLE, cache_folder, file_key
 
 if TYPE_CHECKING:
@@ -73,14 +80,9 @@ def _rows(path: Path, expected: Expected) -> tuple[Path, ArrayLayout]:
 def _write_rows(path: Path, encoder: torch.Tensor) -> None:
     """A safetensors file of ``encoder.T``, block by block, so that no second copy of it stands in memory."""
     d_in, d_sae = encoder.shape
-    size = encoder.numel() * encoder.itemsize
-    kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    entry = {"dtype": kinds[encoder.dtype], "shape": [d_sae, d_in], "data_offsets": [0, size]}
-    header = json.dumps({_NAME: entry}).encode()
-    header += b" " * (-len(header) % 64 + 56)  # so that the data is aligned to 64 bytes
     block = max(1, _BLOCK // (d_in * encoder.itemsize))
     with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(safetensors_header({_NAME: (encoder.dtype, (d_sae, d_in))}))
         for start in range(0, d_sae, block):
             rows = encoder[:, start : start + block].T.contiguous()
             file.write(rows.view(torch.uint8).numpy().data)
@@ -125,7 +127,8 @@ def read_remote(remote: RemoteFile, latents: Sequence[int], expected: Expected) 
     """
     layouts = _inspect_remote(remote, expected.d_sae)
     shapes = {name: layout.shape for name, layout in layouts.items()}
-    (d_sae, d_out), source = shapes["W_dec"], remote.source
+    source = remote.source
+    d_sae, d_out = matrix_shape("W_dec", shapes["W_dec"], source)
     check_shapes({"W_enc": (expected.d_in or d_out, d_sae), "b_dec": (d_out,), **shapes}, source, expected)
     _check_latents(latents, d_sae, source)
     whole = "Load the whole SAE instead."

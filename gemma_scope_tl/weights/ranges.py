@@ -14,12 +14,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gemma_scope_tl.weights.checks import weights_error
-from gemma_scope_tl.weights.fetch import download_command, hub_error, hub_exceptions
+from gemma_scope_tl.weights.hub_errors import PASSING, download_command, hub_error, hub_exceptions
 
 TRIES = 3
 LONGEST_WAIT = 10.0  # seconds
 _FIRST_WAIT = 0.5
-_PASSING = (408, 429, 500, 502, 503, 504)  # HTTP statuses of troubles that pass
 _CHANGED = "Open it again; if that does not help, download the whole file."
 
 
@@ -123,7 +122,7 @@ class RangeReader:
         source = str(self.address)
         if status in (401, 403):
             raise _Expired
-        if status in _PASSING:
+        if status in PASSING:
             raise _Passing(_name(status), _retry_after(headers))
         if status == 200:
             what = "cannot be read in parts: the server ignores ranges and would send the whole file"
@@ -184,7 +183,7 @@ class RangeReader:
         except (OSError, ValueError, *hub_exceptions()) as error:
             self._refuse_offline(error)
             response = getattr(error, "response", None)
-            if response is not None and response.status_code in _PASSING:
+            if response is not None and response.status_code in PASSING:
                 raise _Passing(_name(response.status_code), _retry_after(response.headers)) from None
             if response is None and isinstance(error, hub_exceptions()) and not isinstance(error, ValueError):
                 raise _Passing(f"the connection failed or was lost ({type(error).__name__})") from None

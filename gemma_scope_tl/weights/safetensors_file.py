@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +43,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def read_cfg(folder: str | Path) -> dict[str, Any]:
@@ -63,6 +65,28 @@ def read_cfg(folder: str | Path) -> dict[str, Any]:
     if not isinstance(cfg, dict):
         raise weights_error(path, "is not a JSON object")
     return cfg
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    metadata: Mapping[str, str] | None = None,
+    size: int | None = None,
+) -> bytes:
+    """What stands before the data in a safetensors file.
+
+    Args:
+        tensors: dtype and shape by name, in the order of their data.
+        metadata: texts that the header keeps.
+        size: bytes of the whole, padded with spaces; without it the next multiple of 64, so that data is aligned.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    length = len(text) + -(len(text) + 8) % 64 if size is None else size - 8
+    return length.to_bytes(8, "little") + text.ljust(length)
 
 
 def inspect_safetensors(file: str | Path | NamedFile) -> dict[str, ArrayLayout]:

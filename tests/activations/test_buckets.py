@@ -145,13 +145,13 @@ def test_mean_squares_do_not_depend_on_the_cuts() -> None:
     x = torch.randn(9000, 33, generator=generator) * 100
     exact = sum(float(v) ** 2 for v in x[:50].flatten().double()) / 50
     some = MeanSquares(torch.float32)
-    some.add({A: x[:50]})
+    some.update({A: x[:50]})
     assert math.isclose(some.means()[A], exact, rel_tol=1e-14)
     results: set[float] = set()
     for cut in (1, 777, 4096, 9000):
         squares = MeanSquares(torch.bfloat16)
         for at in range(0, 9000, cut):
-            squares.add({A: x[at : at + cut]})
+            squares.update({A: x[at : at + cut]})
         results.add(squares.means()[A])
     wanted = (x.bfloat16().double().numpy() ** 2).sum() / 9000
     assert len(results) == 1 and math.isclose(results.pop(), wanted, rel_tol=1e-13)
@@ -161,4 +161,4 @@ def test_mean_squares_refuse_what_has_none() -> None:
     with pytest.raises(GemmaScopeError, match="no rows"):
         MeanSquares(torch.float32).means()
     with pytest.raises(GemmaScopeError, match="not finite"):
-        MeanSquares(torch.float16).add({A: torch.full((2, 3), 1e5)})
+        MeanSquares(torch.float16).update({A: torch.full((2, 3), 1e5)})

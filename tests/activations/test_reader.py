@@ -16,8 +16,8 @@ from gemma_scope_tl.activations import reader
 from gemma_scope_tl.activations.folder import open_folder
 from gemma_scope_tl.activations.manifest import Contents
 from gemma_scope_tl.activations.reader import StoreSource
-from gemma_scope_tl.activations.store import write_passes, write_store
 from gemma_scope_tl.activations.streaming import StreamSource
+from gemma_scope_tl.activations.writer import write_passes, write_store
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.token_rows import TokenRows

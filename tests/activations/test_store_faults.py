@@ -19,11 +19,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemma_scope_tl.activations import direct_file
+from gemma_scope_tl.activations import folder as folder_module
 from gemma_scope_tl.activations.folder import LocalFolder, RemoteFolder
-from gemma_scope_tl.activations.reader import StoreSource
-from gemma_scope_tl.activations.store import write_store
-from gemma_scope_tl.activations.stored import describe_store, open_store, verify_store
+from gemma_scope_tl.activations.reader import StoreSource, describe_store, open_store, verify_store
+from gemma_scope_tl.activations.writer import write_store
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.token_rows import TokenRows
@@ -85,8 +84,7 @@ def test_a_process_that_is_killed_leaves_a_store_that_resumes(tmp_path: Path) ->
     code = f"""
 import os, sys
 sys.path.insert(0, {os.getcwd()!r})
-from gemma_scope_tl.activations import shards
-import gemma_scope_tl.activations.direct_file as d
+import gemma_scope_tl.activations.folder as d
 from tests.activations.test_reader import write_random
 real, count = os.pwrite, []
 def dies(handle, view, at):
@@ -115,7 +113,7 @@ def test_a_full_disk_leaves_a_store_that_resumes(tmp_path: Path, writes: int) ->
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(handle, view, at)
 
-    with patch.object(direct_file.os, "pwrite", full), pytest.raises(GemmaScopeError, match="the disk is full"):
+    with patch.object(folder_module.os, "pwrite", full), pytest.raises(GemmaScopeError, match="the disk is full"):
         write_random(tmp_path / "cut", [30] * 12)
     assert not list((tmp_path / "cut").rglob("*.unfinished"))  # what is of no use makes room
     write_random(tmp_path / "cut", [30] * 12)

@@ -122,8 +122,8 @@ def test_devices_are_checked_before_anything_is_loaded(device: Any, monkeypatch:
         raise AssertionError("nothing should be loaded")
 
     monkeypatch.setattr(loading, "_load_config", refuse)
-    monkeypatch.setattr("gemma_scope_tl.sae.loading.fetch", refuse)
-    monkeypatch.setattr("gemma_scope_tl.sae.loading.load_arrays", refuse)
+    monkeypatch.setattr("gemma_scope_tl.sae.reading.fetch", refuse)
+    monkeypatch.setattr("gemma_scope_tl.sae.reading.load_arrays", refuse)
     arrays = {"W_enc": torch.zeros(2, 4)}
     calls: list[Callable[..., Any]] = [
         lambda **k: load_model("bundled", **k),

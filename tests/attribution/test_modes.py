@@ -35,7 +35,8 @@ def edges(model: Any, saes: list[Any]) -> pd.DataFrame:
 def evaluated(model: Any, saes: list[Any]) -> pd.DataFrame:
     rows = random_tokens(model, batch=3, length=8)
     found = measure_suite(model, saes, rows, batch_size=2, uniformity=2, progress=False)
-    state = {f"{unit} {key}": value for unit, one in found.units.items() for key, value in one.state().items()}
+    pieces = enumerate(found.sums.pieces())
+    state = {f"{number} {key}": value for number, one in pieces for key, value in one.state().items()}
     return pd.DataFrame({key: value.sum().tolist() for key, value in state.items()}, index=[0])
 
 

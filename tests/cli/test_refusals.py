@@ -252,8 +252,9 @@ def test_every_verb_is_guarded_and_reports_alike() -> None:
 
 
 def test_names_are_those_of_the_library() -> None:
-    assert [parse_dtype(name) for name in checks.DTYPES] == [*DTYPES.values()] * 2
-    assert (BUNDLED, *hub_ids()) == checks.MODELS
+    assert [parse_dtype(name) for name in checks.DTYPES] == [parse_dtype(name) for name in DTYPES] * 2
+    assert [str(parse_dtype(name)) for name in DTYPES] == [f"torch.{name}" for name in DTYPES]
+    assert (BUNDLED, *hub_ids()) == checks.models()
     assert checks.UNITS == UNITS and checks.ATTRIBUTIONS == METHODS and checks.ABLATIONS == ABLATIONS
     assert get_args(Layout) == checks.LAYOUTS and get_args(Repos) == checks.REPOS
     assert tables.interval(1.0, float("nan"), 2.0) == 1.0

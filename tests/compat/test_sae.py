@@ -23,8 +23,7 @@ from sae_lens.saes.sae import SAEMetadata
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, WeightsError
 from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
-from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
-from gemma_scope_tl.sae.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
+from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
 
 D_IN, D_SAE = 24, 64
 CLASSES = {

@@ -17,7 +17,7 @@ from gemma_scope_tl.contributing.draft import Options, draft_release, mark_canon
 from gemma_scope_tl.contributing.folder_metadata import ARCHITECTURES, parse_setting
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError
 from gemma_scope_tl.registry import read_release
-from gemma_scope_tl.sae.loading import _CLASSES  # pyright: ignore[reportPrivateUsage]
+from gemma_scope_tl.sae.sae_lens_config import ARCHITECTURES as LOADED
 from gemma_scope_tl.sae.save import save_sae
 from gemma_scope_tl.sites import ModelDims
 from tests.contributing.conftest import PLACES, folder_name
@@ -190,7 +190,7 @@ def test_settings() -> None:
     for text in ("a", "a:b=c", ":layer=1", "a:layer=x", "a:site=ress", "a:layer"):
         with pytest.raises(GemmaScopeError):
             parse_setting(text)
-    assert set(ARCHITECTURES) == set(_CLASSES)  # written out there, because importing SAELens takes seconds
+    assert set(ARCHITECTURES) == set(LOADED)  # written out there, because importing SAELens takes seconds
 
 
 def test_the_command(made_up: dict[str, Path], tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from gemma_scope_tl.errors import GemmaScopeError
 gradio = pytest.importorskip("gradio", reason="pip install 'gemma-scope-tl[demo]'")
 httpx = pytest.importorskip("httpx")
 
-from gemma_scope_tl.demo import guard, serving, waiting  # noqa: E402
-from gemma_scope_tl.demo.names import names_of, origins_of  # noqa: E402
+from gemma_scope_tl.demo import guard, queue_rules, serving  # noqa: E402
+from gemma_scope_tl.demo.hosts import hosts_of, origins_of  # noqa: E402
 
 FOREIGN = "http://attacker.example"
 PROXY = "demo.example.org"
@@ -115,14 +115,14 @@ def test_known_hosts_are_served(client: Any, host: str) -> None:
 
 
 def test_what_a_demo_may_be_called() -> None:
-    everywhere = names_of("0.0.0.0")
-    assert everywhere.addresses and not names_of("192.168.0.1").addresses
-    assert {"localhost", "127.0.0.1", "[::1]", "[fe80::1]"} <= names_of("fe80::1").own
-    below = names_of("127.0.0.1", ["*.example.org"])
+    everywhere = hosts_of("0.0.0.0")
+    assert everywhere.addresses and not hosts_of("192.168.0.1").addresses
+    assert {"localhost", "127.0.0.1", "[::1]", "[fe80::1]"} <= hosts_of("fe80::1").own
+    below = hosts_of("127.0.0.1", ["*.example.org"])
     assert below.is_given("a.example.org:80") and not below.is_given("example.org.attacker.example")
     for bad in ("http://a.example", "a.example:80", "a/b", "", "*", "a*b", "a b"):
         with pytest.raises(GemmaScopeError, match="An allowed host"):
-            names_of("127.0.0.1", [bad])
+            hosts_of("127.0.0.1", [bad])
 
 
 def test_who_may_frame_it() -> None:
@@ -137,7 +137,7 @@ def test_every_address_of_a_machine_that_listens_on_all(world: World) -> None:
     from starlette.applications import Starlette
     from starlette.testclient import TestClient
 
-    served = guard.guarded(Starlette(), names_of("0.0.0.0"), _places())
+    served = guard.guarded(Starlette(), hosts_of("0.0.0.0"), _rules())
     status = {
         host: TestClient(served).get("/", headers={"Host": host}).status_code
         for host in ("10.1.2.3:7860", "[fe80::1]:7860", "attacker.example", "10.1.2.3.attacker.example")
@@ -145,10 +145,10 @@ def test_every_address_of_a_machine_that_listens_on_all(world: World) -> None:
     assert list(status.values()) == [404, 404, 400, 400]  # 404: this application has no page
 
 
-def _places() -> waiting.Places:
+def _rules() -> queue_rules.QueueRules:
     from types import SimpleNamespace
 
-    return waiting.Places(SimpleNamespace(push=None, get_events=None))
+    return queue_rules.QueueRules(SimpleNamespace(push=None, get_events=None))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_abandoned_questions_keep_no_place(client: Any, app: Any, world: World) 
         for number in range(70):
             response = client.post(JOIN, json=question(app, f"gone{number}", "steer", data))
             assert response.status_code == 200, response.text
-        assert len(app._queue) <= waiting.PLACES
+        assert len(app._queue) <= queue_rules.WAITING
         started = time.monotonic()
         assert client.post(JOIN, json=question(app, "honest", data=[world.start(), 5])).status_code == 200
         assert "Latent 5" in answer(client, "honest")["output"]["data"][0]
@@ -266,7 +266,7 @@ def test_abandoned_questions_keep_no_place(client: Any, app: Any, world: World) 
 def test_visitors_who_leave_free_their_places(
     client: Any, app: Any, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting, "SECONDS", 0.5)
+    monkeypatch.setattr(queue_rules, "SECONDS", 0.5)
     with world.lock:  # the model is busy, so questions wait
         for number in range(6):
             asked = question(app, f"left{number}", data=[world.start(), number])
@@ -287,9 +287,9 @@ def test_a_visitor_has_few_places(client: Any, app: Any, world: World) -> None:
         with world.lock:
             statuses = [
                 client.post(JOIN, json=question(app, "greedy", data=[world.start(), number])).status_code
-                for number in range(waiting.OF_A_VISITOR + 3)
+                for number in range(queue_rules.WAITING_OF_A_PAGE + 3)
             ]
-        assert statuses == [200] * waiting.OF_A_VISITOR + [503] * 3
+        assert statuses == [200] * queue_rules.WAITING_OF_A_PAGE + [503] * 3
         found = pool.submit(answer, client, "greedy").result(30)
         assert found["success"]
 

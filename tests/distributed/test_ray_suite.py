@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from gemma_scope_tl.activations.store import write_store
+from gemma_scope_tl.activations.writer import write_store
 from gemma_scope_tl.model.sizes import sizes_of
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.config import TrainingStateError, load_config

@@ -11,14 +11,15 @@ import typer
 from typer.testing import CliRunner
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.cli.evals import eval_command
+from gemma_scope_tl.cli.command import add
+from gemma_scope_tl.cli.evals import Evaluate
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.text.documents import read_texts
 
 
 def _run(*args: str) -> str:
     app = typer.Typer(rich_markup_mode="markdown")
-    app.command("eval")(eval_command)
+    add(app, Evaluate, "eval")
     result = CliRunner().invoke(app, list(args), catch_exceptions=False, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     return result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import torch
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals import run as run_module
+from gemma_scope_tl.evals import saes as saes_module
+from gemma_scope_tl.evals.cache import MetricsCache, key_of
 from gemma_scope_tl.evals.clean_pass import CleanPass
-from gemma_scope_tl.evals.saes import fingerprint
-from gemma_scope_tl.evals.store import Store, key_of
 from gemma_scope_tl.evals.suite import Evaluation, measure_suite
+from gemma_scope_tl.weights.fingerprint import fingerprint, sampled_fingerprint
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 
 PLACES = [("res", 2), ("att", 1), ("transcoder", 3)]
@@ -39,20 +41,21 @@ def measured(folder: Path | None, **changes: Any) -> Evaluation:
 
 def die_at_the_third_checkpoint(folder: str) -> None:
     """Run in a process of its own: killed while it writes, as by a power cut."""
-    write, saved = Store.save, list[str]()
+    write, saved = MetricsCache.save, list[str]()
 
-    def save(self: Store, key: str, tensors: Any) -> None:
+    def save(self: MetricsCache, key: str, tensors: Any) -> None:
         write(self, key, tensors)
         saved.extend(["checkpoint"] * ("rows" in tensors))
         if len(saved) == 3:
             signal.raise_signal(signal.SIGKILL)
 
-    with patch.object(Store, "save", save):
+    with patch.object(MetricsCache, "save", save):
         measured(Path(folder))
 
 
 def _bits(found: Evaluation) -> dict[str, torch.Tensor]:
-    return {f"{name} {key}": value for name, unit in found.units.items() for key, value in unit.state().items()}
+    pieces = enumerate(found.sums.pieces())
+    return {f"{number} {key}": value for number, piece in pieces for key, value in piece.state().items()}
 
 
 def _same(one: Evaluation, other: Evaluation) -> bool:
@@ -86,7 +89,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
         measured(tmp_path, ablations=("mean",), uniformity=0)  # a part of it
     names = {path.suffix for path in tmp_path.iterdir()}
     assert names == {".safetensors"}  # no checkpoint and no temporary file is left behind
-    assert len(list(tmp_path.iterdir())) == len(first.units)
+    assert len(list(tmp_path.iterdir())) == len(first.sums.pieces())
 
 
 def test_another_sae_shares_what_is_known(tmp_path: Path) -> None:
@@ -163,4 +166,36 @@ def test_a_cache_that_is_no_use_costs_a_warning(tmp_path: Path, place: str) -> N
 def test_keys_depend_on_every_fact_and_on_no_order() -> None:
     assert key_of({"a": 1, "b": [2]}) == key_of({"b": [2], "a": 1})
     assert len({key_of({"a": 1}), key_of({"a": 2}), key_of({"b": 1})}) == 3
-    assert Store(None).load("x") is None
+    assert MetricsCache(None).load("x") is None
+
+
+def test_keys_and_tensors_in_a_cache_stay_as_they_were(tmp_path: Path) -> None:
+    """``cache_layout.json`` was written by version 0.1: what it measured is found, and what it began goes on.
+
+    Fingerprints are replaced, so that keys do not depend on the bits of random weights on this machine.
+    """
+    saved: dict[str, dict[str, Any]] = {}
+    write = MetricsCache.save
+
+    def save(self: MetricsCache, key: str, tensors: Any) -> None:
+        layout = {name: [str(one.dtype).removeprefix("torch."), list(one.shape)] for name, one in tensors.items()}
+        saved.setdefault(key, layout)
+        write(self, key, tensors)
+
+    with (
+        patch.object(run_module, "fingerprint", lambda module: "model"),
+        patch.object(saes_module, "fingerprint", lambda module: "sae"),
+        patch.object(MetricsCache, "save", save),
+    ):
+        measured(tmp_path, batch_size=4)
+    assert saved == json.loads((Path(__file__).parent / "cache_layout.json").read_text(encoding="utf-8"))
+
+
+def test_fingerprints_stay_as_they_were() -> None:
+    """Caches hold the strong one and stores of activations the sampled one, as computed by version 0.1."""
+    module = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        module.weight.copy_(torch.arange(6.0).view(2, 3))
+        module.bias.copy_(torch.tensor([0.5, -0.5]))
+    assert fingerprint(module) == "f99b383e8f5a6878cd0fb981017a95d5fb35c4714d12926c5d3c9d459af27941"
+    assert sampled_fingerprint(module) == "ae5a709951c1451a60402b29bf035b77"

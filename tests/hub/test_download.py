@@ -19,7 +19,8 @@ from huggingface_hub import constants, file_download
 
 from gemma_scope_tl.errors import WeightsError
 from gemma_scope_tl.registry.schema import SAERow
-from gemma_scope_tl.weights.fetch import fetch, find_local, known_sha256
+from gemma_scope_tl.weights.fetch import fetch, find_local
+from gemma_scope_tl.weights.hub_cache import known_sha256
 from gemma_scope_tl.weights.load import load_arrays
 from tests.hub.faults import Fault
 from tests.hub.repos import Repo

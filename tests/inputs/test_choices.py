@@ -11,8 +11,8 @@ import torch
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.latents.logit_lens import top_tokens
+from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sae.choices import as_saes
-from gemma_scope_tl.sae.indices import as_indices
 from gemma_scope_tl.sae.latents import Latents
 from tests.helpers import hooked, random_gemma, random_sae
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_scope_tl.errors import RegistryError
+from gemma_scope_tl.families import families, forget_family, register_family
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.registry import parse_width, read_release, width_label
 from gemma_scope_tl.registry.render import json_schema, render_release, write_json_schema
 from gemma_scope_tl.registry.schema import SAERow, load_yaml, parse_release
+from gemma_scope_tl.sites import get_site
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -226,3 +229,31 @@ def test_a_thousand_problems_are_counted_and_a_hundred_shown() -> None:
 def test_a_row_or_file_that_is_no_mapping_is_told_without_names_of_classes() -> None:
     assert problems({**release(), "saes": [1]}) == ["row 1: should be a mapping of keys, not 1"]
     assert problems([1]) == ["should be a mapping of keys, not [1]"]
+
+
+def test_a_release_names_its_models_family() -> None:
+    file = parse_release(release(family="gemma2", model="mine"), "x")
+    assert "family: gemma2" in render_release(file) and file.rows[0].model_family.name == "gemma2"
+    assert "family" not in render_release(parse_release(release(), "x"))
+    assert parse_release(release(model="gemma-2-9b-it"), "x").rows[0].model_family.name == "gemma2"
+    assert problems(release(family="gemma")) == ["family: Unknown model family 'gemma'. Nearest: gemma2."]
+
+
+def test_sites_are_those_of_the_family() -> None:
+    site = replace(get_site("res"), name="attn_in", reads=("attn_in",), writes=("attn_in",))
+    register_family(replace(families()[0], name="toy", title="Toy", model_types=("toy",), sites={"attn_in": site}))
+    try:
+        assert parse_release(release(row(site="attn_in"), family="toy"), "x").rows[0].model_family.title == "Toy"
+        assert problems(release(family="toy")) == [
+            "layer_0/width_1k/average_l0_20: site: Unknown site of Toy 'res'. Nearest: attn_in."
+        ]
+        assert "Unknown site of Gemma 2 'attn_in'" in problems(release(row(site="attn_in")))[0]
+    finally:
+        forget_family("toy")
+
+
+def test_rows_may_write_another_width() -> None:
+    file = parse_release(release(row(site="transcoder", d_out=32)), "x")
+    assert file.rows[0].d_out == 32 and "d_in: 64, d_out: 32" in render_release(file)
+    assert parse_release(release(row(d_out=64)), "x").rows[0].d_out == 64
+    assert "writes what it reads, 64 values, not 32" in problems(release(row(d_out=32)))[0]

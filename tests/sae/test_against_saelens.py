@@ -17,7 +17,7 @@ import torch
 from sae_lens.loading import pretrained_sae_loaders as loaders
 
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
-from gemma_scope_tl.sae.loading import embedding_scale
+from gemma_scope_tl.sae.units import embedding_scale
 
 D_SAE = 512
 FOLDER = "layer_7/width_16k/average_l0_50"

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError, WeightsError
 from gemma_scope_tl.registry.schema import SAERow
-from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, load_sae
-from gemma_scope_tl.sae.loading import embedding_scale, fold_b_dec, scale_embedding
-from gemma_scope_tl.sae.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
+from gemma_scope_tl.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
+from gemma_scope_tl.sae.loading import load_sae
+from gemma_scope_tl.sae.units import embedding_scale, fold_b_dec, scale_embedding
 
 D_IN, D_SAE, HEADS = 16, 64, 4
 

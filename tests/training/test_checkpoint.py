@@ -11,7 +11,7 @@ import torch
 from gemma_scope_tl.training.checkpoint import (
     MANIFEST_NAME,
     UNFINISHED,
-    Manifest,
+    CheckpointManifest,
     check_same_run,
     load_manifest,
     load_state,
@@ -23,8 +23,10 @@ from gemma_scope_tl.training.config import TrainingStateError
 STATE = {"a": {"w": torch.arange(4096.0), "n": torch.tensor(3)}, "b": {"w": torch.zeros(2, 3)}}
 
 
-def _manifest(step: int) -> Manifest:
-    return Manifest(step=step, config={"seed": 1}, scales={"res/layer_0": 0.1}, metrics_bytes=7, threads=1, files={})
+def _manifest(step: int) -> CheckpointManifest:
+    return CheckpointManifest(
+        step=step, config={"seed": 1}, scales={"res/layer_0": 0.1}, metrics_bytes=7, threads=1, files={}
+    )
 
 
 def test_round_trip_and_the_last_two(tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
-"""One configuration's SAEs as jobs on Ray: harvest the store, train the places, put the suite together.
+"""The SAEs of a configuration as jobs on Ray: harvest the store, train the places, merge the suites.
 
 A job trains the SAEs of one place and length, by ``train_suite`` in a folder of its own, ``jobs/NAME`` in the run's.
-Its SAEs see what they would see in one process with all the others, and the seeds of weights follow from names; so the
-suite is the same to the bit where a job has as many threads as that process. All nodes must see the run's folder (and
-the store) under the same path: that is where a job that is started again finds its checkpoint, and where this process
-finds the results.
+Its SAEs see the same batches as in one process with all the others, and the seeds of weights follow from names, so the
+suite is the same to the bit if a job has as many threads as that process. All nodes must see the run's folder (and the
+store) under the same path: a job that is started again finds its checkpoint there, and this process its results.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from filelock import FileLock
 
@@ -35,7 +34,7 @@ from gemma_scope_tl.training.checkpoint import (
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
 from gemma_scope_tl.training.ray.cluster import Job, JobStatus, Report, run_jobs
-from gemma_scope_tl.training.ray.job_table import join_suites
+from gemma_scope_tl.training.ray.merge_jobs import merge_jobs
 from gemma_scope_tl.training.suite import train_suite
 
 if TYPE_CHECKING:
@@ -46,8 +45,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.sites import Place
 
 JOBS = "jobs"
-_PATIENCE = 120.0  # seconds in which a lost node's processes should be gone
-_HARVEST = "harvest"
+_PATIENCE = 120.0  # seconds within which the processes of a lost node should have ended
 
 
 class JobsFailed(TrainingStateError):
@@ -73,23 +71,23 @@ def train_on_ray(
     resume: bool = True,
     show: Callable[[Sequence[JobStatus]], None] = lambda statuses: None,
 ) -> pd.DataFrame:
-    """Train the SAEs of a configuration as jobs on Ray; the folder and table of ``train_suite``, plus ``jobs/``.
+    """Train the SAEs of a configuration as jobs on Ray, with the folder and table of ``train_suite``, plus ``jobs/``.
 
-    A configuration whose source is a store, and which has ``data``, harvests the store first if it is not there. Called
-    again, it does what is missing: finished jobs and harvested shards stay, others go on from their checkpoints.
+    If the configuration reads a store that is not there and has ``data``, the store is harvested first. Called again,
+    it does what is missing: finished jobs and harvested shards stay, others continue from their checkpoints.
 
     Args:
         config, overrides: as for ``train_suite``. ``threads`` are a job's, 1 unless given.
         address: of a cluster; None starts a Ray on this machine.
-        by: a job a place (and length), or one a place and width, which is smaller.
+        by: one job for each place (and length), or for each place and width.
         harvesters: jobs that share the harvest, each with its own copy of the model.
         retries: how often a job is started again after its worker or node was lost.
-        resume: False throws away what jobs have done, but not the store.
-        show: takes the statuses of all jobs now and then.
+        resume: False discards what jobs have done, but not the store.
+        show: called with the statuses of all jobs from time to time.
 
     Raises:
         JobsFailed: naming each job and its reason; their tracebacks are in ``jobs/NAME.error.txt``.
-        TrainingStateError: a wrong configuration, a folder that holds another run, or that the jobs' nodes do not see.
+        TrainingStateError: a wrong configuration; a folder that holds another run, or that the nodes do not share.
         GemmaScopeError: as :func:`~gemma_scope_tl.training.ray.cluster.run_jobs`.
     """
     checked = load_config(config, overrides)
@@ -100,33 +98,20 @@ def train_on_ray(
     folder = Path(checked.output).absolute()
     make_folder(folder / JOBS)
     with alone(folder):
-        return _train(checked, folder, address, by, harvesters, retries, resume, show)
-
-
-def _train(
-    config: SuiteConfig,
-    folder: Path,
-    address: str | None,
-    by: Literal["place", "width"],
-    harvesters: int,
-    retries: int,
-    resume: bool,
-    show: Callable[[Sequence[JobStatus]], None],
-) -> pd.DataFrame:
-    groups = groups_of(config, sizes_of(config.model.name).dims)
-    _begin(folder, config, resume)
-    if not (folder / SUITE_NAME).exists():
-        jobs = jobs_of(config, groups, by, harvesters)
-        statuses = run_jobs(jobs, address=address, retries=retries, show=show)
-        _report_failures(folder, statuses)
-        join_suites(folder, config, groups, [folder / JOBS / job.name for job in jobs if job.function is train_job])
-    return suite_table(folder)
+        groups = groups_of(checked, sizes_of(checked.model.name).dims)
+        _begin(folder, checked, resume)
+        if not (folder / SUITE_NAME).exists():
+            jobs = jobs_of(checked, groups, by, harvesters)
+            _check_done(folder, run_jobs(jobs, address=address, retries=retries, show=show))
+            parts = [folder / JOBS / job.name for job in jobs if job.function is train_job]
+            merge_jobs(folder, checked, groups, parts)
+        return suite_table(folder)
 
 
 def jobs_of(
     config: SuiteConfig, groups: Sequence[Group], by: Literal["place", "width"] = "place", harvesters: int = 1
 ) -> list[Job]:
-    """The jobs of a configuration, with what each takes.
+    """The jobs of a configuration, with the resources of each.
 
     Args:
         config: the run.
@@ -134,54 +119,49 @@ def jobs_of(
         by, harvesters: as for :func:`train_on_ray`.
 
     Raises:
-        TrainingStateError: ``by`` or ``harvesters`` are not what they can be.
+        TrainingStateError: another ``by``, or fewer than one harvester.
     """
     if by not in ("place", "width") or harvesters < 1:
         raise TrainingStateError(f"Jobs are by place or width, with a harvester at least; not {by!r}, {harvesters}.")
-    harvest: list[Job] = []
+    shared = _for_workers(config)
+    jobs: list[Job] = []
     if config.source.kind == "store" and config.data is not None and not _is_store(str(config.source.path)):
         places = [place.key for place in places_of(groups)]
-        harvest = [
-            _job(
-                f"{_HARVEST}_{part}",
-                harvest_job,
-                _for_workers(config),
-                {"places": places, "part": (part, harvesters)},
-                0.0,
-            )
-            for part in range(harvesters)
-        ]
-    parts = [part for group in groups for part in (_by_width(group) if by == "width" else [(group.name, group)])]
-    after = tuple(job.name for job in harvest)
-    return [
-        *harvest,
-        *(
-            replace(_job(name, train_job, _alone(config, name, group), {}, _cost(group)), after=after)
-            for name, group in parts
-        ),
-    ]
+        for part in range(harvesters):
+            job = _job(f"harvest_{part}", harvest_job, shared)
+            arguments = {**job.arguments, "places": places, "part": (part, harvesters)}
+            jobs.append(replace(job, memory=0, cost=0.0, arguments=arguments))
+    after = tuple(job.name for job in jobs)
+    for group in groups:
+        for name, part in _by_width(group) if by == "width" else [(group.name, group)]:
+            output = str(Path(shared.output) / JOBS / name)
+            own = shared.model_copy(update={"output": output, "only": [spec.name for spec in part.specs]})
+            cost = float(part.steps * sum(spec.d_sae for spec in part.specs))
+            jobs.append(replace(_job(name, train_job, own), after=after, cost=cost))
+    return jobs
 
 
 def train_job(report: Report, config: Mapping[str, Any]) -> str:
     """A job: ``train_suite`` in a worker process. Returns the folder of its results."""
     import torch
 
-    from gemma_scope_tl.training.source_factory import source_opener
+    from gemma_scope_tl.training.source_factory import OpenSource, source_opener
 
     checked = load_config(config)
     torch.set_num_threads(checked.threads or 1)
     steps = max(group.steps for group in groups_of(checked, sizes_of(checked.model.name).dims))
-    opener: list[Callable[[Sequence[Place]], Source]] = []
+    opener: list[OpenSource] = []
 
     def source(places: Sequence[Place]) -> Source:
-        if not opener:  # a finished run is found before the model would be loaded
+        if not opener:  # not before: a finished run needs no model
             opener.append(source_opener(checked, None, progress=False))
-        return _Reporting(opener[0](places), report, steps)
+        report(0, steps)
+        return cast("Source", _ReportingSource(opener[0](places), report, steps))
 
     folder = Path(checked.output)
     make_folder(folder)
     with FileLock(folder / LOCK_NAME, timeout=_PATIENCE):
-        pass  # an earlier attempt, on a node that was only cut off, may still be about to end
+        pass  # an earlier attempt, on a node that lost its connection, may be about to end
     train_suite(checked, source=source, progress=False)
     return str(folder)
 
@@ -190,7 +170,7 @@ def harvest_job(report: Report, config: Mapping[str, Any], places: Sequence[str]
     """A job: one part of the store. Returns whether the store is finished."""
     import torch
 
-    from gemma_scope_tl.activations.store import write_store
+    from gemma_scope_tl.activations.writer import write_store
     from gemma_scope_tl.training.source_factory import load_data
 
     checked = load_config(config)
@@ -211,27 +191,14 @@ def harvest_job(report: Report, config: Mapping[str, Any], places: Sequence[str]
     return finished
 
 
-class _Reporting:
-    """A source that says how many batches were taken from it."""
+class _ReportingSource:
+    """A source that reports how many batches were taken from it."""
 
     def __init__(self, source: Source, report: Report, steps: int) -> None:
         self._source, self._report, self._steps = source, report, steps
 
-    @property
-    def widths(self) -> Mapping[Place, int]:
-        return self._source.widths
-
-    @property
-    def rows(self) -> int:
-        return self._source.rows
-
-    @property
-    def bucket_rows(self) -> int:
-        return self._source.bucket_rows
-
-    def mean_squares(self, rows: int) -> dict[Place, float]:
-        self._report(0, self._steps)
-        return self._source.mean_squares(rows)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
 
     def batches(self, batch_size: int, start: int = 0) -> Iterator[Mapping[Place, torch.Tensor]]:
         for step, batch in enumerate(self._source.batches(batch_size, start), start):
@@ -239,15 +206,8 @@ class _Reporting:
             yield batch
 
 
-def _alone(config: SuiteConfig, name: str, group: Group) -> SuiteConfig:
-    """The configuration of one job: some SAEs, a folder of their own, and the run's tokens."""
-    shared = _for_workers(config)
-    output = str(Path(shared.output) / JOBS / name)
-    return shared.model_copy(update={"output": output, "only": [spec.name for spec in group.specs]})
-
-
 def _for_workers(config: SuiteConfig) -> SuiteConfig:
-    """Paths that hold in any folder, tokens in one place, and a job's threads."""
+    """The configuration with absolute paths, one folder of tokens for all jobs, and the threads of a job."""
     changes: dict[str, Any] = {"output": _absolute(config.output), "threads": config.threads or 1}
     data, model, source = config.data, config.model, config.source
     if data is not None:
@@ -265,23 +225,20 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute())
 
 
-def _job(
-    name: str, function: Callable[..., Any], config: SuiteConfig, arguments: Mapping[str, Any], cost: float
-) -> Job:
+def _job(name: str, function: Callable[..., Any], config: SuiteConfig) -> Job:
+    """A job with the resources that the plan of its configuration says."""
     from gemma_scope_tl.training.plan import plan_suite
 
     totals = plan_suite(config, measure=False).totals
-    on_gpu = [(config.device, totals["memory"] - totals["bucket"]), (config.source.device, totals["bucket"])]
-    memory = sum(size for device, size in on_gpu if not device.startswith("cuda"))
+    sizes = [(config.device, totals["memory"] - totals["bucket"]), (config.source.device, totals["bucket"])]
     devices = (config.device, config.source.device, config.model.device or "cpu")
     return Job(
         name=name,
         function=function,
-        arguments={"config": config.model_dump(mode="json"), **arguments},
+        arguments={"config": config.model_dump(mode="json")},
         num_cpus=config.threads or 1,
         num_gpus=float(any(device.startswith("cuda") for device in devices)),
-        memory=int(memory) if function is train_job else 0,
-        cost=cost,
+        memory=int(sum(size for device, size in sizes if not device.startswith("cuda"))),
     )
 
 
@@ -289,10 +246,6 @@ def _by_width(group: Group) -> list[tuple[str, Group]]:
     specs = sorted(group.specs, key=lambda spec: spec.d_sae)
     parts = [(width, tuple(same)) for width, same in groupby(specs, key=lambda spec: spec.d_sae)]
     return [(f"{group.name}_width_{width}", replace(group, specs=same)) for width, same in parts]
-
-
-def _cost(group: Group) -> float:
-    return float(group.steps * sum(spec.d_sae for spec in group.specs))
 
 
 def _is_store(path: str) -> bool:
@@ -303,7 +256,7 @@ def _is_store(path: str) -> bool:
 
 
 def _begin(folder: Path, config: SuiteConfig, resume: bool) -> None:
-    """Say what the folder holds, or find that it holds another run."""
+    """Record that the run has begun in its folder; raise if the folder holds another run."""
     if not resume:
         for name in (RUN_NAME, SUITE_NAME, METRICS_NAME):
             (folder / name).unlink(missing_ok=True)
@@ -316,7 +269,8 @@ def _begin(folder: Path, config: SuiteConfig, resume: bool) -> None:
     write_run(folder, config)
 
 
-def _report_failures(folder: Path, statuses: Sequence[JobStatus]) -> None:
+def _check_done(folder: Path, statuses: Sequence[JobStatus]) -> None:
+    """Write the tracebacks of failed jobs, and raise if there are any."""
     for status in statuses:
         path = folder / JOBS / f"{status.name}.error.txt"
         if status.trace:

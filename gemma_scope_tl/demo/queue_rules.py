@@ -1,4 +1,4 @@
-"""Places in the demo's queue: they belong to visitors who wait for an answer, and to nobody else for long."""
+"""Rules of the demo's queue: a request is run only while its page waits for the answer."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from gemma_scope_tl.demo.world import wanted
 
-PLACES = 64
-"""Questions that may wait."""
-OF_A_VISITOR = 8
-"""Of them, those of one page."""
+WAITING = 64
+"""Requests that may wait."""
+WAITING_OF_A_PAGE = 8
+"""Requests of one page that may wait."""
 SECONDS = 10.0
-"""For which a question is kept whose page does not listen: its own stream opens only after the question is taken."""
+"""Time for which a request is kept while its page has no stream of answers; the page opens it after it has sent."""
 
 
-class Places:
-    """The rules of a Gradio queue, set on that one object.
+class QueueRules:
+    """Replaces two methods of one Gradio queue by methods with the rules of this module.
 
-    A question whose page has no open stream of answers is not run, or no further. It loses its place after
-    :data:`SECONDS`, and earlier to a new question when all places are taken, the oldest first. So requests that nobody
-    waits for cost neither the model's time nor another visitor's place.
+    A request whose page has no open stream of answers is not run, or its run is ended. It is removed after
+    :data:`SECONDS`, or earlier when the queue is full and another request arrives. So requests for which
+    nobody waits take neither the model's time nor room in the queue.
 
     Args:
         queue: of a ``Blocks``, before it is served.
@@ -36,7 +36,7 @@ class Places:
         queue.push, queue.get_events = self.push, self.events
 
     def came(self, session: str) -> asyncio.Future[None]:
-        """A page listens for answers; the result is done when it does no longer."""
+        """Register that a page listens for answers. The future is done when it no longer does."""
         stream = asyncio.get_running_loop().create_future()
         self._streams.add(stream)
         self.listening[session] += 1
@@ -55,21 +55,21 @@ class Places:
             del self.listening[session]
 
     async def push(self, body: Any, request: Any, username: str | None) -> tuple[bool, Any, str]:
-        """Gradio's ``push``, after room was made."""
+        """Gradio's ``push``, with a limit for each page, after abandoned requests were removed."""
         if body.fn_index not in self.queue.blocks.fns:
             return False, "The demo has no such function: reload its page.", "error"
         self._forget_abandoned()
         own = sum(event.session_hash == body.session_hash for event in self._waiting())
-        if own >= OF_A_VISITOR:
+        if own >= WAITING_OF_A_PAGE:
             return False, f"{own} of your requests are waiting: let them finish first.", "queue_full"
-        if len(self.queue) >= PLACES:
+        if len(self.queue) >= WAITING:
             unheard = [event for event in self._waiting() if event.session_hash not in self.listening]
             for event in sorted(unheard, key=lambda event: event.enqueue_time)[:1]:
                 self._forget(event)
         return await self._push(body=body, request=request, username=username)
 
     def events(self) -> Any:
-        """Gradio's ``get_events``, of what somebody waits for. It is called often, and with the queue's lock held."""
+        """Gradio's ``get_events`` for requests whose pages listen. It is called often, with the queue's lock held."""
         self._forget_abandoned()
         waiting = self._waiting()
         unheard = [event for event in waiting if event.session_hash not in self.listening]
@@ -82,7 +82,7 @@ class Places:
             found = self._events()
             if found:
                 session = found[0][0].session_hash
-                wanted.set(lambda: session in self.listening)  # Gradio runs the question in a copy of this context
+                wanted.set(lambda: session in self.listening)  # Gradio runs the request in a copy of this context
             return found
         finally:
             for event in unheard:

@@ -1,14 +1,32 @@
-"""Integers as users give them: latents, token ids, layers."""
+"""Checks of arguments: indices of latents and tensors, as users give them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from operator import index
 from typing import Any
 
 import torch
 
-from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.errors import SpliceError, device_mismatch
+
+
+def checked_latents(latents: int | Iterable[int], d_sae: int) -> list[int]:
+    """Indices of latents of an SAE as a list.
+
+    Raises:
+        SpliceError: for one that does not exist, is no integer, or is given twice; for none.
+    """
+    chosen = as_indices(latents)
+    if not chosen:
+        raise SpliceError("No latents were given: name at least one.")
+    if len(set(chosen)) < len(chosen):
+        raise SpliceError(f"Latent {Counter(chosen).most_common(1)[0][0]} is given twice.")
+    wrong = [latent for latent in chosen if not 0 <= latent < d_sae]
+    if wrong:
+        raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{d_sae - 1}.")
+    return chosen
 
 
 def as_indices(latents: Any) -> list[int]:
@@ -47,6 +65,27 @@ def is_index(value: Any) -> bool:
     except SpliceError:
         return False
     return True
+
+
+def checked_tensor(x: Any, name: str, device: torch.device) -> torch.Tensor:
+    """``x`` itself, when it is a tensor of real numbers on a device.
+
+    Args:
+        x: what was given.
+        name: what it was given to, for the message.
+        device: where that is.
+
+    Raises:
+        SpliceError: for anything but a tensor; for complex numbers, whose imaginary part a cast would drop.
+        DeviceError: for a tensor on another device.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise SpliceError(f"{name} takes a tensor; given: {shown(x)}. Make one of numbers with torch.as_tensor(x).")
+    if x.is_complex():
+        raise SpliceError(f"{name} takes real numbers, the tensor given is {x.dtype}.")
+    if x.device != device:
+        raise device_mismatch(name, device, x.device)
+    return x
 
 
 def shown(value: Any) -> str:

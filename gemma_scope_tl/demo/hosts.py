@@ -1,4 +1,4 @@
-"""The names by which a demo may be asked, and the pages that may ask."""
+"""The host names that a demo answers to, and the origins of pages that may send to it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Names:
-    """The names of a demo's host, without ports; ``*.example.org`` stands for all below ``example.org``.
+class Hosts:
+    """Host names of a demo, without ports; ``*.example.org`` stands for all names below ``example.org``.
 
     Attributes:
-        own: this machine's, by which the demo was started.
-        given: of the hosts of proxies in front of it. Their pages may send, whatever name the proxy then asks by.
-        addresses: whether every numeric address is a name too, as where the demo listens on all of a machine's.
-            No page elsewhere can make a browser ask by one.
+        own: names of this machine for which the demo was started.
+        given: names of proxies in front of it. Their pages may send, whatever host the proxy then names.
+        addresses: whether every numeric address counts as a name, as for a demo that listens on all addresses of a
+            machine. DNS rebinding works with names only, so a page elsewhere cannot use an address.
     """
 
     own: frozenset[str]
@@ -41,22 +41,22 @@ class Names:
         return place.netloc.lower() == host.lower() or self.is_given(place.netloc)
 
     def is_given(self, host: str) -> bool:
-        """Whether ``host``, with or without a port, is one of a proxy's."""
+        """Whether ``host``, with or without a port, is the name of a proxy."""
         name = host_name(host)
         if name is None:
             return False
         return any(name == one or (one.startswith("*.") and name.endswith(one[1:])) for one in self.given)
 
 
-def names_of(host: str, allowed_hosts: Iterable[str] = ()) -> Names:
-    """The names of a demo that listens on ``host``.
+def hosts_of(host: str, allowed_hosts: Iterable[str] = ()) -> Hosts:
+    """The host names of a demo that listens on ``host``.
 
     Args:
         host: an address or name.
         allowed_hosts: other names, such as that of a proxy.
 
     Raises:
-        GemmaScopeError: for an allowed host that is no name.
+        GemmaScopeError: for an allowed host that is not a name.
     """
     given: set[str] = set()
     for name in [allowed_hosts] if isinstance(allowed_hosts, str) else allowed_hosts:
@@ -69,16 +69,16 @@ def names_of(host: str, allowed_hosts: Iterable[str] = ()) -> Names:
         given.add(lower)
     listens = bracketed(host.lower())
     everywhere = listens in EVERYWHERE
-    return Names(
+    return Hosts(
         frozenset({*LOCAL, socket.gethostname().lower() if everywhere else listens}), frozenset(given), everywhere
     )
 
 
 def origins_of(given: Iterable[str]) -> tuple[str, ...]:
-    """Origins for a policy of who may frame a page.
+    """Checked origins of pages that may frame the demo.
 
     Raises:
-        GemmaScopeError: for what is none.
+        GemmaScopeError: for a text that is not an origin.
     """
     found = (given,) if isinstance(given, str) else tuple(given)
     for one in found:
@@ -88,12 +88,12 @@ def origins_of(given: Iterable[str]) -> tuple[str, ...]:
 
 
 def bracketed(host: str) -> str:
-    """``host`` as a URL writes it: an IPv6 address in brackets."""
+    """``host`` as in a URL, where an IPv6 address has brackets."""
     return f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
 
 
 def host_name(host: str) -> str | None:
-    """The name in a ``Host`` header, lower-case and without its port; None where it is none."""
+    """The name in a ``Host`` header in lower case and without its port; None for an invalid header."""
     match = _HOST.fullmatch(host.lower())
     return match[1] if match else None
 

@@ -1,0 +1,120 @@
+"""Problems of a registry file: how one is written, and those that only several rows together show."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+from pydantic_core import ErrorDetails
+
+from gemma_scope_tl.errors import unknown_name
+from gemma_scope_tl.families import families, family_of_model
+from gemma_scope_tl.sites import SITES
+
+
+class Problem(NamedTuple):
+    """One error of a registry file."""
+
+    row: str
+    field: str
+    text: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in self if part)
+
+
+def error_text(detail: ErrorDetails, known: Iterable[str], words: Mapping[str, str]) -> str:
+    """What is wrong with a value, from one of pydantic's errors.
+
+    Args:
+        detail: the error.
+        known: the keys that are valid where an unknown one was given.
+        words: by the type of an error, what the value should be, in place of pydantic's message.
+    """
+    kind = detail["type"]
+    if kind == "missing":
+        return "is missing"
+    if kind == "extra_forbidden":
+        return str(unknown_name("key", detail["loc"][-1], known))
+    if kind == "value_error":
+        return str(detail.get("ctx", {}).get("error", detail["msg"]))
+    given = repr(detail["input"])
+    shown = given if len(given) < 80 else given[:77] + "..."
+    return f"{words.get(kind, detail['msg'])}, not {shown}"
+
+
+def cross_row_problems(data: Mapping[str, object]) -> list[Problem]:
+    """The problems that no row has alone. ``data`` is unchecked, so that they are reported beside other problems."""
+    given = raw_rows(data)
+    rows = [cast("Mapping[str, object]", row) for row in given if isinstance(row, Mapping)]
+    ids = [_id_of(row) or index for index, row in enumerate(given)]
+    problems = [Problem(id_, "id", _rows_text(at) + " have this id") for id_, at in _repeated(ids).items()]
+    problems += _sites_of_other_families(data, rows)
+    canonical = [row for row in rows if row.get("canonical") is True and isinstance(row.get("id"), str)]
+    places = [tuple(str(row.get(key)) for key in ("site", "layer", "width")) for row in canonical]
+    crowded = _repeated(places)
+    for place, at in crowded.items():
+        first = str(canonical[at[0]]["id"])
+        text = "{n} rows of site {0}, layer {1}, width {2} are canonical".format(*place, n=len(at))
+        problems.append(Problem(first, "canonical", text))
+    names = [canonical_id(str(r["id"])) for r, place in zip(canonical, places, strict=True) if place not in crowded]
+    shared = _repeated(names)
+    problems += [
+        Problem(id_, "canonical", f"{len(at)} canonical rows would share this id") for id_, at in shared.items()
+    ]
+    taken = sorted(set(names) & set(ids))
+    problems += [Problem(name, "canonical", "is the canonical name of another row") for name in taken]
+    if (release := data.get("release")) is not None and data.get("canonical_release") == release:
+        problems.append(Problem("", "canonical_release", f"is the release's own name, {release!r}"))
+    return problems
+
+
+def _sites_of_other_families(data: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> list[Problem]:
+    """Rows at sites that exist, but not in the family of the release's model."""
+    name, model = data.get("family"), data.get("model")
+    by_name = {family.name: family for family in families()}
+    family = by_name.get(str(name)) if name is not None else family_of_model(model if isinstance(model, str) else None)
+    if family is None:  # reported as the release's own problem
+        return []
+    problems: list[Problem] = []
+    for row in rows:
+        site = row.get("site")
+        if isinstance(site, str) and site in SITES and site not in family.sites:
+            error = unknown_name(f"site of {family.title}", site, family.sites)
+            problems.append(Problem(str(row.get("id")), "site", str(error)))
+    return problems
+
+
+def _repeated(values: Iterable[Any]) -> dict[Any, list[int]]:
+    """The values that occur more than once, and where."""
+    places: defaultdict[Any, list[int]] = defaultdict(list)
+    for index, value in enumerate(values):
+        places[value].append(index)
+    return {value: at for value, at in places.items() if len(at) > 1}
+
+
+def _rows_text(at: Sequence[int]) -> str:
+    return f"rows {', '.join(str(index + 1) for index in at[:-1])} and {at[-1] + 1}"
+
+
+def canonical_id(id_: str) -> str:
+    """SAELens's ``…/canonical`` name for the row with this id."""
+    head, slash, _ = id_.rpartition("/")
+    return f"{head}{slash}canonical"
+
+
+def raw_rows(data: object) -> Sequence[object]:
+    """The rows of unchecked data, none where it has no list of them."""
+    rows = cast("Mapping[str, object]", data).get("saes") if isinstance(data, Mapping) else None
+    return cast("list[object]", rows) if isinstance(rows, list) else ()
+
+
+def row_name(index: int, row: object) -> str:
+    """What messages call an unchecked row: its id, or its number where it has none."""
+    return _id_of(row) or f"row {index + 1}"
+
+
+def _id_of(row: object) -> str | None:
+    id_ = cast("Mapping[str, object]", row).get("id") if isinstance(row, Mapping) else None
+    return id_ if isinstance(id_, str) else None

@@ -1,0 +1,135 @@
+"""From a registry row, a folder, arrays or one of SAELens's converters to checked arrays and what they belong to.
+
+Loading goes one way: a row or a path leads to a file (:mod:`gemma_scope_tl.weights.fetch`), the file to checked arrays
+in the units of the site's own tensor and their :class:`~gemma_scope_tl.sae.config.Identity` (here), and those to an
+object (:mod:`gemma_scope_tl.sae.building`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gemma_scope_tl.dtypes import parse_dtype
+from gemma_scope_tl.files import checked_path, is_file, is_folder
+from gemma_scope_tl.sae.config import Identity, expected_of_row, expected_sizes, name_of
+from gemma_scope_tl.sae.sae_lens_config import SAELensConfig
+from gemma_scope_tl.sae.units import fold_b_dec, site_units
+from gemma_scope_tl.weights.checks import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME, Expected, weights_error
+from gemma_scope_tl.weights.fetch import fetch
+from gemma_scope_tl.weights.hub_cache import known_sha256
+from gemma_scope_tl.weights.load import canonical_arrays, inspect, load_arrays
+from gemma_scope_tl.weights.npz import read_errors
+from gemma_scope_tl.weights.safetensors_file import read_cfg
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.registry.schema import SAERow
+
+Checked = tuple[dict[str, torch.Tensor], Identity]
+"""The arrays of an SAE by canonical name, checked and in the site's units, and what is known of it beside them."""
+
+
+def read_row(row: SAERow, device: torch.device, dtype: torch.dtype, force_download: bool = False) -> Checked:
+    """The SAE of a registry row, fetched and checked against the row.
+
+    Args:
+        row: which SAE.
+        device, dtype: of the arrays; thresholds are float32 or wider. Where ``b_dec`` is folded they stay as stored.
+        force_download: download a file of the Hub again although it is in the cache.
+
+    Raises:
+        WeightsError: when the file cannot be had or fails a check.
+    """
+    file = fetch(row, force_download=force_download)
+    return _read_file(file, Identity.of(row, str(file)), expected_of_row(row), device, dtype)
+
+
+def read_folder(
+    path: str | PathLike[str], model: Any, site: str | None, layer: int | None, device: torch.device, dtype: torch.dtype
+) -> Checked:
+    """The SAE in a folder, or in a weights file; see :meth:`LoadingMixin.from_folder` for the arguments and errors."""
+    file = find_file(path)
+    return _read_file(file, _named(str(file), model, site, layer), expected_sizes(model, site, layer), device, dtype)
+
+
+def read_given(
+    arrays: Mapping[str, torch.Tensor | np.ndarray], model: Any, site: str | None, layer: int | None
+) -> Checked:
+    """Arrays that a user gives; see :meth:`LoadingMixin.from_arrays` for the arguments and errors."""
+    identity = _named("The set of arrays given", model, site, layer)
+    return canonical_arrays(arrays, identity.source, expected_sizes(model, site, layer)), identity
+
+
+def read_converted(config: SAELensConfig, state: Mapping[str, torch.Tensor], identity: Identity) -> Checked:
+    """Parameters that one of SAELens's converters gives; they act on the site's own tensor.
+
+    Raises:
+        WeightsError: when a check fails.
+    """
+    return _configured(canonical_arrays(state, identity.source), identity, config)
+
+
+def saved_dtype(path: str | PathLike[str]) -> torch.dtype:
+    """The dtype in which an SAE was saved: what ``cfg.json`` says, or that of ``W_enc`` in an npz.
+
+    Raises:
+        WeightsError: when the files are missing or hold no SAE.
+        UnknownNameError: for a dtype that SAEs cannot have.
+    """
+    file = find_file(path)
+    named = read_cfg(file.parent).get("dtype") if file.suffix == ".safetensors" else None
+    return parse_dtype(named if isinstance(named, str) else inspect(file)["W_enc"].dtype)
+
+
+def find_file(path: str | PathLike[str]) -> Path:
+    """The weights file of a folder, or the file itself.
+
+    Raises:
+        WeightsError: when there is none, or more than one.
+    """
+    given = checked_path(path)
+    with read_errors(given):
+        if is_file(given) or given.suffix in (".npz", ".safetensors"):
+            return given
+        if not is_folder(given):
+            raise weights_error(given, "does not exist", "Check the path; a release on the Hub is for from_pretrained.")
+        files = [given / name for name in (PARAMS_NAME, WEIGHTS_NAME) if is_file(given / name)]
+    if len(files) != 1:
+        what = "holds both layouts" if files else f"has neither {PARAMS_NAME} nor {CFG_NAME} with {WEIGHTS_NAME}"
+        raise weights_error(given, what, "Give the file itself." if files else "Check the path.")
+    return files[0]
+
+
+def _named(source: str, model: Any, site: str | None, layer: int | None) -> Identity:
+    return Identity(source, name_of(model), site, layer)
+
+
+def _read_file(file: Path, identity: Identity, expected: Expected, device: torch.device, dtype: torch.dtype) -> Checked:
+    sha256 = (identity.row.sha256 if identity.row else None) or known_sha256(file)
+    if file.suffix != ".safetensors":
+        d_in = expected.d_in or inspect(file, expected)["W_enc"].shape[0]
+        units = site_units(identity.site, d_in, identity.family)
+        return load_arrays(file, expected, dtype, device, units, sha256), identity
+    config = SAELensConfig.read(file.parent)
+    expected = config.complete(expected)
+    if config.subtracts_b_dec:  # folded in the stored dtype, before anything is rounded
+        arrays = load_arrays(file, expected, sha256=sha256)
+    else:
+        arrays = load_arrays(file, expected, dtype, device, sha256=sha256)
+    if config.has_skip != ("W_skip" in arrays):
+        raise weights_error(file, f"and {CFG_NAME} disagree on whether there is a W_skip ({config.architecture})")
+    return _configured(arrays, identity, config)
+
+
+def _configured(arrays: dict[str, torch.Tensor], identity: Identity, config: SAELensConfig) -> Checked:
+    """Arrays and identity with what a SAELens configuration says of them."""
+    metadata = config.metadata
+    if config.subtracts_b_dec:
+        arrays, metadata = fold_b_dec(arrays), {**metadata, "folded_b_dec": True}
+    return arrays, replace(identity, metadata=metadata, transcoder=config.is_transcoder).placed()
