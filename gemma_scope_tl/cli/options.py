@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 _SITES = "res, mlp, att, embedding or transcoder"
-_MODEL = "bundled, gemma-2-2b, gemma-2-9b-it, a Hugging Face id or a folder."
+_MODEL = "bundled, a name such as gemma-2-9b-it, a Hugging Face id or a folder."
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Text = Annotated[str, typer.Argument(help="The text; - reads standard input.", callback=checks.text)]

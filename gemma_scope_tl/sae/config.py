@@ -83,7 +83,7 @@ class Identity:
         if self.row is not None:
             return self.row.model_family
         named = self.model or self.metadata.get("model_name")
-        return family_of_model(named if isinstance(named, str) else None)
+        return family_of_model(named if isinstance(named, str) else None, self.site)
 
     def placed(self) -> Identity:
         """This identity at the site and layer that the metadata's hook names say, where none is known and they do."""
@@ -169,7 +169,7 @@ def expected_sizes(model: Any, site: str | None, layer: int | None) -> Expected:
     """
     if site is None:
         return Expected()
-    family = getattr(model, "family", None) or family_of_model(name_of(model))
+    family = getattr(model, "family", None) or family_of_model(name_of(model), site)
     spec = family.site(site)
     if model is None or isinstance(model, str):
         return Expected(transcoder=spec.is_transcoder)
