@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.model.splicing import SpliceMixin
-from gemma_scope_tl.sites import Place, flatten_heads, get_site
+from gemma_scope_tl.sites import Place, flatten_heads
 
 if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
@@ -53,7 +53,7 @@ class Harvester:
         self.widths: Mapping[Place, int] = {}
         self._points: dict[Place, Any] = {}
         for place in places:
-            site = get_site(place.site)
+            site = model.family.site(place.site)
             site.check_layer(place.layer, model.dims)
             self.widths[place] = site.d_in(model.dims)
             self._points[place] = model.site_hook_point(site.hook_name(place.layer, model.backend))
