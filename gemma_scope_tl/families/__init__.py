@@ -94,17 +94,17 @@ def family_of_config(config: Any, source: str) -> Family:
     raise AdapterError(f"{source} is a {kind or 'model of unknown type'!r}, not a {known}.")
 
 
-def family_of_model(model: str | None) -> Family:
+def family_of_model(model: str | None, site: str | None = None) -> Family:
     """The family of the model that SAEs name: the one that released it.
 
-    A name that no family knows (a model of the user's, or None) is taken for the default family, whose sites the
-    registry files of such models name.
+    A name that no family knows (a model of the user's, or None) is taken for the first family that has the ``site``,
+    and without one for the default family.
     """
     name = (model or "").rpartition("/")[2].lower()
     for family in families():
         if family.base_name(name) in family.sizes:
             return family
-    return families()[0]
+    return next((family for family in families() if site in family.sites), families()[0])
 
 
 def hub_ids() -> dict[str, str]:

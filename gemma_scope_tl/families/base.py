@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
 
 Backend = Literal["bridge", "hooked_transformer"]
 BACKENDS: tuple[Backend, ...] = ("bridge", "hooked_transformer")
+Side = Literal["output", "input", "normalized_input"]
+Width = Literal["d_model", "heads"]
+Joins = Literal["residual", "embedding", "branch", "attention", "nowhere"]
 
 
 class Place(NamedTuple):
@@ -134,21 +137,29 @@ class Site:
             the first (``"embedding"``), is added to the residual stream inside its block (``"branch"``), or passes
             the rest of attention first (``"attention"``). ``"nowhere"`` for a tensor that is only read.
         description: one line for people.
+
+    Raises:
+        UnknownNameError: for another ``side``, ``width_rule`` or ``joins``.
     """
 
     name: str
     bridge: str
     hooked_transformer: str
     module: str
-    side: Literal["output", "input", "normalized_input"]
-    width_rule: Literal["d_model", "heads"]
+    side: Side
+    width_rule: Width
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    joins: Literal["residual", "embedding", "branch", "attention", "nowhere"]
+    joins: Joins
     description: str
     per_layer: bool = True
     bridge_out: str = ""
     hooked_transformer_out: str = ""
+
+    def __post_init__(self) -> None:
+        for field, known in (("side", Side), ("width_rule", Width), ("joins", Joins)):
+            if getattr(self, field) not in get_args(known):
+                raise unknown_name(f"{field} of site {self.name!r}", getattr(self, field), get_args(known))
 
     @property
     def is_transcoder(self) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def mean_norms(
     model: Any,
     text: Text,
-    sites: str | Iterable[str] = ("res", "mlp", "att", "embedding"),
+    sites: str | Iterable[str] | None = None,
     layers: int | Iterable[int] | None = None,
     batch_size: int = 8,
     attention_mask: Any = None,
@@ -34,7 +34,8 @@ def mean_norms(
     Args:
         model: from ``load_model``.
         text: as :func:`~gemma_scope_tl.features` takes it.
-        sites: names of sites; ``"transcoder"`` means its output, which is what steering edits (the mlp site's tensor).
+        sites: names of sites; None for all of the model's family but transcoders. ``"transcoder"`` means its output,
+            which is what steering edits (the mlp site's tensor).
         layers: all by default.
         batch_size: rows in a forward pass.
         attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
@@ -50,6 +51,8 @@ def mean_norms(
     """
     import pandas as pd
 
+    if sites is None:
+        sites = [name for name, site in model.family.sites.items() if not site.is_transcoder]
     places = _places(model, [sites] if isinstance(sites, str) else sites, layers)
     given = as_batch(model, text, attention_mask)
     hooks = {site.hook_name_out(layer, "hooked_transformer") for site, layer in places}

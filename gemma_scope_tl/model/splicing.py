@@ -138,7 +138,7 @@ class SpliceMixin:
             SpliceError, TypeError: as :meth:`add_sae`.
         """
         chosen = SpliceOptions.of("saes", options, by_position, ("saes", "reset_saes_end"))
-        return self.splice_with(saes, reset_saes_end, chosen)
+        return self._spliced(saes, reset_saes_end, chosen)
 
     def run_with_saes(
         self,
@@ -148,7 +148,7 @@ class SpliceMixin:
         **kwargs: Any,
     ) -> Any:
         """One forward pass with ``saes`` attached; keywords are those of :meth:`saes` and of the model's call."""
-        with self.splice_with(saes, reset_saes_end, SpliceOptions.taken_from(kwargs, "run_with_saes")):
+        with self._spliced(saes, reset_saes_end, SpliceOptions.taken_from(kwargs, "run_with_saes")):
             return self(*model_args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def run_with_cache_with_saes(
@@ -161,7 +161,7 @@ class SpliceMixin:
         """``run_with_cache`` with ``saes`` attached; features under ``<hook>.hook_sae_acts_post``, by either backend's
         name of the hook. Keywords are those of :meth:`saes` and of ``run_with_cache``."""
         options = SpliceOptions.taken_from(kwargs, "run_with_cache_with_saes")
-        with self.splice_with(saes, reset_saes_end, options):
+        with self._spliced(saes, reset_saes_end, options):
             return self.run_with_cache(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def run_with_hooks_with_saes(
@@ -174,7 +174,7 @@ class SpliceMixin:
         """``run_with_hooks`` with ``saes`` attached; hooks may name the SAEs' own hook points. Keywords are those of
         :meth:`saes` and of ``run_with_hooks``."""
         options = SpliceOptions.taken_from(kwargs, "run_with_hooks_with_saes")
-        with self.splice_with(saes, reset_saes_end, options):
+        with self._spliced(saes, reset_saes_end, options):
             return self.run_with_hooks(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def sae_hook_points(self) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class SpliceMixin:
         return {name: point for attached in self._attached.values() for name, point in attached.hook_points.items()}
 
     @contextmanager
-    def splice_with(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[Self]:
+    def _spliced(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[Self]:
         """:meth:`saes` with options that were checked already."""
         added: list[AttachedSAE] = []
         owner = Owner()
@@ -206,26 +206,23 @@ class SpliceMixin:
 
     def _attach(self, sae: SAE[Any], options: SpliceOptions, owner: Owner) -> AttachedSAE:
         with _bookkeeping:
-            return self._attach_locked(sae, options, owner)
-
-    def _attach_locked(self, sae: SAE[Any], options: SpliceOptions, owner: Owner) -> AttachedSAE:
-        site, layer = locate(sae, self.family)
-        self.check_fits(sae, site, layer)
-        if any(attached.sae is sae for attached in self._attached.values()):
-            raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
-        excluded = self.excluded_ids(options.exclude_special_tokens)
-        stage = self._next_stage(site.hook_name_out(layer, "hooked_transformer"), options.chain, site.is_transcoder)
-        if (device := self.device_of(layer)).type != "meta":  # offloaded weights have no device before a pass
-            bring(sae, device)
-        attached = AttachedSAE(sae, site, layer, options, excluded, stage, owner)
-        try:
-            attached.attach(self)  # pyright: ignore[reportArgumentType]
-        except BaseException:
-            attached.detach()
-            raise
-        self._attached[attached.name] = attached
-        self._after_attach(attached)
-        return attached
+            site, layer = locate(sae, self.family)
+            self.check_fits(sae, site, layer)
+            if any(attached.sae is sae for attached in self._attached.values()):
+                raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
+            excluded = self.excluded_ids(options.exclude_special_tokens)
+            stage = self._next_stage(site.hook_name_out(layer, "hooked_transformer"), options.chain, site.is_transcoder)
+            if (device := self.device_of(layer)).type != "meta":  # offloaded weights have no device before a pass
+                bring(sae, device)
+            attached = AttachedSAE(sae, site, layer, options, excluded, stage, owner)
+            try:
+                attached.attach(self)  # pyright: ignore[reportArgumentType]
+            except BaseException:
+                attached.detach()
+                raise
+            self._attached[attached.name] = attached
+            self._after_attach(attached)
+            return attached
 
     def device_of(self, layer: int | None) -> torch.device:
         """The device of a layer's weights; without a layer, that of the embedding, where token ids belong too."""
@@ -331,4 +328,4 @@ def splice(
     chosen = SpliceOptions.of("splice", options, by_position, ("saes",))
     if not isinstance(model, SpliceMixin):
         raise SpliceError("splice() needs a model from gemma_scope_tl.load_model(); wrap yours with hf_model=.")
-    return model.splice_with(saes, True, chosen)
+    return model.saes(saes, True, **vars(chosen))

@@ -164,7 +164,7 @@ class SAERow(SAEEntry):
     @property
     def model_family(self) -> Family:
         """The family of the model: the release's ``family``, or the one that the model's name belongs to."""
-        return family_of_model(self.model) if self.family is None else family_named(self.family)
+        return family_of_model(self.model, self.site) if self.family is None else family_named(self.family)
 
     @property
     def weights_path(self) -> str:

@@ -15,7 +15,7 @@ from gemma_scope_tl.families import Family, family_of_model
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sae.latents import Latents
-from gemma_scope_tl.sites import Site, get_site, site_of_hook
+from gemma_scope_tl.sites import Site, site_of_hook
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -39,10 +39,8 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
     """
     name = getattr(sae, "site", None)
     if name is not None:
-        if family is None:
-            trained_on = family_of_model(getattr(sae, "model_name", None))
-            family = trained_on if name in trained_on.sites else None
-        return get_site(name, family), getattr(sae, "layer", None)
+        family = family or family_of_model(getattr(sae, "model_name", None), name)
+        return family.site(name), getattr(sae, "layer", None)
     if isinstance(sae, Latents):
         raise SpliceError("These latents do not say where they belong: give them a site and a layer.")
     hook = sae.cfg.metadata.hook_name

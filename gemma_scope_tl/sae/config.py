@@ -93,7 +93,7 @@ class Identity:
     @property
     def _family_of_name(self) -> Family:
         name = self.model or self.metadata.get("model_name")
-        return family_of_model(name if isinstance(name, str) else None)
+        return family_of_model(name if isinstance(name, str) else None, self.site)
 
     def placed(self) -> Identity:
         """This identity at the site and layer that the metadata's hook names say, where none is known and they do."""
@@ -181,7 +181,7 @@ def expected_sizes(model: Any, site: str | None, layer: int | None) -> Expected:
     """
     if site is None:
         return Expected()
-    family = getattr(model, "family", None) or family_of_model(name_of(model))
+    family = getattr(model, "family", None) or family_of_model(name_of(model), site)
     spec = family.site(site)
     if model is None or isinstance(model, str):
         return Expected(transcoder=spec.is_transcoder)

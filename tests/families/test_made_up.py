@@ -26,7 +26,7 @@ def _site(name: str, bridge: str, hooked_transformer: str, module: str, **facts:
 
 SITES = (
     _site("stream", "blocks.{layer}.hook_out", "blocks.{layer}.hook_resid_post", "layers.{layer}", joins="residual"),
-    _site("ff", "blocks.{layer}.mlp.hook_out", "blocks.{layer}.hook_mlp_out", "layers.{layer}.mlp", joins="branch"),
+    _site("mlp", "blocks.{layer}.mlp.hook_out", "blocks.{layer}.hook_mlp_out", "layers.{layer}.mlp", joins="branch"),
     _site(
         "heads",
         "blocks.{layer}.attn.o.hook_in",
@@ -102,7 +102,7 @@ def sae_at(model: Any, site: str, layer: int | None, d_sae: int = 64) -> JumpReL
     return JumpReLUSAE.from_arrays(arrays, site=site, layer=layer).requires_grad_(False)
 
 
-PLACES = [("stream", 0), ("stream", 1), ("ff", 0), ("heads", 1), ("tokens", None)]
+PLACES = [("stream", 0), ("stream", 1), ("mlp", 0), ("heads", 1), ("tokens", None)]
 
 
 def test_it_is_known_by_its_config_and_by_its_name(model: Any) -> None:
@@ -175,17 +175,28 @@ def test_latents_are_listed_steered_and_read_through_the_unembedding(model: Any,
 
 def test_it_is_evaluated(model: Any) -> None:
     tokens = random_tokens(model, batch=4, length=16)
-    table = gs.evaluate(model, [sae_at(model, "stream", 1), sae_at(model, "heads", 0)], tokens)
-    assert table["site"].tolist() == ["stream", "heads"]
-    assert (table["delta_loss"] > 0).all()
+    saes = [
+        sae_at(model, "stream", 1),
+        sae_at(model, "heads", 0),
+        sae_at(model, "mlp", 1),
+        sae_at(model, "tokens", None),
+    ]
+    table = gs.evaluate(model, saes, tokens)
+    assert table["site"].tolist() == ["stream", "heads", "mlp", "tokens"]
+    clean = model(tokens, return_type="loss", loss_per_token=True)[:, 1:].mean()  # predictions from BOS do not count
+    for sae, delta in zip(saes, table["delta_loss"], strict=True):
+        spliced = model.run_with_saes(tokens, saes=sae, return_type="loss", loss_per_token=True)[:, 1:].mean()
+        assert delta == pytest.approx(float(spliced - clean), rel=1e-3, abs=1e-5)
 
 
 def test_another_family_cannot_give_a_site_of_this_name_another_meaning() -> None:
     from dataclasses import replace
 
-    site = replace(LLAMA.sites["ff"], writes=("stream",))
+    site = replace(LLAMA.sites["mlp"], writes=("stream",))
+    with pytest.raises(UnknownNameError, match="joins of site 'mlp'"):
+        replace(site, joins="stream")  # pyright: ignore[reportArgumentType]
     with pytest.raises(GemmaScopeError, match="give it another name"):
-        register_family(replace(LLAMA, name="another", model_types=("another",), sites={"ff": site}))
+        register_family(replace(LLAMA, name="another", model_types=("another",), sites={"mlp": site}))
 
 
 def test_a_suite_is_trained_on_it(model: Any, tmp_path: Path) -> None:
@@ -198,11 +209,11 @@ def test_a_suite_is_trained_on_it(model: Any, tmp_path: Path) -> None:
         "source": {"bucket_rows": 512, "scale_rows": 512, "batch_rows": 16},
         "steps": 8,
         "recipe": {"preset": "fast", "batch_size": 64, "l0_warm_up_steps": 2, "lr_warm_up_steps": 2},
-        "grid": [{"sites": ["stream", "heads"], "layers": [1], "widths": [64], "target_l0s": [4]}],
+        "grid": [{"sites": ["stream", "heads", "mlp"], "layers": [1], "widths": [64], "target_l0s": [4]}],
         "eval_batches": 2,
         "threads": 1,
     }
     table = gs.train_suite(config, model=model, progress=False)
-    assert table["site"].tolist() == ["stream", "heads"]
-    assert table["d_in"].tolist() == [48, 64]
+    assert table["site"].tolist() == ["stream", "heads", "mlp"]
+    assert table["d_in"].tolist() == [48, 64, 48]
     assert (table["fvu"] < 2).all()

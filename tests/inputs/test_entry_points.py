@@ -260,7 +260,7 @@ NO_TEXT = {
     *("export_suite", "list_saes", "load_latents", "load_model", "load_sae", "load_suite", "register_release"),
     *("register_with_sae_lens", "save_sae", "scale", "steer", "top_tokens", "train_suite", "upload_suite"),
     *("__version__", "reset_saes", "excluded_ids", "get_sae_hook_name", "prepare", "read_cache_kwarg"),
-    *("device_of", "set_tokenizer", "embedding_module"),
+    *("device_of", "set_tokenizer", "embedding_module", "check_fits"),
     *("sae_hook_points", "site_hook_point", "add_hook", "reset_hooks", "add_perma_hook"),
 }
 TABLES = {"attribute", "circuit", "evaluate", "feature_page", "features", "mean_norms"}  # tests/inputs/test_tables.py
