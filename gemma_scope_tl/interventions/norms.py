@@ -51,9 +51,7 @@ def mean_norms(
     """
     import pandas as pd
 
-    if sites is None:
-        sites = [name for name, site in model.family.sites.items() if not site.is_transcoder]
-    places = _places(model, [sites] if isinstance(sites, str) else sites, layers)
+    places = _places(model, sites, layers)
     given = as_batch(model, text, attention_mask)
     hooks = {site.hook_name_out(layer, "hooked_transformer") for site, layer in places}
     sums, count, counted = dict.fromkeys(hooks, 0.0), 0, given.ordinary(special_token_ids(model.tokenizer))
@@ -81,7 +79,12 @@ def mean_norms(
     )
 
 
-def _places(model: Any, sites: Iterable[str], layers: int | Iterable[int] | None) -> list[tuple[Site, int | None]]:
+def _places(
+    model: Any, sites: str | Iterable[str] | None, layers: int | Iterable[int] | None
+) -> list[tuple[Site, int | None]]:
+    if sites is None:
+        sites = [name for name, site in model.family.sites.items() if not site.is_transcoder]
+    sites = [sites] if isinstance(sites, str) else sites
     chosen = list(range(model.dims.n_layers)) if layers is None else as_indices(layers)
     places: list[tuple[Site, int | None]] = []
     for site in map(model.family.site, sites):
