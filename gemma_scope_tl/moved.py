@@ -130,6 +130,8 @@ NAMES = {
 """The old name of each module that has moved, and the new one, both without the package's own name."""
 
 _ELSEWHERE = {
+    "activations.store.fingerprint": "weights.fingerprint:sampled_fingerprint",
+    "interventions.sources.place_of": "sae.access:locate",
     "evals.store.Store": "evals.cache:MetricsCache",
     "attached.decode_with_skip": "sae.access",
     "attached.locate": "sae.access",

@@ -6,12 +6,11 @@ a writer that was interrupted continues after the last one; the last writer join
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from rich.console import Console
@@ -37,6 +36,7 @@ from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.sites import Place, with_targets
 from gemma_scope_tl.text.token_rows import TokenRows
+from gemma_scope_tl.weights.fingerprint import sampled_fingerprint
 from gemma_scope_tl.weights.modes import ordinary_tensors
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ _DTYPES: Mapping[torch.dtype, Literal["float32", "bfloat16"]] = {
     torch.bfloat16: "bfloat16",
 }
 _WRITERS = 4  # files that are written and hashed at a time
-_SAMPLES = 64
 _MIN_SHARD = 1 << 13
 _MAX_PARTS = 99_999
 
@@ -174,20 +173,6 @@ def store_bytes(
     return {place: len(sets) * HEADER_BYTES + rows * row_bytes[place.key] for place in widths}
 
 
-def fingerprint(model: Any) -> str:
-    """A hash of every parameter's name, shape, dtype and 64 of its values, which tells checkpoints apart.
-
-    Manifests hold it, so another hash would make stores that were written with this one look like another model's.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to("cpu", torch.float64)
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(some.numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
 def _contents(
     model: GemmaModel,
     token_rows: TokenRows,
@@ -199,7 +184,7 @@ def _contents(
     return Contents(
         model=str(model.model_id or getattr(model.cfg, "model_name", "")),
         backend=model.backend,
-        weights=fingerprint(model),
+        weights=sampled_fingerprint(model),
         tokens=token_rows.sha256,
         tokenizer=token_rows.tokenizer,
         context=token_rows.context,

@@ -57,8 +57,7 @@ def evaluate(
 
     Args:
         model: from ``load_model``.
-        saes: one or several SAEs or transcoders, a mapping or a suite; a transcoder is measured against its true
-            target, the MLP's output.
+        saes: one or several SAEs or transcoders, a mapping or a suite; a transcoder is measured against its target.
         data: texts, packed into rows of BOS and ``context - 1`` tokens; or token ids, a ``BatchEncoding`` or
             conversations, each a row. Padding, on either side, does not count, nor do rows that hold nothing else.
         context: tokens in a row, when texts are given.
@@ -72,7 +71,7 @@ def evaluate(
         memory_budget: bytes that tensors may take beside the weights, 1 GiB by default (:class:`~run.Settings`).
         cache: a folder. What was measured before is read from it, and an interrupted evaluation continues, to the
             same bits; model, SAEs and tokens are identified by their content.
-        exclude_special_tokens: what is not measured: BOS, EOS and padding; the given ids; or padding alone (False).
+        exclude_special_tokens: leave out BOS, EOS and padding; the given ids; or padding alone (False).
         attention_mask: of token ids, ``[rows, pos]``, 1 at text; by default it follows from their padding.
 
     Returns:
@@ -83,12 +82,13 @@ def evaluate(
 
     Raises:
         SpliceError: when an SAE does not fit the model.
-        GemmaScopeError: when there is less text than one row, no token to predict, or another argument makes no sense.
+        GemmaScopeError: for less text than one row, no token to predict, or an invalid argument.
         AdapterMismatch: when re-running layers does not reproduce the full pass.
     """
-    options: dict[str, Any] = {"ablations": ablations, "uniformity": uniformity, "memory_budget": memory_budget}
-    options |= {"exclude_special_tokens": exclude_special_tokens, "attention_mask": attention_mask}
-    found = measure_suite(model, saes, data, context, batch_size, progress, cache=cache, **options)
+    found = measure_suite(
+        model, saes, data, context, batch_size, progress, ablations=ablations, uniformity=uniformity, cache=cache,
+        memory_budget=memory_budget, exclude_special_tokens=exclude_special_tokens, attention_mask=attention_mask,
+    )  # fmt: skip
     return found.by_position() if by_position else found.table(confidence, resamples, seed)
 
 
