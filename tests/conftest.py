@@ -9,10 +9,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each processor: more threads would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
+    torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["GEMMA_SCOPE_TL_CACHE"] = tempfile.mkdtemp(prefix="gemma_scope_tl_")
 atexit.register(shutil.rmtree, os.environ["GEMMA_SCOPE_TL_CACHE"], ignore_errors=True)
+
+SLOW_KINDS = ("tutorials", "browser", "ray", "kill", "fuzz")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything of a slow kind is slow: ``-m "not slow"`` is the fast tier."""
+    for item in items:
+        if any(item.get_closest_marker(kind) for kind in SLOW_KINDS):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,9 +48,9 @@ def _annotations_only(tree: ast.Module) -> set[ast.AST]:
     return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
 
 
-def _imports(path: Path) -> Iterator[tuple[ast.ImportFrom | ast.Import, Path, str]]:
-    """The package's files that ``path`` imports, anywhere in it: the statement, the file, the name taken from it."""
-    for node in ast.walk(TREES[path]):
+def _imports(tree: ast.Module) -> Iterator[tuple[ast.ImportFrom | ast.Import, Path, str]]:
+    """The package's files that a file imports, anywhere in it: the statement, the file, the name taken from it."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == NAME:
             for alias in node.names:
                 submodule = MODULES.get(f"{node.module}.{alias.name}")
@@ -123,7 +124,7 @@ def _backward_imports(annotations: bool) -> list[str]:
         later = set(ORDER[ORDER.index(_room(path)) + 1 :])
         found += [
             f"{_named(path, node)} imports {_room(target)}"
-            for node, target, _ in _imports(path)
+            for node, target, _ in _imports(TREES[path])
             if _room(target) in later and (node in skipped) == annotations
         ]
     return found
@@ -141,7 +142,7 @@ def test_imports_for_annotations_point_one_way() -> None:
 @pytest.mark.xfail(reason="some files import each other for annotations or inside functions", strict=True)
 def test_no_files_import_each_other() -> None:
     """Every import counts: those for annotations and those inside functions as well."""
-    graph = {path: {target for _, target, _ in _imports(path)} - {path} for path in FILES}
+    graph = {path: {target for _, target, _ in _imports(TREES[path])} - {path} for path in FILES}
     circles = [sorted(str(path.relative_to(PACKAGE)) for path in circle) for circle in _circles(graph)]
     assert circles == []
 
@@ -157,7 +158,7 @@ def test_private_names_stay_in_their_room() -> None:
         room = _room(path)
         crossing += [
             f"{_named(path, node)} imports {name} of {_room(target)}"
-            for node, target, name in _imports(path)
+            for node, target, name in _imports(TREES[path])
             if _is_private(name) and _room(target) != room
         ]
         for node, name in _names_used(path):
@@ -165,6 +166,33 @@ def test_private_names_stay_in_their_room() -> None:
             if _is_private(name) and name not in OF_TORCH and owners and room not in owners:
                 crossing.append(f"{_named(path, node)} uses {name} of {', '.join(owners)}")
     assert crossing == []
+
+
+def _slow_marks(nodes: list[ast.expr]) -> bool:
+    """Whether one of the project's markers, all of which are of slow tests, is among decorators."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    markers = [line.split(":")[0] for line in options["markers"]]
+    return any(f"attr='{marker}'" in ast.dump(node) for node in nodes for marker in markers)
+
+
+def _has_a_fast_test(tree: ast.Module) -> bool:
+    whole_file = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "pytestmark" for target in node.targets)
+    ]
+    tests = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    return not _slow_marks(whole_file) and any(not _slow_marks(test.decorator_list) for test in tests)
+
+
+def test_fast_tests_cover_every_room() -> None:
+    """For each room there is a test file that imports something of it and has a test in ``make test-fast``."""
+    covered: set[str] = set()
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if _has_a_fast_test(tree):
+            covered |= {_room(target) for _, target, _ in _imports(tree)}
+    assert sorted(set(ORDER) - covered) == []
 
 
 def test_files_and_functions_stay_small() -> None:
