@@ -185,9 +185,7 @@ def _has_a_fast_test(tree: ast.Module) -> bool:
     return not _slow_marks(whole_file) and any(not _slow_marks(test.decorator_list) for test in tests)
 
 
-@pytest.mark.xfail(
-    reason="no test imports owners, positions, text_read or tracker, which are single files", strict=True
-)
+@pytest.mark.xfail(reason="no test imports the files owners, positions, text_read and tracker", strict=True)
 def test_fast_tests_cover_every_room() -> None:
     """For each room there is a test file that imports something of it and has a test in ``make test-fast``."""
     covered: set[str] = set()
