@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -33,3 +34,15 @@ def _same_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_models_stay_as_they_were() -> Iterator[None]:
+    """After each file, so that the one that changed a shared model is named."""
+    yield
+    helpers = sys.modules.get("tests.helpers")
+    for number, (name, model, before) in enumerate(helpers.SHARED if helpers else []):
+        after = helpers.state_of(model)
+        helpers.SHARED[number] = (name, model, after)
+        changed = [key for key in before if before[key] != after[key]]
+        assert changed == [], f"this file's tests left other {changed} in the shared model {name}"

@@ -21,7 +21,7 @@ from gemma_scope_tl.activations.store import write_passes, write_store
 from gemma_scope_tl.activations.streaming import StreamSource
 from gemma_scope_tl.activations.token_rows import TokenRows
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
-from tests.helpers import hooked, random_gemma, random_tokens
+from tests.helpers import random_tokens, shared_model
 
 RES, MLP = Place("res", 3), Place("mlp", 0)
 WIDTHS = {RES: 24, MLP: 40}
@@ -90,7 +90,7 @@ def test_chunks_of_any_size(tmp_path: Path, chunk: int) -> None:
 
 
 def test_a_store_serves_what_a_stream_serves(tmp_path: Path) -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     tokens = random_tokens(model, batch=11, length=16)
     tokens[:, 9] = 1
     rows = TokenRows.from_ids(tokens, special=(2, 1, 0))

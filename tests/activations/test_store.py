@@ -24,7 +24,7 @@ from gemma_scope_tl.activations.store import write_store
 from gemma_scope_tl.activations.stored import describe_store, open_store, verify_store
 from gemma_scope_tl.activations.token_rows import TokenRows
 from gemma_scope_tl.errors import GemmaScopeError
-from tests.helpers import hooked, random_gemma, random_tokens
+from tests.helpers import hooked, random_gemma, random_tokens, shared_model
 
 PLACES = [Place("res", 0), Place("att", 2), Place("transcoder", 1), Place("embedding", None)]
 KEYS = ["res/layer_0", "att/layer_2", "transcoder/layer_1", "embedding", "mlp/layer_1"]
@@ -33,7 +33,7 @@ SMALL = {"shard_bytes": 20_000, "batch_rows": 2, "progress": False}
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return hooked(random_gemma(), "bridge")
+    return shared_model("grouped", "bridge")
 
 
 @pytest.fixture(scope="module")

@@ -29,14 +29,14 @@ from gemma_scope_tl.activations.token_rows import TokenRows
 from gemma_scope_tl.errors import GemmaScopeError
 from tests.activations.test_reader import MLP, RES, write_random
 from tests.activations.test_store import PLACES, SMALL, files_of
-from tests.helpers import hooked, random_gemma, random_tokens
+from tests.helpers import hooked, random_gemma, random_tokens, shared_model
 
 SHARD = "00000_00001.safetensors"
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return hooked(random_gemma(), "bridge")
+    return shared_model("grouped", "bridge")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from gemma_scope_tl.attributions.gradients import attribute
 from gemma_scope_tl.attributions.targets import logit, logit_difference, single_token, token_loss
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError
 from gemma_scope_tl.sites import BACKENDS
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 
 PLACES = [("res", 1), ("mlp", 2), ("att", 1), ("embedding", None), ("transcoder", 2)]
 METRIC = logit_difference(40, 50)
@@ -168,7 +168,7 @@ def test_a_counterfactual_is_the_other_prompts_activations(backend: str) -> None
 
 def test_the_model_is_left_as_it_was() -> None:
     for backend in BACKENDS:
-        model = hooked(random_gemma(), backend)
+        model = shared_model("grouped", backend)
         tokens = random_tokens(model, length=8)
         saes = [random_sae(model.dims, site, layer) for site, layer in PLACES]
         fired: list[int] = []
@@ -202,7 +202,7 @@ def test_the_model_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("outer", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_outer_no_grad_changes_nothing(outer: Any, backend: str) -> None:
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     sae = random_sae(model.dims, "att", 1)
     wanted = attribute(model, "hello", sae, METRIC)
     with outer():
@@ -212,7 +212,7 @@ def test_an_outer_no_grad_changes_nothing(outer: Any, backend: str) -> None:
 
 
 def test_several_saes_are_each_attributed_as_if_alone() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     one, other = random_sae(model.dims, "res", 1), random_sae(model.dims, "res", 2, seed=1)
     together = attribute(model, "hello", [one, other], METRIC)
     alone = attribute(model, "hello", one, METRIC)
@@ -221,7 +221,7 @@ def test_several_saes_are_each_attributed_as_if_alone() -> None:
 
 
 def test_padding_does_not_shift_positions_and_sequences_do_not_mix() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     sae = random_sae(model.dims, "res", 1)
     key = ["position", "kind", "latent"]
     together = attribute(model, ["hi", "hello"], sae, METRIC)
@@ -234,7 +234,7 @@ def test_padding_does_not_shift_positions_and_sequences_do_not_mix() -> None:
 
 
 def test_top_keeps_the_strongest_latents_of_each_sequence() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     saes = [random_sae(model.dims, "res", 1), random_sae(model.dims, "mlp", 2)]
     everything = attribute(model, ["hi", "hello"], saes, METRIC)
     top = attribute(model, ["hi", "hello"], saes, METRIC, top=3)
@@ -248,7 +248,7 @@ def test_top_keeps_the_strongest_latents_of_each_sequence() -> None:
 
 
 def test_special_tokens_can_be_attributed_too() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     sae = random_sae(model.dims, "res", 1)
     table = attribute(model, "hello", sae, METRIC, exclude_special_tokens=False)
     assert "unspliced" not in set(table["kind"])
@@ -260,7 +260,7 @@ def test_a_stock_saelens_sae_with_heads_apart() -> None:
     from sae_lens.saes.sae import SAEMetadata
 
     for backend in BACKENDS:
-        model = hooked(random_gemma(), backend)
+        model = shared_model("grouped", backend)
         ours = random_sae(model.dims, "att", 2)
         metadata = SAEMetadata(hook_name="blocks.2.attn.hook_z")
         cfg = JumpReLUSAEConfig(
@@ -294,7 +294,7 @@ def test_ready_made_metrics() -> None:
 
 
 def test_what_cannot_be_attributed_raises() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     sae = random_sae(model.dims, "res", 1)
     with pytest.raises(UnknownNameError, match="method"):
         attribute(model, "hello", sae, METRIC, method="gradients")

@@ -13,7 +13,6 @@ import pytest
 from typer.testing import CliRunner
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.adapters.loading import load_model
 from gemma_scope_tl.cli.registry import registry_app
 from gemma_scope_tl.contributing.check import CHECKS, Finding, check_release
 from gemma_scope_tl.contributing.draft import Options, draft_release, write_draft
@@ -23,6 +22,7 @@ from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.registry import read_release
 from gemma_scope_tl.registry.locate import EXTRA_FOLDERS_VARIABLE, builtin_folder
 from gemma_scope_tl.sae.loading import load_row
+from tests.helpers import shared_model
 
 Draft = Callable[[str], Path]
 
@@ -172,7 +172,7 @@ def test_l0_is_measured(draft: Draft) -> None:
     (path.parent / "my-saes" / rows[0].id / "params.npz").unlink()
     missing = measure_l0(rows, 1)
     assert [f.ok for f in missing] == [False] and "does not exist" in missing[0].text
-    model = load_model("bundled")
+    model = shared_model("bundled", "bridge")
     saes = [load_row(row) for row in rows[2:]]
     tokens = held_out_tokens(model)
     (ours,), table = l0_of(model, saes[:1], tokens[:3]), evaluate(model, saes[:1], tokens[:3], progress=False)

@@ -14,7 +14,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.bridges import FixedTokens, run_sae_lens_evals
 from gemma_scope_tl.evals.packing import pack_texts
 from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
-from tests.helpers import random_sae
+from tests.helpers import random_sae, shared_model
 
 SAME = ("l0", "fvu", "loss_clean", "loss_spliced", "delta_loss")
 
@@ -26,7 +26,7 @@ def _without_eos(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("backend", ["hooked_transformer", "bridge"])
 def test_both_evaluations_agree(backend: str) -> None:
-    model = gs.load_model("bundled", backend=backend)
+    model = shared_model("bundled", backend)
     saes = [gs.load_sae("bundled", site, 1, width="1k") for site in ("res", "mlp", "att")]
     tokens = _without_eos(model)
     theirs = run_sae_lens_evals(model, saes, tokens, batch_size=4)
@@ -41,7 +41,7 @@ def test_both_evaluations_agree(backend: str) -> None:
 
 def test_what_differs_is_what_the_docstring_says() -> None:
     """With EOS in the rows the clean losses part; the zero ablation is another one."""
-    model = gs.load_model("bundled", backend="hooked_transformer")
+    model = shared_model("bundled", "hooked_transformer")
     sae = gs.load_sae("bundled", "res", 1, width="1k")
     texts = [json.loads(line)["text"][:100] for line in HELD_OUT_TEXT.read_text(encoding="utf-8").splitlines()]
     tokens = pack_texts(model.tokenizer, texts, 64)[:8]
@@ -53,7 +53,7 @@ def test_what_differs_is_what_the_docstring_says() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    model = gs.load_model("bundled", backend="hooked_transformer")
+    model = shared_model("bundled", "hooked_transformer")
     tokens = _without_eos(model)
     with pytest.raises(GemmaScopeError, match="cannot evaluate a transcoder"):
         run_sae_lens_evals(model, random_sae(model.dims, "transcoder", 1), tokens)

@@ -18,14 +18,14 @@ from gemma_scope_tl.evals.clean_pass import CleanPass
 from gemma_scope_tl.evals.store import Store, key_of
 from gemma_scope_tl.evals.subjects import fingerprint
 from gemma_scope_tl.evals.suite import Evaluation, measure_suite
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_sae, random_tokens, shared_model
 
 PLACES = [("res", 2), ("att", 1), ("transcoder", 3)]
 
 
 def case() -> tuple[Any, list[Any], torch.Tensor]:
     """A random model, three of its SAEs, and ten rows."""
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     saes = [random_sae(model.dims, site, layer, seed=i) for i, (site, layer) in enumerate(PLACES)]
     return model, saes, random_tokens(model, batch=10)
 

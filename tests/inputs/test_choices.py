@@ -13,7 +13,7 @@ import gemma_scope_tl as gs
 from gemma_scope_tl.inputs import as_indices, as_saes
 from gemma_scope_tl.logit_lens import top_tokens
 from gemma_scope_tl.sae.latents import Latents
-from tests.helpers import hooked, random_gemma, random_sae
+from tests.helpers import random_sae, shared_model
 
 ONE = [
     5,
@@ -54,7 +54,7 @@ NONE += [torch.tensor([[5]]), pd.Series([5, None]), {5: 1}, ["5"], torch.tensor(
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return hooked(random_gemma("narrow-heads"), "bridge")
+    return shared_model("narrow-heads", "bridge")
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ from gemma_scope_tl.errors import SpliceError, UnknownNameError
 from gemma_scope_tl.interventions import ablate, clamp, scale, steer
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import BACKENDS
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 
 LATENTS = [9, 2, 40]
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma(), request.param)
+    return shared_model("grouped", request.param)
 
 
 def at_hook(model: Any, tokens: torch.Tensor, name: str, hooks: list[Any]) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_steering_adds_the_decoder_row(model: Any, site: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("edit", ["steer", "clamp"])
 def test_logits_equal_those_of_a_hook_on_hugging_face(backend: str, edit: str) -> None:
-    plain, ours = random_gemma(), hooked(random_gemma(), backend)
+    plain, ours = random_gemma(), shared_model("grouped", backend)
     sae, tokens = random_sae(ours.dims, "res", 1), random_tokens(ours)
 
     def on_layer(module: Any, args: Any, output: Any) -> Any:

@@ -15,7 +15,7 @@ from gemma_scope_tl.interventions import ablate, clamp, scale, steer
 from gemma_scope_tl.sites import BACKENDS
 from gemma_scope_tl.splicing import splice
 from gemma_scope_tl.tokens import excluded_ids
-from tests.helpers import hooked, random_gemma, random_sae
+from tests.helpers import random_gemma, random_sae, shared_model
 
 NAME = "blocks.1.hook_resid_post"
 EDITS = {
@@ -37,7 +37,7 @@ TOKENS = torch.tensor([[2, 7, 8, 9, 1, 20, 7]])
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma(), request.param)
+    return shared_model("grouped", request.param)
 
 
 def left_alone(model: Any, how: str, exclude: Any) -> list[int]:

@@ -10,12 +10,12 @@ import torch
 from gemma_scope_tl.errors import SpliceError, UnknownNameError
 from gemma_scope_tl.sites import BACKENDS
 from gemma_scope_tl.splicing import splice
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_gemma, random_sae, random_tokens, shared_model
 
 
 @pytest.fixture(params=BACKENDS)
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma(), request.param)
+    return shared_model("grouped", request.param)
 
 
 def _fingerprint(model: Any) -> dict[str, tuple[int, str, int]]:
@@ -194,7 +194,7 @@ def test_splice_wants_a_model_of_ours() -> None:
 
 
 def test_logits_carry_no_graph_from_the_saes() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     assert not model.run_with_saes(random_tokens(model), saes=[random_sae(model.dims, "res", 1)]).requires_grad
@@ -202,7 +202,7 @@ def test_logits_carry_no_graph_from_the_saes() -> None:
 
 def test_a_model_without_numbers_takes_none_away() -> None:
     """On the meta device an SAE would lose its weights."""
-    model = hooked(random_gemma("narrow-heads"), "bridge")
+    model = shared_model("narrow-heads", "bridge")
     sae = random_sae(model.dims, "res", 1, d_sae=64)
     model.to("meta")  # as where the weights of layers are kept elsewhere between passes
     with pytest.raises(SpliceError, match="would lose"), model.saes(sae, exclude_special_tokens=False):

@@ -11,7 +11,7 @@ from gemma_scope_tl.adapters.check import relative_difference
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import BACKENDS, flatten_heads
 from gemma_scope_tl.splicing import splice
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_sae, random_tokens, shared_model
 from tests.parity.test_splice import by_hand
 
 PLACES = [("res", 1), ("mlp", 1), ("att", 1), ("embedding", None), ("transcoder", 1)]
@@ -20,7 +20,7 @@ ROUNDING = 1e-5  # float32
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma(), request.param)
+    return shared_model("grouped", request.param)
 
 
 def _padded(rows: list[torch.Tensor]) -> torch.Tensor:

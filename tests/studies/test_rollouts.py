@@ -10,20 +10,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gemma_scope_tl.adapters.loading import load_model
 from gemma_scope_tl.cli.studies import studies_app
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.suite import measure_suite
 from gemma_scope_tl.sae.suite import load_suite
 from gemma_scope_tl.studies import Rollouts, base_on_tuned, roll_out
 from gemma_scope_tl.studies.rollouts import _ended, _framed
+from tests.helpers import shared_model
 
 TEXTS = ["And God said, Let there be light: and there was light. " * 3, "def main():\n    return 1\n" * 9, "short"]
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return load_model("bundled")
+    return shared_model("bundled", "bridge")
 
 
 def test_answers_are_the_models_own(model: Any) -> None:
