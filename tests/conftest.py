@@ -42,6 +42,7 @@ def _shared_models_stay_as_they_were() -> Iterator[None]:
     yield
     helpers = sys.modules.get("tests.helpers")
     for number, (name, model, before) in enumerate(helpers.SHARED if helpers else []):
+        model.zero_grad()
         after = helpers.state_of(model)
         helpers.SHARED[number] = (name, model, after)
         changed = [key for key in before if before[key] != after[key]]

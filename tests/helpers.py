@@ -93,7 +93,7 @@ def state_of(model: Any) -> dict[str, Any]:
     return {
         "SAEs": list(model.acts_to_saes),
         "hooks": {n: len(p.fwd_hooks) + len(p.bwd_hooks) for n, p in model.hook_dict.items() if p.has_hooks()},
-        "weights": [(id(p), p._version, p.requires_grad, p.grad is None) for p in model.parameters()],
+        "weights": [(id(p), p._version, p.requires_grad) for p in model.parameters()],
         "training": model.training,
         "level": model.context_level,
         "generating": model.token_tracker.generating,

@@ -10,7 +10,7 @@ import torch
 from gemma_scope_tl.errors import SpliceError, UnknownNameError
 from gemma_scope_tl.sites import BACKENDS
 from gemma_scope_tl.splicing import splice
-from tests.helpers import random_gemma, random_sae, random_tokens, shared_model
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 
 
 @pytest.fixture(params=BACKENDS)
@@ -40,6 +40,7 @@ def test_detaching_restores_every_hook_point_and_the_users_hooks(model: Any) -> 
         assert torch.equal(model(tokens), logits)
     assert _fingerprint(model) == before
     assert {short: point.name for short, point in sae.hook_dict.items()} == names
+    model.reset_hooks(including_permanent=True)
 
 
 def test_a_hook_on_the_site_sees_what_flows_on(model: Any) -> None:
@@ -194,15 +195,13 @@ def test_splice_wants_a_model_of_ours() -> None:
 
 
 def test_logits_carry_no_graph_from_the_saes() -> None:
-    model = shared_model("grouped", "bridge")
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model = hooked(random_gemma(), "bridge").requires_grad_(False)
     assert not model.run_with_saes(random_tokens(model), saes=[random_sae(model.dims, "res", 1)]).requires_grad
 
 
 def test_a_model_without_numbers_takes_none_away() -> None:
     """On the meta device an SAE would lose its weights."""
-    model = shared_model("narrow-heads", "bridge")
+    model = hooked(random_gemma("narrow-heads"), "bridge")
     sae = random_sae(model.dims, "res", 1, d_sae=64)
     model.to("meta")  # as where the weights of layers are kept elsewhere between passes
     with pytest.raises(SpliceError, match="would lose"), model.saes(sae, exclude_special_tokens=False):
