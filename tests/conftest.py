@@ -22,10 +22,14 @@ SLOW_KINDS = ("tutorials", "browser", "ray", "kill", "fuzz")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything of a slow kind is slow: ``-m "not slow"`` is the fast tier."""
+    """Everything of a slow kind is slow: ``-m "not slow"`` is the fast tier.
+
+    Tutorials take longest and come first, so that no worker process is left with one when the others are done.
+    """
     for item in items:
         if any(item.get_closest_marker(kind) for kind in SLOW_KINDS):
             item.add_marker("slow")
+    items.sort(key=lambda item: item.get_closest_marker("tutorials") is None)
 
 
 @pytest.fixture(autouse=True)

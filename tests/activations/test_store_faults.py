@@ -81,6 +81,7 @@ def test_a_killed_writer_goes_on_after_the_last_whole_set(
     assert write_store(tmp_path / "cut", model, rows, PLACES, **SMALL)  # nothing is left to do
 
 
+@pytest.mark.kill
 def test_a_process_that_is_killed_leaves_a_store_that_resumes(tmp_path: Path) -> None:
     code = f"""
 import os, sys

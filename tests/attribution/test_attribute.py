@@ -168,7 +168,7 @@ def test_a_counterfactual_is_the_other_prompts_activations(backend: str) -> None
 
 def test_the_model_is_left_as_it_was() -> None:
     for backend in BACKENDS:
-        model = shared_model("grouped", backend)
+        model = hooked(random_gemma(), backend)
         tokens = random_tokens(model, length=8)
         saes = [random_sae(model.dims, site, layer) for site, layer in PLACES]
         fired: list[int] = []

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from gemma_scope_tl.cli import app
@@ -58,6 +59,7 @@ def test_train_and_again(tmp_path: Path) -> None:
     assert json.loads(_run(demo, *_sets(tmp_path), "--json")) == rows
 
 
+@pytest.mark.kill
 def test_ctrl_c_is_status_130_and_errors_are_one_line(tmp_path: Path) -> None:
     code = "from gemma_scope_tl.cli import main; main()"
     command = [sys.executable, "-c", code, "train", str(CONFIGS / "demo.yaml")]

@@ -12,7 +12,7 @@ from gemma_scope_tl.errors import AdapterMismatch
 from gemma_scope_tl.evals.clean_pass import CleanPass, clean_batches, rows_that_fit, run_to_final_norm
 from gemma_scope_tl.evals.next_token import LogitHead
 from gemma_scope_tl.sites import BACKENDS, get_site
-from tests.helpers import random_tokens, shared_model
+from tests.helpers import hooked, random_gemma, random_tokens, shared_model
 
 LAYERS = range(4)
 WRITTEN = [Place("embedding", None), *(Place(site, layer) for layer in LAYERS for site in ("res", "mlp", "att"))]
@@ -63,7 +63,7 @@ def test_nothing_stays_on_the_model(backend: str) -> None:
 
 
 def test_users_hooks_act_in_restarts_too() -> None:
-    model = shared_model("grouped", "bridge")
+    model = hooked(random_gemma(), "bridge")
     tokens = random_tokens(model)
     model.add_hook("blocks.2.hook_mlp_out", lambda value, hook: value * 1.5)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_users_hooks_act_in_restarts_too() -> None:
 
 
 def test_a_pass_that_cannot_be_repeated_is_noticed() -> None:
-    model = shared_model("grouped", "bridge")
+    model = hooked(random_gemma(), "bridge")
     calls: list[int] = []
     model.add_hook("blocks.3.hook_mlp_out", lambda value, hook: calls.append(1) or value * len(calls))
     with torch.no_grad():

@@ -135,6 +135,7 @@ def test_again_and_after_a_change(hub: LocalHub, token: str, folder: Path) -> No
     assert read_release(folder.parent / "tiny-scope.yaml").saes[0].revision == changed.revision
 
 
+@pytest.mark.kill
 def test_killed_in_the_middle_it_goes_on(hub: LocalHub, token: str, folder: Path, tmp_path: Path) -> None:
     hub.fail("*/lfs/*", Fault(methods=("PUT",), times=3))  # three arrive
     hub.fail("*/lfs/*", Fault(methods=("PUT",), times=None, stall=60.0))

@@ -10,11 +10,11 @@ import pytest
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.studies import firing, firing_frequencies
-from tests.helpers import random_sae, random_tokens, shared_model
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 
 
 def test_a_stopped_count_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = shared_model("grouped", "bridge")
+    model = hooked(random_gemma(), "bridge")
     saes = [random_sae(model.dims, "res", layer) for layer in (0, 1)]
     tokens = random_tokens(model, batch=10)
     options: dict[str, Any] = {"batch_size": 1, "progress": False, "bins": 4}
