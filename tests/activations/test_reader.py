@@ -62,6 +62,7 @@ def served(data: torch.Tensor, bucket_rows: int, seed: int, batch_size: int, num
     return data[rows[order[index * batch_size : (index + 1) * batch_size]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bucket", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [32, 96, 400])  # within the data, not a divisor, more than there is

@@ -320,6 +320,7 @@ def test_layers_and_ids_that_do_not_exist_raise(model: Any) -> None:
             call(torch.tensor([[2.0, 5.0]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("when", [0, 1, 2])
 def test_a_pass_inside_a_pass_is_never_the_generation_s_own(model: Any, when: int, cache: bool) -> None:

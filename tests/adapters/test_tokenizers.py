@@ -105,6 +105,7 @@ def state(tokenizer: Any) -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_a_given_tokenizer_is_what_counts(kind: str, backend: str) -> None:

@@ -59,6 +59,7 @@ def test_what_cannot_be_ablated_raises() -> None:
     assert ablation_effects(model, "hello", sae, METRIC, []) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("site", "layer"), [("res", 2), ("mlp", 1)])
 def test_attributions_predict_ablations_of_really_trained_latents(site: str, layer: int) -> None:
     """Over 384 pairs ``docs/attribution.json`` has Pearson 0.96; a shuffled prediction of as few as here has 0 +- 0.1.

@@ -87,6 +87,7 @@ def test_the_parts_add_up_to_x_dot_g_at_every_token(backend: str) -> None:
         assert table.attrs["metric"] == pytest.approx(METRIC(model(tokens)).item(), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("site", "layer"), PLACES)
 def test_a_latent_gets_its_activation_times_autograds_gradient_through_the_splice(
@@ -116,6 +117,7 @@ def test_a_latent_gets_its_activation_times_autograds_gradient_through_the_splic
     np.testing.assert_allclose(latents["activation"], activations, rtol=NORMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("baseline", ["latents", "bias", "zero"])
 def test_integrated_gradients_are_complete(baseline: str, backend: str) -> None:
@@ -148,6 +150,7 @@ def test_the_baseline_of_integrated_gradients_is_a_spliced_ablation_of_all_laten
         assert start == pytest.approx(ablated.item(), rel=NORMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_counterfactual_is_the_other_prompts_activations(backend: str) -> None:
     model = double_model(backend)

@@ -37,6 +37,7 @@ def double_sae(model: Any, place: tuple[str, int | None], **kwargs: Any) -> Any:
     return random_sae(model.dims, *place, **kwargs).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("up", "down"), PAIRS, ids=lambda place: f"{place[0]}{place[1]}")
 def test_edges_are_finite_differences_of_the_downstream_pre_activation(up: Any, down: Any, backend: str) -> None:

@@ -140,6 +140,7 @@ def verbs() -> Iterator[tuple[list[str], Any]]:
         yield from (([name, sub], c) for sub, c in inner.items()) if inner else [([name], command)]
 
 
+@pytest.mark.slow
 def test_wrong_arguments_are_refused_in_a_line_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "t.pdf").write_text("x")

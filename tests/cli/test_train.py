@@ -51,6 +51,7 @@ def test_plan(tmp_path: Path) -> None:
     assert "does not fit" in _run(paper, "--plan", "--memory", "16", "--device-flops", "1e15", code=1)
 
 
+@pytest.mark.slow
 def test_train_and_again(tmp_path: Path) -> None:
     demo = str(CONFIGS / "demo.yaml")
     rows = json.loads(_run(demo, *_sets(tmp_path), "--json"))

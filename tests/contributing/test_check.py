@@ -159,6 +159,7 @@ def test_links_out_of_the_folder(draft: Draft, tmp_path: Path) -> None:
     assert set(found) == {("schema", id_)} and "leads out of" in found["schema", id_]
 
 
+@pytest.mark.slow
 def test_l0_is_measured(draft: Draft) -> None:
     path = draft("gemma-scope")
     rows = read_release(path).rows

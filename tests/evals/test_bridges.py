@@ -24,6 +24,7 @@ def _without_eos(model: Any) -> torch.Tensor:
     return pack_texts(model.tokenizer, ["\n".join(texts)], 64)[:8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["hooked_transformer", "bridge"])
 def test_both_evaluations_agree(backend: str) -> None:
     model = shared_model("bundled", backend)

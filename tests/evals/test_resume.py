@@ -109,6 +109,7 @@ def test_another_sae_shares_what_is_known(tmp_path: Path) -> None:
     assert _same(both, fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "sae", "tokens", "sae dtype"])
 def test_other_contents_are_measured_anew(tmp_path: Path, what: str) -> None:
     model, saes, tokens = case(hooked(random_gemma(), "bridge"))

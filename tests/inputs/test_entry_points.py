@@ -212,6 +212,7 @@ GENERATIONS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("entry", GENERATIONS)
 def test_generation(world: World, entry: str, cache: bool, subtests: pytest.Subtests) -> None:

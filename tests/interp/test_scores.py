@@ -145,6 +145,7 @@ def _run(*args: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_verb(endpoint: Endpoint, tmp_path: Path) -> None:
     out, figure, log = tmp_path / "t.csv", tmp_path / "f.png", tmp_path / "a.jsonl"
     args = ["explain", "--site", "res", "--layer", "2", "--width", "1k", "--canonical", "--rows", "16", "--context"]

@@ -114,6 +114,7 @@ def test_logits_equal_those_of_a_hook_on_hugging_face(backend: str, edit: str) -
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)  # HookedTransformer's float32 through four layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["res", "att", "transcoder"])
 def test_editing_the_spliced_features(model: Any, site: str, subtests: pytest.Subtests) -> None:
     sae, tokens = random_sae(model.dims, site, 1), random_tokens(model)

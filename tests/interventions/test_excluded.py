@@ -54,6 +54,7 @@ def left_alone(model: Any, how: str, exclude: Any) -> list[int]:
     return (got == clean).all(-1)[0].nonzero().flatten().tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["splice", *EDITS])
 def test_ids_are_left_alone_and_nothing_else(model: Any, how: str) -> None:
     for given in IDS.values():
@@ -81,6 +82,7 @@ def test_ids_that_cannot_be_seen_raise(model: Any) -> None:
         pair[1](torch.zeros(1, 7, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["splice", *EDITS])
 def test_without_a_tokenizer_the_special_ids_must_be_given(how: str) -> None:
     model = load_model(hf_model=random_gemma())

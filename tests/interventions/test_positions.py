@@ -105,6 +105,7 @@ def _expected(model: Any, prompt: torch.Tensor, make: Any, fixed: Any, steps: in
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", GENERATED, ids=str)
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 def test_while_generating(model: Any, positions: Any, use_cache: bool) -> None:
@@ -168,6 +169,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", EDITS)
 def test_every_edit_generates_the_same_with_a_cache_and_without(model: Any, edit: str) -> None:
     sae, prompt = random_sae(model.dims, "res", 2), random_tokens(model, batch=1, length=5)

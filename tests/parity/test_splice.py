@@ -141,6 +141,7 @@ def _zero(latent: int) -> Any:
     return hook_fn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("site", "layer"), PLACES)
 def test_float32_sae_in_a_bfloat16_model(site: str, layer: int | None, backend: str) -> None:
@@ -158,6 +159,7 @@ def test_float32_sae_in_a_bfloat16_model(site: str, layer: int | None, backend: 
     assert relative_difference(with_error, clean) < 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("site", "layer"), PLACES)
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
@@ -178,6 +180,7 @@ def test_generation(site: str, layer: int | None, use_cache: bool, backend: str)
     assert got.tolist() == wanted.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_bundled_suite_on_the_bundled_model(backend: str) -> None:
     hf = random_gemma("bundled")

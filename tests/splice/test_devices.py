@@ -58,6 +58,7 @@ def some_latents(sae: Any) -> Latents:
     return Latents(tuple(chosen), sae.W_dec[chosen], sae.b_enc[chosen], sae.threshold[chosen], **arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("site", "layer"), KINDS)
 @torch.no_grad()
 def test_a_spliced_sae_moves_once_and_in_place(models: Any, there: torch.device, site: str, layer: int | None) -> None:
@@ -117,6 +118,7 @@ EDITS: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", EDITS)
 @torch.no_grad()
 def test_interventions(models: Any, there: torch.device, edit: str) -> None:
@@ -180,6 +182,7 @@ def test_evaluation_and_pages(models: Any, there: torch.device) -> None:
         assert page is not None
 
 
+@pytest.mark.slow
 def test_no_second_copy_stays_behind(models: Any, there: torch.device) -> None:
     here, moved = models
     sae = random_sae(here.dims, "res", 1, d_sae=77)

@@ -137,6 +137,7 @@ def test_unedited_passes_are_the_models_own(model: Any, site: str, layer: int | 
     assert relative_difference(spliced, logits) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_unedited_passes_of_a_bfloat16_model(backend: str, subtests: pytest.Subtests) -> None:
     model = hooked(random_gemma(dtype=torch.bfloat16), backend)
@@ -160,6 +161,7 @@ def test_unedited_passes_of_a_bfloat16_model(backend: str, subtests: pytest.Subt
 EDITS: list[Callable[..., Any]] = [_in_place, _through_a_view, _behind_autograd, _in_numpy]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [*POINTS, "hook_sae_error", "hook_sae_output"])
 @pytest.mark.parametrize("error_term", [True, False], ids=["error", "no-error"])
 def test_writes_count_like_returned_tensors(

@@ -308,6 +308,7 @@ def _stock(kind: str, site: str, dims: Any) -> Any:
     return sae
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["standard", "jumprelu", "topk"])
 @pytest.mark.parametrize("site", ["res", "att"])
 def test_stock_saes(model: Any, kind: str, site: str) -> None:

@@ -168,6 +168,7 @@ def test_generation(model: Any, site: str, subtests: pytest.Subtests) -> None:
                 assert len(seen) == 2 * steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("positions", [None, [2, -1, 8], slice(3, None, 2)], ids=str)
 def test_a_padded_batch_is_each_row_alone(model: Any, positions: Any, use_cache: bool) -> None:
