@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each processor: more threads would wait for each other
-    os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker runs on each processor, so more threads would only compete
+    os.environ["OMP_NUM_THREADS"] = "1"  # child processes read this
     torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_threads() -> Iterator[None]:
-    """Sums have other last bits with other numbers of threads."""
+    """The last bits of sums depend on the number of threads."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -42,7 +42,7 @@ def _same_threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _shared_models_stay_as_they_were() -> Iterator[None]:
-    """After each file, so that the one that changed a shared model is named."""
+    """Checked after each file, so that the error names the file that changed a shared model."""
     yield
     helpers = sys.modules.get("tests.helpers")
     for number, (name, model, before) in enumerate(helpers.SHARED if helpers else []):

@@ -76,20 +76,22 @@ def hooked(hf_model: Gemma2ForCausalLM, backend: str, **kwargs: Any) -> Any:
 
 @functools.cache
 def shared_model(config: str, backend: str) -> Any:
-    """A hooked model that is made once in a process: ``random_gemma(config)``, or the bundled one with its tokenizer.
+    """A hooked model that is made once in a process: ``random_gemma(config)``, or the bundled model for ``"bundled"``.
 
-    A test that changes its model for good makes one of its own; ``conftest.py`` holds the others to it.
+    Tests must leave it as it was, which ``conftest.py`` checks after each file. A test that adds hooks which it does
+    not remove, or changes weights, makes its own model with :func:`hooked`.
     """
     made = load_model("bundled", backend=backend) if config == "bundled" else hooked(random_gemma(config), backend)
     SHARED.append((f"{config} on {backend}", made, state_of(made)))
     return made
 
 
-SHARED: list[tuple[str, Any, Any]] = []
+SHARED: list[tuple[str, Any, dict[str, Any]]] = []
+"""The models that :func:`shared_model` has made: name, model, and its state when it was last checked."""
 
 
 def state_of(model: Any) -> dict[str, Any]:
-    """What a test may leave behind in a model, by what it is."""
+    """The parts of a model's state that a test could change and forget to restore."""
     return {
         "SAEs": list(model.acts_to_saes),
         "hooks": {n: len(p.fwd_hooks) + len(p.bwd_hooks) for n, p in model.hook_dict.items() if p.has_hooks()},
