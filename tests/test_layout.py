@@ -33,6 +33,9 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 OF_TORCH = {*dir(torch.Tensor), *dir(torch.nn.Module())}  # private names of torch's that the package reads
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 
+PYTEST = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+MARKERS = {line.split(":")[0] for line in PYTEST["markers"]}
+
 
 def _room(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
@@ -170,9 +173,7 @@ def test_private_names_stay_in_their_room() -> None:
 
 def _slow_marks(nodes: list[ast.expr]) -> bool:
     """Whether one of the project's markers, all of which are of slow tests, is among decorators."""
-    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
-    markers = [line.split(":")[0] for line in options["markers"]]
-    return any(f"attr='{marker}'" in ast.dump(node) for node in nodes for marker in markers)
+    return any(isinstance(inner, ast.Attribute) and inner.attr in MARKERS for node in nodes for inner in ast.walk(node))
 
 
 def _has_a_fast_test(tree: ast.Module) -> bool:
@@ -249,6 +250,7 @@ def test_importing_is_light(statement: str, absent: list[str]) -> None:
     assert out.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_no_module_hides_a_public_function() -> None:
     """``import gemma_scope_tl.x`` sets the attribute ``x`` of the package, whatever the package wants it to be."""
     code = """

@@ -48,6 +48,7 @@ class _Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [0, 1, 3, 4])
 def test_a_killed_writer_goes_on_after_the_last_whole_set(
     tmp_path: Path, model: Any, rows: TokenRows, passes: int
@@ -175,6 +176,7 @@ def test_a_resumed_store_needs_only_the_rest(tmp_path: Path) -> None:
     verify_store(tmp_path, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["tokens", "weights", "places", "dtype", "batch_rows"])
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_run_is_refused(tmp_path: Path, model: Any, rows: TokenRows, change: str, finished: bool) -> None:

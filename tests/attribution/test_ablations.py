@@ -22,6 +22,7 @@ METRIC = logit_difference(40, 50)
 NAMES = {"res": "blocks.1.hook_resid_post", "att": "blocks.1.attn.hook_z", "mlp": "blocks.1.hook_mlp_out"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("site", ["res", "att", "mlp"])
 def test_effects_are_those_of_taking_the_decoder_row_away_by_hand(site: str, backend: str) -> None:

@@ -169,6 +169,7 @@ def test_a_counterfactual_is_the_other_prompts_activations(backend: str) -> None
     assert patched["attribution"].sum() == pytest.approx(((x - y) * g).sum().item(), rel=1e-8)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was() -> None:
     for backend in BACKENDS:
         model = hooked(random_gemma(), backend)

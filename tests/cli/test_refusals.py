@@ -227,6 +227,7 @@ def test_debugging_shows_where(how: str, monkeypatch: pytest.MonkeyPatch, capsys
     assert "Traceback" in err and err.strip().splitlines()[-1].startswith("error: Unknown release 'foo'")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_and_a_disk_that_is_full() -> None:
     command = [sys.executable, "-m", "gemma_scope_tl.cli", "list"]
     reader, writer = os.pipe()

@@ -46,6 +46,7 @@ def test_show() -> None:
     assert transcoder["hook_bridge_out"] == "blocks.0.ln2_post.hook_out"
 
 
+@pytest.mark.slow
 def test_features_of_the_bundled_suite() -> None:
     rows = _json("features", "And God said", "--layer", "1", "--site", "mlp", "--top", "2")
     assert rows

@@ -72,6 +72,7 @@ def test_methods_for_saes_without_any(sides: tuple[Side, Side]) -> None:
     check(lambda s: s.model.run_with_hooks_with_saes(s.tokens, fwd_hooks=[(resid(s, 1), halve)]), sides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @torch.no_grad()
 def test_filters_and_forms_of_caches(sides: tuple[Side, Side], place: str) -> None:

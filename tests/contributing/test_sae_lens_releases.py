@@ -79,6 +79,7 @@ def test_what_stock_sae_lens_loads(site: str, dtype: str) -> None:
     assert stock.cfg.reshape_activations == ("hook_z" if site == "att" else "none")
 
 
+@pytest.mark.slow
 def test_the_rest_of_sae_lens_knows_them() -> None:
     gs.register_with_sae_lens()
     id_ = "layer_1/width_1k/canonical"

@@ -152,6 +152,7 @@ def test_damaged_files_and_hooked_models_are_refused(tmp_path: Path) -> None:
         measure_suite(model, saes[0], tokens, cache=tmp_path / "other", progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["c" * 300, "file/below", "closed"])
 def test_a_cache_that_is_no_use_costs_a_warning(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")

@@ -59,6 +59,7 @@ NEW = {  # the activations that each edit gives to the latents, from those they 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["res", "mlp", "att", "embedding"])
 def test_each_edit_follows_its_equation(model: Any, site: str, subtests: pytest.Subtests) -> None:
     sae, tokens = random_sae(model.dims, site, layer_of(site)), random_tokens(model)

@@ -219,6 +219,7 @@ def test_broken_mirrors_are_refused(hub: LocalHub, token: str, folder: Path) -> 
     assert not hub.log
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize(
     ("step", "fault", "text"),

@@ -141,6 +141,7 @@ def same(got: pd.DataFrame, wanted: pd.DataFrame, there: torch.device) -> None:
     pd.testing.assert_frame_equal(got, wanted, rtol=1e-3 if there.type == "cuda" else 0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_tables(models: Any, there: torch.device) -> None:
     here, moved = models
     for source in (random_sae(here.dims, "res", 1, d_sae=64), random_sae(here.dims, "transcoder", 0, d_sae=64)):
@@ -167,6 +168,7 @@ def test_attributions(models: Any, there: torch.device) -> None:
     assert all(on(sae) == {there} for sae in saes)
 
 
+@pytest.mark.slow
 def test_evaluation_and_pages(models: Any, there: torch.device) -> None:
     here, moved = models
     tokens = random_tokens(here, batch=2, length=12)

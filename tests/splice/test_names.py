@@ -43,6 +43,7 @@ def test_caches_by_either_name(model: Any, site: str, spliced: bool) -> None:
             assert set(names) <= set(model.run_with_cache_with_saes(tokens, saes=saes)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spliced", [True, False])
 @pytest.mark.parametrize("site", HERE)
 def test_hooks_by_either_name_act_once(model: Any, site: str, spliced: bool) -> None:

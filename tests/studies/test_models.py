@@ -21,6 +21,7 @@ from gemma_scope_tl.studies.transfer import norm_ratios
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 
 
+@pytest.mark.slow
 def test_bfloat16_against_float32_on_the_bundled_model() -> None:
     loaded: list[str] = []
 
@@ -116,6 +117,7 @@ def test_base_saes_on_a_model_with_twice_the_residual_stream() -> None:
     )
 
 
+@pytest.mark.slow
 def test_suites_are_rescaled_one_by_one() -> None:
     base = shared_model("bundled", "bridge")
     hf = random_gemma("bundled")

@@ -147,6 +147,7 @@ def test_spans_by_hand(model: Any) -> None:
     assert data.tokens[1, -1] == model.tokenizer.pad_token_id
 
 
+@pytest.mark.slow
 def test_a_planted_concept_is_found(model: Any) -> None:
     """Digits mark the label; latents of an SAE on the embedding find it, documents never straddle the split."""
     draws = np.random.default_rng(0)

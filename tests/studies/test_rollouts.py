@@ -87,6 +87,7 @@ def test_prompts_and_answers_are_measured_apart(model: Any) -> None:
             assert row["l0"] == pytest.approx(wanted, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_transfer_with_rollouts_as_a_command() -> None:
     args = ["transfer", "layer_1/*", "--site", "res", "--canonical", "--tuned", "bundled", "--rows", "2"]
     more = ["--context", "32", "--rollouts", "12", "--prompt-tokens", "8", "--rescale", "--json"]
