@@ -72,6 +72,7 @@ def sums(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): file_sha256(p) for p in files}
 
 
+@pytest.mark.slow
 def test_from_export_to_loading(hub: LocalHub, token: str, folder: Path, suite: list[Any]) -> None:
     done = upload(folder)
     repo, here = repo_of(hub), sums(folder)
