@@ -6,9 +6,9 @@ import functools
 from typing import Any
 
 import torch
+from gemma_scope_tl.model.loading import load_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from gemma_scope_tl.adapters.loading import load_model
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import ModelDims, get_site

@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from gemma_scope_tl.latents.table import features
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.feature_table import features
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import BACKENDS, get_site
 from tests.helpers import random_sae, shared_model

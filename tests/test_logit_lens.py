@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gemma_scope_tl.latents.logit_lens import top_tokens
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.interventions import steer
-from gemma_scope_tl.logit_lens import top_tokens
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import random_gemma, random_sae, random_tokens, shared_model

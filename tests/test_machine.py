@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.text.pack import pack_tokens
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.activations.sequences import pack_tokens
-from gemma_scope_tl.cli.choice import write_table
+from gemma_scope_tl.cli.options import write_table
 from gemma_scope_tl.errors import GemmaScopeError, WriteError
 from gemma_scope_tl.interp.client import AnswerLog
 from gemma_scope_tl.viz.figures import new_figure, save_figure

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from gemma_scope_tl.activations.buckets import Bucket, bucket_order
-from gemma_scope_tl.activations.source import Place
-from gemma_scope_tl.activations.squares import MeanSquares
+from gemma_scope_tl.activations.source import MeanSquares
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sites import Place
 
 A, B = Place("res", 0), Place("att", 1)
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.plain import Reference, run_reference
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.activations.harvest import Harvester
-from gemma_scope_tl.activations.source import Place
-from gemma_scope_tl.adapters.reference import Reference, run_reference
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError
-from gemma_scope_tl.sites import BACKENDS, get_site
+from gemma_scope_tl.sites import BACKENDS, Place, get_site
 from tests.helpers import random_gemma, random_sae, shared_model
 
 PLACES = [Place("embedding", None), *(Place(s, i) for i in range(4) for s in ("res", "mlp", "att", "transcoder"))]

@@ -10,17 +10,17 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from gemma_scope_tl.text.token_rows import TokenRows
 
 from gemma_scope_tl.activations import folder as folder_module
 from gemma_scope_tl.activations import reader
 from gemma_scope_tl.activations.folder import open_folder
 from gemma_scope_tl.activations.manifest import Contents
 from gemma_scope_tl.activations.reader import StoreSource
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.activations.store import write_passes, write_store
 from gemma_scope_tl.activations.streaming import StreamSource
-from gemma_scope_tl.activations.token_rows import TokenRows
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
+from gemma_scope_tl.sites import Place
 from tests.helpers import random_tokens, shared_model
 
 RES, MLP = Place("res", 3), Place("mlp", 0)

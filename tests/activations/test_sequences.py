@@ -10,14 +10,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from gemma_scope_tl.text import pack as packer
+from gemma_scope_tl.text.documents import open_documents
+from gemma_scope_tl.text.pack import TokenRows, pack_tokens
+from gemma_scope_tl.text.rows import pack_texts
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from gemma_scope_tl.activations import packer
-from gemma_scope_tl.activations.documents import open_documents
-from gemma_scope_tl.activations.sequences import TokenRows, pack_tokens
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
-from gemma_scope_tl.evals.packing import pack_texts
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from tests.helpers import CharTokenizerFactory
 

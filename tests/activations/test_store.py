@@ -12,18 +12,18 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from gemma_scope_tl.text.token_rows import TokenRows
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gemma_scope_tl.activations import direct_file
 from gemma_scope_tl.activations.folder import open_folder
 from gemma_scope_tl.activations.manifest import cut
-from gemma_scope_tl.activations.room import store_bytes
-from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.activations.shards import store_bytes
 from gemma_scope_tl.activations.store import write_store
 from gemma_scope_tl.activations.stored import describe_store, open_store, verify_store
-from gemma_scope_tl.activations.token_rows import TokenRows
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sites import Place
 from tests.helpers import hooked, random_gemma, random_tokens, shared_model
 
 PLACES = [Place("res", 0), Place("att", 2), Place("transcoder", 1), Place("embedding", None)]

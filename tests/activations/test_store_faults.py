@@ -16,17 +16,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from gemma_scope_tl.text.token_rows import TokenRows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemma_scope_tl.activations import direct_file
 from gemma_scope_tl.activations.folder import LocalFolder, RemoteFolder
 from gemma_scope_tl.activations.reader import StoreSource
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.activations.store import write_store
 from gemma_scope_tl.activations.stored import describe_store, open_store, verify_store
-from gemma_scope_tl.activations.token_rows import TokenRows
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sites import Place
 from tests.activations.test_reader import MLP, RES, write_random
 from tests.activations.test_store import PLACES, SMALL, files_of
 from tests.helpers import hooked, random_gemma, random_tokens, shared_model

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.plain import run_reference
+from gemma_scope_tl.text.token_rows import TokenRows
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.activations.buckets import bucket_order
-from gemma_scope_tl.activations.source import Place, Source
+from gemma_scope_tl.activations.source import Source
 from gemma_scope_tl.activations.streaming import StreamSource
-from gemma_scope_tl.activations.token_rows import TokenRows
-from gemma_scope_tl.adapters.reference import run_reference
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.sites import Place
 from tests.helpers import random_gemma
 
 PLACES = [Place("res", 1), Place("transcoder", 0)]

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.bridge import build_bridge
+from gemma_scope_tl.model.check import differences, self_check
+from gemma_scope_tl.model.hooked_transformer import build_hooked_transformer
+from gemma_scope_tl.model.loading import load_model
+from gemma_scope_tl.model.plain import run_plain
+from gemma_scope_tl.model.repairs import repair
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from gemma_scope_tl.adapters.bridge import build_bridge
-from gemma_scope_tl.adapters.check import differences, self_check
-from gemma_scope_tl.adapters.hooked_transformer import build_hooked_transformer
-from gemma_scope_tl.adapters.loading import load_model
-from gemma_scope_tl.adapters.plain import run_plain
-from gemma_scope_tl.adapters.repairs import repair
 from gemma_scope_tl.errors import AdapterMismatch
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import DEFAULT, random_gemma

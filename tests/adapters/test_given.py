@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model import loading
+from gemma_scope_tl.model.loading import load_model
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2ForSequenceClassification, Gemma2Model, GenerationConfig
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.adapters import loading
-from gemma_scope_tl.adapters.loading import load_model
 from gemma_scope_tl.errors import AdapterError, DeviceError, UnknownNameError
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sites import BACKENDS

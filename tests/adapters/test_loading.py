@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.check import relative_difference
+from gemma_scope_tl.model.loading import load_model
 
-from gemma_scope_tl.adapters.check import relative_difference
-from gemma_scope_tl.adapters.loading import load_model
 from gemma_scope_tl.errors import AdapterError, UnknownNameError
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sites import BACKENDS

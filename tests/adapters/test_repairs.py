@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.bridge import GemmaBridge, build_bridge
+from gemma_scope_tl.model.loading import load_model
+from gemma_scope_tl.model.repairs import attention_fills_cache, repair
 
-from gemma_scope_tl.adapters.bridge import GemmaBridge, build_bridge
-from gemma_scope_tl.adapters.loading import load_model
-from gemma_scope_tl.adapters.repairs import attention_fills_cache, repair
 from gemma_scope_tl.errors import AdapterMismatch
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import random_gemma, random_tokens

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.loading import load_model
+from gemma_scope_tl.model.tokenizer import adds_special_tokens, prepared
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from gemma_scope_tl.adapters.loading import load_model
-from gemma_scope_tl.adapters.tokenizer import adds_special_tokens, prepared
 from gemma_scope_tl.errors import AdapterError
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import random_gemma

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gemma_scope_tl.model.loading import load_model
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.adapters.loading import load_model
-from gemma_scope_tl.attributions.ablations import ablation_effects
+from gemma_scope_tl.attributions.gradients import ablation_effects
 from gemma_scope_tl.attributions.targets import logit_difference
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.sites import BACKENDS

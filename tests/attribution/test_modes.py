@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.attributions.ablations import ablation_effects
+from gemma_scope_tl.attributions.gradients import ablation_effects
 from gemma_scope_tl.attributions.graph import latent_edges
 from gemma_scope_tl.attributions.targets import logit_difference, token_loss
 from gemma_scope_tl.evals.suite import measure_suite

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gemma_scope_tl.model import loading
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from gemma_scope_tl.adapters import loading
 from gemma_scope_tl.cli import app
 from tests.cli.test_refusals import verbs
 

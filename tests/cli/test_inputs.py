@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import typer
+from gemma_scope_tl.model import loading
+from gemma_scope_tl.text.documents import read_texts
 from typer.testing import CliRunner
 
-from gemma_scope_tl.adapters import loading
 from gemma_scope_tl.cli import app
 from gemma_scope_tl.cli.failures import run
 from gemma_scope_tl.cli.output import results_apart, say, say_json
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.evals.texts import read_texts
 from tests.cli.test_help import _once
 
 SMALL = ("--layer", "2", "--site", "res", "--width", "1k", "--canonical", "--rows", "1", "--context", "12")

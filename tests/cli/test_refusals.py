@@ -14,11 +14,12 @@ from typing import Any, get_args
 
 import pytest
 import typer
+from gemma_scope_tl.model.loading import BUNDLED, MODELS
 from typer.main import get_command
 
-from gemma_scope_tl.adapters.loading import BUNDLED, MODELS
 from gemma_scope_tl.attributions.gradients import METHODS
-from gemma_scope_tl.cli import app, checks, failures, tables
+from gemma_scope_tl.cli import app, checks, failures
+from gemma_scope_tl.cli import output as tables
 from gemma_scope_tl.cli.command import Verb
 from gemma_scope_tl.cli.failures import run
 from gemma_scope_tl.dtypes import DTYPES, parse_dtype

@@ -10,12 +10,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from gemma_scope_tl.model import loading
 from rich.cells import cell_len
 from rich.console import Console
 from typer.testing import CliRunner
 
-from gemma_scope_tl.adapters import loading
-from gemma_scope_tl.cli import app, interp, publish, tables
+from gemma_scope_tl.cli import app, interp, publish
+from gemma_scope_tl.cli import output as tables
 from gemma_scope_tl.release.upload import Upload, UploadFile
 from tests.cli.test_help import _once
 

@@ -11,12 +11,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from gemma_scope_tl.model.attached import locate
+from gemma_scope_tl.model.check import relative_difference
 from sae_lens import HookedSAETransformer
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE as StockJumpReLU
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.adapters.check import relative_difference
-from gemma_scope_tl.attached import locate
 from gemma_scope_tl.files import file_sha256
 from gemma_scope_tl.sae import sparse_ops as ops
 from gemma_scope_tl.sae.hooked_pass import hooked_pass

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import sae_lens
 import torch
+from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes import jumprelu_sae, transcoder
@@ -23,7 +24,6 @@ from sae_lens.saes.sae import SAEMetadata
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, WeightsError
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
-from gemma_scope_tl.sae.training import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from gemma_scope_tl.sae.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
 
 D_IN, D_SAE = 24, 64

@@ -300,10 +300,9 @@ def test_hooks_of_the_user_stay_here(sides: tuple[Side, Side]) -> None:
 
 def test_units_after_folding_a_scale() -> None:
     """SAELens leaves the units of latents, the training class those of matrices; the reconstruction is one."""
+    from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE as Stock
     from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
-
-    from gemma_scope_tl.sae.training import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 
     torch.manual_seed(0)
     trained = GemmaScopeTrainingSAE(GemmaScopeTrainingSAEConfig(d_in=8, d_sae=32, apply_b_dec_to_input=False))

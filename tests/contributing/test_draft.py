@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gemma_scope_tl.contributing.folder_metadata import ARCHITECTURES, parse_setting
 from typer.testing import CliRunner
 
 from gemma_scope_tl.cli.registry import registry_app
 from gemma_scope_tl.contributing.draft import Options, draft_release, mark_canonical, write_draft
-from gemma_scope_tl.contributing.facts import ARCHITECTURES, parse_setting
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError
 from gemma_scope_tl.registry import read_release
 from gemma_scope_tl.sae.loading import _CLASSES  # pyright: ignore[reportPrivateUsage]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import sae_lens
 import torch
+from gemma_scope_tl.interop.releases import LOADER_NAME
 from sae_lens.evals import all_loadable_saes
 from sae_lens.loading.pretrained_sae_loaders import (
     NAMED_PRETRAINED_SAE_CONFIG_GETTERS,
@@ -20,7 +21,6 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.registry import locate
-from gemma_scope_tl.sae.sae_lens_releases import LOADER_NAME
 
 
 @pytest.fixture(autouse=True)

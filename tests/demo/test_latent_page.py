@@ -16,8 +16,7 @@ import gemma_scope_tl as gs
 from gemma_scope_tl.demo.world import World
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.viz.latent_facts import Example, LatentFacts, PageText, latent_facts, similar_latents
-from gemma_scope_tl.viz.latent_html import document, latent_html, token_spans
-from gemma_scope_tl.viz.latent_page import FeaturePage
+from gemma_scope_tl.viz.latent_page import FeaturePage, document, latent_html, token_spans
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><b>", "'&amp;<!--", "a\nb\t\r"]
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.demo import logic, suite_grid, views
+from gemma_scope_tl.demo import logic, views
+from gemma_scope_tl.demo import views as suite_grid
 from gemma_scope_tl.demo.limits import Limits
 from gemma_scope_tl.demo.world import World, load_world
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from gemma_scope_tl.training.parallel import process_mesh
+from gemma_scope_tl.training.shard import process_mesh
 
 
 def main() -> None:

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from gemma_scope_tl.activations.source import Place
-from gemma_scope_tl.training.parallel import MeshShard, agreed, process_mesh
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.place import PlaceTrainer
 from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2
-from gemma_scope_tl.training.shard import Shard
+from gemma_scope_tl.training.shard import MeshShard, Shard, agreed, process_mesh
 from gemma_scope_tl.training.spec import SAESpec
 
 D_IN, D_OUT, BATCH, STEPS = 24, 20, 64, 12

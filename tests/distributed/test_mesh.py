@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.training.parallel import MeshShard, process_mesh
-from gemma_scope_tl.training.shard import WHOLE
+from gemma_scope_tl.training.shard import WHOLE, MeshShard, process_mesh
 from tests.distributed.mesh_worker import run, specs, whole
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from gemma_scope_tl.training.checkpoint import write_run
 from gemma_scope_tl.training.config import load_config
-from gemma_scope_tl.training.records import write_run
 from tests.training.planted import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]

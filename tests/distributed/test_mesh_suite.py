@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gemma_scope_tl.training.ray.jobs import train_on_ray
 
 from gemma_scope_tl.training.config import TrainingStateError, load_config
-from gemma_scope_tl.training.jobs import train_on_ray
 from gemma_scope_tl.training.suite import train_suite
 from tests.training.kill import PAUSE, hashes
 from tests.training.planted import PlantedSource, tiny_config

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gemma_scope_tl.training.ray.cluster import Job, JobStatus, Report, run_jobs
+from gemma_scope_tl.training.ray.job_table import job_table, shown_jobs
 from rich.console import Console
 
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
-from gemma_scope_tl.training.cluster import Job, JobStatus, Report, run_jobs
-from gemma_scope_tl.training.job_table import job_table, shown_jobs
 from tests.distributed.ray_nodes import WORKER, two_nodes
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'gemma-scope-tl[ray]'")

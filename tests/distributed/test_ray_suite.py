@@ -11,15 +11,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from gemma_scope_tl.model.sizes import sizes_of
+from gemma_scope_tl.training.ray.cluster import JobStatus
+from gemma_scope_tl.training.ray.jobs import JobsFailed, jobs_of, train_on_ray
+from gemma_scope_tl.training.source_factory import load_data
 
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.activations.store import write_store
-from gemma_scope_tl.training.cluster import JobStatus
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.config import TrainingStateError, load_config
 from gemma_scope_tl.training.grid import groups_of
-from gemma_scope_tl.training.jobs import JobsFailed, jobs_of, train_on_ray
-from gemma_scope_tl.training.model_sizes import sizes_of
-from gemma_scope_tl.training.sources import load_data
 from gemma_scope_tl.training.suite import train_suite
 from tests.distributed.ray_nodes import WORKER, two_nodes
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.sizes import ModelSizes
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from gemma_scope_tl.sites import ModelDims
-from gemma_scope_tl.training.model_sizes import ModelSizes
 from scripts import plan_cluster
 from scripts.plan_measured import measured
 from scripts.plan_tables import with_tables

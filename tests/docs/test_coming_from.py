@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.check import relative_difference
 from sae_lens import HookedSAETransformer
 from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from transformers import Gemma2ForCausalLM
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.adapters.check import relative_difference
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sites import BACKENDS, flatten_heads, get_site
 from tests.docs.blocks import ROOT, Block, blocks_of

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.interop.releases import LOADER_NAME
 from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_CONFIG_GETTERS, NAMED_PRETRAINED_SAE_LOADERS
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from typer.testing import CliRunner
@@ -17,7 +18,6 @@ from typer.testing import CliRunner
 import gemma_scope_tl as gs
 from gemma_scope_tl.cli import app
 from gemma_scope_tl.registry import locate
-from gemma_scope_tl.sae.sae_lens_releases import LOADER_NAME
 from tests.hub.conftest import hub, token  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from tests.hub.server import LocalHub
 
@@ -66,7 +66,8 @@ def test_every_block_runs(hub: LocalHub, token: str, place: Path) -> None:  # no
 
 
 def test_messages_in_the_table_are_those_of_the_code() -> None:
-    from gemma_scope_tl.release import items, upload_errors
+    from gemma_scope_tl.release import release_saes as items
+    from gemma_scope_tl.weights import hub_errors as upload_errors
 
     sources = "".join(Path(str(module.__file__)).read_text() for module in (items, upload_errors))
     for words in ("there is no token", "may not write there", "it does not exist", "has changed since", "has an L0 of"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import FVU, LatentCounts, Mean, TokenMean, VectorMean
-from gemma_scope_tl.evals.intervals import Bootstrap
+from gemma_scope_tl.evals.metrics import Bootstrap
 from gemma_scope_tl.sae.sparse import SparseActs
 
 

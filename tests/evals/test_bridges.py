@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gemma_scope_tl.interop.run_evals import FixedTokens, run_sae_lens_evals
+from gemma_scope_tl.text.rows import pack_texts
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.evals.bridges import FixedTokens, run_sae_lens_evals
-from gemma_scope_tl.evals.packing import pack_texts
 from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 from tests.helpers import random_sae, shared_model
 

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import AdapterMismatch
 from gemma_scope_tl.evals.clean_pass import CleanPass, clean_batches, rows_that_fit, run_to_final_norm
 from gemma_scope_tl.evals.next_token import LogitHead
-from gemma_scope_tl.sites import BACKENDS, get_site
+from gemma_scope_tl.sites import BACKENDS, Place, get_site
 from tests.helpers import hooked, random_gemma, random_tokens, shared_model
 
 LAYERS = range(4)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import typer
+from gemma_scope_tl.text.documents import read_texts
 from typer.testing import CliRunner
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.cli.evals import eval_command
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.evals.texts import read_texts
 
 
 def _run(*args: str) -> str:

@@ -11,12 +11,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from gemma_scope_tl.evals.saes import fingerprint
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals import run as run_module
 from gemma_scope_tl.evals.clean_pass import CleanPass
 from gemma_scope_tl.evals.store import Store, key_of
-from gemma_scope_tl.evals.subjects import fingerprint
 from gemma_scope_tl.evals.suite import Evaluation, measure_suite
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 

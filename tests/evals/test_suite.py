@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gemma_scope_tl.model.plain import run_reference
+from gemma_scope_tl.text.rows import pack_texts
 
-from gemma_scope_tl.adapters.reference import run_reference
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.evals.packing import pack_texts
 from gemma_scope_tl.evals.suite import evaluate, measure_suite
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import BACKENDS

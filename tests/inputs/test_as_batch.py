@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gemma_scope_tl.text.batch import TokenBatch, as_batch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.inputs import TokenBatch, as_batch
 from tests.helpers import CharTokenizerFactory, hooked, random_gemma
 from tests.inputs.ways import TEMPLATE, TEXTS, alone, conversations, ways
 

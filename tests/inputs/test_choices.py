@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gemma_scope_tl.latents.logit_lens import top_tokens
+from gemma_scope_tl.sae.choices import as_indices, as_saes
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.inputs import as_indices, as_saes
-from gemma_scope_tl.logit_lens import top_tokens
 from gemma_scope_tl.sae.latents import Latents
 from tests.helpers import random_sae, shared_model
 

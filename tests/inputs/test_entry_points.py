@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.text.batch import as_batch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.inputs import as_batch
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import CharTokenizerFactory, hooked, random_gemma, random_sae
 from tests.inputs.ways import TEMPLATE, padded

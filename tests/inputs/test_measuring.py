@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gemma_scope_tl.text.rows import as_rows, pack_texts
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.evals.packing import as_rows, pack_texts
 from gemma_scope_tl.studies import firing_frequencies
 from gemma_scope_tl.viz.latent_facts import PageText, latent_facts
 from tests.helpers import CharTokenizerFactory, hooked, random_gemma, random_sae

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.text.batch import as_batch
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
-from gemma_scope_tl.inputs import as_batch
 from tests.inputs.ways import TEMPLATE
 
 ASKED = [{"role": "user", "content": "Who made the heaven?"}]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.attributions.ablations import ablation_effects
+from gemma_scope_tl.attributions.gradients import ablation_effects
 from gemma_scope_tl.attributions.graph import circuit
 from gemma_scope_tl.attributions.targets import logit, logit_difference, token_loss
 from tests.helpers import CharTokenizerFactory, hooked, random_gemma, random_sae

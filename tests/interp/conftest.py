@@ -31,8 +31,8 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def tokens(model: Any) -> torch.Tensor:
     """Rows of held-out text, ``[24, 96]``."""
-    from gemma_scope_tl.evals.packing import pack_texts
-    from gemma_scope_tl.evals.texts import read_texts
+    from gemma_scope_tl.text.documents import read_texts
+    from gemma_scope_tl.text.rows import pack_texts
 
     return pack_texts(model.tokenizer, read_texts(), 96, 24)
 

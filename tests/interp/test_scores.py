@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gemma_scope_tl.interp.explanations import marked, numbers, parsed
 from scipy.stats import pearsonr
 from sklearn.metrics import balanced_accuracy_score
 from typer.testing import CliRunner
@@ -22,13 +23,13 @@ from gemma_scope_tl.interp import (
     Examples,
     Sampling,
     detection_scores,
-    explain,
     simulation_scores,
     top_examples,
 )
-from gemma_scope_tl.interp.explain import marked, parsed
-from gemma_scope_tl.interp.scoring import numbers
-from gemma_scope_tl.viz.interp_figure import scores_figure
+from gemma_scope_tl.interp import (
+    explanations as explain,
+)
+from gemma_scope_tl.viz.study_figures import scores_figure
 from tests.interp.llm_server import Endpoint
 
 SAMPLING = Sampling(top=4, quantiles=2, per_quantile=4, silent=8, window=16)

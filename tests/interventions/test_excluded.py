@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gemma_scope_tl.model.loading import load_model
+from gemma_scope_tl.model.splicing import splice
+from gemma_scope_tl.text.tokens import excluded_ids
 
-from gemma_scope_tl.adapters.loading import load_model
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.interventions import ablate, clamp, scale, steer
 from gemma_scope_tl.sites import BACKENDS
-from gemma_scope_tl.splicing import splice
-from gemma_scope_tl.tokens import excluded_ids
 from tests.helpers import random_gemma, random_sae, shared_model
 
 NAME = "blocks.1.hook_resid_post"

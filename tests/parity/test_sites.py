@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gemma_scope_tl.model.check import relative_difference, site_differences
+from gemma_scope_tl.model.plain import Reference, run_reference
 
-from gemma_scope_tl.adapters.check import relative_difference, site_differences
-from gemma_scope_tl.adapters.reference import Reference, run_reference
 from gemma_scope_tl.sites import BACKENDS, SITES, get_site
 from tests.helpers import CONFIGS, hooked, random_gemma, random_tokens
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.check import relative_difference
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.adapters.check import relative_difference
 from gemma_scope_tl.sites import BACKENDS, get_site
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 

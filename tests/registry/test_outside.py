@@ -15,9 +15,8 @@ import pytest
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import RegistryError, UnknownNameError, WeightsError
 from gemma_scope_tl.registry import clear_cache, locate, read_release, releases, resolve
-from gemma_scope_tl.registry.containment import inside
 from gemma_scope_tl.registry.listing import select_rows
-from gemma_scope_tl.registry.locate import EXTRA_FOLDERS_VARIABLE, files_of_entry_point, user_folder
+from gemma_scope_tl.registry.locate import EXTRA_FOLDERS_VARIABLE, files_of_entry_point, inside, user_folder
 from gemma_scope_tl.registry.schema import SAERow, parse_release
 from gemma_scope_tl.weights.fetch import bundled_root, fetch
 

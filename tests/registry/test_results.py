@@ -83,10 +83,11 @@ def test_every_column_is_documented(release: str) -> None:
 @pytest.mark.slow
 def test_a_row_is_what_the_configuration_gives() -> None:
     """One SAE, measured again from the committed configuration."""
+    from gemma_scope_tl.text.documents import read_texts
+    from gemma_scope_tl.text.rows import pack_texts
+
     import gemma_scope_tl as gs
-    from gemma_scope_tl.evals.packing import pack_texts
     from gemma_scope_tl.evals.suite import evaluate
-    from gemma_scope_tl.evals.texts import read_texts
 
     row = list_saes(model="bundled", site="res", with_metrics=True).sort_values("layer").iloc[-1]
     config = json.loads((RESULTS / f"{row['release']}.json").read_text(encoding="utf-8"))["configuration"]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gemma_scope_tl.release.release_saes import About
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.release.about import About
 from gemma_scope_tl.release.export import export_suite
 from gemma_scope_tl.sites import ModelDims
 from tests.helpers import random_sae

@@ -11,17 +11,16 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from gemma_scope_tl.release.release_saes import About, collect
 from sae_lens import SAE
 from safetensors.numpy import load_file
 
 from gemma_scope_tl.contributing.check import check_release
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
 from gemma_scope_tl.registry import read_release, releases
-from gemma_scope_tl.release.about import About
 from gemma_scope_tl.release.card import cell, code
 from gemma_scope_tl.release.circuit_tracer import write_transcoder_set
 from gemma_scope_tl.release.export import export_suite
-from gemma_scope_tl.release.items import collect
 from gemma_scope_tl.release.upload import upload_suite
 from gemma_scope_tl.sae.loading import load_folder, load_row
 from gemma_scope_tl.sae.save import save_sae

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gemma_scope_tl.interop.releases import LOADER_NAME
 from huggingface_hub import HfApi, constants
 from sae_lens import SAE
 from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_CONFIG_GETTERS, NAMED_PRETRAINED_SAE_LOADERS
@@ -27,7 +28,6 @@ from gemma_scope_tl.files import file_sha256
 from gemma_scope_tl.registry import locate, read_release
 from gemma_scope_tl.release.upload import Upload, upload_suite, write_registry
 from gemma_scope_tl.sae.loading import load_row
-from gemma_scope_tl.sae.sae_lens_releases import LOADER_NAME
 from tests.hub.conftest import TOKEN
 from tests.hub.faults import Fault
 from tests.hub.repos import Repo

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gemma_scope_tl.sae.choices import as_saes
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE as StockSAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.inputs import as_saes
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import ModelDims
 from tests.helpers import random_sae

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import sae_lens
 import torch
+from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE as StockSAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from safetensors import SafetensorError
@@ -20,7 +21,6 @@ from safetensors import SafetensorError
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, WeightsError, WriteError
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.save import save_sae
-from gemma_scope_tl.sae.training import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from gemma_scope_tl.weights.npz import inspect_npz
 
 D_IN, D_SAE = 16, 64

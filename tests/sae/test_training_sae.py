@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gemma_scope_tl.interop.training_sae import ARCHITECTURE, GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput
 from torch import Tensor
 
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, WeightsError
-from gemma_scope_tl.sae.training import ARCHITECTURE, GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from gemma_scope_tl.weights.fold import fold
 
 

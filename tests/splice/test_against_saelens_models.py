@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.check import relative_difference
 from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
@@ -13,7 +14,6 @@ from transformer_lens.factories.architecture_adapter_factory import Architecture
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
-from gemma_scope_tl.adapters.check import relative_difference
 from gemma_scope_tl.sites import BACKENDS, get_site
 from tests.helpers import random_gemma, random_tokens, shared_model
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.splicing import splice
 
 from gemma_scope_tl.errors import SpliceError, UnknownNameError
 from gemma_scope_tl.sites import BACKENDS
-from gemma_scope_tl.splicing import splice
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 
 
@@ -160,7 +160,7 @@ def test_embeddings_as_input_have_no_special_tokens(model: Any) -> None:
 
 
 def test_without_a_tokenizer_special_tokens_must_be_named() -> None:
-    from gemma_scope_tl.adapters.loading import load_model
+    from gemma_scope_tl.model.loading import load_model
 
     model = load_model(hf_model=random_gemma())
     sae = random_sae(model.dims, "res", 1)

@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from gemma_scope_tl.sae.choices import bring
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import DeviceError
 from gemma_scope_tl.interventions import ablate, clamp, mean_norms, scale, steer
 from gemma_scope_tl.sae.latents import Latents
-from gemma_scope_tl.sae.placement import bring
 from gemma_scope_tl.sites import BACKENDS
 from tests.fake_device import DEVICE, Elsewhere, fake_device
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.check import relative_difference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma_scope_tl.adapters.check import relative_difference
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 

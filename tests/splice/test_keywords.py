@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.splicing import splice
 
 from gemma_scope_tl.errors import GemmaScopeError, KeywordError, UnknownKeywordError, unknown_keyword
 from gemma_scope_tl.sites import BACKENDS
-from gemma_scope_tl.splicing import splice
 from tests.helpers import random_sae, random_tokens, shared_model
 
 NAME = "blocks.1.hook_resid_post"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.check import relative_difference
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from gemma_scope_tl.adapters.check import relative_difference
 from gemma_scope_tl.errors import SpliceError, UnknownNameError
 from gemma_scope_tl.sites import BACKENDS, flatten_heads, get_site
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model

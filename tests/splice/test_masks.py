@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.check import relative_difference
+from gemma_scope_tl.model.splicing import splice
 
-from gemma_scope_tl.adapters.check import relative_difference
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sites import BACKENDS, flatten_heads
-from gemma_scope_tl.splicing import splice
 from tests.helpers import random_sae, random_tokens, shared_model
 from tests.parity.test_splice import by_hand
 

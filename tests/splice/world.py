@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from gemma_scope_tl.model.attached import locate
+from gemma_scope_tl.model.hook_names import translate_hook_name
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from gemma_scope_tl.attached import locate
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError
-from gemma_scope_tl.splicing import translate_hook_name
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 
 POSITIONS = [None, 1, -1, [0, 2], slice(1, 3), torch.arange(4) % 2 == 0]

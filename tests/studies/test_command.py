@@ -100,7 +100,7 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("gemma_scope_tl.adapters.loading.load_model", refuse)
+    monkeypatch.setattr("gemma_scope_tl.model.loading.load_model", refuse)
     with pytest.raises(UnknownNameError, match=match):
         _run("domains", *args)
 

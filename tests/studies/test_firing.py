@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from gemma_scope_tl.model.plain import run_reference
 
-from gemma_scope_tl.adapters.reference import run_reference
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.studies import count_firing, firing_frequencies
 from tests.helpers import random_gemma, random_sae, random_tokens, shared_model

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from gemma_scope_tl.model.loading import load_model
+from gemma_scope_tl.model.plain import run_reference
 
-from gemma_scope_tl.activations.source import Place
-from gemma_scope_tl.adapters.loading import load_model
-from gemma_scope_tl.adapters.reference import run_reference
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.sae.suite import SAESuite, load_suite
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.studies import base_on_tuned, by_dtype, rescaled
 from gemma_scope_tl.studies.transfer import norm_ratios
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model

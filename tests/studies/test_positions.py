@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gemma_scope_tl.model.plain import run_reference
 
-from gemma_scope_tl.adapters.reference import run_reference
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.studies import binned_by_position, position_edges
 from tests.helpers import random_gemma, random_sae, random_tokens, shared_model

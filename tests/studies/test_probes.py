@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gemma_scope_tl.evals.saes import latents_of
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
-from gemma_scope_tl.evals.subjects import latents_of
-from gemma_scope_tl.studies import bundled_concepts, probe_concepts, random_twin
+from gemma_scope_tl.studies import bundled_concepts, probe_concepts
+from gemma_scope_tl.studies import probes as random_twin
 from gemma_scope_tl.studies.probe_data import labelled_rows, read_labelled
 from gemma_scope_tl.studies.probe_fits import Units, auroc, best_latent, dense_probe, sparse_probe
 from gemma_scope_tl.studies.probes import _is_test

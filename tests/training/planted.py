@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemma_scope_tl.activations.bucketed import BucketedSource
-from gemma_scope_tl.activations.source import Place, with_targets
-from gemma_scope_tl.sites import ModelDims, get_site
+from gemma_scope_tl.activations.source import BucketedSource
+from gemma_scope_tl.sites import ModelDims, Place, get_site, with_targets
 
 DIMS = ModelDims(n_layers=4, d_model=128, n_heads=4, d_head=48)  # of the bundled model
 ATOMS, ACTIVE, BLOCK = 96, 5, 64

@@ -8,13 +8,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from gemma_scope_tl.model.sizes import sizes_of
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.registry import list_saes
 from gemma_scope_tl.sites import ModelDims
 from gemma_scope_tl.training.config import TrainingStateError, load_config
 from gemma_scope_tl.training.grid import groups_of
-from gemma_scope_tl.training.model_sizes import sizes_of
 from gemma_scope_tl.training.recipe import FAST, PAPER
 from tests.training.planted import DIMS, tiny_config
 

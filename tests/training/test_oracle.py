@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_scope_tl.activations.source import Place
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training import dense_pass, optimizer, place
 from gemma_scope_tl.training.place import PlaceTrainer
 from gemma_scope_tl.training.recipe import Recipe

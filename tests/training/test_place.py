@@ -9,21 +9,21 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens.saes.sae import TrainStepInput
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sae.training import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training import optimizer, place
+from gemma_scope_tl.training.optimizer import Lambda
 from gemma_scope_tl.training.place import PlaceTrainer
 from gemma_scope_tl.training.recipe import GEMMA_SCOPE_2, Recipe, adam, decoder_on_sphere, lr_schedule
 from gemma_scope_tl.training.shard import Shard
 from gemma_scope_tl.training.spec import SAESpec, check_one_place
-from gemma_scope_tl.training.steering import Lambda
 
 D, LATENTS, BATCH = 6, 40, 32
 RECIPE = Recipe(

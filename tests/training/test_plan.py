@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from gemma_scope_tl.model.sizes import sizes_of
 
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
-from gemma_scope_tl.training import costs
+from gemma_scope_tl.sites import Place
+from gemma_scope_tl.training import plan as costs
 from gemma_scope_tl.training.config import TrainingStateError
-from gemma_scope_tl.training.model_sizes import sizes_of
 from gemma_scope_tl.training.place import PlaceTrainer
 from gemma_scope_tl.training.plan import plan_suite
 from gemma_scope_tl.training.recipe import FAST

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gemma_scope_tl.interop.runners import recipe_applied
+from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sae.training import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from gemma_scope_tl.training.recipe import (
     FAST,
     PAPER,
@@ -27,7 +28,6 @@ from gemma_scope_tl.training.recipe import (
     project_out_rows,
     unit_rows_,
 )
-from gemma_scope_tl.training.runners import recipe_applied
 
 STEPS, BATCH, D_IN, D_SAE, SCALE = 40, 64, 6, 15, 3.7
 RECIPE = Recipe(

@@ -10,6 +10,9 @@ from typing import Any, cast
 import pytest
 import torch
 from datasets import Dataset
+from gemma_scope_tl.interop import runners
+from gemma_scope_tl.interop.runners import GemmaScopeMultiTrainingRunner, GemmaScopeTrainingRunner
+from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAEConfig
 from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
@@ -18,10 +21,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sae.training import GemmaScopeTrainingSAEConfig
-from gemma_scope_tl.training import runners
 from gemma_scope_tl.training.recipe import Recipe
-from gemma_scope_tl.training.runners import GemmaScopeMultiTrainingRunner, GemmaScopeTrainingRunner
 
 STEPS, CONTEXT, VOCAB, BOS = 60, 16, 32, 2
 RECIPE = Recipe(

@@ -15,8 +15,8 @@ import torch
 from filelock import FileLock
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.registry.schema import parse_release
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.config import TrainingStateError
 from gemma_scope_tl.training.recipe import FAST
 from gemma_scope_tl.training.release import folder_names

@@ -13,9 +13,9 @@ import torch
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.activations.buckets import Bucket
-from gemma_scope_tl.activations.source import Place
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.weights import load
 from gemma_scope_tl.weights.load import load_arrays
 from tests.training.planted import PlantedSource, tiny_config

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from gemma_scope_tl.errors import WeightsError
 from gemma_scope_tl.weights.checks import Expected
 from gemma_scope_tl.weights.npz import inspect_npz
-from gemma_scope_tl.weights.partial import read_local
-from gemma_scope_tl.weights.row_cache import read_cached
+from gemma_scope_tl.weights.partial import read_cached, read_local
 from tests.hub.big_npz import write_sparse_npz
 
 D_IN, D_SAE = 24, 300
@@ -44,7 +43,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("cached", [False, True])
 def test_chosen_latents(file: Path, cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA_SCOPE_TL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("gemma_scope_tl.weights.row_cache._BLOCK", 4 * D_IN * 7)  # several blocks, the last one short
+    monkeypatch.setattr("gemma_scope_tl.weights.partial._BLOCK", 4 * D_IN * 7)  # several blocks, the last one short
     for _ in range(2):  # made, then found
         got = read_cached(file, CHOSEN, EXPECTED) if cached else read_local(file, CHOSEN, EXPECTED, encoder=True)
         assert set(got) == set(arrays())

@@ -17,7 +17,7 @@ import gemma_scope_tl as gs
 from gemma_scope_tl.registry.schema import SAERow
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.loading import load_row
-from gemma_scope_tl.weights.mapping import may_map
+from gemma_scope_tl.weights.load import may_map
 from tests.hub.conftest import hub  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 D_IN, D_SAE = 64, 1024
