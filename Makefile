@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= auto
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo docs test lint types bench bench-loading bench-splice bench-training bench-evals clean
+.PHONY: help setup demo docs test test-fast lint types bench bench-loading bench-splice bench-training bench-evals clean
 help:
 	@echo "make demo   the main job, offline, on the bundled model"
 	@echo "make docs   the documentation as a site, in build/site"
-	@echo "make test   all tests"
+	@echo "make test-fast  tests of every part of the package, for each edit;  make test  all tests"
 	@echo "make lint   ruff;  make types  pyright;  make setup  only the environment"
 	@echo "make bench  benchmarks (bench-loading, bench-splice, bench-training, bench-evals: a part)"
 
@@ -26,8 +27,14 @@ demo: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
+# JOBS=4 runs four worker processes; JOBS=0 runs all tests in one process.
+test-fast test: export OMP_NUM_THREADS := 1
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

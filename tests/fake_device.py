@@ -6,14 +6,13 @@ kinds raises as it would between a processor and a GPU, but for numbers (tensors
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("ipu", 0)  # a type that torch knows and starts nothing for
 
@@ -50,11 +49,26 @@ class Elsewhere(torch.Tensor):
         return dispatch(func, args, kwargs or {})
 
 
+def tree_map(change: Callable[[Any], Any], value: Any) -> Any:
+    """As torch's own, for tuples, lists and dicts alone: it runs several times in every operation."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([tree_map(change, one) for one in value])
+    return {key: tree_map(change, one) for key, one in value.items()} if kind is dict else change(value)
+
+
+def leaves(value: Any) -> list[Any]:
+    found: list[Any] = []
+    tree_map(found.append, value)
+    return found
+
+
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation, on the device if it belongs there."""
-    flat = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)]
+    given = leaves((args, kwargs))
+    flat = [one for one in given if isinstance(one, torch.Tensor)]
     there = [one for one in flat if isinstance(one, Elsewhere)]
-    wanted = next((one for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.device)), None)
+    wanted = next((one for one in given if isinstance(one, torch.device)), None)
     if there and func.overloadpacket not in MOVES:
         here = [one for one in flat if not isinstance(one, Elsewhere) and one.ndim]
         indices = func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)

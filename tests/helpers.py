@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -71,6 +72,35 @@ class CharTokenizerFactory:
 def hooked(hf_model: Gemma2ForCausalLM, backend: str, **kwargs: Any) -> Any:
     """``hf_model`` through ``load_model`` with the character tokenizer."""
     return load_model(hf_model=hf_model, tokenizer=CharTokenizerFactory.get(), backend=backend, **kwargs)
+
+
+@functools.cache
+def shared_model(config: str, backend: str) -> Any:
+    """A hooked model that is made once in a process: ``random_gemma(config)``, or the bundled model for ``"bundled"``.
+
+    Tests must leave it as it was, which ``conftest.py`` checks after each file. A test that adds hooks which it does
+    not remove, or changes weights, makes its own model with :func:`hooked`.
+    """
+    made = load_model("bundled", backend=backend) if config == "bundled" else hooked(random_gemma(config), backend)
+    SHARED.append((f"{config} on {backend}", made, state_of(made)))
+    return made
+
+
+SHARED: list[tuple[str, Any, dict[str, Any]]] = []
+"""The models that :func:`shared_model` has made: name, model, and its state when it was last checked."""
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """The parts of a model's state that a test could change and forget to restore."""
+    return {
+        "SAEs": list(model.acts_to_saes),
+        "hooks": {n: len(p.fwd_hooks) + len(p.bwd_hooks) for n, p in model.hook_dict.items() if p.has_hooks()},
+        "weights": [(id(p), p._version, p.requires_grad) for p in model.parameters()],
+        "training": model.training,
+        "level": model.context_level,
+        "generating": model.token_tracker.generating,
+        "template": model.tokenizer.chat_template,
+    }
 
 
 def random_tokens(model: Any, batch: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:

@@ -12,19 +12,19 @@ from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.latents.table import features
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import BACKENDS, get_site
-from tests.helpers import hooked, random_gemma, random_sae
+from tests.helpers import random_sae, shared_model
 
 COLUMNS = ["sequence", "position", "token", "sae", "site", "layer", "latent", "activation"]
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return hooked(random_gemma(), "bridge")
+    return shared_model("grouped", "bridge")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_active_latent_is_listed_once(backend: str) -> None:
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     places = (("att", 1), ("transcoder", 2), ("embedding", None), ("res", 3))
     saes = [random_sae(model.dims, site, layer) for site, layer in places]
     table = features(model, "hello", saes)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,20 +95,22 @@ def test_a_full_disk(kind: str, tiny_disk: Path) -> None:
     (tiny_disk / kind).unlink()
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file may become larger than 100 kB, for any user."""
+    """No file may become larger than 100 kB, for any user. Not a fixture: pytest's own reports are files too."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.usefixtures("small_files")
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_file_larger_than_the_system_allows(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(WriteError, match="cannot be written: it would be larger than the system allows files to be"):
+    message = "cannot be written: it would be larger than the system allows files to be"
+    with pytest.raises(WriteError, match=message), small_files():
         replace_files(tmp_path, {kind: WRITERS[kind]})
     assert not _contents(tmp_path)
 

@@ -13,12 +13,12 @@ from gemma_scope_tl.interventions import steer
 from gemma_scope_tl.latents.logit_lens import top_tokens
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import BACKENDS
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_gemma, random_sae, random_tokens, shared_model
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma(), request.param)
+    return shared_model("grouped", request.param)
 
 
 def _by_hand(site: str, row: np.ndarray) -> np.ndarray:

@@ -194,6 +194,7 @@ except gs.errors.GemmaScopeError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_user_without_a_home(tmp_path: Path) -> None:
     environment = {
         "PATH": os.environ["PATH"],

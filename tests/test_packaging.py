@@ -42,6 +42,7 @@ def _found_from(root: Path) -> None:
     assert done.stdout.strip() == "found", done.stderr
 
 
+@pytest.mark.slow
 def test_from_a_wheel(built: Path, tmp_path: Path) -> None:
     (wheel,) = built.glob("*.whl")
     assert wheel.stat().st_size < 30e6
@@ -53,6 +54,7 @@ def test_from_a_wheel(built: Path, tmp_path: Path) -> None:
     _found_from(tmp_path / "wheel")
 
 
+@pytest.mark.slow
 def test_from_an_sdist(built: Path, tmp_path: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

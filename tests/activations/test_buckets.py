@@ -65,6 +65,7 @@ def test_the_buffer_stays_where_it_is() -> None:
     assert [tensor.data_ptr() for tensor in bucket.tensors.values()] == pointers
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: reads /proc")
 def test_the_process_holds_the_buffer_once() -> None:
     """Peak memory of a process that fills, shuffles and serves 96 MiB three times: the buffer, a batch, little else."""

@@ -12,7 +12,7 @@ from gemma_scope_tl.activations.harvest import Harvester
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError
 from gemma_scope_tl.model.plain import Reference, run_reference
 from gemma_scope_tl.sites import BACKENDS, Place, get_site
-from tests.helpers import random_gemma, random_sae
+from tests.helpers import random_gemma, random_sae, shared_model
 
 PLACES = [Place("embedding", None), *(Place(s, i) for i in range(4) for s in ("res", "mlp", "att", "transcoder"))]
 
@@ -107,7 +107,7 @@ def test_gradients_are_off_and_tensors_are_copies(model: Any) -> None:
 
 
 def test_attached_saes_are_refused() -> None:
-    model, tokens = gs.load_model("bundled"), batch()
+    model, tokens = shared_model("bundled", "bridge"), batch()
     harvester = Harvester(model, [Place("res", 3)])
     clean = harvester.run(tokens, tokens > 2)[Place("res", 3)]
     with gs.splice(model, random_sae(model.dims, "res", 1)), pytest.raises(SpliceError, match="reset_saes"):

@@ -21,7 +21,7 @@ from gemma_scope_tl.activations.writer import write_passes, write_store
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.token_rows import TokenRows
-from tests.helpers import hooked, random_gemma, random_tokens
+from tests.helpers import random_tokens, shared_model
 
 RES, MLP = Place("res", 3), Place("mlp", 0)
 WIDTHS = {RES: 24, MLP: 40}
@@ -62,6 +62,7 @@ def served(data: torch.Tensor, bucket_rows: int, seed: int, batch_size: int, num
     return data[rows[order[index * batch_size : (index + 1) * batch_size]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bucket", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [32, 96, 400])  # within the data, not a divisor, more than there is
@@ -90,7 +91,7 @@ def test_chunks_of_any_size(tmp_path: Path, chunk: int) -> None:
 
 
 def test_a_store_serves_what_a_stream_serves(tmp_path: Path) -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     tokens = random_tokens(model, batch=11, length=16)
     tokens[:, 9] = 1
     rows = TokenRows.from_ids(tokens, special=(2, 1, 0))

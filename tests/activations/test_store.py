@@ -21,7 +21,7 @@ from gemma_scope_tl.activations.writer import store_bytes, write_store
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sites import Place, parse_place
 from gemma_scope_tl.text.token_rows import TokenRows
-from tests.helpers import hooked, random_gemma, random_tokens
+from tests.helpers import hooked, random_gemma, random_tokens, shared_model
 
 PLACES = [Place("res", 0), Place("att", 2), Place("transcoder", 1), Place("embedding", None)]
 KEYS = ["res/layer_0", "att/layer_2", "transcoder/layer_1", "embedding", "mlp/layer_1"]
@@ -30,7 +30,7 @@ SMALL = {"shard_bytes": 20_000, "batch_rows": 2, "progress": False}
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return hooked(random_gemma(), "bridge")
+    return shared_model("grouped", "bridge")
 
 
 @pytest.fixture(scope="module")

@@ -28,14 +28,14 @@ from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.token_rows import TokenRows
 from tests.activations.test_reader import MLP, RES, write_random
 from tests.activations.test_store import PLACES, SMALL, files_of
-from tests.helpers import hooked, random_gemma, random_tokens
+from tests.helpers import hooked, random_gemma, random_tokens, shared_model
 
 SHARD = "00000_00001.safetensors"
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return hooked(random_gemma(), "bridge")
+    return shared_model("grouped", "bridge")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ class _Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [0, 1, 3, 4])
 def test_a_killed_writer_goes_on_after_the_last_whole_set(
     tmp_path: Path, model: Any, rows: TokenRows, passes: int
@@ -80,6 +81,7 @@ def test_a_killed_writer_goes_on_after_the_last_whole_set(
     assert write_store(tmp_path / "cut", model, rows, PLACES, **SMALL)  # nothing is left to do
 
 
+@pytest.mark.kill
 def test_a_process_that_is_killed_leaves_a_store_that_resumes(tmp_path: Path) -> None:
     code = f"""
 import os, sys
@@ -172,6 +174,7 @@ def test_a_resumed_store_needs_only_the_rest(tmp_path: Path) -> None:
     verify_store(tmp_path, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["tokens", "weights", "places", "dtype", "batch_rows"])
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_run_is_refused(tmp_path: Path, model: Any, rows: TokenRows, change: str, finished: bool) -> None:

@@ -60,6 +60,7 @@ def in_eight_bits(model: Any, per_row: bool) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_a_deep_model_passes_in_every_dtype(dtype: torch.dtype, backend: str) -> None:
@@ -77,12 +78,14 @@ def test_a_model_passes_whose_rounding_exceeds_any_fixed_tolerance() -> None:
     assert not any(value.wrong for value in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_wide_layers_like_those_of_the_2b_pass_in_bfloat16(backend: str) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "attn_logit_softcapping": 50.0}
     load_model(hf_model=deep_gemma(torch.bfloat16, layers=6, **sizes), backend=backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("per_row", [True, False], ids=["by row", "by tensor"])
 def test_eight_bits_pass(per_row: bool, dtype: torch.dtype) -> None:
@@ -121,6 +124,7 @@ def built(hf_model: Any, backend: str) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wrong", WRONG)

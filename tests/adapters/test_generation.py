@@ -11,14 +11,14 @@ import torch
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.sites import BACKENDS
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_gemma, random_sae, random_tokens, shared_model
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma("narrow-heads"), request.param)
+    return shared_model("narrow-heads", request.param)
 
 
 def _streamed(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -209,7 +209,7 @@ def test_other_passes_from_inside_a_generation_are_their_own_texts(model: Any, c
 
 def test_guidance_reads_two_texts_in_one_generation() -> None:
     """Hugging Face's classifier-free guidance runs the last token alone beside the prompt: each row as by itself."""
-    model = hooked(random_gemma("narrow-heads"), "bridge")
+    model = shared_model("narrow-heads", "bridge")
     sae = random_sae(model.dims, "res", 0)
     rows = [random_tokens(model, 1, 8, seed=seed) for seed in (1, 2)]
     rows[1] = rows[1][:, :5]
@@ -257,7 +257,7 @@ def test_caches_that_others_changed_or_made() -> None:
     """Reordered rows are not taken for the old ones; Hugging Face's own positions are gone on with."""
     from transformers import DynamicCache
 
-    model = hooked(random_gemma("narrow-heads"), "bridge")
+    model = shared_model("narrow-heads", "bridge")
     ids = random_tokens(model, 2, 9)
     ids[1, :4], ids[1, 4] = 0, 2
     mask, new = (ids != 0).long(), random_tokens(model, 2, 2, seed=4)[:, 1:]
@@ -320,6 +320,7 @@ def test_layers_and_ids_that_do_not_exist_raise(model: Any) -> None:
             call(torch.tensor([[2.0, 5.0]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("when", [0, 1, 2])
 def test_a_pass_inside_a_pass_is_never_the_generation_s_own(model: Any, when: int, cache: bool) -> None:
@@ -362,7 +363,7 @@ def test_a_pass_inside_a_pass_is_never_the_generation_s_own(model: Any, when: in
 
 def test_beams_without_a_cache_keep_the_prompt_s_end() -> None:
     """Their rows change places at every step."""
-    model = hooked(random_gemma("narrow-heads"), "bridge")
+    model = shared_model("narrow-heads", "bridge")
     ids = random_tokens(model, 2, 9)
     options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3, "pad_token_id": 0}
     with gs.splice(model, random_sae(model.dims, "res", 0), positions=[2, -1]):

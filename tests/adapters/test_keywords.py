@@ -10,12 +10,12 @@ import torch
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import GemmaScopeError, UnknownKeywordError, UnknownNameError
 from gemma_scope_tl.sites import BACKENDS
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_gemma, random_sae, random_tokens, shared_model
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma("narrow-heads"), request.param)
+    return shared_model("narrow-heads", request.param)
 
 
 CALLS: dict[str, tuple[str, dict[str, Any], str]] = {

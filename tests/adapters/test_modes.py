@@ -52,6 +52,7 @@ def every_mode() -> Generator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, every_mode])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_loaded_in_any_mode(backend: str, mode: Any, plain: dict[str, Any]) -> None:

@@ -105,6 +105,7 @@ def state(tokenizer: Any) -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_a_given_tokenizer_is_what_counts(kind: str, backend: str) -> None:
@@ -125,6 +126,7 @@ def test_a_given_tokenizer_is_what_counts(kind: str, backend: str) -> None:
     assert model(ids).shape == (1, ids.shape[1], 96)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_added_token_stays_one_token(backend: str) -> None:
     model = load_model(hf_model=random_gemma(), tokenizer=added(fast(**NAMES)), backend=backend, check=False)

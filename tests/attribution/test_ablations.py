@@ -16,16 +16,17 @@ from gemma_scope_tl.attributions.targets import logit_difference
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.sites import BACKENDS
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_sae, random_tokens, shared_model
 
 METRIC = logit_difference(40, 50)
 NAMES = {"res": "blocks.1.hook_resid_post", "att": "blocks.1.attn.hook_z", "mlp": "blocks.1.hook_mlp_out"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("site", ["res", "att", "mlp"])
 def test_effects_are_those_of_taking_the_decoder_row_away_by_hand(site: str, backend: str) -> None:
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     sae = random_sae(model.dims, site, 1)
     tokens = random_tokens(model, batch=1, length=8)
     listed = gs.features(model, tokens, sae).groupby("position").head(1)
@@ -48,7 +49,7 @@ def test_effects_are_those_of_taking_the_decoder_row_away_by_hand(site: str, bac
 
 
 def test_what_cannot_be_ablated_raises() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     sae = random_sae(model.dims, "res", 1)
     with pytest.raises(SpliceError, match=r"No latent 256.*0\.\.255"):
         ablation_effects(model, "hello", sae, METRIC, [(1, 256)])
@@ -59,6 +60,7 @@ def test_what_cannot_be_ablated_raises() -> None:
     assert ablation_effects(model, "hello", sae, METRIC, []) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("site", "layer"), [("res", 2), ("mlp", 1)])
 def test_attributions_predict_ablations_of_really_trained_latents(site: str, layer: int) -> None:
     """Over 384 pairs ``docs/attribution.json`` has Pearson 0.96; a shuffled prediction of as few as here has 0 +- 0.1.

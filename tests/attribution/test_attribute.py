@@ -14,7 +14,7 @@ from gemma_scope_tl.attributions.gradients import attribute
 from gemma_scope_tl.attributions.targets import logit, logit_difference, single_token, token_loss
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError
 from gemma_scope_tl.sites import BACKENDS
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 
 PLACES = [("res", 1), ("mlp", 2), ("att", 1), ("embedding", None), ("transcoder", 2)]
 METRIC = logit_difference(40, 50)
@@ -87,6 +87,7 @@ def test_the_parts_add_up_to_x_dot_g_at_every_token(backend: str) -> None:
         assert table.attrs["metric"] == pytest.approx(METRIC(model(tokens)).item(), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("site", "layer"), PLACES)
 def test_a_latent_gets_its_activation_times_autograds_gradient_through_the_splice(
@@ -116,6 +117,7 @@ def test_a_latent_gets_its_activation_times_autograds_gradient_through_the_splic
     np.testing.assert_allclose(latents["activation"], activations, rtol=NORMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("baseline", ["latents", "bias", "zero"])
 def test_integrated_gradients_are_complete(baseline: str, backend: str) -> None:
@@ -148,6 +150,7 @@ def test_the_baseline_of_integrated_gradients_is_a_spliced_ablation_of_all_laten
         assert start == pytest.approx(ablated.item(), rel=NORMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_counterfactual_is_the_other_prompts_activations(backend: str) -> None:
     model = double_model(backend)
@@ -166,6 +169,7 @@ def test_a_counterfactual_is_the_other_prompts_activations(backend: str) -> None
     assert patched["attribution"].sum() == pytest.approx(((x - y) * g).sum().item(), rel=1e-8)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was() -> None:
     for backend in BACKENDS:
         model = hooked(random_gemma(), backend)
@@ -202,7 +206,7 @@ def test_the_model_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("outer", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_outer_no_grad_changes_nothing(outer: Any, backend: str) -> None:
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     sae = random_sae(model.dims, "att", 1)
     wanted = attribute(model, "hello", sae, METRIC)
     with outer():
@@ -212,7 +216,7 @@ def test_an_outer_no_grad_changes_nothing(outer: Any, backend: str) -> None:
 
 
 def test_several_saes_are_each_attributed_as_if_alone() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     one, other = random_sae(model.dims, "res", 1), random_sae(model.dims, "res", 2, seed=1)
     together = attribute(model, "hello", [one, other], METRIC)
     alone = attribute(model, "hello", one, METRIC)
@@ -221,7 +225,7 @@ def test_several_saes_are_each_attributed_as_if_alone() -> None:
 
 
 def test_padding_does_not_shift_positions_and_sequences_do_not_mix() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     sae = random_sae(model.dims, "res", 1)
     key = ["position", "kind", "latent"]
     together = attribute(model, ["hi", "hello"], sae, METRIC)
@@ -234,7 +238,7 @@ def test_padding_does_not_shift_positions_and_sequences_do_not_mix() -> None:
 
 
 def test_top_keeps_the_strongest_latents_of_each_sequence() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     saes = [random_sae(model.dims, "res", 1), random_sae(model.dims, "mlp", 2)]
     everything = attribute(model, ["hi", "hello"], saes, METRIC)
     top = attribute(model, ["hi", "hello"], saes, METRIC, top=3)
@@ -248,7 +252,7 @@ def test_top_keeps_the_strongest_latents_of_each_sequence() -> None:
 
 
 def test_special_tokens_can_be_attributed_too() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     sae = random_sae(model.dims, "res", 1)
     table = attribute(model, "hello", sae, METRIC, exclude_special_tokens=False)
     assert "unspliced" not in set(table["kind"])
@@ -260,7 +264,7 @@ def test_a_stock_saelens_sae_with_heads_apart() -> None:
     from sae_lens.saes.sae import SAEMetadata
 
     for backend in BACKENDS:
-        model = hooked(random_gemma(), backend)
+        model = shared_model("grouped", backend)
         ours = random_sae(model.dims, "att", 2)
         metadata = SAEMetadata(hook_name="blocks.2.attn.hook_z")
         cfg = JumpReLUSAEConfig(
@@ -294,7 +298,7 @@ def test_ready_made_metrics() -> None:
 
 
 def test_what_cannot_be_attributed_raises() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     sae = random_sae(model.dims, "res", 1)
     with pytest.raises(UnknownNameError, match="method"):
         attribute(model, "hello", sae, METRIC, method="gradients")

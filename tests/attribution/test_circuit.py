@@ -16,7 +16,7 @@ from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.sites import BACKENDS
 from gemma_scope_tl.viz.circuit_figure import draw_circuit, node_places
 from gemma_scope_tl.viz.figures import new_figure, save_figure
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 
 METRIC = logit_difference(40, 50)
 PAIRS = [
@@ -37,6 +37,7 @@ def double_sae(model: Any, place: tuple[str, int | None], **kwargs: Any) -> Any:
     return random_sae(model.dims, *place, **kwargs).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("up", "down"), PAIRS, ids=lambda place: f"{place[0]}{place[1]}")
 def test_edges_are_finite_differences_of_the_downstream_pre_activation(up: Any, down: Any, backend: str) -> None:
@@ -110,7 +111,7 @@ def test_with_all_nodes_in_effects_add_up_to_attributions(backend: str) -> None:
 
 
 def test_nodes_and_edges_are_the_strongest() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     saes = [random_sae(model.dims, "mlp", 1), random_sae(model.dims, "res", 2, seed=1)]
     small, large = (circuit(model, "hello", saes, METRIC, nodes=n, edges=1000) for n in (10, 40))
     table = gs.attribute(model, "hello", saes, METRIC)
@@ -129,7 +130,7 @@ def test_nodes_and_edges_are_the_strongest() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_model_is_left_as_it_was(backend: str) -> None:
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     saes = [random_sae(model.dims, "mlp", 1), random_sae(model.dims, "res", 2, seed=1)]
     tokens = random_tokens(model, batch=1, length=6)
     hooks = {name: len(point.fwd_hooks) for name, point in model.hook_dict.items()}
@@ -146,7 +147,7 @@ def test_the_model_is_left_as_it_was(backend: str) -> None:
 
 
 def test_what_has_no_circuit_raises() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     mlp, res = random_sae(model.dims, "mlp", 1), random_sae(model.dims, "res", 1)
     with pytest.raises(GemmaScopeError, match="2 were given"):
         circuit(model, ["hi", "hello"], mlp, METRIC)

@@ -60,6 +60,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     return hooked(random_gemma("narrow-heads"), request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_inside_any_mode(model: Any, name: str) -> None:
     saes, call = saes_of(model), CALLS[name]
@@ -71,6 +72,7 @@ def test_inside_any_mode(model: Any, name: str) -> None:
         assert list(call(model, saes).columns) == list(wanted.columns)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attribute", "circuit", "evaluate"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_model_and_saes_moved_in_inference_mode(backend: str, name: str) -> None:

@@ -72,6 +72,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "example"), EXAMPLES, ids=[shlex.join(example) for _, example in EXAMPLES])
 def test_every_example(words: list[str], example: list[str], elsewhere: Path) -> None:
     assert example[: len(words)] == words
@@ -89,6 +90,7 @@ def test_every_example(words: list[str], example: list[str], elsewhere: Path) ->
     assert len(result.stdout.splitlines()) > 1, "it finds something"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_examples_and_options_are_whole_at_every_width(width: int) -> None:
     """Nothing is swallowed by the renderer: asterisks, brackets, quotes."""

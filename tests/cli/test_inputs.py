@@ -105,6 +105,7 @@ def test_the_table_that_neuronpedia_once_wrote(capsys: pytest.CaptureFixture[str
     assert Path("t.csv").is_file() and list(Path("neuronpedia").rglob("batch-0.json"))
 
 
+@pytest.mark.slow
 def test_standard_output_holds_results_alone(tmp_path: Path) -> None:
     """In a process of its own, where libraries write to the real streams: valid JSON alone, both backends."""
     command = [sys.executable, "-m", "gemma_scope_tl.cli", "features", "And God said", "--top", "1", "--json"]
@@ -130,6 +131,7 @@ def test_a_stream_that_knows_few_letters(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rb"\u2713" in raw.getvalue()
 
 
+@pytest.mark.slow
 def test_a_port_that_is_free_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is loaded only then, and the server gets the very port."""
     pytest.importorskip("gradio")

@@ -142,6 +142,7 @@ def verbs() -> Iterator[tuple[list[str], Any]]:
         yield from (([name, sub], c) for sub, c in inner.items()) if inner else [([name], command)]
 
 
+@pytest.mark.slow
 def test_wrong_arguments_are_refused_in_a_line_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "t.pdf").write_text("x")
@@ -228,6 +229,7 @@ def test_debugging_shows_where(how: str, monkeypatch: pytest.MonkeyPatch, capsys
     assert "Traceback" in err and err.strip().splitlines()[-1].startswith("error: Unknown release 'foo'")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_and_a_disk_that_is_full() -> None:
     command = [sys.executable, "-m", "gemma_scope_tl.cli", "list"]
     reader, writer = os.pipe()

@@ -151,6 +151,7 @@ def _squeezed(text: str) -> str:
     return re.sub(r"\s", "", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_no_table_loses_anything(seen: dict[str, list[Cells]], width: int) -> None:
     assert len([verb for verb, kept in seen.items() if kept]) >= 17

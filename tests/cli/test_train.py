@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from gemma_scope_tl.cli import app
@@ -50,6 +51,7 @@ def test_plan(tmp_path: Path) -> None:
     assert "does not fit" in _run(paper, "--plan", "--memory", "16", "--device-flops", "1e15", code=1)
 
 
+@pytest.mark.slow
 def test_train_and_again(tmp_path: Path) -> None:
     demo = str(CONFIGS / "demo.yaml")
     rows = json.loads(_run(demo, *_sets(tmp_path), "--json"))
@@ -58,6 +60,7 @@ def test_train_and_again(tmp_path: Path) -> None:
     assert json.loads(_run(demo, *_sets(tmp_path), "--json")) == rows
 
 
+@pytest.mark.kill
 def test_ctrl_c_is_status_130_and_errors_are_one_line(tmp_path: Path) -> None:
     code = "from gemma_scope_tl.cli import main; main()"
     command = [sys.executable, "-c", code, "train", str(CONFIGS / "demo.yaml")]

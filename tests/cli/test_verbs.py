@@ -46,6 +46,7 @@ def test_show() -> None:
     assert transcoder["hook_bridge_out"] == "blocks.0.ln2_post.hook_out"
 
 
+@pytest.mark.slow
 def test_features_of_the_bundled_suite() -> None:
     rows = _json("features", "And God said", "--layer", "1", "--site", "mlp", "--top", "2")
     assert rows
@@ -54,6 +55,7 @@ def test_features_of_the_bundled_suite() -> None:
     assert "And" in _run("features", "And God said", "--top", "2")
 
 
+@pytest.mark.slow
 def test_steering_changes_the_text() -> None:
     result = _json("steer", "The king", "--latent", "3", "--scale", "60", "--tokens", "12")
     assert result["plain"].startswith("The king")
@@ -119,6 +121,7 @@ def test_long_tables_are_whole_lines() -> None:
     assert any("layer_20/width_16k/average_l0_71" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     [

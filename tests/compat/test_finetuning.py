@@ -66,6 +66,7 @@ def dense_hooks(sae: Any, kept: torch.Tensor, error_term: bool) -> list[tuple[st
     return [*hooks, (site.hook_name_out(layer, "hooked_transformer"), write)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error_term", [False, True], ids=["plain", "error"])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_the_weights_are_those_of_the_dense_formula(model: Any, case: str, error_term: bool) -> None:
@@ -111,6 +112,7 @@ def test_gradients_pass_hooks_as_in_sae_lens(model: Any, point: str, edit: bool)
         assert relative_difference(got, found[1][name]) < 1e-12, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("site", ["res", "att"])
 def test_adam_moves_what_it_moves_in_sae_lens(backend: str, site: str) -> None:

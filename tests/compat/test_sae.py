@@ -338,6 +338,7 @@ def small(loader: Any, cfg_overrides: dict[str, Any], **kwargs: Any) -> Any:
     return loader(cfg_overrides={**cfg_overrides, "d_sae": D_SAE}, **kwargs)
 
 
+@pytest.mark.slow
 def test_from_pretrained_takes_what_sae_lens_takes(released: tuple[str, str, Any]) -> None:
     release, id_, loader = released
     options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "force_download": False, "converter": loader}

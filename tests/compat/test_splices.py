@@ -45,6 +45,7 @@ def cached(s: Side, *names: str, **options: Any) -> Any:
     return [out, {name: value for name, value in cache.items() if ".hook_sae_" in name}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error_term", [None, False, True])
 @pytest.mark.parametrize("place", PLACES)
 @torch.no_grad()
@@ -71,6 +72,7 @@ def test_methods_for_saes_without_any(sides: tuple[Side, Side]) -> None:
     check(lambda s: s.model.run_with_hooks_with_saes(s.tokens, fwd_hooks=[(resid(s, 1), halve)]), sides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @torch.no_grad()
 def test_filters_and_forms_of_caches(sides: tuple[Side, Side], place: str) -> None:
@@ -104,6 +106,7 @@ def test_filters_and_forms_of_caches(sides: tuple[Side, Side], place: str) -> No
     check(one_text, sides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("place", PLACES)
 @torch.no_grad()

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.registry import clear_cache, locate
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL, HELD_OUT_TEXT
 from gemma_scope_tl.sae.save import save_sae
 from gemma_scope_tl.sites import ModelDims, get_site
-from tests.helpers import random_sae
+from tests.helpers import random_sae, shared_model
 
 PLACES = (("res", 2, 30), ("res", 2, 90), ("att", 1, 30), ("embedding", None, 20))
 WIDTH = 1024
@@ -35,7 +34,7 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     The thresholds are set so that on held-out text the L0 is that of the name: all are the quantile of the
     pre-activations at ``1 - L0 / width``, in NumPy.
     """
-    model: Any = load_model("bundled")
+    model: Any = shared_model("bundled", "bridge")
     texts = [json.loads(line)["text"] for line in HELD_OUT_TEXT.read_text().splitlines()[:40:4]]
     tokens = model.tokenizer(texts, return_tensors="pt", truncation=True, max_length=96, padding=True)["input_ids"]
     dims = ModelDims.from_config(json.loads((BUNDLED_MODEL / "config.json").read_text()))

@@ -19,10 +19,10 @@ from gemma_scope_tl.contributing.draft import Options, draft_release, write_draf
 from gemma_scope_tl.contributing.measure import held_out_tokens, l0_of, measure_l0, spread, tolerated
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.suite import evaluate
-from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.registry import read_release
 from gemma_scope_tl.registry.locate import EXTRA_FOLDERS_VARIABLE, builtin_folder
 from gemma_scope_tl.sae.loading import load_row
+from tests.helpers import shared_model
 
 Draft = Callable[[str], Path]
 
@@ -159,6 +159,7 @@ def test_links_out_of_the_folder(draft: Draft, tmp_path: Path) -> None:
     assert set(found) == {("schema", id_)} and "leads out of" in found["schema", id_]
 
 
+@pytest.mark.slow
 def test_l0_is_measured(draft: Draft) -> None:
     path = draft("gemma-scope")
     rows = read_release(path).rows
@@ -172,7 +173,7 @@ def test_l0_is_measured(draft: Draft) -> None:
     (path.parent / "my-saes" / rows[0].id / "params.npz").unlink()
     missing = measure_l0(rows, 1)
     assert [f.ok for f in missing] == [False] and "does not exist" in missing[0].text
-    model = load_model("bundled")
+    model = shared_model("bundled", "bridge")
     saes = [load_row(row) for row in rows[2:]]
     tokens = held_out_tokens(model)
     (ours,), table = l0_of(model, saes[:1], tokens[:3]), evaluate(model, saes[:1], tokens[:3], progress=False)

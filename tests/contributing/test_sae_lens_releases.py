@@ -32,6 +32,7 @@ def clean_sae_lens() -> Iterator[None]:
         table.pop(LOADER_NAME, None)
 
 
+@pytest.mark.slow
 def test_entries_are_added_beside_sae_lens_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = get_pretrained_saes_directory()
     before = copy.deepcopy(directory)
@@ -61,6 +62,7 @@ def test_entries_are_added_beside_sae_lens_own(tmp_path: Path, monkeypatch: pyte
     assert gs.register_with_sae_lens() == added and "bundled-res" in get_pretrained_saes_directory()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("site", "dtype"), [("res", "float32"), ("att", "float32"), ("mlp", "bfloat16")])
 def test_what_stock_sae_lens_loads(site: str, dtype: str) -> None:
     gs.register_with_sae_lens()
@@ -77,6 +79,7 @@ def test_what_stock_sae_lens_loads(site: str, dtype: str) -> None:
     assert stock.cfg.reshape_activations == ("hook_z" if site == "att" else "none")
 
 
+@pytest.mark.slow
 def test_the_rest_of_sae_lens_knows_them() -> None:
     gs.register_with_sae_lens()
     id_ = "layer_1/width_1k/canonical"

@@ -71,6 +71,7 @@ def bash(script: str, folder: Path, extra: dict[str, str]) -> list[str]:
     return [run(["bash", "-c", line], line, folder, extra) for line in script.splitlines()]
 
 
+@pytest.mark.slow
 def test_from_a_folder(made_up: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (first, script), (second, code) = blocks("From a folder")
     assert (first, second) == ("bash", "python")
@@ -85,6 +86,7 @@ def test_from_a_folder(made_up: dict[str, Path], tmp_path: Path, monkeypatch: py
     assert shown == ["blocks.2.hook_resid_post 90.0"]
 
 
+@pytest.mark.slow
 def test_from_the_hub(made_up: dict[str, Path], tmp_path: Path) -> None:
     (first, script), (second, code) = blocks("From the Hub")
     assert (first, second) == ("bash", "python")

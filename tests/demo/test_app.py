@@ -39,6 +39,7 @@ def _client(address: str) -> gradio_client.Client:
     return gradio_client.Client(address, verbose=False, analytics_enabled=False)
 
 
+@pytest.mark.slow
 def test_it_listens_on_this_machine_alone_and_names_a_policy(address: str) -> None:
     assert address.startswith("http://127.0.0.1:")
     with urlopen(address, timeout=10) as answer:
@@ -46,6 +47,7 @@ def test_it_listens_on_this_machine_alone_and_names_a_policy(address: str) -> No
     assert "default-src 'self'" in policy and "http" not in policy
 
 
+@pytest.mark.slow
 def test_clients_at_once_keep_their_own_state(address: str, world: World) -> None:
     def visit(text: str) -> tuple[str, str]:
         """Read a text, then look at another token of what was read."""

@@ -30,9 +30,10 @@ TEXT = "The king said unto his servants, Behold, the city is fallen."
 pytest.importorskip("gradio", reason="pip install 'gemma-scope-tl[demo]'")
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 sync_api.expect.set_options(timeout=20_000)
-pytestmark = pytest.mark.skipif(
-    not CHROMIUM.exists(), reason="needs Chromium at /usr/bin/chromium: apt-get install chromium"
-)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium at /usr/bin/chromium: apt-get install chromium"),
+]
 
 
 @pytest.fixture(scope="module")

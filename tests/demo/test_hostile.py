@@ -343,6 +343,7 @@ def test_work_that_nobody_waits_for_ends(world: World) -> None:
     assert not world._users and logic.steer_text(world, "The king", world.start(), 3, 1.0, 3).plain
 
 
+@pytest.mark.slow
 def test_what_gradio_refuses_is_shown_as_text(client: Any, app: Any) -> None:
     """Its own messages quote what was sent, into a page that shows messages as HTML."""
     mark, quoted = "<h1 onclick=alert(1)>x</h1>", 0

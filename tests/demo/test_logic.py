@@ -197,6 +197,7 @@ def test_a_world_without_saes_or_with_other_limits(world: World) -> None:
         logic.read_text(narrow, TEXT, narrow.start())
 
 
+@pytest.mark.slow
 def test_visitors_at_once_get_their_own_answers(world: World) -> None:
     """Steering and splicing act through hooks on the one model: none may act in another visitor's pass."""
     names = _places(world)

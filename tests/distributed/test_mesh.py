@@ -38,6 +38,7 @@ def undivided() -> dict[str, tuple[dict[str, torch.Tensor], list[dict[str, objec
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("latents", "data"), [(2, 1), (1, 2), (2, 2), (4, 1)], ids=["2x1", "1x2", "2x2", "4x1"])
 def test_a_divided_run_is_the_undivided_one(latents, data, undivided, tmp_path) -> None:  # type: ignore[no-untyped-def]
     done = torchrun(latents * data, latents, data, tmp_path)

@@ -38,6 +38,7 @@ def start(module: str, *arguments: object, world: int = 2) -> list[subprocess.Po
     return found
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
 def test_a_process_that_dies_or_hangs_ends_the_others(number: str) -> None:
     """Killed, its sockets close; halted, as where its machine is lost, they stay open and say nothing."""
@@ -54,6 +55,7 @@ def test_a_process_that_dies_or_hangs_ends_the_others(number: str) -> None:
             process.communicate()
 
 
+@pytest.mark.slow
 def test_all_processes_say_why_the_leading_one_refuses(tmp_path: Path) -> None:
     """Resumed with another mesh: no process waits for one that has left, or blames the network."""
     (tmp_path / "run").mkdir()

@@ -74,15 +74,18 @@ def compare(found: Path, expected: Path) -> None:
     assert len(rows[0]) == len(rows[1])  # one process logs
 
 
+@pytest.mark.slow
 def test_latents_divided(halves: Path, alone: Path) -> None:
     compare(halves, alone)
 
 
+@pytest.mark.slow
 def test_latents_and_batch_divided(alone: Path, tmp_path: Path) -> None:
     finish(start(tmp_path / "run", 2, 2))
     compare(tmp_path / "run", alone)
 
 
+@pytest.mark.kill
 def test_killed_and_resumed(halves: Path, tmp_path: Path) -> None:
     """Each process has its files in the checkpoint; all go on from there to the same bits."""
     out = tmp_path / "run"

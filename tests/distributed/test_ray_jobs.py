@@ -51,6 +51,7 @@ def job(folder: Path, name: str, **kwargs: Any) -> Job:
     return Job(name, count, {"folder": str(folder), "name": name, **kwargs}, cpus, after=after, cost=cost)
 
 
+@pytest.mark.ray
 def test_jobs_run_after_those_they_wait_for(cluster: Any, tmp_path: Path) -> None:
     seen: list[list[str]] = []
     jobs = [job(tmp_path, "last", after=("a", "b")), job(tmp_path, "a", steps=4), job(tmp_path, "b")]
@@ -65,6 +66,7 @@ def test_jobs_run_after_those_they_wait_for(cluster: Any, tmp_path: Path) -> Non
     assert seen[-1] == ["done"] * 3
 
 
+@pytest.mark.ray
 def test_a_failed_job_is_named_and_the_others_are_done(cluster: Any, tmp_path: Path) -> None:
     jobs = [
         Job("bad", refuse, {"message": "no good\nbecause"}),
@@ -97,6 +99,7 @@ def _once(ready: Callable[[], bool], act: Callable[[], Any]) -> Callable[[Sequen
     return show
 
 
+@pytest.mark.ray
 def test_a_killed_worker_is_replaced(cluster: Any, tmp_path: Path) -> None:
     folder, go = tmp_path / "ran", tmp_path / "go"
     folder.mkdir()
@@ -112,6 +115,7 @@ def test_a_killed_worker_is_replaced(cluster: Any, tmp_path: Path) -> None:
     assert (status.state, status.starts, len(status.value)) == ("done", 2, 2)
 
 
+@pytest.mark.ray
 def test_a_job_whose_workers_all_die_has_failed(cluster: Any, tmp_path: Path) -> None:
     def kill_all(rows: Sequence[JobStatus]) -> None:
         for path in tmp_path.iterdir():
@@ -124,6 +128,7 @@ def test_a_job_whose_workers_all_die_has_failed(cluster: Any, tmp_path: Path) ->
     assert status.reason == "its worker processes died, also when it was started again"
 
 
+@pytest.mark.ray
 def test_a_job_waits_for_a_node_that_can_hold_it(cluster: Any, tmp_path: Path) -> None:
     reasons: list[str] = []
     node: list[Any] = []
@@ -142,6 +147,7 @@ def test_a_job_waits_for_a_node_that_can_hold_it(cluster: Any, tmp_path: Path) -
     assert (status.state, status.reason) == ("done", "")
 
 
+@pytest.mark.ray
 def test_bad_jobs_are_refused(cluster: Any, tmp_path: Path) -> None:
     with pytest.raises(GemmaScopeError, match="twice: a"):
         run_jobs([job(tmp_path, "a"), job(tmp_path, "a")])

@@ -125,6 +125,7 @@ class Killer:
                 self.killed.append("worker")
 
 
+@pytest.mark.ray
 def test_lost_workers_and_nodes_do_not_change_a_bit(cluster: Any, alone: Path, tmp_path: Path) -> None:
     node = cluster.list_all_nodes()[-1]
     killer = Killer(tmp_path / "run" / "jobs", cluster, node)
@@ -152,6 +153,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.*")) if p.is_file()}
 
 
+@pytest.mark.ray
 def test_a_failed_job_leaves_the_others_and_is_done_later(cluster: Any, alone: Path, tmp_path: Path) -> None:
     given = config(tmp_path / "run", alone / "store", threads=None)
     broken = tmp_path / "run" / "jobs" / JOBS[1]
@@ -196,6 +198,7 @@ def test_jobs_take_what_the_plan_says(tmp_path: Path) -> None:
         _jobs(tmp_path, by="site")
 
 
+@pytest.mark.ray
 def test_ray_that_this_process_starts(alone: Path, tmp_path: Path) -> None:
     """By width, on a Ray of its own (in a process of its own: this one is connected to the cluster)."""
     import subprocess

@@ -38,6 +38,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     clear_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_blocks_of_a_page(page: Path, elsewhere: Path) -> None:
     variables: dict[str, object] = {"__name__": "__main__"}

@@ -68,6 +68,7 @@ def page(hf: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     pretrained_sae_loaders.NAMED_PRETRAINED_SAE_LOADERS.pop("gemma_scope_tl", None)
 
 
+@pytest.mark.slow
 def test_every_block_runs_and_its_numbers_are_those_of_the_plain_model(
     page: Any, hf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

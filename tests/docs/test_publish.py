@@ -36,6 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         table.pop(LOADER_NAME, None)
 
 
+@pytest.mark.slow
 def test_every_block_runs(hub: LocalHub, token: str, place: Path) -> None:  # noqa: F811
     names: dict[str, Any] = {}
     shown: list[str] = []

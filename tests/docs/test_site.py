@@ -52,6 +52,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert [name for name in gs.__all__ if f"`{name}`" not in listed and f"gs.{name}" not in listed] == []
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     pytest.importorskip("mkdocstrings_handlers.python", reason="the extra docs is not installed")
     site = tmp_path / "site"

@@ -14,7 +14,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.interop.run_evals import FixedTokens, run_sae_lens_evals
 from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 from gemma_scope_tl.text.rows import pack_texts
-from tests.helpers import random_sae
+from tests.helpers import random_sae, shared_model
 
 SAME = ("l0", "fvu", "loss_clean", "loss_spliced", "delta_loss")
 
@@ -24,9 +24,10 @@ def _without_eos(model: Any) -> torch.Tensor:
     return pack_texts(model.tokenizer, ["\n".join(texts)], 64)[:8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["hooked_transformer", "bridge"])
 def test_both_evaluations_agree(backend: str) -> None:
-    model = gs.load_model("bundled", backend=backend)
+    model = shared_model("bundled", backend)
     saes = [gs.load_sae("bundled", site, 1, width="1k") for site in ("res", "mlp", "att")]
     tokens = _without_eos(model)
     theirs = run_sae_lens_evals(model, saes, tokens, batch_size=4)
@@ -41,7 +42,7 @@ def test_both_evaluations_agree(backend: str) -> None:
 
 def test_what_differs_is_what_the_docstring_says() -> None:
     """With EOS in the rows the clean losses part; the zero ablation is another one."""
-    model = gs.load_model("bundled", backend="hooked_transformer")
+    model = shared_model("bundled", "hooked_transformer")
     sae = gs.load_sae("bundled", "res", 1, width="1k")
     texts = [json.loads(line)["text"][:100] for line in HELD_OUT_TEXT.read_text(encoding="utf-8").splitlines()]
     tokens = pack_texts(model.tokenizer, texts, 64)[:8]
@@ -53,7 +54,7 @@ def test_what_differs_is_what_the_docstring_says() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    model = gs.load_model("bundled", backend="hooked_transformer")
+    model = shared_model("bundled", "hooked_transformer")
     tokens = _without_eos(model)
     with pytest.raises(GemmaScopeError, match="cannot evaluate a transcoder"):
         run_sae_lens_evals(model, random_sae(model.dims, "transcoder", 1), tokens)

@@ -11,7 +11,7 @@ from gemma_scope_tl.errors import AdapterMismatch
 from gemma_scope_tl.evals.clean_pass import CleanPass, clean_batches, rows_that_fit, run_to_final_norm
 from gemma_scope_tl.evals.next_token import LogitHead
 from gemma_scope_tl.sites import BACKENDS, Place, get_site
-from tests.helpers import hooked, random_gemma, random_tokens
+from tests.helpers import hooked, random_gemma, random_tokens, shared_model
 
 LAYERS = range(4)
 WRITTEN = [Place("embedding", None), *(Place(site, layer) for layer in LAYERS for site in ("res", "mlp", "att"))]
@@ -27,7 +27,7 @@ def _padded_tokens(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_restarts_equal_whole_passes_at_every_place(backend: str) -> None:
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     tokens = _padded_tokens(model)  # rows of 24 tokens, a sliding window of 8: masks differ by layer and by row
     head = LogitHead(model, 1 << 20)
     clean = CleanPass.run(model, tokens, WRITTEN)
@@ -51,7 +51,7 @@ def _hooks(model: Any) -> dict[str, int]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_stays_on_the_model(backend: str) -> None:
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     before, tokens = _hooks(model), random_tokens(model)
     for batch in clean_batches(model, tokens, WRITTEN, (0, 1, 2), batch_size=1):
         batch.spliced(Place("att", 1), batch.activations(Place("att", 1)))
@@ -83,7 +83,7 @@ def test_a_pass_that_cannot_be_repeated_is_noticed() -> None:
 
 
 def test_batches_know_their_rows_and_leave_special_tokens_out() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     tokens = _padded_tokens(model)
     tokens[0, 5] = 1
     batches = list(clean_batches(model, tokens, [Place("transcoder", 1)], (0, 1, 2), batch_size=2))
@@ -98,7 +98,7 @@ def test_batches_know_their_rows_and_leave_special_tokens_out() -> None:
 
 
 def test_rows_that_fit_grow_with_the_budget_and_stop_at_the_batch() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     fitting = [rows_that_fit(model, WRITTEN, 24, 8, memory) for memory in (1, 5 << 17, 5 << 18, 1 << 30)]
     assert fitting[0] == 1
     assert fitting[-1] == 8

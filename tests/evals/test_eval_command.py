@@ -25,6 +25,7 @@ def _run(*args: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_eval_writes_every_format_and_resumes(tmp_path: Path) -> None:
     base = ["layer_1/*", "--site", "res", "--rows", "2", "--context", "32", "--resume", str(tmp_path / "cache")]
     rows = json.loads(_run(*base, "--json"))

@@ -8,7 +8,7 @@ import torch
 from gemma_scope_tl.evals.clean_pass import CleanPass
 from gemma_scope_tl.evals.next_token import LogitHead
 from gemma_scope_tl.sites import BACKENDS
-from tests.helpers import hooked, random_gemma, random_tokens
+from tests.helpers import hooked, random_gemma, random_tokens, shared_model
 
 ROUNDING = 1e-5  # float32 sums over 96 logits of up to 30
 
@@ -17,7 +17,7 @@ ROUNDING = 1e-5  # float32 sums over 96 logits of up to 30
 @pytest.mark.parametrize("memory", [1, 3000, 1 << 30])
 @torch.no_grad()
 def test_scores_are_those_of_the_full_logits(backend: str, memory: int) -> None:
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     tokens = random_tokens(model)
     final, other = (CleanPass.run(model, some, []).final for some in (tokens, tokens.flip(0)))
     head = LogitHead(model, memory)
@@ -39,7 +39,7 @@ def test_scores_are_those_of_the_full_logits(backend: str, memory: int) -> None:
 
 
 def test_chunks_keep_to_the_budget() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     row = 96 * 4
     assert LogitHead(model, 1).chunk == 1
     for tokens in (1, 5, 40):
@@ -63,7 +63,7 @@ def test_16_bit_models_have_float32_logits() -> None:
 
 @torch.no_grad()
 def test_without_a_soft_cap_and_with_a_bias() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     head = LogitHead(model, 1 << 20)
     normed = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     head.cap, head.bias = None, torch.linspace(-1, 1, 96)

@@ -20,14 +20,14 @@ from gemma_scope_tl.evals.cache import MetricsCache, key_of
 from gemma_scope_tl.evals.clean_pass import CleanPass
 from gemma_scope_tl.evals.suite import Evaluation, measure_suite
 from gemma_scope_tl.weights.fingerprint import fingerprint, sampled_fingerprint
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 
 PLACES = [("res", 2), ("att", 1), ("transcoder", 3)]
 
 
-def case() -> tuple[Any, list[Any], torch.Tensor]:
-    """A random model, three of its SAEs, and ten rows."""
-    model = hooked(random_gemma(), "bridge")
+def case(model: Any = None) -> tuple[Any, list[Any], torch.Tensor]:
+    """A random model (the shared one unless another is given), three SAEs of it, and ten rows."""
+    model = model or shared_model("grouped", "bridge")
     saes = [random_sae(model.dims, site, layer, seed=i) for i, (site, layer) in enumerate(PLACES)]
     return model, saes, random_tokens(model, batch=10)
 
@@ -63,6 +63,7 @@ def _same(one: Evaluation, other: Evaluation) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.kill
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     code = f"from tests.evals.test_resume import die_at_the_third_checkpoint as die; die({str(tmp_path)!r})"
     died = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, check=False)
@@ -111,9 +112,10 @@ def test_another_sae_shares_what_is_known(tmp_path: Path) -> None:
     assert _same(both, fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "sae", "tokens", "sae dtype"])
 def test_other_contents_are_measured_anew(tmp_path: Path, what: str) -> None:
-    model, saes, tokens = case()
+    model, saes, tokens = case(hooked(random_gemma(), "bridge"))
     options: dict[str, Any] = {"cache": tmp_path, "progress": False, "ablations": ()}
     before = measure_suite(model, saes[0], tokens, **options).table()
     with torch.no_grad():
@@ -142,7 +144,7 @@ def test_fingerprints_see_one_bit_and_no_layout() -> None:
 
 
 def test_damaged_files_and_hooked_models_are_refused(tmp_path: Path) -> None:
-    model, saes, tokens = case()
+    model, saes, tokens = case(hooked(random_gemma(), "bridge"))
     measure_suite(model, saes[0], tokens, cache=tmp_path, ablations=(), progress=False)
     victim = next(iter(tmp_path.iterdir()))
     victim.write_bytes(victim.read_bytes()[:20])
@@ -153,6 +155,7 @@ def test_damaged_files_and_hooked_models_are_refused(tmp_path: Path) -> None:
         measure_suite(model, saes[0], tokens, cache=tmp_path / "other", progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["c" * 300, "file/below", "closed"])
 def test_a_cache_that_is_no_use_costs_a_warning(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")

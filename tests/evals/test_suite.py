@@ -10,12 +10,11 @@ import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.evals.suite import evaluate, measure_suite
-from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.model.plain import run_reference
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import BACKENDS
 from gemma_scope_tl.text.rows import pack_texts
-from tests.helpers import CharTokenizerFactory, hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import CharTokenizerFactory, random_gemma, random_sae, random_tokens, shared_model
 from tests.parity.test_splice import by_hand, spliced_by_hand
 
 PLACES = [("res", 1), ("mlp", 2), ("att", 0), ("embedding", None), ("transcoder", 3)]
@@ -37,7 +36,7 @@ def test_every_number_by_hand(backend: str) -> None:
     hf = random_gemma()
     tokens = random_tokens(hf, batch=5)
     tokens[3, 11] = 1
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     saes = [random_sae(model.dims, site, layer, seed=i) for i, (site, layer) in enumerate(PLACES)]
     table = evaluate(model, saes, tokens, batch_size=2, progress=False)
     reference = run_reference(hf, tokens)
@@ -58,7 +57,7 @@ def test_every_number_by_hand(backend: str) -> None:
 
 
 def test_an_exact_sae_costs_nothing_and_an_empty_one_costs_what_zeros_cost() -> None:
-    model = load_model("bundled")
+    model = shared_model("bundled", "bridge")
     d = model.dims.d_model
     identity = {  # x = relu(x) - relu(-x)
         "W_enc": torch.cat([torch.eye(d), -torch.eye(d)], dim=1),
@@ -89,7 +88,7 @@ def test_packing() -> None:
 
 
 def test_an_sae_that_does_not_fit_raises() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     sae: Any = random_sae(model.dims, "res", 1)
     sae.layer = 9
     with pytest.raises((SpliceError, GemmaScopeError), match="9"):
@@ -97,7 +96,7 @@ def test_an_sae_that_does_not_fit_raises() -> None:
 
 
 def test_table_by_position_and_intervals_agree_with_the_whole() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     saes = [random_sae(model.dims, site, layer, seed=i) for i, (site, layer) in enumerate(PLACES)]
     found = measure_suite(model, saes, random_tokens(model, batch=6), batch_size=4, progress=False)
     table, positions = found.table(), found.by_position()
@@ -113,7 +112,7 @@ def test_table_by_position_and_intervals_agree_with_the_whole() -> None:
 
 
 def test_mean_ablation_by_hand() -> None:
-    hf, model = random_gemma(), hooked(random_gemma(), "bridge")
+    hf, model = random_gemma(), shared_model("grouped", "bridge")
     tokens = random_tokens(hf, batch=3)
     sae = random_sae(model.dims, "res", 1)
     row = evaluate(model, sae, tokens, batch_size=2, progress=False).iloc[0]
@@ -134,7 +133,7 @@ def test_mean_ablation_by_hand() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_uniformity_against_autograd_on_the_plain_model(backend: str) -> None:
-    hf, model = random_gemma(), hooked(random_gemma(), backend)
+    hf, model = random_gemma(), shared_model("grouped", backend)
     tokens = random_tokens(hf, batch=2, length=8)
     sae = random_sae(model.dims, "mlp", 1)
     row = evaluate(model, sae, tokens, uniformity=7, progress=False, ablations=()).iloc[0]  # every position
@@ -162,7 +161,7 @@ def test_uniformity_against_autograd_on_the_plain_model(backend: str) -> None:
 def test_suites_are_loaded_one_by_one_and_memory_budgets_change_nothing() -> None:
     import gemma_scope_tl as gs
 
-    model = load_model("bundled")
+    model = shared_model("bundled", "bridge")
     suite = gs.load_suite("bundled", sites="res", layers=[0, 3], width="1k", memory=1)
     texts = ["And God said, Let there be light. " * 40]
     table = evaluate(model, suite, texts, context=64, progress=False)
@@ -174,7 +173,7 @@ def test_suites_are_loaded_one_by_one_and_memory_budgets_change_nothing() -> Non
 
 
 def test_arguments_that_make_no_sense() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     sae, tokens = random_sae(model.dims, "res", 1), random_tokens(model)
     for options, match in (
         ({"ablations": ("zeros",)}, "Unknown ablation"),

@@ -56,6 +56,7 @@ def test_findings(made: tuple[Target, Guard], path: Path) -> None:
     assert outcome(made[0], path.read_bytes(), made[1]) == path.suffix[1:]
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("made", EXECUTIONS, indirect=True)
 def test_a_short_search_finds_nothing(made: tuple[Target, Guard]) -> None:
     target, guard = made
@@ -65,6 +66,7 @@ def test_a_short_search_finds_nothing(made: tuple[Target, Guard]) -> None:
     assert len(totals.corpus) > 1
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize(
     ("defect", "key"),
     [

@@ -228,6 +228,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ERRORS)
 def test_every_error_is_clear_and_keeps_the_token(
     name: str, hub: LocalHub, repo: Repo, token: str, waits: list[float], caplog: pytest.LogCaptureFixture

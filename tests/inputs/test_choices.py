@@ -14,7 +14,7 @@ from gemma_scope_tl.latents.logit_lens import top_tokens
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sae.latents import Latents
-from tests.helpers import hooked, random_gemma, random_sae
+from tests.helpers import random_sae, shared_model
 
 ONE = [
     5,
@@ -55,7 +55,7 @@ NONE += [torch.tensor([[5]]), pd.Series([5, None]), {5: 1}, ["5"], torch.tensor(
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return hooked(random_gemma("narrow-heads"), "bridge")
+    return shared_model("narrow-heads", "bridge")
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,6 @@ def ways() -> dict[str, tuple[list[str], Any, dict[str, Any]]]:
 
 
 _SIDES = ("left", "right")
-WAYS = list(ways())
 
 
 class World:
@@ -70,6 +69,10 @@ class World:
         self.model.tokenizer.chat_template = TEMPLATE
         self.sae = random_sae(self.model.dims, "res", 0)
         self._generated: dict[str, list[int]] = {}
+        self.ways = ways()
+        self.texts = {text: _alone([text])[0] for text in (*TEXTS, *(f"<user>{t}<model>" for t in TEXTS))}
+        self.wanted = {text: self.logits(ids) for text, ids in self.texts.items()}
+        self.wanted_spliced = {text: self.spliced_logits(ids) for text, ids in self.texts.items()}
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
@@ -144,34 +147,34 @@ def _added(world: World, given: Any, how: dict[str, Any]) -> torch.Tensor:
         world.model.reset_saes()
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("entry", PASSES)
-def test_passes(world: World, entry: str, way: str) -> None:
-    texts, given, how = ways()[way]
-    with torch.no_grad():
-        got = PASSES[entry](world, given, **how)
-    assert bool(torch.isfinite(got).all())
-    for number, text in enumerate(filter(None, texts)):
-        (ids,) = _alone([text])
-        wanted = world.spliced_logits(ids) if entry in SPLICED else world.logits(ids)
-        torch.testing.assert_close(_row(got, number, ids.shape[1], way), wanted, rtol=0, atol=ROUNDING * 30)
+def test_passes(world: World, entry: str, subtests: pytest.Subtests) -> None:
+    logits = world.wanted_spliced if entry in SPLICED else world.wanted
+    for way, (texts, given, how) in world.ways.items():
+        with subtests.test(way=way):
+            with torch.no_grad():
+                got = PASSES[entry](world, given, **how)
+            assert bool(torch.isfinite(got).all())
+            for number, text in enumerate(filter(None, texts)):
+                row = _row(got, number, logits[text].shape[0], way)
+                torch.testing.assert_close(row, logits[text], rtol=0, atol=ROUNDING * 30)
 
 
-@pytest.mark.parametrize("positional", [False, True])
-@pytest.mark.parametrize("way", WAYS)
-def test_loss(world: World, way: str, positional: bool) -> None:
+def test_loss(world: World, subtests: pytest.Subtests) -> None:
     """The mean over all predictions of Hugging Face from each text alone."""
-    texts, given, how = ways()[way]
-    losses = []
-    for ids in _alone([text for text in texts if text]):
-        losses += torch.nn.functional.cross_entropy(world.logits(ids)[:-1], ids[0, 1:], reduction="none").tolist()
-    with torch.no_grad():
-        got = world.model(given, "loss", **how) if positional else world.model(given, return_type="loss", **how)
-        logits, both = world.model(given, return_type="both", **how)
-    assert got.item() == pytest.approx(sum(losses) / len(losses), abs=2e-5)
-    by_hand = world.model.loss_fn(logits, as_batch(world.model, given, **how).ids, how.get("attention_mask"))
-    assert both.item() == got.item() and logits.ndim == 3
-    assert by_hand.item() == pytest.approx(got.item(), abs=1e-6)
+    for way, (texts, given, how) in world.ways.items():
+        with subtests.test(way=way):
+            losses = []
+            for text in filter(None, texts):
+                logits, ids = world.wanted[text], world.texts[text]
+                losses += torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none").tolist()
+            with torch.no_grad():
+                positional, named = world.model(given, "loss", **how), world.model(given, return_type="loss", **how)
+                logits, both = world.model(given, return_type="both", **how)
+            assert named.item() == pytest.approx(sum(losses) / len(losses), abs=2e-5)
+            by_hand = world.model.loss_fn(logits, as_batch(world.model, given, **how).ids, how.get("attention_mask"))
+            assert both.item() == named.item() == positional.item() and logits.ndim == 3
+            assert by_hand.item() == pytest.approx(named.item(), abs=1e-6)
 
 
 def test_messages(world: World) -> None:
@@ -209,27 +212,26 @@ GENERATIONS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
-@pytest.mark.parametrize("way", [*WAYS, "messages"])
 @pytest.mark.parametrize("entry", GENERATIONS)
-def test_generation(world: World, entry: str, way: str, cache: bool) -> None:
+def test_generation(world: World, entry: str, cache: bool, subtests: pytest.Subtests) -> None:
     """Also of the bridge's Hugging Face model, as pipelines and evaluation harnesses call it, with ids."""
     if world.model.backend == "hooked_transformer" and entry in ("hf_generate", "original_model.generate"):
         assert not hasattr(world.model, entry.split(".")[0])
         return
-    if way == "messages":
-        texts, given, how = [f"<user>{t}<model>" for t in TEXTS], [_messages(text) for text in TEXTS], {}
-    else:
-        texts, given, how = ways()[way]
-    if entry == "original_model.generate" and not isinstance(given, torch.Tensor) and not hasattr(given, "keys"):
-        return  # Hugging Face takes ids alone
-    if entry == "original_model.generate" and isinstance(given, torch.Tensor) and given.ndim == 1:
-        given = given[None]
-    got = GENERATIONS[entry](world, given, cache, **how)
-    for number, text in enumerate(filter(None, texts)):
-        (ids,) = _alone([text])
-        wanted = world.generated(ids)
-        assert got[number, -NEW:].tolist()[: len(wanted)] == wanted, f"row {number}"
+    messages = ([f"<user>{t}<model>" for t in TEXTS], [_messages(text) for text in TEXTS], {})
+    for way, (texts, given, how) in {**world.ways, "messages": messages}.items():
+        ids = given
+        if entry == "original_model.generate":
+            if not isinstance(given, torch.Tensor) and not hasattr(given, "keys"):
+                continue  # Hugging Face takes ids alone
+            ids = given[None] if isinstance(given, torch.Tensor) and given.ndim == 1 else given
+        with subtests.test(way=way):
+            got = GENERATIONS[entry](world, ids, cache, **how)
+            for number, text in enumerate(filter(None, texts)):
+                wanted = world.generated(world.texts[text])
+                assert got[number, -NEW:].tolist()[: len(wanted)] == wanted, f"row {number}"
 
 
 @pytest.mark.parametrize("method", ["generate", "generate_stream", "hf_generate"])

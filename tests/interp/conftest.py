@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import gemma_scope_tl as gs
+from tests.helpers import shared_model
 from tests.interp.llm_server import Endpoint, serve
 
 
@@ -24,7 +25,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
 @pytest.fixture(scope="module")
 def model() -> Any:
     """The bundled model."""
-    return gs.load_model("bundled")
+    return shared_model("bundled", "bridge")
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,7 @@ def test_quantiles_are_ordered(model: Any, sae: Any, tokens: torch.Tensor) -> No
     assert max(parts[2]) <= min(e.activation for e in found.of(common, "top")) + 1e-6
 
 
+@pytest.mark.slow
 def test_batch_size_changes_nothing_and_the_seed_does(model: Any, sae: Any, tokens: torch.Tensor) -> None:
     frames = [
         top_examples(model, sae, tokens, batch_size=size, progress=False, sampling=SMALL, latents=range(200))[0]

@@ -22,9 +22,11 @@ from gemma_scope_tl.interp import (
     Examples,
     Sampling,
     detection_scores,
-    explain,
     simulation_scores,
     top_examples,
+)
+from gemma_scope_tl.interp import (
+    explanations as explain,
 )
 from gemma_scope_tl.interp.explanations import marked, numbers, parsed
 from gemma_scope_tl.viz.study_figures import scores_figure
@@ -144,6 +146,7 @@ def _run(*args: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_verb(endpoint: Endpoint, tmp_path: Path) -> None:
     out, figure, log = tmp_path / "t.csv", tmp_path / "f.png", tmp_path / "a.jsonl"
     args = ["explain", "--site", "res", "--layer", "2", "--width", "1k", "--canonical", "--rows", "16", "--context"]

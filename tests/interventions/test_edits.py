@@ -12,14 +12,14 @@ from gemma_scope_tl.errors import SpliceError, UnknownNameError
 from gemma_scope_tl.interventions import ablate, clamp, scale, steer
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import BACKENDS
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 
 LATENTS = [9, 2, 40]
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma(), request.param)
+    return shared_model("grouped", request.param)
 
 
 def at_hook(model: Any, tokens: torch.Tensor, name: str, hooks: list[Any]) -> torch.Tensor:
@@ -59,22 +59,23 @@ NEW = {  # the activations that each edit gives to the latents, from those they 
 }
 
 
-@pytest.mark.parametrize("edit", NEW)
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["res", "mlp", "att", "embedding"])
-def test_each_edit_follows_its_equation(model: Any, site: str, edit: str) -> None:
+def test_each_edit_follows_its_equation(model: Any, site: str, subtests: pytest.Subtests) -> None:
     sae, tokens = random_sae(model.dims, site, layer_of(site)), random_tokens(model)
     tokens[1, 9] = 1
-    make, new = NEW[edit]
-    pair = make(sae)
-    clean = at_hook(model, tokens, pair[0], []).double().numpy()
+    name = ablate(sae, LATENTS)[0]
+    clean = at_hook(model, tokens, name, []).double().numpy()
     acts = numpy_acts(sae, clean)[..., LATENTS]
     assert (acts > 0).any() and (acts == 0).any()
-    change = (new(acts) - acts) * (tokens > 2).numpy()[..., None]
-    wanted = clean + change @ sae.W_dec.numpy().astype(np.float64)[LATENTS]
-    # float32 of values up to about 30, after a product over 64 or 128
-    np.testing.assert_allclose(at_hook(model, tokens, pair[0], [pair]).numpy(), wanted, atol=3e-5, rtol=1e-5)
-    loaded = make(some_latents(sae, [40, 7, 2, 9]))  # in another order
-    np.testing.assert_allclose(at_hook(model, tokens, loaded[0], [loaded]).numpy(), wanted, atol=3e-5, rtol=1e-5)
+    for edit, (make, new) in NEW.items():
+        with subtests.test(edit=edit):
+            pair, loaded = make(sae), make(some_latents(sae, [40, 7, 2, 9]))  # in another order
+            assert pair[0] == loaded[0] == name
+            change = (new(acts) - acts) * (tokens > 2).numpy()[..., None]
+            wanted = clean + change @ sae.W_dec.numpy().astype(np.float64)[LATENTS]
+            for hook in (pair, loaded):  # float32 of values up to about 30, after a product over 64 or 128
+                np.testing.assert_allclose(at_hook(model, tokens, name, [hook]).numpy(), wanted, atol=3e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("site", ["res", "mlp", "att", "embedding", "transcoder"])
@@ -92,7 +93,7 @@ def test_steering_adds_the_decoder_row(model: Any, site: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("edit", ["steer", "clamp"])
 def test_logits_equal_those_of_a_hook_on_hugging_face(backend: str, edit: str) -> None:
-    plain, ours = random_gemma(), hooked(random_gemma(), backend)
+    plain, ours = random_gemma(), shared_model("grouped", backend)
     sae, tokens = random_sae(ours.dims, "res", 1), random_tokens(ours)
 
     def on_layer(module: Any, args: Any, output: Any) -> Any:
@@ -114,27 +115,28 @@ def test_logits_equal_those_of_a_hook_on_hugging_face(backend: str, edit: str) -
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)  # HookedTransformer's float32 through four layers
 
 
-@pytest.mark.parametrize("edit", NEW)
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["res", "att", "transcoder"])
-def test_editing_the_spliced_features(model: Any, site: str, edit: str) -> None:
+def test_editing_the_spliced_features(model: Any, site: str, subtests: pytest.Subtests) -> None:
     sae, tokens = random_sae(model.dims, site, 1), random_tokens(model)
-    make, new = NEW[edit]
-    pair = make(sae, on="features")
-    assert pair[0] == model.get_sae_hook_name(sae)
     reads, writes = sae_hooks(sae)
     x, y = (at_hook(model, tokens, name, []).double().numpy() for name in (reads, writes))
     acts = numpy_acts(sae, x)
-    edited = acts.copy()
-    edited[..., LATENTS] = new(acts[..., LATENTS])
     w_dec, ordinary = sae.W_dec.numpy().astype(np.float64), (tokens > 2).numpy()[..., None]
-    for error_term, base in ((False, acts @ w_dec + sae.b_dec.numpy()), (True, y)):
-        wanted = np.where(ordinary, base + (edited - acts) @ w_dec, y)
-        with model.saes([sae], use_error_term=error_term):
-            got = at_hook(model, tokens, writes, [pair]).numpy()
-        np.testing.assert_allclose(got, wanted, atol=5e-5, rtol=1e-5)  # float32, sums over 256 latents
-    if site != "transcoder":  # with the error term, the same as without splicing
-        plain = make(sae)
-        np.testing.assert_allclose(at_hook(model, tokens, writes, [plain]).numpy(), got, atol=5e-5, rtol=1e-5)
+    for edit, (make, new) in NEW.items():
+        with subtests.test(edit=edit):
+            pair = make(sae, on="features")
+            assert pair[0] == model.get_sae_hook_name(sae)
+            edited = acts.copy()
+            edited[..., LATENTS] = new(acts[..., LATENTS])
+            for error_term, base in ((False, acts @ w_dec + sae.b_dec.numpy()), (True, y)):
+                wanted = np.where(ordinary, base + (edited - acts) @ w_dec, y)
+                with model.saes([sae], use_error_term=error_term):
+                    got = at_hook(model, tokens, writes, [pair]).numpy()
+                np.testing.assert_allclose(got, wanted, atol=5e-5, rtol=1e-5)  # float32, sums over 256 latents
+            if site != "transcoder":  # with the error term, the same as without splicing
+                plain = at_hook(model, tokens, writes, [make(sae)]).numpy()
+                np.testing.assert_allclose(plain, got, atol=5e-5, rtol=1e-5)
 
 
 def sae_hooks(sae: Any) -> tuple[str, str]:

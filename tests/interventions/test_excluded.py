@@ -15,7 +15,7 @@ from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.model.splicing import splice
 from gemma_scope_tl.sites import BACKENDS
 from gemma_scope_tl.text.tokens import excluded_ids
-from tests.helpers import hooked, random_gemma, random_sae
+from tests.helpers import random_gemma, random_sae, shared_model
 
 NAME = "blocks.1.hook_resid_post"
 EDITS = {
@@ -37,7 +37,7 @@ TOKENS = torch.tensor([[2, 7, 8, 9, 1, 20, 7]])
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma(), request.param)
+    return shared_model("grouped", request.param)
 
 
 def left_alone(model: Any, how: str, exclude: Any) -> list[int]:
@@ -54,6 +54,7 @@ def left_alone(model: Any, how: str, exclude: Any) -> list[int]:
     return (got == clean).all(-1)[0].nonzero().flatten().tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["splice", *EDITS])
 def test_ids_are_left_alone_and_nothing_else(model: Any, how: str) -> None:
     for given in IDS.values():
@@ -81,6 +82,7 @@ def test_ids_that_cannot_be_seen_raise(model: Any) -> None:
         pair[1](torch.zeros(1, 7, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["splice", *EDITS])
 def test_without_a_tokenizer_the_special_ids_must_be_given(how: str) -> None:
     model = load_model(hf_model=random_gemma())

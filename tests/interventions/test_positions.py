@@ -10,12 +10,12 @@ import torch
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.interventions import ablate, clamp, scale, steer
 from gemma_scope_tl.sites import BACKENDS
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_sae, random_tokens, shared_model
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma(), request.param)
+    return shared_model("grouped", request.param)
 
 
 def _changed(model: Any, tokens: torch.Tensor, positions: Any, everywhere: bool = False) -> list[list[int]]:
@@ -105,6 +105,7 @@ def _expected(model: Any, prompt: torch.Tensor, make: Any, fixed: Any, steps: in
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", GENERATED, ids=str)
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 def test_while_generating(model: Any, positions: Any, use_cache: bool) -> None:
@@ -168,6 +169,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", EDITS)
 def test_every_edit_generates_the_same_with_a_cache_and_without(model: Any, edit: str) -> None:
     sae, prompt = random_sae(model.dims, "res", 2), random_tokens(model, batch=1, length=5)
@@ -195,7 +197,7 @@ def test_after_generating_a_plain_pass_counts_afresh(model: Any) -> None:
 def test_a_model_that_is_not_ours_counts_in_the_tensor_at_hand() -> None:
     from transformer_lens import HookedTransformer
 
-    ours = hooked(random_gemma(), "hooked_transformer")
+    ours = shared_model("grouped", "hooked_transformer")
     plain: Any = HookedTransformer(ours.cfg)
     plain.load_state_dict(ours.state_dict(), strict=False)
     sae, tokens = random_sae(ours.dims, "res", 1), random_tokens(ours, length=6)
@@ -211,7 +213,7 @@ def test_a_model_that_is_not_ours_counts_in_the_tensor_at_hand() -> None:
 
 
 def test_generation_from_embeddings_cannot_place_tokens() -> None:
-    model = hooked(random_gemma(), "hooked_transformer")
+    model = shared_model("grouped", "hooked_transformer")
     embeds = model.embed(random_tokens(model, batch=1, length=5))
     pair = steer(random_sae(model.dims, "res", 1), 3, 5.0, positions=2, exclude_special_tokens=False)
     with model.hooks([pair]), pytest.raises(SpliceError, match="from token ids"):

@@ -11,14 +11,14 @@ import torch
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError
 from gemma_scope_tl.interventions import clamp, mean_norms, scale, steer
 from gemma_scope_tl.sites import BACKENDS, ModelDims
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_gemma, random_sae, random_tokens, shared_model
 
 ROWS = ["hello there", "hi", "good morning to you"]
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma(), request.param)
+    return shared_model("grouped", request.param)
 
 
 def _long(sae: Any) -> Any:

@@ -36,6 +36,7 @@ def site_differences(model: Any, reference: Reference) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("config", [*CONFIGS, "bundled"])
@@ -82,6 +83,7 @@ def test_without_the_mask_left_padding_would_be_wrong(backend: str) -> None:
     assert relative_difference(logits[:, -16:], reference.logits) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("site", list(SITES))
 def test_an_edit_at_a_site_propagates_as_in_plain_pytorch(site: str, backend: str) -> None:

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.sites import BACKENDS, get_site
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 
 PLACES = [("res", 1), ("mlp", 2), ("att", 0), ("embedding", None), ("transcoder", 3)]
 ROUNDING = 1e-5  # float32 on values of 1 to 30, through up to four layers
@@ -71,7 +70,7 @@ def test_one_sae(site: str, layer: int | None, backend: str) -> None:
     hf = random_gemma()
     tokens = random_tokens(hf)
     tokens[1, 7] = 1  # an EOS in the middle
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     sae = random_sae(model.dims, site, layer)
     wanted = spliced_by_hand(hf, tokens, [sae])
     with torch.no_grad():
@@ -87,7 +86,7 @@ def test_one_sae(site: str, layer: int | None, backend: str) -> None:
 def test_saes_at_every_kind_of_site_together(backend: str) -> None:
     hf = random_gemma("one-kv-head")
     tokens = random_tokens(hf)
-    model = hooked(random_gemma("one-kv-head"), backend)
+    model = shared_model("one-kv-head", backend)
     places = [("embedding", None), ("att", 0), ("mlp", 0), ("res", 0), ("transcoder", 1), ("res", 2), ("att", 2)]
     saes = [random_sae(model.dims, site, layer, seed=i) for i, (site, layer) in enumerate(places)]
     with torch.no_grad():
@@ -100,7 +99,7 @@ def test_saes_at_every_kind_of_site_together(backend: str) -> None:
 def test_a_skip_transcoder_keeps_its_linear_path(backend: str) -> None:
     hf = random_gemma()
     tokens = random_tokens(hf)
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     sae = random_sae(model.dims, "transcoder", 1, skip=True)
     with torch.no_grad():
         got = model.run_with_saes(tokens, saes=sae)
@@ -110,7 +109,7 @@ def test_a_skip_transcoder_keeps_its_linear_path(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("site", "layer"), PLACES)
 def test_the_error_term_changes_nothing_until_a_feature_is_edited(site: str, layer: int | None, backend: str) -> None:
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     tokens = random_tokens(model)
     sae = random_sae(model.dims, site, layer)
     name = model.get_sae_hook_name(sae)
@@ -142,6 +141,7 @@ def _zero(latent: int) -> Any:
     return hook_fn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("site", "layer"), PLACES)
 def test_float32_sae_in_a_bfloat16_model(site: str, layer: int | None, backend: str) -> None:
@@ -159,12 +159,13 @@ def test_float32_sae_in_a_bfloat16_model(site: str, layer: int | None, backend: 
     assert relative_difference(with_error, clean) < 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("site", "layer"), PLACES)
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 def test_generation(site: str, layer: int | None, use_cache: bool, backend: str) -> None:
     hf = random_gemma()
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     sae = random_sae(model.dims, site, layer)
     if backend == "hooked_transformer" and site == "embedding":
         with model.saes([sae]), pytest.raises(Exception, match="bridge"):
@@ -179,10 +180,11 @@ def test_generation(site: str, layer: int | None, use_cache: bool, backend: str)
     assert got.tolist() == wanted.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_bundled_suite_on_the_bundled_model(backend: str) -> None:
     hf = random_gemma("bundled")
-    model = load_model("bundled", backend=backend)
+    model = shared_model("bundled", backend)
     text = "And God said, Let there be light: and there was light. " * 6
     tokens = model.to_tokens(text)
     assert tokens.shape[1] > 64  # longer than the sliding window
@@ -213,7 +215,7 @@ def test_plain_cached_generation_equals_hugging_face(backend: str) -> None:
     hf = random_gemma()
     prompt = random_tokens(hf, batch=2, length=6)
     wanted = hf.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    got = hooked(random_gemma(), backend).generate(prompt, max_new_tokens=20, do_sample=False, stop_at_eos=False)
+    got = shared_model("grouped", backend).generate(prompt, max_new_tokens=20, do_sample=False, stop_at_eos=False)
     assert got.tolist() == wanted.tolist()
 
 
@@ -222,7 +224,7 @@ def test_generation_from_a_left_padded_batch(backend: str) -> None:
     hf = random_gemma()
     rows = [random_tokens(hf, batch=1, length=n, seed=n) for n in (9, 6)]
     padded = torch.cat([torch.nn.functional.pad(row, (9 - row.shape[1], 0), value=0) for row in rows])
-    model = hooked(random_gemma(), backend)
+    model = shared_model("grouped", backend)
     sae = random_sae(model.dims, "res", 1)
     with model.saes([sae]):
         together = model.generate(padded, max_new_tokens=10, do_sample=False, stop_at_eos=False)
@@ -239,14 +241,14 @@ def test_both_backends_have_the_same_cache_keys_as_saelens() -> None:
 
     keys = {}
     for backend in BACKENDS:
-        model = hooked(random_gemma(), backend)
+        model = shared_model("grouped", backend)
         saes = [random_sae(model.dims, site, layer) for site, layer in PLACES]
         _, cache = model.run_with_cache_with_saes(random_tokens(model), saes=saes, use_error_term=True)
         keys[backend] = {key for key in cache if ".hook_sae_" in key}
         assert {model.get_sae_hook_name(sae) for sae in saes} <= keys[backend]
     assert keys["bridge"] == keys["hooked_transformer"]
 
-    ours = hooked(random_gemma(), "hooked_transformer")
+    ours = shared_model("grouped", "hooked_transformer")
     stock = HookedSAETransformer(ours.cfg)
     stock.load_state_dict(ours.state_dict(), strict=False)
     saes = [random_sae(ours.dims, site, layer) for site, layer in PLACES]

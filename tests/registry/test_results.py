@@ -80,6 +80,7 @@ def test_every_column_is_documented(release: str) -> None:
     assert {"torch", "transformers", "transformer-lens", "sae-lens", "gemma-scope-tl"} <= set(facts["software"])
 
 
+@pytest.mark.slow
 def test_a_row_is_what_the_configuration_gives() -> None:
     """One SAE, measured again from the committed configuration."""
     import gemma_scope_tl as gs

@@ -72,6 +72,7 @@ def sums(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): file_sha256(p) for p in files}
 
 
+@pytest.mark.slow
 def test_from_export_to_loading(hub: LocalHub, token: str, folder: Path, suite: list[Any]) -> None:
     done = upload(folder)
     repo, here = repo_of(hub), sums(folder)
@@ -135,6 +136,7 @@ def test_again_and_after_a_change(hub: LocalHub, token: str, folder: Path) -> No
     assert read_release(folder.parent / "tiny-scope.yaml").saes[0].revision == changed.revision
 
 
+@pytest.mark.kill
 def test_killed_in_the_middle_it_goes_on(hub: LocalHub, token: str, folder: Path, tmp_path: Path) -> None:
     hub.fail("*/lfs/*", Fault(methods=("PUT",), times=3))  # three arrive
     hub.fail("*/lfs/*", Fault(methods=("PUT",), times=None, stall=60.0))
@@ -218,6 +220,7 @@ def test_broken_mirrors_are_refused(hub: LocalHub, token: str, folder: Path) -> 
     assert not hub.log
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize(
     ("step", "fault", "text"),

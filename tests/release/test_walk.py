@@ -75,6 +75,7 @@ def _assert_same_bits(folder: Path, rows: Any, release: str) -> None:
             assert torch.equal(got, expected) if exact else torch.allclose(got, expected, rtol=3e-7), (row.id, name)
 
 
+@pytest.mark.slow
 def test_from_python(trained: Path, hub: LocalHub, token: str, tmp_path: Path) -> None:
     about = gs.About("cc-by-4.0", base_model="my-name/my-model")
     (folder,) = gs.export_suite(trained, tmp_path / "my-saes", about, layout="both", progress=False)

@@ -96,6 +96,7 @@ def run_alone(code: str, *args: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_sae_lens_alone_reads_what_we_write(tmp_path: Path) -> None:
     """One process that never imports this package loads, runs and saves again every kind."""
     kinds = {site: make(site) for site in [*SITES, "embedding"]} | {"skip": make("transcoder", skip=True)}

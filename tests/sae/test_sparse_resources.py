@@ -38,6 +38,7 @@ print(acts.latents.numel(), acts.offsets[1].item(), peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: reads the peak from /proc")
 @pytest.mark.parametrize(
     ("layout", "what"), [("row-major", "forward"), ("row-major", "backward"), ("latent-major", "backward")]
@@ -51,6 +52,7 @@ def test_peak_memory_at_131k_latents(layout: str, what: str) -> None:
     assert 1 << 20 < peak < 96 << 20, "a few blocks of 8 and 16 MiB, and 16 bytes for each active latent"
 
 
+@pytest.mark.slow
 def test_triton_is_not_imported_for_cpu_tensors() -> None:
     code = (
         "import sys\nfrom torch import ones\nfrom gemma_scope_tl.sae.sparse import reconstruct\n"
@@ -107,6 +109,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="pip install triton (Linux, x86_64)")
 def test_triton_kernels_in_the_interpreter() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1"}

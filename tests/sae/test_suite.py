@@ -12,6 +12,7 @@ import torch
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError, UnknownNameError
 from gemma_scope_tl.sae.suite import SAESuite
+from tests.helpers import shared_model
 
 
 def test_the_bundled_suite_is_what_load_sae_loads() -> None:
@@ -124,7 +125,7 @@ def test_select_and_unknown_keys() -> None:
 
 
 def test_a_suite_is_what_splice_takes() -> None:
-    model = gs.load_model("bundled")
+    model = shared_model("bundled", "bridge")
     suite = gs.load_suite("bundled", layers=[2], width="1k")
     tokens = model.to_tokens("In the beginning")
     with gs.splice(model, suite.values()):

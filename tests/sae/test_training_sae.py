@@ -149,6 +149,7 @@ assert not [name for name in sys.modules if name.startswith("gemma_scope_tl")]
 """
 
 
+@pytest.mark.slow
 def test_stock_saelens_loads_what_is_saved(tmp_path: Path) -> None:
     """One SAE as at the mlp site, one as at the att site, whose hook keeps heads apart."""
     x = torch.randn(40, 6)

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_c
 
 from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.sites import BACKENDS, get_site
-from tests.helpers import hooked, random_gemma, random_tokens
+from tests.helpers import random_gemma, random_tokens, shared_model
 
 SITES = ["res", "mlp", "att", "embedding"]
 ROUNDING = 1e-5  # float32, through other orders of the same sums
@@ -24,7 +24,7 @@ ROUNDING = 1e-5  # float32, through other orders of the same sums
 @pytest.fixture(params=BACKENDS, scope="module")
 def pair(request: pytest.FixtureRequest) -> Any:
     """Ours, and SAELens's model with the same weights."""
-    ours = hooked(random_gemma("narrow-heads"), request.param)
+    ours = shared_model("narrow-heads", request.param)
     if request.param == "hooked_transformer":
         stock: Any = HookedSAETransformer(ours.cfg)
         missing = stock.load_state_dict(ours.state_dict(), strict=False).unexpected_keys

@@ -10,12 +10,12 @@ import torch
 from gemma_scope_tl.errors import SpliceError, UnknownNameError
 from gemma_scope_tl.model.splicing import splice
 from gemma_scope_tl.sites import BACKENDS
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 
 
 @pytest.fixture(params=BACKENDS)
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma(), request.param)
+    return shared_model("grouped", request.param)
 
 
 def _fingerprint(model: Any) -> dict[str, tuple[int, str, int]]:
@@ -40,6 +40,7 @@ def test_detaching_restores_every_hook_point_and_the_users_hooks(model: Any) -> 
         assert torch.equal(model(tokens), logits)
     assert _fingerprint(model) == before
     assert {short: point.name for short, point in sae.hook_dict.items()} == names
+    model.reset_hooks(including_permanent=True)
 
 
 def test_a_hook_on_the_site_sees_what_flows_on(model: Any) -> None:
@@ -194,9 +195,7 @@ def test_splice_wants_a_model_of_ours() -> None:
 
 
 def test_logits_carry_no_graph_from_the_saes() -> None:
-    model = hooked(random_gemma(), "bridge")
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model = hooked(random_gemma(), "bridge").requires_grad_(False)
     assert not model.run_with_saes(random_tokens(model), saes=[random_sae(model.dims, "res", 1)]).requires_grad
 
 

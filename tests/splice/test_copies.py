@@ -158,6 +158,7 @@ def test_a_stock_sae_is_told_of_its_heads_again() -> None:
         assert held.hook_z_reshaping_mode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spliced", [False, True])
 @pytest.mark.parametrize("way", ["pickle", "torch.save"])
 def test_what_cannot_be_pickled_says_why(way: str, spliced: bool) -> None:

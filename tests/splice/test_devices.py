@@ -58,6 +58,7 @@ def some_latents(sae: Any) -> Latents:
     return Latents(tuple(chosen), sae.W_dec[chosen], sae.b_enc[chosen], sae.threshold[chosen], **arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("site", "layer"), KINDS)
 @torch.no_grad()
 def test_a_spliced_sae_moves_once_and_in_place(models: Any, there: torch.device, site: str, layer: int | None) -> None:
@@ -117,6 +118,7 @@ EDITS: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", EDITS)
 @torch.no_grad()
 def test_interventions(models: Any, there: torch.device, edit: str) -> None:
@@ -139,6 +141,7 @@ def same(got: pd.DataFrame, wanted: pd.DataFrame, there: torch.device) -> None:
     pd.testing.assert_frame_equal(got, wanted, rtol=1e-3 if there.type == "cuda" else 0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_tables(models: Any, there: torch.device) -> None:
     here, moved = models
     for source in (random_sae(here.dims, "res", 1, d_sae=64), random_sae(here.dims, "transcoder", 0, d_sae=64)):
@@ -165,6 +168,7 @@ def test_attributions(models: Any, there: torch.device) -> None:
     assert all(on(sae) == {there} for sae in saes)
 
 
+@pytest.mark.slow
 def test_evaluation_and_pages(models: Any, there: torch.device) -> None:
     here, moved = models
     tokens = random_tokens(here, batch=2, length=12)
@@ -180,6 +184,7 @@ def test_evaluation_and_pages(models: Any, there: torch.device) -> None:
         assert page is not None
 
 
+@pytest.mark.slow
 def test_no_second_copy_stays_behind(models: Any, there: torch.device) -> None:
     here, moved = models
     sae = random_sae(here.dims, "res", 1, d_sae=77)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -136,43 +137,51 @@ def test_unedited_passes_are_the_models_own(model: Any, site: str, layer: int | 
     assert relative_difference(spliced, logits) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32-sae", "bf16-sae"])
-@pytest.mark.parametrize(("site", "layer"), PLACES)
-def test_unedited_passes_of_a_bfloat16_model(site: str, layer: int | None, dtype: torch.dtype, backend: str) -> None:
+def test_unedited_passes_of_a_bfloat16_model(backend: str, subtests: pytest.Subtests) -> None:
     model = hooked(random_gemma(dtype=torch.bfloat16), backend)
-    sae, tokens = random_sae(model.dims, site, layer).to(dtype), random_tokens(model)
-    write = model.get_sae_hook_name(sae).removesuffix(".hook_sae_acts_post")
-    with torch.no_grad():
-        y = model.run_with_cache(tokens, names_filter=write)[1][write].double()
-        recons = _at_site(model, sae, use_error_term=False).double()
-        got = _at_site(model, sae, use_error_term=True).double()
-    if dtype == torch.float32:  # the error is float32, and rounding y to bfloat16 gives y: off by 2**-16 at most
-        assert bool(((got - y).abs() <= 2**-16 * (y.abs() + (y - recons).abs())).all())
-        assert (got == y).double().mean() > 0.99
-    else:  # two roundings to bfloat16, of the error and of the sum, and one in the reconstruction compared with
-        assert bool(((got - y).abs() <= 2**-8 * (y.abs() + 3 * (y - recons).abs() + recons.abs())).all())
+    tokens = random_tokens(model)
+    for (site, layer), dtype in product(PLACES, (torch.float32, torch.bfloat16)):
+        with subtests.test(site=site, dtype=dtype):
+            sae = random_sae(model.dims, site, layer).to(dtype)
+            write = model.get_sae_hook_name(sae).removesuffix(".hook_sae_acts_post")
+            with torch.no_grad():
+                y = model.run_with_cache(tokens, names_filter=write)[1][write].double()
+                recons = _at_site(model, sae, use_error_term=False).double()
+                got = _at_site(model, sae, use_error_term=True).double()
+            off = (got - y).abs()
+            if dtype == torch.float32:  # the error is float32; rounding y to bfloat16 gives y: off by 2**-16 at most
+                assert bool((off <= 2**-16 * (y.abs() + (y - recons).abs())).all())
+                assert (got == y).double().mean() > 0.99
+            else:  # two roundings to bfloat16, of the error and of the sum, and one in the reconstruction
+                assert bool((off <= 2**-8 * (y.abs() + 3 * (y - recons).abs() + recons.abs())).all())
 
 
 EDITS: list[Callable[..., Any]] = [_in_place, _through_a_view, _behind_autograd, _in_numpy]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [*POINTS, "hook_sae_error", "hook_sae_output"])
-@pytest.mark.parametrize("edit", EDITS, ids=lambda fn: fn.__name__.strip("_"))
 @pytest.mark.parametrize("error_term", [True, False], ids=["error", "no-error"])
-def test_writes_count_like_returned_tensors(model: Any, point: str, edit: Any, error_term: bool) -> None:
+def test_writes_count_like_returned_tensors(
+    model: Any, point: str, error_term: bool, subtests: pytest.Subtests
+) -> None:
     """Also behind autograd's back, and in inference mode, where tensors have no version."""
     sae = random_sae(model.dims, "res", 1)
     name = model.get_sae_hook_name(sae).replace("hook_sae_acts_post", point)
     with torch.no_grad():
         wanted = _at_site(model, sae, [(name, _halve)], use_error_term=error_term)
         untouched = _at_site(model, sae, use_error_term=error_term)
-        got = _at_site(model, sae, [(name, edit)], use_error_term=error_term)
-    with torch.inference_mode():
-        inference = _at_site(model, sae, [(name, edit)], use_error_term=error_term)
-    assert torch.equal(got, wanted)
-    assert torch.equal(inference, wanted)
-    assert torch.equal(got, untouched) == (point == "hook_sae_error" and not error_term)
+    for edit in EDITS:
+        with subtests.test(edit=edit.__name__):
+            with torch.no_grad():
+                got = _at_site(model, sae, [(name, edit)], use_error_term=error_term)
+            with torch.inference_mode():
+                inference = _at_site(model, sae, [(name, edit)], use_error_term=error_term)
+            assert torch.equal(got, wanted)
+            assert torch.equal(inference, wanted)
+            assert torch.equal(got, untouched) == (point == "hook_sae_error" and not error_term)
 
 
 def test_edits_against_the_formula(model: Any) -> None:

@@ -11,14 +11,14 @@ import torch
 from gemma_scope_tl.errors import GemmaScopeError, KeywordError, UnknownKeywordError, unknown_keyword
 from gemma_scope_tl.model.splicing import splice
 from gemma_scope_tl.sites import BACKENDS
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_sae, random_tokens, shared_model
 
 NAME = "blocks.1.hook_resid_post"
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma("narrow-heads"), request.param)
+    return shared_model("narrow-heads", request.param)
 
 
 def _added(model: Any, tokens: torch.Tensor, sae: Any, **options: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ from sae_lens.saes.sae import SAEMetadata
 from gemma_scope_tl.errors import SpliceError, UnknownNameError
 from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.sites import BACKENDS, flatten_heads, get_site
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 from tests.parity.test_splice import by_hand
 
 ROUNDING = 1e-5  # float32 through four layers
@@ -38,7 +38,7 @@ KINDS: list[tuple[str, int | None, bool]] = [  # site, layer, skip path
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma(), request.param)
+    return shared_model("grouped", request.param)
 
 
 def _names(model: Any, sae: Any) -> tuple[str, str]:
@@ -70,7 +70,7 @@ def test_what_each_kind_reads_reconstructs_and_leaves(model: Any, site: str, lay
 def test_at_the_att_site_heads_may_be_apart_or_flat() -> None:
     shapes = {}
     for backend in BACKENDS:
-        model = hooked(random_gemma(), backend)
+        model = shared_model("grouped", backend)
         sae, tokens = random_sae(model.dims, "att", 1), random_tokens(model)
         with torch.no_grad():
             shapes[backend] = model.run_with_cache_with_saes(tokens, saes=sae)[1][_names(model, sae)[1]].ndim
@@ -216,7 +216,7 @@ def test_a_transcoder_begins_chains_and_never_follows(model: Any) -> None:
 def test_cached_keys_are_the_same_list_on_both_backends() -> None:
     keys = {}
     for backend in BACKENDS:
-        model = hooked(random_gemma(), backend)
+        model = shared_model("grouped", backend)
         saes = [random_sae(model.dims, site, layer, skip=skip) for site, layer, skip in KINDS]
         saes.append(random_sae(model.dims, "res", 1, seed=9))
         for sae in saes:
@@ -308,6 +308,7 @@ def _stock(kind: str, site: str, dims: Any) -> Any:
     return sae
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["standard", "jumprelu", "topk"])
 @pytest.mark.parametrize("site", ["res", "att"])
 def test_stock_saes(model: Any, kind: str, site: str) -> None:

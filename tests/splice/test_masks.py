@@ -11,7 +11,7 @@ from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.model.splicing import splice
 from gemma_scope_tl.sites import BACKENDS, flatten_heads
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_sae, random_tokens, shared_model
 from tests.parity.test_splice import by_hand
 
 PLACES = [("res", 1), ("mlp", 1), ("att", 1), ("embedding", None), ("transcoder", 1)]
@@ -20,7 +20,7 @@ ROUNDING = 1e-5  # float32
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma(), request.param)
+    return shared_model("grouped", request.param)
 
 
 def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -28,15 +28,21 @@ def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0), value=0) for row in rows])
 
 
-def _changed(model: Any, tokens: torch.Tensor, site: str, layer: int | None, **options: Any) -> list[list[int]]:
+class Changes:
     """Columns at which the site is not the model's own, row by row; all others are equal to the bit."""
-    sae = random_sae(model.dims, site, layer)
-    write = model.get_sae_hook_name(sae).removesuffix(".hook_sae_acts_post")
-    with torch.no_grad():
-        clean = model.run_with_cache(tokens, names_filter=write)[1][write]
-        with splice(model, sae, **options):
-            got = model.run_with_cache(tokens, names_filter=write)[1][write]
-    return [row.nonzero().flatten().tolist() for row in (flatten_heads(got) != flatten_heads(clean)).any(-1)]
+
+    def __init__(self, model: Any, tokens: torch.Tensor, site: str = "res", layer: int | None = 1) -> None:
+        self.model, self.tokens, self.sae = model, tokens, random_sae(model.dims, site, layer)
+        self.write = model.get_sae_hook_name(self.sae).removesuffix(".hook_sae_acts_post")
+        self.clean = self._value()
+
+    @torch.no_grad()
+    def _value(self) -> torch.Tensor:
+        return flatten_heads(self.model.run_with_cache(self.tokens, names_filter=self.write)[1][self.write])
+
+    def __call__(self, **options: Any) -> list[list[int]]:
+        with splice(self.model, self.sae, **options):
+            return [row.nonzero().flatten().tolist() for row in (self._value() != self.clean).any(-1)]
 
 
 CASES: list[tuple[Any, list[list[int]]]] = [
@@ -54,27 +60,33 @@ CASES: list[tuple[Any, list[list[int]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("positions", "wanted"), CASES, ids=lambda value: str(value)[:20])
-@pytest.mark.parametrize(("site", "layer"), PLACES)
-def test_positions_in_one_pass(model: Any, site: str, layer: int | None, positions: Any, wanted: Any) -> None:
+def _two_rows(model: Any) -> torch.Tensor:
     """Row 0 has an EOS in column 7; row 1 begins with three columns of padding and a BOS."""
     tokens = random_tokens(model, length=10)
     tokens[0, 7], tokens[1, :3], tokens[1, 3] = 1, 0, 2
-    assert _changed(model, tokens, site, layer, positions=positions) == wanted
+    return tokens
+
+
+@pytest.mark.parametrize(("site", "layer"), PLACES)
+def test_positions_in_one_pass(model: Any, site: str, layer: int | None, subtests: pytest.Subtests) -> None:
+    changed = Changes(model, _two_rows(model), site, layer)
+    for positions, wanted in CASES:
+        with subtests.test(positions=positions):
+            assert changed(positions=positions) == wanted
 
 
 def test_special_tokens_and_positions_together(model: Any) -> None:
-    tokens = random_tokens(model, length=10)
-    tokens[0, 7], tokens[1, :3], tokens[1, 3] = 1, 0, 2
-    everywhere = {"exclude_special_tokens": False}
-    assert _changed(model, tokens, "res", 1, **everywhere) == [list(range(10))] * 2
-    assert _changed(model, tokens, "res", 1, positions=[0, 7 - 1], **everywhere) == [[0, 6], [3, 9]]
-    assert _changed(model, tokens, "res", 1, positions=slice(None), **everywhere)[1] == list(range(3, 10))
-    chosen = _changed(model, tokens, "res", 1, exclude_special_tokens=[1])
-    assert chosen == [[n for n in range(10) if n != 7], list(range(10))]
-    tokens[:, 8:] = 0  # padding on the right is padding too
-    assert _changed(model, tokens, "res", 1) == [[1, 2, 3, 4, 5, 6], [4, 5, 6, 7]]
-    assert _changed(model, tokens, "res", 1, positions=-1, **everywhere) == [[7], [7]]
+    tokens = _two_rows(model)
+    changed, everywhere = Changes(model, tokens), {"exclude_special_tokens": False}
+    assert changed(**everywhere) == [list(range(10))] * 2
+    assert changed(positions=[0, 7 - 1], **everywhere) == [[0, 6], [3, 9]]
+    assert changed(positions=slice(None), **everywhere)[1] == list(range(3, 10))
+    assert changed(exclude_special_tokens=[1]) == [[n for n in range(10) if n != 7], list(range(10))]
+    padded = tokens.clone()
+    padded[:, 8:] = 0  # padding on the right is padding too
+    changed = Changes(model, padded)
+    assert changed() == [[1, 2, 3, 4, 5, 6], [4, 5, 6, 7]]
+    assert changed(positions=-1, **everywhere) == [[7], [7]]
 
 
 def test_what_does_not_exist_raises_and_nothing_stays_attached(model: Any) -> None:
@@ -108,12 +120,13 @@ def test_at_the_positions_is_the_reconstruction(model: Any, site: str, layer: in
     assert not cache[f"{write}.hook_sae_error"][:, others].any()
 
 
-def _loop(model: Any, prompt: torch.Tensor, steps: int, sae: Any, fixed: Any, error_term: bool) -> torch.Tensor:
+def _loop(model: Any, prompt: torch.Tensor, steps: int, sae: Any, columns: list[int]) -> torch.Tensor:
     """Greedy text from whole passes without a cache, each told its columns by a mask over all ids."""
     text = prompt
     with torch.no_grad():
         for _ in range(steps):
-            with splice(model, sae, error_term=error_term, positions=fixed(text.shape[1])):
+            mask = torch.tensor([[i in columns for i in range(text.shape[1])]])
+            with splice(model, sae, positions=mask):
                 text = torch.cat([text, model(text)[:, -1:].argmax(-1)], dim=1)
     return text
 
@@ -130,29 +143,32 @@ GENERATED: list[tuple[Any, list[int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("positions", "columns"), GENERATED, ids=lambda value: str(value)[:20])
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("site", ["res", "transcoder"])
-def test_generation(model: Any, site: str, use_cache: bool, positions: Any, columns: list[int]) -> None:
+def test_generation(model: Any, site: str, subtests: pytest.Subtests) -> None:
     """A position is the same token in every step; negative ones count from the end of the prompt of 5."""
     sae, prompt, steps = random_sae(model.dims, site, 1), random_tokens(model, batch=1, length=5), 6
-    wanted = _loop(model, prompt, steps, sae, lambda n: torch.tensor([[i in columns for i in range(n)]]), False)
-    seen: list[torch.Tensor] = []
     write = model.get_sae_hook_name(sae).removesuffix(".hook_sae_acts_post")
+    seen: list[torch.Tensor] = []
     watch = [(write, lambda value, hook: seen.append(flatten_heads(value).clone()))]
-    with model.hooks(watch), splice(model, sae, positions=positions), model.hooks(watch):
-        got = model.generate(
-            prompt, max_new_tokens=steps, do_sample=False, stop_at_eos=False, use_past_kv_cache=use_cache
-        )
-    assert got.tolist() == wanted.tolist()
-    for step in range(steps):  # what the hook before the SAE saw, and what the one after it saw
-        before, after = seen[2 * step], seen[2 * step + 1]
-        first = 5 + step - before.shape[1]
-        changed = [first + n for n in (before != after).any(-1)[0].nonzero().flatten().tolist()]
-        assert changed == [n for n in columns if max(first, 1) <= n < 5 + step and int(got[0, n]) > 2]
-    assert len(seen) == 2 * steps
+    for positions, columns in GENERATED:
+        wanted = _loop(model, prompt, steps, sae, columns)
+        for use_cache in (True, False):
+            seen.clear()
+            with subtests.test(positions=positions, use_cache=use_cache):
+                with model.hooks(watch), splice(model, sae, positions=positions), model.hooks(watch):
+                    got = model.generate(
+                        prompt, max_new_tokens=steps, do_sample=False, stop_at_eos=False, use_past_kv_cache=use_cache
+                    )
+                assert got.tolist() == wanted.tolist()
+                for step in range(steps):  # what the hook before the SAE saw, and what the one after it saw
+                    before, after = seen[2 * step], seen[2 * step + 1]
+                    first = 5 + step - before.shape[1]
+                    changed = [first + n for n in (before != after).any(-1)[0].nonzero().flatten().tolist()]
+                    assert changed == [n for n in columns if max(first, 1) <= n < 5 + step and int(got[0, n]) > 2]
+                assert len(seen) == 2 * steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("positions", [None, [2, -1, 8], slice(3, None, 2)], ids=str)
 def test_a_padded_batch_is_each_row_alone(model: Any, positions: Any, use_cache: bool) -> None:

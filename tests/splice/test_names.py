@@ -9,14 +9,14 @@ import torch
 
 from gemma_scope_tl.errors import KeywordError, UnknownNameError
 from gemma_scope_tl.sites import BACKENDS, SITES
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_sae, random_tokens, shared_model
 
 HERE = {"res": 1, "mlp": 1, "att": 0, "embedding": None, "transcoder": 0}
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma("narrow-heads"), request.param)
+    return shared_model("narrow-heads", request.param)
 
 
 def both_names(site: str, spliced: bool) -> list[str]:
@@ -43,6 +43,7 @@ def test_caches_by_either_name(model: Any, site: str, spliced: bool) -> None:
             assert set(names) <= set(model.run_with_cache_with_saes(tokens, saes=saes)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spliced", [True, False])
 @pytest.mark.parametrize("site", HERE)
 def test_hooks_by_either_name_act_once(model: Any, site: str, spliced: bool) -> None:

@@ -42,6 +42,7 @@ OPERATIONS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_is_left_behind(backend: str) -> None:
     worlds = [World(backend)]

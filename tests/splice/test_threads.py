@@ -16,14 +16,14 @@ from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.interventions import steer
 from gemma_scope_tl.model.splicing import splice
 from gemma_scope_tl.sites import BACKENDS
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_sae, random_tokens, shared_model
 
 NAME = "blocks.1.hook_resid_post"
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
 def model(request: pytest.FixtureRequest) -> Any:
-    return hooked(random_gemma("narrow-heads"), request.param)
+    return shared_model("narrow-heads", request.param)
 
 
 def elsewhere(call: Callable[[], Any]) -> Any:

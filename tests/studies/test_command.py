@@ -38,6 +38,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "more", "columns"),
     [
@@ -66,6 +67,7 @@ def test_every_verb(verb: str, more: tuple[str, ...], columns: tuple[str, ...], 
     assert "res" in _run(verb, *SMALL, *more)
 
 
+@pytest.mark.slow
 def test_transfer_to_a_folder(tuned: Path) -> None:
     rows = json.loads(_run("transfer", *SMALL, "--tuned", str(tuned), "--rescale", "--json"))
     pairs = {(row["model"], row["saes"]) for row in rows}
@@ -108,6 +110,7 @@ def test_no_sae_fits() -> None:
         _run("fidelity", "nothing/*")
 
 
+@pytest.mark.slow
 def test_frequency_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("frequency", *SMALL, "--bins", "5", "--json", "--resume", str(tmp_path))
     first = _run(*args)

@@ -14,11 +14,11 @@ from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 from gemma_scope_tl.studies import by_domain, labelled_texts, pile_texts
 from gemma_scope_tl.studies.domains import PILE_SUBSETS
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_sae, random_tokens, shared_model
 
 
 def test_each_domain_is_measured_by_itself_and_read_no_further_than_needed() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     saes = [random_sae(model.dims, "res", layer) for layer in (0, 1)]
     tokens = random_tokens(model, batch=3)
     read: list[int] = []
@@ -39,7 +39,7 @@ def test_each_domain_is_measured_by_itself_and_read_no_further_than_needed() -> 
 
 
 def test_a_domain_that_is_too_short_is_named() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     sae = random_sae(model.dims, "res", 0)
     with pytest.raises(GemmaScopeError, match=r"Domain 'tiny': The texts hold 3 tokens"):
         by_domain(model, sae, {"tiny": ["ab"]}, context=12, progress=False)

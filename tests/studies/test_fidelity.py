@@ -10,7 +10,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.studies import importance_uniformity, sparsity_fidelity
 from gemma_scope_tl.studies.fidelity import on_frontier
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_sae, random_tokens, shared_model
 
 
 def test_frontier_against_a_sweep() -> None:
@@ -34,7 +34,7 @@ def test_frontier_of_ties_missing_values_and_places() -> None:
 
 
 def test_table_is_that_of_evaluate() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     saes = [random_sae(model.dims, "mlp", 1, d, seed=d) for d in (256, 64)]
     tokens = random_tokens(model)
     table = sparsity_fidelity(model, saes, tokens, progress=False, ablations=())
@@ -47,7 +47,7 @@ def test_table_is_that_of_evaluate() -> None:
 
 
 def test_uniformity_stays_within_its_bounds() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     saes = [random_sae(model.dims, "res", 1, d, seed=d) for d in (256, 64)]
     table = importance_uniformity(model, saes, random_tokens(model, batch=4), positions=5, progress=False)
     assert table["l0"].is_monotonic_increasing

@@ -8,11 +8,11 @@ import pytest
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.model.plain import run_reference
 from gemma_scope_tl.studies import count_firing, firing_frequencies
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_gemma, random_sae, random_tokens, shared_model
 
 
 def test_histograms_of_several_widths_by_hand() -> None:
-    hf, model = random_gemma(), hooked(random_gemma(), "bridge")
+    hf, model = random_gemma(), shared_model("grouped", "bridge")
     tokens = random_tokens(hf, batch=5)
     saes = [random_sae(model.dims, "res", 2, d, seed=d) for d in (64, 256)]
     saes.append(random_sae(model.dims, "att", 1, 128, seed=3))
@@ -40,6 +40,6 @@ def test_histograms_of_several_widths_by_hand() -> None:
 
 
 def test_no_bins_raise() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     with pytest.raises(GemmaScopeError, match="a bin or more"):
         firing_frequencies(model, random_sae(model.dims, "res", 1), random_tokens(model), bins=0, progress=False)

@@ -18,9 +18,10 @@ from gemma_scope_tl.sae.suite import SAESuite, load_suite
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.studies import base_on_tuned, by_dtype, rescaled
 from gemma_scope_tl.studies.transfer import norm_ratios
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 
 
+@pytest.mark.slow
 def test_bfloat16_against_float32_on_the_bundled_model() -> None:
     loaded: list[str] = []
 
@@ -42,7 +43,7 @@ def test_bfloat16_against_float32_on_the_bundled_model() -> None:
 
 
 def test_both_dtypes_need_the_same_saes() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     layers = {"float32": 0, "bfloat16": 1}
     with pytest.raises(GemmaScopeError, match="not those in float32"):
         by_dtype(
@@ -54,7 +55,7 @@ def test_both_dtypes_need_the_same_saes() -> None:
 
 @pytest.mark.parametrize("site", ["res", "mlp", "att"])
 def test_rescaled_by_hand(site: str) -> None:
-    dims = hooked(random_gemma(), "bridge").dims
+    dims = shared_model("grouped", "bridge").dims
     sae = random_sae(dims, site, 1)
     x = torch.randn(20, sae.cfg.d_in)
     made = rescaled(sae, 0.7)
@@ -116,8 +117,9 @@ def test_base_saes_on_a_model_with_twice_the_residual_stream() -> None:
     )
 
 
+@pytest.mark.slow
 def test_suites_are_rescaled_one_by_one() -> None:
-    base = load_model("bundled")
+    base = shared_model("bundled", "bridge")
     hf = random_gemma("bundled")
     with torch.no_grad():
         for parameter in hf.parameters():

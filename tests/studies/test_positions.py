@@ -11,7 +11,7 @@ import torch
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.model.plain import run_reference
 from gemma_scope_tl.studies import binned_by_position, position_edges
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens
+from tests.helpers import random_gemma, random_sae, random_tokens, shared_model
 
 
 def _losses(logits: Any, tokens: Any) -> Any:
@@ -23,7 +23,7 @@ def test_bins_by_hand() -> None:
     hf = random_gemma()
     tokens = random_tokens(hf, batch=3)
     tokens[1, 9] = 1  # an EOS: one ordinary token and two predictions fewer
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     sae = random_sae(model.dims, "res", 1)
     edges = [0, 1, 2, 8, 12, 24]
     table = binned_by_position(model, sae, tokens, edges, batch_size=2, progress=False)
@@ -68,7 +68,7 @@ def test_default_edges_cover_the_sequence(length: int) -> None:
 
 
 def test_edges_that_make_no_sense() -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     sae, tokens = random_sae(model.dims, "res", 1), random_tokens(model)
     for edges in ([3, 3], [0], [0, 25], [-1, 4], [5, 2]):
         with pytest.raises(GemmaScopeError, match="Edges of bins increase from 0 or later to 24"):

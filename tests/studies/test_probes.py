@@ -13,7 +13,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-import gemma_scope_tl as gs
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
 from gemma_scope_tl.evals.saes import latents_of
 from gemma_scope_tl.studies import bundled_concepts, probe_concepts, random_twin
@@ -21,7 +20,7 @@ from gemma_scope_tl.studies.probe_data import labelled_rows, read_labelled
 from gemma_scope_tl.studies.probe_fits import Units, auroc, best_latent, dense_probe, sparse_probe
 from gemma_scope_tl.studies.probes import _is_test
 from gemma_scope_tl.viz.study_figures import probe_figure
-from tests.helpers import hooked, random_gemma, random_sae
+from tests.helpers import random_sae, shared_model
 
 FIT: dict[str, Any] = {"seed": 0, "confidence": 0.9, "resamples": 200}
 
@@ -88,12 +87,12 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
 @pytest.fixture(scope="module")
 def model() -> Any:
     """The bundled model."""
-    return gs.load_model("bundled")
+    return shared_model("bundled", "bridge")
 
 
 @pytest.mark.parametrize("site", ["res", "att", "transcoder"])
 def test_a_twin_has_the_same_l0(site: str) -> None:
-    model = hooked(random_gemma(), "bridge")
+    model = shared_model("grouped", "bridge")
     sae = random_sae(model.dims, site, 1)
     x = torch.randn(2000, sae.W_enc.shape[0], generator=torch.Generator().manual_seed(0)) + 1.0
     twin = random_twin(sae, x)
@@ -148,6 +147,7 @@ def test_spans_by_hand(model: Any) -> None:
     assert data.tokens[1, -1] == model.tokenizer.pad_token_id
 
 
+@pytest.mark.slow
 def test_a_planted_concept_is_found(model: Any) -> None:
     """Digits mark the label; latents of an SAE on the embedding find it, documents never straddle the split."""
     draws = np.random.default_rng(0)

@@ -13,17 +13,17 @@ from typer.testing import CliRunner
 from gemma_scope_tl.cli.studies import studies_app
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.suite import measure_suite
-from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.sae.suite import load_suite
 from gemma_scope_tl.studies import Rollouts, base_on_tuned, roll_out
 from gemma_scope_tl.studies.rollouts import _ended, _framed
+from tests.helpers import shared_model
 
 TEXTS = ["And God said, Let there be light: and there was light. " * 3, "def main():\n    return 1\n" * 9, "short"]
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return load_model("bundled")
+    return shared_model("bundled", "bridge")
 
 
 def test_answers_are_the_models_own(model: Any) -> None:
@@ -87,6 +87,7 @@ def test_prompts_and_answers_are_measured_apart(model: Any) -> None:
             assert row["l0"] == pytest.approx(wanted, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_transfer_with_rollouts_as_a_command() -> None:
     args = ["transfer", "layer_1/*", "--site", "res", "--canonical", "--tuned", "bundled", "--rows", "2"]
     more = ["--context", "32", "--rollouts", "12", "--prompt-tokens", "8", "--rescale", "--json"]

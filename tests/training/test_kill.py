@@ -9,9 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from gemma_scope_tl.training.suite import train_suite
 from tests.training.kill import ROOT, hashes, killed_run
 from tests.training.planted import PlantedSource, tiny_config
+
+pytestmark = pytest.mark.kill
 
 
 def test_killed_runs_end_equal(tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ CASES: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "target", "transcoder"), CASES)
 @pytest.mark.parametrize(
     ("dense_from", "few"),

@@ -235,6 +235,7 @@ def test_dead_latents() -> None:
     assert trainer.status()[0]["dead"] == 10 / LATENTS
 
 
+@pytest.mark.slow
 def test_lambda_is_steered_towards_the_target() -> None:
     recipe = replace(RECIPE, lr=2e-2, l0_warm_up_steps=20, bandwidth=0.3)
     trainer = _trainer(_specs(2, recipe), steps=400)

@@ -108,6 +108,7 @@ def test_training_learns(tmp_path: Path) -> None:
     assert table["fvu"].iloc[0] < 0.5
 
 
+@pytest.mark.slow
 def test_threads_and_a_shorter_neighbour_change_nothing(finished: Path, tmp_path: Path) -> None:
     """SAEs alone, in two threads, are those of the whole suite: the log of the others is all that is missing."""
     _train(tmp_path / "two", threads=2)

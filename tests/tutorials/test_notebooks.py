@@ -35,24 +35,25 @@ SHOWN: dict[str, list[str]] = {
 FIGURES = {"1_load_and_look": 1, "3_circuit": 1, "4_train": 1, "5_evaluate": 4}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all, so that 5 and 6 go on with the run of 4."""
-    return tmp_path_factory.mktemp("tutorials")
+# Tutorials 5 and 6 go on with the run of 4, so these three share a folder.
+CHAINS = [["1_load_and_look"], ["2_splice_ablate_steer"], ["3_circuit"], ["4_train", "5_evaluate", "6_publish"]]
 
 
-@pytest.mark.parametrize("source", tutorials.sources(), ids=lambda path: path.stem)
-def test_a_tutorial_runs(source: Path, folder: Path) -> None:
-    notebook = tutorials.make(source)
-    tutorials.execute(notebook, folder)
-    text = nbformat.writes(notebook)
-    shown = "\n".join(_outputs(notebook))
-    for pattern in SHOWN[source.stem]:
-        assert re.search(pattern, shown), f"{source.stem} does not show {pattern}"
-    assert shown.splitlines().count("image/png") == FIGURES.get(source.stem, 0)
-    assert len(text) < tutorials.LARGEST
-    for private in (str(folder), str(Path.home()), str(tutorials.ROOT)):
-        assert private == "/" or private not in text
+@pytest.mark.tutorials
+@pytest.mark.parametrize("stems", CHAINS, ids="-".join)
+def test_tutorials_run(stems: list[str], tmp_path: Path) -> None:
+    sources = {path.stem: path for path in tutorials.sources()}
+    for stem in stems:
+        notebook = tutorials.make(sources[stem])
+        tutorials.execute(notebook, tmp_path)
+        text = nbformat.writes(notebook)
+        shown = "\n".join(_outputs(notebook))
+        for pattern in SHOWN[stem]:
+            assert re.search(pattern, shown), f"{stem} does not show {pattern}"
+        assert shown.splitlines().count("image/png") == FIGURES.get(stem, 0), stem
+        assert len(text) < tutorials.LARGEST, stem
+        for private in (str(tmp_path), str(Path.home()), str(tutorials.ROOT)):
+            assert private == "/" or private not in text, stem
 
 
 @pytest.mark.parametrize("source", tutorials.sources(), ids=lambda path: path.stem)
@@ -68,6 +69,7 @@ def test_the_committed_notebook_is_made_from_its_source(source: Path) -> None:
 
 def test_all_are_listed() -> None:
     assert [path.stem for path in tutorials.sources()] == list(SHOWN)
+    assert [stem for stems in CHAINS for stem in stems] == list(SHOWN)
     page = (tutorials.ROOT / "docs" / "tutorials.md").read_text(encoding="utf-8")
     assert re.findall(r"tutorials/(\w+)\.ipynb", page) == list(SHOWN)
 

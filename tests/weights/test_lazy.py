@@ -51,6 +51,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [64, 1000, CHUNK])
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_slices_give_what_one_conversion_gives(
@@ -194,6 +195,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: reads /proc")
 @pytest.mark.parametrize("kind", ["stored", "deflated"])
 def test_the_peak_is_the_result_and_a_slice(tmp_path: Path, kind: str) -> None:

@@ -112,6 +112,7 @@ def test_releases_suites_latents_and_arrays(mode: Any, tmp_path: Path, monkeypat
         _same(other, wanted)
 
 
+@pytest.mark.slow
 def test_training(mode: Any, tmp_path: Path) -> None:
     """A whole run, whose tensors are made in one thread and changed in others; the same bits as without a mode."""
     for name in ("plain", "moded"):

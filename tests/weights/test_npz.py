@@ -270,6 +270,7 @@ def test_a_bomb_is_refused_before_it_inflates(tmp_path: Path) -> None:
         read_npz(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compress", [False, True], ids=["stored", "deflated"])
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

@@ -73,6 +73,7 @@ def _survives(sae: Any, seed: int = 0) -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["gemma-scope", "sae-lens"])
 @pytest.mark.parametrize("how", REPLACED)
 def test_a_file_in_a_folder(how: str, layout: Any, tmp_path: Path) -> None:
