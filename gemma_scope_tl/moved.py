@@ -1,4 +1,4 @@
-"""Modules under the names that they had before version 0.2, which work for one release, with a warning."""
+"""Modules under their earlier names, which work for one release, with a warning."""
 
 from __future__ import annotations
 

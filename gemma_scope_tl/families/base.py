@@ -131,8 +131,8 @@ class Site:
             square (``"normalized_input"``, an RMSNorm without its gain).
         width_rule: ``"d_model"`` or ``"heads"`` (n_heads * d_head).
         per_layer: False for a tensor that exists once.
-        reads, writes: names of the sites whose tensors a coder here reads and writes. A site that is read is the
-            first that it reads; an SAE writes what it reads.
+        reads, writes: names of the sites whose tensors a coder at this site reads and writes. The tensor that has the
+            name of the site itself comes first among those read. An SAE writes what it reads, a transcoder does not.
         joins: how a tensor written here continues: it is the residual stream of the next block (``"residual"``) or of
             the first (``"embedding"``), is added to the residual stream inside its block (``"branch"``), or passes
             the rest of attention first (``"attention"``). ``"nowhere"`` for a tensor that is only read.
