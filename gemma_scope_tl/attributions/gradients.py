@@ -57,11 +57,13 @@ from gemma_scope_tl.text.tokens import ExcludeTokens
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 METHODS = ("gradient", "integrated")
 
 
 def attribute(
-    model: Any,
+    model: GemmaModel,
     text: Text,
     saes: Any | Iterable[Any],
     metric: Metric | Tokens,
@@ -121,7 +123,7 @@ def attribute(
 
 
 def _attributions(
-    model: Any,
+    model: GemmaModel,
     prompt: Prompt,
     other: Prompt | None,
     placed: list[PlacedSAE],
@@ -175,7 +177,7 @@ def _checked(method: str, baseline: str | None, counterfactual: Any, steps: int,
 
 
 def _changes(
-    model: Any, prompt: Prompt, other: Prompt | None, placed: list[PlacedSAE], clean: Pass, baseline: str
+    model: GemmaModel, prompt: Prompt, other: Prompt | None, placed: list[PlacedSAE], clean: Pass, baseline: str
 ) -> list[Change]:
     def terms(one: PlacedSAE, run: Pass) -> Terms:
         return decompose(one, run.values[one.read], run.values[one.write], prompt.spliced)
@@ -199,7 +201,13 @@ def _check_alike(prompt: Prompt, other: Prompt) -> None:
 
 
 def _mean_gradient(
-    model: Any, prompt: Prompt, placed: PlacedSAE, change: Change, value: torch.Tensor, metric: Metric, steps: int
+    model: GemmaModel,
+    prompt: Prompt,
+    placed: PlacedSAE,
+    change: Change,
+    value: torch.Tensor,
+    metric: Metric,
+    steps: int,
 ) -> tuple[torch.Tensor, float]:
     """The mean gradient on the path from the baseline to ``value``, and the metric at the baseline."""
     with torch.no_grad():
@@ -219,7 +227,7 @@ def _mean_gradient(
 
 @torch.no_grad()
 def ablation_effects(
-    model: Any,
+    model: GemmaModel,
     text: Text,
     sae: Any,
     metric: Metric | Tokens,

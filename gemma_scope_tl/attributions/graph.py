@@ -52,6 +52,8 @@ from gemma_scope_tl.text.tokens import ExcludeTokens
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 
 @dataclass(frozen=True)
 class Circuit:
@@ -98,7 +100,7 @@ class _CutPass:
 
 
 def circuit(
-    model: Any,
+    model: GemmaModel,
     text: Text,
     saes: Any | Iterable[Any],
     metric: Metric | Tokens,
@@ -154,7 +156,7 @@ def circuit(
 
 
 def latent_edges(
-    model: Any,
+    model: GemmaModel,
     text: Text,
     upstream: Any,
     downstream: Any,
@@ -209,7 +211,7 @@ def latent_edges(
 
 
 def _checked_inputs(
-    model: Any, text: Text, saes: Any, exclude: ExcludeTokens, attention_mask: Any
+    model: GemmaModel, text: Text, saes: Any, exclude: ExcludeTokens, attention_mask: Any
 ) -> tuple[list[PlacedSAE], Prompt]:
     placed = placed_saes(model, saes, exclude)
     prompt = one_prompt(model, text, exclude, attention_mask, "A circuit is of")
@@ -226,7 +228,7 @@ def _checked_latent(sae: Any, latent: int) -> int:
     return latent
 
 
-def _cut_pass(model: Any, prompt: Prompt, placed: list[PlacedSAE]) -> _CutPass:
+def _cut_pass(model: GemmaModel, prompt: Prompt, placed: list[PlacedSAE]) -> _CutPass:
     run = run_probed(model, prompt, placed, cut=True)
     terms = [decompose(one, run.values[one.read], run.values[one.write], prompt.spliced) for one in placed]
     detached = [Terms(one.acts.detach(), {k: v.detach() for k, v in one.vectors.items()}) for one in terms]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool
@@ -24,6 +24,9 @@ from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 from gemma_scope_tl.weights.modes import make_ordinary
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Prompt(TokenBatch):
     spliced: Bool[torch.Tensor, "batch pos"]
 
 
-def placed_saes(model: Any, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> list[PlacedSAE]:
+def placed_saes(model: GemmaModel, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> list[PlacedSAE]:
     """Where each SAE belongs in ``model``, after the checks that splicing makes.
 
     Raises:
@@ -99,7 +102,7 @@ def placed_saes(model: Any, saes: Any | Iterable[Any], exclude: ExcludeTokens) -
     return found
 
 
-def prompt_of(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: Any = None) -> Prompt:
+def prompt_of(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_mask: Any = None) -> Prompt:
     """Token ids of ``text`` on the model's device, and which positions are spliced.
 
     Metrics are about the token that comes next, so chat messages end where the model's answer begins, as for
@@ -114,7 +117,7 @@ def prompt_of(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: An
         return Prompt(ids, mask, batch.ordinary(excluded_ids(model.tokenizer, exclude)).clone())
 
 
-def one_prompt(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: Any, what: str) -> Prompt:
+def one_prompt(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_mask: Any, what: str) -> Prompt:
     """The prompt of one text.
 
     Raises:
@@ -141,7 +144,7 @@ def token_row(prompt: Prompt, position: int) -> int:
 
 
 @contextmanager
-def differentiable(model: Any, placed: Sequence[PlacedSAE]) -> Generator[None]:
+def differentiable(model: GemmaModel, placed: Sequence[PlacedSAE]) -> Generator[None]:
     """Enable gradients, also inside ``no_grad`` and ``inference_mode``, and freeze the model's parameters meanwhile.
 
     The tensors of a model or an SAE that was made or moved in inference mode are replaced by ordinary ones.
@@ -160,7 +163,7 @@ def differentiable(model: Any, placed: Sequence[PlacedSAE]) -> Generator[None]:
 
 
 def run_probed(
-    model: Any,
+    model: GemmaModel,
     batch: TokenBatch,
     placed: Sequence[PlacedSAE],
     cut: bool = False,

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,9 @@ from gemma_scope_tl.sites import Place, flatten_heads, target_of
 from gemma_scope_tl.text.batch import TokenBatch
 from gemma_scope_tl.weights.fingerprint import fingerprint
 from gemma_scope_tl.weights.modes import make_ordinary
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 ABLATIONS = ("zero", "mean")
 CONFIG_VALUES = ("output_logits_soft_cap", "attn_scores_soft_cap", "eps", "window_size", "attn_scale", "rotary_base")
@@ -73,7 +76,7 @@ class Settings:
 class Run:
     """One evaluation of ``subjects`` on ``rows``; :meth:`finish` completes ``sums``."""
 
-    model: Any
+    model: GemmaModel
     subjects: list[Subject]
     rows: TokenBatch
     special: tuple[int, ...]
@@ -317,7 +320,7 @@ def _replacement(ablation: str, y: torch.Tensor, centre: Centre) -> torch.Tensor
             raise unknown_name("ablation", ablation, ABLATIONS)
 
 
-def facts_of(model: Any, rows: TokenBatch, special: tuple[int, ...]) -> dict[str, Any]:
+def facts_of(model: GemmaModel, rows: TokenBatch, special: tuple[int, ...]) -> dict[str, Any]:
     """What every number measured on a model and token rows depends on, SAEs aside: a part of each key in the cache.
 
     Raises:

@@ -26,12 +26,14 @@ from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 RECOVERED = {"zero": "loss_recovered", "mean": "loss_recovered_mean"}
 WITH_INTERVAL = ("l0", "fvu", "delta_loss", "loss_recovered", "kl", "loss_recovered_mean", "uniformity")
 
 
 def evaluate(
-    model: Any,
+    model: GemmaModel,
     saes: Any | Iterable[Any],
     data: Text,
     context: int = 256,
@@ -93,7 +95,7 @@ def evaluate(
 
 
 def measure_suite(
-    model: Any,
+    model: GemmaModel,
     saes: Any | Iterable[Any],
     data: Text,
     context: int = 256,

@@ -21,6 +21,8 @@ from gemma_scope_tl.text.rows import as_tokens, special_ids
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 
 @dataclass(frozen=True)
 class Example:
@@ -161,7 +163,7 @@ class Examples:
 
 
 def top_examples(
-    model: Any,
+    model: GemmaModel,
     saes: Any,
     data: Text,
     context: int = 256,
@@ -211,7 +213,7 @@ def top_examples(
 
 
 def passes(
-    model: Any, subjects: Sequence[Subject], tokens: torch.Tensor, rows: int, progress: bool, what: str
+    model: GemmaModel, subjects: Sequence[Subject], tokens: torch.Tensor, rows: int, progress: bool, what: str
 ) -> Iterator[tuple[int, Batch, dict[Any, torch.Tensor]]]:
     """The number of the first row of each batch, the batch, and the activations at the places of all subjects."""
     from rich.progress import track

@@ -16,6 +16,8 @@ from gemma_scope_tl.evals.suite import Evaluation, measure_suite
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 SINGLE = 16
 """Positions before this one have a bin each, because the error rises fast there."""
 GROWTH = 1.25
@@ -23,7 +25,7 @@ GROWTH = 1.25
 
 
 def binned_by_position(
-    model: Any,
+    model: GemmaModel,
     saes: Any,
     data: Sequence[str] | torch.Tensor,
     edges: Sequence[int] | None = None,

@@ -31,6 +31,8 @@ from gemma_scope_tl.text.rows import special_ids
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 TEST = 0.3  # share of the documents of each label that test
 SAMPLE = 4096  # tokens from which the thresholds of a random twin are computed
 DENSE, LATENTS, RANDOM = "dense", "latents", "random"
@@ -38,7 +40,7 @@ _CHUNK = 1024  # latents whose pre-activations are sorted at once
 
 
 def probe_concepts(
-    model: Any,
+    model: GemmaModel,
     saes: Any,
     data: LabelledRows,
     k: Sequence[int] = (1, 2, 5, 20),

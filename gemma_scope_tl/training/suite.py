@@ -40,13 +40,15 @@ from gemma_scope_tl.weights.modes import ordinary_tensors
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 
 @ordinary_tensors()
 def train_suite(
     config: str | Path | Mapping[str, Any] | SuiteConfig,
     *,
     overrides: Sequence[str] = (),
-    model: Any = None,
+    model: GemmaModel | None = None,
     source: OpenSource | None = None,
     resume: bool = True,
     force: bool = False,

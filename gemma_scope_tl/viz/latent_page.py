@@ -21,6 +21,7 @@ from gemma_scope_tl.viz.latent_facts import LatentFacts, PageText, latent_facts
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
     from gemma_scope_tl.viz.latent_facts import Example
 
 COLOR = "#c2410c"
@@ -188,7 +189,7 @@ class FeaturePage:
 
 
 def feature_page(
-    model: Any,
+    model: GemmaModel,
     sae: Any,
     latent: int,
     text: PageText | Text | None = None,
