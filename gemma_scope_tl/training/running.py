@@ -67,7 +67,7 @@ def torch_threads(count: int) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-class Run:
+class TrainingRun:
     """A run, from its last checkpoint (or its beginning) to its end.
 
     Attributes:
