@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemma_scope_tl.attributions.passes import PlacedSAE, Prompt
+from gemma_scope_tl.attributions.passes import PlacedSAE, SplicedPrompt
 from gemma_scope_tl.errors import unknown_name
 from gemma_scope_tl.sae.access import decode_with_skip, flat_heads
 from gemma_scope_tl.sae.choices import bring
@@ -137,7 +137,7 @@ def change_from(terms: Terms, baseline: str, reference: Terms | None = None) -> 
 
 
 def table_of(
-    model: GemmaModel, prompt: Prompt, placed: PlacedSAE, change: Change, gradient: torch.Tensor
+    model: GemmaModel, prompt: SplicedPrompt, placed: PlacedSAE, change: Change, gradient: torch.Tensor
 ) -> pd.DataFrame:
     """The rows of one SAE, in the order of tokens: its latents, then the other terms.
 

@@ -37,9 +37,9 @@ from gemma_scope_tl.attributions.decomposition import (
     table_of,
 )
 from gemma_scope_tl.attributions.passes import (
-    Pass,
     PlacedSAE,
-    Prompt,
+    ProbedPass,
+    SplicedPrompt,
     differentiable,
     one_prompt,
     placed_saes,
@@ -124,8 +124,8 @@ def attribute(
 
 def _attributions(
     model: GemmaModel,
-    prompt: Prompt,
-    other: Prompt | None,
+    prompt: SplicedPrompt,
+    other: SplicedPrompt | None,
     placed: list[PlacedSAE],
     metric: Metric,
     baseline: str,
@@ -177,9 +177,14 @@ def _checked(method: str, baseline: str | None, counterfactual: Any, steps: int,
 
 
 def _changes(
-    model: GemmaModel, prompt: Prompt, other: Prompt | None, placed: list[PlacedSAE], clean: Pass, baseline: str
+    model: GemmaModel,
+    prompt: SplicedPrompt,
+    other: SplicedPrompt | None,
+    placed: list[PlacedSAE],
+    clean: ProbedPass,
+    baseline: str,
 ) -> list[Change]:
-    def terms(one: PlacedSAE, run: Pass) -> Terms:
+    def terms(one: PlacedSAE, run: ProbedPass) -> Terms:
         return decompose(one, run.values[one.read], run.values[one.write], prompt.spliced)
 
     with torch.no_grad():
@@ -190,7 +195,7 @@ def _changes(
         return [change_from(terms(one, clean), baseline, terms(one, reference)) for one in placed]
 
 
-def _check_alike(prompt: Prompt, other: Prompt) -> None:
+def _check_alike(prompt: SplicedPrompt, other: SplicedPrompt) -> None:
     if other.ids.shape != prompt.ids.shape:
         raise GemmaScopeError(
             f"The counterfactual's ids are {list(other.ids.shape)}, the text's {list(prompt.ids.shape)}: positions are "
@@ -202,7 +207,7 @@ def _check_alike(prompt: Prompt, other: Prompt) -> None:
 
 def _mean_gradient(
     model: GemmaModel,
-    prompt: Prompt,
+    prompt: SplicedPrompt,
     placed: PlacedSAE,
     change: Change,
     value: torch.Tensor,

@@ -33,9 +33,9 @@ from gemma_scope_tl.attributions.decomposition import (
     token_names,
 )
 from gemma_scope_tl.attributions.passes import (
-    Pass,
     PlacedSAE,
-    Prompt,
+    ProbedPass,
+    SplicedPrompt,
     differentiable,
     one_prompt,
     placed_saes,
@@ -87,9 +87,9 @@ class _CutPass:
         changes: the same, detached, from a baseline of zero.
     """
 
-    prompt: Prompt
+    prompt: SplicedPrompt
     placed: list[PlacedSAE]
-    run: Pass
+    run: ProbedPass
     terms: list[Terms]
     changes: list[Change]
 
@@ -212,7 +212,7 @@ def latent_edges(
 
 def _checked_inputs(
     model: GemmaModel, text: Text, saes: Any, exclude: ExcludeTokens, attention_mask: Any
-) -> tuple[list[PlacedSAE], Prompt]:
+) -> tuple[list[PlacedSAE], SplicedPrompt]:
     placed = placed_saes(model, saes, exclude)
     prompt = one_prompt(model, text, exclude, attention_mask, "A circuit is of")
     writes = [one.write for one in placed]
@@ -228,7 +228,7 @@ def _checked_latent(sae: Any, latent: int) -> int:
     return latent
 
 
-def _cut_pass(model: GemmaModel, prompt: Prompt, placed: list[PlacedSAE]) -> _CutPass:
+def _cut_pass(model: GemmaModel, prompt: SplicedPrompt, placed: list[PlacedSAE]) -> _CutPass:
     run = run_probed(model, prompt, placed, cut=True)
     terms = [decompose(one, run.values[one.read], run.values[one.write], prompt.spliced) for one in placed]
     detached = [Terms(one.acts.detach(), {k: v.detach() for k, v in one.vectors.items()}) for one in terms]

@@ -47,7 +47,7 @@ class PlacedSAE:
 
 
 @dataclass
-class Pass:
+class ProbedPass:
     """A probed forward pass.
 
     Attributes:
@@ -71,7 +71,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Prompt(TokenBatch):
+class SplicedPrompt(TokenBatch):
     """Token ids, and where SAEs apply.
 
     Attributes:
@@ -102,7 +102,7 @@ def placed_saes(model: GemmaModel, saes: Any | Iterable[Any], exclude: ExcludeTo
     return found
 
 
-def prompt_of(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_mask: Any = None) -> Prompt:
+def prompt_of(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_mask: Any = None) -> SplicedPrompt:
     """Token ids of ``text`` on the model's device, and which positions are spliced.
 
     Metrics are about the token that comes next, so chat messages end where the model's answer begins, as for
@@ -114,10 +114,10 @@ def prompt_of(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_m
             batch.ids.clone(),
             batch.mask.clone(),
         )  # copies, because autograd refuses tensors made in inference mode
-        return Prompt(ids, mask, batch.ordinary(excluded_ids(model.tokenizer, exclude)).clone())
+        return SplicedPrompt(ids, mask, batch.ordinary(excluded_ids(model.tokenizer, exclude)).clone())
 
 
-def one_prompt(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_mask: Any, what: str) -> Prompt:
+def one_prompt(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_mask: Any, what: str) -> SplicedPrompt:
     """The prompt of one text.
 
     Raises:
@@ -131,7 +131,7 @@ def one_prompt(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_
     return prompt
 
 
-def token_row(prompt: Prompt, position: int) -> int:
+def token_row(prompt: SplicedPrompt, position: int) -> int:
     """Index along the tensor of the ``position``-th token of a single prompt, which may be padded.
 
     Raises:
@@ -168,7 +168,7 @@ def run_probed(
     placed: Sequence[PlacedSAE],
     cut: bool = False,
     replaced: Mapping[str, torch.Tensor] | None = None,
-) -> Pass:
+) -> ProbedPass:
     """A forward pass with a probe where each SAE writes.
 
     Args:
@@ -196,4 +196,4 @@ def run_probed(
     names = dict.fromkeys(name for one in placed for name in (one.read, one.write))
     hooks = [(name, lambda value, hook, name=name: visit(value, name)) for name in names]
     logits = model.run_with_hooks(batch.ids, attention_mask=batch.attention_mask, fwd_hooks=hooks)
-    return Pass(logits, values, probes)
+    return ProbedPass(logits, values, probes)

@@ -157,7 +157,7 @@ class CleanPass:
 
 
 @dataclass
-class Batch:
+class CleanBatch:
     """Rows of the data and their clean pass.
 
     Attributes:
@@ -199,7 +199,7 @@ def clean_batches(
     batch_size: int = 8,
     start: int = 0,
     mask: Bool[torch.Tensor, "rows pos"] | None = None,
-) -> Generator[Batch]:
+) -> Generator[CleanBatch]:
     """The clean pass of each batch of rows, from row ``start`` on. Targets of transcoders are kept too.
 
     Args:
@@ -217,7 +217,7 @@ def clean_batches(
         left_out = special_mask(rows, ids)
         if mask is not None:
             left_out |= ~mask[first : first + batch_size].to(rows.device)
-        yield Batch(first, rows, ~left_out, scored_positions(left_out), CleanPass.run(model, rows, kept))
+        yield CleanBatch(first, rows, ~left_out, scored_positions(left_out), CleanPass.run(model, rows, kept))
 
 
 def rows_that_fit(model: GemmaModel, places: Iterable[Place], context: int, batch_size: int, memory: int) -> int:

@@ -16,7 +16,7 @@ from gemma_scope_tl.evals.accumulators import LatentCounts
 from gemma_scope_tl.evals.cache import MetricsCache
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET
 from gemma_scope_tl.evals.metrics import Bootstrap, fvu, loss_recovered
-from gemma_scope_tl.evals.run import ABLATIONS, Run, Settings
+from gemma_scope_tl.evals.run import ABLATIONS, EvaluationRun, Settings
 from gemma_scope_tl.evals.saes import Subject, subjects_of
 from gemma_scope_tl.evals.sums import Sums
 from gemma_scope_tl.text.batch import Text, TokenBatch
@@ -123,7 +123,7 @@ def measure_suite(
             "There is nothing to measure: no row has an ordinary token that is predicted from an ordinary one. Give "
             "longer rows, or exclude fewer tokens with exclude_special_tokens=."
         )
-    sums = Run(model, subjects, rows, special, settings, MetricsCache(cache)).finish()
+    sums = EvaluationRun(model, subjects, rows, special, settings, MetricsCache(cache)).finish()
     return Evaluation(subjects, sums, len(rows.ids))
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
+from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, CleanBatch, clean_batches, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.interp.sampling import Collector, Sampling
 from gemma_scope_tl.sae.arguments import as_indices
@@ -95,7 +95,7 @@ class Examples:
         """Rows of the corpus that examples come from."""
         return set((self._slots[:, 1] // self._kept.windows_per_row).tolist())
 
-    def fill(self, start: int, acts: Any, batch: Batch) -> None:
+    def fill(self, start: int, acts: Any, batch: CleanBatch) -> None:
         """Take the activations in the windows from rows of the corpus, the first of which is number ``start``."""
         _, window, where, values = self._kept.entries(start, acts, batch.ordinary)
         positions = batch.ordinary.cpu().nonzero(as_tuple=True)[1].numpy()[acts.tokens().cpu().numpy()]
@@ -214,7 +214,7 @@ def top_examples(
 
 def passes(
     model: GemmaModel, subjects: Sequence[Subject], tokens: torch.Tensor, rows: int, progress: bool, what: str
-) -> Iterator[tuple[int, Batch, dict[Any, torch.Tensor]]]:
+) -> Iterator[tuple[int, CleanBatch, dict[Any, torch.Tensor]]]:
     """The number of the first row of each batch, the batch, and the activations at the places of all subjects."""
     from rich.progress import track
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
+from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, CleanBatch, clean_batches, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
@@ -146,7 +146,7 @@ def _of_place(
     data: LabelledRows,
     asked: Sequence[_Asked],
     k: Sequence[int],
-    passes: Callable[..., Iterator[Batch]],
+    passes: Callable[..., Iterator[CleanBatch]],
     options: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """All probes of the SAEs of one place; ``passes(tokens=…)`` iterates over the clean batches of these rows."""
@@ -248,7 +248,7 @@ def _balanced(label: NDArray[Any], most: int, seed: int) -> NDArray[np.int64]:
     return np.sort(np.concatenate([yes[:taken], no[: most - taken]]))
 
 
-def _sample(batches: Iterator[Batch], place: Place) -> torch.Tensor:
+def _sample(batches: Iterator[CleanBatch], place: Place) -> torch.Tensor:
     parts: list[torch.Tensor] = []
     held = 0
     for batch in batches:
@@ -261,7 +261,7 @@ def _sample(batches: Iterator[Batch], place: Place) -> torch.Tensor:
 
 @torch.no_grad()
 def _features(
-    encoders: Sequence[Any], batches: Iterator[Batch], place: Place, asked: Sequence[_Asked]
+    encoders: Sequence[Any], batches: Iterator[CleanBatch], place: Place, asked: Sequence[_Asked]
 ) -> list[list[Units]]:
     """For each encoder the latents (for None the raw activations) of each concept's units, from one pass."""
     held: list[list[list[NDArray[np.float32]]]] = [[[] for _ in asked] for _ in encoders]

@@ -91,7 +91,7 @@ class PageText:
 
 
 @dataclass(frozen=True)
-class Example:
+class Excerpt:
     """A stretch of text around the token on which the latent fires strongest in its row.
 
     Attributes:
@@ -132,7 +132,7 @@ class LatentFacts:
     tokens: int
     fired: int
     maximum: float
-    examples: list[Example]
+    examples: list[Excerpt]
     edges: list[float]
     counts: list[int]
     lens: pd.DataFrame
@@ -229,15 +229,15 @@ def _histogram(active: torch.Tensor) -> tuple[list[int], list[float]]:
     return torch.histc(active, bins=_BINS, min=0.0, max=top).long().tolist(), torch.linspace(0, top, _BINS + 1).tolist()
 
 
-def _examples(text: PageText, acts: Float[torch.Tensor, "rows pos"], most: int, around: int) -> list[Example]:
+def _examples(text: PageText, acts: Float[torch.Tensor, "rows pos"], most: int, around: int) -> list[Excerpt]:
     strongest, where = acts.max(dim=1)
     order = strongest.argsort(descending=True, stable=True)[:most].tolist()
-    found: list[Example] = []
+    found: list[Excerpt] = []
     for row in order:
         if strongest[row] <= 0:
             break
         peak = int(where[row])
         start, end = max(0, peak - around), min(acts.shape[1], peak + around + 1)
         tokens = text.texts(text.tokens[row, start:end].tolist())
-        found.append(Example(row, start, tokens, acts[row, start:end].tolist(), peak - start))
+        found.append(Excerpt(row, start, tokens, acts[row, start:end].tolist(), peak - start))
     return found

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from gemma_scope_tl.model.hooked import GemmaModel
-    from gemma_scope_tl.viz.latent_facts import Example
+    from gemma_scope_tl.viz.latent_facts import Excerpt
 
 COLOR = "#c2410c"
 # !important: the demo shows the page inside Gradio, which styles tables and colours by its own rules.
@@ -155,7 +155,7 @@ def _neighbour_rows(neighbours: pd.DataFrame) -> list[tuple[str, str]]:
     return [(str(latent), f"{cosine:.3f}") for latent, cosine in pairs]
 
 
-def _examples(examples: list[Example], maximum: float) -> str:
+def _examples(examples: list[Excerpt], maximum: float) -> str:
     if not examples:
         return ""
     lines: list[str] = []
