@@ -118,7 +118,8 @@ def attribute(
     metric = metric_on(model, metric, prompt)
     other = None if counterfactual is None else prompt_of(model, counterfactual, exclude_special_tokens)
     with differentiable(model, placed):
-        table = _attributions(model, prompt, other, placed, metric, chosen, steps if method == "integrated" else None)
+        nodes = steps if method == "integrated" else None
+        table = _attributions(model, prompt, other, placed, metric, baseline=chosen, steps=nodes)
     return strongest(table, top)
 
 
@@ -128,6 +129,7 @@ def _attributions(
     other: SplicedPrompt | None,
     placed: list[PlacedSAE],
     metric: Metric,
+    *,
     baseline: str,
     steps: int | None,
 ) -> pd.DataFrame:
@@ -145,7 +147,7 @@ def _attributions(
         ends = [clean.values[one.write].detach() for one in placed]
         del clean, value  # and with them the graph, before others are made
         both = [
-            _mean_gradient(model, prompt, one, change, end, metric, steps)
+            _mean_gradient(model, prompt, one, change, end, metric=metric, steps=steps)
             for one, change, end in zip(placed, changes, ends, strict=True)
         ]
         gradients, attrs["baseline_metric"] = [mean for mean, _ in both], [start for _, start in both]
@@ -211,6 +213,7 @@ def _mean_gradient(
     placed: PlacedSAE,
     change: Change,
     value: torch.Tensor,
+    *,
     metric: Metric,
     steps: int,
 ) -> tuple[torch.Tensor, float]:

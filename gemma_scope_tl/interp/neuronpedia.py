@@ -94,7 +94,7 @@ def export_neuronpedia(
     missing = {path: part for path, part in zip(paths, parts, strict=True) if not path.exists()}
     if missing:
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "memory_budget": memory_budget}
-        _write(model, subject, tokens, missing, drawn, head, facts, options)
+        _write(model, subject, tokens, missing, sampling=drawn, head=head, facts=facts, options=options)
     return paths
 
 
@@ -103,6 +103,7 @@ def _write(
     subject: Subject,
     tokens: torch.Tensor,
     missing: dict[Path, NDArray[np.int64]],
+    *,
     sampling: Sampling,
     head: dict[str, Any],
     facts: dict[str, Any],

@@ -161,8 +161,8 @@ def _of_place(
         found = _features(encoders, passes(tokens=data.tokens), place, asked)
         dense = dense or [dense_probe(raw, **options) for raw in found[-1]]
         for kind, encoder, features in zip((LATENTS, RANDOM), encoders, found, strict=False):
-            rows += _rows(subject, kind, latents_of(encoder, sample).l0, asked, features, k, options)
-        rows += [_row(subject, DENSE, float("nan"), a, d, 0, None) for a, d in zip(asked, dense, strict=True)]
+            rows += _rows(subject, kind, latents_of(encoder, sample).l0, asked, features, k=k, options=options)
+        rows += [_row(subject, DENSE, float("nan"), a, d, k=0, best=None) for a, d in zip(asked, dense, strict=True)]
     return rows
 
 
@@ -172,18 +172,19 @@ def _rows(
     l0: float,
     asked: Sequence[_Asked],
     found: Sequence[Units],
+    *,
     k: Sequence[int],
     options: dict[str, Any],
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for one, features in zip(asked, found, strict=True):
         best = best_latent(features)
-        rows += [_row(subject, kind, l0, one, sparse_probe(features, n, **options), n, best) for n in k]
+        rows += [_row(subject, kind, l0, one, sparse_probe(features, n, **options), k=n, best=best) for n in k]
     return rows
 
 
 def _row(
-    subject: Subject, kind: str, l0: float, asked: _Asked, fitted: Fitted, k: int, best: tuple[int, float] | None
+    subject: Subject, kind: str, l0: float, asked: _Asked, fitted: Fitted, *, k: int, best: tuple[int, float] | None
 ) -> dict[str, Any]:
     return {
         **subject.columns,

@@ -83,6 +83,7 @@ class TrainingRun:
         source: OpenSource,
         metrics: Path,
         checkpoints: Path,
+        *,
         progress: bool = True,
         shard: Shard = WHOLE,
     ) -> None:

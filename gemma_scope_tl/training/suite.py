@@ -124,7 +124,9 @@ def _train(
 ) -> pd.DataFrame:
     began = time.time()
     with torch_threads(config.threads or torch.get_num_threads()):
-        run = TrainingRun(config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, progress, shard)
+        run = TrainingRun(
+            config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, progress=progress, shard=shard
+        )
         first = run.step
         try:
             with _closing(run):
