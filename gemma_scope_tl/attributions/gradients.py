@@ -141,8 +141,8 @@ def _attributions(
     changes = _changes(model, prompt, other, placed, clean, baseline)
     attrs: dict[str, Any] = {"metric": float(value.detach())}
     if steps is None:
-        found = clean.gradients(value)
-        gradients = [flatten_heads(found[one.write]) for one in placed]
+        at_hook = clean.gradients(value)
+        gradients = [flatten_heads(at_hook[one.write]) for one in placed]
     else:
         ends = [clean.values[one.write].detach() for one in placed]
         del clean, value  # and with them the graph, before others are made
@@ -269,7 +269,7 @@ def ablation_effects(
         raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{sae.cfg.d_sae - 1}.")
     rows = [(token_row(prompt, position), latent) for position, latent in wanted]
     name = model.get_sae_hook_name(sae)
-    found: list[float] = []
+    effects: list[float] = []
     for start in range(0, len(rows), batch_size):
         some = torch.tensor(rows[start : start + batch_size], device=prompt.ids.device).T
         batch = some.shape[1] + 1  # the last row is left alone, so that clean and edited round alike
@@ -289,5 +289,5 @@ def ablation_effects(
         )
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         *edited, clean = [float(metric(row[None])) for row in wide]
-        found += [value - clean for value in edited]
-    return found
+        effects += [value - clean for value in edited]
+    return effects

@@ -227,13 +227,13 @@ def passes(
 
 def _runs(rows: Sequence[int]) -> list[range]:
     """Ascending numbers as runs of consecutive ones."""
-    found: list[range] = []
+    runs: list[range] = []
     for row in rows:
-        if found and found[-1].stop == row:
-            found[-1] = range(found[-1].start, row + 1)
+        if runs and runs[-1].stop == row:
+            runs[-1] = range(runs[-1].start, row + 1)
         else:
-            found.append(range(row, row + 1))
-    return found
+            runs.append(range(row, row + 1))
+    return runs
 
 
 def chosen_latents(subject: Subject, latents: Iterable[int] | None) -> NDArray[np.int64]:

@@ -171,13 +171,13 @@ def _rows(
     kind: str,
     l0: float,
     asked: Sequence[_Asked],
-    found: Sequence[Units],
+    units: Sequence[Units],
     *,
     k: Sequence[int],
     options: dict[str, Any],
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for one, features in zip(asked, found, strict=True):
+    for one, features in zip(asked, units, strict=True):
         best = best_latent(features)
         rows += [_row(subject, kind, l0, one, sparse_probe(features, n, **options), k=n, best=best) for n in k]
     return rows
@@ -205,7 +205,7 @@ def _row(
 
 def _is_test(data: LabelledRows, seed: int) -> NDArray[np.bool_]:
     """Which documents test: three tenths of each label's, and at least two."""
-    found = np.zeros(len(data.kinds), bool)
+    is_test = np.zeros(len(data.kinds), bool)
     kinds = np.asarray(data.kinds)
     generator = np.random.default_rng(seed)
     for kind in dict.fromkeys(data.kinds):
@@ -216,8 +216,8 @@ def _is_test(data: LabelledRows, seed: int) -> NDArray[np.bool_]:
                 "or leave the label out."
             )
         drawn = generator.permutation(members)
-        found[drawn[: max(2, round(TEST * len(members)))]] = True
-    return found
+        is_test[drawn[: max(2, round(TEST * len(members)))]] = True
+    return is_test
 
 
 def _units(concept: Concept, data: LabelledRows, special: Sequence[int], most: int, seed: int) -> _Asked:

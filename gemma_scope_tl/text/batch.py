@@ -257,23 +257,23 @@ def _checked_ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def _checked_mask(mask: Any, ids: torch.Tensor) -> torch.Tensor:
     try:
-        found = mask if isinstance(mask, torch.Tensor) else torch.as_tensor(mask)
+        tensor = mask if isinstance(mask, torch.Tensor) else torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
         raise GemmaScopeError(f"attention_mask is no array of numbers: {shown(mask)}.") from error
-    found = found[None] if found.ndim == 1 else found
-    if found.shape != ids.shape:
-        raise GemmaScopeError(f"attention_mask has the shape {list(found.shape)}, the token ids {list(ids.shape)}.")
-    if found.is_meta:
-        return found.bool()
-    if found.dtype != torch.bool and not bool(((found == 0) | (found == 1)).all()):
+    tensor = tensor[None] if tensor.ndim == 1 else tensor
+    if tensor.shape != ids.shape:
+        raise GemmaScopeError(f"attention_mask has the shape {list(tensor.shape)}, the token ids {list(ids.shape)}.")
+    if tensor.is_meta:
+        return tensor.bool()
+    if tensor.dtype != torch.bool and not bool(((tensor == 0) | (tensor == 1)).all()):
         raise GemmaScopeError("attention_mask is 1 at text and 0 at padding; it has other values.")
-    found = found.bool()
-    begins = found.clone()
-    begins[:, 1:] &= ~found[:, :-1]
+    tensor = tensor.bool()
+    begins = tensor.clone()
+    begins[:, 1:] &= ~tensor[:, :-1]
     holes = begins.sum(-1) > 1
     if bool(holes.any()):
         raise GemmaScopeError(
             f"Row {int(holes.nonzero()[0])} of attention_mask has a hole: text is one run of tokens, with padding "
             "before or after it."
         )
-    return found.to(ids.device)
+    return tensor.to(ids.device)
