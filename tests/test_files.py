@@ -136,7 +136,7 @@ def test_names_that_no_file_has(name: str, why: str, tmp_path: Path) -> None:
 
 def test_names_that_lead_elsewhere(tmp_path: Path) -> None:
     for name in ("a/b", "../a", "", "."):
-        with pytest.raises(WriteError, match="no name of a file"):
+        with pytest.raises(WriteError, match="not a file name"):
             replace_files(tmp_path / "in", {name: lambda path: path.write_text("x")})
     assert not _contents(tmp_path / "in")
 

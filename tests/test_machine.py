@@ -242,5 +242,5 @@ def test_a_release_that_cannot_be_called_so_is_refused_before_anything_is_writte
     with pytest.raises(GemmaScopeError, match="A release is called by letters"):
         gs.export_suite(sae, tmp_path / "out" / ("- " if not name else "x"), MIT, name=name, progress=False)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(GemmaScopeError, match="is no path"):
+    with pytest.raises(GemmaScopeError, match="is not a path"):
         gs.save_sae(sae, "")
