@@ -124,7 +124,7 @@ def test_odd_names(name: str, tmp_path: Path) -> None:
     assert [os.fsencode(path.name) for path in tmp_path.iterdir()] == [os.fsencode(name)]
 
 
-NO_NAMES = [("a" * 256, r"too long .* \(256 bytes\)"), ("é" * 128, "256 bytes"), ("..", "no name"), ("a\0b", "no name")]
+NO_NAMES = [("a" * 256, r"too long .* \(256 bytes\)"), ("é" * 128, "256 bytes"), ("..", "not a file name"), ("a\0b", "not a file name")]
 
 
 @pytest.mark.parametrize(("name", "why"), NO_NAMES, ids=range(len(NO_NAMES)))
@@ -145,13 +145,13 @@ def test_a_file_in_the_place_of_a_folder_and_the_other_way(tmp_path: Path) -> No
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder" / "in").mkdir(parents=True)
     for path in (tmp_path / "file" / "x", tmp_path / "file" / "y" / "x"):
-        with pytest.raises(WriteError, match="a file is in the place of a folder"):
+        with pytest.raises(WriteError, match="a file exists where a folder is needed"):
             write_atomically(path, "x")
-    with pytest.raises(WriteError, match="a file is in the place of a folder"):
+    with pytest.raises(WriteError, match="a file exists where a folder is needed"):
         make_folder(tmp_path / "file")
-    with pytest.raises(WriteError, match="a file is in the place of a folder"):
+    with pytest.raises(WriteError, match="a file exists where a folder is needed"):
         append_line(tmp_path / "file" / "log", "x")
-    with pytest.raises(WriteError, match="a folder is in its place"):
+    with pytest.raises(WriteError, match="a folder of this name exists"):
         write_atomically(tmp_path / "folder", "x")
     assert (
         sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"] and (tmp_path / "file").read_text() == "mine"

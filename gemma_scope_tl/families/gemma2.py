@@ -11,7 +11,8 @@ transcoder in: pre-MLP RMSNorm without its gain    ``blocks.L.ln2.hook_normalize
            out: the mlp site                       ``blocks.L.hook_mlp_out``          ``blocks.L.ln2_post.hook_out``
 ========== ======================================= ================================== ============================
 
-``blocks.L.mlp.hook_out`` on the bridge is the output of the MLP *before* the post-MLP norm. It is no Gemma Scope site.
+``blocks.L.mlp.hook_out`` on the bridge is the output of the MLP *before* the post-MLP norm; it is not a
+Gemma Scope site.
 """
 
 from __future__ import annotations

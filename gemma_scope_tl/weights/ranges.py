@@ -232,9 +232,9 @@ def _name(status: int) -> str:
     """A status in words.
 
     >>> _name(503)
-    'HTTP 503 (the Hub has a problem of its own)'
+    'HTTP 503 (the Hub has an internal error)'
     """
-    words = "too many requests" if status == 429 else "the Hub has a problem of its own" if status >= 500 else ""
+    words = "too many requests" if status == 429 else "the Hub has an internal error" if status >= 500 else ""
     return f"HTTP {status} ({words})" if words else f"HTTP {status}"
 
 

@@ -159,7 +159,7 @@ def test_opening_is_retried(hub: LocalHub, repo: Repo, waits: list[float]) -> No
 
 
 LASTING = {
-    "server": (Fault(status=503), r"could not be read after 3 tries: HTTP 503 \(the Hub has a problem of its own\)"),
+    "server": (Fault(status=503), r"could not be read after 3 tries: HTTP 503 \(the Hub has an internal error\)"),
     "rate limit": (Fault(status=429), r"3 tries: HTTP 429 \(too many requests\)\. Wait some minutes, or log in"),
     "cut": (Fault(cut_after=0), r"3 tries: the connection failed or was lost \(RemoteProtocolError\)"),
     "gone": (Fault(status=404), r"was answered with HTTP 404 to a range"),
