@@ -181,7 +181,7 @@ def checked_model(model: str) -> str:
 
     Raises:
         UnknownNameError: with the nearest names. For an instruction-tuned model it also names the releases of the base
-    model, and for a release or a folder of SAEs it says how to load from it.
+            model, and for a release or a folder of SAEs it says how to load from it.
     """
     owner, _, short = model.rpartition("/")
     name = short if owner in {family.owner for family in families()} else model

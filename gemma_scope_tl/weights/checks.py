@@ -129,7 +129,7 @@ class Expected:
 
     Attributes:
         d_in, d_sae, d_out: sizes, None if unknown. If ``d_out`` is None and ``transcoder`` is not True, the d_out of
-    the file must equal its d_in.
+            the file must equal its d_in.
         transcoder: whether input and output are different tensors; None if unknown.
         said_by: the source of the sizes, for the message.
     """

@@ -204,7 +204,7 @@ SAFETENSORS: dict[str, tuple[bytes, str]] = {
     "offsets past the end": (tensors({"a": TENSOR}, 71), "its tensors need"),
     "offsets backwards": (one(data_offsets=[72, 0]), "needs 72 bytes"),
     "negative offsets": (one(data_offsets=[-72, 0]), "does not describe"),
-    "a key twice": (tensors(b'{"a": %b, "a": %b}' % ((json.dumps(TENSOR).encode(),) * 2)), "a key stands twice"),
+    "a key twice": (tensors(b'{"a": %b, "a": %b}' % ((json.dumps(TENSOR).encode(),) * 2)), "a key occurs twice"),
     "a length of 2^63": (tensors({"a": TENSOR}, length=2**63), "is truncated, corrupt"),
     "a length of 2^64 - 1": (tensors({"a": TENSOR}, length=2**64 - 1), "is truncated, corrupt"),
     "a length of 0": (tensors({"a": TENSOR}, length=0), "is truncated, corrupt"),
