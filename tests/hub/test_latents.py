@@ -154,7 +154,7 @@ def test_sae_lens_layout_needs_the_file(repo: Repo, tmp_path: Path, monkeypatch:
     save_file({"W_dec": torch.zeros(2, 2)}, tmp_path / "w")
     repo.commit({f"{FOLDER}/sae_weights.safetensors": HubFile((tmp_path / "w").read_bytes(), lfs=True)})
     answer(monkeypatch, format="sae-lens")
-    with pytest.raises(GemmaScopeError, match="in SAELens' layout and not on this machine"):
+    with pytest.raises(GemmaScopeError, match="in SAELens's layout and not on this machine"):
         gs.load_latents("r", FOLDER, 3)
 
 

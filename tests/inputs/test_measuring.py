@@ -136,7 +136,11 @@ def test_what_cannot_be_measured_is_named(model: Any, sae: Any) -> None:
     ):
         with pytest.raises(gs.GemmaScopeError, match=message):
             gs.evaluate(model, sae, data, progress=False, **options)
-    for nothing, message in (([], "No SAE"), (None, "An SAE was expected"), ("res", "An SAE was expected")):
+    for nothing, message in (
+        ([], "No SAE"),
+        (None, "One or several SAEs were expected"),
+        ("res", "An SAE was expected"),
+    ):
         with pytest.raises(gs.GemmaScopeError, match=message):
             gs.evaluate(model, nothing, ids, progress=False)
 
