@@ -106,11 +106,11 @@ MADE_BADLY: dict[str, tuple[Any, str]] = {
     "nothing": (None, "neither text nor token ids"),
     "empty list": ([], "An empty list"),
     "empty series": (pd.Series([], dtype=object), "An empty Series"),
-    "empty ids": (torch.zeros(0, dtype=torch.long), "one token at least"),
-    "empty rows": ([[]], "one token at least"),
-    "no row": (torch.zeros(0, 5, dtype=torch.long), "one token at least"),
+    "empty ids": (torch.zeros(0, dtype=torch.long), "at least one token"),
+    "empty rows": ([[]], "at least one token"),
+    "no row": (torch.zeros(0, 5, dtype=torch.long), "at least one token"),
     "one number": (5, "neither text nor token ids"),
-    "one number in a tensor": (torch.tensor(5), "one token at least"),
+    "one number in a tensor": (torch.tensor(5), "at least one token"),
     "three dimensions": (torch.ones(1, 1, 2, dtype=torch.long), r"shape \[1, 1, 2\]"),
     "nested lists": ([[[2, 3]]], "neither text nor ids"),
     "floats": (torch.ones(1, 2), "integers, not torch.float32"),
@@ -128,7 +128,7 @@ MADE_BADLY: dict[str, tuple[Any, str]] = {
     "gap": (pd.Series(["a", None]), "neither text nor ids"),
     "table": (pd.DataFrame({"text": ["a"]}), "neither text nor token ids"),
     "records": ([{"text": "a"}], "give the column"),
-    "other mapping": ({"text": "a"}, "holds no input_ids"),
+    "other mapping": ({"text": "a"}, "has no input_ids"),
     "two dimensions of text": (np.array([["a"]]), r"array of shape \[1, 1\]"),
 }
 
@@ -149,7 +149,7 @@ def test_what_is_no_text_is_named(models: dict[str, Any], backend: str, name: st
         ([[1, 2, 1, 1]], "other values"),
         ([[0.5, 1, 1, 1]], "other values"),
         (torch.ones(1, 1, 4, 4), "shape"),
-        ("no", "no array of numbers"),
+        ("no", "not an array of numbers"),
     ],
 )
 def test_masks_are_checked(models: dict[str, Any], mask: Any, message: str) -> None:

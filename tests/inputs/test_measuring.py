@@ -129,7 +129,7 @@ def test_what_cannot_be_measured_is_named(model: Any, sae: Any) -> None:
         ([], {}, "empty list"),
         (ids[:, :1], {}, "two tokens or more"),
         (torch.zeros(2, 4, dtype=torch.long), {}, "two tokens or more"),
-        (TEXTS, {"attention_mask": [[1]]}, "goes with token ids"),
+        (TEXTS, {"attention_mask": [[1]]}, "only with token ids"),
         (TEXTS * 99, {"context": 500}, "longer than the model's context, 128"),
         ([None], {}, "neither text nor ids"),
         ({"text": TEXTS}, {}, "no input_ids"),
