@@ -1,8 +1,8 @@
 """Packing of documents into token rows on disk, in bounded memory and with resumption after an interruption.
 
 Before packing is finished, the rows are in a hidden file, and ``progress.json`` records how many of them are valid.
-When all rows are written and hashed, the file is renamed. The manifest is written last, so a folder without a manifest has
-no finished rows.
+When all rows are written and hashed, the file is renamed. The manifest is written last, so a folder without a manifest
+has no finished rows.
 """
 
 from __future__ import annotations

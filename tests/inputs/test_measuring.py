@@ -139,7 +139,7 @@ def test_what_cannot_be_measured_is_named(model: Any, sae: Any) -> None:
     for nothing, message in (
         ([], "No SAE"),
         (None, "One or several SAEs were expected"),
-        ("res", "An SAE was expected"),
+        ("res", "One or several SAEs were expected"),
     ):
         with pytest.raises(gs.GemmaScopeError, match=message):
             gs.evaluate(model, nothing, ids, progress=False)
