@@ -47,17 +47,15 @@ def steer(
         latent: index or indices.
         scale: s, one number for all latents or one for each; a negative number steers away.
         positions: an int, slice, list, or boolean mask; None for all. They count in the whole text, also during
-            generation, from the first token of each row that is not padding
-            (:mod:`gemma_scope_tl.model.positions`).
+            generation, from the first token of each row that is not padding (:mod:`gemma_scope_tl.model.positions`).
         exclude_special_tokens: whether to skip BOS, EOS and padding (on models from ``load_model``), or the token ids
             to skip.
         unit: the unit of ``scale``.
 
             - ``"activation"``: ``a = s``. Gemma Scope's rows have unit norm, so s is the length of the added vector.
             - ``"mean_norm"``: ``a = s m / ||W_dec[i]||``, with the site's mean norm ``m = E||x||`` from ``mean_norm``.
-            - ``"norm"``: ``a = s ||x|| / ||W_dec[i]||``, with the norm at the edited position. A mean over the pass
-              would depend on the number of its positions, so steered generation with a cache would differ from that
-              without.
+            - ``"norm"``: ``a = s ||x|| / ||W_dec[i]||``, with the norm at the edited position, so that steered
+              generation with a cache is the same as without.
         mean_norm: the number m, or the table of :func:`mean_norms`, in which the site and layer are looked up.
         on: ``"activations"``, for a plain model; ``"features"``, for a model with the SAE spliced in, whose latents
             become ``f_i + a_i``. Both are equal with the error term. ``unit="norm"`` is not available for features.
@@ -68,8 +66,8 @@ def steer(
     Raises:
         SpliceError: for a latent that does not exist, a wrong number of values, a missing ``mean_norm``, a number that
             is not finite, or an SAE of unknown site.
-        UnknownNameError: for an unknown ``unit`` or ``on``, a latent that was not loaded, or a site that ``mean_norm``
-            lacks.
+        UnknownNameError: for an unknown ``unit`` or ``on``, a latent that was not loaded, or a site that is not in
+            ``mean_norm``.
     """
     if unit not in UNITS:
         raise unknown_name("unit", unit, UNITS)

@@ -43,15 +43,15 @@ def features(
             list, an iterator, a mapping, a suite.
         top: number of the strongest latents of each token and SAE to keep; None for all.
         exclude_special_tokens: whether to leave out BOS, EOS and padding, or the ids to leave out. Gemma Scope was not
-            trained on these tokens, and thousands of latents are active on BOS, whose activations can have a far
-            larger norm than those of other tokens. Padding is never listed.
+            trained on these tokens, and thousands of latents may be active on BOS. Padding is never listed.
         min_activation: the smallest activation to list, in units of the latent.
         attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
 
     Returns:
-        A table with a row per active latent, strongest first within a token: ``sequence, position, token, sae, site, layer,
-        latent, activation``. ``position`` counts from 0 at the first token of the text, as for interventions. ``sae``
-        is the index in ``saes``, which distinguishes SAEs of one site and layer. ``""`` (BOS alone) gives no rows.
+        A table with a row per active latent, strongest first within a token: ``sequence, position, token, sae, site,
+        layer, latent, activation``. ``position`` counts from 0 at the first token of the text, as for interventions.
+        ``sae`` is the index in ``saes``, which distinguishes SAEs of one site and layer. ``""`` (BOS alone) gives no
+        rows.
 
     Raises:
         GemmaScopeError: for ``top`` below 1, ``min_activation`` below 0, no text, or a text that is too long.

@@ -1,4 +1,4 @@
-"""The sizes of a model without loading it, for plans of memory and time."""
+"""The sizes of a model that is not loaded, for estimates of memory and time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 
 
 def sizes_of(name: str) -> ModelSizes:
-    """Sizes of the model that ``load_model`` calls by this name.
+    """Sizes of the model that ``load_model`` loads by this name.
 
-    Known models and folders are not loaded; of any other Hugging Face id the config alone is fetched.
+    Weights are never loaded. For a Hugging Face id that is not a released model, the config is fetched.
 
     Raises:
-        UnknownNameError: a name that is no model, folder or Hugging Face id.
-        AdapterError: there is no such config, or it is of no known family.
+        UnknownNameError: for a name that is not a model, folder or Hugging Face id.
+        AdapterError: when there is no such config, or it is of no known family.
     """
     if name == "bundled":
         return _from_folder(BUNDLED_MODEL)

@@ -16,7 +16,7 @@ from gemma_scope_tl.sae.building import builds
 class JumpReLUSAE(GemmaScopeMixin, SAELensJumpReLUSAE):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A Gemma Scope SAE: ``f = JumpReLU_theta(x W_enc + b_enc)``, ``x_hat = f W_dec + b_dec``.
 
-        It is a :class:`sae_lens.SAE`, so SAELens's analysis functions accept it. :class:`GemmaScopeMixin` lists the
+    It is a :class:`sae_lens.SAE`, so SAELens's analysis functions accept it. :class:`GemmaScopeMixin` lists the
     differences.
     """
 

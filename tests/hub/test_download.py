@@ -274,7 +274,9 @@ def test_a_passing_fault_passes(hub: LocalHub, repo: Repo, waits: list[float]) -
 def test_not_a_hub(hub: LocalHub, repo: Repo) -> None:
     repo.commit({f"{FOLDER}/params.npz": CONTENT})
     hub.fail(FILE, Fault(times=None, methods=("HEAD",), host="hub", status=200))
-    with pytest.raises(WeightsError, match=r"http://127.0.0.1:\d+ does not answer as a Hub does. Check HF_ENDPOINT"):
+    with pytest.raises(
+        WeightsError, match=r"http://127.0.0.1:\d+ does not respond like a Hub server. Check HF_ENDPOINT"
+    ):
         fetch(saved(repo))
 
 

@@ -127,8 +127,8 @@ def test_what_cannot_be_measured_is_named(model: Any, sae: Any) -> None:
     ids = padded(alone(CharTokenizerFactory.get(), TEXTS), "right")
     for data, options, message in (
         ([], {}, "empty list"),
-        (ids[:, :1], {}, "two tokens or more"),
-        (torch.zeros(2, 4, dtype=torch.long), {}, "two tokens or more"),
+        (ids[:, :1], {}, "at least two tokens"),
+        (torch.zeros(2, 4, dtype=torch.long), {}, "at least two tokens"),
         (TEXTS, {"attention_mask": [[1]]}, "only with token ids"),
         (TEXTS * 99, {"context": 500}, "longer than the model's context, 128"),
         ([None], {}, "neither text nor ids"),

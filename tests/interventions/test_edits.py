@@ -216,7 +216,7 @@ def test_errors(model: Any) -> None:
     for edit in (ablate, lambda s, i: clamp(s, i, 1.0), lambda s, i: scale(s, i, 1.0)):
         with pytest.raises(SpliceError, match='on="features"'):
             edit(transcoder, 0)
-        with pytest.raises(SpliceError, match="without their encoder columns"):
+        with pytest.raises(SpliceError, match="have no encoder columns"):
             edit(rows, 3)
     assert steer(rows, [3, 5], 1.0)[0] == "blocks.1.hook_resid_post"
     with pytest.raises(UnknownNameError, match="load_latents"):

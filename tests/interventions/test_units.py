@@ -101,7 +101,7 @@ def test_errors(model: Any) -> None:
         steer(sae, 0, 1.0, unit="mean_norm", mean_norm=norms)
     with pytest.raises(SpliceError, match="the table of mean_norms"):
         steer(sae, 0, 1.0, unit="mean_norm")
-    with pytest.raises(SpliceError, match="goes with"):
+    with pytest.raises(SpliceError, match="mean_norm= needs unit="):
         steer(sae, 0, 1.0, mean_norm=3.0)
     with pytest.raises(SpliceError, match=r"has no access to \|\|x\|\|"):
         steer(sae, 0, 1.0, unit="norm", on="features")

@@ -163,7 +163,7 @@ def test_a_broken_entry_point_names_its_package(
     package(tmp_path, value)
     monkeypatch.syspath_prepend(tmp_path)
     clear_cache()
-    with pytest.raises(RegistryError, match=f"The package their-saes offers registry files as '{value}'.*{why}"):
+    with pytest.raises(RegistryError, match=f"The package their-saes provides registry files as '{value}'.*{why}"):
         releases()
 
 
