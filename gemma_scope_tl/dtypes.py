@@ -78,7 +78,7 @@ def _count(device: torch.device) -> int:
     try:
         module: Any = torch.get_device_module(device)
         return int(module.device_count()) if module.is_available() else 0
-    except (RuntimeError, AttributeError):  # this build of torch does not know the kind
+    except (RuntimeError, AttributeError):  # this build of torch lacks the kind of device
         return 0
 
 

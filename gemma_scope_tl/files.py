@@ -214,7 +214,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder exists; False where the system cannot say (no permission, name too long)."""
+    """Whether a folder exists; False if the system cannot tell (no permission, name too long)."""
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):
@@ -222,7 +222,7 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file exists; False where the system cannot say."""
+    """Whether a file exists; False if the system cannot tell."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):

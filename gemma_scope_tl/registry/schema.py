@@ -82,7 +82,7 @@ class SAEEntry(BaseModel):
         canonical: whether ``…/canonical`` names this row. At most one for each site, layer and width.
         revision: commit of the repository to read; null for its main branch.
         sha256: hash of the weights file.
-        note: what a user should know about this one SAE.
+        note: a remark about this SAE.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -180,7 +180,7 @@ class ReleaseFile(BaseModel):
     Attributes:
         release: the stem of the file and the name of the release; the same as SAELens's if SAELens has the release.
         canonical_release: SAELens's second name, for which only the canonical ids exist, or null.
-        repo: ``owner/name`` on Hugging Face; ``./folder`` (or ``.``) beside this file; ``/a/folder``; or ``bundled``.
+        repo: ``owner/name`` on Hugging Face; ``./folder`` (or ``.``) next to this file; ``/a/folder``; or ``bundled``.
         model: the model the SAEs read, without its owner: ``gemma-2-2b``.
         family: the family of the model, such as ``gemma2``, which defines the sites. Null for the family that the name
             of the model belongs to, or the first family if it belongs to none.
@@ -300,7 +300,7 @@ def resolved_repo(repo: str, folder: Path | None) -> str:
 
 
 def escaping_rows(rows: Iterable[SAERow]) -> list[Problem]:
-    """Rows of a local folder whose files lie elsewhere, through symbolic links."""
+    """Problems of rows of a local folder whose files are outside of it, through symbolic links."""
     problems: list[Problem] = []
     for row in rows:
         if row.repo.startswith("/"):

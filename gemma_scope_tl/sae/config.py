@@ -175,7 +175,7 @@ def name_of(model: Any) -> str | None:
 
 
 def expected_sizes(model: Any, site: str | None, layer: int | None) -> Expected:
-    """The sizes that follow from a model and a site. The name of a model alone tells only whether it is a transcoder.
+    """The sizes that follow from a model and a site. For a name, they say only whether it is a transcoder.
 
     Raises:
         WeightsError: when the model has no such layer.

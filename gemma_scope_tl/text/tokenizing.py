@@ -48,7 +48,7 @@ def tokenize(
     if prepend_bos and bos is not None:
         rows = [[bos, *without_bos(tokenizer, row)] for row in rows]
     if not any(rows):
-        raise GemmaScopeError("The texts have no token and prepend_bos is False, so there is nothing to run on.")
+        raise GemmaScopeError("The texts have no tokens and no BOS is added to them, so there is nothing to run on.")
     side = padding_side or getattr(tokenizer, "padding_side", None) or "left"
     if side not in ("left", "right"):
         raise GemmaScopeError(f"padding_side must be 'left' or 'right', not {padding_side!r}.")

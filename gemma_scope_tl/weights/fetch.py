@@ -59,7 +59,7 @@ def find_local(row: SAERow) -> Path | None:
 
 
 def bundled_root() -> Path:
-    """The folder in this package that holds the bundled SAEs."""
+    """The folder of the bundled SAEs in this package."""
     return BUNDLED_SAES
 
 

@@ -100,7 +100,7 @@ def inspect_npz(
             determine it, because each header needs a request over the network.
 
     Raises:
-        WeightsError: when the file is missing, empty, truncated, not an npz, holds pickled objects, lacks a name, or
+        WeightsError: when the file is missing, empty, truncated, not an npz, contains pickled objects, lacks a name, or
             its headers contradict each other.
     """
     if not isinstance(file, str | Path):

@@ -85,7 +85,7 @@ def test_what_does_not_exist_raises(model: Any) -> None:
         (10, "No position 10: row 1 has 8 tokens"),
         ([1, -9], "No position -9: row 1 has 8 tokens"),
         (slice(None, None, -1), "positive step"),
-        (torch.ones(2, 11, dtype=torch.bool), "must agree"),
+        (torch.ones(2, 11, dtype=torch.bool), "but the batch of tokens"),
         ([0.5], "list of ints"),
     ):
         with pytest.raises(SpliceError, match=match):
