@@ -1,7 +1,7 @@
-"""Floating dtypes and devices by name, with the same spelling in the whole package.
+"""Lookup of floating dtypes and devices by name, with one spelling in the whole package.
 
-The names are known without torch, which is imported when a dtype or a device is looked up: the command line checks
-names first, and importing torch takes seconds.
+The names are known without torch, which is imported only when a dtype or a device is looked up: the command line
+checks names first, and importing torch takes seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64"
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """``"float32"``, ``"bfloat16"``, ``"float16"``, their short forms (``"bf16"``), or a torch dtype.
+    """The torch dtype of a name: ``"float32"``, ``"bfloat16"``, ``"float16"``, or a short form such as ``"bf16"``.
 
     Raises:
         UnknownNameError: for anything else.
@@ -44,15 +44,15 @@ def available_devices() -> list[str]:
 
 
 def parse_device(device: str | int | torch.device | None) -> torch.device:
-    """A device that exists here, checked before anything is read or computed.
+    """The torch device for a name or number, checked to exist on this machine.
 
     Args:
         device: ``"cpu"``, ``"cuda"`` (the current one), ``"cuda:1"``, ``"mps"``, a number as torch counts
-            accelerators, or a torch device; None stands for CUDA where there is one, else for the CPU. ``"meta"``
-            (shapes without values) passes.
+            accelerators, or a torch device. None means CUDA if it is available and the CPU otherwise. ``"meta"``
+            (shapes without values) is accepted.
 
     Raises:
-        DeviceError: naming the devices that are available, for a device that does not exist, here or at all.
+        DeviceError: for a device that is unknown or not on this machine; names the available devices.
     """
     import torch
 
@@ -63,14 +63,14 @@ def parse_device(device: str | int | torch.device | None) -> torch.device:
             raise TypeError
         parsed = torch.device(device)
     except (RuntimeError, TypeError):
-        raise _no_device(device, "no device of torch") from None
+        raise _no_device(device, "not a torch device") from None
     if (parsed.index or 0) >= _count(parsed):
         raise _no_device(device, "not available here")
     return torch.device("cpu") if parsed.type == "cpu" else parsed  # a tensor on "cpu:0" reports "cpu"
 
 
 def _count(device: torch.device) -> int:
-    """How many devices of this kind there are."""
+    """Number of devices of this kind."""
     if device.type in ("cpu", "meta"):
         return 1
     import torch
@@ -78,7 +78,7 @@ def _count(device: torch.device) -> int:
     try:
         module: Any = torch.get_device_module(device)
         return int(module.device_count()) if module.is_available() else 0
-    except (RuntimeError, AttributeError):  # this build of torch does not know the kind
+    except (RuntimeError, AttributeError):  # this build of torch lacks the kind of device
         return 0
 
 

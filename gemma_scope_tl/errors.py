@@ -1,7 +1,7 @@
-"""The package's errors. Every message says what was given, what is valid and what to do.
+"""The package's exceptions. Every message says what was given, what is valid and what to do.
 
-All derive from :class:`GemmaScopeError`, and from a standard exception where one has the same meaning, so that
-``except ValueError`` works too.
+All classes derive from :class:`GemmaScopeError`. Each also derives from a standard exception where one has the same
+meaning, so that ``except ValueError`` works too.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ class GemmaScopeError(Exception):
 class UnknownNameError(GemmaScopeError, KeyError):
     """A release, id, site, hook, width or configuration key that does not exist."""
 
-    def __str__(self) -> str:  # KeyError's shows the repr of the message
+    def __str__(self) -> str:  # KeyError.__str__ returns the repr of the message
         return str(self.args[0]) if self.args else ""
 
 
 class KeywordError(GemmaScopeError, TypeError):
-    """Keywords that contradict each other."""
+    """Keyword arguments that contradict each other."""
 
 
 class UnknownKeywordError(KeywordError):
-    """A keyword that a function does not take."""
+    """A keyword argument that a function does not accept."""
 
 
 class RegistryError(GemmaScopeError, ValueError):
@@ -34,22 +34,22 @@ class RegistryError(GemmaScopeError, ValueError):
 
 
 class WeightsError(GemmaScopeError, ValueError):
-    """A weights file is missing an array, truncated, corrupt, of another shape, or not a weights file at all."""
+    """A weights file lacks an array, has a wrong shape, is truncated or corrupt, or is another kind of file."""
 
 
 class WriteError(GemmaScopeError, OSError):
     """A file cannot be written: the disk is full or read-only, the name is too long, or a permission is missing.
 
-    ``errno`` is that of the system's error, which is the ``__cause__``.
+    ``errno`` has the value of the operating system's error, which is the ``__cause__``.
     """
 
 
 class AdapterError(GemmaScopeError, ValueError):
-    """A model cannot be loaded as one of a known family with its sites."""
+    """A model cannot be loaded: its family is unknown, or it lacks sites of its family."""
 
 
 class AdapterMismatch(GemmaScopeError, AssertionError):
-    """The self-check on load found a site or a cached forward pass that differs from the plain model."""
+    """The check after loading found a site or a cached forward pass that differs from the plain model."""
 
 
 class DeviceError(GemmaScopeError, RuntimeError):
@@ -57,21 +57,21 @@ class DeviceError(GemmaScopeError, RuntimeError):
 
 
 class SpliceError(GemmaScopeError, ValueError):
-    """An SAE cannot be spliced: its site does not exist or is taken, or it is of another model or width."""
+    """An SAE cannot be spliced: its site is missing or already in use, or the SAE has another model or width."""
 
 
 class TrainingStateError(GemmaScopeError, ValueError):
-    """A configuration, a checkpoint or a run's folder that cannot be used."""
+    """A configuration, a checkpoint or the folder of a run cannot be used."""
 
 
 def nearest(given: str, valid: Iterable[str], n: int = 5) -> list[str]:
-    """The ``n`` names of ``valid`` most similar to ``given``, best first; empty only if ``valid`` is."""
+    """The ``n`` names of ``valid`` most similar to ``given``, best first. Empty only if ``valid`` is empty."""
     names = list(valid)
     return difflib.get_close_matches(given, names, n=n, cutoff=0.0)
 
 
 def unknown_name(kind: str, given: object, valid: Iterable[str], hint: str = "") -> UnknownNameError:
-    """An :class:`UnknownNameError` that names the five nearest valid names.
+    """Return an :class:`UnknownNameError` that names the five nearest valid names.
 
     >>> print(unknown_name("site", "ress", ["res", "mlp", "att"]))
     Unknown site 'ress'. Nearest: res, mlp, att.
@@ -83,7 +83,7 @@ def unknown_name(kind: str, given: object, valid: Iterable[str], hint: str = "")
 
 
 def unknown_keyword(function: str, given: str, valid: Iterable[str]) -> UnknownKeywordError:
-    """An :class:`UnknownKeywordError` (a ``TypeError``) that names the nearest valid keyword.
+    """Return an :class:`UnknownKeywordError` (a ``TypeError``) that names the nearest valid keyword.
 
     >>> print(unknown_keyword("run_with_saes", "sae", ["saes", "chain"]))
     run_with_saes() takes no keyword 'sae': did you mean 'saes'?
@@ -95,11 +95,12 @@ def unknown_keyword(function: str, given: str, valid: Iterable[str]) -> UnknownK
 
 
 def device_mismatch(what: str, its: object, given: object) -> DeviceError:
-    """A :class:`DeviceError` that says how to move one to the other's device.
+    """Return a :class:`DeviceError` that says how to move one tensor to the device of the other.
 
     >>> print(device_mismatch("res, layer 20", "cpu", "cuda:0"))
-    res, layer 20 is on cpu, the tensor given on cuda:0: move one of them, for example with .to('cuda:0').
+    res, layer 20 is on cpu, but the given tensor is on cuda:0: move one of them, for example with .to('cuda:0').
     """
     return DeviceError(
-        f"{what} is on {its}, the tensor given on {given}: move one of them, for example with .to({str(given)!r})."
+        f"{what} is on {its}, but the given tensor is on {given}: move one of them, for example with "
+        f".to({str(given)!r})."
     )

@@ -1,6 +1,7 @@
-"""Atomic writes, which leave the old file or the new one after a crash; paths that users give; hashes of files.
+"""Atomic writes, paths given by users, and hashes of files.
 
-When the system refuses a write (disk full, no permission, name too long), a :class:`WriteError` names the file.
+An atomic write leaves either the old file or the new one after a crash. When the operating system refuses a write
+(disk full, no permission, name too long), a :class:`WriteError` names the file.
 """
 
 from __future__ import annotations
@@ -26,41 +27,41 @@ _UNSYNCED = (
     errno.EACCES,
     errno.EPERM,
     errno.EBADF,
-)  # fsync of a folder on some network disks
+)  # errors of fsync for a folder on some network file systems
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk is full: your quota is used up",
-    errno.EFBIG: "it would be larger than the system allows files to be",
+    errno.EFBIG: "it would exceed the largest file size that the system allows",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.ENAMETOOLONG: "its name is too long for the file system",
-    errno.ENOTDIR: "a file is in the place of a folder",
-    errno.EEXIST: "a file is in the place of a folder",
-    errno.EISDIR: "a folder is in its place",
-    errno.ENOTEMPTY: "a folder is in its place",
+    errno.ENOTDIR: "a file exists where a folder is needed",
+    errno.EEXIST: "a file exists where a folder is needed",
+    errno.EISDIR: "a folder of this name exists",
+    errno.ENOTEMPTY: "a folder of this name exists",
 }
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room, or choose another place"),
     errno.ENAMETOOLONG: "Choose a shorter name",
 }
-_UNTOUCHED = "; what was there before is as it was."
+_UNTOUCHED = "; existing files are unchanged."
 _RUST_ERRNO = re.compile(r"(?:os error|code:) (\d+)")
 
 
 @contextmanager
 def writing(path: str | os.PathLike[str], remedy: str = "") -> Generator[None]:
-    """Raise the system's errors in writing ``path`` as :class:`WriteError`.
+    """Raise errors of the operating system while writing ``path`` as :class:`WriteError`.
 
     Args:
         path: the file or folder that is written.
-        remedy: advice in whole sentences, in place of the usual one.
+        remedy: advice in whole sentences that replaces the default advice.
     """
     try:
         yield
     except GemmaScopeError:
         raise
-    except Exception as error:  # safetensors raises the system's errors in a class without ``errno``
+    except Exception as error:  # safetensors raises the system's errors as a class without ``errno``
         raised = write_error(path, error, remedy)
         if raised is None:
             raise
@@ -68,7 +69,7 @@ def writing(path: str | os.PathLike[str], remedy: str = "") -> Generator[None]:
 
 
 def write_error(path: str | os.PathLike[str], error: Exception, remedy: str = "") -> WriteError | None:
-    """The error that :func:`writing` raises for ``error``; None for errors that are not the system's."""
+    """The error that :func:`writing` raises for ``error``; None unless the operating system raised it."""
     number = _errno(error)
     if number is None and not isinstance(error, OSError):
         return None
@@ -103,14 +104,14 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 def replace_files(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], Any]]) -> None:
     """Write every file completely under a temporary name in ``folder``, then rename them into place.
 
-    A process that is killed meanwhile may leave temporary files, whose names begin with a dot.
+    A process that is killed during the call may leave temporary files, whose names begin with a dot.
 
     Args:
         folder: created where it does not exist.
-        writers: for each file name a function that writes to the path that it is given.
+        writers: for each file name, a function that takes a path and writes the file there.
 
     Raises:
-        WriteError: naming the file. None of the files has changed then.
+        WriteError: when a file cannot be written. None of the files has changed then.
     """
     place = make_folder(folder)
     with ExitStack() as stack:
@@ -124,7 +125,7 @@ def replace_files(folder: str | os.PathLike[str], writers: Mapping[str, Callable
 
 @contextmanager
 def _temporary(folder: Path, name: str, write: Callable[[Path], Any]) -> Generator[Path]:
-    """A file for ``folder / name`` under another name, written by ``write`` and synced; deleted if it still exists."""
+    """Write and sync a temporary file for ``folder / name``, and delete it at the end if it was not renamed."""
     temporary: Path | None = None
     try:
         with writing(folder / name):
@@ -143,7 +144,7 @@ def _temporary(folder: Path, name: str, write: Callable[[Path], Any]) -> Generat
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
-    """Write ``data`` (text as UTF-8) to ``path`` whole or not at all, and return the path.
+    """Write ``data`` (text as UTF-8) to ``path`` completely or not at all, and return the path.
 
     Raises:
         WriteError: when it cannot be written. An existing file is unchanged then.
@@ -155,17 +156,17 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
 
 
 def write_new(path: str | os.PathLike[str], text: str) -> Path:
-    """As :func:`write_atomically`, for a file that must not exist, even if another process creates it meanwhile.
+    """Write as :func:`write_atomically`, but never over a file that exists or that another process creates meanwhile.
 
     Raises:
-        FileExistsError: when it exists.
+        FileExistsError: when the file exists.
         WriteError: when it cannot be written.
     """
     target = Path(path)
     make_folder(target.parent)
     with _temporary(target.parent, target.name, lambda path: path.write_bytes(text.encode())) as temporary:
         try:
-            os.link(temporary, target)  # unlike a rename, fails where the file exists
+            os.link(temporary, target)  # unlike a rename, this fails if the file exists
         except FileExistsError:
             raise
         except OSError:  # a file system without hard links
@@ -178,7 +179,7 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
     """Append a line of UTF-8 text to a file. The file and its folder are created where they do not exist.
 
     Raises:
-        WriteError: when it cannot be written. A part of the line may have been written.
+        WriteError: when the line cannot be written. A part of it may have been written.
     """
     target = Path(path)
     make_folder(target.parent)
@@ -187,7 +188,7 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path | None:
-    """A path with ``~`` expanded; None where the user has no home, as in a container without HOME."""
+    """Expand ``~`` in a path; None if the user has no home folder, as in a container without HOME."""
     given = Path(path)
     try:
         found = given.expanduser()
@@ -197,23 +198,23 @@ def expanded(path: str | os.PathLike[str]) -> Path | None:
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
-    """A path that a user gave, with ``~`` expanded.
+    """Check a path that a user gave, and expand ``~`` in it.
 
     Raises:
-        GemmaScopeError: when there is no such home, or the path is empty or contains a NUL.
+        GemmaScopeError: when the home folder is unknown, or the path is empty or contains a NUL.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
-        raise GemmaScopeError(f"{text!r} is no path. Give a folder or a file; . is the working directory.")
+        raise GemmaScopeError(f"{text!r} is not a path. Give a folder or a file; '.' is the working directory.")
     found = expanded(path)
     if found is None:
-        what = f"{os.fspath(path)} is in a home folder, and there is none"
-        raise GemmaScopeError(f"{what}: give the whole path, or set HOME.")
+        what = f"{os.fspath(path)} is in a home folder, and no home folder is known"
+        raise GemmaScopeError(f"{what}: give the absolute path, or set HOME.")
     return found
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder exists; False where the system cannot say (no permission, name too long)."""
+    """Whether a folder exists; False if the system cannot tell (no permission, name too long)."""
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):
@@ -221,7 +222,7 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file exists; False where the system cannot say."""
+    """Whether a file exists; False if the system cannot tell."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
@@ -256,9 +257,9 @@ def sync_folder(path: Path) -> None:
 
 
 def _check_name(name: str) -> None:
-    """Raise for names that are paths, or that no system accepts."""
+    """Raise for names that are paths, or that no file system accepts."""
     if "/" in name or "\0" in name or name in ("", ".", ".."):
-        raise OSError(errno.EINVAL, f"{name[:80]!r} is no name of a file")
+        raise OSError(errno.EINVAL, f"{name[:80]!r} is not a file name")
     if len(os.fsencode(name)) > _MAX_NAME:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 

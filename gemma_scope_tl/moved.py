@@ -1,4 +1,8 @@
-"""Modules under their earlier names, which work for one release, with a warning."""
+"""Import of modules by the names they had in the previous release.
+
+Code that imports an old name keeps working for one release and gets a ``DeprecationWarning`` with the new name. A
+finder in ``sys.meta_path`` serves the old names, so no file is kept for them.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +131,7 @@ NAMES = {
     "weights.row_cache": "weights.partial",
     "weights.sniff": "weights.checks",
 }
-"""The old name of each module that has moved, and the new one, both without the package's own name."""
+"""The old and the new name of each module that has moved, both without the name of the package."""
 
 _ELSEWHERE = {
     "activations.store.fingerprint": "weights.fingerprint:sampled_fingerprint",
@@ -144,9 +148,10 @@ _ELSEWHERE = {
 
 
 class _OldModule(ModuleType):
-    """A module under its old name; importing it puts it into the package in place of a function of that name.
+    """A module with an old name. It is callable if it contains a function of the same name.
 
-    So that the function can still be called (``interp.explain``), the module is callable.
+    Importing ``interp.explain`` replaces the function ``explain`` in ``interp`` by the module, so calls of the module
+    are passed on to the function.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,27 +159,27 @@ class _OldModule(ModuleType):
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Finds a module under its old name: an empty module that takes every attribute from where it is now."""
+    """Finder and loader for old names: an empty module that looks up every attribute in its new module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """A spec for a module that has moved, None for any other."""
+        """Return a spec for a module that has moved, and None for any other."""
         package, _, name = fullname.partition(".")
         if package != _PACKAGE or name not in NAMES:
             return None
         return ModuleSpec(fullname, self, is_package="." not in name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """An empty module."""
+        """Return an empty module."""
         return _OldModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Warn, and let the module answer with the attributes of the new one."""
+        """Warn, and give the module a ``__getattr__`` that reads the new module."""
         name = module.__name__.partition(".")[2]
         new = NAMES[name]
         warnings.warn(
-            f"{module.__name__} is now {_PACKAGE}.{new}; the old name will go in the next release.",
+            f"{module.__name__} is now {_PACKAGE}.{new}; the old name will be removed in the next release.",
             DeprecationWarning,
             stacklevel=2,
         )

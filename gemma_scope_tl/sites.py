@@ -1,10 +1,11 @@
-"""Where coders read and write: lookups in the site tables of all model families.
+"""Lookups in the site tables of all model families.
 
-The table of a family stands in its file (:mod:`gemma_scope_tl.families.gemma2`). Nothing outside
-:mod:`gemma_scope_tl.families` knows a hook's name or how wide a site is. Layers count from 0.
+A site table lists where coders (SAEs and transcoders) read and write. Each family defines its own, as in
+:mod:`gemma_scope_tl.families.gemma2`, and only :mod:`gemma_scope_tl.families` contains hook names and the widths of
+sites. Layers count from 0.
 
-Code that runs a model takes sites from the model's family. The functions here need none: they answer what is the same
-in all families (what a site reads and writes), or take the first family that has the site.
+Code that runs a model takes the sites from the family of the model. The functions here work without one: they return
+what all families share (the places that a site reads and writes), or use the first family that has the site.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = [
 
 
 class _Sites(Mapping[str, Site]):
-    """The sites of all families by name, each as the first family that has it says."""
+    """The sites of all families by name, each from the first family that has a site of this name."""
 
     def __getitem__(self, name: str) -> Site:
         for family in families():
@@ -85,7 +86,7 @@ def parse_place(key: str) -> Place:
 
     Raises:
         UnknownNameError: no such site.
-        GemmaScopeError: the layer is missing, or not a number.
+        GemmaScopeError: the layer is missing or not a number.
 
     >>> parse_place("att/layer_0")
     Place(site='att', layer=0)
@@ -93,12 +94,12 @@ def parse_place(key: str) -> Place:
     name, _, rest = key.partition("/layer_")
     number = int(rest) if rest.isascii() and rest.isdigit() and len(rest) < 10 else None
     if get_site(name).per_layer != (number is not None) or (number is None and key != name):
-        raise GemmaScopeError(f"{key!r} is no place: write 'res/layer_3', or 'embedding'.")
+        raise GemmaScopeError(f"{key!r} is not a place: write 'res/layer_3', or 'embedding'.")
     return Place(name, number)
 
 
 def target_of(place: Place) -> Place:
-    """The place whose tensor the coders at ``place`` reconstruct: another one only for transcoders.
+    """The place whose tensor the coders at ``place`` reconstruct. It differs from ``place`` only for transcoders.
 
     Raises:
         SpliceError: for a site whose coders write several tensors.
@@ -108,12 +109,12 @@ def target_of(place: Place) -> Place:
     """
     written = get_site(place.site).writes_at(place.layer)
     if len(written) != 1:
-        raise SpliceError(f"Coders at {place.key} write {len(written)} tensors, where one is expected.")
+        raise SpliceError(f"Coders at {place.key} write {len(written)} tensors, but only one is supported here.")
     return written[0]
 
 
 def with_targets(places: Sequence[Place]) -> list[Place]:
-    """``places`` and what the coders there write, each once."""
+    """``places`` and the places that the coders there write, without duplicates."""
     written = (target for place in places for target in get_site(place.site).writes_at(place.layer))
     return list(dict.fromkeys([*places, *written]))
 
@@ -125,11 +126,11 @@ def site_of_hook(
 
     Args:
         hook_name: the hook that a coder reads.
-        hook_name_out: the hook that it writes, for a transcoder.
-        family: whose sites; None for those of all families.
+        hook_name_out: the hook that a transcoder writes.
+        family: the family whose sites are searched; None for all families.
 
     Raises:
-        UnknownNameError: when no site lives there, with the nearest hook names.
+        UnknownNameError: when no site has this hook; names the nearest hook names.
 
     >>> site, layer = site_of_hook("blocks.7.attn.hook_z")
     >>> site.name, layer
@@ -157,10 +158,10 @@ def layer_of_hook(hook_name: str) -> int | None:
 
 
 def flatten_heads(z: torch.Tensor) -> torch.Tensor:
-    """``[batch, pos, head, d_head]`` -> ``[batch, pos, head * d_head]``; a tensor without heads apart stays."""
+    """``[batch, pos, head, d_head]`` -> ``[batch, pos, head * d_head]``; other shapes are unchanged."""
     return z.flatten(-2) if z.ndim == 4 else z
 
 
 def unflatten_heads(z: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``[batch, pos, head * d_head]`` -> the shape of ``like``, which has heads apart or not."""
+    """``[batch, pos, head * d_head]`` -> the shape of ``like``, with or without a dimension of heads."""
     return z.reshape(like.shape)

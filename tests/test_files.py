@@ -109,7 +109,7 @@ def small_files() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_file_larger_than_the_system_allows(kind: str, tmp_path: Path) -> None:
-    message = "cannot be written: it would be larger than the system allows files to be"
+    message = "cannot be written: it would exceed the largest file size that the system allows"
     with pytest.raises(WriteError, match=message), small_files():
         replace_files(tmp_path, {kind: WRITERS[kind]})
     assert not _contents(tmp_path)
@@ -124,7 +124,8 @@ def test_odd_names(name: str, tmp_path: Path) -> None:
     assert [os.fsencode(path.name) for path in tmp_path.iterdir()] == [os.fsencode(name)]
 
 
-NO_NAMES = [("a" * 256, r"too long .* \(256 bytes\)"), ("é" * 128, "256 bytes"), ("..", "no name"), ("a\0b", "no name")]
+NAME = "not a file name"
+NO_NAMES = [("a" * 256, r"too long .* \(256 bytes\)"), ("é" * 128, "256 bytes"), ("..", NAME), ("a\0b", NAME)]
 
 
 @pytest.mark.parametrize(("name", "why"), NO_NAMES, ids=range(len(NO_NAMES)))
@@ -136,7 +137,7 @@ def test_names_that_no_file_has(name: str, why: str, tmp_path: Path) -> None:
 
 def test_names_that_lead_elsewhere(tmp_path: Path) -> None:
     for name in ("a/b", "../a", "", "."):
-        with pytest.raises(WriteError, match="no name of a file"):
+        with pytest.raises(WriteError, match="not a file name"):
             replace_files(tmp_path / "in", {name: lambda path: path.write_text("x")})
     assert not _contents(tmp_path / "in")
 
@@ -145,13 +146,13 @@ def test_a_file_in_the_place_of_a_folder_and_the_other_way(tmp_path: Path) -> No
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder" / "in").mkdir(parents=True)
     for path in (tmp_path / "file" / "x", tmp_path / "file" / "y" / "x"):
-        with pytest.raises(WriteError, match="a file is in the place of a folder"):
+        with pytest.raises(WriteError, match="a file exists where a folder is needed"):
             write_atomically(path, "x")
-    with pytest.raises(WriteError, match="a file is in the place of a folder"):
+    with pytest.raises(WriteError, match="a file exists where a folder is needed"):
         make_folder(tmp_path / "file")
-    with pytest.raises(WriteError, match="a file is in the place of a folder"):
+    with pytest.raises(WriteError, match="a file exists where a folder is needed"):
         append_line(tmp_path / "file" / "log", "x")
-    with pytest.raises(WriteError, match="a folder is in its place"):
+    with pytest.raises(WriteError, match="a folder of this name exists"):
         write_atomically(tmp_path / "folder", "x")
     assert (
         sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"] and (tmp_path / "file").read_text() == "mine"

@@ -157,7 +157,7 @@ def test_measuring_and_reading_go_on_without_a_cache(
     assert found.drop(columns="seconds", errors="ignore").equals(wanted.drop(columns="seconds", errors="ignore"))
     monkeypatch.setenv("GEMMA_SCOPE_TL_CACHE", str(disk.folder / "home"))
     chosen = sae.row.release, sae.row.id, [7, 3]
-    with pytest.warns(UserWarning, match="the file itself is read: .* the disk is full"):
+    with pytest.warns(UserWarning, match="without a copy by rows: .* the disk is full"):
         latents = gs.load_latents(*chosen, cache_rows=True)
     assert latents.W_enc is not None and torch.equal(latents.W_enc, sae.W_enc[:, [7, 3]])
 
@@ -242,5 +242,5 @@ def test_a_release_that_cannot_be_called_so_is_refused_before_anything_is_writte
     with pytest.raises(GemmaScopeError, match="A release is called by letters"):
         gs.export_suite(sae, tmp_path / "out" / ("- " if not name else "x"), MIT, name=name, progress=False)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(GemmaScopeError, match="is no path"):
+    with pytest.raises(GemmaScopeError, match="is not a path"):
         gs.save_sae(sae, "")

@@ -1,7 +1,7 @@
-"""Model families: everything that differs from one family of models to the next, as data.
+"""Model families: what differs between families of models, as data.
 
-Nothing outside this room names a family. A hooked model carries its own (``model.family``); whatever else needs one
-looks it up by a configuration, a model's name, or the family's name.
+Nothing outside this package names a family. A hooked model has its family in ``model.family``. Other code looks the
+family up by a Hugging Face configuration, by the name of a model, or by the name of the family.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def families() -> tuple[Family, ...]:
 
 
 def register_family(family: Family) -> None:
-    """Make a family known to ``load_model``, the registry and everything else.
+    """Add a family, so that ``load_model`` and the registry accept its models and sites.
 
     Raises:
         GemmaScopeError: when the name or a model type is taken, or a site reads or writes other sites than the site of
-            this name in another family does.
+            the same name in another family.
     """
     for known in families():
         shared = set(family.model_types) & set(known.model_types) | {family.name} & {known.name}
@@ -81,10 +81,10 @@ def family_of_config(config: Any, source: str) -> Family:
 
     Args:
         config: a configuration, or a mapping of its values.
-        source: what the error calls it.
+        source: name of the configuration in the error message.
 
     Raises:
-        AdapterError: when it is of no known family.
+        AdapterError: when its model type belongs to no registered family.
     """
     kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
     for family in families():
@@ -95,10 +95,10 @@ def family_of_config(config: Any, source: str) -> Family:
 
 
 def family_of_model(model: str | None, site: str | None = None) -> Family:
-    """The family of the model that SAEs name: the one that released it.
+    """The family that released a model, by the name of the model in a registry row or an SAE's configuration.
 
-    A name that no family knows (a model of the user's, or None) is taken for the first family that has the ``site``,
-    and without one for the default family.
+    For a name that no family lists (a user's own model, or None) it is the first family that has the ``site``, and the
+    default family without a ``site``.
     """
     name = (model or "").rpartition("/")[2].lower()
     for family in families():

@@ -1,11 +1,11 @@
-"""The types of a model family: a frozen value holds all that differs from one family of models to the next.
+"""The types that describe a model family: frozen values with what differs between families of models.
 
 A *place* is a tensor of the model: a site's name and a layer. A *site* is a kind of place where coders (SAEs and
 transcoders) are trained; it names the tensors that a coder reads and those that it writes. A *family* lists its sites
-with their hooks, and says how models of the family are named, loaded, checked and interpreted.
+with their hooks, and defines how models of the family are named, loaded, checked and interpreted.
 
-Sites of one name mean the same in all families: they read and write sites of the same names. Hooks, modules and widths
-may differ, so code that runs a model asks the model's family.
+Sites of the same name have the same meaning in all families: they read and write sites of the same names. Hooks,
+modules and widths may differ, so code that runs a model uses the family of that model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Joins = Literal["residual", "embedding", "branch", "attention", "nowhere"]
 
 
 class Place(NamedTuple):
-    """A tensor of a model: what the coders of one site and layer read.
+    """A tensor of a model, by site and layer.
 
     >>> Place("res", 3).key, Place("embedding", None).key
     ('res/layer_3', 'embedding')
@@ -35,13 +35,13 @@ class Place(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name in paths and logs."""
+        """The name of the place in paths and logs."""
         return self.site if self.layer is None else f"{self.site}/layer_{self.layer}"
 
 
 @dataclass(frozen=True)
 class ModelDims:
-    """The sizes of a model that decide the widths of its sites."""
+    """The sizes of a model that determine the widths of its sites."""
 
     n_layers: int
     d_model: int
@@ -50,10 +50,10 @@ class ModelDims:
 
     @classmethod
     def from_config(cls, config: Any) -> ModelDims:
-        """Read the sizes from a Hugging Face config, a TransformerLens config, or a mapping with either's names.
+        """Read the sizes from a Hugging Face config, a TransformerLens config, or a mapping with the keys of either.
 
         Raises:
-            UnknownNameError: when the config has none of a size's names.
+            UnknownNameError: when the config has none of the names of a size.
         """
 
         def pick(*names: str) -> int:
@@ -73,13 +73,13 @@ class ModelDims:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a model on which memory and time of a forward pass depend.
+    """The sizes of a model that determine the memory and time of a forward pass.
 
     Attributes:
-        dims: what the widths of the sites depend on.
-        kv_heads: key and value heads.
-        d_ff: width of the MLP's hidden layer.
-        d_vocab: rows of the embedding.
+        dims: the sizes that determine the widths of the sites.
+        kv_heads: number of key and value heads.
+        d_ff: width of the hidden layer of the MLP.
+        d_vocab: number of rows of the embedding.
     """
 
     dims: ModelDims
@@ -99,21 +99,21 @@ class ModelSizes:
 
     @property
     def block_parameters(self) -> int:
-        """Number of entries of the matrices of one block."""
+        """Number of entries in the matrices of one block."""
         d, heads = self.dims.d_model, self.dims.n_heads * self.dims.d_head
         return 2 * d * heads + 2 * d * self.kv_heads * self.dims.d_head + 3 * d * self.d_ff
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the whole model, whose unembedding is its embedding."""
+        """Number of parameters of the model, with the embedding counted once because the unembedding shares it."""
         norms = self.dims.d_model * (4 * self.dims.n_layers + 1)
         return self.dims.n_layers * self.block_parameters + self.d_vocab * self.dims.d_model + norms
 
     def flops_per_token(self, blocks: int, context: int) -> float:
-        """Floating-point operations of a forward pass through some blocks, for each token.
+        """Floating-point operations per token of a forward pass through ``blocks`` blocks.
 
-        Two for each weight, and four for each entry of a head and each position attended to: half the context on
-        average.
+        Each weight counts two. Each entry of a head counts four for each position attended to, which is half of the
+        context on average.
         """
         heads = self.dims.n_heads * self.dims.d_head
         return blocks * (2.0 * self.block_parameters + 4.0 * heads * context / 2)
@@ -126,7 +126,7 @@ class Site:
     Attributes:
         name: the word used in ids, registry rows and the command line.
         bridge, hooked_transformer: name of the hook on the tensor of this site, with ``{layer}`` in it.
-        module: path of the Hugging Face module that the tensor passes, below the decoder, with ``{layer}`` in it.
+        module: path, below the decoder, of the Hugging Face module that the tensor passes, with ``{layer}`` in it.
         side: whether the tensor is the module's ``"output"``, its ``"input"``, or its input divided by its root mean
             square (``"normalized_input"``, an RMSNorm without its gain).
         width_rule: ``"d_model"`` or ``"heads"`` (n_heads * d_head).
@@ -134,12 +134,12 @@ class Site:
         reads, writes: names of the sites whose tensors a coder at this site reads and writes. The tensor that has the
             name of the site itself comes first among those read. An SAE writes what it reads, a transcoder does not.
         joins: how a tensor written here continues: it is the residual stream of the next block (``"residual"``) or of
-            the first (``"embedding"``), is added to the residual stream inside its block (``"branch"``), or passes
-            the rest of attention first (``"attention"``). ``"nowhere"`` for a tensor that is only read.
-        description: one line for people.
+            the first (``"embedding"``), it is added to the residual stream inside its block (``"branch"``), or it
+            passes the rest of attention first (``"attention"``). ``"nowhere"`` is for a tensor that is only read.
+        description: one line that names the tensor.
 
     Raises:
-        UnknownNameError: for another ``side``, ``width_rule`` or ``joins``.
+        UnknownNameError: for an invalid ``side``, ``width_rule`` or ``joins``.
     """
 
     name: str
@@ -163,7 +163,7 @@ class Site:
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether a coder here reads one tensor and predicts another."""
+        """Whether a coder at this site reads one tensor and reconstructs another."""
         return self.reads != self.writes
 
     def hook_name(self, layer: int | None = None, backend: Backend = "bridge") -> str:
@@ -174,13 +174,13 @@ class Site:
             backend: ``"bridge"`` or ``"hooked_transformer"``.
 
         Raises:
-            UnknownNameError: for another backend.
-            SpliceError: when a layer is needed and missing.
+            UnknownNameError: for an unknown backend.
+            SpliceError: when the site needs a layer and none is given.
         """
         return self._format(self.bridge if _checked(backend) == "bridge" else self.hooked_transformer, layer)
 
     def hook_name_out(self, layer: int | None = None, backend: Backend = "bridge") -> str:
-        """Name of the hook whose tensor a coder at this site reconstructs: the read hook but for transcoders."""
+        """Name of the hook whose tensor a coder reconstructs: the hook that it reads, except for transcoders."""
         bridge, hooked_transformer = self.bridge_out or self.bridge, self.hooked_transformer_out
         written = bridge if _checked(backend) == "bridge" else hooked_transformer or self.hooked_transformer
         return self._format(written, layer)
@@ -210,35 +210,35 @@ class Site:
         if not self.per_layer:
             return template
         if layer is None:
-            raise SpliceError(f"Site {self.name!r} exists in every layer: give layer=.")
+            raise SpliceError(f"Site {self.name!r} exists in every layer: give layer=N.")
         return template.format(layer=layer)
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs from one family of models to the next.
+    """What differs between families of models.
 
     Attributes:
         name: the key of the family, such as ``"gemma2"``.
-        title: its name for people, such as ``"Gemma 2"``.
-        model_types: ``model_type`` of the Hugging Face configurations of the family.
-        architecture: name of the Hugging Face class with an unembedding, which is TransformerLens's name too.
+        title: the name of the family in texts, such as ``"Gemma 2"``.
+        model_types: values of ``model_type`` in the Hugging Face configurations of the family.
+        architecture: name of the Hugging Face class with an unembedding, which TransformerLens uses too.
         sites: the site table, by name.
         sizes: sizes of the released models, by the name of the base model.
-        owner: account of the Hub that publishes the models.
-        tuned_suffix: what the name of an instruction-tuned model has behind the base model's.
-        hooked_transformer_config: keyword arguments of a ``HookedTransformerConfig`` from a Hugging Face configuration
-            and its :class:`ModelDims`, but for those that every family shares.
-        hooked_transformer_weights: ``"module:function"`` of TransformerLens's weight conversion.
-        embedding_scale: the factor by which the model multiplies its token embedding, from ``d_model``.
-        gain_offset: what is added to an RMSNorm's weight to give its gain, by backend.
+        owner: account on the Hub that publishes the models.
+        tuned_suffix: suffix that an instruction-tuned model adds to the name of its base model.
+        hooked_transformer_config: function from a Hugging Face configuration and its :class:`ModelDims` to the keyword
+            arguments of a ``HookedTransformerConfig`` that are specific to the family.
+        hooked_transformer_weights: ``"module:function"`` of the weight conversion in TransformerLens.
+        embedding_scale: function from ``d_model`` to the factor by which the model multiplies its token embedding.
+        gain_offset: the number to add to the weight of an RMSNorm to obtain its gain, by backend.
         decoder: path of the decoder in the Hugging Face model.
         query, projections, final_norm: modules below the decoder: the query projection, all linear maps of a layer,
             and the norm before the unembedding.
         norm_before_mlp, norm_after_attention: the norms of a block, by their names in TransformerLens; None for a
-            family whose blocks have no norm behind attention.
-        turn_start, turn_end: special tokens around a turn of a chat.
-        gated: whether the Hub gives the weights only to those who have accepted a licence.
+            family whose blocks have no norm after attention.
+        turn_start, turn_end: special tokens at the start and end of a turn of a chat.
+        gated: whether downloading the weights from the Hub requires accepting a licence.
     """
 
     name: str
@@ -287,12 +287,12 @@ class Family:
         return sum(self.site(name).d_in(dims) for name in self.site(site).writes)
 
     def base_name(self, model: str) -> str:
-        """The name of the base model of a released model, base or instruction-tuned; any other name as it is."""
+        """The name of the base model of a released model, base or instruction-tuned; any other name unchanged."""
         base = model.removesuffix(self.tuned_suffix)
         return base if base in self.sizes else model
 
     def dims_of(self, model: str) -> ModelDims | None:
-        """The sizes of a released model, base or instruction-tuned, None for any other."""
+        """The sizes of a released model, base or instruction-tuned; None for any other name."""
         sizes = self.sizes.get(self.base_name(model))
         return None if sizes is None else sizes.dims
 

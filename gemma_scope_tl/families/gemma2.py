@@ -11,7 +11,8 @@ transcoder in: pre-MLP RMSNorm without its gain    ``blocks.L.ln2.hook_normalize
            out: the mlp site                       ``blocks.L.hook_mlp_out``          ``blocks.L.ln2_post.hook_out``
 ========== ======================================= ================================== ============================
 
-``blocks.L.mlp.hook_out`` on the bridge is the MLP's output *before* the post-MLP norm: not a Gemma Scope site.
+``blocks.L.mlp.hook_out`` on the bridge is the output of the MLP *before* the post-MLP norm; it is not a
+Gemma Scope site.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ _SITES = (
 
 
 def _embedding_scale(d_model: int) -> float:
-    """``sqrt(d_model)`` rounded to float32, as ``Gemma2TextScaledWordEmbedding`` holds it."""
+    """``sqrt(d_model)`` rounded to float32, the precision in which ``Gemma2TextScaledWordEmbedding`` stores it."""
     return float(struct.unpack("f", struct.pack("f", math.sqrt(d_model)))[0])
 
 
@@ -134,7 +135,7 @@ GEMMA2 = Family(
     hooked_transformer_config=_hooked_transformer_config,
     hooked_transformer_weights="transformer_lens.pretrained.weight_conversions.gemma:convert_gemma_weights",
     embedding_scale=_embedding_scale,
-    # Under the bridge a norm holds Hugging Face's weight w, whose gain is 1 + w; HookedTransformer stores 1 + w.
+    # With the bridge, a norm holds Hugging Face's weight w, whose gain is 1 + w; HookedTransformer stores 1 + w.
     gain_offset={"bridge": 1.0, "hooked_transformer": 0.0},
     norm_before_mlp="ln2",
     norm_after_attention="ln1_post",

@@ -1,9 +1,9 @@
-"""Hooks that steer, clamp, scale or ablate latents, for plain ``run_with_hooks`` and inside ``generate``.
+"""Hooks that steer, clamp, scale or ablate latents in ``run_with_hooks`` and ``generate``.
 
-Each function returns a ``(hook name, hook)`` pair for ``fwd_hooks``. The names are HookedTransformer's, which models
-from ``load_model`` understand on both backends. Such a model also tells the hook where BOS, EOS and padding are,
-which are left alone by default, and which positions of the text it is computing. On any other TransformerLens model
-every position may be edited, and positions count in the tensor that the hook gets.
+Each function returns a ``(hook name, hook)`` pair for ``fwd_hooks``. The names are those of HookedTransformer, which
+models from ``load_model`` accept on both backends. Such a model also gives the hook the positions of BOS, EOS and
+padding, which are not edited by default, and the positions of the text in the current pass. On any other
+TransformerLens model every position may be edited, and positions count in the tensor that the hook receives.
 """
 
 from gemma_scope_tl.interventions.functions import ablate, clamp, scale, steer

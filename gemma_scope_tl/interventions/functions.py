@@ -1,4 +1,4 @@
-"""``steer``, ``clamp``, ``scale`` and ``ablate``: from an SAE or a few of its latents, a hook and where it goes."""
+"""``steer``, ``clamp``, ``scale`` and ``ablate``, which return a hook and its hook name for latents of an SAE."""
 
 from __future__ import annotations
 
@@ -38,36 +38,36 @@ def steer(
 ) -> tuple[str, Intervention]:
     """Add decoder rows to a site's activations: ``x + sum_i a_i W_dec[i]``, with ``a_i`` from ``scale`` and ``unit``.
 
-    Where a norm follows W_O, as in Gemma 2, it divides by the norm of its input: what is added at the att site has less
-    and less effect as it grows.
+    If a norm follows W_O, as in Gemma 2, it divides by the norm of its input, so the effect of steering at the att site
+    saturates as ``scale`` grows.
 
     Args:
         sae: an SAE, a transcoder (whose output is steered), or :class:`~gemma_scope_tl.sae.latents.Latents`. Gradients
             reach its rows.
         latent: index or indices.
-        scale: s, one number for all latents or one for each; negative to steer away.
-        positions: an int, slice, list, or boolean mask; None for all. They count in the whole text, also while
-            generating, and from each row's first token that is not padding
-            (:mod:`gemma_scope_tl.model.positions`).
-        exclude_special_tokens: leave BOS, EOS and padding alone (``load_model`` models), or token ids; False for none.
-        unit: of ``scale``.
+        scale: s, one number for all latents or one for each; a negative number steers away.
+        positions: an int, slice, list, or boolean mask; None for all. They count in the whole text, also during
+            generation, from the first token of each row that is not padding (:mod:`gemma_scope_tl.model.positions`).
+        exclude_special_tokens: whether to skip BOS, EOS and padding (on models from ``load_model``), or the token ids
+            to skip.
+        unit: the unit of ``scale``.
 
-            - ``"activation"``: ``a = s``. Gemma Scope's rows have unit norm, so it is the length that is added.
+            - ``"activation"``: ``a = s``. Gemma Scope's rows have unit norm, so s is the length of the added vector.
             - ``"mean_norm"``: ``a = s m / ||W_dec[i]||``, with the site's mean norm ``m = E||x||`` from ``mean_norm``.
-            - ``"norm"``: ``a = s ||x|| / ||W_dec[i]||``, with the norm of the position that is edited. A mean over
-              the pass would depend on the number of positions in it, and steered generation with a cache would differ
-              from that without.
-        mean_norm: m itself, or the table of :func:`mean_norms`, in which the site and layer are looked up.
+            - ``"norm"``: ``a = s ||x|| / ||W_dec[i]||``, with the norm at the edited position, so that steered
+              generation with a cache is the same as without.
+        mean_norm: the number m, or the table of :func:`mean_norms`, in which the site and layer are looked up.
         on: ``"activations"``, for a plain model; ``"features"``, for a model with the SAE spliced in, whose latents
-            then get ``f_i + a_i``. The same with the error term. Not with ``unit="norm"``: features have no ||x||.
+            become ``f_i + a_i``. Both are equal with the error term. ``unit="norm"`` is not available for features.
 
     Returns:
         ``(hook name, hook)`` for ``fwd_hooks``, ``add_hook`` or ``hooks``.
 
     Raises:
-        SpliceError: no such latent, not one number a latent, a missing ``mean_norm``, a number that is not finite, or
-            an SAE that does not say where it belongs.
-        UnknownNameError: another ``unit`` or ``on``, a latent that was not loaded, a site that ``mean_norm`` lacks.
+        SpliceError: for a latent that does not exist, a wrong number of values, a missing ``mean_norm``, a number that
+            is not finite, or an SAE of unknown site.
+        UnknownNameError: for an unknown ``unit`` or ``on``, a latent that was not loaded, or a site that is not in
+            ``mean_norm``.
     """
     if unit not in UNITS:
         raise unknown_name("unit", unit, UNITS)
@@ -75,12 +75,12 @@ def steer(
     chosen = chosen_latents(sae, latent)
     amounts = _numbers(scale, chosen, "scale")
     if unit == "norm" and on == "features":
-        raise SpliceError('A hook on features does not see ||x||: use unit="mean_norm", or on="activations".')
+        raise SpliceError('A hook on features has no access to ||x||: use unit="mean_norm", or on="activations".')
     if unit == "mean_norm":
         norm = _looked_up(mean_norm, name.removesuffix(".hook_sae_acts_post"))
         amounts = amounts * _numbers(norm, chosen, "mean_norm").to(amounts.device)
     elif mean_norm is not None:
-        raise SpliceError(f'mean_norm= goes with unit="mean_norm"; the unit given is {unit!r}.')
+        raise SpliceError(f'mean_norm= needs unit="mean_norm", but the given unit is {unit!r}.')
     where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
     where |= {"per_length": unit != "activation"}
     if on == "features":
@@ -96,25 +96,25 @@ def clamp(
     exclude_special_tokens: ExcludeTokens = True,
     on: On = "activations",
 ) -> tuple[str, Clamp]:
-    """Set latents' activations to ``value``: ``x + sum_i (c_i - f_i(x)) W_dec[i]``, or ``f_i = c_i`` on features.
+    """Set activations of latents to ``value``: ``x + sum_i (c_i - f_i(x)) W_dec[i]``, or ``f_i = c_i`` on features.
 
     Args:
         sae: an SAE or its :class:`~gemma_scope_tl.sae.latents.Latents` with encoder columns; a transcoder only with
             ``on="features"``.
         latents: index or indices.
-        value: c, one number for all latents or one for each, in units of the latents' activations.
+        value: c, one number for all latents or one for each, in units of the activations.
         positions, exclude_special_tokens: as for :func:`steer`.
         on: ``"activations"``, for a plain model; ``"features"``, for a model with the SAE spliced in, whose
-            activations the hook edits. The same with the error term; without it the site holds the edited
+            activations the hook edits. Both are equal with the error term. Without it, the site has the edited
             reconstruction.
 
     Returns:
-        ``(hook name, hook)``; :class:`~gemma_scope_tl.interventions.hooks.LatentEdit` says what the hook keeps.
+        ``(hook name, hook)``. :class:`~gemma_scope_tl.interventions.hooks.LatentEdit` describes the edit.
 
     Raises:
-        SpliceError: a transcoder with ``on="activations"`` (its input is elsewhere), latents without encoder columns,
-            no such latent, or not one number a latent.
-        UnknownNameError: another ``on``, or a latent that was not loaded.
+        SpliceError: for a transcoder with ``on="activations"`` (its input is another tensor), latents without encoder
+            columns, a latent that does not exist, or a wrong number of values.
+        UnknownNameError: for an unknown ``on``, or a latent that was not loaded.
     """
     name, chosen, where = _edit(sae, latents, positions, exclude_special_tokens, on)
     return name, Clamp(sae, chosen, _numbers(value, chosen, "value"), **where)
@@ -128,10 +128,10 @@ def scale(
     exclude_special_tokens: ExcludeTokens = True,
     on: On = "activations",
 ) -> tuple[str, Scale]:
-    """Multiply latents' activations: ``x + sum_i (s_i - 1) f_i(x) W_dec[i]``, or ``s_i f_i`` on features.
+    """Multiply activations of latents: ``x + sum_i (s_i - 1) f_i(x) W_dec[i]``, or ``s_i f_i`` on features.
 
-    These are parts of a tensor. Multiplying *all* of a sub-layer's output before a norm (all heads at the att site of
-    Gemma 2) changes nothing, because RMSNorm divides by the factor again.
+    Multiplying the *whole* output of a sub-layer before a norm (all heads at the att site of Gemma 2) would change
+    nothing, because RMSNorm divides by the factor again.
 
     Args:
         sae, latents, positions, exclude_special_tokens, on: as for :func:`clamp`.
@@ -151,9 +151,9 @@ def ablate(
     exclude_special_tokens: ExcludeTokens = True,
     on: On = "activations",
 ) -> tuple[str, Ablate]:
-    """Remove latents' contributions: ``x - sum_i f_i(x) W_dec[i]``, or ``f_i = 0`` on features.
+    """Remove the contributions of latents: ``x - sum_i f_i(x) W_dec[i]``, or ``f_i = 0`` on features.
 
-    The same as :func:`scale` with 0 and :func:`clamp` to 0.
+    This is equal to :func:`scale` with 0 and :func:`clamp` to 0.
 
     Args:
         sae, latents, positions, exclude_special_tokens, on: as for :func:`clamp`.
@@ -178,7 +178,7 @@ def _edit(
 
 
 def _hook_name(sae: SAEOrLatents, on: On, reads: bool) -> str:
-    """The hook to edit; ``reads`` if the edit needs the latents' activations there."""
+    """The name of the hook to edit. ``reads`` says whether the edit needs the activations of the latents there."""
     if on not in ON:
         raise unknown_name("place to edit (on=)", on, ON)
     site, layer = locate(sae)
@@ -186,21 +186,21 @@ def _hook_name(sae: SAEOrLatents, on: On, reads: bool) -> str:
         return f"{site.hook_name_out(layer, 'hooked_transformer')}.hook_sae_acts_post"
     if reads and site.is_transcoder:
         raise SpliceError(
-            "A transcoder reads another tensor than it writes, so its latents cannot be told from the output. Splice "
+            "A transcoder reads another tensor than it writes, so its latents do not follow from its output. Splice "
             'it with the error term, gs.splice(model, sae, error_term=True), and edit with on="features" '
-            "(its hook_sae_acts_post); steer works without."
+            "(its hook_sae_acts_post). Steering needs no splice."
         )
     encoder = getattr(sae, "W_enc", None)
     if reads and encoder is None:
         raise SpliceError(
-            "These latents came without their encoder columns, so their activations are unknown: load them from a "
-            'local file, or steer, which needs decoder rows alone, or splice the SAE and edit with on="features".'
+            "These latents have no encoder columns, so their activations are unknown: load them from a "
+            'local file, or steer, which needs only decoder rows, or splice the SAE and edit with on="features".'
         )
     return site.hook_name_out(layer, "hooked_transformer")
 
 
 def _numbers(given: Numbers, latents: list[int], name: str) -> torch.Tensor:
-    """One number a latent, float32 or wider."""
+    """One number for each latent, float32 or wider."""
     try:
         numbers = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""The forward hooks of interventions: what each edit computes, and at which positions."""
+"""The forward hooks of interventions, which compute the edits and restrict them to positions."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 class Intervention:
     """A forward hook that edits a tensor at chosen positions.
 
-    Subclasses give :meth:`edited`. Heads are flattened before and restored after; the dtype stays the model's.
+    Subclasses implement :meth:`edited`. Heads are flattened before it and restored after it. The dtype of the model is
+    kept.
 
     Args:
         positions: see :mod:`gemma_scope_tl.model.positions`; None for all.
-        exclude_special_tokens: leave BOS, EOS and padding alone, on models from ``load_model``; or the token ids to
-            leave alone, or False for none.
+        exclude_special_tokens: whether to skip BOS, EOS and padding (on models from ``load_model``), or the token ids
+            to skip.
 
     Raises:
-        SpliceError: for other ``positions`` or ``exclude_special_tokens``.
+        SpliceError: for invalid ``positions`` or ``exclude_special_tokens``.
     """
 
     def __init__(self, positions: Positions = None, exclude_special_tokens: ExcludeTokens = True) -> None:
@@ -43,11 +44,11 @@ class Intervention:
         self._tokenizer: Any = None
 
     def edited(self, x: Float[torch.Tensor, "batch pos d"]) -> Float[torch.Tensor, "batch pos d"]:
-        """The tensor after the edit, as if it applied everywhere."""
+        """The tensor after an edit at every position."""
         raise NotImplementedError  # pragma: no cover - an abstract method
 
     def bound_to(self, tracker: TokenTracker, tokenizer: Any) -> Intervention:
-        """A copy that knows the token ids of the pass it runs in."""
+        """A copy with access to the token ids of the current pass."""
         bound = copy.copy(self)
         bound._tracker, bound._tokenizer = tracker, tokenizer
         return bound
@@ -56,7 +57,7 @@ class Intervention:
         """Edit ``[batch, pos, d]`` or ``[batch, pos, head, d_head]``.
 
         Raises:
-            SpliceError: when the positions do not exist, or the pass hides its token ids (see ``TokenTracker``).
+            SpliceError: when the positions do not exist, or the token ids of the pass are unknown (``TokenTracker``).
         """
         x = flatten_heads(value)
         keep = self._untouched(x)
@@ -66,7 +67,7 @@ class Intervention:
         return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - 2)), value, out)
 
     def _untouched(self, x: torch.Tensor) -> torch.Tensor | None:
-        """True at positions (``[batch, pos]``) that are not edited; None when there are none."""
+        """True at positions (``[batch, pos]``) that are not edited; None if all are edited."""
         keep = None
         if self.positions is not None:
             chosen = chosen_columns(self.positions, rows_of(x, self._tracker))
@@ -74,7 +75,7 @@ class Intervention:
         special_ids = excluded_ids(self._tokenizer, self.exclude_special_tokens, must_know=self._tracker is not None)
         if special_ids and self._tracker is None:
             raise SpliceError(
-                "This model does not tell the token ids of a pass, so tokens cannot be left alone by id: use a model "
+                "The token ids of a pass are unknown for this model, so tokens cannot be excluded by id: use a model "
                 "from load_model, or exclude_special_tokens=False and positions=."
             )
         if self._tracker is not None and special_ids:
@@ -84,9 +85,9 @@ class Intervention:
 
 
 class Steer(Intervention):
-    """Adds a vector to a site's activations: a fixed one, or one as long as a multiple of the activation's own norm.
+    """Adds a vector to the activations of a site.
 
-    ``x + v``, or with ``by_norm`` ``x + ||x|| v``, position by position.
+    The result at each position is ``x + v``, or with ``by_norm`` ``x + ||x|| v``.
     """
 
     def __init__(
@@ -105,26 +106,26 @@ class Steer(Intervention):
         return self._vector
 
     def vector_on(self, device: torch.device) -> Float[torch.Tensor, " d"]:
-        """v on a device; it is kept there."""
+        """v on a device, where it is cached."""
         self._vector = self._vector.to(device)
         return self._vector
 
     def edited(self, x: torch.Tensor) -> torch.Tensor:
-        """``x + v`` or ``x + ||x|| v``, in the wider of both dtypes."""
+        """``x + v`` or ``x + ||x|| v``, in the wider of the two dtypes."""
         vector = self.vector_on(x.device)
         vector = vector.to(torch.promote_types(x.dtype, vector.dtype))
         return x + x.to(vector.dtype).norm(dim=-1, keepdim=True) * vector if self.by_norm else x + vector
 
 
 class SteerRows(Steer):
-    """Adds ``v = sum_i a_i W_dec[i]``, of the decoder rows as they are when a pass runs; gradients flow through them.
+    """Adds ``v = sum_i a_i W_dec[i]``, with the current decoder rows in each pass. Gradients flow through the rows.
 
-    Without gradients v is kept until the decoder changes. Writing through ``.data`` goes unnoticed, since it does not
-    change a tensor's version.
+    Without gradients, v is cached until the decoder changes. A write through ``.data`` is not detected, since it does
+    not change the version of a tensor.
 
     Args:
-        source: an SAE or loaded latents; it is not moved.
-        latents: their indices.
+        source: an SAE or loaded latents, which are not moved.
+        latents: indices of the latents.
         numbers: ``[k]``; ``a_i`` is the number, or with ``per_length`` the number over ``||W_dec[i]||``.
     """
 
@@ -145,7 +146,7 @@ class SteerRows(Steer):
 
     @property
     def vector(self) -> Float[torch.Tensor, " d"]:
-        """v, on the device and in the dtype of the decoder."""
+        """v on the device and in the dtype of the decoder."""
         rows = decoder_rows(self.source, self.latents)
         return steering_amounts(self.numbers, rows, self.per_length).to(rows) @ rows
 
@@ -165,21 +166,21 @@ class SteerRows(Steer):
 def steering_amounts(
     numbers: Float[torch.Tensor, " k"], rows: Float[torch.Tensor, "k d"], per_length: bool
 ) -> Float[torch.Tensor, " k"]:
-    """The factors of decoder rows: the numbers, or these divided by the rows' norms."""
+    """The factors of decoder rows: the numbers, or the numbers divided by the norms of the rows."""
     return numbers.to(rows.device) / rows.float().norm(dim=-1) if per_length else numbers
 
 
 class LatentEdit(Intervention):
     """Changes the activations of some latents: ``f_i -> g_i(f_i)``.
 
-    On a site's activations x, where the SAE need not be spliced in, this adds the difference in what they write::
+    On the activations x of a site, where the SAE need not be spliced in, this adds the change of the contributions::
 
         x + sum_i (g_i(f_i(x)) - f_i(x)) W_dec[i]
 
-    All f_i are computed from the incoming x, and everything else in x stays: the other latents, and what the SAE does
-    not explain. On a spliced SAE's own activations (``on_features``) f_i itself is replaced. With the error term both
-    are the same. The SAE's activations on the edited x need not be ``g_i``, because decoder rows are not orthogonal and
-    the encoder is not the inverse of the decoder.
+    All f_i are computed from the incoming x. The rest of x does not change: the contributions of other latents and the
+    reconstruction error. On the activations of a spliced SAE (``on_features``) f_i itself is replaced, which is equal
+    with the error term. The activations of the SAE on the edited x need not be ``g_i``, because decoder rows are not
+    orthogonal and the encoder is not the inverse of the decoder.
     """
 
     def __init__(
@@ -194,11 +195,11 @@ class LatentEdit(Intervention):
         self.source, self.latents, self.on_features = source, latents, on_features
 
     def changed(self, acts: Float[torch.Tensor, "batch pos k"]) -> Float[torch.Tensor, "batch pos k"]:
-        """``g_i`` of the activations of the chosen latents, in the order they were given."""
+        """``g_i`` of the activations of the chosen latents, in the given order."""
         raise NotImplementedError  # pragma: no cover - an abstract method
 
     def edited(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """The tensor after the edit that the class describes."""
         if self.on_features:
             out = x.clone()
             out[..., self.latents] = self.changed(x[..., self.latents]).to(x.dtype)
@@ -208,7 +209,7 @@ class LatentEdit(Intervention):
 
 
 class Ablate(LatentEdit):
-    """``f_i -> 0``: removes what the latents contribute."""
+    """``f_i -> 0``, which removes the contributions of the latents."""
 
     def changed(self, acts: torch.Tensor) -> torch.Tensor:
         """Zeros."""
@@ -216,7 +217,7 @@ class Ablate(LatentEdit):
 
 
 class _WithNumbers(LatentEdit):
-    """A latent edit with one number a latent."""
+    """A latent edit with one number for each latent."""
 
     def __init__(
         self, source: SAEOrLatents, latents: list[int], numbers: Float[torch.Tensor, " k"], **where: Any

@@ -1,4 +1,4 @@
-"""The mean norm of a site's activations, the unit in which steering strengths are comparable."""
+"""The mean norm of the activations of a site, a unit in which steering strengths can be compared."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ def mean_norms(
     batch_size: int = 8,
     attention_mask: Any = None,
 ) -> pd.DataFrame:
-    """The mean norm ``E||x||`` of activations at sites, over the ordinary tokens of some text.
+    """Measure the mean norm ``E||x||`` of activations at sites, over the ordinary tokens of a text.
 
-    BOS, EOS and padding are left out: the residual stream at BOS can be many times longer than elsewhere, so that one
-    token of a text would decide the mean.
+    BOS, EOS and padding are left out: the norm of the residual stream at BOS can be many times larger than elsewhere,
+    so a single token would determine the mean.
 
     Args:
         model: from ``load_model``.
-        text: as :func:`~gemma_scope_tl.features` takes it.
-        sites: names of sites; None for all of the model's family but transcoders. ``"transcoder"`` means its output,
-            which is what steering edits (the mlp site's tensor).
-        layers: all by default.
+        text: text in any form that :func:`~gemma_scope_tl.features` accepts.
+        sites: names of sites; None for all sites of the family except transcoders. ``"transcoder"`` means its output,
+            which steering edits (the tensor of the mlp site).
+        layers: the layers; None for all.
         batch_size: rows in a forward pass.
         attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
 
     Returns:
-        A row per site and layer: ``site, layer, hook, mean_norm, tokens``. ``hook`` is HookedTransformer's name, by
-        which :func:`steer` finds its row.
+        A table with a row per site and layer: ``site, layer, hook, mean_norm, tokens``. ``hook`` is the name in
+        HookedTransformer, by which :func:`steer` finds the row.
 
     Raises:
         UnknownNameError: for a site that does not exist.
-        SpliceError: for a layer that does not.
-        GemmaScopeError: when the text holds no ordinary token.
+        SpliceError: for a layer that does not exist.
+        GemmaScopeError: when the text has no ordinary token.
     """
     import pandas as pd
 

@@ -1,1 +1,1 @@
-"""Which latents are active on which tokens, and which tokens a latent promotes."""
+"""Tables of the latents that are active on a text, and of the tokens that a latent promotes."""

@@ -1,4 +1,4 @@
-"""The logit lens of latents: decoder rows through the final norm's gain and the unembedding."""
+"""The logit lens of latents, which multiplies decoder rows by the gain of the final norm and the unembedding."""
 
 from __future__ import annotations
 
@@ -19,38 +19,39 @@ if TYPE_CHECKING:
     from gemma_scope_tl.sae.access import SAEOrLatents
     from gemma_scope_tl.sites import Site
 
-_CHUNK = 32768  # columns of the unembedding in float32 at once
+_CHUNK = 32768  # columns of the unembedding that are converted to float32 at a time
 
 
 @torch.no_grad()
 def top_tokens(model: GemmaModel, sae: SAEOrLatents, latent: int | Iterable[int], k: int = 10) -> pd.DataFrame:
     """The tokens that a latent promotes and suppresses most, by its direct path to the logits.
 
-    For a decoder row v, with the gains g of the model's RMSNorms::
+    For a decoder row v, with the gains g of the RMSNorms of the model::
 
         u      = v                                  added to the residual stream: res, embedding, mlp, transcoder
         u      = (v W_O) * g_post_attention[layer]  heads: att; without the gain in a family that has no such norm
         logits = (u * g_final) W_U
 
-    The mlp site and a transcoder's output are added to the residual stream as they are. The norms' denominators are
-    left out: the final one divides all logits by the RMS of the residual stream at the position, the post-attention
-    one by the RMS of the attention's output, so for a given text ``logit`` is the change per unit of activation up to
-    one positive factor, and the order of the tokens is right. The final soft-cap is monotone and left out too. Later
-    layers read v as well, which this leaves out: the earlier the layer, the less the result says. Computed in float32.
+    The tensors of the mlp site and of a transcoder's output are added to the residual stream unchanged. The
+    denominators of the norms are left out: the final norm divides all logits by the RMS of the residual stream at the
+    position, and the post-attention norm by the RMS of the attention output. So for a given text ``logit`` is the
+    change per unit of activation up to one positive factor, and the order of the tokens is correct. The final soft-cap
+    is monotone and left out too. The effect of v on later layers is not included, so the result is less informative for
+    early layers. The computation uses float32.
 
     Args:
         model: from ``load_model``, either backend.
         sae: an SAE, a transcoder, or :class:`~gemma_scope_tl.sae.latents.Latents` (decoder rows suffice).
         latent: index or indices.
-        k: how many tokens of each kind.
+        k: number of tokens of each kind.
 
     Returns:
-        A row per latent, kind and rank: ``latent, kind ("promoted" or "suppressed"), rank, token_id, token, logit``.
-        Rank 0 is the most promoted or the most suppressed.
+        A table with a row per latent, kind and rank: ``latent, kind ("promoted" or "suppressed"), rank, token_id,
+        token, logit``. Rank 0 is the most promoted or the most suppressed.
 
     Raises:
-        SpliceError: no such latent, or an SAE that does not fit the model's layers and widths.
-        UnknownNameError: a latent that was not loaded.
+        SpliceError: for a latent that does not exist, or an SAE that does not match the layers and widths of the model.
+        UnknownNameError: for a latent that was not loaded.
         GemmaScopeError: when ``k`` is not between 1 and the size of the vocabulary.
     """
     import pandas as pd
@@ -58,7 +59,7 @@ def top_tokens(model: GemmaModel, sae: SAEOrLatents, latent: int | Iterable[int]
     chosen = chosen_latents(sae, latent)
     logits = latent_logits(model, sae, chosen)
     if not 1 <= k <= logits.shape[-1]:
-        raise GemmaScopeError(f"k is between 1 and the {logits.shape[-1]} tokens of the vocabulary; given: {k}.")
+        raise GemmaScopeError(f"k must be between 1 and {logits.shape[-1]}, the size of the vocabulary; given: {k}.")
     frames: list[pd.DataFrame] = []
     for i, row in zip(chosen, logits, strict=True):
         for kind, largest in (("promoted", True), ("suppressed", False)):
@@ -83,7 +84,7 @@ def latent_logits(model: GemmaModel, sae: SAEOrLatents, latents: list[int]) -> F
     """What each latent adds to the logits per unit of activation, in float32 (see :func:`top_tokens`).
 
     Raises:
-        SpliceError: for an SAE that does not fit the model's layers and widths.
+        SpliceError: for an SAE that does not match the layers and widths of the model.
     """
     site, layer = locate(sae, model.family)
     site.check_layer(layer, model.dims)
@@ -95,7 +96,7 @@ def _logits(model: GemmaModel, site: Site, layer: int | None, rows: torch.Tensor
     width = written.d_in(model.dims)
     if rows.shape[-1] != width:
         raise SpliceError(
-            f"The decoder row has {rows.shape[-1]} dimensions, site {site.name!r} of this model {width}: it belongs to "
+            f"The decoder row has {rows.shape[-1]} dimensions, but site {site.name!r} has {width}: it belongs to "
             "another model."
         )
     w_u = model.W_U
@@ -106,7 +107,7 @@ def _logits(model: GemmaModel, site: Site, layer: int | None, rows: torch.Tensor
         case "attention":
             u = _through_attention(model, model.blocks[layer], u)
         case _:
-            raise SpliceError(f"What is written at site {written.name!r} does not reach the residual stream.")
+            raise SpliceError(f"The tensor of site {written.name!r} is not added to the residual stream.")
     u = u * _gain(model, model.ln_final).to(u)
     return torch.cat([u @ columns.float() for columns in w_u.split(_CHUNK, dim=1)], dim=1)
 

@@ -1,4 +1,4 @@
-"""Which latents are active on which token, as a tidy table."""
+"""A tidy table of the active latents on each token."""
 
 from __future__ import annotations
 
@@ -33,37 +33,37 @@ def features(
     min_activation: float = 0.0,
     attention_mask: Any = None,
 ) -> pd.DataFrame:
-    """The active latents of ``saes`` on ``text``, from one forward pass for all of them.
+    """The active latents of ``saes`` on ``text``, from one forward pass for all SAEs.
 
-    The pass is the model's as it is, with the hooks and SAEs that are attached. SAEs read hooks, never Hugging Face's
-    ``hidden_states``, whose last entry is behind the final norm and thus not the last layer's residual stream.
+    The pass includes the hooks and SAEs that are attached to the model. SAEs read hooks and not Hugging Face's
+    ``hidden_states``, whose last entry is after the final norm and thus not the residual stream of the last layer.
 
     Args:
         model: from ``load_model``.
-        text: a text, several (padded on the left), chat messages, or token ids, in whatever holds them
-            (:func:`~gemma_scope_tl.text.batch.as_batch`); no longer than the model's context.
+        text: a text, several (padded on the left), chat messages, or token ids, in any form that
+            :func:`~gemma_scope_tl.text.batch.as_batch` accepts; no longer than the context of the model.
         saes: one SAE, transcoder or :class:`~gemma_scope_tl.sae.latents.Latents` (with encoder columns), or several: a
             list, an iterator, a mapping, a suite.
-        top: keep the strongest latents of each token and SAE; None for all.
-        exclude_special_tokens: leave out BOS, EOS and padding, on which Gemma Scope was not trained: on BOS, whose
-            activations can be far longer than any other token's, thousands of latents fire. Or the ids to leave out;
-            False for none. Padding is never listed.
-        min_activation: leave out latents that fire less than this, in units of the latent.
+        top: number of the strongest latents of each token and SAE to keep; None for all.
+        exclude_special_tokens: whether to leave out BOS, EOS and padding, or the ids to leave out. Gemma Scope was not
+            trained on these tokens, and thousands of latents may be active on BOS. Padding is never listed.
+        min_activation: the smallest activation to list, in units of the latent.
         attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
 
     Returns:
-        A row per active latent, strongest first within a token: ``sequence, position, token, sae, site, layer, latent,
-        activation``. ``position`` counts from 0 at the first token of the text, as interventions count; ``sae`` is
-        the place in ``saes``, which tells two SAEs of one site and layer apart. ``""``, BOS alone, has no rows.
+        A table with a row per active latent, strongest first within a token: ``sequence, position, token, sae, site,
+        layer, latent, activation``. ``position`` counts from 0 at the first token of the text, as for interventions.
+        ``sae`` is the index in ``saes``, which distinguishes SAEs of one site and layer. ``""`` (BOS alone) gives no
+        rows.
 
     Raises:
-        GemmaScopeError: when ``top`` is below 1 or ``min_activation`` below 0; no text, or one that is too long.
-        SpliceError: without an SAE, or when one does not say where it belongs.
+        GemmaScopeError: for ``top`` below 1, ``min_activation`` below 0, no text, or a text that is too long.
+        SpliceError: for no SAE, or an SAE of unknown site.
     """
     import pandas as pd
 
     if (top is not None and top < 1) or not min_activation >= 0:
-        raise GemmaScopeError(f"top is at least 1 and min_activation at least 0; given: {top}, {min_activation}.")
+        raise GemmaScopeError(f"top must be at least 1 and min_activation at least 0; given: {top}, {min_activation}.")
     several, batch = as_saes(saes), as_batch(model, text, attention_mask)
     places = [Place(site.name, layer) for site, layer in (locate(sae, model.family) for sae in several)]
     tensors = read_places(model, batch.ids, places, batch.attention_mask)
@@ -92,7 +92,7 @@ def _active(
     top: int | None,
     min_activation: float,
 ) -> tuple[torch.Tensor, ...]:
-    """Row, column, latent and value of each active latent: by row and column, then strongest first."""
+    """Row, column, latent and value of each active latent, ordered by row and column, then strongest first."""
     acts = encode_latents(sae, x)
     counted = counted.to(acts.device)[..., None]
     if top is None:
@@ -102,7 +102,7 @@ def _active(
         strongest, which = acts.topk(min(top, acts.shape[-1]), dim=-1)
         rows, columns, rank = ((strongest > 0) & (strongest >= min_activation) & counted).nonzero(as_tuple=True)
         latents, values = which[rows, columns, rank], strongest[rows, columns, rank].float()
-    order = values.argsort(descending=True, stable=True)  # by value, then stably by position: strongest first at each
+    order = values.argsort(descending=True, stable=True)  # sort by value, then stably by position
     order = order[(rows * x.shape[1] + columns)[order].argsort(stable=True)]
     names = latents if not isinstance(sae, Latents) else torch.tensor(sae.latents, device=acts.device)[latents]
     return rows[order].cpu(), columns[order].cpu(), names[order].cpu(), values[order].cpu()

@@ -1,11 +1,11 @@
-"""Hooked models with the sites of a suite, and SAEs spliced into their forward passes.
+"""Hooked models with sites, and splicing of SAEs into their forward passes.
 
-An SAE is attached as an ordinary hook on the site's own ``HookPoint``. Nothing is swapped in the model, so detaching
-restores it exactly, the user's own hooks stay where they are and keep firing, and both backends behave the same.
+An SAE is attached as an ordinary hook on the ``HookPoint`` of its site. No module of the model is replaced, so
+detaching restores the model exactly, hooks of the user keep running, and both backends behave in the same way.
 
-While attached, the SAE's hook points answer to ``<site's HookedTransformer hook>.hook_sae_acts_post`` and the like, on
-both backends, and to the bridge's name of the site's hook in that place: the cache keys of both of SAELens's models. A
-hook on one of them edits the features.
+While an SAE is attached, its hook points have names such as ``<hook of the site>.hook_sae_acts_post``, with the name of
+the site's hook in either backend. These are the cache keys of both models of SAELens. A hook on one of them edits the
+activations of the latents.
 
-This is the only room that imports TransformerLens's models.
+This is the only package that imports the models of TransformerLens.
 """

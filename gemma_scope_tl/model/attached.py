@@ -1,4 +1,4 @@
-"""One SAE on one model: a hook that replaces an activation by the SAE's reconstruction of it."""
+"""One SAE attached to one model, by a hook that replaces an activation by its reconstruction."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class AttachedSAE:
-    """One SAE on one model: where it reads and writes, and how its output replaces the activation.
+    """One SAE attached to one model: the hooks that it reads and writes, and the replacement of the activation.
 
     Attributes:
-        name: what the names of its hook points begin with; unique on the model.
-        owner: the context whose passes may run through it.
-        options: as given, so that a copy of the model can be given the same.
+        name: prefix of the names of the SAE's hook points, unique on the model.
+        owner: the context whose passes may run through the SAE.
+        options: the given options, which a copy of the model needs.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class AttachedSAE:
         self.hook_points = {f"{self.name}.{name}": point for name, point in sae.hook_dict.items()}
         self._read: torch.Tensor | None = None
         self._hooks: list[tuple[Any, Callable[..., torch.Tensor | None], Any]] = []  # point, function, handle
-        self._before: list[Any] = []  # handles that were on the SAE's own points
+        self._before: list[Any] = []  # handles that were on the SAE's hook points before
         self._named = self._reshaping_off = False
 
     def attach(self, model: HasSites) -> None:
-        """Put the hooks on ``model``'s hook points; :meth:`detach` takes back exactly these."""
+        """Add the hooks to the hook points of ``model``. :meth:`detach` removes exactly these."""
         self._tracker = model.token_tracker
         self._heads_apart = model.backend == "hooked_transformer"
         if self.site.is_transcoder:
@@ -70,7 +70,7 @@ class AttachedSAE:
             self._reshaping_off = True
 
     def detach(self) -> None:
-        """Undo :meth:`attach`, beginning with the model; after an error it can be called again."""
+        """Undo :meth:`attach`, starting with the model. It can be called again after an error."""
         self.unhook()
         if self._reshaping_off:
             self.sae.turn_on_forward_pass_hook_z_reshaping()
@@ -84,7 +84,7 @@ class AttachedSAE:
             self._named = False
 
     def unhook(self) -> None:
-        """Remove the hooks from the model, and leave the SAE as it is."""
+        """Remove the hooks from the model without changing the SAE."""
         while self._hooks:
             point, _, handle = self._hooks[-1]
             _remove(point.fwd_hooks, handle)
@@ -92,14 +92,14 @@ class AttachedSAE:
         self._read = None
 
     def put_back(self) -> None:
-        """Hook the model again after all its hooks were removed, permanent ones included."""
+        """Add the hooks again after all hooks of the model were removed, including permanent ones."""
         for i, (point, fn, handle) in enumerate(self._hooks):
             if all(held is not handle for held in point.fwd_hooks):
                 point.add_hook(fn, is_permanent=True)
                 self._hooks[i] = (point, fn, point.fwd_hooks[-1])
 
     def claim_names(self) -> None:
-        """Name the SAE's hook points by where it is attached."""
+        """Name the SAE's hook points after the hook where it is attached."""
         points = self.hook_points.values()
         self._before = [handle for point in points for handle in (*point.fwd_hooks, *point.bwd_hooks)]
         names = _given_names(self.sae)
@@ -125,7 +125,7 @@ class AttachedSAE:
         return self.replace(source, value, self._untouched(value))
 
     def _untouched(self, value: torch.Tensor) -> torch.Tensor | None:
-        """True at positions (``[batch, pos]``) that keep the model's activation; None when there are none."""
+        """True at positions (``[batch, pos]``) that keep the model's activation; None if there are none."""
         padding = self.options.exclude_special_tokens is True
         keep = self._tracker.mask(value, self.excluded, padding) if self.excluded else None
         if self.positions is None:
@@ -135,18 +135,18 @@ class AttachedSAE:
         return outside if keep is None else keep | outside
 
     def replace(self, source: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Reconstruct ``target`` from ``source``, but keep ``target`` itself where ``mask`` (``[batch, pos]``) is True.
+        """Reconstruct ``target`` from ``source``, but keep ``target`` where ``mask`` (``[batch, pos]``) is True.
 
         With the error term the result is ``x̂ + (target - x̂_clean)``, where x̂_clean is the reconstruction without the
-        hooks on the SAE, and the error carries no gradient. It is computed in the wider of both dtypes, so that an
-        unedited pass gives ``target`` to that dtype's rounding, and returned in ``target``'s.
+        hooks on the SAE, and the error has no gradient. It is computed in the wider of the two dtypes, so that an
+        unedited pass gives ``target`` up to rounding in that dtype, and returned in the dtype of ``target``.
 
-        Hooks on ``hook_sae_error`` and ``hook_sae_output`` see heads apart where SAELens's models show them so, on
-        HookedTransformer; all other hook points of the SAE are flat. An SAE on another device than ``target`` moves
-        there, for good.
+        Hooks on ``hook_sae_error`` and ``hook_sae_output`` receive a dimension of heads on HookedTransformer, as in
+        SAELens's models. All other hook points of the SAE are flat. An SAE on another device than ``target`` is moved
+        there permanently.
         """
         bring(self.sae, target.device)
-        wide = torch.promote_types(target.dtype, self.sae.dtype)  # so that activations that are kept are kept exactly
+        wide = torch.promote_types(target.dtype, self.sae.dtype)  # so that kept activations do not change
         x, y = flatten_heads(source), flatten_heads(target).to(wide)
         out, clean = self._pass(x)
         if self.error_term:
@@ -163,7 +163,7 @@ class AttachedSAE:
         return unflatten_heads(x, like) if self._heads_apart else x
 
     def _pass(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reconstruction with hooks, and without them where the error term asks for it."""
+        """The reconstruction with hooks, and without them if the error term needs it."""
         if isinstance(self.sae, GemmaScopeMixin):
             done = hooked_pass(self.sae, x, need_clean=self.error_term)
             return done.out, done.clean
@@ -177,7 +177,7 @@ class AttachedSAE:
 
 
 class _GivenNames(list[str]):
-    """The names under which an SAE is attached, oldest first. They stand on the SAE; a copy of it is not attached."""
+    """The names under which an SAE is attached, oldest first. They are stored on the SAE but not copied with it."""
 
     def __deepcopy__(self, memo: Any) -> _GivenNames:
         return _GivenNames()
@@ -191,14 +191,14 @@ def _given_names(sae: Any) -> list[str]:
 
 
 def _name_points(sae: Any, names: list[str]) -> None:
-    """Name hook points after the place where the SAE was attached last and still is; models detach in any order."""
+    """Name hook points after the latest attachment that still exists, since models may detach in any order."""
     for short_name, point in sae.hook_dict.items():
-        # setattr of a torch module would take a third of the time of attaching
+        # setattr of a torch module would take a third of the time for attaching
         vars(point)["name"] = f"{names[-1]}.{short_name}" if names else short_name
 
 
 def _end_blocks(point: Any, before: list[Any]) -> None:
-    """Remove what ``model.hooks`` blocks put on an SAE's hook point, which the end of a block no longer finds."""
+    """Remove hooks that ``model.hooks`` added to an SAE's hook point, which the end of its block no longer finds."""
     kept = {id(handle) for handle in before}
     for held in (point.fwd_hooks, point.bwd_hooks):
         for handle in [one for one in held if one.context_level is not None and id(one) not in kept]:

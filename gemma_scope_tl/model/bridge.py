@@ -1,4 +1,4 @@
-"""Models on ``TransformerBridge``: Hugging Face's own forward pass with hooks, one copy of the weights."""
+"""Models on ``TransformerBridge``, which adds hooks to Hugging Face's forward pass and has one copy of the weights."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
 
     @property
     def hook_dict(self) -> dict[str, Any]:
-        """Every hook point, by canonical and by alias name; those of attached SAEs too."""
+        """Every hook point by its canonical and alias names, including those of attached SAEs."""
         return {**super().hook_dict, **self.sae_hook_points()}
 
     def site_hook_point(self, name: str) -> Any:
-        """As in the base class, without putting together all aliases of all hooks."""
+        """Return a hook point as in the base class, without collecting all aliases of all hooks."""
         return self.get_hook_point(name) or super().site_hook_point(name)
 
     def _add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
@@ -41,7 +41,9 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
             super()._add_hook(name, *args, **kwargs)
             return
         self.check_hooks_to_add(name)
-        self.hook_dict[name].add_hook(*args, **kwargs)  # TransformerBridge walks attributes, which SAEs are not
+        self.hook_dict[name].add_hook(
+            *args, **kwargs
+        )  # TransformerBridge follows attributes, and SAEs are not attributes
 
     def reset_hooks(
         self,
@@ -50,13 +52,13 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Remove the user's hooks, also those on the hook points of attached SAEs; the SAEs stay."""
+        """Remove the user's hooks, including those on the hook points of attached SAEs. The SAEs stay attached."""
         super().reset_hooks(clear_contexts, direction, including_permanent, level)
         for point in self.sae_hook_points().values():
             point.remove_hooks(direction, including_permanent, level)
 
     def _watch(self) -> None:
-        """Read token ids at Hugging Face's decoder, where every pass begins, whoever calls it."""
+        """Read token ids at Hugging Face's decoder, where every pass begins, independently of the caller."""
         hf_model: Any = self.original_model
         decoder = hf_model.get_submodule(self.family.decoder)
         decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
@@ -64,7 +66,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         hf_model.generate = TrackedGenerate(hf_model, self)
 
     def _before_decoder(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.token_tracker.enter()  # the hook behind the decoder leaves, also when the pass fails
+        self.token_tracker.enter()  # the hook after the decoder calls leave(), also when the pass fails
         ids = args[0] if args else kwargs.get("input_ids")
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         seen = 0 if cache is None else int(cache.get_seq_length())
@@ -99,25 +101,25 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
     def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int, by_column: bool) -> None:
         call["attention_mask"] = mask.long()
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        if by_column:  # without position_ids Hugging Face counts padding too
+        if by_column:  # without position_ids, Hugging Face counts padding too
             columns = torch.arange(mask.shape[1], device=mask.device).expand_as(positions)
             positions = torch.where(mask[:, :1], positions, columns)
         call["position_ids"] = positions[:, -new:]
 
     def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """Hugging Face's ``generate`` on the hooked model; attached SAEs know the token ids.
+        """Run Hugging Face's ``generate`` on the hooked model. Attached SAEs have access to the token ids.
 
         Args:
             input: as for :meth:`generate`.
-            *args, **kwargs: TransformerLens's arguments of ``hf_generate``, with its defaults (it samples), and all of
-                Hugging Face's. Without ``eos_token_id`` it stops where the model says.
+            *args, **kwargs: the arguments of TransformerLens's ``hf_generate``, with its defaults (it samples), and all
+                arguments of Hugging Face. Without ``eos_token_id`` it stops at the model's stop tokens.
 
         Returns:
-            Text for texts, ids for ids, a ``ModelOutput`` where Hugging Face's options ask for one, or what
-            ``return_type`` asks for.
+            Text for texts, ids for ids, a ``ModelOutput`` if Hugging Face's options request one, or the type that
+            ``return_type`` names.
 
         Raises:
-            UnknownKeywordError: for a keyword that neither takes.
+            UnknownKeywordError: for a keyword that neither library accepts.
             GemmaScopeError: as :meth:`generate`.
         """
         call = self._named_cache(named(self, "hf_generate", args, kwargs))
@@ -138,8 +140,10 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         return texts[0] if isinstance(input, str) else texts
 
     def _hf_options(self, call: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of Hugging Face's ``generate`` from those of TransformerLens's ``hf_generate``; a
-        ``generation_config`` replaces the defaults of the latter."""
+        """Convert arguments of TransformerLens's ``hf_generate`` to those of Hugging Face's ``generate``.
+
+        A ``generation_config`` replaces the defaults of ``hf_generate``.
+        """
         own = call.get("generation_config") is not None
         options: dict[str, Any] = {} if own else {"max_new_tokens": 10, "do_sample": True, "temperature": 1.0}
         options |= {name: value for name, value in call.items() if value is not None}
@@ -159,11 +163,11 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         return options
 
     def read_cache_kwarg(self) -> None:
-        """Make attention find its cache under the name that newer transformers versions give it.
+        """Make attention accept its cache under the name of newer transformers versions.
 
-        transformers 5.24 hands attention ``cache=`` where it was ``past_key_values=``; an attention bridge
-        that does not know the name attends to the new token alone. Applied to this model's own blocks, and only after
-        the defect was seen there (:func:`~gemma_scope_tl.model.check.repair`).
+        transformers 5.24 passes ``cache=`` to attention instead of ``past_key_values=``. An attention bridge that does
+        not accept this name attends only to the new token. The workaround is applied to the blocks of this model, and
+        only after the defect was detected there (:func:`~gemma_scope_tl.model.check.repair`).
         """
         for block in self.blocks:
             block.attn._update_kv_cache = partial(_update_kv_cache, block.attn)  # copied with the model
@@ -177,7 +181,7 @@ def _update_kv_cache(attention: Any, k: torch.Tensor, v: torch.Tensor, **kwargs:
 
 
 def build_bridge(hf_model: Any, tokenizer: Any, model_id: str | None, family: Family) -> GemmaBridge:
-    """Wrap ``hf_model`` in place: its weights are not copied, and it still computes the same."""
+    """Wrap ``hf_model`` in place. Its weights are not copied, and its outputs do not change."""
     parameter = next(hf_model.parameters())
     config = build_bridge_config_from_hf(hf_model.config, family.architecture, model_id or family.name, parameter.dtype)
     adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)

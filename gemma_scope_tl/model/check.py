@@ -1,6 +1,6 @@
-"""The self-check on load: a dozen tokens through the hooked and the plain model, compared hook by hook.
+"""The check after loading, which compares the hooked and the plain model hook by hook on a dozen tokens.
 
-Known defects of the installed libraries are repaired first, each only after it was seen on the model at hand.
+Known defects of the installed libraries are repaired first, each only after it was detected on the loaded model.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from gemma_scope_tl.model.plain import (
     with_replaced,
 )
 
-# Relative L2 differences up to these count as rounding, whatever was measured. Norms are computed in float32 at least.
-# Eight-bit arithmetic has a step of 2^-8 whatever the dtype, and a step more or less is so rare that the spread of the
-# plain model may not show it.
+# Relative L2 differences up to these always count as rounding. Norms are computed in float32 or wider. Eight-bit
+# arithmetic has a step of 2^-8 in every dtype, and a difference of one step is so rare that the spread of the plain
+# model may not show it.
 FLOOR = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 EIGHT_BITS = 3e-2
-# A difference up to this many times the plain model's spread counts as rounding, by row. Measured on HookedTransformer,
-# whose rounding differs most, in all dtypes and with models whose rounding errors grow a thousandfold: at most 2.3. In
-# row 0 errors add up over layers, which varies more.
+# A difference up to this multiple of the plain model's spread counts as rounding, by row. The largest multiple measured
+# is 2.3, on HookedTransformer, whose rounding differs most, in all dtypes and with models whose rounding errors grow a
+# thousandfold. In row 0 errors add up over layers, which varies more.
 SPREADS = (10.0, 4.0, 4.0)
-# A spread is the larger of two tries and is sometimes small by chance, so at least this part of the largest spread of
-# the same site in any layer counts too.
+# A spread is the larger of two tries and is sometimes small by chance, so it counts as at least this fraction of the
+# largest spread of the same site in any layer.
 OF_LARGEST = 0.25
-# What the unembedding takes, up to a gain. On the bridge an edit at hook_normalized leaves Hugging Face's own norm.
+# The input of the unembedding, up to a gain. On the bridge, an edit at hook_normalized does not change Hugging Face's
+# own norm.
 FINAL = {"bridge": "ln_final.hook_out", "hooked_transformer": "ln_final.hook_normalized"}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the hooked model is from the plain one at one hook.
+    """The difference between the hooked and the plain model at one hook.
 
     Attributes:
         rows: :func:`row_difference` in each of the three rows of :class:`PlainModel`.
-        allowed: up to which difference each row counts as rounding.
+        allowed: the largest difference in each row that counts as rounding.
     """
 
     rows: list[float]
@@ -56,7 +57,7 @@ class Difference:
 
     @property
     def wrong(self) -> bool:
-        """More than rounding; NaN is wrong."""
+        """Whether a difference is more than rounding, or NaN."""
         return any(not row <= allowed for row, allowed in zip(self.rows, self.allowed, strict=True))
 
     def __str__(self) -> str:
@@ -65,7 +66,7 @@ class Difference:
 
 
 def site_hooks(model: GemmaModel, places: Iterable[Place]) -> dict[Place, str]:
-    """The name of the hook of each place in the model; the logits have none."""
+    """The name of the hook of each place in the model. The logits have no hook."""
     return {
         place: model.family.site(place.site).hook_name(place.layer, model.backend)
         for place in places
@@ -74,7 +75,7 @@ def site_hooks(model: GemmaModel, places: Iterable[Place]) -> dict[Place, str]:
 
 
 class _Recorder:
-    """Hooks that keep the tensors of a pass of the hooked model, and edit its rows as the plain model's were edited."""
+    """Hooks that record the tensors of a pass of the hooked model, and edit its rows like those of the plain model."""
 
     def __init__(self, model: GemmaModel, plain: PlainPass) -> None:
         self._plain, self._final = plain, FINAL[model.backend]
@@ -83,7 +84,7 @@ class _Recorder:
         self._seen: dict[Place, torch.Tensor] = {}
 
     def hooks(self) -> list[tuple[str, Any]]:
-        """For ``model.hooks(fwd_hooks=…)``."""
+        """The hooks for ``model.hooks(fwd_hooks=…)``."""
 
         def keep(value: torch.Tensor, key: Place) -> torch.Tensor | None:
             self._seen[key] = value
@@ -95,7 +96,7 @@ class _Recorder:
         return [*kept, *((name, lambda value, hook: with_louder(value)) for name in (*queries, self._final))]
 
     def differences(self, logits: torch.Tensor, floor: float) -> dict[str, Difference]:
-        """By hook name, and ``"logits"``."""
+        """The differences by hook name, and by ``"logits"``."""
         largest: dict[str, list[float]] = {}
         for (site, _), spread in self._plain.spread.items():
             largest[site] = [max(pair) for pair in zip(spread, largest.get(site, spread), strict=True)]
@@ -112,7 +113,7 @@ class _Recorder:
 
 @torch.no_grad()
 def differences(model: GemmaModel, plain: PlainModel) -> dict[str, Difference]:
-    """How far the hooked model is from the plain one by hook name; a pass with a cache has ``"cached "`` before it."""
+    """The differences of the hooked and plain model by hook name, with prefix ``"cached "`` for the cached pass."""
     tokens, call = plain.tokens, cast(Any, model)
     floor = max(FLOOR.get(plain.dtype, EIGHT_BITS), EIGHT_BITS if plain.eight_bits else 0.0)
     whole = _Recorder(model, plain.whole)
@@ -132,8 +133,8 @@ def cached_logits(model: GemmaModel, tokens: torch.Tensor, prefix_hooks: Any = (
 
     Args:
         model: from ``load_model``.
-        tokens: ``[batch, pos]`` ids, none of which is padding.
-        prefix_hooks, hooks: for the pass that fills the cache, and for the pass that uses it.
+        tokens: ``[batch, pos]`` ids without padding.
+        prefix_hooks, hooks: hooks for the pass that fills the cache, and for the pass that uses it.
     """
     prefix, last = tokens[:, :-1], tokens[:, -1:]
     call: Any = model
@@ -154,14 +155,14 @@ def cached_logits(model: GemmaModel, tokens: torch.Tensor, prefix_hooks: Any = (
 
 
 def self_check(model: GemmaModel, plain: PlainModel) -> dict[str, float]:
-    """Compare ``model`` with the plain model, with a key-value cache and without, in the model's own dtype.
+    """Compare ``model`` with the plain model, with a key-value cache and without, in the dtype of the model.
 
     Returns:
-        Relative L2 differences, each the largest of three rows (:class:`~gemma_scope_tl.model.plain.PlainModel`), by
-        hook name and ``"logits"``; names of the pass with a cache begin ``"cached "``.
+        Relative L2 differences by hook name and ``"logits"``, each the largest of three rows
+        (:class:`~gemma_scope_tl.model.plain.PlainModel`). Names of the pass with a cache begin with ``"cached "``.
 
     Raises:
-        AdapterMismatch: with the numbers, where a difference is more than rounding.
+        AdapterMismatch: with the numbers, when a difference is more than rounding.
     """
     found = differences(model, plain)
     wrong = {name: value for name, value in found.items() if value.wrong}
@@ -169,17 +170,17 @@ def self_check(model: GemmaModel, plain: PlainModel) -> dict[str, float]:
         shown = [f"{name} {value}" for name, value in list(wrong.items())[:8]]
         more = f", and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
         raise AdapterMismatch(
-            f"The hooked model is not the plain model ({model.backend}, {plain.dtype}; relative differences): "
-            f"{', '.join(shown)}{more}. What these hooks show, and every result from them, would be wrong, so the "
+            f"The hooked model differs from the plain model ({model.backend}, {plain.dtype}; relative differences): "
+            f"{', '.join(shown)}{more}. These activations and all results from them would be wrong, so the "
             "model was not loaded. Install the versions of torch, transformers and transformer-lens that "
-            "`gemma-scope doctor` names as tested, try the other backend, or report what doctor prints. "
-            "(check=False skips this comparison and changes nothing else; it is for looking into the difference.)"
+            "`gemma-scope doctor` names as tested, try the other backend, or report the output of doctor. "
+            "(check=False skips this comparison and changes nothing else; use it to examine the difference.)"
         )
     return {name: max(value.rows) for name, value in found.items()}
 
 
 def repair(model: GemmaModel) -> None:
-    """Work around known defects of the installed libraries; ``model.fixes`` lists those that were found.
+    """Work around known defects of the installed libraries. ``model.fixes`` lists the defects that were found.
 
     Raises:
         AdapterMismatch: when a workaround does not help.
@@ -190,16 +191,16 @@ def repair(model: GemmaModel) -> None:
     read_cache_kwarg()
     if not attention_fills_cache(model):
         raise AdapterMismatch(
-            "The installed transformer-lens and transformers do not agree on how attention gets its key-value cache, "
+            "The installed transformer-lens and transformers use different names for the cache argument of attention, "
             "so generation would be wrong. Install the versions that `gemma-scope doctor` names as tested."
         )
 
 
 @torch.no_grad()
 def attention_fills_cache(model: Any) -> bool:
-    """Whether every layer's attention puts a token into the key-value cache that the model is given.
+    """Whether the attention of every layer adds a token to the key-value cache that the model receives.
 
-    One token goes through the wrapped Hugging Face model, as in its own ``generate``.
+    One token is passed through the wrapped Hugging Face model, as in its own ``generate``.
     """
     from transformers import DynamicCache
 

@@ -1,7 +1,7 @@
-"""Copies of a model, in memory or pickled: independent, with their own SAEs attached where the original's are.
+"""Independent copies of a model, in memory or pickled, with copies of the attached SAEs.
 
-TransformerLens hooks a point through a local function, which ``copy`` does not copy, so a copy's hook would run the
-original's SAE. The copy gets functions of its own here, in the same order among the user's hooks.
+TransformerLens hooks a point with a local function. ``copy`` does not copy functions, so the hook of a copy would run
+the SAE of the original. This module gives the copy new functions, in the same order among the user's hooks.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from gemma_scope_tl.model.attached import AttachedSAE
 from gemma_scope_tl.model.protocol import BindsToPass
 from gemma_scope_tl.model.splice_options import SpliceOptions
 
-_LOCAL = "<locals>"  # part of the qualified name of everything that is made inside a function
+_LOCAL = "<locals>"  # part of the qualified name of every class and function that is defined inside a function
 
 
 def shallow_copy(model: Any) -> Any:
-    """Another object with the same parts, as ``copy.copy`` makes of any module."""
+    """A new object with the same parts, as from ``copy.copy`` for any module."""
     kind: Any = type(model)
     twin = kind.__new__(kind)
     twin.__setstate__(vars(model))
@@ -26,7 +26,7 @@ def shallow_copy(model: Any) -> Any:
 
 
 def deep_copy(model: Any, memo: dict[int, Any]) -> Any:
-    """A model that shares nothing with ``model``: hooks, interventions and attached SAEs are copied too."""
+    """A copy that shares nothing with ``model``, with copies of hooks, interventions and attached SAEs."""
     twin = _copied(model, memo)
     for attached in twin._attached.values():
         attached.claim_names()
@@ -34,8 +34,9 @@ def deep_copy(model: Any, memo: dict[int, Any]) -> Any:
 
 
 def reduced(model: Any) -> Any:
-    """What ``pickle`` and ``torch.save`` store: the model without its SAEs, whose hooks are local functions, and the
-    SAEs with their options.
+    """The state for ``pickle`` and ``torch.save``: the model without its SAEs, and the SAEs with their options.
+
+    The hooks of SAEs are local functions, which cannot be pickled.
 
     Raises:
         SpliceError: as :func:`check_picklable`.
@@ -57,21 +58,21 @@ def reduced(model: Any) -> Any:
 
 
 def check_picklable(model: Any, own_hooks: bool = True) -> None:
-    """Refuse what ``pickle`` would fail on: a class or function made inside a function, which it cannot find by name.
+    """Raise for classes and functions that are defined inside a function, which ``pickle`` cannot find by name.
 
     Args:
-        model: to be pickled.
-        own_hooks: check its hooks too.
+        model: the model to be pickled.
+        own_hooks: whether to check the hooks of the model too.
 
     Raises:
-        SpliceError: it holds such a class or such a hook.
+        SpliceError: when the model contains such a class or hook.
     """
     for module in model.modules():
         for held in (module, *vars(module).values()):
             if _local(held) or _LOCAL in type(held).__qualname__:
                 raise SpliceError(
-                    f"The model cannot be pickled: it holds a {type(held).__name__}, which TransformerLens makes "
-                    "inside a function, where pickle cannot find it again. For a copy in memory use "
+                    f"The model cannot be pickled: it contains a {type(held).__name__}, which TransformerLens defines "
+                    "inside a function, where pickle cannot find it. For a copy in memory use "
                     "copy.deepcopy(model). To keep it, save the Hugging Face model before it is hooked (its "
                     'save_pretrained) and the SAEs (save_sae), or load it with backend="hooked_transformer", which '
                     "can be pickled."
@@ -82,8 +83,8 @@ def check_picklable(model: Any, own_hooks: bool = True) -> None:
             if _local(hook):
                 raise SpliceError(
                     f"The model cannot be pickled while there is a hook on {point.name}: it is a function inside "
-                    "TransformerLens, which pickle cannot find again. Pickle it outside of model.hooks, and after "
-                    "reset_hooks(including_permanent=True); attached SAEs may stay. copy.deepcopy takes hooks along."
+                    "TransformerLens, which pickle cannot find. Pickle it outside of model.hooks, and after "
+                    "reset_hooks(including_permanent=True); attached SAEs may stay. copy.deepcopy copies hooks too."
                 )
 
 
@@ -92,14 +93,14 @@ def _local(function: Any) -> bool:
 
 
 def restored(model: Any, recipes: list[tuple[Any, SpliceOptions]]) -> Any:
-    """``model`` with the SAEs attached again: what unpickling calls."""
+    """Attach the SAEs to ``model`` again, after unpickling."""
     for sae, options in recipes:
         model.add_sae(sae, **vars(options))
     return model
 
 
 def _copied(model: Any, memo: dict[int, Any]) -> Any:
-    """A copy of ``model`` and of everything that is not in ``memo``, whose hooks run the copies of the SAEs."""
+    """A copy of ``model`` and of all objects that are not in ``memo``, whose hooks run the copies of the SAEs."""
     kind: Any = type(model)
     twin = kind.__new__(kind)
     memo[id(model)] = twin
@@ -116,7 +117,7 @@ def _self_of(hook: Any) -> Any:
 
 
 def _bind(point: Any, handle: Any) -> None:
-    """Replace the original's hook function, which the copy holds too, by one for the copy."""
+    """Replace the hook function of the original, which the copy shares, by one for the copy."""
     held = vars(point)["_forward_hooks"]
     old = held[handle.hook.id]
     inside = dict(zip(old.__code__.co_freevars, (cell.cell_contents for cell in old.__closure__), strict=True))

@@ -1,4 +1,7 @@
-"""``generate`` on both backends: prompts in every form, padding, stop tokens, and what SAEs know of the text."""
+"""``generate`` on both backends, with prompts in every form, padding and stop tokens.
+
+It also gives attached SAEs access to the text that is generated.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ class Prompts:
     Attributes:
         ids: ``[batch, pos]``, padded on the left; or embeddings ``[batch, pos, d_model]``.
         mask: ``[batch, pos]``, True at text; None for embeddings.
-        moved: ``[batch]``, by how many columns each row was moved to the right, None for not at all.
-        as_text: whether they were given as texts, so that texts come back.
+        moved: ``[batch]``, number of columns by which each row was moved to the right; None for no move.
+        as_text: whether the prompts are texts, so that texts are returned.
     """
 
     ids: torch.Tensor
@@ -35,7 +38,7 @@ class Prompts:
     as_text: bool = False
 
     def generation(self, by_hugging_face: bool = False) -> Generation:
-        """A generation from these prompts, which have not entered the model yet."""
+        """A generation from these prompts, before their first pass."""
         if self.mask is None:
             return Generation(by_hugging_face=by_hugging_face)
         read = TextRead(self.ids, self.mask, self.ids.shape[1], self.moved, growing=True)
@@ -43,15 +46,15 @@ class Prompts:
 
 
 def prompts_of(model: Any, given: Any, call: dict[str, Any]) -> Prompts:
-    """Prompts from texts in every form; the arguments that say how to read them are taken out of ``call``.
+    """Convert texts in any form to prompts, and remove the arguments of this conversion from ``call``.
 
-    New tokens follow behind the last column, so rows that are padded on the right are moved to the right edge.
+    New tokens are added after the last column, so rows that are padded on the right are moved to the right edge.
 
     Raises:
-        GemmaScopeError: for what is no text, or ``max_new_tokens`` below 1.
+        GemmaScopeError: for an input that is not text, or ``max_new_tokens`` below 1.
     """
     if int(call.get("max_new_tokens", 1)) < 1:
-        raise GemmaScopeError(f"max_new_tokens is at least 1; given: {call['max_new_tokens']}.")
+        raise GemmaScopeError(f"max_new_tokens must be at least 1; given: {call['max_new_tokens']}.")
     how: dict[str, Any] = {
         name: call.pop(name) for name in ("attention_mask", "prepend_bos", "padding_side") if name in call
     }
@@ -69,7 +72,7 @@ def prompts_of(model: Any, given: Any, call: dict[str, Any]) -> Prompts:
 
 
 def align_right(prompts: Prompts) -> Prompts:
-    """The same rows, those with padding on the right moved to the right edge."""
+    """The same prompts, with rows that have padding on the right moved to the right edge."""
     assert prompts.mask is not None
     behind = (~prompts.mask).flip(-1).long().cumprod(-1).sum(-1)
     behind = torch.where(prompts.mask.any(-1), behind, 0)
@@ -80,7 +83,7 @@ def align_right(prompts: Prompts) -> Prompts:
 
 
 def is_text(given: Any) -> bool:
-    """Whether texts or messages were given, rather than ids in any form."""
+    """Whether ``given`` is texts or messages, and not ids in any form."""
     while not isinstance(given, (str, Mapping)):
         if isinstance(given, (torch.Tensor, TokenBatch)):
             return False
@@ -91,10 +94,10 @@ def is_text(given: Any) -> bool:
 
 
 def stop_ids(model: Any, call: dict[str, Any]) -> list[int] | int | None:
-    """The ids at which generation stops: ``eos_token_id`` of the call, otherwise the model's.
+    """The ids at which generation stops: ``eos_token_id`` of the call, or else of the model.
 
     Raises:
-        GemmaScopeError: when nothing says where to stop.
+        GemmaScopeError: when no stop token is known.
     """
     given = call.get("eos_token_id")
     if isinstance(given, (torch.Tensor, set, frozenset, tuple)):
@@ -105,21 +108,21 @@ def stop_ids(model: Any, call: dict[str, Any]) -> list[int] | int | None:
     ids = list(model.stop_token_ids) or ([] if eos is None else [eos])
     if not ids:
         raise GemmaScopeError(
-            "Nothing says at which token generation stops (no generation_config, no tokenizer): pass eos_token_id=, or "
+            "The stop token of generation is unknown (no generation_config, no tokenizer): pass eos_token_id=, or "
             "stop_at_eos=False."
         )
     return ids[0] if len(ids) == 1 else ids
 
 
 def fill_id(tokenizer: Any, stop: list[int] | int | None) -> int | None:
-    """The id behind the end of a text that ends before others of its batch: padding, as in Hugging Face."""
+    """The id after the end of a text that is shorter than others of its batch: padding, as in Hugging Face."""
     pad = getattr(tokenizer, "pad_token_id", None)
     first = stop[0] if isinstance(stop, list) and stop else stop
     return pad if pad is not None else first if isinstance(first, int) else None
 
 
 class Filler:
-    """Puts padding behind the first stop token of each row, where TransformerLens puts EOS; piece by piece."""
+    """Writes padding after the first stop token of each row, where TransformerLens writes EOS, piece by piece."""
 
     def __init__(self, stop: list[int] | int | None, tokenizer: Any, prompt: int) -> None:
         self._stops = [] if stop is None else [stop] if isinstance(stop, int) else stop
@@ -128,7 +131,7 @@ class Filler:
         self._done: torch.Tensor | None = None
 
     def __call__(self, ids: Int[torch.Tensor, "batch new"]) -> Int[torch.Tensor, "batch new"]:
-        """The next columns of every row, the prompt's with the first."""
+        """Fill the next columns of every row. The first call includes the prompt."""
         if not self._stops or self._fill is None:
             return ids
         new = ids[:, self._prompt :] if self._done is None else ids
@@ -146,21 +149,21 @@ class Generates:
     tokenizer: Any
 
     def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens, from texts in every form; attached SAEs know the token ids.
+        """Generate as in TransformerLens, from texts in any form. Attached SAEs have access to the token ids.
 
         Args:
-            input: as for ``forward``. Padding is masked. New tokens follow on the last column, so rows that are padded
-                on the right are moved to the right edge, and come back so.
-            *args, **kwargs: of the backend's ``generate``, and ``attention_mask`` over the prompt. Without
-                ``eos_token_id`` generation stops where the model's ``generation_config`` says
-                (:attr:`stop_token_ids`), as Hugging Face's does.
+            input: as for ``forward``. Padding is masked. New tokens are added after the last column, so rows that are
+                padded on the right are moved to the right edge, and returned in that form.
+            *args, **kwargs: arguments of the backend's ``generate``, and ``attention_mask`` over the prompt. Without
+                ``eos_token_id`` generation stops at the tokens of the model's ``generation_config``
+                (:attr:`stop_token_ids`), as in Hugging Face.
 
         Returns:
-            Text for texts, ids for ids, prompts included, or what ``return_type`` asks for.
+            Text for texts, ids for ids, including prompts, or the type that ``return_type`` names.
 
         Raises:
-            UnknownKeywordError: for a keyword that ``generate`` does not take.
-            GemmaScopeError: no text, no new tokens, or nothing that says where to stop.
+            UnknownKeywordError: for a keyword that ``generate`` does not accept.
+            GemmaScopeError: for no text, no new tokens, or an unknown stop token.
             SpliceError: with an SAE on the embedding of a ``HookedTransformer``, whose ``generate`` skips that hook.
         """
         prompts, call = self._prepared("generate", input, args, kwargs)
@@ -171,9 +174,9 @@ class Generates:
         return _filled(result, Filler(call["eos_token_id"], self.tokenizer, prompts.ids.shape[1]))
 
     def generate_stream(self, input: Any = "", *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """:meth:`generate` in pieces, as in TransformerLens: the first holds the prompt too.
+        """Generate in pieces, as in TransformerLens. The first piece includes the prompt.
 
-        Between pieces the model may be used for anything else.
+        Between pieces the model may be used for other passes.
         """
         prompts, call = self._prepared("generate_stream", input, args, kwargs)
         pieces = super().generate_stream(prompts.ids, **call)  # pyright: ignore[reportAttributeAccessIssue]
@@ -183,7 +186,7 @@ class Generates:
         return self._stream(pieces, call.get("return_type", "input"))
 
     def _stream(self, pieces: Iterator[Any], return_type: str) -> Iterator[Any]:
-        """For a backend whose stream ignores ``return_type``."""
+        """Convert the stream of a backend that ignores ``return_type``."""
         return pieces
 
     def _pieces(self, pieces: Generator[Any], generation: Generation) -> Iterator[Any]:
@@ -201,7 +204,7 @@ class Generates:
     def _prepared(
         self, method: str, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Prompts, dict[str, Any]]:
-        """Prompts and the arguments of TransformerLens's method."""
+        """The prompts, and the arguments for TransformerLens's method."""
         call = named(self, method, args, kwargs)
         prompts = prompts_of(self, input, call)
         call["eos_token_id"] = stop_ids(self, call)
@@ -212,10 +215,10 @@ class Generates:
 
 
 def _filled(result: Any, filler: Filler) -> Any:
-    """The result of ``generate``, with padding behind the end of each text."""
+    """The result of ``generate``, with padding after the end of each text."""
     if isinstance(result, torch.Tensor):
         return filler(result) if result.ndim == 2 and not result.is_floating_point() else result
-    if isinstance(result, tuple):  # with a cache, or the prompt's ids, behind it
+    if isinstance(result, tuple):  # followed by a cache or the ids of the prompt
         return (_filled(result[0], filler), *result[1:])
     if hasattr(result, "sequences"):
         result.sequences = filler(result.sequences)
@@ -223,7 +226,7 @@ def _filled(result: Any, filler: Filler) -> Any:
 
 
 def decoded(pieces: Iterator[torch.Tensor], tokenizer: Any) -> Iterator[str | list[str]]:
-    """Pieces of ids ``[batch, new]`` as the text that each adds; an incomplete character waits for its rest."""
+    """The text that each piece of ids ``[batch, new]`` adds. An incomplete character is added to a later piece."""
     history: torch.Tensor | None = None
     given: list[str] = []
     for piece in pieces:
@@ -243,15 +246,15 @@ def decoded(pieces: Iterator[torch.Tensor], tokenizer: Any) -> Iterator[str | li
 class TrackedGenerate:
     """``generate`` of a Hugging Face model inside a bridge, for pipelines and evaluation harnesses that call it.
 
-    Attached SAEs and interventions then know the prompt as in the bridge's own ``generate``, and padded ids without a
-    mask get one. An object and not a function, so that copies of the model call their own.
+    Attached SAEs and interventions have access to the prompt, as in the bridge's own ``generate``, and padded ids
+    without a mask get a mask. It is an object and not a function, so that a copy of the model has a copy of it.
     """
 
     def __init__(self, hf_model: Any, model: Any) -> None:
         self.hf_model, self.model = hf_model, model
 
     def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Hugging Face's ``generate``."""
+        """Generate as in Hugging Face."""
         plain = type(self.hf_model).generate
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():

@@ -1,4 +1,4 @@
-"""Hook names of either backend, also below attached SAEs: each point has both names."""
+"""Translation of hook names between the backends, for sites and for hook points of attached SAEs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gemma_scope_tl.sites import site_of_hook
 
 
 def translate_hook_name(name: str, valid: Iterable[str], backend: Backend, family: Family | None = None) -> str:
-    """``name`` if the model has it, else the other backend's name for the same site, also below attached SAEs.
+    """Return ``name`` if the model has it, else its name of the same hook, for sites and points of attached SAEs.
 
     Args:
         name: a hook name of either backend.
         valid: the names that the model has.
-        backend: of the model.
-        family: of the model; None to look the site up in all families.
+        backend: the backend of the model.
+        family: the family of the model; None to search the site in all families.
 
     Raises:
         UnknownNameError: when there is no such hook, with the nearest names.
@@ -40,7 +40,7 @@ def translate_hook_name(name: str, valid: Iterable[str], backend: Backend, famil
 
 
 def other_names(attached: Iterable[AttachedSAE], family: Family, dims: ModelDims, backend: Backend) -> dict[str, str]:
-    """The other backend's name of every hook point of attached SAEs, and of every site, by the name it has here."""
+    """The other backend's name of every hook point of attached SAEs and of every site, by the name in this backend."""
     named: dict[str, str] = {}
     other: Backend = "bridge" if backend == "hooked_transformer" else "hooked_transformer"
     for site in family.sites.values():
@@ -62,12 +62,12 @@ def filter_of_both(wanted: Callable[[str], bool], others: Mapping[str, str]) -> 
 
 
 def add_other_names(stored: dict[str, Any], wanted: Callable[[str], bool] | None, others: Mapping[str, str]) -> None:
-    """Store the tensors of a cache under the names that were asked for.
+    """Store the tensors of a cache under the requested names.
 
     Args:
         stored: the cache.
-        wanted: the filter by which it was made; None for everything.
-        others: as from :func:`other_names`.
+        wanted: the filter of the cache; None for all names.
+        others: the result of :func:`other_names`.
     """
     for name, other in others.items():
         for end in ("", "_grad"):
@@ -84,7 +84,7 @@ def add_other_names(stored: dict[str, Any], wanted: Callable[[str], bool] | None
 
 
 def listed_hooks(hooks: Any) -> list[Any]:
-    """Pairs of a name and a function as a list, also of a single pair, as ``steer`` returns it.
+    """Convert pairs of a name and a function, or a single pair as from ``steer``, to a list.
 
     Raises:
         SpliceError: for anything but such pairs.
@@ -94,12 +94,14 @@ def listed_hooks(hooks: Any) -> list[Any]:
     pairs = list(hooks)
     for pair in pairs:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and callable(pair[1])):
-            raise SpliceError(f"Hooks are pairs of a name, or a filter on names, and a function; given: {pair!r:.80}.")
+            raise SpliceError(
+                f"Hooks must be pairs of a name (or a filter of names) and a function; given: {pair!r:.80}."
+            )
     return pairs
 
 
 def positional_hooks(args: tuple[Any, ...], fwd: Any, bwd: Any) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
-    """Arguments of ``run_with_hooks`` without the hooks that may follow the input, and the hooks.
+    """Split the arguments of ``run_with_hooks`` into those without hooks and the hooks, which may follow the input.
 
     Raises:
         KeywordError: a ``TypeError``, for hooks that are given twice.

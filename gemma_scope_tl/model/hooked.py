@@ -1,4 +1,4 @@
-"""What both backends share: hook points of sites, checked hook names, and padding masks of forward passes."""
+"""The common part of both backends: hook points of sites, checked hook names, and padding masks of passes."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         backend: ``"bridge"`` or ``"hooked_transformer"``.
         family: the sites, modules and norms of the model.
         dims: layers, widths and heads.
-        model_id: the name that SAEs know this model by (``"gemma-2-2b"``), or None for one they cannot know.
-        fixes: the defects of the installed TransformerLens that were found here and worked around.
-        stop_token_ids: at which tokens generation stops.
-        return_types: what ``forward`` can return.
+        model_id: the name of the model in SAEs (``"gemma-2-2b"``), or None for an unknown model.
+        fixes: the defects of the installed libraries that were found in this model and worked around.
+        stop_token_ids: the tokens at which generation stops.
+        return_types: the return types of ``forward``.
     """
 
     return_types: tuple[str | None, ...] = ("logits", "loss", "both", None)
@@ -65,7 +65,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
             ...
 
     def prepare(self, dims: ModelDims, model_id: str | None, family: Family) -> None:
-        """Set up the state this class needs; the loader calls it once."""
+        """Set up the state of this class. The loader calls it once."""
         self.dims, self.model_id, self.family = dims, model_id, family
         self.fixes = []
         self._attached: dict[str, AttachedSAE] = {}
@@ -74,11 +74,11 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         self._watch()
 
     def _watch(self) -> None:
-        """Let the token tracker know what enters the model."""
+        """Report the inputs of the model to the token tracker."""
         raise NotImplementedError  # pragma: no cover - an abstract method
 
     def embedding_module(self) -> torch.nn.Module:
-        """The module that turns token ids into embeddings."""
+        """The module that converts token ids to embeddings."""
         return self.embed  # pyright: ignore[reportAttributeAccessIssue]
 
     def site_hook_point(self, name: str) -> Any:
@@ -99,7 +99,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         return translate_hook_name(name, valid, self.backend, self.family) if isinstance(name, str) else name
 
     def _resolve_hooks(self, hooks: Hooks, owner: Owner | None = None) -> list[tuple[HookName, Callable[..., Any]]]:
-        """Hooks under this backend's names, bound to the model; those of an ``owner`` run in its passes alone."""
+        """Hooks with this backend's names, bound to the model. Those of an ``owner`` run only in its passes."""
         valid = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
         resolved: list[tuple[HookName, Callable[..., Any]]] = []
         for name, fn in listed_hooks(hooks):
@@ -125,13 +125,13 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         return other_names(self._attached.values(), self.family, self.dims, self.backend)
 
     def run_with_hooks(self, *model_args: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **kwargs: Any) -> Any:
-        """As in TransformerLens, but a hook name of either backend works and an unknown one raises.
+        """Run with hooks as in TransformerLens. Hook names of either backend are accepted, and unknown ones raise.
 
         Hooks may follow the input as positional arguments, as in TransformerLens's bridge.
         """
         check_keywords(self, "run_with_hooks", kwargs)
         model_args, given = positional_hooks(model_args, fwd_hooks, bwd_hooks)
-        if len(model_args) > 1:  # what follows the input and the hooks is forward's
+        if len(model_args) > 1:  # arguments after the input and the hooks belong to forward
             kwargs = named(self, "forward", model_args[1:], kwargs)
             model_args = model_args[:1]
         with self._turns.scope() as owner:
@@ -147,7 +147,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
     ) -> AbstractContextManager[Any]:
         """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
         fwd, bwd = listed_hooks(fwd_hooks), listed_hooks(bwd_hooks)
-        self._resolve_hooks([*fwd, *bwd])  # a wrong name raises here, and not when the block begins
+        self._resolve_hooks([*fwd, *bwd])  # raise for an unknown name here, and not when the block begins
         return self._hooks_block(fwd, bwd, *args, **kwargs)
 
     @contextmanager
@@ -160,15 +160,15 @@ class GemmaModel(Generates, SpliceMixin, _Module):
                 yield model
 
     def run_with_cache(self, *model_args: Any, names_filter: NamesFilter = None, **kwargs: Any) -> Any:
-        """As in TransformerLens, but an unknown name in ``names_filter`` raises.
+        """Run with a cache as in TransformerLens. An unknown name in ``names_filter`` raises.
 
-        What is asked for by name is in the cache under the name that was asked for, either backend's; a function is
-        asked about both. Without a filter, hook points of attached SAEs are there under both names.
+        A tensor that is requested by name, of either backend, is in the cache under that name. A filter function is
+        called with both names. Without a filter, hook points of attached SAEs are in the cache under both names.
         """
         check_keywords(self, "run_with_cache", kwargs)
         if self.backend == "bridge" and len(model_args) > 1 and not isinstance(model_args[1], bool):
             raise KeywordError(
-                "run_with_cache() takes return_cache_object (a bool) behind the input on the bridge: give saes=, "
+                "run_with_cache() takes return_cache_object (a bool) after the input on the bridge: give saes=, "
                 "names_filter= and return_type= by name."
             )
         if not model_args and "input_ids" in kwargs:
@@ -202,17 +202,17 @@ class GemmaModel(Generates, SpliceMixin, _Module):
     # -- passes -------------------------------------------------------------------------------------------------------
 
     def forward(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens, from texts in every form; padding has no effect.
+        """Run a forward pass as in TransformerLens, from texts in any form. Padding has no effect.
 
         Args:
-            input: as :func:`~gemma_scope_tl.text.batch.as_batch` takes it: a text, several, token ids, a
-                ``BatchEncoding``, chat messages; or embeddings ``[batch, pos, d_model]``. Padding, on either side, is
-                masked, unless ``attention_mask=`` says otherwise. The loss is the mean over predictions
-                from text to text.
-            *args, **kwargs: of the backend's ``forward``.
+            input: a text, several, token ids, a ``BatchEncoding`` or chat messages, as for
+                :func:`~gemma_scope_tl.text.batch.as_batch`; or embeddings ``[batch, pos, d_model]``. Padding on either
+                side is masked, unless ``attention_mask=`` is given. The loss is the mean over predictions of text
+                tokens from text tokens.
+            *args, **kwargs: arguments of the backend's ``forward``.
 
         Raises:
-            UnknownKeywordError: for a keyword that ``forward`` does not take.
+            UnknownKeywordError: for a keyword that ``forward`` does not accept.
             UnknownNameError: for a return type that does not exist.
         """
         call = self._named_cache(named(self, "forward", args, kwargs))
@@ -226,7 +226,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         for name in ("start_at_layer", "stop_at_layer"):
             layer = call.get(name)
             if layer is not None and not -self.dims.n_layers <= layer <= self.dims.n_layers:
-                raise SpliceError(f"{name}={layer}: the model's layers are 0..{self.dims.n_layers - 1}.")
+                raise SpliceError(f"{name}={layer} does not exist: the model's layers are 0..{self.dims.n_layers - 1}.")
         embedded = isinstance(input, torch.Tensor) and input.is_floating_point() and input.ndim == 3
         if call.get("start_at_layer") is not None and not embedded:
             raise SpliceError("start_at_layer= takes the residual stream before that layer, [batch, pos, d_model].")
@@ -235,7 +235,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         cache, seen = self._cache_of(call)
         covered = getattr(call.get("attention_mask"), "shape", (0, 0))[-1]
         if cache is not None and isinstance(input, torch.Tensor) and covered > input.shape[-1]:
-            seen = max(seen, covered - input.shape[-1])  # a cache may hold more than this model has read
+            seen = max(seen, covered - input.shape[-1])  # a cache may contain more than this model has read
         ids = input[None] if isinstance(input, torch.Tensor) and input.ndim == 1 else input
         own = not seen and isinstance(ids, torch.Tensor) and ids.ndim == 2 and self.token_tracker.goes_on(ids)
         if seen or own:
@@ -243,14 +243,14 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         return self._forward_text(input, call, cache)
 
     def _forward_text(self, input: Any, call: dict[str, Any], cache: Any) -> Any:
-        """A pass that begins a text."""
+        """Run a pass that begins a text."""
         how = {name: call.pop(name) for name in ("attention_mask", "prepend_bos", "padding_side") if name in call}
         pattern = how.pop("attention_mask") if getattr(how.get("attention_mask"), "ndim", 2) > 2 else None
         batch = as_batch(self, input, **how)
         unpadded = bool(batch.mask.all())
         if pattern is not None:
             call["attention_mask"] = pattern  # a mask of every query, which is the caller's
-        elif not unpadded or self.backend == "hooked_transformer":  # which would ask the tokenizer
+        elif not unpadded or self.backend == "hooked_transformer":  # which would use the tokenizer otherwise
             call["attention_mask"] = attendable(batch.mask).long()
         wanted = call.get("return_type", "logits")
         ours = wanted in ("loss", "both") and not unpadded
@@ -265,15 +265,15 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         return loss if wanted == "loss" else self._both(logits, loss)
 
     def _forward_on(self, input: Any, call: dict[str, Any], cache: Any, seen: int, own: bool) -> Any:
-        """A pass that continues a text: behind a key-value cache, or as a generation's ``own``."""
+        """Run a pass that continues a text, after a key-value cache or as a generation's ``own`` pass."""
         ids = input if isinstance(input, torch.Tensor) else as_batch(self, input, prepend_bos=False).ids
         before, given = self.token_tracker.history(ids, cache, seen, own), call.get("attention_mask")
         pattern = given is not None and given.ndim > 2  # a mask of every query, which is the caller's
         mask = self._mask_behind(before, ids, seen, None if pattern else given)
         if mask is None and given is None and self.token_tracker.holds_padding(cache):
             raise SpliceError(
-                "The rows of this key-value cache were reordered or selected, and some hold padding: pass "
-                "attention_mask=, over the whole text."
+                "The rows of this key-value cache were reordered or selected, and some have padding: pass "
+                "attention_mask= over the whole text."
             )
         if mask is not None and not pattern:
             self._attend(call, attendable(mask), ids.shape[1], before.by_column)
@@ -283,7 +283,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
     def _mask_behind(
         self, before: TextRead, ids: torch.Tensor, seen: int, given: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The mask over a text and the ``ids`` behind it, from what is known and what the caller says, or None."""
+        """The mask over a text and the ``ids`` after it, from the known mask and the caller's, or None."""
         total, ours = seen + ids.shape[1], before.growing and self.token_tracker.generating
         known = before.mask_over(total, ids.shape[0])
         if given is not None and given.shape[1] >= total and not ours:
@@ -291,21 +291,21 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         if known is None:
             return None
         known = known.to(ids.device)
-        if ours:  # backends pass masks that they made themselves
+        if ours:  # a mask made by the backend
             return known
         if given is None:
             return continued_mask(known, ids, self.tokenizer)
         return torch.cat([known[:, : total - given.shape[1]], given.bool().to(ids.device)], dim=1)
 
     def _forward_embedded(self, embeddings: Any, call: dict[str, Any]) -> Any:
-        """A pass from embeddings, or from the residual stream before a layer.
+        """Run a pass from embeddings, or from the residual stream before a layer.
 
         Raises:
             SpliceError: with an SAE on the embedding, which such a pass skips.
         """
         total = embeddings.shape[1] + self._cache_of(call)[1]
         mask = self.token_tracker.growing_mask(total)
-        if mask is not None:  # HookedTransformer generates like this, from ids
+        if mask is not None:  # HookedTransformer embeds the ids itself during generation
             call["attention_mask"] = attendable(mask).long()
             with self.token_tracker.under_way():
                 return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
@@ -316,7 +316,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
             return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
 
     def to_string(self, tokens: Any) -> Any:
-        """As in TransformerLens: the text of token ids, or the texts of several rows.
+        """Convert token ids to a text, or several rows to texts, as in TransformerLens.
 
         Raises:
             GemmaScopeError: without a tokenizer.
@@ -325,7 +325,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         return super().to_string(tokens)  # pyright: ignore[reportAttributeAccessIssue]
 
     def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens: the text of each token.
+        """Convert an input to the text of each token, as in TransformerLens.
 
         Raises:
             GemmaScopeError: without a tokenizer.
@@ -340,13 +340,13 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         attention_mask: torch.Tensor | None = None,
         per_token: bool = False,
     ) -> torch.Tensor:
-        """As in TransformerLens: the mean loss of predicting each token from those before it, or every one.
+        """The mean loss of predicting each token from the tokens before it, or the loss of each, as in TransformerLens.
 
         Args:
             logits: ``[batch, pos, vocab]``.
             tokens: ids ``[batch, pos]``.
             attention_mask: ``[batch, pos]``; by default False at the tokenizer's padding id.
-            per_token: return ``[batch, pos - 1]``, zero where a token or the one before it is padding.
+            per_token: whether to return ``[batch, pos - 1]``, zero where a token or its predecessor is padding.
         """
         if attention_mask is None and tokens.ndim == 2:
             mask = text_mask(tokens, self.tokenizer)
@@ -356,16 +356,19 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         )
 
     def _named_cache(self, call: dict[str, Any]) -> dict[str, Any]:
-        """``call`` with its key-value cache under the name that the installed libraries use."""
+        """``call`` with its key-value cache under the name in the installed libraries."""
         return call
 
     def _cache_of(self, call: dict[str, Any]) -> tuple[Any, int]:
-        """The key-value cache of a pass, None without, and how many positions it holds."""
+        """The key-value cache of a pass (None without a cache), and its number of positions."""
         raise NotImplementedError  # pragma: no cover - an abstract method
 
     def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int, by_column: bool) -> None:
-        """Make a pass over the last ``new`` columns of ``mask`` attend where it is True, and number positions as the
-        text before (:class:`~gemma_scope_tl.text.tokens.TextRead`)."""
+        """Set the attention mask and the position ids of a pass over the last ``new`` columns of ``mask``.
+
+        ``by_column`` numbers positions by column, including padding
+        (:class:`~gemma_scope_tl.text.tokens.TextRead`).
+        """
         raise NotImplementedError  # pragma: no cover - an abstract method
 
     def _both(self, logits: torch.Tensor, loss: torch.Tensor) -> Any:
@@ -379,18 +382,19 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         move_to_device: bool = True,
         truncate: bool | None = None,
     ) -> torch.Tensor:
-        """Token ids ``[batch, pos]`` of a text or several, as in TransformerLens; a text that begins with BOS, as chat
-        templates write it, gets no second one.
+        """Token ids ``[batch, pos]`` of a text or several, as in TransformerLens.
+
+        A text that begins with BOS, such as from a chat template, gets no second BOS.
 
         Args:
             input: a text or several.
             prepend_bos: None for the model's default, which is True.
             padding_side: ``"left"`` or ``"right"``, None for the tokenizer's.
-            move_to_device: put the ids where the model is.
-            truncate: True cuts texts to the model's context, None does so with a warning, False leaves them whole.
+            move_to_device: whether to move the ids to the device of the model.
+            truncate: True cuts texts to the model's context, None cuts with a warning, False does not cut.
 
         Raises:
-            GemmaScopeError: no tokenizer, no text, or a text that is no Unicode.
+            GemmaScopeError: for no tokenizer, no text, or a text that is not valid Unicode.
         """
         ids, _ = tokenize(self, input, prepend_bos, padding_side, truncate)
         return ids.to(self.cfg.device) if move_to_device else ids

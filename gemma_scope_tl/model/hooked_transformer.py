@@ -1,7 +1,8 @@
-"""Models on ``HookedTransformer``, from a Hugging Face model and without weight processing.
+"""Models on ``HookedTransformer``, made from a Hugging Face model without weight processing.
 
-``HookedTransformer`` is gone from TransformerLens 4; this module is the only one that imports it, and only on request.
-It holds a second copy of the weights (and unties the unembedding), and its bfloat16 differs from Hugging Face's.
+TransformerLens 4 has no ``HookedTransformer``. Only this module imports it, and the module is imported only on request.
+A ``HookedTransformer`` has a second copy of the weights (and unties the unembedding), and its results in bfloat16
+differ from those of Hugging Face.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
         total = prompts.ids.shape[1] + int(call.get("max_new_tokens", 10)) - 1  # the last token is not read again
         if total > int(self.cfg.n_ctx):
             raise GemmaScopeError(
-                f"HookedTransformer has positions for {self.cfg.n_ctx} tokens, and this would be {total}: generate "
-                'fewer, or load with backend="bridge".'
+                f"HookedTransformer has positions for {self.cfg.n_ctx} tokens, but {total} are needed: generate "
+                'fewer tokens, or load with backend="bridge".'
             )
         return prompts, call
 
@@ -62,7 +63,7 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
 
     def _attend(self, call: dict[str, Any], mask: torch.Tensor, new: int, by_column: bool) -> None:
         cache = call.get("past_kv_cache")
-        if cache is not None:  # it has a mask of its own, in which a row of padding alone had to count as text
+        if cache is not None:  # the cache has its own mask, in which a row of padding alone had to count as text
             cache.previous_attention_mask = mask[:, :-new].long()
         call["attention_mask"] = (mask if cache is None else mask[:, -new:]).long()
 
@@ -79,7 +80,7 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
             self.mod_dict.pop(name, None)
 
     def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens, which fails on a text if "gemma" is in the tokenizer's name."""
+        """Work as in TransformerLens, whose method fails on a text if "gemma" is in the name of the tokenizer."""
         if isinstance(input, str):
             input = self.to_tokens(input, *args, **kwargs)[0]
         return super().to_str_tokens(input, *args, **kwargs)
@@ -109,7 +110,7 @@ def _config(
 
 
 def _converted(family: Family, hf_model: Any, config: HookedTransformerConfig) -> dict[str, torch.Tensor]:
-    """The weights by their names in TransformerLens, converted by its own function for the family."""
+    """The weights by their names in TransformerLens, converted by its function for the family."""
     module, _, function = family.hooked_transformer_weights.partition(":")
     return getattr(import_module(module), function)(hf_model, config)
 

@@ -1,7 +1,7 @@
-"""Which keywords each method of a hooked model takes.
+"""Checks of the keywords of each method of a hooked model.
 
-TransformerLens's bridge ignores unknown keywords, and a pass without the SAE that ``sae=`` was meant to splice looks
-like any other pass.
+TransformerLens's bridge ignores unknown keywords. Without a check, a misspelt keyword such as ``sae=`` would silently
+run a pass without the SAE.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from gemma_scope_tl.errors import UnknownKeywordError, unknown_keyword
 
-# Keywords that other methods take, and which.
+# Keywords of other methods, with the method to use.
 ELSEWHERE = {
     "saes": "run_with_saes(), or gs.splice() around this call",
     "sae": "run_with_saes(saes=), or gs.splice() around this call",
@@ -31,11 +31,11 @@ _INPUTS = {"input_ids", "inputs_embeds"}
 
 
 def named(model: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call but the first by name, after a check that the method takes them.
+    """All arguments of a call except the first, by name, after a check that the method accepts them.
 
     Raises:
-        UnknownKeywordError: for a keyword that it does not take, with the nearest that it does.
-        TypeError: too many positional arguments, or one given twice.
+        UnknownKeywordError: for a keyword that the method does not accept, with the nearest one that it accepts.
+        TypeError: for too many positional arguments, or an argument that is given twice.
     """
     names = [name for name in _parameter_names(_below(model), method) if name != "input"]
     if len(args) > len(names):
@@ -48,10 +48,10 @@ def named(model: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def check_keywords(model: Any, method: str, given: Mapping[str, Any]) -> None:
-    """Refuse a keyword that a method of the model does not take.
+    """Raise for a keyword that a method of the model does not accept.
 
     Raises:
-        UnknownKeywordError: with the nearest keyword that it takes, or the method that takes this one.
+        UnknownKeywordError: with the nearest keyword of the method, or the method that accepts this keyword.
     """
     hf_model = None if model.backend == "hooked_transformer" else type(model.original_model)
     valid = accepted(_below(model), hf_model, method)
@@ -64,7 +64,7 @@ def check_keywords(model: Any, method: str, given: Mapping[str, Any]) -> None:
 
 @cache
 def accepted(model_class: type, hf_class: type | None, method: str) -> frozenset[str]:
-    """The keywords of a method of TransformerLens's model class, and of the functions that it passes them to."""
+    """The keywords of a method of TransformerLens's model class, and of the functions to which it passes keywords."""
     valid = set(_parameter_names(model_class, method))
     if method == "forward":
         valid |= _INPUTS | (set() if hf_class is None else _CACHE_NAMES | _hf_forward(hf_class))
@@ -98,7 +98,7 @@ def _parameter_names(model_class: type, method: str) -> tuple[str, ...]:
 
 @cache
 def _hf_forward(hf_class: type) -> set[str]:
-    """Keywords of a Hugging Face forward pass, with those that it documents as a typed dict."""
+    """Keywords of a Hugging Face forward pass, including those that it declares as a typed dict."""
     parameters = inspect.signature(hf_class.forward).parameters  # pyright: ignore[reportAttributeAccessIssue]
     names = {name for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
     from transformers.utils import generic

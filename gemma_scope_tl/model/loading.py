@@ -1,4 +1,4 @@
-"""``load_model``: a hooked model from a name, a folder, or a Hugging Face model that is loaded already."""
+"""``load_model``, which makes a hooked model from a name, a folder, or a loaded Hugging Face model."""
 
 from __future__ import annotations
 
@@ -41,31 +41,32 @@ def load_model(
 ) -> GemmaModel:
     """Load a model of a known family (:mod:`gemma_scope_tl.families`) as a TransformerLens hooked model.
 
-    Attention is always eager, because fused kernels compute no soft-cap and show no scores, and weights are never
-    processed: every site holds exactly what the SAEs were trained on. The model is the same in every mode of torch
-    (``inference_mode``, ``autocast`` and so on).
+    Attention is always eager, because fused kernels do not compute the soft-cap or expose the scores. Weights are never
+    processed, so every site has exactly the activations that the SAEs were trained on. The model does not depend on
+    torch modes during the call (``inference_mode``, ``autocast`` and so on).
 
     Args:
         name: ``"bundled"`` (offline), ``"gemma-2-2b"`` or another released model, a Hugging Face id
             (``"unsloth/gemma-2-2b"``), or a local folder.
-        hf_model: a loaded Hugging Face model with an unembedding, such as a ``Gemma2ForCausalLM``, instead. The bridge
-            wraps it in place, without a second copy, and sets it to eager attention and evaluation mode. ``name``, if
-            given too, says which model it is and where its tokenizer is.
-        tokenizer: by default the one that belongs to ``name``; None with ``hf_model`` alone, and the model then takes
-            token ids only. A given tokenizer is copied, never loaded again by its name; the copy, ``model.tokenizer``,
-            pads on the left.
+        hf_model: a loaded Hugging Face model with an unembedding, such as a ``Gemma2ForCausalLM``. The bridge wraps it
+            in place, without a second copy, and sets eager attention and evaluation mode. ``name``, if also given,
+            identifies the model and its tokenizer.
+        tokenizer: the default is the tokenizer of ``name``. With ``hf_model`` alone there is none, and the model
+            accepts only token ids. A given tokenizer is copied and never loaded again by its name. The copy,
+            ``model.tokenizer``, pads on the left.
         backend: ``"bridge"`` (one copy of the weights, Hugging Face's own forward pass) or ``"hooked_transformer"`` (a
             second copy; TransformerLens 3 only).
-        device: by default CUDA where there is one; a given ``hf_model`` stays where it is.
-        dtype: ``"float32"`` by default, ``"bfloat16"``, ``"float16"``; a given ``hf_model`` keeps its own.
-        check: run a dozen tokens through the plain and the hooked model and compare them at every site, with and
-            without a cache. Defects of the installed libraries are repaired (``model.fixes``) in any case.
+        device: by default CUDA if it is available, else the CPU; by default a given ``hf_model`` is not moved.
+        dtype: ``"float32"`` (the default), ``"bfloat16"`` or ``"float16"``; a given ``hf_model`` keeps its dtype by
+            default.
+            check: whether to run a dozen tokens through the plain and the hooked model and compare them at every site,
+            with and without a cache. Defects of the installed libraries are always repaired (``model.fixes``).
 
     Raises:
-        UnknownNameError: a name that is no model, folder or Hugging Face id; an unknown backend or dtype.
-        DeviceError: a device that this machine does not have.
-        AdapterError: a model that is of no known family, is wrapped by something, or cannot be loaded; a tokenizer
-            that is not one of transformers.
+        UnknownNameError: for a name that is not a model, folder or Hugging Face id, or an unknown backend or dtype.
+        DeviceError: for a device that does not exist on this machine.
+        AdapterError: for a model that is of no known family, is wrapped by another object, or cannot be loaded, and
+            for a tokenizer that is not from transformers.
         AdapterMismatch: when the check fails.
     """
     if backend not in BACKENDS:
@@ -90,11 +91,11 @@ def load_model(
 
 
 def check_given(hf_model: Any, backend: str) -> Family:
-    """The family of ``hf_model``, which is not changed.
+    """Return the family of ``hf_model`` after checking that the model can be hooked. The model is not changed.
 
     Raises:
-        AdapterError: unless it is a Hugging Face model of a known family as it was loaded: for wrappers, other heads,
-            weights that are not in memory, and models that are hooked already.
+        AdapterError: for objects that are not a Hugging Face model of a known family, wrappers, other heads, weights
+            that are not in memory, and models that are hooked already.
     """
     kind = type(hf_model).__name__
     if not isinstance(hf_model, _architectures()):
@@ -103,13 +104,19 @@ def check_given(hf_model: Any, backend: str) -> Family:
     if any("model_bridge" in type(module).__module__ for module in hf_model.modules()):
         raise AdapterError("This hf_model is wrapped by a bridge already. Load it again.")
     if any(_compiled(module) for module in hf_model.modules()):
-        raise AdapterError("This hf_model is compiled, and hooks need its plain modules. Give it before compiling.")
+        raise AdapterError(
+            "This hf_model is compiled, but hooks need its plain modules. Give the model before compiling."
+        )
     weights = [*hf_model.parameters(), *hf_model.buffers()]
     if any(weight.is_meta for weight in weights):
         where = "offloaded" if getattr(hf_model, "hf_device_map", None) else 'on the "meta" device'
-        raise AdapterError(f"Weights of this hf_model are {where}, so it has no values. Load it onto a device.")
+        raise AdapterError(
+            f"Weights of this hf_model are {where}, so they have no values. Load the model onto a device."
+        )
     if backend == "hooked_transformer" and is_quantized(hf_model, family):
-        raise AdapterError('HookedTransformer copies weights, which a quantised model packs. Use backend="bridge".')
+        raise AdapterError(
+            'HookedTransformer cannot copy the packed weights of a quantised model. Use backend="bridge".'
+        )
     return family
 
 
@@ -125,7 +132,9 @@ def move_given(hf_model: Any, dtype: torch.dtype | None, device: torch.device | 
         if device is not None:
             hf_model.to(device)
     except ValueError as error:  # quantised and dispatched models refuse
-        raise AdapterError(f"This hf_model stays as it is: {error}\nLeave dtype and device out.") from error
+        raise AdapterError(
+            f"This hf_model cannot be moved or converted: {error}\nLeave dtype and device out."
+        ) from error
     if str(hf_model.dtype).removeprefix("torch.") not in DTYPES:
         raise AdapterError(f"This hf_model is in {hf_model.dtype}. Pass dtype=, one of {', '.join(DTYPES)}.")
     make_ordinary(hf_model)  # it may have been loaded in inference mode
@@ -150,10 +159,10 @@ def _compiled(module: Any) -> bool:
 
 
 def _what_it_is(given: Any, kind: str) -> str:
-    """A sentence about something that is no model of a known family, which names where in it one is."""
+    """A sentence about an object that is not a model of a known family, with the attribute that contains one."""
     wanted = _or([family.architecture for family in families()])
     if isinstance(given, (str, bytes)) or not hasattr(given, "__dict__"):
-        return f"hf_model= takes a {wanted}, not {given!r:.100}. A name or folder is the first argument."
+        return f"hf_model= takes a {wanted}, not {given!r:.100}. Give a name or folder as the first argument."
     held = given if isinstance(given, torch.nn.Module) else getattr(given, "model", None)
     if isinstance(held, torch.nn.Module):
         for path, module in held.named_modules():
@@ -172,7 +181,7 @@ def _what_it_is(given: Any, kind: str) -> str:
 
 
 def _dtype_and_device(dtype: Any, device: Any, hf_model: Any) -> tuple[torch.dtype | None, torch.device | None]:
-    """The dtype and device to load to, or to move a given model to; None to leave them as they are."""
+    """The dtype and device to load to, or to move a given model to; None for no change."""
     to_dtype = None if dtype is None else parse_dtype(dtype)
     to_device = None if device is None and hf_model is not None else parse_device(device)
     if to_device is not None and to_device.type == "meta":
@@ -197,10 +206,10 @@ def _hook(hf_model: Any, tokenizer: Any, model_id: str | None, family: Family, b
 
 
 def _source(name: str | PathLike[str]) -> str:
-    """The folder or Hugging Face id that ``name`` stands for."""
+    """The folder or Hugging Face id for ``name``."""
     if not isinstance(name, (str, PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AdapterError(
-            f"A model's name is a string, not a {type(name).__name__}. A loaded model goes to hf_model=."
+            f"The name of a model must be a string, not a {type(name).__name__}. Give a loaded model as hf_model=."
         )
     text = fspath(name)
     if isinstance(name, str):
@@ -212,7 +221,7 @@ def _source(name: str | PathLike[str]) -> str:
         folder = Path(text).expanduser()
         if folder.is_dir():
             return str(folder.resolve())
-    except (OSError, RuntimeError):  # too long a name; no such user
+    except (OSError, RuntimeError):  # the name is too long, or there is no such user
         pass
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
@@ -220,13 +229,13 @@ def _source(name: str | PathLike[str]) -> str:
 
 
 def _model_id(name: str, source: str, family: Family, config: Any, given: bool) -> str | None:
-    """The name that SAEs know a model by, or None for one that they cannot know.
+    """The name of a model in SAEs, or None for an unknown model.
 
-    A folder or repository is known by the last part of its name (``"unsloth/gemma-2-2b"``, ``"/models/Gemma-2-2B/"``,
-    a snapshot in the Hub's cache), but only where the sizes agree.
+    A folder or repository is recognised by the last part of its name (``"unsloth/gemma-2-2b"``,
+    ``"/models/Gemma-2-2B/"``, a snapshot in the Hub's cache), but only if the sizes agree.
 
     Raises:
-        AdapterError: when ``hf_model`` is ``given`` and has other sizes than the model that ``name`` says it is.
+        AdapterError: when ``hf_model`` is ``given`` and has other sizes than the model that ``name`` identifies.
     """
     dims = ModelDims.from_config(config)
     known = _dims_by_name(name, source, family)
@@ -235,13 +244,15 @@ def _model_id(name: str, source: str, family: Family, config: Any, given: bool) 
             return model_id
     for model_id, theirs in known.items():
         if given:
-            raise AdapterError(f"hf_model is {dims}, but {model_id} is {theirs}: it is another model than name= says.")
-        logger.warning("%s is named like %s but has other sizes, so it is not taken for it", source, model_id)
+            raise AdapterError(
+                f"hf_model is {dims}, but {model_id} is {theirs}: hf_model and name= are different models."
+            )
+        logger.warning("%s has the name of %s but other sizes, so it is treated as an unknown model", source, model_id)
     return None
 
 
 def _dims_by_name(name: str, source: str, family: Family) -> dict[str, ModelDims]:
-    """The models that a name stands for, with their sizes: none, one, or two where a link is named like another."""
+    """The models that a name may identify, with their sizes: none, one, or two if a link and its target differ."""
     if source == str(BUNDLED_MODEL):
         config = json.loads((BUNDLED_MODEL / "config.json").read_text(encoding="utf-8"))
         return {BUNDLED: ModelDims.from_config(config)}
@@ -274,12 +285,12 @@ def _load_weights(source: str, family: Family, config: Any, dtype: torch.dtype, 
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _cannot_load(source, (family,), str(error)) from error
     except RuntimeError as error:
-        if "mismatch" not in str(error):  # the machine's, such as no memory
+        if "mismatch" not in str(error):  # an error of the machine, such as a lack of memory
             raise
         raise _cannot_load(source, (family,), str(error)) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
-    if missing:  # transformers would go on with random numbers
+    if missing:  # transformers would continue with random values
         why = f"its files lack {len(missing)} weights, such as {', '.join(missing[:3])}"
         raise _cannot_load(source, (family,), why)
     return model.to(device).eval()
@@ -289,7 +300,7 @@ def _cannot_load(source: str, wanted: tuple[Family, ...], why: str) -> AdapterEr
     gated = [family.title for family in wanted if family.gated]
     hint = 'Offline, load_model("bundled") always works.'
     if Path(source).is_dir():
-        hint = "A folder needs config.json and whole weights, as save_pretrained writes them."
+        hint = "A folder needs config.json and complete weights, as written by save_pretrained."
     elif gated:
         hint = (
             f"The {_or(gated)} models are gated: accept the licence on their page and log in with `hf auth login`. "
@@ -302,8 +313,8 @@ def _load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
-        # AutoTokenizer would make up an empty tokenizer here, without a warning
-        logger.warning("%s has no tokenizer: the model takes token ids only", source)
+        # AutoTokenizer would create an empty tokenizer here, without a warning
+        logger.warning("%s has no tokenizer: the model accepts only token ids", source)
         return None
     try:
         return prepared(AutoTokenizer.from_pretrained(source), own=True)

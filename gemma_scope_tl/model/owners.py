@@ -1,8 +1,8 @@
-"""Which thread or task may run through what is attached to a model: the one that attached it.
+"""Ownership of hooks and SAEs by threads and tasks.
 
-All threads share a model's lists of hooks. So that no pass is changed by another thread's splice, everything that is
-attached has an owner, a context, and a pass of another context that reaches it raises. A context that is copied
-(``contextvars.copy_context().run``, ``asyncio.to_thread``) owns what the original owned.
+All threads share the lists of hooks of a model. To keep a splice in one thread from changing passes of another thread,
+every attached object is owned by a context, and a pass of another context that reaches the object raises. A copy of a
+context (``contextvars.copy_context().run``, ``asyncio.to_thread``) owns the same objects.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ ADVICE = (
 
 
 class Owner:
-    """The context in which it is made.
+    """An owner, which is the context that creates it.
 
     Args:
-        thread: whether the whole thread owns, and not only this context: for what stays until it is removed.
+        thread: whether the whole thread is the owner, and not only this context, as for objects without a ``with``
+            block.
     """
 
     def __init__(self, thread: bool = False) -> None:
@@ -41,25 +42,25 @@ class Owner:
         _held.set(_held.get() | {self})
 
     def here(self) -> bool:
-        """Whether this context owns, or the thread where that suffices."""
+        """Whether the current context is the owner, or the current thread if the whole thread is the owner."""
         return self in _held.get() or (self._thread and self._made_by() is threading.current_thread())
 
     def check(self, what: str) -> None:
-        """Raise :class:`SpliceError` in a pass of another context."""
+        """Raise :class:`SpliceError` if the current context is not the owner."""
         if not self.here() and not _recomputing():
-            raise SpliceError(f"{what} by another thread or task, and this pass would run through it: {ADVICE}.")
+            raise SpliceError(f"{what} by another thread or task, but this pass would run through it: {ADVICE}.")
 
     def may_undo(self) -> bool:
-        """Whether what is owned may be removed here: also in another context of the thread, or once that has ended."""
+        """Whether the object may be removed here, also by other contexts of the thread, or after the thread ended."""
         made_by = self._made_by()
         return self in _held.get() or made_by is None or made_by is threading.current_thread() or not made_by.is_alive()
 
     def keep(self) -> None:
-        """Let the whole thread own from now on."""
+        """Make the whole thread the owner."""
         self._thread = True
 
     def release(self) -> None:
-        """Let this context own no longer."""
+        """End the ownership of this context."""
         _held.set(_held.get() - {self})
 
     def __deepcopy__(self, memo: Any) -> Owner:
@@ -67,13 +68,13 @@ class Owner:
 
 
 class OwnedHook:
-    """A hook function that raises in a pass of another context."""
+    """A hook function that raises in a pass of another context than its owner."""
 
     def __init__(self, fn: Callable[..., Any], owner: Owner) -> None:
         self.fn, self.owner = fn, owner
 
     def __call__(self, value: Any, hook: Any) -> Any:
-        """The function's result."""
+        """The result of the function."""
         self.owner.check("A hook was put here")
         return self.fn(value, hook=hook)
 
@@ -81,34 +82,34 @@ class OwnedHook:
         return repr(self.fn)
 
     def bound_to(self, tracker: Any, tokenizer: Any) -> OwnedHook:
-        """The same hook around the function bound to a pass, where it needs that."""
+        """The same hook, with the function bound to a pass if it needs that."""
         bound = self.fn.bound_to(tracker, tokenizer) if isinstance(self.fn, BindsToPass) else self.fn
         return OwnedHook(bound, self.owner)
 
     def __deepcopy__(self, memo: Any) -> OwnedHook:
-        """For a copied model. Functions are shared; what is bound to a model is copied."""
+        """Copy the hook for a copied model. Functions are shared, and objects that are bound to a model are copied."""
         fn = copy.deepcopy(self.fn, memo) if isinstance(self.fn, BindsToPass) else self.fn
         return OwnedHook(fn, copy.deepcopy(self.owner, memo))
 
 
 class Turns:
-    """Lets one context at a time hook a model, and no pass of another context meanwhile.
+    """A lock that lets one context at a time hook a model, without passes of other contexts during that time.
 
-    TransformerLens counts nested blocks of hooks on the model, and fills caches by hooks. Blocks of two threads at once
-    would remove each other's hooks and fill each other's caches.
+    TransformerLens counts nested blocks of hooks on the model, and fills caches by hooks. Simultaneous blocks of two
+    threads would remove each other's hooks and fill each other's caches.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._scopes: list[Owner] = []
-        self._passes: dict[int, int] = {}  # by thread, how many nested passes are under way
+        self._passes: dict[int, int] = {}  # the number of active nested passes, by thread
 
     @contextmanager
     def scope(self) -> Generator[Owner]:
-        """A block of hooks.
+        """Enter a block of hooks.
 
         Raises:
-            SpliceError: while another context has one, or runs a pass.
+            SpliceError: while another context has a block, or runs a pass.
         """
         with self._lock:
             busy = any(thread != threading.get_ident() for thread in self._passes)
@@ -127,7 +128,7 @@ class Turns:
 
     @contextmanager
     def forward(self) -> Generator[None]:
-        """A forward pass.
+        """Enter a forward pass.
 
         Raises:
             SpliceError: while another context has a block of hooks.
@@ -153,5 +154,5 @@ class Turns:
 
 
 def _recomputing() -> bool:
-    """Whether this is autograd's own thread, which runs parts of a checkpointed pass again."""
+    """Whether this is a thread of autograd, which repeats parts of a checkpointed pass."""
     return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]

@@ -1,4 +1,4 @@
-"""The plain Hugging Face model as a reference: every site's tensor, read with ordinary PyTorch hooks."""
+"""The plain Hugging Face model as a reference, with the tensors of all sites read by ordinary PyTorch hooks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Reference:
     Attributes:
         tokens: ``[batch, pos]`` ids.
         logits: ``[batch, pos, vocab]``.
-        sites: by place, what a coder there reads; for a transcoder, its input.
+        sites: by place, the tensor that a coder reads, which is the input of a transcoder.
     """
 
     tokens: Int[torch.Tensor, "batch pos"]
@@ -41,15 +41,15 @@ def run_reference(
     change: Change | None = None,
     **kwargs: Any,
 ) -> Reference:
-    """Run a plain Hugging Face model and keep what passes through every site of its family.
+    """Run a plain Hugging Face model and record the tensor of every site of its family.
 
     Args:
-        hf_model: not wrapped by a bridge.
+        hf_model: a model that is not wrapped by a bridge.
         tokens: ``[batch, pos]`` ids.
         attention_mask: ``[batch, pos]``, 1 at text.
-        change: takes a place and its tensor, and returns what the pass goes on with, or None for the same tensor. It is
-            not asked about normalised inputs, which are no tensors of the plain model.
-        **kwargs: for the model.
+        change: function of a place and its tensor, which returns the tensor to continue with, or None for no change. It
+            is not called for normalised inputs, because they are not tensors of the plain model.
+        **kwargs: further arguments for the model.
     """
     family = family_of_config(hf_model.config, type(hf_model).__name__)
     taps = _Taps(change, hf_model.config)
@@ -66,7 +66,7 @@ def run_reference(
 
 
 class _Taps:
-    """Hooks on the plain model that keep what passes a site; ``change`` may put another tensor in its place."""
+    """Hooks on the plain model that record the tensor of a site. ``change`` may replace it."""
 
     def __init__(self, change: Change | None, config: Any) -> None:
         self.sites: dict[Place, torch.Tensor] = {}
@@ -74,7 +74,7 @@ class _Taps:
         self._change, self._config = change, config
 
     def tap(self, module: Any, site: Site, place: Place) -> None:
-        """Hook the side of ``module`` where the tensor of the site is."""
+        """Hook the input or output of ``module`` that is the tensor of the site."""
         match site.side:
             case "output":
                 self.handles.append(module.register_forward_hook(partial(self._output, place)))
@@ -102,12 +102,12 @@ class _Taps:
 
 
 def cache_keyword(hf_model: Any) -> str:
-    """The name by which this version of transformers takes a key-value cache."""
+    """The name of the argument for a key-value cache in this version of transformers."""
     return "cache" if "cache" in inspect.signature(type(hf_model).forward).parameters else "past_key_values"
 
 
 def probe_tokens(hf_model: Any, length: int = 12) -> Int[torch.Tensor, "1 pos"]:
-    """BOS and ``length - 1`` pseudo-random ids of ordinary tokens, always the same; fewer in a shorter context."""
+    """BOS and ``length - 1`` fixed pseudo-random ids of ordinary tokens; fewer in a shorter context."""
     config = hf_model.config
     length = min(length, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +123,7 @@ def probe_tokens(hf_model: Any, length: int = 12) -> Int[torch.Tensor, "1 pos"]:
 LOGITS = Place("logits", None)
 ROWS = 3
 NOISY = 2  # runs of each row with noise; the largest difference is its spread
-REPLACED = 0.25  # relative distance of the replaced tensors from the model's own
+REPLACED = 0.25  # relative distance of the replaced tensors from the original ones
 LOUDER = 64.0  # a power of two, so that the product is exact
 
 
@@ -132,9 +132,9 @@ class PlainPass:
     """One pass of the three rows: as it is, with replaced tensors, and with replaced tensors and loud queries.
 
     Attributes:
-        sites: ``[3, pos, …]`` by place, before anything is replaced; :data:`LOGITS` among them.
-        replaced: ``[pos, …]``, by place: the tensors that rows 1 and 2 went on with.
-        spread: by place, the :func:`row_difference` that rounding alone makes in each row.
+        sites: ``[3, pos, …]`` by place, before the replacement, including :data:`LOGITS`.
+        replaced: ``[pos, …]`` by place, the tensors with which rows 1 and 2 continued.
+        spread: by place, the :func:`row_difference` in each row that rounding alone causes.
     """
 
     sites: dict[Place, torch.Tensor]
@@ -144,15 +144,15 @@ class PlainPass:
 
 @dataclass(frozen=True)
 class PlainModel:
-    """What the plain model computes on a few tokens.
+    """The results of the plain model on a few tokens.
 
     Attributes:
-        tokens: ``[3, pos]``, all rows the same.
-        whole: the pass of all positions, without a cache.
-        prefix: the pass of all positions but the last, which fills a cache.
-        cached: the pass of the last position, with that cache.
-        dtype: of the logits.
-        eight_bits: weights or activations are stored in fewer bits than ``dtype`` has.
+        tokens: ``[3, pos]`` with equal rows.
+        whole: the pass over all positions, without a cache.
+        prefix: the pass over all positions but the last, which fills a cache.
+        cached: the pass over the last position, with that cache.
+        dtype: dtype of the logits.
+        eight_bits: whether weights or activations are stored in fewer bits than ``dtype`` has.
     """
 
     tokens: Int[torch.Tensor, "3 pos"]
@@ -171,10 +171,10 @@ def relative_difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def row_difference(row: int, got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The relative difference of a row from the plain model's: over all positions, in row 2 at the median position.
+    """The relative difference of a row from that of the plain model: over all positions, or at the median in row 2.
 
-    With loud queries attention scores are nearly tied at some positions, and rounding decides between them, whereas a
-    missing soft-cap changes most positions. A single position, as in a pass with a cache, decides nothing in row 2.
+    With loud queries, attention scores are nearly tied at some positions, where rounding decides between them, while a
+    missing soft-cap changes most positions. A single position, as in a pass with a cache, is inconclusive in row 2.
 
     Args:
         row: 0, 1 or 2.
@@ -200,7 +200,7 @@ def with_replaced(value: torch.Tensor, replacement: torch.Tensor) -> torch.Tenso
 
 
 def with_louder(value: torch.Tensor) -> torch.Tensor:
-    """``value`` (``[3n, …]``) with row 2 of every three multiplied."""
+    """``value`` (``[3n, …]``) with row 2 of every three rows multiplied by :data:`LOUDER`."""
     changed = value.clone()
     changed[2::ROWS] *= LOUDER
     return changed
@@ -210,7 +210,7 @@ def run_plain(hf_model: Any, length: int = 12) -> PlainModel:
     """Run the plain model, before a bridge wraps it, on ``length`` tokens with and without a cache.
 
     Args:
-        hf_model: of a known family; it is not changed.
+        hf_model: a model of a known family, which is not changed.
         length: number of tokens.
     """
     family = family_of_config(hf_model.config, type(hf_model).__name__)
@@ -254,7 +254,7 @@ def _moved(value: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def _spread(moved: torch.Tensor, exact: torch.Tensor) -> list[float]:
-    """The largest :func:`row_difference` of the rows of ``moved`` from theirs of ``exact``, by row."""
+    """The largest :func:`row_difference` between ``moved`` and ``exact``, by row."""
     return [max(row_difference(row, one, exact[row]) for one in moved[row::ROWS]) for row in range(ROWS)]
 
 
@@ -269,7 +269,7 @@ def _hooked(modules: list[Any], hook: Callable[[Any, Any, Any], Any]) -> Generat
 
 
 def _louder_modules(hf_model: Any, family: Family) -> list[Any]:
-    """What computes queries and what the unembedding takes: a soft-cap behind either shows where these are large."""
+    """The modules before a soft-cap, whose output must be large to show it: queries and the unembedding's input."""
     decoder, layers = hf_model.get_submodule(family.decoder), range(ModelDims.from_config(hf_model.config).n_layers)
     queries = [decoder.get_submodule(family.query.format(layer=layer)) for layer in layers]
     return [*queries, decoder.get_submodule(family.final_norm)]
@@ -277,10 +277,10 @@ def _louder_modules(hf_model: Any, family: Family) -> list[Any]:
 
 @contextmanager
 def _rounding_noise(hf_model: Any) -> Generator[None]:
-    """Change what every module computes by about a unit in the last place, as another order of summation would.
+    """Change the output of every module by about a unit in the last place, like another order of summation.
 
-    Half of the noise is the same for all entries of a position. For keys this gives each attention score a relative
-    error, as rounding does; independent errors of the entries of a key would average out.
+    Half of the noise is the same for all entries of a position. For keys, this gives each attention score a relative
+    error, as rounding does, while independent errors of the entries of a key would average out.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -298,7 +298,7 @@ def _rounding_noise(hf_model: Any) -> Generator[None]:
 
 
 def is_quantized(hf_model: Any, family: Family) -> bool:
-    """Whether a projection of the model is anything else than a floating-point matrix."""
+    """Whether a projection of the model is anything but a floating-point matrix."""
     decoder = hf_model.get_submodule(family.decoder)
     layers = range(ModelDims.from_config(hf_model.config).n_layers)
     weights = (

@@ -1,16 +1,16 @@
-"""Positions in a text, also while it is being generated and when rows are padded.
+"""Positions in a text, for padded rows and during generation.
 
-A position counts from 0 at the first token of its row that is not padding: in a batch padded on the left, position 0 is
-each row's BOS. A negative one counts from the end of the row's prompt, so -1 is the same token in every step of
-generation, with a cache or without. Ints must exist (in every row), as in ``list[i]``; slices take what there is, as in
-``list[i:j]``, and go on into what is generated.
+Position 0 is the first token of a row that is not padding. In a batch that is padded on the left, this is the BOS of
+each row. A negative position counts from the end of the prompt of the row, so -1 is the same token in every step of
+generation, with a cache or without. An int must exist in every row, as in ``list[i]``. A slice selects the positions
+that exist, as in ``list[i:j]``, and includes generated tokens.
 
-A mask of shape ``[batch, pos]`` lies over the token ids as they were given, padding included; a mask ``[pos]`` stands
-for the positions at which it is True. Generated tokens that a mask does not reach are not chosen. A row of padding
-alone has no positions, and none is required there.
+A mask of shape ``[batch, pos]`` applies to the given token ids, including padding. A mask ``[pos]`` selects the
+positions at which it is True. Generated tokens outside a mask are not selected. A row of padding alone has no
+positions, and none is required there.
 
-Where token ids are unknown (a model that ``load_model`` did not make, a pass from embeddings), positions count in
-the tensor at hand.
+If token ids are unknown (a model that ``load_model`` did not make, or a pass from embeddings), positions are indices in
+the tensor of the hook.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ Positions = int | slice | Sequence[int] | torch.Tensor | None
 
 @dataclass(frozen=True)
 class Rows:
-    """Which columns of a batch of token ids hold its texts.
+    """The columns of the texts in a batch of token ids.
 
     Attributes:
         start: ``[batch]``, the first column that is not padding.
-        length: ``[batch]``, how many columns of the prompt follow from there, padding on the right not counted.
-        total: columns so far.
-        growing: whether more are being generated.
-        moved: ``[batch]``, by how many columns each row was moved to the right before generation; None for not at all.
+        length: ``[batch]``, number of columns of the prompt from there, without padding on the right.
+        total: number of columns so far.
+        growing: whether more columns are being generated.
+        moved: ``[batch]``, number of columns by which each row was moved to the right before generation; None for no
+            move.
     """
 
     start: Int[torch.Tensor, " batch"]
@@ -47,7 +48,7 @@ class Rows:
 
     @property
     def place(self) -> Int[torch.Tensor, "batch total"]:
-        """The position in its text of each column; negative on the left padding."""
+        """The position of each column in the text of its row, negative on the left padding."""
         return torch.arange(self.total, device=self.start.device) - self.start[:, None]
 
 
@@ -62,23 +63,23 @@ def rows_of_mask(mask: Bool[torch.Tensor, "batch total"], prompt: int, growing: 
 
 
 def rows_of(x: torch.Tensor, tracker: TokenTracker | None) -> Rows:
-    """The rows whose last columns ``x`` (``[batch, pos, …]``) holds; where token ids are unknown, ``x`` is the text."""
+    """The rows whose last columns are those of ``x`` (``[batch, pos, …]``), or ``x`` itself if ids are unknown."""
     known = None if tracker is None else tracker.sequence(x)
     if tracker is not None and known is not None:
         moved = tracker.read.moved
         moved = None if moved is None else moved.to(x.device).expand(x.shape[0])
         mask, prompt = known
-        growing = tracker.generating or mask.shape[1] > prompt  # by generate, or in a cached loop written by hand
+        growing = tracker.generating or mask.shape[1] > prompt  # by generate, or in a cached loop of the user
         return replace(rows_of_mask(mask, prompt, growing), moved=moved)
     start = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
     return Rows(start, start + x.shape[1], x.shape[1], growing=False)
 
 
 def chosen_columns(positions: Positions, rows: Rows) -> Bool[torch.Tensor, "batch total"]:
-    """True at the columns that ``positions`` choose.
+    """True at the columns that ``positions`` select.
 
     Raises:
-        SpliceError: a position that a row does not have, a mask of another shape, a slice with a step below 1.
+        SpliceError: for a position that a row does not have, a mask of another shape, or a slice with a step below 1.
     """
     if isinstance(positions, slice):
         return _in_slice(positions, rows)
@@ -91,7 +92,7 @@ def chosen_columns(positions: Positions, rows: Rows) -> Bool[torch.Tensor, "batc
         wanted = wanted.nonzero().flatten()
     if wanted.ndim > 1 or (wanted.numel() and (wanted.is_floating_point() or wanted.is_complex())):
         raise SpliceError(
-            f"Positions are an int, a slice, a list of ints, or a boolean mask [pos] or [batch, pos]; given: "
+            f"Positions must be an int, a slice, a list of ints, or a boolean mask [pos] or [batch, pos]; given: "
             f"{wanted.dtype}, shape {list(wanted.shape)}."
         )
     wanted = wanted.long().reshape(1, -1)
@@ -102,8 +103,8 @@ def chosen_columns(positions: Positions, rows: Rows) -> Bool[torch.Tensor, "batc
         row, which = (int(i) for i in too_far.nonzero()[0])
         raise SpliceError(
             f"No position {int(wanted[0, which])}: row {row} has {int(rows.length[row])} tokens. Positions count in "
-            "each row from its first token that is not padding (a model that load_model did not make cannot tell, and "
-            "counts in the tensor at hand). A slice takes what there is."
+            "each row from its first token that is not padding (for a model that load_model did not make, from the "
+            "start of the tensor). A slice selects only positions that exist."
         )
     return (rows.place[:, :, None] == resolved[:, None, :]).any(-1) & (rows.place >= 0)
 
@@ -111,7 +112,7 @@ def chosen_columns(positions: Positions, rows: Rows) -> Bool[torch.Tensor, "batc
 def _in_slice(positions: slice, rows: Rows) -> torch.Tensor:
     step = 1 if positions.step is None else positions.step
     if step < 1:
-        raise SpliceError(f"A slice of positions steps forward; given: step {step}.")
+        raise SpliceError(f"A slice of positions must have a positive step; given: step {step}.")
 
     def resolved(bound: int) -> torch.Tensor:
         return (rows.length + bound).clamp(min=0) if bound < 0 else torch.full_like(rows.length, bound)
@@ -127,7 +128,7 @@ def _under_mask(mask: torch.Tensor, rows: Rows) -> torch.Tensor:
     batch, width = len(rows.start), mask.shape[1]
     if mask.shape[0] not in (1, batch) or (width != rows.total and not rows.growing):
         raise SpliceError(
-            f"The mask of positions is {list(mask.shape)}, the batch of tokens {[batch, rows.total]}: they must agree."
+            f"The mask of positions is {list(mask.shape)}, but the batch of tokens is {[batch, rows.total]}."
         )
     chosen = torch.zeros(batch, max(rows.total, width), dtype=torch.bool, device=mask.device)
     chosen[:, :width] = mask if rows.moved is None else move_rows(mask.expand(batch, -1), rows.moved)
@@ -135,6 +136,6 @@ def _under_mask(mask: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 
 def move_rows(x: Shaped[torch.Tensor, "batch pos"], by: Int[torch.Tensor, " batch"]) -> torch.Tensor:
-    """Each row rotated to the right by its own number of columns."""
+    """Rotate each row to the right by its number of columns."""
     columns = torch.arange(x.shape[1], device=x.device) - by.to(x.device)[:, None]
     return x.gather(1, columns % x.shape[1])

@@ -1,4 +1,4 @@
-"""What the parts of a hooked model need of each other, so that none has to import the whole model."""
+"""Protocols between the parts of a hooked model, so that no part has to import the whole model."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from gemma_scope_tl.model.tracker import TokenTracker
 
 @runtime_checkable
 class BindsToPass(Protocol):
-    """A hook function that acts by position or token, and so has to know the pass that it runs in."""
+    """A hook function that depends on positions or tokens, and so needs the pass in which it runs."""
 
     def bound_to(self, tracker: TokenTracker, tokenizer: Any) -> Callable[..., Any]:
-        """The function for one model, whose tracker knows the token ids of a pass."""
+        """The function for one model, whose tracker has the token ids of a pass."""
         ...
 
     def __call__(self, value: torch.Tensor, hook: Any) -> Any:
-        """The tensor that goes on, or None for the same."""
+        """The tensor with which the pass continues, or None for no change."""
         ...
 
 
 class HasSites(Protocol):
-    """A model on whose sites SAEs can be hooked."""
+    """A model with hook points at sites."""
 
     backend: Backend
     family: Family

@@ -20,11 +20,11 @@ def sizes_of(name: str) -> ModelSizes:
 def family_and_sizes(name: str) -> tuple[Family, ModelSizes]:
     """Family and sizes of the model that ``load_model`` calls by this name.
 
-    Known models and folders are not loaded; of any other Hugging Face id the config alone is fetched.
+    Weights are never loaded. For a Hugging Face id that is not a released model, the config is fetched.
 
     Raises:
-        UnknownNameError: a name that is no model, folder or Hugging Face id.
-        AdapterError: there is no such config, or it is of no known family.
+        UnknownNameError: for a name that is not a model, folder or Hugging Face id.
+        AdapterError: when there is no such config, or it is of no known family.
     """
     if name == "bundled":
         return _from_folder(BUNDLED_MODEL)

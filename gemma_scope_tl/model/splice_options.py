@@ -1,4 +1,4 @@
-"""How SAEs are spliced: the keywords that ``splice`` and the methods of a model share, and their checked values."""
+"""The options of a splice: the keywords that ``splice`` and the methods of a model share, and their checked values."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class SpliceKeywords(TypedDict, total=False):
     The first four may also follow the SAEs by position, in this order, as in SAELens.
 
     Attributes:
-        error_term: add what the SAE misses, so that the pass is unchanged until a latent is edited. None keeps the
-            SAE's own setting.
-        exclude_special_tokens: leave BOS, EOS and padding alone (True, the default), or the given token ids, or none.
-        positions: splice only there; they count in the text (:mod:`gemma_scope_tl.model.positions`), through padding
-            and in every step of generation. None for all.
-        chain: where another SAE writes already, read that SAE's output and write after it, under the hook names
-            ``<hook>.1.hook_sae_acts_post`` and so on.
+        error_term: whether to add the reconstruction error, so that the pass does not change until a latent is edited.
+            None keeps the setting of the SAE.
+        exclude_special_tokens: whether to skip BOS, EOS and padding (True, the default), or the token ids to skip.
+        positions: the only positions to splice, counted in the text (:mod:`gemma_scope_tl.model.positions`) with
+            padding and in every step of generation. None for all.
+        chain: whether to read the output of an SAE that already writes there, and write after it, under hook names
+            such as ``<hook>.1.hook_sae_acts_post``.
         use_error_term: SAELens's name for ``error_term``.
     """
 
@@ -42,10 +42,10 @@ _OF_METHODS = ("saes", "reset_saes_end", *OPTIONS)
 
 @dataclass(frozen=True)
 class SpliceOptions:
-    """The checked values of :class:`SpliceKeywords`, with its defaults.
+    """The checked values of :class:`SpliceKeywords`, with the defaults.
 
     Raises:
-        SpliceError: for what are no positions or no choice of tokens.
+        SpliceError: for invalid positions or an invalid ``exclude_special_tokens``.
     """
 
     error_term: bool | None = None
@@ -55,7 +55,7 @@ class SpliceOptions:
 
     def __post_init__(self) -> None:
         checked_positions(self.positions)
-        choice = excluded_choice(self.exclude_special_tokens)  # an iterator is read once, for all SAEs
+        choice = excluded_choice(self.exclude_special_tokens)  # an iterator is consumed once, for all SAEs
         object.__setattr__(self, "exclude_special_tokens", choice)
 
     @classmethod
@@ -66,18 +66,18 @@ class SpliceOptions:
         by_position: tuple[Any, ...] = (),
         others: tuple[str, ...] = (),
     ) -> SpliceOptions:
-        """The options of a call that takes no other keywords.
+        """The options of a call that accepts no other keywords.
 
         Args:
-            function: its name, for errors.
-            keywords: what was given by name.
-            by_position: what was given after the SAEs.
+            function: name of the function, for errors.
+            keywords: options given by name.
+            by_position: options given by position after the SAEs.
             others: further keywords of the function, for hints.
 
         Raises:
             UnknownKeywordError: a ``TypeError``, for another keyword.
-            KeywordError: a ``TypeError``, for two values of the error term, which has two names.
-            TypeError: too many values, or one given twice.
+            KeywordError: a ``TypeError``, for different values under the two names of the error term.
+            TypeError: for too many values, or a value that is given twice.
         """
         for name in keywords:
             if name not in OPTIONS:
@@ -98,13 +98,13 @@ class SpliceOptions:
 
     @classmethod
     def taken_from(cls, keywords: dict[str, Any], function: str) -> SpliceOptions:
-        """The options of a call whose other keywords are for a forward pass; they are taken out of ``keywords``.
+        """Remove the options from ``keywords`` of a call whose other keywords belong to a forward pass.
 
         Raises:
-            UnknownKeywordError: for a keyword that looks like a misspelt option. Others are for the pass to judge.
+            UnknownKeywordError: for a keyword that resembles an option. The pass checks all others.
             KeywordError: as :meth:`of`.
         """
-        for name in keywords.keys() - {"position_ids"}:  # a keyword of Hugging Face's, and near to "positions"
+        for name in keywords.keys() - {"position_ids"}:  # a keyword of Hugging Face that resembles "positions"
             if name not in OPTIONS and difflib.get_close_matches(name, _OF_METHODS, n=1, cutoff=0.8):
                 raise unknown_keyword(function, name, _OF_METHODS)
         return cls.of(function, {name: keywords.pop(name) for name in OPTIONS if name in keywords})

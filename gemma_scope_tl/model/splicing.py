@@ -23,13 +23,13 @@ from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-_bookkeeping = threading.RLock()  # one for all models: it is held only while SAEs are attached and detached
+_bookkeeping = threading.RLock()  # one lock for all models, which is held only while SAEs are attached or detached
 
 
 class SpliceMixin:
     """SAE methods of a hooked model, with the names and cache keys of SAELens's ``HookedSAETransformer``.
 
-    The class that mixes this in is a :class:`~gemma_scope_tl.model.hooked.GemmaModel`.
+    The class with this mixin is :class:`~gemma_scope_tl.model.hooked.GemmaModel`.
     """
 
     backend: Backend
@@ -41,24 +41,27 @@ class SpliceMixin:
 
     @property
     def acts_to_saes(self) -> dict[str, SAE[Any]]:
-        """The attached SAEs, by the HookedTransformer name of the hook that each reads; later ones of a chain with
-        ``.1`` and so on behind it."""
+        """The attached SAEs by the HookedTransformer name of the hook that each reads.
+
+        The names of later SAEs of a chain end with ``.1`` and so on.
+        """
         named = ((one.read_name + (f".{one.stage}" if one.stage else ""), one.sae) for one in self._attached.values())
         return dict(named)
 
     def add_sae(self, sae: SAE[Any], *by_position: Any, **options: Unpack[SpliceKeywords]) -> None:
         """Attach ``sae`` until :meth:`reset_saes`, for passes of this thread.
 
-        It moves, in place, to the device of the site's weights, and follows when the model moves.
+        The SAE is moved in place to the device of the weights at its site, and again when the model moves.
 
         Args:
             sae: any SAELens SAE or transcoder at a site of the model's family.
             *by_position: options in the order of :class:`~gemma_scope_tl.model.splice_options.SpliceKeywords`.
-            **options: see there.
+            **options: options by the names in that class.
 
         Raises:
-            SpliceError: another model, width or layer; a site that is taken; an SAE that is attached already.
-            TypeError: another keyword, or both names of the error term with two values.
+            SpliceError: for an SAE of another model, width or layer, a site that already has an SAE, or an SAE that is
+                attached already.
+            TypeError: for another keyword, or different values under the two names of the error term.
         """
         chosen, owner = SpliceOptions.of("add_sae", options, by_position, ("sae",)), Owner(thread=True)
         try:
@@ -68,7 +71,7 @@ class SpliceMixin:
             raise
 
     def reset_saes(self, act_names: str | Iterable[str] | None = None) -> None:
-        """Detach the SAEs that read these hooks (either backend's names), or all of them.
+        """Detach the SAEs that read these hooks (names of either backend), or all SAEs.
 
         Raises:
             UnknownNameError: when no SAE is attached there.
@@ -81,7 +84,9 @@ class SpliceMixin:
         found = [one for name in dict.fromkeys(names) for one in self._find(name)]
         for one in found:
             if not one.owner.may_undo():
-                raise SpliceError(f"The SAE at {one.write_name} was attached by another thread, which must detach it.")
+                raise SpliceError(
+                    f"The SAE at {one.write_name} was attached by another thread, and must be detached there."
+                )
         self._remove(found)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -106,13 +111,13 @@ class SpliceMixin:
             return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
-        """As in TransformerLens: remove hooks, with ``including_permanent=True`` all of them; attached SAEs stay."""
+        """Remove hooks as in TransformerLens; ``including_permanent=True`` removes all. Attached SAEs stay attached."""
         super().reset_hooks(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         for attached in self._attached.values():
             attached.put_back()
 
     def get_sae_hook_name(self, sae: SAE[Any], internal: str = "hook_sae_acts_post") -> str:
-        """Name of a hook point of ``sae`` while it is attached: the key in caches, on both backends."""
+        """Name of a hook point of ``sae`` while it is attached, which is its key in caches on both backends."""
         for attached in self._attached.values():
             if attached.sae is sae:
                 return f"{attached.name}.{internal}"
@@ -126,12 +131,14 @@ class SpliceMixin:
         *by_position: Any,
         **options: Unpack[SpliceKeywords],
     ) -> AbstractContextManager[Self]:
-        """Attach ``saes`` inside the block; all of them or, on an error, none. They are spliced into passes of this
-        context: a pass of another thread raises, and runs neither with them nor, silently, without.
+        """Attach ``saes`` inside the block: all of them or, after an error, none.
+
+        They are spliced into passes of this context. A pass of another thread raises, so it never runs silently with or
+        without them.
 
         Args:
             saes: one, several, a mapping of them or a suite.
-            reset_saes_end: False leaves them attached at the end of the block, as :meth:`add_sae` does.
+            reset_saes_end: whether to detach the SAEs at the end of the block. False keeps them, as :meth:`add_sae`.
             *by_position, **options: as for :meth:`add_sae`.
 
         Raises:
@@ -147,7 +154,7 @@ class SpliceMixin:
         reset_saes_end: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """One forward pass with ``saes`` attached; keywords are those of :meth:`saes` and of the model's call."""
+        """Run one forward pass with ``saes`` attached. Keywords are those of :meth:`saes` and of the model's call."""
         with self._spliced(saes, reset_saes_end, SpliceOptions.taken_from(kwargs, "run_with_saes")):
             return self(*model_args, **kwargs)  # pyright: ignore[reportCallIssue]
 
@@ -158,8 +165,11 @@ class SpliceMixin:
         reset_saes_end: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
-        """``run_with_cache`` with ``saes`` attached; features under ``<hook>.hook_sae_acts_post``, by either backend's
-        name of the hook. Keywords are those of :meth:`saes` and of ``run_with_cache``."""
+        """Run ``run_with_cache`` with ``saes`` attached. Keywords are those of :meth:`saes` and of ``run_with_cache``.
+
+        The cache has the activations of the latents under ``<hook>.hook_sae_acts_post``, with either backend's name of
+        the hook.
+        """
         options = SpliceOptions.taken_from(kwargs, "run_with_cache_with_saes")
         with self._spliced(saes, reset_saes_end, options):
             return self.run_with_cache(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -171,8 +181,10 @@ class SpliceMixin:
         reset_saes_end: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """``run_with_hooks`` with ``saes`` attached; hooks may name the SAEs' own hook points. Keywords are those of
-        :meth:`saes` and of ``run_with_hooks``."""
+        """Run ``run_with_hooks`` with ``saes`` attached. Keywords are those of :meth:`saes` and of ``run_with_hooks``.
+
+        Hooks may name the hook points of the SAEs.
+        """
         options = SpliceOptions.taken_from(kwargs, "run_with_hooks_with_saes")
         with self._spliced(saes, reset_saes_end, options):
             return self.run_with_hooks(*model_args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -183,7 +195,7 @@ class SpliceMixin:
 
     @contextmanager
     def _spliced(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[Self]:
-        """:meth:`saes` with options that were checked already."""
+        """Attach ``saes`` as :meth:`saes`, with checked options."""
         added: list[AttachedSAE] = []
         owner = Owner()
         try:
@@ -201,7 +213,7 @@ class SpliceMixin:
             owner.keep()
 
     def _embedding_is_spliced(self) -> bool:
-        """Whether an SAE writes the embedding, which a pass that begins behind it would skip."""
+        """Whether an SAE writes the embedding, which a pass that begins after it would skip."""
         return any(attached.site.joins == "embedding" for attached in self._attached.values())
 
     def _attach(self, sae: SAE[Any], options: SpliceOptions, owner: Owner) -> AttachedSAE:
@@ -225,7 +237,7 @@ class SpliceMixin:
             return attached
 
     def device_of(self, layer: int | None) -> torch.device:
-        """The device of a layer's weights; without a layer, that of the embedding, where token ids belong too."""
+        """The device of a layer's weights, or without a layer that of the embedding, where token ids must be too."""
         module: Any = self.blocks[layer] if layer is not None else self.embedding_module()  # pyright: ignore
         return next(module.parameters()).device
 
@@ -233,7 +245,7 @@ class SpliceMixin:
         """Check that ``sae`` can be spliced at a site and layer of this model.
 
         Raises:
-            SpliceError: another model, width or layer.
+            SpliceError: for an SAE of another model, width or layer.
         """
         site.check_layer(layer, self.dims)
         d_in = site.d_in(self.dims)
@@ -248,33 +260,35 @@ class SpliceMixin:
             raise SpliceError(f"The SAE was trained on {theirs!r}; this model is {ours!r}.")
 
     def _base_name(self, model_name: str) -> str:
-        """SAEs of a base model may be spliced into its instruction-tuned model (Gemma Scope, section 4.5)."""
+        """The base model's name, since its SAEs fit the instruction-tuned model too (Gemma Scope, section 4.5)."""
         return self.family.base_name(model_name.split("/")[-1].lower())
 
     def excluded_ids(self, exclude: ExcludeTokens = True) -> tuple[int, ...]:
-        """The token ids that ``exclude_special_tokens`` names (:func:`~gemma_scope_tl.text.tokens.excluded_ids`).
+        """The token ids for ``exclude_special_tokens`` (:func:`~gemma_scope_tl.text.tokens.excluded_ids`).
 
         Raises:
-            SpliceError: for True where no tokenizer says which ids are special; for what is no choice of ids.
+            SpliceError: for True without a tokenizer, which defines the special ids, or for an invalid value.
         """
         return excluded_ids(getattr(self, "tokenizer", None), exclude, must_know=True)
 
     def _next_stage(self, write_name: str, chain: bool, is_transcoder: bool) -> int:
-        """The position in the chain of one more SAE that writes there: 0 for the first."""
+        """The position in the chain of a new SAE that writes there: 0 for the first."""
         there = [attached for attached in self._attached.values() if attached.write_name == write_name]
         if there and not all(attached.owner.here() for attached in there):
             raise SpliceError(f"{write_name} is taken: another thread or task has attached an SAE there; {ADVICE}.")
         if there and not chain:
             raise SpliceError(
-                f"{write_name} is taken: another SAE writes there. Detach that with reset_saes() first, or pass "
+                f"{write_name} is taken: another SAE writes there. Detach it with reset_saes() first, or pass "
                 "chain=True to read its output."
             )
         if there and is_transcoder:
-            raise SpliceError(f"A transcoder reads elsewhere, so it cannot follow the SAE at {write_name} in a chain.")
+            raise SpliceError(
+                f"A transcoder reads another tensor and cannot follow the SAE at {write_name} in a chain."
+            )
         return max((attached.stage for attached in there), default=-1) + 1
 
     def _find(self, name: str) -> list[AttachedSAE]:
-        """The SAEs that read a hook, a whole chain where there is one."""
+        """The SAEs that read a hook, including all SAEs of a chain."""
         names = {id(one): (one.read_name, one.site.hook_name(one.layer, "bridge")) for one in self._attached.values()}
         found = [one for one in self._attached.values() if name in names[id(one)]]
         if not found:
@@ -312,18 +326,18 @@ def splice(
 ) -> AbstractContextManager[Any]:
     """Attach ``saes`` to a model from :func:`~gemma_scope_tl.load_model` inside a ``with`` block.
 
-    Everything inside runs through them: forward passes, caches, hooks and ``generate``, in this context; a pass of
-    another thread raises. SAEs on another device move to the model's, in place.
+    All passes of this context inside the block run through them: forward passes, caches, hooks and ``generate``. A pass
+    of another thread raises. SAEs on another device are moved in place to that of the model.
 
     Args:
         model: from ``load_model``.
         saes: one, several, a mapping of them or a suite.
         *by_position: options in the order of :class:`~gemma_scope_tl.model.splice_options.SpliceKeywords`.
-        **options: ``error_term``, ``exclude_special_tokens``, ``positions`` and ``chain``; see there.
+        **options: ``error_term``, ``exclude_special_tokens``, ``positions`` and ``chain`` of that class.
 
     Raises:
-        SpliceError: when the model does not come from ``load_model``, or an SAE does not fit.
-        TypeError: another keyword, or both names of the error term with two values.
+        SpliceError: when the model is not from ``load_model``, or an SAE does not fit.
+        TypeError: for another keyword, or different values under the two names of the error term.
     """
     chosen = SpliceOptions.of("splice", options, by_position, ("saes",))
     if not isinstance(model, SpliceMixin):

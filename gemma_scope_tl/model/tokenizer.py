@@ -1,4 +1,4 @@
-"""A model's tokenizer: a copy of the given object, never loaded again by its name."""
+"""The tokenizer of a model, which is a copy of the given object and never loaded again by its name."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ _MARK = "_gemma_scope_prepared"
 
 
 def prepared(tokenizer: Any, own: bool = False) -> Any:
-    """``tokenizer`` as the models here need it: padding on the left, and a padding token.
+    """Prepare ``tokenizer`` for the models of this package: it pads on the left and has a padding token.
 
-    A copy, so that the caller's object pads as before, with all its added tokens and its chat template. A tokenizer
-    without a padding token gets ``<pad>`` if its vocabulary has that, else EOS, else BOS. BOS and EOS are not added.
+    The result is a copy, with all added tokens and the chat template, so that the caller's object pads as before. A
+    tokenizer without a padding token gets ``<pad>`` if its vocabulary has that, else EOS, else BOS. It does not add BOS
+    or EOS to texts.
 
     Args:
-        tokenizer: a ``PreTrainedTokenizerBase`` of any kind; one that was prepared before is returned as it is.
-        own: whether nobody else uses this object, so that it may be changed in place.
+        tokenizer: a ``PreTrainedTokenizerBase`` of any kind. A prepared tokenizer is returned unchanged.
+        own: whether no other code uses this object, so that it may be changed in place.
 
     Raises:
-        AdapterError: for what is no tokenizer of transformers, or has no token to pad with.
+        AdapterError: for an object that is not a tokenizer of transformers, or has no token for padding.
     """
     from transformers import PreTrainedTokenizerBase
 
@@ -44,7 +45,7 @@ def prepared(tokenizer: Any, own: bool = False) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = _padding_token(tokenizer)
     if tokenizer.bos_token_id is None:
-        logger.warning("the tokenizer has no BOS token: texts begin without the BOS that models are trained with")
+        logger.warning("the tokenizer has no BOS token: texts begin without the BOS that models were trained with")
     setattr(tokenizer, _MARK, True)
     return tokenizer
 
@@ -59,7 +60,7 @@ def _padding_token(tokenizer: Any) -> str:
 
 
 def adds_special_tokens(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether a tokenizer puts BOS before a text, and EOS after it, by itself."""
+    """Whether a tokenizer adds BOS before a text, and EOS after it, by default."""
     special = set(tokenizer.all_special_ids)
     text, plain = "", []
     for text in _short_texts(tokenizer):
@@ -75,7 +76,7 @@ def adds_special_tokens(tokenizer: Any) -> tuple[bool, bool]:
 
 
 def _short_texts(tokenizer: Any) -> Iterator[str]:
-    """Short texts, of which one at least should have tokens: a vocabulary need not contain "a"."""
+    """Short texts, at least one of which should have tokens, since a vocabulary need not contain "a"."""
     yield "a"
     yield from heapq.nsmallest(100, tokenizer.get_vocab(), key=len)
 
@@ -93,7 +94,7 @@ class HasTokenizer:
 
     @property
     def tokenizer(self) -> Any:
-        """The model's own tokenizer, which pads on the left; None where it was loaded without one."""
+        """The tokenizer of the model, which pads on the left; None if the model was loaded without one."""
         return self._tokenizer
 
     @tokenizer.setter
@@ -104,11 +105,11 @@ class HasTokenizer:
         self._tokenizer = tokenizer
 
     def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
-        """As in TransformerLens, which would load a tokenizer that adds no BOS again by its name.
+        """Set the tokenizer. TransformerLens's method would load a tokenizer that adds no BOS again by its name.
 
         Args:
-            tokenizer: of transformers.
-            default_padding_side: where it pads; ``"left"`` if None.
+            tokenizer: a tokenizer of transformers.
+            default_padding_side: the padding side; ``"left"`` if None.
         """
         self.tokenizer = tokenizer
         if default_padding_side is not None:
@@ -116,9 +117,10 @@ class HasTokenizer:
 
 
 def stop_token_ids(hf_model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a text, as Hugging Face's ``generate`` finds them.
+    """The ids that end a text, as in Hugging Face's ``generate``.
 
-    ``generation_config.eos_token_id`` (one id or several); where that is None the model's config, then the tokenizer.
+    They come from ``generation_config.eos_token_id`` (one id or several), else from the model's config, else from the
+    tokenizer.
     """
     for source in (getattr(hf_model, "generation_config", None), getattr(hf_model, "config", None), tokenizer):
         found = getattr(source, "eos_token_id", None)

@@ -1,8 +1,8 @@
-"""Which text a hooked model reads: token ids, padding and prompt, through key-value caches and generation.
+"""Tracking of the text that a hooked model reads: token ids, padding and prompt, with caches and generation.
 
-Both backends generate from single tokens, and users write cached passes of their own, while masks and positions are
-about the whole text. A pass tells the tracker what enters the model, and a key-value cache is marked with the text that
-it holds.
+Masks and positions refer to the whole text, but both backends generate from single tokens, and users write their own
+cached passes. So every pass reports its input to the tracker, and a key-value cache is marked with the text that it
+contains.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from gemma_scope_tl.text.tokens import TextRead, joined_mask, special_mask, text
 
 @dataclass
 class Generation:
-    """One generation, which may be paused: what it has read, and whether its prompt has entered the model.
+    """The state of one generation, which may be paused: the text so far, and whether the prompt was read.
 
-    One that has no ids begins from embeddings.
+    A generation without ids starts from embeddings.
 
     Attributes:
-        by_hugging_face: whether its passes are made by Hugging Face's ``generate`` instead of TransformerLens's.
+        by_hugging_face: whether its passes come from Hugging Face's ``generate`` instead of TransformerLens's.
     """
 
     read: TextRead = field(default_factory=TextRead)
@@ -39,11 +39,11 @@ class Generation:
 
     @property
     def from_embeddings(self) -> bool:
-        """Whether its prompt has no token ids."""
+        """Whether the prompt has no token ids."""
         return self.prompt is None
 
     def makes(self, ids: Int[torch.Tensor, "batch pos"]) -> bool:
-        """Whether a pass of this generation without a cache reads ``ids``: the prompt, and what was generated."""
+        """Whether ``ids`` are the input of a pass of this generation without a cache: the prompt and generated ids."""
         if self.prompt is None or ids.shape[0] % self.prompt.shape[0]:
             return False
         width = min(ids.shape[1], self.prompt.shape[1])
@@ -59,11 +59,11 @@ class ExpectedPass:
     """What is known of a pass before its ids enter the model.
 
     Attributes:
-        mask: over the whole text, None when unknown.
-        cache: the key-value cache that it reads.
-        seen: how many positions that holds.
+        mask: mask over the whole text, None if unknown.
+        cache: the key-value cache of the pass.
+        seen: number of positions in the cache.
         own: whether the running generation makes the pass.
-        came: whether the ids have entered.
+        came: whether the ids have entered the model.
     """
 
     mask: Bool[torch.Tensor, "batch total"] | None
@@ -73,27 +73,27 @@ class ExpectedPass:
     came: bool = False
 
 
-_ON_CACHE = "_gemma_scope_text"  # an attribute of key-value caches, so that copies of a cache have it too
+_ON_CACHE = "_gemma_scope_text"  # an attribute of key-value caches, which copies of a cache inherit
 
 
 class TokenTracker:
-    """Remembers the token ids that last entered the model, separately for each thread.
+    """A record of the token ids that last entered the model, separately for each thread.
 
-    A pass without a key-value cache begins a text. A pass with one continues the text that the cache holds, whatever
-    the model has read in between. While a generation is :meth:`running`, hooks and logits processors may make passes of
-    their own; the caller, the cache and the text of a pass say which it is. The end of the prompt does not move.
+    A pass without a key-value cache begins a text. A pass with a cache continues the text of the cache, even after
+    other passes. While a generation is :meth:`running`, hooks and logits processors may run other passes. The caller,
+    the cache and the text of a pass distinguish them. The end of the prompt does not change.
     """
 
     def __init__(self) -> None:
         self._here = threading.local()
 
     def __reduce__(self) -> tuple[type[TokenTracker], tuple[()]]:
-        """Copies and pickles begin empty."""
+        """Copies and pickles have an empty record."""
         return TokenTracker, ()
 
     @property
     def read(self) -> TextRead:
-        """What this thread's last pass has read."""
+        """The text that the last pass of this thread has read."""
         return getattr(self._here, "read", None) or TextRead()
 
     @property
@@ -107,7 +107,7 @@ class TokenTracker:
 
     @property
     def _depth(self) -> int:
-        """How many nested passes are under way."""
+        """Number of active nested passes."""
         return getattr(self._here, "depth", 0)
 
     @property
@@ -126,14 +126,14 @@ class TokenTracker:
         seen: int = 0,
         by_column: bool = False,
     ) -> None:
-        """Record what enters the model.
+        """Record the input of a pass.
 
         Args:
-            ids: None for embeddings.
-            mask: True at text, over these ids or over the whole text; None when unknown.
-            cache: the key-value cache that the pass reads, if any.
-            seen: how many positions are in the model already.
-            by_column: see :class:`TextRead`.
+            ids: the token ids; None for embeddings.
+            mask: True at text, over these ids or over the whole text; None if unknown.
+            cache: the key-value cache of the pass, if any.
+            seen: number of positions that the model has read before.
+            by_column: as in :class:`TextRead`.
         """
         generation, expected = self._generation, self.expected
         if expected is not None:
@@ -156,13 +156,13 @@ class TokenTracker:
         if generation is not None and before.growing:
             generation.entered = True
             if generation.read.ids is not None and ids.shape[1] >= generation.read.ids.shape[1]:
-                generation.read = read  # a part of the prompt leaves the whole known
+                generation.read = read  # a part of the prompt does not replace the known whole
         self.remember(cache)
 
     def observe_embedded(self, ids: Int[torch.Tensor, "batch pos"], tokenizer: Any) -> None:
-        """:meth:`observe` at the embedding of a backend that may embed tokens outside of a pass, one by one.
+        """Record the input at the embedding of a backend that may embed single tokens outside of a pass.
 
-        Inside :meth:`expecting` they belong to that pass; otherwise, in a generation, they continue it.
+        Inside :meth:`expecting` the ids belong to that pass. Otherwise, in a generation, they continue it.
         """
         generation, expected = self._generation, self.expected
         if expected is not None:
@@ -180,13 +180,13 @@ class TokenTracker:
                 self._here.expected = None
 
     def expected_mask(self, ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
-        """The mask that :meth:`expecting` announced for ``ids``; otherwise that of their padding."""
+        """The mask that :meth:`expecting` announced for ``ids``, or else a mask of their padding."""
         mask = None if self.expected is None else self.expected.mask
         return text_mask(ids, tokenizer) if mask is None else mask
 
     @contextmanager
     def expecting(self, mask: torch.Tensor | None, cache: Any, seen: int, own: bool = False) -> Generator[None]:
-        """Announce the pass that is made inside: its mask, its key-value cache, how many positions that holds, and
+        """Announce the pass inside the block: its mask, its key-value cache, the number of positions in the cache, and
         whether the running generation makes the pass."""
         outer = getattr(self._here, "expected", None)
         self._here.expected = ExpectedPass(mask, cache, seen, own)
@@ -198,7 +198,7 @@ class TokenTracker:
 
     @contextmanager
     def under_way(self) -> Generator[None]:
-        """A pass of which nothing has to be announced."""
+        """Enter a pass without an announcement."""
         depth = self._depth
         self.enter()
         try:
@@ -207,14 +207,16 @@ class TokenTracker:
             self.leave(depth)
 
     def enter(self) -> None:
-        """Begin a pass, which :meth:`leave` must end. A pass inside another one, made by a hook, does not change what
-        the outer one has read."""
+        """Begin a pass, which :meth:`leave` must end.
+
+        A pass inside another one, such as from a hook, does not change the text of the outer pass.
+        """
         stack: list[TextRead] = self._here.__dict__.setdefault("stack", [])
         stack.append(self.read)
         self._here.depth = self._depth + 1
 
     def leave(self, depth: int | None = None) -> None:
-        """End the pass that began last, or all beyond a depth, some of which may have been interrupted."""
+        """End the last pass, or all passes beyond a depth, some of which may have been interrupted."""
         stack: list[TextRead] = self._here.__dict__.setdefault("stack", [])
         down_to = self._depth - 1 if depth is None else depth
         while stack and self._depth > down_to:
@@ -224,7 +226,7 @@ class TokenTracker:
                 self._set(read)
 
     def _owns(self, ids: Int[torch.Tensor, "batch pos"], by_hugging_face: bool) -> bool:
-        """Whether the running generation makes the pass that begins now, without a cache."""
+        """Whether the pass that begins now, without a cache, belongs to the running generation."""
         generation = self._generation
         if generation is None or generation.by_hugging_face != by_hugging_face:
             return False
@@ -232,8 +234,7 @@ class TokenTracker:
         return not nested and generation.makes(ids)
 
     def history(self, ids: Int[torch.Tensor, "batch pos"], cache: Any, seen: int, own: bool) -> TextRead:
-        """The text that a pass over ``ids`` continues: empty where a text begins, not ``whole`` after an unknown
-        text."""
+        """The text that a pass over ``ids`` continues: empty for a new text, not ``whole`` after an unknown one."""
         generation, batch = self._generation, ids.shape[0]
         of_generation = TextRead() if generation is None else generation.read
         if not seen:
@@ -241,7 +242,7 @@ class TokenTracker:
         if cache is None:
             return of_generation
         if generation is not None and not generation.entered and of_generation.ends(ids, seen):
-            return of_generation  # a prompt whose beginning the cache holds already
+            return of_generation  # a prompt whose beginning is in the cache already
         known, keys = getattr(cache, _ON_CACHE, (TextRead(), None))
         cropped = known.ids is not None and seen < known.ids.shape[1]
         if known.serves(batch, seen) and (keys is None or cropped or keys is _keys(cache)):
@@ -250,8 +251,8 @@ class TokenTracker:
         return of_generation if goes_on and of_generation.serves(batch, seen) else TextRead(whole=False)
 
     def remember(self, cache: Any) -> None:
-        """Mark a key-value cache with the text that was read last."""
-        with suppress(AttributeError):  # tuples, as older libraries have: positions are unknown in the next pass
+        """Mark a key-value cache with the text of the last pass."""
+        with suppress(AttributeError):  # tuples in older libraries: positions are unknown in the next pass
             if cache is not None and self.read.ids is not None:
                 setattr(cache, _ON_CACHE, (self.read, _keys(cache)))
 
@@ -269,42 +270,45 @@ class TokenTracker:
             self._set(before)
 
     def goes_on(self, ids: Int[torch.Tensor, "batch pos"]) -> bool:
-        """Whether a pass over ``ids`` without a cache, which is about to begin, is the next step of the running
-        generation, made by TransformerLens."""
+        """Whether the next pass, over ``ids`` and without a cache, is the next step of the running generation.
+
+        This concerns generation by TransformerLens.
+        """
         return self._owns(ids, by_hugging_face=False)
 
     def growing_mask(self, total: int) -> Bool[torch.Tensor, "batch total"] | None:
-        """The mask of the running generation if it has read ``total`` columns, otherwise None."""
+        """The mask of the running generation if it has read ``total`` columns, else None."""
         generation = self._generation
         mask = None if generation is None or self._depth else generation.read.mask
         return mask if mask is not None and mask.shape[1] == total else None
 
     def holds_padding(self, cache: Any) -> bool:
-        """Whether a key-value cache held padding when it was last marked."""
+        """Whether a key-value cache had padding when it was last marked."""
         known, _ = getattr(cache, _ON_CACHE, (TextRead(), None))
         return known.mask is not None and not bool(known.mask.all())
 
     def is_running(self, ids: torch.Tensor) -> bool:
-        """Whether a generation from this tensor of ids is running whose first pass has not been made."""
+        """Whether a generation from this tensor of ids is running and has not made its first pass."""
         generation = self._generation
         return generation is not None and generation.read.ids is ids and not generation.entered
 
     def clear(self) -> None:
-        """Forget the ids, so that a pass from embeddings cannot use those of an earlier pass."""
+        """Delete the ids, so that a pass from embeddings cannot use those of an earlier pass."""
         self._set(TextRead())
 
     def _set(self, read: TextRead) -> None:
         self._here.read, self._here.masks = read, {}
 
-    # -- what hooks ask -----------------------------------------------------------------------------------------------
+    # -- queries of hooks ---------------------------------------------------------------------------------------------
 
     def sequence(self, like: torch.Tensor) -> tuple[Bool[torch.Tensor, "batch total"], int] | None:
-        """The mask of the whole text, whose last positions are those of ``like`` (``[batch, pos, …]``), and the number
-        of columns of the prompt. None in a pass that began from embeddings.
+        """The mask of the whole text, and the number of columns of the prompt. None in a pass from embeddings.
+
+        The last positions of the text are those of ``like`` (``[batch, pos, …]``).
 
         Raises:
-            SpliceError: when generation began from embeddings, or a cache holds a text that is unknown: positions
-                are then unknown.
+            SpliceError: when generation started from embeddings, or the text of a cache is unknown, so that positions
+                are unknown.
         """
         read, (batch, pos) = self.read, like.shape[:2]
         mask = read.mask
@@ -312,18 +316,18 @@ class TokenTracker:
             if read.whole:
                 return mask.expand(batch, -1).to(like.device), read.prompt
             raise SpliceError(
-                "The pass goes on from a key-value cache whose text is unknown, so positions in the text are too: make "
+                "The pass continues a key-value cache whose text is unknown, so positions are unknown too: make "
                 "the cache with this model, use generate, or pass positions=None."
             )
         if self.generating:
             raise SpliceError(
-                "Generation began from embeddings, so positions in the text are unknown: generate from token ids, or "
+                "Generation started from embeddings, so positions in the text are unknown: generate from token ids, or "
                 "pass positions=None."
             )
         return None
 
     def mask(self, like: torch.Tensor, ids: tuple[int, ...], padding: bool) -> Bool[torch.Tensor, "batch pos"]:
-        """True at the positions of ``like`` that hold one of ``ids``, or padding of any id; computed once in a pass.
+        """True at the positions of ``like`` with one of ``ids``, or with padding; computed once per pass.
 
         Raises:
             SpliceError: as :meth:`tokens`.
@@ -347,13 +351,13 @@ class TokenTracker:
         ids = self.read.ids
         if ids is None or ids.shape[1] < pos or ids.shape[0] not in (1, batch):
             raise SpliceError(
-                "The model runs on embeddings, not on token ids, so special tokens cannot be told apart. "
+                "The model runs on embeddings, not on token ids, so special tokens cannot be recognised. "
                 "Pass exclude_special_tokens=False to splice at every position."
             )
         return ids[:, -pos:].expand(batch, pos).to(like.device)
 
 
 def _keys(cache: Any) -> Any:
-    """The keys of the first layer in a cache: another tensor once the rows of the cache were reordered."""
+    """The keys of the first layer in a cache, which are another tensor after the rows of the cache are reordered."""
     layers = getattr(cache, "layers", None)
     return getattr(layers[0], "keys", None) if layers else None

@@ -1,4 +1,4 @@
-"""The registry: every released SAE as one explicit, checked row. Importing it imports neither torch nor pandas."""
+"""The registry, which holds every released SAE as one checked row. Importing it imports neither torch nor pandas."""
 
 from gemma_scope_tl.registry.catalog import clear_cache, find, load_release, register_release, releases, resolve
 from gemma_scope_tl.registry.listing import list_saes

@@ -1,6 +1,6 @@
-"""Which SAEs exist: from a release and id, or from model, site, layer, width and L0, to one registry row.
+"""Lookup of registry rows, by release and id, or by model, site, layer, width and L0.
 
-Only the files that a call needs are parsed, each once.
+Only the registry files that a call needs are parsed, each of them once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CLOSEST = "closest:"
 
 @dataclass(frozen=True)
 class Header:
-    """The fields of a registry file before its rows."""
+    """The fields of a registry file that precede its rows."""
 
     path: Path
     release: str
@@ -37,7 +37,7 @@ class Header:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The release's name, then its ``-canonical`` one where it has one."""
+        """The name of the release, followed by its ``-canonical`` name if it has one."""
         return (self.release, self.canonical_release) if self.canonical_release else (self.release,)
 
 
@@ -47,7 +47,7 @@ def releases(canonical: bool = False) -> list[str]:
 
 
 def load_release(name: str) -> ReleaseFile:
-    """The registry file of a release, by its name or its ``-canonical`` name. Parsed once.
+    """The content of the registry file of a release, by its name or its ``-canonical`` name. It is parsed once.
 
     Raises:
         UnknownNameError: with the five nearest names.
@@ -57,19 +57,19 @@ def load_release(name: str) -> ReleaseFile:
 
 
 def register_release(path: str | Path) -> str:
-    """Add a registry file to this process, so that its SAEs are found by name like any other.
+    """Add a registry file to this process, so that its SAEs can be loaded by name.
 
-    To add files for good, put them into a folder that ``GEMMA_SCOPE_TL_REGISTRY`` names or the user's own
-    (``locate.user_folder``), or offer them from a package (the entry-point group ``gemma_scope_tl.releases``).
+    To add files permanently, put them into a folder that ``GEMMA_SCOPE_TL_REGISTRY`` names or into the user's folder
+    (``locate.user_folder``), or provide them in a package (entry-point group ``gemma_scope_tl.releases``).
 
     Args:
-        path: the YAML file. Adding it again reads it again.
+        path: the YAML file. Adding it a second time reads it again.
 
     Returns:
         The release's name.
 
     Raises:
-        RegistryError: with every problem of the file; or when another file has one of its names, saying which.
+        RegistryError: with every problem of the file, or with the other file that has one of its names.
     """
     file = checked_path(path).absolute()
     release = read_release(file)
@@ -84,7 +84,7 @@ def register_release(path: str | Path) -> str:
 
 
 def resolve(release: str, id: str) -> SAERow:
-    """The row that SAELens's release and id strings name; nothing is loaded.
+    """The row with SAELens's release and id strings. No weights are loaded.
 
     Args:
         release: ``gemma-scope-2b-pt-res`` or ``gemma-scope-2b-pt-res-canonical``.
@@ -112,20 +112,20 @@ def find(
     *,
     release: str | None = None,
 ) -> SAERow:
-    """The one SAE at a place in a model.
+    """The row of one SAE, by its place in a model, width and L0.
 
     Args:
         model: ``gemma-2-2b`` or ``google/gemma-2-2b``. An instruction-tuned model has only SAEs trained on itself.
         site: a name of the site table.
         layer: counts from 0; None for the embedding.
         width: ``"16k"``, or the number of latents; None for ``"16k"``.
-        l0: ``"canonical"`` (SAELens's choice: nearest to 100), a number (that very L0), or ``"closest:50"`` (of two
-            as close, the sparser).
-        release: looks in this release only.
+        l0: ``"canonical"`` (SAELens's choice, nearest to 100), a number (exactly that L0), or ``"closest:50"`` (the
+            sparser of two at the same distance).
+        release: the only release to search.
 
     Raises:
-        UnknownNameError: for a name or a place that does not exist, with those that do.
-        RegistryError: when two releases offer such an SAE and ``release`` is not given.
+        UnknownNameError: for a name or a place that does not exist; names valid ones.
+        RegistryError: when two releases have such an SAE and ``release`` is not given.
     """
     model = checked_model(model)
     label = DEFAULT_WIDTH if width is None else width_label(width) if isinstance(width, int) else width
@@ -159,13 +159,13 @@ def headers() -> tuple[Header, ...]:
     """The headers of all registry files, in natural order of their names.
 
     Raises:
-        RegistryError: when two files claim a name, or a file's head is not that of a registry file.
+        RegistryError: when two files have the same name of a release, or a file is not a registry file.
     """
     return _headers(release_files())
 
 
 def header_of(release: str) -> Header:
-    """The header of a release, by either of its names.
+    """The header of a release, by its name or its ``-canonical`` name.
 
     Raises:
         UnknownNameError: with the five nearest names.
@@ -177,11 +177,11 @@ def header_of(release: str) -> Header:
 
 
 def checked_model(model: str) -> str:
-    """The registry's name of a model (without its publisher's, such as ``google/``), which must have SAEs of its own.
+    """The registry's name of a model, without the publisher (``google/``). The model must have SAEs trained on it.
 
     Raises:
-        UnknownNameError: with the nearest names; for an instruction-tuned model the base model's releases; for the
-            name of a release or a folder of SAEs how to load from it.
+        UnknownNameError: with the nearest names. For an instruction-tuned model it also names the releases of the base
+            model, and for a release or a folder of SAEs it says how to load from it.
     """
     owner, _, short = model.rpartition("/")
     name = short if owner in {family.owner for family in families()} else model
@@ -192,7 +192,7 @@ def checked_model(model: str) -> str:
 
 
 def clear_cache() -> None:
-    """Forget what has been read, so that changed files are read again. Registered files stay registered."""
+    """Clear the cache, so that changed files are read again. Registered files stay registered."""
     forget_packages()
     _headers.cache_clear()
     _read.cache_clear()
@@ -219,7 +219,7 @@ def _headers(files: tuple[Path, ...]) -> tuple[Header, ...]:
 
 
 def clashing_names(found: Iterable[Header]) -> list[str]:
-    """A sentence for every name that two files claim, with both files."""
+    """A sentence for every name that two files have, with both files."""
     owner: dict[str, Path] = {}
     clashes: list[str] = []
     for header in found:
@@ -231,7 +231,7 @@ def clashing_names(found: Iterable[Header]) -> list[str]:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a registry file. A file whose rows do not come last is parsed whole.
+    """The header of a registry file. The whole file is parsed only if its rows do not come last.
 
     Raises:
         RegistryError: when it is not a registry file.
@@ -261,7 +261,7 @@ def _by_id(path: Path) -> dict[str, SAERow]:
 
 
 def _nearest_ids(given: str, ids: Iterable[str], n: int = 5) -> list[str]:
-    """The ``n`` nearest ids: those that agree in the most leading parts first, then by their letters."""
+    """The ``n`` nearest ids, ordered by the number of leading parts that agree, then by similarity."""
     parts = given.split("/")
     by_agreement: dict[int, list[str]] = {}
     for id_ in ids:
@@ -281,12 +281,12 @@ def _no_canonical_hint(id_: str, ids: Iterable[str]) -> str:
 
 
 def _base_hint(model: str) -> str:
-    """The hint for an instruction-tuned model: its base model's releases, which are never taken instead of its own."""
+    """The hint for an instruction-tuned model: the releases of its base model, which are never used as a substitute."""
     base = model.removesuffix(family_of_model(model).tuned_suffix)
     found = [h.release for h in headers() if h.model == base]
     if base == model or not found:
         return ""
-    return f"The base model's SAEs are another choice, with model={base!r}: {', '.join(found)}."
+    return f"To use the SAEs of the base model, give model={base!r}: {', '.join(found)}."
 
 
 def _closest_numbers(given: int, numbers: Iterable[int], n: int = 5) -> list[int]:
@@ -337,19 +337,19 @@ def _no_such_l0(rows: Sequence[SAERow], l0: float | str) -> UnknownNameError:
 
 
 def _release_hint(name: str) -> str:
-    """The hint for the name of a release in place of a model's."""
+    """The hint for the name of a release given as a model."""
     header = next((h for h in headers() if name in h.names), None)
     if header is None:
         return ""
     return (
         f"This is a release, of SAEs of {header.model}: list_saes(release={name!r}) lists them, "
         f"JumpReLUSAE.from_pretrained({name!r}, id) loads one, "
-        f"load_suite({header.model!r}, ..., release={name!r}) several."
+        f"load_suite({header.model!r}, ..., release={name!r}) loads several."
     )
 
 
 def _folder_hint(name: str) -> str:
-    """The hint for a folder or file of SAEs in place of a model's name."""
+    """The hint for a folder or file of SAEs given as a model."""
     path = Path(name)
     try:
         file = path / f"{path.absolute().name}.yaml" if path.is_dir() else path
@@ -358,9 +358,9 @@ def _folder_hint(name: str) -> str:
         layers = path.is_dir() and next(path.glob("layer_*"), None) is not None
         if not (layers or any((path / part).exists() for part in (*SITES, "params.npz", "cfg.json"))):
             return ""
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid file name
         return ""
     return (
         f"This is a folder: JumpReLUSAE.from_folder(...) loads an SAE in it, and export_suite({name!r}, ...) makes a "
-        "release of all of them, whose registry file register_release takes."
+        "release of all of them, whose registry file is an argument for register_release."
     )

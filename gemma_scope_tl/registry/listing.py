@@ -1,4 +1,4 @@
-"""The table of all SAEs. pandas is imported when the table is asked for, not before."""
+"""The table of all SAEs. pandas is imported only when the table is built."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COLUMNS = {
     "sha256": "string",
     "note": "string",
 }
-"""The table's columns and their dtypes, the same for an empty one."""
+"""The columns of the table and their dtypes, which an empty table has too."""
 
 METRICS = {
     "l0_measured": "float64",
@@ -53,9 +53,9 @@ METRICS = {
     "dense": "float64",
     "tokens": "Int64",
 }
-"""Columns that ``with_metrics`` adds, of the results in :data:`RESULTS`."""
+"""Columns that ``with_metrics`` adds, from the results in :data:`RESULTS`."""
 RESULTS = Path(__file__).resolve().parents[1] / "bundled" / "results"
-"""A ``<release>.csv`` for each release that was measured, and the configuration beside it."""
+"""Folder with ``<release>.csv`` for each release that was measured, and the configuration of the measurement."""
 
 
 def list_saes(
@@ -68,16 +68,16 @@ def list_saes(
     *,
     with_metrics: bool = False,
 ) -> pd.DataFrame:
-    """A row per SAE that fits every condition, by release, layer, site, width and L0.
+    """A table with one row per SAE that meets every condition, ordered by release, layer, site, width and L0.
 
     Args and errors are those of :func:`select_rows`, and:
-        with_metrics: add the measured metrics that come with the package (:data:`METRICS`); missing where an SAE was
-            not measured, or its weights have changed since (results are found by the sha256 of the weights).
+        with_metrics: add the measured metrics that come with the package (:data:`METRICS`). They are missing where an
+            SAE was not measured or its weights have changed since (results are found by the sha256 of the weights).
 
     Returns:
-        The columns of :data:`COLUMNS`. ``canonical`` marks the rows that ``canonical_id`` names as well; ``l0`` is the
-        registry's, ``l0_measured`` that of the results.
-        Conditions that are valid and fit nothing give an empty table with the same columns.
+        A table with the columns of :data:`COLUMNS`. ``canonical`` marks the rows that have a canonical id as well;
+        ``l0`` is from the registry, ``l0_measured`` from the results. If the conditions are valid and no SAE meets
+        them, the table is empty and has the same columns.
 
     Raises:
         RegistryError: for a file of results that cannot be read, with ``with_metrics``.
@@ -94,15 +94,15 @@ def select_rows(
     release: str | Iterable[str] | None = None,
     pattern: str | None = None,
 ) -> list[SAERow]:
-    """The registry rows that fit every condition, by release, layer, site, width and L0; without pandas.
+    """The registry rows that meet every condition, ordered by release, layer, site, width and L0. pandas is not needed.
 
     Args:
-        model: such as ``gemma-2-2b``, or several.
+        model: a name such as ``gemma-2-2b``, or several.
         site: a name of the site table, or several.
-        layer: counts from 0, or several. The embedding has none.
+        layer: an index from 0, or several. The embedding has no layer.
         width: ``"16k"`` or the number of latents, or several.
-        release: or several; a ``-canonical`` name gives the canonical rows only.
-        pattern: a glob over ``release/id`` or ``id``, such as ``*layer_20/width_16k*``. The canonical names match too.
+        release: a name, or several; a ``-canonical`` name selects only canonical rows.
+        pattern: a glob over ``release/id`` or ``id``, such as ``*layer_20/width_16k*``. Canonical names match too.
 
     Raises:
         UnknownNameError: for a model, site, width or release that does not exist, with the nearest names.
@@ -201,7 +201,7 @@ def _checked_layer(layer: object) -> int:
 
 
 def _checked_widths(widths: Iterable[str | int], rows: Iterable[SAERow]) -> set[str]:
-    """The labels of ``widths``. One that no listed row has may still be another release's, so all are looked at."""
+    """The labels of ``widths``. A width without a row among ``rows`` is valid if another release has it."""
     labels = {width if isinstance(width, str) else width_label(width) for width in widths}
     known = {row.width for row in rows}
     if not labels <= known:

@@ -1,6 +1,6 @@
-"""Where registry files and bundled data lie; only this module knows how the package is laid out on disk.
+"""The locations of registry files and bundled data. Only this module depends on the folder layout of the package.
 
-The package's own folder comes first. Files from outside join it in four ways: folders that the environment variable
+The package's own folder comes first. Other files come from folders that the environment variable
 ``GEMMA_SCOPE_TL_REGISTRY`` names, the user's folder, installed packages (the entry-point group
 ``gemma_scope_tl.releases``), and ``register_release``.
 """
@@ -21,10 +21,10 @@ from gemma_scope_tl.files import checked_path, expanded
 
 
 def inside(root: Path, inner: str) -> Path:
-    """``root / inner``, which need not exist.
+    """Return ``root / inner``, which need not exist, if it is inside ``root``.
 
     Args:
-        root: the folder.
+        root: a folder.
         inner: a relative path with ``/`` between its parts.
 
     Raises:
@@ -33,7 +33,7 @@ def inside(root: Path, inner: str) -> Path:
     path = root / inner
     try:
         real, real_root = path.resolve(), root.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # a cycle of links, or a NUL
         raise RegistryError(f"{str(path)!r} cannot be resolved: {error}") from None
     if not real.is_relative_to(real_root):
         raise RegistryError(f"{path} leads out of {root}, to {real}. Copy the file into the folder.")
@@ -51,9 +51,10 @@ _registered: dict[Path, None] = {}  # in the order of register_release
 
 
 def builtin_folder(package: Path = _PACKAGE) -> Path:
-    """The folder of the release files that come with the package.
+    """The folder of the registry files that come with the package.
 
-    A wheel has it inside the package; a source tree, and so an editable install and an unpacked sdist, beside it.
+    A wheel has this folder inside the package. A source tree (and so an editable install and an unpacked sdist) has it
+    next to the package.
 
     Raises:
         RegistryError: when neither exists.
@@ -84,10 +85,10 @@ def extra_folders(variable: str | None = None) -> tuple[Path, ...]:
 
 
 def user_folder() -> Path | None:
-    """The user's own registry folder, which need not exist; None for a user without a home.
+    """The user's registry folder, which need not exist; None for a user without a home folder.
 
-    ``$XDG_CONFIG_HOME/gemma_scope_tl/registry``, and without that variable (or with a relative path in it, which its
-    specification says to ignore) ``~/.config/gemma_scope_tl/registry``.
+    It is ``$XDG_CONFIG_HOME/gemma_scope_tl/registry``, or ``~/.config/gemma_scope_tl/registry`` if that variable is
+    unset or holds a relative path, which the XDG specification says to ignore.
     """
     given = Path(os.environ.get("XDG_CONFIG_HOME", ""))
     home = given if given.is_absolute() else expanded("~/.config")
@@ -95,24 +96,24 @@ def user_folder() -> Path | None:
 
 
 def release_files() -> tuple[Path, ...]:
-    """Every registry file once: the package's own, the extra folders', the user's, packages', registered ones."""
+    """All registry files without duplicates, in the order of the sources that the module's docstring lists."""
     folders = (builtin_folder(), *extra_folders(), user_folder())
     found = [path for folder in folders if folder is not None for path in _in_folder(folder)]
     return _distinct([*found, *_of_packages(), *_registered])
 
 
 def add_file(path: Path) -> None:
-    """Add one file for as long as this process lives."""
+    """Add one file for the lifetime of this process."""
     _registered[path] = None
 
 
 def remove_file(path: Path) -> None:
-    """Take back :func:`add_file`."""
+    """Undo :func:`add_file`."""
     _registered.pop(path, None)
 
 
 def forget_packages() -> None:
-    """Look for installed packages again when they are next needed."""
+    """Clear the list of installed packages, so that the next use searches for them again."""
     _of_packages.cache_clear()
 
 
@@ -121,7 +122,7 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _distinct(paths: Iterable[Path]) -> tuple[Path, ...]:
-    """Each file once, though it may be found in several ways; the first way counts."""
+    """Remove duplicates among files that were found in several ways; the first one is kept."""
     kept: dict[str, Path] = {}
     for path in paths:
         kept.setdefault(os.path.realpath(path), path)
@@ -134,20 +135,20 @@ def _of_packages() -> tuple[Path, ...]:
 
 
 def files_of_entry_point(point: EntryPoint) -> list[Path]:
-    """The registry files that an installed package offers.
+    """The registry files that an installed package provides.
 
-    A ``module`` stands for the YAML files beside it; it is not run, only its parents are. A ``module:attribute`` is
-    imported, and is a path of a file or a folder, or several.
+    The value ``module`` means the YAML files in the folder of the module, which is not imported itself (its parent
+    packages are). The value ``module:attribute`` is imported, and must be a path of a file or a folder, or several.
 
     Raises:
-        RegistryError: naming the package, when the module or what it names does not exist.
+        RegistryError: when the module, the attribute or one of the files does not exist; names the package.
     """
     try:
         places = _places(point)
         return [file for place in places for file in _files_at(place)]
-    except Exception as error:  # whatever the package's code raises
+    except Exception as error:  # the code of the package may raise anything
         package = point.dist.name if point.dist else "an installed package"
-        what = f"The package {package} offers registry files as {point.value!r}, which cannot be read"
+        what = f"The package {package} provides registry files as {point.value!r}, which cannot be read"
         hint = "Repair or uninstall it."
         raise RegistryError(f"{what} ({type(error).__name__}: {error}). {hint}") from error
 
@@ -161,7 +162,7 @@ def _places(point: EntryPoint) -> list[Path]:
         given = list(cast("Iterable[object]", value)) if several else [value]
         for place in given:
             if not isinstance(place, (str, Path)):
-                raise TypeError(f"a path, or several, is needed, not {place!r}")
+                raise TypeError(f"a path or several paths are needed, not {place!r}")
         return [Path(cast("str | Path", place)) for place in given]
     spec = find_spec(point.module)
     if spec is None:
@@ -172,5 +173,5 @@ def _places(point: EntryPoint) -> list[Path]:
 def _files_at(place: Path) -> list[Path]:
     found = [] if not place.is_absolute() else [place] if place.is_file() else _in_folder(place)
     if not found:
-        raise FileNotFoundError(f"{place} is neither a file nor a folder with *.yaml in it, from the root")
+        raise FileNotFoundError(f"{place} is not an absolute path of a file or of a folder with *.yaml files")
     return found

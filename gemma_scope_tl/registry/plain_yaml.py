@@ -1,12 +1,13 @@
-"""Plain data from YAML files that are not trusted.
+"""A reader of plain data from untrusted YAML files.
 
-The text is read as a stream of events, without recursion, and only mappings, sequences and scalars come out of it.
-Whatever could grow without bound or hide something is refused: aliases (nine lines of them make the "billion laughs"
-attack), tags, deep nesting, a second document, and a key that a mapping has twice, of which other readers silently keep
+The text is read as a stream of events, without recursion, and the result contains only mappings, sequences and
+scalars. Constructs that could grow without bound or hide data are refused: aliases (the "billion laughs" attack needs
+nine lines of them), tags, deep nesting, a second document, and duplicate keys, of which other readers silently keep
 the last.
 
-PyYAML's own constructors are not used: its C loader, five times as fast as the Python one, composes nodes recursively
-and resolves aliases before a subclass sees anything, so a pass over the events would be needed besides.
+PyYAML's own constructors are not used. Its C loader, which is five times as fast as the Python loader, composes nodes
+recursively and resolves aliases before a subclass could refuse them, so a separate pass over the events would be
+needed.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ import yaml
 from gemma_scope_tl.errors import RegistryError
 
 MAX_BYTES = 16 << 20
-"""The largest registry file that is read, in bytes; the largest of Google's is a hundredth of that."""
+"""The largest registry file that is read, in bytes. Gemma Scope's largest has a hundredth of this size."""
 MAX_DEPTH = 16
 MAX_ENTRIES = 10_000
-"""Entries of one mapping or sequence; the messages about a wrong row are a hundred times as long as the row."""
+"""Most entries of one mapping or sequence; messages about a wrong row are a hundred times as long as the row."""
 MAX_VALUES = 300_000
-"""Scalars and collections of one file, keys included; the largest of Google's has ten thousand."""
-_MAX_NUMBER = 64  # characters; sexagesimal numbers take quadratic time
+"""Most scalars and collections of one file, keys included. Gemma Scope's largest file has ten thousand."""
+_MAX_NUMBER = 64  # characters; parsing sexagesimal numbers takes quadratic time
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {f"{_TAG}{kind}" for kind in ("null", "bool", "int", "float")}
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is five times as fast
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader is five times as fast
 _UNSET = object()
 
 
 class _Open(NamedTuple):
-    """A collection whose end has not been read."""
+    """A collection whose end has not been read yet."""
 
     value: dict[object, object] | list[object]
     lines: dict[object, int]  # the line of each key
@@ -47,7 +48,7 @@ def load_yaml(text: str, source: str) -> object:
         source: the file's name, for messages.
 
     Raises:
-        RegistryError: with the line, when the text is not YAML or more than plain data.
+        RegistryError: with the line, when the text is not YAML or contains more than plain data.
     """
     try:
         return _build(_LOADER(text), source)
@@ -62,7 +63,7 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
         RegistryError: when it cannot be read, is not UTF-8, or is larger than ``limit`` bytes.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for, a device has no end
+        if path.exists() and not path.is_file():  # reading a pipe would block, and a device has no end
             raise RegistryError(f"{path} cannot be read: it is not a file. Give the path of a YAML file.")
         with path.open("rb") as file:
             data = file.read(limit + 1)
@@ -75,7 +76,7 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
 
 def _build(loader: Any, source: str) -> object:
     stack: list[_Open] = []
-    keys: list[object] = []  # the key that waits for its value, for each open mapping
+    keys: list[object] = []  # for each open mapping, the key whose value has not been read
     root: object = _UNSET
     count = 0
     while not isinstance(event := loader.get_event(), yaml.StreamEndEvent):
@@ -109,7 +110,7 @@ def _build(loader: Any, source: str) -> object:
 
 
 def _put(parent: _Open, keys: list[object], value: object, source: str, line: int) -> None:
-    """Give a value to the open collection it stands in: to the list, or as the mapping's next key or value."""
+    """Add a value to the open collection: to a list, or to a mapping as its next key or value."""
     if len(parent.value) >= MAX_ENTRIES:
         raise _refused(source, line, f"is one of more than {MAX_ENTRIES:,} entries", "Split the release.")
     if isinstance(parent.value, list):
@@ -128,7 +129,7 @@ def _put(parent: _Open, keys: list[object], value: object, source: str, line: in
 
 def _check_collection(event: Any, source: str, line: int, depth: int) -> None:
     if event.tag not in (None, "!", f"{_TAG}map", f"{_TAG}seq"):
-        raise _refused(source, line, f"is not YAML of plain data: it has the tag {event.tag!r}", "Take it out.")
+        raise _refused(source, line, f"is not plain YAML data: it has the tag {event.tag!r}", "Remove it.")
     if depth >= MAX_DEPTH:
         raise _refused(source, line, f"is nested more than {MAX_DEPTH} deep", "A registry file has four levels.")
 
@@ -138,7 +139,7 @@ def _scalar(loader: Any, event: Any, source: str, line: int) -> object:
     if tag is None or tag == "!":
         tag = loader.resolve(yaml.ScalarNode, event.value, event.implicit)
     elif tag not in (*_SCALARS, f"{_TAG}str"):
-        raise _refused(source, line, f"is not YAML of plain data: it has the tag {tag!r}", "Take it out.")
+        raise _refused(source, line, f"is not plain YAML data: it has the tag {tag!r}", "Remove it.")
     if tag == f"{_TAG}merge":
         raise _refused(source, line, "merges mappings with <<", "Write the values out.")
     if tag not in _SCALARS:

@@ -1,4 +1,4 @@
-"""Problems of a registry file: how one is written, and those that only several rows together show."""
+"""Problems of a registry file: their text, and the checks that compare several rows."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Problem(NamedTuple):
 
 
 def error_text(detail: ErrorDetails, known: Iterable[str], words: Mapping[str, str]) -> str:
-    """What is wrong with a value, from one of pydantic's errors.
+    """Describe one of pydantic's errors.
 
     Args:
         detail: the error.
-        known: the keys that are valid where an unknown one was given.
-        words: by the type of an error, what the value should be, in place of pydantic's message.
+        known: the valid keys, for an error about an unknown key.
+        words: texts that replace pydantic's messages, by the type of the error.
     """
     kind = detail["type"]
     if kind == "missing":
@@ -45,7 +45,7 @@ def error_text(detail: ErrorDetails, known: Iterable[str], words: Mapping[str, s
 
 
 def cross_row_problems(data: Mapping[str, object]) -> list[Problem]:
-    """The problems that no row has alone. ``data`` is unchecked, so that they are reported beside other problems."""
+    """Problems that involve several rows. ``data`` is unchecked, so that they are reported with all other problems."""
     given = raw_rows(data)
     rows = [cast("Mapping[str, object]", row) for row in given if isinstance(row, Mapping)]
     ids = [_id_of(row) or index for index, row in enumerate(given)]
@@ -71,11 +71,11 @@ def cross_row_problems(data: Mapping[str, object]) -> list[Problem]:
 
 
 def _sites_of_other_families(data: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> list[Problem]:
-    """Rows at sites that exist, but not in the family of the release's model."""
+    """Problems of rows whose site exists, but not in the family of the release's model."""
     name, model = data.get("family"), data.get("model")
     by_name = {family.name: family for family in families()}
     family = by_name.get(str(name)) if name is not None else family_of_model(model if isinstance(model, str) else None)
-    if family is None:  # reported as the release's own problem
+    if family is None:  # reported as a problem of the release
         return []
     problems: list[Problem] = []
     for row in rows:
@@ -87,7 +87,7 @@ def _sites_of_other_families(data: Mapping[str, object], rows: Sequence[Mapping[
 
 
 def _repeated(values: Iterable[Any]) -> dict[Any, list[int]]:
-    """The values that occur more than once, and where."""
+    """The values that occur more than once, with their positions."""
     places: defaultdict[Any, list[int]] = defaultdict(list)
     for index, value in enumerate(values):
         places[value].append(index)
@@ -105,13 +105,13 @@ def canonical_id(id_: str) -> str:
 
 
 def raw_rows(data: object) -> Sequence[object]:
-    """The rows of unchecked data, none where it has no list of them."""
+    """The rows of unchecked data; empty if it has no list of rows."""
     rows = cast("Mapping[str, object]", data).get("saes") if isinstance(data, Mapping) else None
     return cast("list[object]", rows) if isinstance(rows, list) else ()
 
 
 def row_name(index: int, row: object) -> str:
-    """What messages call an unchecked row: its id, or its number where it has none."""
+    """The name of an unchecked row in messages: its id, or its number if it has no id."""
     return _id_of(row) or f"row {index + 1}"
 
 

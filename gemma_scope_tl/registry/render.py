@@ -1,4 +1,4 @@
-"""Registry files as text: the YAML of a release, and the JSON schema that editors check it against."""
+"""Registry files as text: the YAML of a release, and the JSON schema that editors use to check it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RESERVED = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
 
 
 def render_release(release: ReleaseFile) -> str:
-    """The YAML text of a release: one line a row, keys that hold their default left out, the same text every time."""
+    """The YAML text of a release: one line per row, without keys that have their default value. It is deterministic."""
     lines = [SCHEMA_LINE]
     for key in ("release", "canonical_release", "repo", "model", "family", "license", "description", "format"):
         value = getattr(release, key)

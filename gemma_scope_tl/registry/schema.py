@@ -1,4 +1,6 @@
-"""The schema of registry files: one YAML file a release, explicit rows, all errors of a file reported together."""
+"""The schema of registry files: one YAML file per release with explicit rows. All errors of a file are reported
+together.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +52,9 @@ _REPO = r"(bundled|\./?|\./[^/]+(/[^/]+)*|/.*|[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-
 
 
 def _repo(text: str) -> str:
-    """``bundled``, ``owner/name``, or a folder: from ``/``, or from ``./`` and then below the registry file's own."""
+    """Check a ``repo``: ``bundled``, ``owner/name``, an absolute folder, or ``./folder`` beside the registry file."""
     if not re.fullmatch(_REPO, text) or ".." in text.split("/") or any(ord(c) < 32 for c in text):
-        hint = "'owner/name' on Hugging Face, './folder' beside this file, or '/a/folder' from the root"
+        hint = "'owner/name' on Hugging Face, './folder' relative to this file, or an absolute path"
         raise ValueError(f"{text!r} is not a repository: write {hint}, without '..'")
     return text
 
@@ -67,20 +69,20 @@ class SAEEntry(BaseModel):
     """One row of a release file: one SAE.
 
     Attributes:
-        id: name within the release; SAELens's, where SAELens has the release.
+        id: name within the release; the same as SAELens's if SAELens has the release.
         site: a name of the site table.
         layer: counts from 0; null for the embedding, which exists once.
         width: label of ``d_sae``, such as ``16k``.
         d_sae: number of latents.
-        d_in: width of what the SAE reads, heads flattened.
-        d_out: width of what it writes; null for ``d_in``.
+        d_in: dimension of the activations that the SAE reads, heads flattened.
+        d_out: dimension of the activations that the SAE writes; null if it equals ``d_in``.
         l0: mean number of active latents, from the folder name; null when it is not known.
         path: folder inside the repository that holds the weights file.
         neuronpedia: ``model/layer-source`` where Neuronpedia has a dashboard.
         canonical: whether ``…/canonical`` names this row. At most one for each site, layer and width.
         revision: commit of the repository to read; null for its main branch.
         sha256: hash of the weights file.
-        note: what a user should know about this one SAE.
+        note: a remark about this SAE.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -150,7 +152,7 @@ class SAEEntry(BaseModel):
 
 
 class SAERow(SAEEntry):
-    """One released SAE with all that is needed to find it, check it and splice it: an entry and its release's fields.
+    """One released SAE: an entry with the fields of its release, enough to find, check and splice the SAE.
 
     ``repo`` is a Hugging Face repository, a folder's absolute path, or ``"bundled"`` for files inside this package.
     """
@@ -163,28 +165,28 @@ class SAERow(SAEEntry):
 
     @property
     def model_family(self) -> Family:
-        """The family of the model: the release's ``family``, or the one that the model's name belongs to."""
+        """The family of the model: the release's ``family``, or the family that the name of the model belongs to."""
         return family_of_model(self.model, self.site) if self.family is None else family_named(self.family)
 
     @property
     def weights_path(self) -> str:
-        """The weights file's path inside the repository."""
+        """The path of the weights file inside the repository."""
         return f"{self.path}/{WEIGHTS_FILES[self.format]}"
 
 
 class ReleaseFile(BaseModel):
-    """A registry file: the fields that all rows of a release share, and the rows.
+    """A registry file: the fields of a release and its rows.
 
     Attributes:
-        release: the file's stem and the release's name; SAELens's, where SAELens has it.
-        canonical_release: SAELens's second name, under which only the canonical ids exist, or null.
-        repo: ``owner/name`` on Hugging Face; ``./folder`` (or ``.``) beside this file; ``/a/folder``; or ``bundled``.
+        release: the stem of the file and the name of the release; the same as SAELens's if SAELens has the release.
+        canonical_release: SAELens's second name, for which only the canonical ids exist, or null.
+        repo: ``owner/name`` on Hugging Face; ``./folder`` (or ``.``) next to this file; ``/a/folder``; or ``bundled``.
         model: the model the SAEs read, without its owner: ``gemma-2-2b``.
-        family: the model's family, whose sites the rows name: ``gemma2``. Null for the one that the model's name
-            belongs to, and for the first one where the name belongs to none.
+        family: the family of the model, such as ``gemma2``, which defines the sites. Null for the family that the name
+            of the model belongs to, or the first family if it belongs to none.
         license: SPDX identifier of the weights' licence.
-        description: one line for people.
-        notes: what a user should know about the release; where it differs from other catalogues, and why.
+        description: one line of text.
+        notes: remarks about the release, such as where and why it differs from other catalogues.
         format: layout of each row's folder.
         saes: the rows.
     """
@@ -205,17 +207,17 @@ class ReleaseFile(BaseModel):
 
     @cached_property
     def rows(self) -> tuple[SAERow, ...]:
-        """The rows, each with the release's fields, in the order of the file; a folder's path is absolute in them.
+        """The rows in the order of the file, each with the fields of the release. A folder in ``repo`` is absolute.
 
         Raises:
-            RegistryError: when ``repo`` is a folder beside the file, and the release was not read from a file.
+            RegistryError: when ``repo`` is a relative folder and the release was not read from a file.
         """
         shared: dict[str, Any] = {key: getattr(self, key) for key in ("release", "model", "format", "family")}
         shared["repo"] = resolved_repo(self.repo, self._folder)
         return tuple(SAERow.model_construct(**dict(entry), **shared) for entry in self.saes)  # checked already
 
     def at(self, folder: Path | None) -> ReleaseFile:
-        """This object, knowing the folder of its file, from which ``./`` counts."""
+        """Set the folder of the registry file, to which ``./`` refers, and return this object."""
         self._folder = folder
         return self
 
@@ -239,7 +241,7 @@ def parse_release(data: object, source: str) -> ReleaseFile:
     """Check the content of a registry file.
 
     Args:
-        data: what the YAML holds.
+        data: the content of the YAML file.
         source: the file's name, for the message.
 
     Raises:
@@ -252,7 +254,7 @@ def parse_release(data: object, source: str) -> ReleaseFile:
 
 
 def validate_release(data: object) -> tuple[ReleaseFile | None, list[Problem]]:
-    """The release that the content of a registry file describes; or None, and every problem of it."""
+    """Return the release that the content of a registry file describes, or None with every problem of the content."""
     try:
         return ReleaseFile.model_validate(data), []
     except ValidationError as error:
@@ -267,7 +269,7 @@ def read_release(path: str | Path) -> ReleaseFile:
     """Read and check one registry file, whose stem must be the release's name.
 
     Raises:
-        RegistryError: when there is no such file, or with all of its problems.
+        RegistryError: when there is no such file, or with all problems of the file.
     """
     path = Path(path)
     release = parse_release(load_yaml(read_text(path), str(path)), str(path)).at(path.resolve().parent)
@@ -283,20 +285,22 @@ def read_release(path: str | Path) -> ReleaseFile:
 
 
 def resolved_repo(repo: str, folder: Path | None) -> str:
-    """``repo`` as rows have it: a folder beside the registry file as an absolute path, anything else as it is.
+    """Make ``repo`` absolute if it is relative to the registry file; any other ``repo`` is returned unchanged.
 
     Raises:
-        RegistryError: for a folder beside the file without the file's own folder.
+        RegistryError: for a relative folder when ``folder`` is None.
     """
     if not repo.startswith("."):
         return repo
     if folder is None:
-        raise RegistryError(f"The folder {repo!r} counts from its registry file, and this release is from no file.")
+        raise RegistryError(
+            f"The folder {repo!r} is relative to its registry file, but this release was not read from a file."
+        )
     return str(inside(folder, repo))
 
 
 def escaping_rows(rows: Iterable[SAERow]) -> list[Problem]:
-    """Rows of a local folder whose files lie elsewhere, through symbolic links."""
+    """Problems of rows of a local folder whose files are outside of it, through symbolic links."""
     problems: list[Problem] = []
     for row in rows:
         if row.repo.startswith("/"):
@@ -309,7 +313,7 @@ def escaping_rows(rows: Iterable[SAERow]) -> list[Problem]:
 
 
 def _problem(detail: ErrorDetails, data: object) -> Problem:
-    """One pydantic error in our words: the row's id and the field in place of a location tuple."""
+    """Convert one pydantic error, with the row id and the field in place of a location tuple."""
     loc = list(detail["loc"])
     row = ""
     if len(loc) > 1 and loc[0] == "saes" and isinstance(loc[1], int):

@@ -1,4 +1,4 @@
-"""Width labels: the ``16k`` of ``layer_20/width_16k`` and the number of latents it stands for.
+"""Width labels: the ``16k`` in ``layer_20/width_16k`` and the number of latents that it means.
 
 Gemma Scope's widths are powers of two, written with their leading decimal digits: 65,536 is ``65k`` and not ``64k``.
 Any other number of latents is written out.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from gemma_scope_tl.errors import RegistryError
 
 DEFAULT_WIDTH = "16k"
-"""What is taken where no width is given: every Gemma Scope model has it at every layer."""
+"""The default width, which every Gemma Scope model has at every layer."""
 _UNITS = {"k": 1_000, "m": 1_000_000}
 _LARGEST = 2**40
 
@@ -31,7 +31,7 @@ def width_label(d_sae: int) -> str:
 
 
 def parse_width(label: str) -> int:
-    """The number of latents that a width label stands for.
+    """The number of latents of a width label.
 
     Raises:
         RegistryError: for anything but a positive number or the leading digits of a power of two with ``k`` or ``m``.
@@ -47,5 +47,7 @@ def parse_width(label: str) -> int:
     smallest = int(digits) * _UNITS[unit]
     d_sae = 1 << (smallest - 1).bit_length()  # the first power of two that is not below
     if width_label(d_sae) != label:
-        raise RegistryError(f"No power of two is written {label!r}: write the number of latents, such as '24576'.")
+        raise RegistryError(
+            f"{label!r} is not the label of a power of two: write the number of latents, such as '24576'."
+        )
     return d_sae

@@ -1,4 +1,7 @@
-"""JumpReLU SAEs and transcoders, as :class:`sae_lens.SAE` objects. Names load lazily: SAELens imports slowly."""
+"""JumpReLU SAEs and transcoders, as :class:`sae_lens.SAE` objects.
+
+The names are imported on first use, because the import of SAELens is slow.
+"""
 
 from __future__ import annotations
 

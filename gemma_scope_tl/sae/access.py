@@ -1,5 +1,8 @@
-"""What other rooms ask of an SAE, of SAELens or of this package, or of a few loaded latents: where it belongs, decoder
-rows and activations."""
+"""Access to the place, decoder rows and activations of an SAE or of loaded latents.
+
+The functions accept SAEs of this package, SAEs of SAELens, and :class:`~gemma_scope_tl.sae.latents.Latents`, so that
+other packages need not distinguish them.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +29,15 @@ if TYPE_CHECKING:
 def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int | None]:
     """The site and layer that an SAE, a transcoder or loaded latents belong to.
 
-    An SAE of this package says so itself; one of SAELens's own names hooks in its metadata.
+    An SAE of this package has attributes for them. For an SAE of SAELens they follow from the hooks in its metadata.
 
     Args:
         sae: an SAE or latents.
-        family: whose site it is; None for the family of the model that the SAE was trained on, or where that is unknown
-            the first family that has the site.
+        family: the family of the site; None for the family of the model that the SAE was trained on, or, if that is
+            unknown, the first family that has the site.
 
     Raises:
-        SpliceError: when it does not say.
+        SpliceError: when the site is unknown.
         UnknownNameError: for a site or a hook that does not exist.
     """
     name = getattr(sae, "site", None)
@@ -42,18 +45,18 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
         family = family or family_of_model(getattr(sae, "model_name", None), name)
         return family.site(name), getattr(sae, "layer", None)
     if isinstance(sae, Latents):
-        raise SpliceError("These latents do not say where they belong: give them a site and a layer.")
+        raise SpliceError("The site of these latents is unknown: give them a site and a layer.")
     hook = sae.cfg.metadata.hook_name
     if hook is None:
-        raise SpliceError("This SAE does not say where it belongs: load it with site= and layer=.")
+        raise SpliceError("The site of this SAE is unknown: load it with site= and layer=.")
     return site_of_hook(hook, sae.cfg.metadata.hook_name_out, family)
 
 
 def chosen_latents(sae: SAEOrLatents, latents: int | Iterable[int]) -> list[int]:
-    """Indices of latents as a list, checked against what ``sae`` has.
+    """Indices of latents as a list, checked against the latents of ``sae``.
 
     Raises:
-        SpliceError: for no latent at all, one that does not exist, or one that is given twice.
+        SpliceError: for no latent, a latent that does not exist, or one that is given twice.
         UnknownNameError: for a latent that is not among the loaded ones.
     """
     from gemma_scope_tl.sae.base import checked_latents
@@ -74,10 +77,10 @@ def decoder_rows(sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "
 def encode_latents(
     sae: SAEOrLatents, x: Float[torch.Tensor, "... d_in"], latents: list[int] | None = None
 ) -> Float[torch.Tensor, "... k"]:
-    """Activations of some latents (None for all that ``sae`` has) on ``x``, heads flattened.
+    """Activations of some latents (None for all of ``sae``) on ``x``, heads flattened.
 
-    Hooks on the SAE's own points do not fire, because caches and edits of an attached SAE are about the model's pass.
-    ``sae`` moves to the device of ``x``, in place.
+    Hooks on the SAE's hook points do not run, because caches and edits of an attached SAE concern the pass of the
+    model. ``sae`` is moved in place to the device of ``x``.
 
     Raises:
         SpliceError: for loaded latents without encoder columns.
@@ -98,7 +101,7 @@ def encode_latents(
 
 
 def decode_with_skip(sae: SAE[Any], acts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The whole output for latents ``acts`` of ``x``: ``decode`` leaves out what a skip transcoder adds to them."""
+    """The output for latents ``acts`` of ``x``, with the skip path of a skip transcoder, which ``decode`` lacks."""
     out = sae.decode(acts)
     w_skip = getattr(sae, "W_skip", None)
     return out if w_skip is None else out + x.to(out.dtype) @ w_skip.T
@@ -106,7 +109,7 @@ def decode_with_skip(sae: SAE[Any], acts: torch.Tensor, x: torch.Tensor) -> torc
 
 @contextmanager
 def flat_heads(sae: Any) -> Generator[None]:
-    """Inside the block, SAELens's own SAEs at attention heads take ``[..., n_heads * d_head]`` as this package's do."""
+    """Let SAELens's SAEs at attention heads accept ``[..., n_heads * d_head]``, as those of this package do."""
     reshapes = bool(getattr(sae, "hook_z_reshaping_mode", False))
     if reshapes:
         sae.turn_off_forward_pass_hook_z_reshaping()

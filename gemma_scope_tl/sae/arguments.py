@@ -1,4 +1,4 @@
-"""Checks of arguments: indices of latents and tensors, as users give them."""
+"""Checks of arguments that users give: indices of latents, and tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def checked_latents(latents: int | Iterable[int], d_sae: int) -> list[int]:
     """Indices of latents of an SAE as a list.
 
     Raises:
-        SpliceError: for one that does not exist, is no integer, or is given twice; for none.
+        SpliceError: for no latent, or an index that does not exist, is not an integer, or is given twice.
     """
     chosen = as_indices(latents)
     if not chosen:
@@ -30,24 +30,24 @@ def checked_latents(latents: int | Iterable[int], d_sae: int) -> list[int]:
 
 
 def as_indices(latents: Any) -> list[int]:
-    """One latent or several as ints: Python's, NumPy's, torch's (0-d too), a Series or an iterator of them.
+    """Convert one index or several to a list of ints: from Python, NumPy or torch (also 0-d), a Series or an iterator.
 
     Raises:
-        SpliceError: for what is not an integer: bools, floats, text; for an array of two dimensions.
+        SpliceError: for values that are not integers (bools, floats, text), and for an array of two dimensions.
     """
     dimensions = getattr(latents, "ndim", 1)
     if dimensions > 1:
-        raise SpliceError(f"Latents are one index or a list of them; given: shape {list(latents.shape)}.")
+        raise SpliceError(f"Latents must be one index or a list of indices; given: shape {list(latents.shape)}.")
     if dimensions == 0 or isinstance(latents, (str, bytes, Mapping)) or not isinstance(latents, Iterable):
         return [as_index(latents)]
     return [as_index(latent) for latent in latents]
 
 
 def as_index(value: Any) -> int:
-    """An integer of Python, NumPy or torch as an int.
+    """Convert an integer of Python, NumPy or torch to an int.
 
     Raises:
-        SpliceError: for anything else, bools and floats too.
+        SpliceError: for anything else, including bools and floats.
     """
     kind = str(getattr(value, "dtype", ""))
     try:
@@ -59,7 +59,7 @@ def as_index(value: Any) -> int:
 
 
 def is_index(value: Any) -> bool:
-    """Whether :func:`as_index` takes it."""
+    """Whether :func:`as_index` accepts ``value``."""
     try:
         as_index(value)
     except SpliceError:
@@ -68,27 +68,27 @@ def is_index(value: Any) -> bool:
 
 
 def checked_tensor(x: Any, name: str, device: torch.device) -> torch.Tensor:
-    """``x`` itself, when it is a tensor of real numbers on a device.
+    """Return ``x`` if it is a tensor of real numbers on ``device``.
 
     Args:
-        x: what was given.
-        name: what it was given to, for the message.
-        device: where that is.
+        x: the argument.
+        name: the function or object that received it, for the message.
+        device: the device of that object.
 
     Raises:
-        SpliceError: for anything but a tensor; for complex numbers, whose imaginary part a cast would drop.
+        SpliceError: for anything but a tensor, and for complex numbers, whose imaginary part a cast would drop.
         DeviceError: for a tensor on another device.
     """
     if not isinstance(x, torch.Tensor):
-        raise SpliceError(f"{name} takes a tensor; given: {shown(x)}. Make one of numbers with torch.as_tensor(x).")
+        raise SpliceError(f"{name} takes a tensor; given: {shown(x)}. Convert numbers with torch.as_tensor(x).")
     if x.is_complex():
-        raise SpliceError(f"{name} takes real numbers, the tensor given is {x.dtype}.")
+        raise SpliceError(f"{name} takes real numbers, but the given tensor is {x.dtype}.")
     if x.device != device:
         raise device_mismatch(name, device, x.device)
     return x
 
 
 def shown(value: Any) -> str:
-    """A value for a message: itself where it is short, and its type."""
+    """The text of a value in a message: its type, with its ``repr`` if that is short."""
     text, kind = repr(value), type(value).__name__
     return f"a {kind}" if isinstance(value, torch.nn.Module) or len(text) > 60 else f"{text} ({kind})"

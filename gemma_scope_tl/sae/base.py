@@ -1,18 +1,18 @@
-"""What Gemma Scope's SAEs and transcoders share, as a mixin over SAELens's classes.
+"""The common part of Gemma Scope's SAEs and transcoders, as a mixin for SAELens's classes.
 
-It changes four things in SAELens's inference classes and nothing else:
+It changes four properties of SAELens's inference classes:
 
-- the thresholds stay float32 (or wider) whatever the dtype of the rest;
-- what SAELens keeps as local functions on the object are methods, so SAEs can be pickled and deep-copied;
-- activations with heads apart (``[..., n_heads, d_head]``) and flat ones (``[..., d_in]``) are told apart at every call
-  instead of once for the lifetime of the object;
-- ``forward`` answers in the dtype and the shape of its input, of whole numbers in the SAE's dtype.
+- the thresholds stay float32 (or wider) for every dtype of the other parameters;
+- local functions that SAELens stores on the object are methods, so SAEs can be pickled and deep-copied;
+- activations with a dimension of heads (``[..., n_heads, d_head]``) and flat ones (``[..., d_in]``) are distinguished
+  at every call instead of once for the lifetime of the object;
+- ``forward`` returns the dtype and the shape of its input (the SAE's dtype for an input of integers).
 
-Parameters require gradients, as SAELens's do, so an optimiser moves them through a splice. Inference pays nothing for
-that (``sparse.py``): a pass costs the same with gradients of the weights, without, and under ``torch.no_grad()``, and
-their gradients are computed by ``backward()`` alone, not by ``torch.autograd.grad(metric, activations)``.
-``sae.requires_grad_(False)`` freezes an SAE; an optimiser's step on frozen parameters moves nothing, as everywhere in
-PyTorch. Weights mapped from a file are private copies once written to: training never reaches the file.
+Parameters require gradients, as in SAELens, so an optimiser can train them through a splice. Inference is not slower
+for that (``sparse.py``): a pass takes the same time with gradients of the weights, without, and under
+``torch.no_grad()``. The gradients of the weights are computed only by ``backward()``, and not by
+``torch.autograd.grad(metric, activations)``. ``sae.requires_grad_(False)`` freezes an SAE. Weights that are mapped from
+a file are copied when they are written to, so training never changes the file.
 """
 
 from __future__ import annotations
@@ -42,18 +42,19 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
 
         z = x W_enc + b_enc            f = z * H(z - theta)            x_hat = f W_dec + b_dec
 
-    with H(0) = 0, so a pre-activation equal to its threshold is off. ``b_dec`` is not subtracted from the input: Gemma
-    Scope folds that into ``b_enc`` after training (appendix A).
+    with H(0) = 0, so a pre-activation equal to its threshold is inactive. ``b_dec`` is not subtracted from the input:
+    Gemma Scope folds this subtraction into ``b_enc`` after training (appendix A).
 
     Attributes:
-        site, layer: where it reads (``sites.py``), None when unknown. The embedding has no layer.
-        row: the registry row whose weights these are; None outside the registry, and once they were changed.
-        facts_when_loaded: what its metadata say of the weights that were loaded
+        site, layer: the place that the SAE reads (``sites.py``), None if unknown. The embedding has no layer.
+        row: the registry row of the weights; None outside the registry, and after the weights were changed.
+        facts_when_loaded: values in the metadata that describe the loaded weights
             (:mod:`~gemma_scope_tl.sae.provenance`).
         is_transcoder: whether input and output are different tensors.
         threshold: theta, float32 even in a bfloat16 or float16 SAE. The comparison runs in float32: a threshold rounded
             to bfloat16 would switch latents near it on or off.
-        d_head: width of a head in the last input encoded, None when that was flat; what :meth:`decode` shapes by.
+        d_head: width of a head in the last encoded input, None if that was flat. It determines the shape of
+            :meth:`decode`.
     """
 
     site: str | None = None
@@ -80,14 +81,14 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
         return self.cfg.metadata.model_name
 
     def initialize_weights(self) -> None:
-        """As SAELens, with thresholds in float32 or wider."""
+        """Initialise as SAELens does, with thresholds in float32 or wider."""
         super().initialize_weights()
         wide = torch.promote_types(self.dtype, torch.float32)
         self.threshold = nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=wide, device=self.device))
 
     @property
     def row(self) -> SAERow | None:
-        """The registry row whose weights these are; None once they were changed (:attr:`as_loaded`)."""
+        """The registry row of the weights; None after they were changed (:attr:`as_loaded`)."""
         return self._row if self._row is not None and self.as_loaded else None
 
     @row.setter
@@ -96,26 +97,26 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
 
     @property
     def as_loaded(self) -> bool:
-        """Whether the weights are those that were loaded, moved or converted at most; True where nothing was loaded.
+        """Whether the weights have the loaded values, apart from moves and conversions. True if nothing was loaded.
 
-        An optimiser's step and other writes to them make it False, in copies too; a write to a few rows through
-        ``.data``, which PyTorch does not note, may be missed. What the registry says of the SAE, its name, L0 and hash,
-        no longer describes them.
+        An optimiser's step and other writes make it False, in copies of the SAE too. A write to a few rows through
+        ``.data``, which PyTorch does not record, may be missed. The registry's name, L0 and hash do not apply to
+        changed weights.
         """
         if self._marks is None or isinstance(self._marks, bool):
             return self._marks is not False
         return marks_of(self) == self._marks
 
     def mark_as_loaded(self) -> None:
-        """Take the weights as they are now for those that were loaded; whatever loads an SAE calls it."""
+        """Record the current weights as the loaded ones. Every function that loads an SAE calls it."""
         self.facts_when_loaded, self._marks = facts_of(self.cfg.metadata), marks_of(self)
 
     def _saved_config(self) -> Mapping[str, Any]:
         return config_of(self)
 
-    # SAELens assigns closures here, which cannot be pickled; the methods below take their place.
+    # SAELens assigns closures here, which cannot be pickled; the methods below replace them.
     def turn_on_forward_pass_hook_z_reshaping(self) -> None:
-        """Accept ``[..., n_heads, d_head]`` beside ``[..., d_in]``."""
+        """Accept ``[..., n_heads, d_head]`` as well as ``[..., d_in]``."""
         self.hook_z_reshaping_mode = True
         self.d_head = None
 
@@ -132,15 +133,16 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
         return x
 
     def run_time_activation_norm_fn_out(self, x: torch.Tensor) -> torch.Tensor:
-        """Identity, as :meth:`run_time_activation_norm_fn_in`."""
+        """Identity, like :meth:`run_time_activation_norm_fn_in`."""
         return x
 
     def reshape_fn_in(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., n_heads, d_head]`` or ``[..., d_in]`` -> ``[..., d_in]``; remembers which in ``d_head``.
+        """``[..., n_heads, d_head]`` or ``[..., d_in]`` -> ``[..., d_in]``. Stores the layout in ``d_head``.
 
         Raises:
-            SpliceError: when the last dimension(s) are not the SAE's input width; what is no tensor of real numbers.
-            DeviceError: when ``x`` is elsewhere than the SAE.
+            SpliceError: when the last dimension(s) differ from the SAE's input width, or ``x`` is not a tensor of
+                real numbers.
+            DeviceError: when ``x`` is on another device than the SAE.
         """
         d_in = self.cfg.d_in
         x = checked_tensor(x, self.get_name(), self.W_enc.device)
@@ -151,32 +153,32 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
             self.d_head = x.shape[-1]
             return x.flatten(-2)
         heads = f" or [..., n_heads, d_head] with {d_in} in all" if self.hook_z_reshaping_mode else ""
-        raise SpliceError(f"{self.get_name()} reads [..., {d_in}]{heads}, the tensor given is {list(x.shape)}.")
+        raise SpliceError(f"{self.get_name()} reads [..., {d_in}]{heads}, but the given tensor is {list(x.shape)}.")
 
     def reshape_fn_out(self, x: torch.Tensor, d_head: int | None) -> torch.Tensor:
-        """``[..., d_in]`` -> ``[..., n_heads, d_head]``, or itself without ``d_head``."""
+        """``[..., d_in]`` -> ``[..., n_heads, d_head]``, or unchanged if ``d_head`` is None."""
         return x if d_head is None else x.unflatten(-1, (-1, d_head))
 
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
-        """Cast to the SAE's dtype, put heads together, pass ``hook_sae_input``."""
+        """Cast to the SAE's dtype, flatten heads, and pass ``hook_sae_input``."""
         return self.hook_sae_input(self.reshape_fn_in(sae_in).to(self.dtype))
 
     def encode(self, x: torch.Tensor, latents: int | Iterable[int] | None = None) -> torch.Tensor:
-        """Latents of activations.
+        """The activations of the latents on ``x``.
 
         Args:
             x: ``[..., d_in]``, or ``[..., n_heads, d_head]`` at the att site; any real dtype.
-            latents: indices of the only ones to compute, in this order; hook points are not passed then, because what
-                a hook expects there is all latents.
+            latents: indices of the latents to compute, in this order; None for all. Hook points are then skipped,
+                because hooks there expect all latents.
 
         Returns:
-            ``[..., d_sae]``, or ``[..., len(latents)]``, in the SAE's dtype. NaN in, NaN out.
+            ``[..., d_sae]``, or ``[..., len(latents)]``, in the SAE's dtype. NaN inputs give NaN.
 
         Raises:
-            SpliceError: for another width, what is no tensor of real numbers, a latent that does not exist or is given
-                twice, or no latent.
-            DeviceError: for ``x`` on another device: an SAE moves by itself only when it is used with a model, which
-                has its device; called on a tensor it stays, as any module does.
+            SpliceError: for an input of another width or one that is not a tensor of real numbers, and for no latent, a
+                latent that does not exist, or one that is given twice.
+            DeviceError: for ``x`` on another device. An SAE is moved automatically only when it is used with a model; a
+                call on a tensor does not move it, as for any module.
         """
         if latents is not None:
             chosen = checked_latents(latents, self.cfg.d_sae)
@@ -190,14 +192,14 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
 
         Args:
             feature_acts: ``[..., d_sae]``.
-            like: a tensor of the site, with heads apart or not, whose layout to answer in. Without it the layout is
-                that of the last input encoded, and flat before any.
+            like: a tensor of the site, with or without a dimension of heads, whose layout the result gets. Without it,
+                the layout is that of the last encoded input, and flat if there was none.
 
         Returns:
             ``[..., d_out]``, or ``[..., n_heads, d_head]`` at the att site.
 
         Raises:
-            SpliceError: for what is no tensor of real numbers.
+            SpliceError: for an argument that is not a tensor of real numbers.
             DeviceError: for latents on another device.
         """
         feature_acts = checked_tensor(feature_acts, self.get_name(), self.W_dec.device)
@@ -213,8 +215,8 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``decode(encode(x))``, plus the skip path of skip transcoders, in the dtype and layout of ``x``.
 
-        An ``x`` of whole numbers is answered in the SAE's dtype. With SAELens's error term, the error is taken and
-        added back in the wider of both dtypes.
+        For an ``x`` of integers the result has the SAE's dtype. With SAELens's error term, the error is computed and
+        added back in the wider of the two dtypes.
 
         Raises:
             SpliceError, DeviceError: as :meth:`encode`.
@@ -230,7 +232,7 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
         return self.hook_sae_output(out.to(x.dtype))
 
     def _floating(self, x: torch.Tensor) -> torch.Tensor:
-        """``x``, whole numbers in the SAE's dtype: what is answered in their own would be cut."""
+        """``x``, with integers converted to the SAE's dtype, since a result of integers would be truncated."""
         x = checked_tensor(x, self.get_name(), self.W_enc.device)
         return x if x.is_floating_point() else x.to(self.dtype)
 
@@ -240,13 +242,13 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
         return out if skipped is None else out + skipped
 
     def __getstate__(self) -> dict[str, Any]:
-        """Whether the weights are as loaded, in place of what tells these very tensors."""
+        """The state, with a bool for whether the weights are as loaded in place of marks of these tensors."""
         return {**self.__dict__, "_marks": None if self._marks is None else self.as_loaded}
 
     def __setstate__(self, state: Any) -> None:
-        """Copies know whether their weights are as loaded, and their hook points have names of their own."""
+        """Restore whether the weights are as loaded, and name the hook points of the copy."""
         state = dict(state)
-        if "row" in state:  # pickled when it was an attribute
+        if "row" in state:  # a pickle from when row was an attribute
             state["_row"] = state.pop("row")
         super().__setstate__(state)  # pyright: ignore[reportAttributeAccessIssue]
         if self._marks is True:
@@ -255,7 +257,7 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
             point.name = name
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        """Keep thresholds wide, and ``dtype`` and ``device`` true, through ``to``, ``half``, ``cuda`` and the like."""
+        """Keep thresholds wide, and ``dtype`` and ``device`` correct, in ``to``, ``half``, ``cuda`` and so on."""
         held = getattr(self, "threshold", None)
         before = None if held is None else held.data
         as_loaded = self._marks is not None and self.as_loaded
@@ -267,6 +269,6 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
                 after.data = before.to(device=after.device, dtype=wide)
         self.dtype, self.device = self.W_enc.dtype, self.W_enc.device
         self.cfg.dtype, self.cfg.device = str(self.dtype).removeprefix("torch."), str(self.device)
-        if as_loaded:  # moving and converting make no other SAE
+        if as_loaded:  # moving and converting do not count as changes
             self._marks = marks_of(self)
         return out

@@ -1,4 +1,4 @@
-"""From checked arrays and what they belong to, to an SAE object."""
+"""Construction of an SAE object from checked arrays and their identity."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CLASSES: dict[str, type] = {}
 
 
 def builds(architecture: str) -> Callable[[T], T]:
-    """A decorator for the class of the SAEs of one of SAELens's architecture words."""
+    """A decorator that registers a class for one of SAELens's architecture names."""
 
     def register(cls: T) -> T:
         _CLASSES[architecture] = cls
@@ -29,7 +29,7 @@ def builds(architecture: str) -> Callable[[T], T]:
 
 
 def class_of(architecture: str) -> Any:
-    """The class of the SAEs of one of SAELens's architecture words.
+    """The class for one of SAELens's architecture names.
 
     Raises:
         UnknownNameError: for architectures that are not JumpReLU.
@@ -39,19 +39,18 @@ def class_of(architecture: str) -> Any:
 
 
 def build(arrays: Mapping[str, torch.Tensor], identity: Identity, device: torch.device, dtype: torch.dtype) -> Any:
-    """The SAE, transcoder or skip transcoder of checked arrays.
+    """Build the SAE, transcoder or skip transcoder of checked arrays.
 
     Args:
-        arrays: by canonical name, in the units of the site's own tensor. Those that have the dtype and device already
-            become the parameters themselves; the others are converted one by one, so that the memory never holds a
-            second copy of all.
-        identity: what they belong to.
-        device: where the parameters go.
-        dtype: of the parameters but the thresholds, which are float32 or wider.
+        arrays: by canonical name, in the units of the site's tensor. Arrays that already have the dtype and device
+            become the parameters; the others are converted one by one, so that memory never holds two copies of all.
+        identity: the model, site, layer and metadata of the SAE.
+        device: device of the parameters.
+        dtype: dtype of the parameters, except thresholds, which are float32 or wider.
 
     Raises:
         WeightsError: when a value is too large for the dtype.
-        SpliceError: when a site that exists in every layer comes without a layer.
+        SpliceError: when a site that exists in every layer is given without a layer.
     """
     (d_in, d_sae), d_out, skip = arrays["W_enc"].shape, arrays["W_dec"].shape[-1], "W_skip" in arrays
     transcoder = identity.transcoder

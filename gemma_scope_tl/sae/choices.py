@@ -1,4 +1,4 @@
-"""SAEs as users give them: one or several, in a mapping, a list or an array, on any device; and positions."""
+"""Checks of SAEs and positions that users give. SAEs may come alone, or in a mapping, a list or an array."""
 
 from __future__ import annotations
 
@@ -15,35 +15,33 @@ T = TypeVar("T")
 
 
 def as_saes(saes: Any, empty: bool = False, whole: bool = False) -> list[Any]:
-    """One SAE (or transcoder, or loaded latents), several, a mapping of them or a suite as a list.
+    """Convert one SAE (or transcoder, or loaded latents), several, a mapping of them or a suite to a list.
 
     Args:
-        saes: what the user gave.
-        empty: accept none at all.
-        whole: refuse loaded latents, of which only some are there.
+        saes: the argument of the user.
+        empty: whether to accept no SAE at all.
+        whole: whether to refuse loaded latents, which are only a part of an SAE.
 
     Raises:
-        SpliceError: none (unless ``empty``), or what is no SAE.
+        SpliceError: for no SAE (unless ``empty``), or for another object.
     """
     if _is_sae(saes):
         saes = [saes]
     if saes is None or isinstance(saes, (str, bytes, torch.nn.Module, torch.Tensor)) or not isinstance(saes, Iterable):
         raise SpliceError(
-            f"An SAE was expected, or several; given: {shown(saes)}. Load one with load_sae, many with load_suite."
+            f"One or several SAEs were expected; given: {shown(saes)}. Load one with load_sae, or many with load_suite."
         )
     array: Any = saes
     if getattr(saes, "ndim", 1) == 2 and array.shape[1] == 3 and all(_is_sae(one) for one in array[:, 0]):
-        saes = array[:, 0]  # NumPy has unpacked SAEs into (SAE, configuration, sparsity), as SAELens's older users do
+        saes = array[:, 0]  # NumPy unpacks an SAE into (SAE, configuration, sparsity), as older code for SAELens does
     if getattr(saes, "ndim", 1) != 1:
-        raise SpliceError(
-            f"SAEs come one after the other, not in an array of shape {list(getattr(saes, 'shape', []))}."
-        )
+        raise SpliceError(f"SAEs must be a flat list, not an array of shape {list(getattr(saes, 'shape', []))}.")
     several: list[Any] = list(saes.values() if isinstance(saes, Mapping) else saes)
     for number, one in enumerate(several):
         if not _is_sae(one):
-            raise SpliceError(f"Number {number} of the SAEs is none: {shown(one)}. Load them with load_sae.")
+            raise SpliceError(f"Item {number} of the SAEs is not an SAE: {shown(one)}. Load SAEs with load_sae.")
         if whole and isinstance(one, Latents):
-            raise SpliceError("These are some latents of an SAE, and the whole SAE is needed: load it with load_sae.")
+            raise SpliceError("The whole SAE is needed, not some of its latents: load it with load_sae.")
     if not several and not empty:
         raise SpliceError("No SAE was given: give one or several.")
     return several
@@ -52,9 +50,9 @@ def as_saes(saes: Any, empty: bool = False, whole: bool = False) -> list[Any]:
 def bring(source: T, device: torch.device) -> T:
     """Move an SAE, a transcoder or loaded latents to the device of a model's tensors, and return it.
 
-    What is used with a model goes to the model's device when it is first used there. It is moved in place, as
-    ``nn.Module.to`` does, so no second copy stays behind, and everyone who holds it finds it there. An SAE that is used
-    with models on two devices moves at every change; give each model its own copy then.
+    An object that is used with a model is moved to the device of the model on first use. It is moved in place, like
+    ``nn.Module.to``, so no second copy remains, and every reference to it sees the move. An SAE that is used with two
+    models on different devices is moved at every change; in that case, give each model its own copy.
 
     Raises:
         SpliceError: for the meta device, where the weights would be lost.
@@ -64,10 +62,10 @@ def bring(source: T, device: torch.device) -> T:
         return source
     if device.type == "meta":
         raise SpliceError(
-            "The model's tensors are on the meta device, which holds no numbers; an SAE moved there would lose its "
+            "The model's tensors are on the meta device, which stores no values; an SAE moved there would lose its "
             "weights. Load the model's weights, or move the SAE there yourself."
         )
-    with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode would stay unfit for gradients
+    with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode cannot have gradients
         if isinstance(moved, Latents):
             for name, value in vars(moved).items():
                 if isinstance(value, torch.Tensor):
@@ -78,10 +76,10 @@ def bring(source: T, device: torch.device) -> T:
 
 
 def checked_positions(positions: Any) -> Any:
-    """Positions as they were given, when they are of a kind that exists. Which of them exist only a pass knows.
+    """Return ``positions`` if they have a valid type. Whether the positions exist is known only in a pass.
 
     Raises:
-        SpliceError: what is neither None, an int, a slice, a list of ints nor a boolean mask.
+        SpliceError: for anything but None, an int, a slice, a list of ints or a boolean mask.
     """
     if positions is None or isinstance(positions, slice):
         return positions
@@ -91,7 +89,7 @@ def checked_positions(positions: Any) -> Any:
         found = None
     if found is None or (found.numel() and (found.is_floating_point() or found.is_complex())):
         raise SpliceError(
-            f"Positions are an int, a slice, a list of ints, or a boolean mask [pos] or [batch, pos]; given: "
+            f"Positions must be an int, a slice, a list of ints, or a boolean mask [pos] or [batch, pos]; given: "
             f"{shown(positions)}."
         )
     return positions

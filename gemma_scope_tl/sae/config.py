@@ -1,4 +1,4 @@
-"""What an SAE is beside its arrays (:class:`Identity`), and how SAELens's configurations say it."""
+"""The description of an SAE apart from its arrays (:class:`Identity`), and its form in SAELens's configurations."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 UNFINISHED = "gemma_scope_jumprelu"
-"""SAELens's word for the architecture of a training checkpoint."""
+"""SAELens's name of the architecture of a training checkpoint."""
 HOW_TO_FINISH = (
-    "A finished run has saved an SAE beside its checkpoints. To make one of the checkpoint: "
+    "A finished run has saved an SAE beside its checkpoints. To convert a checkpoint to an SAE: "
     "sae = sae_lens.TrainingSAE.load_from_disk(checkpoint); sae.fold_activation_norm_scaling_factor(factor), with the "
     "factor in its activation_scaler.json unless that is null; sae.save_inference_model(folder)."
 )
 CONTEXT_SIZE = 1024
-# SAELens's evaluations run an SAE on the data set that its metadata names; this is the one for Google's releases.
+# SAELens evaluates an SAE on the data set that its metadata names; this is the data set of Google's releases.
 _GEMMA_SCOPE, _TEXT = "google/gemma-scope", "monology/pile-uncopyrighted"
-_FAMILY = "family"  # the key in metadata, for a family that the model's name does not tell
+_FAMILY = "family"  # the metadata key for a family that does not follow from the name of the model
 _ROW_FIELDS = ("release", "id", "width", "l0")
 
 
 @dataclass
 class UnfinishedConfig(JumpReLUSAEConfig):
-    """The configuration that a training checkpoint would have as an SAE. Making one raises an error."""
+    """The configuration class for training checkpoints. Its constructor raises an error with instructions."""
 
     @classmethod
     def architecture(cls) -> str:
-        """SAELens's word for the architecture."""
+        """SAELens's name of the architecture."""
         return UNFINISHED
 
     def __post_init__(self) -> None:
@@ -54,16 +54,17 @@ if UNFINISHED not in SAE_CLASS_REGISTRY:
 
 @dataclass(frozen=True)
 class Identity:
-    """What is known of an SAE beside its arrays.
+    """The description of an SAE apart from its arrays.
 
     Attributes:
-        source: where its arrays come from, for messages.
-        model: name of the model that it was trained on, None when unknown.
-        site, layer: where it reads, None when unknown. The embedding has no layer.
-        row: its registry row, if it has one.
-        metadata: what a SAELens configuration says of it.
-        transcoder: whether that configuration is a transcoder's; None without one, where site and shapes tell.
-        of_model: the family of a model that was given; None for that of the row, or of the model's name.
+        source: the origin of the arrays, for messages.
+        model: name of the model that the SAE was trained on, None if unknown.
+        site, layer: the place that the SAE reads, None if unknown. The embedding has no layer.
+        row: the registry row, if there is one.
+        metadata: the metadata of a SAELens configuration.
+        transcoder: whether the SAELens configuration describes a transcoder. None without a configuration; site and
+            shapes decide then.
+        of_model: the family of a given model object; None for the family of the row or of the name of the model.
     """
 
     source: str
@@ -82,7 +83,7 @@ class Identity:
 
     @cached_property
     def family(self) -> Family:
-        """The family of the model, whose sites and units hold."""
+        """The family of the model, which defines the sites and units."""
         if self.of_model is not None:
             return self.of_model
         if self.row is not None:
@@ -96,7 +97,7 @@ class Identity:
         return family_of_model(name if isinstance(name, str) else None, self.site)
 
     def placed(self) -> Identity:
-        """This identity at the site and layer that the metadata's hook names say, where none is known and they do."""
+        """This identity, with an unknown site and layer taken from the hook names in the metadata if possible."""
         hook, out = self.metadata.get("hook_name"), self.metadata.get("hook_name_out")
         if self.site is not None or not isinstance(hook, str) or not isinstance(out, str | None):
             return self
@@ -108,16 +109,16 @@ class Identity:
 
     @property
     def reads_heads(self) -> bool:
-        """Whether the SAE reads the outputs of attention heads, which hooks give with heads apart."""
-        if self.site is None:  # a hook of TransformerLens at which no site lies
+        """Whether the SAE reads the outputs of attention heads, which hooks return with a dimension of heads."""
+        if self.site is None:  # a TransformerLens hook without a site
             return str(self.metadata.get("hook_name")).endswith("_z")
         return self.family.site(self.site).width_rule == "heads"
 
     def sae_lens_metadata(self) -> SAEMetadata:
-        """SAELens's metadata, with hook names of ``HookedTransformer``, which SAELens's users have.
+        """SAELens's metadata, with hook names of ``HookedTransformer``, as SAELens uses them.
 
         Raises:
-            SpliceError: when a site that exists in every layer comes without a layer.
+            SpliceError: when a site that exists in every layer is given without a layer.
         """
         fields: dict[str, Any] = {
             "sae_lens_training_version": None,
@@ -154,10 +155,10 @@ def make_config(sizes: dict[str, int], skip: bool, dtype: str, metadata: SAEMeta
     Args:
         sizes: ``d_in`` and ``d_sae``; for a transcoder ``d_out`` too.
         skip: whether a transcoder has a linear path around the latents.
-        dtype: of the parameters but the thresholds, such as ``"float32"``.
-        metadata: SAELens's.
-        heads: whether the SAE reads concatenated heads. ``reshape_activations`` is then ``"hook_z"``, without which
-            SAELens cannot splice it.
+        dtype: dtype of the parameters except the thresholds, such as ``"float32"``.
+        metadata: SAELens's metadata.
+        heads: whether the SAE reads concatenated heads. ``reshape_activations`` is then ``"hook_z"``, which SAELens
+            needs to splice it.
     """
     common: dict[str, Any] = {**sizes, "dtype": dtype, "apply_b_dec_to_input": False, "metadata": metadata}
     if "d_out" in sizes:
@@ -166,7 +167,7 @@ def make_config(sizes: dict[str, int], skip: bool, dtype: str, metadata: SAEMeta
 
 
 def name_of(model: Any) -> str | None:
-    """The name of a model that is given as its name, itself or its configuration."""
+    """The name of a model, from the name, the model or its configuration."""
     if model is None or isinstance(model, str):
         return model
     config = _config_of(model)
@@ -174,7 +175,7 @@ def name_of(model: Any) -> str | None:
 
 
 def expected_sizes(model: Any, site: str | None, layer: int | None) -> Expected:
-    """The sizes that a model and a site say; of a model's name alone only whether the site is a transcoder's.
+    """The sizes that follow from a model and a site. For a name, they say only whether it is a transcoder.
 
     Raises:
         WeightsError: when the model has no such layer.
@@ -194,7 +195,7 @@ def expected_sizes(model: Any, site: str | None, layer: int | None) -> Expected:
 
 
 def expected_of_row(row: SAERow) -> Expected:
-    """The sizes that a registry row says."""
+    """The sizes in a registry row."""
     transcoder = row.model_family.site(row.site).is_transcoder
     return Expected(row.d_in, row.d_sae, row.d_out or row.d_in, transcoder, f"the registry ({row.release}/{row.id})")
 

@@ -1,12 +1,12 @@
-"""One pass through a JumpReLU SAE that makes dense tensors only for hooks that look at them.
+"""A pass through a JumpReLU SAE that creates dense tensors only for hooks.
 
-Between its steps an SAE offers tensors to hooks: its input, pre-activations, activations ``[..., d_sae]`` and
-reconstruction. Without hooks nothing dense is made beyond blocks of pre-activations. A hook gets the dense tensor.
-The later steps and the clean reconstruction cost more only if it changed something: gave another tensor back, or wrote
-into the one it got. A hook that only reads, as a cache does, leaves the sparse pass as it is.
+Between its steps an SAE passes tensors to hooks: its input, pre-activations, activations ``[..., d_sae]`` and
+reconstruction. Without hooks, no dense tensor is made apart from blocks of pre-activations. A hook gets the dense
+tensor. Later steps and the clean reconstruction take more time only if the hook changed something, by returning another
+tensor or by writing into its argument. After a hook that only reads, such as a cache, the sparse pass continues.
 
-Whether a tensor was written into is seen from its entries. Autograd's version counter would miss writes through
-``.data`` or NumPy, and tensors of inference mode have none.
+Writes are detected by comparing the entries of the tensor. Autograd's version counter would miss writes through
+``.data`` or NumPy, and tensors of inference mode have no counter.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class HookedPass:
     """The results of a pass.
 
     Attributes:
-        out: ``[..., d_out]``, flat and in the SAE's dtype, with whatever hooks changed, and with the skip path.
-        clean: the same without any hook, without gradient; ``out`` itself where no hook changed anything.
+        out: ``[..., d_out]``, flat and in the SAE's dtype, with the changes of hooks and the skip path.
+        clean: the output without hooks, and without gradient; ``out`` itself if no hook changed anything.
     """
 
     out: Tensor
@@ -37,13 +37,13 @@ def hooked_pass(sae: Any, x: Tensor, need_clean: bool) -> HookedPass:
     """Reconstruct flat activations through an SAE's hook points.
 
     Args:
-        sae: of this package.
+        sae: an SAE of this package.
         x: ``[..., d_in]``, any floating dtype.
-        need_clean: without it ``clean`` is ``out``, whatever hooks do.
+        need_clean: whether ``clean`` is needed; if not, it is ``out``.
 
     Returns:
-        Out and clean reconstruction. With gradients enabled and a hook on the activations, the gradient of ``out``
-        passes through the very tensor that the hook saw, so that its ``grad`` can be asked for.
+        The output and the clean reconstruction. With gradients enabled and a hook on the activations, the gradient of
+        ``out`` passes through the tensor that the hook received, so that its ``grad`` is available.
     """
     x_clean = x.to(sae.dtype)
     x_in, edited_input = _offer(sae.hook_sae_input, x_clean)
@@ -73,13 +73,13 @@ def hooked_pass(sae: Any, x: Tensor, need_clean: bool) -> HookedPass:
 
 def is_hooked(point: torch.nn.Module) -> bool:
     """Whether a hook of any kind is attached to a hook point."""
-    held = vars(point)  # torch has no public way to ask
+    held = vars(point)  # torch has no public function for this
     return any(held[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
 def _encode(sae: Any, x: Tensor) -> tuple[SparseActs, SparseActs, Tensor | None]:
-    """Activations of ``x`` before and after hooks on the pre-activations; and after them dense, where these hooks may
-    ask for a gradient."""
+    """Activations of ``x`` before and after hooks on the pre-activations. The third result is dense, if hooks may need
+    a gradient."""
     point = sae.hook_sae_acts_pre
     if not is_hooked(point):
         acts = encode_sparse(x, sae.W_enc, sae.b_enc, sae.threshold)
@@ -92,7 +92,7 @@ def _encode(sae: Any, x: Tensor) -> tuple[SparseActs, SparseActs, Tensor | None]
 
 
 def _offer(point: torch.nn.Module, tensor: Tensor) -> tuple[Tensor, bool]:
-    """A tensor after the hooks of a point, and whether they changed it. Hooks get a copy: they may write in place."""
+    """A tensor after the hooks of a point, and whether they changed it. Hooks get a copy: they may write to it."""
     if not is_hooked(point):
         return tensor, False
     offered = tensor.clone()
@@ -101,12 +101,12 @@ def _offer(point: torch.nn.Module, tensor: Tensor) -> tuple[Tensor, bool]:
 
 
 def _same(one: SparseActs, other: SparseActs) -> bool:
-    """Whether the entries are equal; NaN equals nothing, which costs time and no correctness."""
+    """Whether the entries are equal. NaN counts as unequal, which only takes more time."""
     return all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("offsets", "latents", "values"))
 
 
 def _holds(dense: Tensor, acts: SparseActs) -> bool:
-    """Whether a dense tensor is these activations: the same entries, and zeros elsewhere."""
+    """Whether a dense tensor has the entries of these activations, and zeros elsewhere."""
     flat = dense.detach().reshape(-1)
     entries = flat.index_select(0, acts.tokens() * acts.d_sae + acts.latents)
     return torch.equal(entries, acts.values) and bool(flat.count_nonzero() == acts.values.count_nonzero())

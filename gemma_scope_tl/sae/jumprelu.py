@@ -16,7 +16,8 @@ from gemma_scope_tl.sae.building import builds
 class JumpReLUSAE(GemmaScopeMixin, SAELensJumpReLUSAE):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A Gemma Scope SAE: ``f = JumpReLU_theta(x W_enc + b_enc)``, ``x_hat = f W_dec + b_dec``.
 
-    A :class:`sae_lens.SAE`, so SAELens's analysis functions take it. See :class:`GemmaScopeMixin` for what differs.
+    It is a :class:`sae_lens.SAE`, so SAELens's analysis functions accept it. :class:`GemmaScopeMixin` lists the
+    differences.
     """
 
 
@@ -24,13 +25,14 @@ class JumpReLUSAE(GemmaScopeMixin, SAELensJumpReLUSAE):  # pyright: ignore[repor
 class JumpReLUTranscoder(GemmaScopeMixin, SAELensJumpReLUTranscoder):  # pyright: ignore[reportIncompatibleMethodOverride]
     """``f = JumpReLU_theta(x W_enc + b_enc)``, ``y_hat = f W_dec + b_dec [..., d_out]``.
 
-    ``x`` is the pre-MLP RMSNorm's output *without* its gain, ``y`` what the MLP adds to the residual stream.
+    ``x`` is the output of the pre-MLP RMSNorm *without* its gain, and ``y`` is what the MLP adds to the residual
+    stream.
     """
 
     is_transcoder = True
 
     def forward_with_activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prediction ``[..., d_out]`` as :meth:`forward` gives it, and latents ``[..., d_sae]``."""
+        """Reconstruction ``[..., d_out]``, as from :meth:`forward`, and latents ``[..., d_sae]``."""
         x = self._floating(x)
         acts = self.encode(x)
         out, skipped = self.decode(acts, like=x), self.skip(x)

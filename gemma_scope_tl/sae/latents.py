@@ -1,4 +1,4 @@
-"""Some latents of an SAE: their decoder rows, biases and thresholds, and perhaps their encoder columns."""
+"""Some latents of an SAE: their decoder rows, biases and thresholds, and optionally their encoder columns."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Latents:
-    """The parameters of n chosen latents of an SAE, as steering needs them.
+    """The parameters of n chosen latents of an SAE, for example for steering.
 
     Attributes:
-        latents: their indices in the SAE, in the order of the rows below.
-        W_dec: ``[n, d_out]``, in the site's own units.
+        latents: indices in the SAE, in the order of the rows below.
+        W_dec: ``[n, d_out]``, in the units of the site's tensor.
         b_enc, threshold: ``[n]``; the thresholds are float32 or wider.
-        W_enc: ``[d_in, n]``, or None where it was not read: from a remote file a column costs the whole matrix.
-        b_dec: ``[d_out]``, or None where it was not read.
-        site, layer: where the SAE lives.
-        model_name: the model it was trained on, None when unknown.
-        row: its registry row, if any.
+        W_enc: ``[d_in, n]``, or None if not read, since a column of a remote file requires the whole matrix.
+        b_dec: ``[d_out]``, or None if not read.
+        site, layer: the place of the SAE.
+        model_name: the model that the SAE was trained on, None if unknown.
+        row: the registry row of the SAE, if there is one.
     """
 
     latents: tuple[int, ...]
@@ -45,7 +45,7 @@ class Latents:
         return len(self.latents)
 
     def position(self, latent: int) -> int:
-        """Where a latent of the SAE stands among these.
+        """The position of a latent of the SAE in ``latents``.
 
         Raises:
             UnknownNameError: when it was not loaded.
@@ -60,17 +60,19 @@ class Latents:
         return self.W_dec[[self.position(latent) for latent in latents]]
 
     def encode(self, x: Float[torch.Tensor, "... d_in"]) -> Float[torch.Tensor, "... n"]:
-        """Activations of these latents: ``JumpReLU_theta(x W_enc + b_enc)``, as the whole SAE would have them.
+        """Activations of these latents: ``JumpReLU_theta(x W_enc + b_enc)``, the same as those of the whole SAE.
 
         Raises:
-            SpliceError: when the encoder was not loaded; for another width, or what is no tensor of real numbers.
-            DeviceError: when ``x`` is on another device than these. What is used with a model moves to it by itself.
+            SpliceError: when the encoder was not loaded, or ``x`` has another width or is not a tensor of real numbers.
+            DeviceError: when ``x`` is on another device. Latents are moved automatically only when used with a model.
         """
         if self.W_enc is None:
-            raise SpliceError("These latents came without their encoder columns: load them from a local file.")
+            raise SpliceError("These latents were loaded without their encoder columns: load them from a local file.")
         x = checked_tensor(x, "A set of latents", self.W_enc.device)
         if x.shape[-1:] != self.W_enc.shape[:1]:
-            raise SpliceError(f"These latents read [..., {self.W_enc.shape[0]}], the tensor given is {list(x.shape)}.")
+            raise SpliceError(
+                f"These latents read [..., {self.W_enc.shape[0]}], but the given tensor is {list(x.shape)}."
+            )
         pre = x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
         return torch.where(pre <= self.threshold, 0.0, pre)
 

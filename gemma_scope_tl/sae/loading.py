@@ -1,4 +1,4 @@
-"""Functions that load an SAE: by what it is, by its registry row, from a folder."""
+"""Functions that load an SAE by its properties, by its registry row, or from a folder."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def load_sae(
     dtype: str | torch.dtype = "float32",
     release: str | None = None,
 ) -> Any:
-    """The SAE of a model at a site, by what it is rather than by name.
+    """Load the SAE of a model at a site, by its properties instead of a release and id.
 
     Args:
-        model: such as ``"gemma-2-2b"``.
+        model: a name such as ``"gemma-2-2b"``.
         site: ``res``, ``mlp``, ``att``, ``embedding`` or ``transcoder``.
         layer: counts from 0; None for the embedding.
-        width: such as ``"65k"``, or the number of latents; by default ``"16k"``.
-        l0: ``"canonical"`` (nearest to 100), a number that exists, or ``"closest:50"``.
-        device, dtype: as :meth:`JumpReLUSAE.from_pretrained`.
-        release: look in this release alone; needed where two have such an SAE.
+        width: a label such as ``"65k"``, or the number of latents; by default ``"16k"``.
+        l0: ``"canonical"`` (nearest to 100), an existing L0, or ``"closest:50"``.
+        device, dtype: as for :meth:`JumpReLUSAE.from_pretrained`.
+        release: the only release to search; needed if two releases have such an SAE.
 
     Raises:
         RegistryError: when two releases have such an SAE and ``release`` is not given.
         UnknownNameError: when the registry has no such SAE, with the nearest ones.
-        WeightsError: when the file cannot be had or fails a check.
+        WeightsError: when the file cannot be obtained or fails a check.
     """
     return JumpReLUSAE.from_row(catalog.find(model, site, layer, width, l0, release=release), device, dtype)
 
@@ -49,7 +49,7 @@ def load_row(
     dtype: str | torch.dtype = "float32",
     force_download: bool = False,
 ) -> Any:
-    """The SAE or transcoder of a registry row: :meth:`JumpReLUSAE.from_row`."""
+    """Load the SAE or transcoder of a registry row; see :meth:`JumpReLUSAE.from_row`."""
     return JumpReLUSAE.from_row(row, device, dtype, force_download)
 
 
@@ -61,5 +61,5 @@ def load_folder(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
 ) -> Any:
-    """The SAE or transcoder in a folder: :meth:`JumpReLUSAE.from_folder`."""
+    """Load the SAE or transcoder in a folder; see :meth:`JumpReLUSAE.from_folder`."""
     return JumpReLUSAE.from_folder(path, model, site, layer, device, dtype)

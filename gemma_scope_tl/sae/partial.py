@@ -1,4 +1,4 @@
-"""``load_latents``: some latents of a released SAE, without the rest of it."""
+"""``load_latents``, which reads some latents of a released SAE without loading the rest."""
 
 from __future__ import annotations
 
@@ -35,25 +35,26 @@ def load_latents(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
 ) -> Latents:
-    """Decoder rows, biases and thresholds of chosen latents, reading only what that takes.
+    """Load decoder rows, biases and thresholds of chosen latents, and read only the bytes that they need.
 
-    A file in the Hub's cache, in a local folder or in this package is read in place. One that is only on the Hub is
-    read by HTTP ranges, in six requests and some kilobytes a latent however large it is, and not downloaded.
+    A file in the Hub's cache, in a local folder or in this package is read in place. A file that is only on the Hub is
+    read by HTTP range requests and not downloaded: six requests and some kilobytes per latent for any size of the file.
 
     Args:
-        release, sae_id: as :meth:`JumpReLUSAE.from_pretrained`.
-        latents: indices.
-        encoder: read their encoder columns too, which ablating and clamping need. By default where the file is local;
-            True for a file that is not is an error, because columns lie all over it: download it first.
-        cache_rows: keep a local copy of the encoder with latents as rows (as large as the encoder) and read columns
-            from it. The first call makes it. It pays for files on slow disks and for many calls on one SAE: a column of
-            2,304 values then lies in 3 pages instead of 2,304.
-        device: where the result goes.
-        dtype: of the result but the thresholds, which stay float32 or wider.
+        release, sae_id: as for :meth:`JumpReLUSAE.from_pretrained`.
+        latents: indices of the latents.
+        encoder: whether to read the encoder columns too, which ablating and clamping need. The default is True for a
+            local file and False for a remote one. True is an error for a remote file, because its columns are spread
+            over the whole file: download it first.
+        cache_rows: whether to keep a local copy of the encoder with latents as rows (as large as the encoder) and to
+            read columns from it. The first call writes the copy. It is useful for files on slow disks and for many
+            calls on one SAE: a column of 2,304 values is then in 3 pages instead of 2,304.
+        device: device of the result.
+        dtype: dtype of the result, except thresholds, which stay float32 or wider.
 
     Raises:
         UnknownNameError: for a release, id or dtype that does not exist, with the nearest ones.
-        WeightsError: for a latent that does not exist, or a file that cannot be had or fails a check.
+        WeightsError: for a latent that does not exist, or a file that cannot be obtained or fails a check.
     """
     to, device = parse_dtype(dtype), parse_device(device)
     row, chosen = catalog.resolve(release, sae_id), as_indices(latents)
@@ -82,5 +83,7 @@ def _read(row: SAERow, path: Path | None, latents: list[int], encoder: bool, cac
         what = f"{row.release}/{row.id} is not on this machine, and encoder columns are read from local files only"
         raise GemmaScopeError(f"{what}. Load the whole SAE once, or leave encoder and cache_rows out.")
     if row.format == "sae-lens":
-        raise GemmaScopeError(f"{row.release}/{row.id} is in SAELens' layout and not on this machine: load it whole.")
+        raise GemmaScopeError(
+            f"{row.release}/{row.id} is in SAELens's layout and not on this machine: load the whole SAE."
+        )
     return read_remote(RemoteFile(row.repo, row.weights_path, row.revision), latents, expected)

@@ -1,7 +1,8 @@
-"""Whether an SAE's weights are those that were loaded, and so whether the facts of its file still hold.
+"""Detection of changed weights, to which the facts of the loaded file no longer apply.
 
-A fine-tuned SAE is no longer the one that the registry measured. PyTorch counts writes in place to each parameter, and
-a sample of the values shows writes that it does not count (through ``.data``). Both are cheap beside a pass.
+The values in the registry, such as the L0, do not describe a fine-tuned SAE. PyTorch counts in-place writes to each
+parameter, and a sample of the values shows writes that it does not count (through ``.data``). Both checks are fast
+compared with a pass.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import torch
 from torch import nn
 
 FACTS = ("release", "id", "l0", "neuronpedia_id")
-"""Metadata that hold for the loaded weights alone; site, layer, width and model hold for changed ones too."""
-_SAMPLE, _WHOLE = 64, 1 << 16  # entries of a matrix that are looked at; vectors up to this length are looked at whole
-_STEP = 7919  # a prime, so that the sample's columns spread
+"""Metadata that apply only to the loaded weights. Site, layer, width and model apply to changed weights too."""
+_SAMPLE, _WHOLE = 64, 1 << 16  # entries of a matrix in the sample; vectors up to this length are compared completely
+_STEP = 7919  # a prime, which spreads the columns of the sample
 
 Marks = dict[str, tuple[int, int, bytes]]
 
 
 @torch.no_grad()
 def marks_of(module: nn.Module) -> Marks:
-    """A mark of each parameter's present values, which differs once they are changed."""
+    """A mark of the current values of each parameter, which differs after a change."""
     return {name: _mark(parameter) for name, parameter in module.named_parameters()}
 
 
@@ -32,7 +33,7 @@ def _mark(parameter: torch.Tensor) -> tuple[int, int, bytes]:
 
 
 def _sample(values: torch.Tensor) -> bytes:
-    """A hash of some entries; of none on the meta device, which has no values."""
+    """A hash of some entries, or of no entries on the meta device, which has no values."""
     if values.is_meta or not values.numel():
         return b""
     if values.ndim == 2:
@@ -44,14 +45,14 @@ def _sample(values: torch.Tensor) -> bytes:
 
 
 def facts_of(metadata: Any) -> dict[str, Any]:
-    """:data:`FACTS` as metadata say them."""
+    """The entries of :data:`FACTS` in metadata."""
     return {name: metadata.get(name) for name in FACTS}
 
 
 def still_said(sae: Any, name: str) -> Any:
-    """One of :data:`FACTS` from an SAE's metadata, or None where the weights that it describes have been changed.
+    """One of :data:`FACTS` from the metadata of an SAE, or None if the weights have been changed.
 
-    A value that a user has written there since loading holds.
+    A value that a user has written into the metadata after loading is returned in any case.
     """
     said = sae.cfg.metadata.get(name)
     stale = not getattr(sae, "as_loaded", True) and said == sae.facts_when_loaded.get(name)
@@ -59,7 +60,7 @@ def still_said(sae: Any, name: str) -> Any:
 
 
 def config_of(sae: Any) -> dict[str, Any]:
-    """An SAE's configuration for saving, without the facts that no longer hold for its weights."""
+    """The configuration of an SAE for saving, without facts that do not apply to changed weights."""
     given: dict[str, Any] = sae.cfg.to_dict()
     gone = [name for name in FACTS if sae.cfg.metadata.get(name) is not None and still_said(sae, name) is None]
     return {**given, "metadata": {key: value for key, value in given["metadata"].items() if key not in gone}}

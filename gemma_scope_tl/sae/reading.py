@@ -1,8 +1,8 @@
-"""From a registry row, a folder, arrays or one of SAELens's converters to checked arrays and what they belong to.
+"""Reading of checked arrays and their identity from a registry row, a folder, arrays or a SAELens converter.
 
-Loading goes one way: a row or a path leads to a file (:mod:`gemma_scope_tl.weights.fetch`), the file to checked arrays
-in the units of the site's own tensor and their :class:`~gemma_scope_tl.sae.config.Identity` (here), and those to an
-object (:mod:`gemma_scope_tl.sae.building`).
+Loading has three steps. :mod:`gemma_scope_tl.weights.fetch` finds the file of a row. This module reads checked arrays
+from the file, in the units of the site's tensor, and their :class:`~gemma_scope_tl.sae.config.Identity`. From these,
+:mod:`gemma_scope_tl.sae.building` makes an object.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 Checked = tuple[dict[str, torch.Tensor], Identity]
-"""The arrays of an SAE by canonical name, checked and in the site's units, and what is known of it beside them."""
+"""The checked arrays of an SAE by canonical name, in the units of the site's tensor, and the identity of the SAE."""
 
 
 def read_row(row: SAERow, device: torch.device, dtype: torch.dtype, force_download: bool = False) -> Checked:
-    """The SAE of a registry row, fetched and checked against the row.
+    """Fetch and read the SAE of a registry row, and check it against the row.
 
     Args:
-        row: which SAE.
-        device, dtype: of the arrays; thresholds are float32 or wider. Where ``b_dec`` is folded they stay as stored.
-        force_download: download a file of the Hub again although it is in the cache.
+        row: the registry row.
+        device, dtype: device and dtype of the arrays; thresholds are float32 or wider. If ``b_dec`` is folded, the
+            stored dtype is kept.
+        force_download: download a file of the Hub again even if it is in the cache.
 
     Raises:
-        WeightsError: when the file cannot be had or fails a check.
+        WeightsError: when the file cannot be obtained or fails a check.
     """
     file = fetch(row, force_download=force_download)
     return _read_file(file, Identity.of(row, str(file)), expected_of_row(row), device, dtype)
@@ -53,7 +54,7 @@ def read_row(row: SAERow, device: torch.device, dtype: torch.dtype, force_downlo
 def read_folder(
     path: str | PathLike[str], model: Any, site: str | None, layer: int | None, device: torch.device, dtype: torch.dtype
 ) -> Checked:
-    """The SAE in a folder, or in a weights file; see :meth:`LoadingMixin.from_folder` for the arguments and errors."""
+    """Read the SAE in a folder or a weights file. The arguments are those of :meth:`LoadingMixin.from_folder`."""
     file = find_file(path)
     return _read_file(file, _named(str(file), model, site, layer), expected_sizes(model, site, layer), device, dtype)
 
@@ -61,13 +62,13 @@ def read_folder(
 def read_given(
     arrays: Mapping[str, torch.Tensor | np.ndarray], model: Any, site: str | None, layer: int | None
 ) -> Checked:
-    """Arrays that a user gives; see :meth:`LoadingMixin.from_arrays` for the arguments and errors."""
+    """Check arrays that a user gives. The arguments are those of :meth:`LoadingMixin.from_arrays`."""
     identity = _named("The set of arrays given", model, site, layer)
     return canonical_arrays(arrays, identity.source, expected_sizes(model, site, layer)), identity
 
 
 def read_converted(config: SAELensConfig, state: Mapping[str, torch.Tensor], identity: Identity) -> Checked:
-    """Parameters that one of SAELens's converters gives; they act on the site's own tensor.
+    """Check parameters from one of SAELens's converters, which are in the units of the site's tensor.
 
     Raises:
         WeightsError: when a check fails.
@@ -76,10 +77,10 @@ def read_converted(config: SAELensConfig, state: Mapping[str, torch.Tensor], ide
 
 
 def saved_dtype(path: str | PathLike[str]) -> torch.dtype:
-    """The dtype in which an SAE was saved: what ``cfg.json`` says, or that of ``W_enc`` in an npz.
+    """The dtype in which an SAE was saved, from ``cfg.json`` or from ``W_enc`` in an npz.
 
     Raises:
-        WeightsError: when the files are missing or hold no SAE.
+        WeightsError: when the files are missing or do not contain an SAE.
         UnknownNameError: for a dtype that SAEs cannot have.
     """
     file = find_file(path)
@@ -91,14 +92,16 @@ def find_file(path: str | PathLike[str]) -> Path:
     """The weights file of a folder, or the file itself.
 
     Raises:
-        WeightsError: when there is none, or more than one.
+        WeightsError: when there is no weights file, or more than one.
     """
     given = checked_path(path)
     with read_errors(given):
         if is_file(given) or given.suffix in (".npz", ".safetensors"):
             return given
         if not is_folder(given):
-            raise weights_error(given, "does not exist", "Check the path; a release on the Hub is for from_pretrained.")
+            raise weights_error(
+                given, "does not exist", "Check the path; load a release on the Hub with from_pretrained."
+            )
         files = [given / name for name in (PARAMS_NAME, WEIGHTS_NAME) if is_file(given / name)]
     if len(files) != 1:
         what = "holds both layouts" if files else f"has neither {PARAMS_NAME} nor {CFG_NAME} with {WEIGHTS_NAME}"
@@ -118,7 +121,7 @@ def _read_file(file: Path, identity: Identity, expected: Expected, device: torch
         return load_arrays(file, expected, dtype, device, units, sha256), identity
     config = SAELensConfig.read(file.parent)
     expected = config.complete(expected)
-    if config.subtracts_b_dec:  # folded in the stored dtype, before anything is rounded
+    if config.subtracts_b_dec:  # fold in the stored dtype, before rounding
         arrays = load_arrays(file, expected, sha256=sha256)
     else:
         arrays = load_arrays(file, expected, dtype, device, sha256=sha256)
@@ -128,7 +131,7 @@ def _read_file(file: Path, identity: Identity, expected: Expected, device: torch
 
 
 def _configured(arrays: dict[str, torch.Tensor], identity: Identity, config: SAELensConfig) -> Checked:
-    """Arrays and identity with what a SAELens configuration says of them."""
+    """Arrays and identity, completed and converted according to a SAELens configuration."""
     metadata = config.metadata
     if config.subtracts_b_dec:
         arrays, metadata = fold_b_dec(arrays), {**metadata, "folded_b_dec": True}

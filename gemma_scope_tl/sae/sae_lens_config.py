@@ -1,4 +1,4 @@
-"""SAELens's configurations of JumpReLU SAEs, from ``cfg.json`` or a converter, checked."""
+"""Checked SAELens configurations of JumpReLU SAEs, from ``cfg.json`` or a converter."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from gemma_scope_tl.weights.checks import CFG_NAME, Expected, short, weights_err
 from gemma_scope_tl.weights.safetensors_file import read_cfg
 
 ARCHITECTURES = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-"""SAELens's words for what this package loads: SAEs, transcoders, and transcoders with a linear path."""
+"""SAELens's names of the architectures that this package loads: SAEs, transcoders, and skip transcoders."""
 _FOLD_FIRST = "Fold it into the weights with SAELens and save again."
 
 
 @dataclass(frozen=True)
 class SAELensConfig:
-    """What loading takes from a SAELens configuration.
+    """The values of a SAELens configuration that loading uses.
 
     Attributes:
-        source: where it was read, for messages.
+        source: the origin of the configuration, for messages.
         architecture: one of :data:`ARCHITECTURES`.
-        sizes: ``d_in``, ``d_sae`` and, for a transcoder, ``d_out``, as far as it says them.
+        sizes: ``d_in``, ``d_sae`` and, for a transcoder, ``d_out``, if the configuration has them.
         metadata: SAELens's metadata.
-        dtype: in which the SAE was saved, as SAELens writes it; None where it does not say.
+        dtype: dtype in which the SAE was saved, in SAELens's spelling; None if unknown.
         subtracts_b_dec: whether the SAE subtracts ``b_dec`` from its input.
     """
 
@@ -41,11 +41,11 @@ class SAELensConfig:
 
     @classmethod
     def read(cls, folder: Path) -> SAELensConfig:
-        """The ``cfg.json`` in a folder.
+        """Read the ``cfg.json`` in a folder.
 
         Raises:
-            WeightsError: when it is missing, no configuration of a JumpReLU SAE, or says that the SAE normalises
-                activations.
+            WeightsError: when the file is missing, is not the configuration of a JumpReLU SAE, or describes an SAE that
+                normalises activations.
         """
         path, raw = folder / CFG_NAME, read_cfg(folder)
         if raw.get("architecture") == UNFINISHED:
@@ -61,11 +61,11 @@ class SAELensConfig:
 
     @classmethod
     def given(cls, given: dict[str, Any], source: str) -> SAELensConfig:
-        """The configuration that one of SAELens's converters gives, of any version of SAELens.
+        """Check a configuration from one of SAELens's converters, of any version of SAELens.
 
         Raises:
-            UnknownNameError: for another architecture than :data:`ARCHITECTURES`.
-            GemmaScopeError: for what is no configuration, or says that the SAE normalises activations.
+            UnknownNameError: for an architecture that is not in :data:`ARCHITECTURES`.
+            GemmaScopeError: for an invalid configuration, or one of an SAE that normalises activations.
         """
         try:
             cfg = handle_config_defaulting(given)
@@ -79,7 +79,7 @@ class SAELensConfig:
     def _of(cls, cfg: dict[str, Any], source: str | Path) -> SAELensConfig:
         if cfg.get("normalize_activations") not in (None, "none"):
             factor = short(cfg["normalize_activations"]).strip("'")
-            what = f"normalises activations ({factor}), whose factor is not in the file"
+            what = f"normalises activations ({factor}) by a factor that is not in the file"
             raise weights_error(source, what, _FOLD_FIRST)
         transcoder = cfg["architecture"] != "jumprelu"
         return cls(
@@ -93,16 +93,16 @@ class SAELensConfig:
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether it describes a transcoder."""
+        """Whether the configuration describes a transcoder."""
         return self.architecture != "jumprelu"
 
     @property
     def has_skip(self) -> bool:
-        """Whether it describes a transcoder with a linear path around the latents."""
+        """Whether the configuration describes a transcoder with a linear path around the latents."""
         return self.architecture == "jumprelu_skip_transcoder"
 
     def complete(self, expected: Expected) -> Expected:
-        """``expected`` with the sizes that only the configuration says.
+        """``expected``, completed with sizes from the configuration.
 
         Raises:
             WeightsError: when the two contradict each other.
@@ -127,7 +127,7 @@ def check_architecture(architecture: Any) -> None:
 
 
 def _check_types(cfg: dict[str, Any]) -> None:
-    """Raise for values of other types than SAELens writes, and for metadata that would hide methods of SAELens's."""
+    """Raise for values of types that SAELens does not write, and for metadata that would hide SAELens's methods."""
     if not isinstance(cfg["architecture"], str) or len(cfg["architecture"]) > 80:
         raise TypeError(f"its architecture is {short(cfg['architecture'])}")
     for name in ("d_in", "d_sae", "d_out"):

@@ -1,4 +1,4 @@
-"""Loading and saving an SAE through class methods: SAELens's, with their arguments, and this package's."""
+"""Class methods that load and save SAEs: those of SAELens, with their arguments, and those of this package."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ else:
 class LoadingMixin(_Base):
     """SAELens's ``from_pretrained`` and ``load_from_disk``; ``from_row``, ``from_folder`` and ``from_arrays``.
 
-    All of them return an object of the class that the SAE needs: ``JumpReLUSAE.from_pretrained`` loads transcoders too.
+    All of them return an object of the class that suits the SAE: ``JumpReLUSAE.from_pretrained`` loads transcoders too.
     """
 
     is_transcoder: bool = False
 
     @classmethod
     def get_sae_class_for_architecture(cls, architecture: str) -> Any:
-        """This package's class for a SAELens architecture word.
+        """The class of this package for a SAELens architecture.
 
         Raises:
             UnknownNameError: for architectures that are not JumpReLU.
@@ -61,22 +61,23 @@ class LoadingMixin(_Base):
         converter: Any = None,
         fold_W_dec_norm: bool = False,
     ) -> Any:
-        """The SAE (or transcoder) that a release has under an id.
+        """Load the SAE (or transcoder) with an id in a release.
 
         Args:
-            release: such as ``"gemma-scope-2b-pt-res"``.
-            sae_id: such as ``"layer_20/width_16k/average_l0_71"`` or ``"layer_20/width_16k/canonical"``.
-            device: where the parameters go.
-            dtype: of all parameters but the thresholds: float32, bfloat16 or float16 (also fp32, bf16, fp16, torch's).
-            force_download: download a file of the Hub again although it is in the cache.
-            converter: one of SAELens's Hub loaders, or a function of that kind, which then reads the repository in
-                place of this package. With one, ``release`` may also be a repository, ``"owner/name"``, and ``sae_id``
-                a folder in it.
-            fold_W_dec_norm: call :meth:`fold_W_dec_norm` on what is loaded.
+            release: a name such as ``"gemma-scope-2b-pt-res"``.
+            sae_id: an id such as ``"layer_20/width_16k/average_l0_71"`` or ``"layer_20/width_16k/canonical"``.
+            device: device of the parameters.
+            dtype: dtype of the parameters, except thresholds: float32, bfloat16 or float16 (or fp32, bf16, fp16, or a
+                torch dtype).
+            force_download: download a file of the Hub again even if it is in the cache.
+            converter: one of SAELens's Hub loaders, or a similar function, which then reads the repository in place of
+                this package. With a converter, ``release`` may also be a repository, ``"owner/name"``, and ``sae_id`` a
+                folder in it.
+            fold_W_dec_norm: call :meth:`fold_W_dec_norm` on the loaded SAE.
 
         Raises:
             UnknownNameError: for a release, id or dtype that does not exist, with the nearest ones.
-            WeightsError: when the file cannot be had or fails a check.
+            WeightsError: when the file cannot be obtained or fails a check.
         """
         return cls.from_pretrained_with_cfg_and_sparsity(
             release, sae_id, device, dtype, force_download, converter, fold_W_dec_norm
@@ -93,8 +94,7 @@ class LoadingMixin(_Base):
         converter: Any = None,
         fold_W_dec_norm: bool = False,
     ) -> tuple[Any, dict[str, Any], torch.Tensor | None]:
-        """:meth:`from_pretrained`, with SAELens's other two results: the config as a dict, and the sparsity that a
-        ``converter`` may know."""
+        """Load as :meth:`from_pretrained`, and also return the config as a dict and a ``converter``'s sparsity."""
         if converter is None:
             sae, sparsity = cls.from_row(catalog.resolve(release, sae_id), device, dtype, force_download), None
         else:
@@ -120,15 +120,15 @@ class LoadingMixin(_Base):
         dtype: str | torch.dtype = "float32",
         force_download: bool = False,
     ) -> Any:
-        """The SAE (or transcoder) of a registry row, fetched and checked against the row.
+        """Fetch and load the SAE (or transcoder) of a registry row, and check it against the row.
 
         Args:
-            row: as :func:`gemma_scope_tl.registry.resolve` gives it.
-            device, dtype, force_download: as :meth:`from_pretrained`.
+            row: a row, such as from :func:`gemma_scope_tl.registry.resolve`.
+            device, dtype, force_download: as for :meth:`from_pretrained`.
 
         Raises:
             UnknownNameError: for a dtype that does not exist.
-            WeightsError: when the file cannot be had or fails a check.
+            WeightsError: when the file cannot be obtained or fails a check.
         """
         return cls._loaded(lambda to, kind: read_row(row, to, kind, force_download), device, dtype)
 
@@ -142,15 +142,15 @@ class LoadingMixin(_Base):
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
     ) -> Any:
-        """An SAE from a folder with ``params.npz``, or with ``cfg.json`` and ``sae_weights.safetensors``.
+        """Load an SAE from a folder with ``params.npz``, or with ``cfg.json`` and ``sae_weights.safetensors``.
 
         Args:
-            path: the folder, or the ``params.npz`` or ``.safetensors`` itself.
-            model: the model's name; or a model or its config, whose sizes are then checked against the file.
-            site, layer: where it belongs. SAELens's layout says it; an npz does not, and without them encode and
-                decode work, and splicing asks for them. With ``site="embedding"`` an npz is rescaled
+            path: the folder, or the ``params.npz`` or ``.safetensors`` file.
+            model: the name of a model; or a model or its config, whose sizes are then checked against the file.
+            site, layer: the place of the SAE. SAELens's layout contains it. An npz does not: encoding and decoding work
+                without it, but splicing needs it. With ``site="embedding"`` an npz is rescaled
                 (:func:`~gemma_scope_tl.sae.units.scale_embedding`).
-            device, dtype: as :meth:`from_pretrained`.
+            device, dtype: as for :meth:`from_pretrained`.
 
         Raises:
             WeightsError: when the files are missing or fail a check.
@@ -167,10 +167,10 @@ class LoadingMixin(_Base):
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
     ) -> Any:
-        """An SAE from its arrays (``weights/checks.py`` lists them), NumPy or torch.
+        """Make an SAE from NumPy or torch arrays (``weights/checks.py`` lists them).
 
-        The arrays act on the site's own tensor: nothing is rescaled, for the embedding either. Memory is shared where
-        dtype and device allow it.
+        The arrays are in the units of the site's tensor, so nothing is rescaled, not even for the embedding. Memory is
+        shared if dtype and device allow it.
 
         Raises:
             WeightsError: when a check fails.
@@ -186,15 +186,15 @@ class LoadingMixin(_Base):
         converter: Any = None,
         fold_W_dec_norm: bool = False,
     ) -> Any:
-        """:meth:`from_folder` under SAELens's name and with its arguments.
+        """Load as :meth:`from_folder`, with SAELens's name and arguments.
 
         Args:
             path: as for :meth:`from_folder`.
-            device: where the parameters go.
-            dtype: None keeps the one in which the SAE was saved.
+            device: device of the parameters.
+            dtype: dtype of the parameters; None keeps the dtype in which the SAE was saved.
             converter: a function ``(path, device, cfg_overrides) -> (config, parameters)`` that reads the folder in
                 place of this package.
-            fold_W_dec_norm: call :meth:`fold_W_dec_norm` on what is loaded.
+            fold_W_dec_norm: call :meth:`fold_W_dec_norm` on the loaded SAE.
 
         Raises:
             WeightsError: when the files are missing or fail a check.
@@ -219,7 +219,7 @@ class LoadingMixin(_Base):
         device: str | torch.device,
         dtype: str | torch.dtype | None,
     ) -> Any:
-        """The SAE of a configuration and parameters, as SAELens's converters give them."""
+        """Make an SAE from the configuration and parameters of one of SAELens's converters."""
         config = SAELensConfig.given(given, source)
         identity = Identity(source) if row is None else Identity.of(row, source)
         kind = dtype or config.dtype or "float32"
@@ -233,8 +233,8 @@ class LoadingMixin(_Base):
         device: str | torch.device,
         dtype: str | torch.dtype,
     ) -> Any:
-        """The SAE that ``read`` finds, of this class where this is a transcoder's."""
-        kind, to = parse_dtype(dtype), parse_device(device)  # before anything is fetched
+        """Build the SAE from ``read``. On a transcoder class, the result must be of that class."""
+        kind, to = parse_dtype(dtype), parse_device(device)  # checked before a download
         arrays, identity = read(to, kind)
         sae = build(arrays, identity, to, kind)
         if cls.is_transcoder and not isinstance(sae, cls):
@@ -247,13 +247,13 @@ class SavingMixin(_Base):
 
     @ordinary_tensors()
     def save_model(self, path: str | PathLike[str]) -> tuple[Path, Path]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Write ``sae_weights.safetensors`` and ``cfg.json`` into a folder, which is made if need be.
+        """Write ``sae_weights.safetensors`` and ``cfg.json`` into a folder, which is created if necessary.
 
         Returns:
-            The two files.
+            The paths of the two files.
 
         Raises:
-            WriteError: they cannot be written, as on a full disk; what was there before is as it was.
+            WriteError: when a file cannot be written, as on a full disk. Existing files are unchanged then.
         """
         state = dict(self.state_dict())
         self.process_state_dict_for_saving(state)
@@ -269,7 +269,7 @@ def write_sae_lens_files(
     """Write SAELens's two files, both complete before the first is renamed into place.
 
     Raises:
-        WriteError: they cannot be written; what was there before is as it was.
+        WriteError: when a file cannot be written. Existing files are unchanged then.
     """
     folder, text = checked_path(path), json.dumps(cfg)
     writers = {
@@ -281,7 +281,7 @@ def write_sae_lens_files(
 
 
 def _fold(sae: Any) -> None:
-    """Fold the norms of the decoder rows into the encoder. The result counts as what was loaded."""
+    """Fold the norms of the decoder rows into the encoder, and record the result as the loaded weights."""
     sae.fold_W_dec_norm()
     sae.mark_as_loaded()
 

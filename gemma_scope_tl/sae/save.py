@@ -1,4 +1,4 @@
-"""Writing SAEs, in Gemma Scope's layout and in SAELens's, so that either side's tools read them."""
+"""Writing of SAEs in the layouts of Gemma Scope and of SAELens, so that tools for either layout can read them."""
 
 from __future__ import annotations
 
@@ -33,37 +33,40 @@ _LOCAL_HEADER, _ZIP64_EXTRA = 30, 20
 def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope", compress: bool = False) -> Path:
     """Write an SAE into a folder.
 
-    ``"gemma-scope"`` writes ``params.npz`` as the release has it. It keeps the values to the bit, with two exceptions:
-    an SAE that subtracts ``b_dec`` from its input has that folded into ``b_enc``; and an embedding SAE is put back into
-    the units of the table's rows, which may change a value's last bit (:func:`scale_embedding`). bfloat16 has no npz
-    type, so it is written as float32, which holds every bfloat16 exactly. Arrays are aligned to 64 bytes, so that they
-    can be memory-mapped (``chmod a-w`` the file, and it is); equal SAEs give equal files.
+    ``"gemma-scope"`` writes ``params.npz`` as in the releases. Values are written exactly, with two exceptions. The
+    subtraction of ``b_dec`` from the input is folded into ``b_enc``. An embedding SAE is converted back to the units of
+    the rows of the embedding table, which may change the last bit of a value (:func:`scale_embedding`). bfloat16 has no
+    npz type, so it is written as float32, which represents every bfloat16 exactly. Arrays are aligned to 64 bytes, so
+    that they can be memory-mapped (which happens if nobody may write the file: ``chmod a-w``). Equal SAEs give equal
+    files.
 
-    ``"sae-lens"`` writes ``cfg.json`` and ``sae_weights.safetensors``, to the bit, under SAELens's own architecture
-    names: ``sae_lens.SAE.load_from_disk`` reads it without this package. Weights that were changed after loading are
-    saved without the release, id and L0 of those that were loaded.
+    ``"sae-lens"`` writes ``cfg.json`` and ``sae_weights.safetensors``, exactly, with SAELens's architecture names, so
+    ``sae_lens.SAE.load_from_disk`` reads them without this package. Weights that were changed after loading are saved
+    without the release, id and L0 of the loaded weights.
 
-    Each file is written under a temporary name, flushed to the disk and renamed: a crash leaves the old file or the new
-    one. Both files of a SAELens folder are complete before the first is renamed.
+    Each file is written under a temporary name, flushed to the disk and renamed, so a crash leaves either the old file
+    or the new one. Both files of a SAELens folder are complete before the first is renamed.
 
     Args:
-        sae: an SAE or transcoder of this package or a JumpReLU one of SAELens.
-        path: the folder; made if need be.
-        format: which layout.
-        compress: deflate the npz (smaller, but cannot be memory-mapped).
+        sae: an SAE or transcoder of this package, or a JumpReLU one of SAELens.
+        path: the folder, which is created if necessary.
+        format: the layout.
+        compress: whether to deflate the npz, which is then smaller but cannot be memory-mapped.
 
     Returns:
-        The folder.
+        The path of the folder.
 
     Raises:
-        WeightsError: when the SAE's own arrays fail the checks.
-        GemmaScopeError: when the layout cannot hold the SAE.
+        WeightsError: when the arrays of the SAE fail the checks.
+        GemmaScopeError: when the layout cannot represent the SAE.
     """
     if format not in get_args(Format):
         raise unknown_name("format", format, get_args(Format))
     class_of(sae.cfg.architecture())
     if sae.cfg.normalize_activations not in (None, "none"):
-        raise GemmaScopeError(f"{sae.get_name()} normalises activations: fold that into its weights before saving.")
+        raise GemmaScopeError(
+            f"{sae.get_name()} normalises activations: fold the normalisation into its weights before saving."
+        )
     state = {name: parameter.detach().cpu() for name, parameter in sae.state_dict().items()}
     arrays = canonical_arrays(state, sae.get_name())
     folder = checked_path(path)
@@ -78,7 +81,7 @@ def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope"
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray], compress: bool = False) -> None:
-    """Write arrays as an npz whose bytes depend on nothing but them, each array's data aligned to 64 bytes."""
+    """Write arrays as an npz whose bytes depend only on the arrays, with the data of each aligned to 64 bytes."""
     method = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     with path.open("w+b") as file, zipfile.ZipFile(file, "w", method, allowZip64=True) as archive:
         for name, array in arrays.items():
@@ -98,14 +101,14 @@ def _release_arrays(sae: Any, arrays: dict[str, torch.Tensor]) -> dict[str, np.n
     identity = Identity(sae.get_name(), site=getattr(sae, "site", None), metadata=metadata).placed()
     if identity.site is not None and identity.family.site(identity.site).joins == "embedding":
         arrays = scale_embedding(arrays, inverse=True, family=identity.family)
-    if "W_skip" in arrays:  # the release's name and orientation
+    if "W_skip" in arrays:  # name and orientation as in the release
         arrays = {**arrays, "affine_skip_connection": arrays["W_skip"].T}
         del arrays["W_skip"]
     return {name: (a.float() if a.dtype == torch.bfloat16 else a).numpy() for name, a in arrays.items()}
 
 
 def _unshared(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """safetensors refuses tensors that share memory, as those made from one array do."""
+    """Copy tensors that share memory, which safetensors refuses."""
     seen: set[int] = set()
     result = {}
     for name, array in arrays.items():

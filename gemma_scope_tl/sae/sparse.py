@@ -1,13 +1,13 @@
-"""JumpReLU SAEs whose gate, decoder and gradients take time in proportion to the active latents.
+"""JumpReLU SAEs whose gate, decoder and gradients take time proportional to the number of active latents.
 
 With row vectors ``x [..., d_in]``, as in :mod:`gemma_scope_tl.sae.base`::
 
     z = x W_enc + b_enc            f = z * H(z - theta)            x_hat = f W_dec + b_dec
 
-Only ``x W_enc`` is dense; it is made and gated in blocks, so neither z nor f is ever whole in memory. With 131072
-latents and 512 tokens a forward pass takes some 25 MB and the gradient of x some 75, where z alone would take 268. Of
-16384 latents some 70 are active, and decoding, ``df`` and ``dx`` are sums over these. Where too many are active, the
-dense product is taken instead, at densities fixed in :mod:`gemma_scope_tl.sae.sparse_ops`.
+Only ``x W_enc`` is dense. It is computed and gated in blocks, so memory never holds all of z or f. With 131072 latents
+and 512 tokens a forward pass takes about 25 MB and the gradient of x about 75 MB, while z alone would take 268 MB. Of
+16384 latents about 70 are active, and decoding, ``df`` and ``dx`` are sums over these. Above the densities that are
+fixed in :mod:`gemma_scope_tl.sae.sparse_ops`, the dense product is used instead.
 
 Backward, with ``g`` the gradient of ``x_hat`` and sums over tokens written out::
 
@@ -15,15 +15,15 @@ Backward, with ``g`` the gradient of ``x_hat`` and sums over tokens written out:
     dx = dz W_enc^T      dW_enc = x^T dz      db_enc = sum_t dz_t      dW_dec = f^T g      db_dec = sum_t g_t
     dtheta_i = -(theta_i / epsilon) sum_t K((z_ti - theta_i) / epsilon) df_ti              (ste.py; with a bandwidth)
 
-Only those asked for are computed: weights hang on nodes of their own in autograd's graph, so that neither frozen
-weights nor ``torch.autograd.grad(metric, activations)`` cost more than ``dx``. A pass itself costs the same either way.
+Only the requested gradients are computed. Weights have separate nodes in autograd's graph, so with frozen weights and
+in ``torch.autograd.grad(metric, activations)`` only ``dx`` is computed. The time of the pass itself does not change.
 
-Rounding: every sum has the dense formula's terms without the zeros, in another order. A sum of n terms is then off by
-at most n u times the sum of their sizes, u = 2^-53 or 2^-24, and by about sqrt(n) u as a rule: within 1e-12 in float64
-and 1e-5 in float32 at Gemma's widths. The order is fixed, so repeats are equal to the bit without asking for it. A
-pre-activation that rounds to the other side of its threshold switches a latent, as between any two BLAS libraries.
+Rounding: every sum has the terms of the dense formula without the zeros, in another order. The error of a sum of n
+terms is at most n u times the sum of their absolute values, with u = 2^-53 or 2^-24, and typically about sqrt(n) u:
+within 1e-12 in float64 and 1e-5 in float32 at Gemma's widths. The order is fixed, so repeated passes give identical
+bits. A pre-activation that rounds to the other side of its threshold switches a latent, as between two BLAS libraries.
 
-16-bit SAEs answer in their dtype. The bias is added before the product is rounded, once; ``base.py`` rounds twice.
+SAEs of 16 bits return their dtype. The bias is added before the product is rounded, once; ``base.py`` rounds twice.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from gemma_scope_tl.sae.ste import rectangle
 
 @dataclass(frozen=True, eq=False)
 class SparseActs:
-    """Active latents of a batch of tokens: a CSR matrix with a row for each token.
+    """Active latents of a batch of tokens, as a CSR matrix with a row for each token.
 
     Attributes:
         offsets: int64 ``[n + 1]``; token t has the entries ``offsets[t]`` to ``offsets[t + 1]``.
         latents: int64 ``[nnz]``, ascending within a token.
-        values: ``[nnz]``, what autograd tracks. With a bandwidth there are explicit zeros, for inactive latents within
-            half a bandwidth of their threshold: the threshold's gradient needs them.
-        shape: of the dense activations, ``(..., d_sae)`` with n tokens in front.
+        values: ``[nnz]``, tracked by autograd. With a bandwidth there are explicit zeros for inactive latents within
+            half a bandwidth of their threshold, because the gradient of the threshold needs them.
+        shape: shape of the dense activations, ``(..., d_sae)``, whose leading dimensions have n tokens.
     """
 
     offsets: Tensor
@@ -60,37 +60,37 @@ class SparseActs:
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens there are: the product of all but the last dimension."""
+        """Number of tokens, which is the product of all dimensions but the last."""
         return self.offsets.shape[0] - 1
 
     @property
     def d_sae(self) -> int:
-        """How many latents the SAE has."""
+        """Number of latents of the SAE."""
         return self.shape[-1]
 
     @property
     def density(self) -> float:
-        """The share of entries that are held, from 0 to 1."""
+        """The share of the dense entries that are stored, from 0 to 1."""
         return self.latents.shape[0] / max(1, self.n_tokens * self.d_sae)
 
     @property
     def l0(self) -> float:
-        """Mean number of active latents of a token, explicit zeros not counted; NaN without tokens."""
+        """Mean number of active latents per token, without explicit zeros. NaN if there are no tokens."""
         return int(torch.count_nonzero(self.values)) / self.n_tokens if self.n_tokens else math.nan
 
     def tokens(self) -> Tensor:
-        """The token of each entry, int64 ``[nnz]``, counting through all batch dimensions."""
+        """The token index of each entry over the flattened batch dimensions, int64 ``[nnz]``."""
         return ops.rows_of(self.offsets, self.latents.shape[0])
 
     def with_values(self, values: Tensor) -> SparseActs:
-        """The same places with other values ``[nnz]``, as a hook that scales or clamps active latents makes them.
+        """The same entries with other values ``[nnz]``, such as from a hook that scales or clamps active latents.
 
         Raises:
             GemmaScopeError: for another shape.
         """
         if values.shape != self.latents.shape:
             raise GemmaScopeError(
-                f"There are {self.latents.shape[0]} active entries, the values given have shape {list(values.shape)}: "
+                f"There are {self.latents.shape[0]} active entries, but the values have shape {list(values.shape)}: "
                 "give one value for each, or edit to_dense() to switch other latents on."
             )
         return replace(self, values=values)
@@ -102,7 +102,7 @@ class SparseActs:
 
     @classmethod
     def from_dense(cls, acts: Tensor) -> SparseActs:
-        """The non-zero entries (NaN is one) of ``[..., d_sae]``; gradients flow back to these entries only."""
+        """The non-zero entries (including NaN) of ``[..., d_sae]``. Gradients flow back only to these entries."""
         d_sae = acts.shape[-1]
         flat = acts.reshape(-1, d_sae)
         offsets, latents, values = ops.compact(flat.detach(), None)
@@ -113,11 +113,11 @@ class SparseActs:
 
 
 def compact(pre: Tensor, threshold: Tensor) -> SparseActs:
-    """Gate pre-activations that exist already. Not differentiable; :func:`encode_sparse` is.
+    """Gate given pre-activations. Not differentiable, unlike :func:`encode_sparse`.
 
     Args:
         pre: ``[..., d_sae]``. 16-bit values are compared in float32; NaN is kept.
-        threshold: ``[d_sae]``, float32 or wider. ``pre <= threshold`` is off.
+        threshold: ``[d_sae]``, float32 or wider. Latents with ``pre <= threshold`` are inactive.
     """
     entries = ops.compact(pre.detach().reshape(-1, pre.shape[-1]), threshold.detach())
     return SparseActs(*entries, tuple(pre.shape))
@@ -129,20 +129,20 @@ def encode_sparse(
     """Active latents, differentiable with respect to all four tensors.
 
     Args:
-        x: ``[..., d_in]``, any floating dtype: it is cast to the SAE's.
-        W_enc: ``[d_in, d_sae]``, any strides. Made as ``w.T`` of a contiguous ``[d_sae, d_in]`` the gradient of ``x``
-            is about three times cheaper and encoding costs the same; no transposed copy is kept.
+        x: ``[..., d_in]``, any floating dtype, which is cast to the SAE's dtype.
+        W_enc: ``[d_in, d_sae]``, any strides. If it is ``w.T`` of a contiguous ``[d_sae, d_in]``, the gradient of
+            ``x`` is about three times faster and encoding takes the same time. No transposed copy is made.
         b_enc: ``[d_sae]``.
         threshold: ``[d_sae]``, float32 or wider.
         bandwidth: epsilon of the threshold's pseudo-derivative; None (inference) gives the threshold no gradient.
 
     Raises:
-        GemmaScopeError: for shapes that do not fit, or a bandwidth that is not positive.
+        GemmaScopeError: for shapes that do not match, or a bandwidth that is not positive.
     """
     d_in, d_sae = W_enc.shape
     if x.shape[-1:] != (d_in,) or b_enc.shape != (d_sae,) or threshold.shape != (d_sae,):
         raise GemmaScopeError(
-            f"W_enc is [{d_in}, {d_sae}]: x must be [..., {d_in}], b_enc and threshold [{d_sae}]; given are "
+            f"W_enc is [{d_in}, {d_sae}]: x must be [..., {d_in}], b_enc and threshold [{d_sae}]; given: "
             f"{list(x.shape)}, {list(b_enc.shape)} and {list(threshold.shape)}."
         )
     if bandwidth is not None and not bandwidth > 0:
@@ -160,18 +160,18 @@ def decode_sparse(acts: SparseActs | Tensor, W_dec: Tensor, b_dec: Tensor) -> Te
     """Reconstruction ``f W_dec + b_dec``, ``[..., d_out]`` in the dtype of ``W_dec``.
 
     Args:
-        acts: sparse activations, differentiable with respect to their values; or dense ones ``[..., d_sae]``, such as a
-            hook edited. Their gradient is dense: inactive latents have one too.
+        acts: sparse activations, differentiable with respect to their values; or dense activations ``[..., d_sae]``,
+            such as after an edit by a hook. Their gradient is dense and includes inactive latents.
         W_dec: ``[d_sae, d_out]``.
         b_dec: ``[d_out]``.
 
     Raises:
-        GemmaScopeError: for shapes that do not fit.
+        GemmaScopeError: for shapes that do not match.
     """
     d_sae, d_out = W_dec.shape
     if acts.shape[-1] != d_sae or b_dec.shape != (d_out,):
         raise GemmaScopeError(
-            f"W_dec is [{d_sae}, {d_out}]: acts must be [..., {d_sae}] and b_dec [{d_out}]; given are "
+            f"W_dec is [{d_sae}, {d_out}]: acts must be [..., {d_sae}] and b_dec [{d_out}]; given: "
             f"{list(acts.shape)} and {list(b_dec.shape)}."
         )
     out: Any
@@ -196,10 +196,10 @@ def reconstruct(
     b_dec: Tensor,
     bandwidth: float | None = None,
 ) -> tuple[Tensor, SparseActs]:
-    """:func:`encode_sparse` and :func:`decode_sparse`: ``x_hat [..., d_out]`` in the SAE's dtype, and the latents.
+    """Encode and decode: return ``x_hat [..., d_out]`` in the SAE's dtype, and the active latents.
 
     Raises:
-        GemmaScopeError: as these two.
+        GemmaScopeError: as :func:`encode_sparse` and :func:`decode_sparse`.
     """
     acts = encode_sparse(x, W_enc, b_enc, threshold, bandwidth)
     return decode_sparse(acts, W_dec, b_dec), acts
@@ -210,14 +210,17 @@ def _tracked(*weights: Tensor) -> bool:
 
 
 class _Encode(torch.autograd.Function):
-    """Values, offsets and latents of ``x [n, d_in]``, and with a bandwidth what of them is on and what is near its
-    threshold; differentiable with respect to ``x`` alone. Use :func:`encode_sparse`."""
+    """Values, offsets and latents of ``x [n, d_in]``, differentiable only with respect to ``x``.
+
+    With a bandwidth it also returns which entries are active and which are near their threshold. Use
+    :func:`encode_sparse`.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None
     ) -> tuple[Tensor | None, ...]:
-        # The limit is a little low, so that rounding in theta - epsilon / 2 loses nothing that the kernel counts.
+        # The limit is slightly low, so that rounding in theta - epsilon / 2 loses no entry that the kernel counts.
         limit = threshold if bandwidth is None else threshold - 0.51 * bandwidth
         offsets, latents, values = ops.encode(x, w_enc, b_enc, limit)
         on = near = None
@@ -245,7 +248,7 @@ class _Encode(torch.autograd.Function):
 
 
 class _EncodeWeights(torch.autograd.Function):
-    """Zeros beside the values of :class:`_Encode`, ``[nnz]``, which carry the gradients of the encoder's weights."""
+    """Zeros ``[nnz]`` to add to the values of :class:`_Encode`. They carry the gradients of the encoder weights."""
 
     @staticmethod
     def forward(
@@ -276,14 +279,14 @@ class _EncodeWeights(torch.autograd.Function):
         grad_w = ops.latent_sums(offsets, latents, grad_pre, d_sae, x).T if need_w else None
         grad_b = ops.bias_sums(offsets, latents, grad_pre, d_sae).to(ctx.like) if need_b else None
         grad_threshold = None
-        if need_threshold and near is not None:  # without a bandwidth there is none
+        if need_threshold and near is not None:  # near is None without a bandwidth
             total = ops.bias_sums(offsets, latents, near * grad, d_sae)
             grad_threshold = -(threshold / ctx.bandwidth) * total.to(threshold.dtype)
         return grad_w, grad_b, grad_threshold, None, None, None, None, None, None
 
 
 class _Decode(torch.autograd.Function):
-    """``f W_dec + b_dec`` of CSR values, differentiable with respect to these alone; use :func:`decode_sparse`."""
+    """``f W_dec + b_dec`` of CSR values, differentiable only with respect to these. Use :func:`decode_sparse`."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, w_dec: Tensor, b_dec: Tensor, offsets: Tensor, latents: Tensor) -> Tensor:
@@ -300,7 +303,7 @@ class _Decode(torch.autograd.Function):
 
 
 class _DecodeDense(torch.autograd.Function):
-    """``f W_dec + b_dec`` of a dense ``f [n, d_sae]`` that is mostly 0, with a dense gradient; and the entries of f."""
+    """``f W_dec + b_dec`` of a dense ``f [n, d_sae]`` that is mostly 0, with a dense gradient, and the entries of f."""
 
     @staticmethod
     def forward(ctx: Any, acts: Tensor, w_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, ...]:
@@ -319,7 +322,7 @@ class _DecodeDense(torch.autograd.Function):
 
 
 class _DecodeWeights(torch.autograd.Function):
-    """A zero beside the output of a decoder, which carries the gradients of its weights."""
+    """A zero to add to the output of a decoder. It carries the gradients of the decoder weights."""
 
     @staticmethod
     def forward(ctx: Any, w_dec: Tensor, b_dec: Tensor, offsets: Tensor, latents: Tensor, values: Tensor) -> Tensor:

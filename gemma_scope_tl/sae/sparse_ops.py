@@ -1,10 +1,10 @@
-"""The sums that a sparse JumpReLU needs, without autograd; :mod:`gemma_scope_tl.sae.sparse` adds the gradients.
+"""The sums of a sparse JumpReLU without autograd. :mod:`gemma_scope_tl.sae.sparse` adds the gradients.
 
-Active latents are held row after row (CSR): token ``t`` has ``latents[offsets[t]:offsets[t + 1]]``, ascending, with one
-value each. Every sum runs in a fixed order without atomic additions, so repeats are equal to the bit on every device.
+Active latents are stored by rows (CSR): token ``t`` has ``latents[offsets[t]:offsets[t + 1]]``, ascending, with one
+value each. Every sum has a fixed order without atomic additions, so repeated runs give identical bits on every device.
 
-What each costs on a CPU, as a share of the encoder's product ``x @ W_enc`` (2304 x 16384, 512 tokens, float32, two
-threads; ``benchmarks/sparse.py`` measures the totals):
+The table has the time of each operation on a CPU, as a share of the encoder's product ``x @ W_enc`` (2304 x 16384, 512
+tokens, float32, two threads; ``benchmarks/sparse.py`` measures the totals):
 
 ====================================== =========== =========== =========== ===========
 density of active latents               0.4%        2%          4%          8%
@@ -16,8 +16,8 @@ gradient of x, other W_enc              0.21 / 0.95 0.76 / 0.86 1.35 / 0.95 1.87
 gradient of a matrix: sparse / dense    0.20 / 1.11 0.25 / 1.27 0.27 / 1.14 0.36 / 1.17
 ====================================== =========== =========== =========== ===========
 
-On a processor with a faster product and slower memory the sparse shares were up to twice as large. The crossovers below
-suit both. Nothing is timed while running.
+On a processor with a faster product and slower memory the sparse shares were up to twice as large. The constants below
+suit both. No time is measured at run time.
 """
 
 from __future__ import annotations
@@ -39,23 +39,27 @@ DENSE_IN_ORDER = 0.15  # sampled products with a large matrix
 DENSE_COLUMNS = 0.025  # the gradient of x when W_enc's columns are not contiguous
 DENSE_LATENTS = 0.12  # the gradient of a matrix
 
-# A block of pre-activations that is compacted while it is in the cache: 512 tokens x 4096 latents in float32. Shares
-# of the product for encode, gate and decode: 1.16 at 512 latents, 1.13 at 1024, 1.09 at 2048, 1.08 at 4096, 1.20 at all
-# 16384. Fewer than 512 tokens at a time make the product itself slower: 1.12 at 128, 1.33 at 64.
+# Size of a block of pre-activations that is compacted while it is in the cache: 512 tokens x 4096 latents in float32.
+# Time of encode, gate and decode relative to the product: 1.16 at 512 latents, 1.13 at 1024, 1.09 at 2048, 1.08 at
+# 4096, 1.20 at all 16384. Blocks of fewer than 512 tokens slow down the product itself: 1.12 at 128, 1.33 at 64.
 BLOCK_BYTES = 8 << 20
 BLOCK_TOKENS = 512
-CACHED_BYTES = 32 << 20  # a larger matrix is better read in order than looked up in
+CACHED_BYTES = 32 << 20  # reading a larger matrix in order is faster than random access
 DENSE_BYTES = 64 << 20  # bound of every dense temporary
-NUMPY_THREADS = 4  # with more, PyTorch's search for true bytes should be faster; with two, NumPy's takes half the time
-GPU_BLOCK_BYTES = 256 << 20  # of a block on a GPU, where few large kernels are fastest
+NUMPY_THREADS = (
+    4  # with more threads, PyTorch's search for true bytes should be faster; with two, NumPy's takes half the time
+)
+GPU_BLOCK_BYTES = 256 << 20  # of a block on a GPU, where a few large kernels are fastest
 
 Entries = tuple[Tensor, Tensor, Tensor]
 
 
 @cache
 def native_half(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of ``dtype`` itself. Without such instructions PyTorch's bfloat16 product is
-    tens of times slower than float32, with AMX several times faster."""
+    """Whether this CPU has instructions for matrix products of ``dtype``.
+
+    Without them, PyTorch's bfloat16 product is tens of times slower than float32; with AMX it is several times faster.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         return True
     if not torch.backends.mkldnn.is_available():
@@ -71,7 +75,7 @@ def _has_triton() -> bool:
 
 
 def _triton(tensor: Tensor) -> ModuleType | None:
-    """The Triton kernels for a CUDA tensor; without Triton, PyTorch's own operations serve there too."""
+    """The Triton kernels for a CUDA tensor, or None if Triton is missing or the tensor is on another device."""
     if not (tensor.is_cuda and _has_triton()):
         return None
     from gemma_scope_tl.sae import sparse_triton
@@ -80,10 +84,10 @@ def _triton(tensor: Tensor) -> ModuleType | None:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """``a @ b (+ bias)`` in their dtype.
+    """``a @ b (+ bias)`` in the dtype of the arguments.
 
     16-bit matrices on a CPU without instructions for them are multiplied in float32, a block of ``b`` at a time, and
-    rounded once: no less accurate than the 16-bit product, which also accumulates in float32.
+    rounded once. This is as accurate as the 16-bit product, which also accumulates in float32.
     """
     if a.is_cuda or native_half(a.dtype):
         if bias is None:
@@ -102,9 +106,9 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
 
 
 def encode(x: Tensor, w_enc: Tensor, b_enc: Tensor, limit: Tensor) -> Entries:
-    """Pre-activations ``x W_enc + b_enc`` of ``x [n, d_in]`` that are not at or below ``limit [d_sae]``.
+    """Pre-activations ``x W_enc + b_enc`` of ``x [n, d_in]`` above ``limit [d_sae]``, or NaN.
 
-    They are computed in blocks of :data:`BLOCK_BYTES`, so the whole ``[n, d_sae]`` never exists.
+    They are computed in blocks of :data:`BLOCK_BYTES`, so memory never holds all of ``[n, d_sae]``.
 
     Returns:
         offsets ``[n + 1]``, latents ``[nnz]``, pre-activations ``[nnz]``.
@@ -134,7 +138,7 @@ def encode(x: Tensor, w_enc: Tensor, b_enc: Tensor, limit: Tensor) -> Entries:
 
 
 def compact(dense: Tensor, limit: Tensor | None) -> Entries:
-    """The entries of ``dense [n, d_sae]`` not at or below ``limit``; without a limit those not 0. NaN is kept."""
+    """The entries of ``dense [n, d_sae]`` above ``limit``, or the non-zero entries without a limit. NaN is kept."""
     n, d_sae = dense.shape
     limit = None if limit is None else floor_to(limit, dense.dtype)
     kernels = _triton(dense)
@@ -147,10 +151,10 @@ def compact(dense: Tensor, limit: Tensor | None) -> Entries:
 
 
 def floor_to(limit: Tensor, dtype: torch.dtype) -> Tensor:
-    """``limit`` in ``dtype``, rounded down where it must be.
+    """``limit`` in ``dtype``, rounded down if it is not representable.
 
-    For ``z`` of that dtype, ``z <= limit`` is the same as ``z <= floor_to(limit)``: the float32 comparison exactly, and
-    four times faster than comparing bfloat16 with float32.
+    For ``z`` of that dtype, ``z <= limit`` is equivalent to ``z <= floor_to(limit)``, which is exact and four times
+    faster than comparing bfloat16 with float32.
     """
     near = limit.to(dtype)
     if torch.promote_types(limit.dtype, dtype) == dtype:
@@ -159,7 +163,7 @@ def floor_to(limit: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _block_shape(x: Tensor, d_sae: int) -> tuple[int, int]:
-    """Tokens and latents of a block. A GPU compacts whole rows: it has no cache worth staying in."""
+    """Number of tokens and latents of a block. A GPU compacts whole rows, because its caches are too small to help."""
     if x.is_cuda:
         return max(1, min(x.shape[0], GPU_BLOCK_BYTES // (d_sae * x.element_size()))), d_sae
     tokens = max(1, min(x.shape[0], BLOCK_TOKENS))
@@ -168,17 +172,17 @@ def _block_shape(x: Tensor, d_sae: int) -> tuple[int, int]:
 
 
 def _select(values: Tensor, limit: Tensor | None, mask: Tensor) -> Entries:
-    """Rows, columns and values of the entries that :func:`compact` keeps; ``mask`` is space to work in."""
+    """Rows, columns and values of the entries that :func:`compact` keeps; ``mask`` is a buffer."""
     on = mask[: values.numel()].view(values.shape)
     if limit is None:
         torch.ne(values, 0, out=on)
     else:
-        torch.le(values, limit, out=on).logical_not_()  # NaN compares false, and stays
+        torch.le(values, limit, out=on).logical_not_()  # NaN compares false, so it is kept
     return entries(values, on)[1:]
 
 
 def entries(values: Tensor, on: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where the bools ``on [n, m]`` are true, row by row: places in ``on`` read flat, rows, columns, and ``values``."""
+    """Flat indices, rows, columns and ``values`` of the true entries of the bools ``on [n, m]``, row by row."""
     flat = nonzero(on.view(-1))
     rows = flat.div(max(1, values.shape[1]), rounding_mode="floor")
     return flat, rows, flat - rows * values.shape[1], values.reshape(-1).index_select(0, flat)
@@ -187,8 +191,8 @@ def entries(values: Tensor, on: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def nonzero(mask: Tensor) -> Tensor:
     """Indices of the true bytes of ``mask [n]``.
 
-    NumPy finds them in a third to a half of PyTorch's time, in one thread. With more threads the
-    mask is searched eight bytes at a time first.
+    NumPy finds them in a third to a half of PyTorch's time, in one thread. With more threads, the mask is first searched
+    in steps of eight bytes.
     """
     here = mask.device.type == "cpu"
     if here and torch.get_num_threads() <= NUMPY_THREADS:
@@ -201,18 +205,20 @@ def nonzero(mask: Tensor) -> Tensor:
 
 
 def stable_order(numbers: Tensor, below: int) -> Tensor:
-    """What sorts ``numbers``, all from 0 to ``below - 1``, equal ones staying in order. Narrow integers sort faster: 16
-    bits in 0.6 ms and 32 in 2.4, of a hundred thousand in one thread."""
+    """Indices that sort ``numbers`` (from 0 to ``below - 1``), stably.
+
+    Narrow integers sort faster: a hundred thousand take 0.6 ms with 16 bits and 2.4 ms with 32 in one thread.
+    """
     return numbers.to(torch.int16 if below <= 1 << 15 else torch.int32).argsort(stable=True)
 
 
 def groups(numbers: Tensor, below: int) -> tuple[Tensor, Tensor]:
-    """:func:`stable_order`, and where in it each number's entries begin, ``[below + 1]``."""
+    """The result of :func:`stable_order`, and the start of the entries of each number in it, ``[below + 1]``."""
     return stable_order(numbers, below), starts_of(numbers.bincount(minlength=below))
 
 
 def _by_row(found: list[Entries], n: int) -> Entries:
-    """Entries of blocks side by side, each ordered by row, as offsets, columns and values ordered by row."""
+    """Merge the entries of adjacent blocks, each ordered by row, into offsets, columns and values ordered by row."""
     row, column, value = (torch.cat(part) if len(found) > 1 else part[0] for part in zip(*found, strict=True))
     if len(found) > 1:
         order = stable_order(row, n)  # stable: latents stay ascending within a token
@@ -221,7 +227,7 @@ def _by_row(found: list[Entries], n: int) -> Entries:
 
 
 def _stack(parts: list[Entries], like: Tensor) -> Entries:
-    """Entries of chunks of tokens, one after the other."""
+    """Concatenate the entries of consecutive chunks of tokens."""
     if len(parts) == 1:
         return parts[0]
     if not parts:
@@ -232,7 +238,7 @@ def _stack(parts: list[Entries], like: Tensor) -> Entries:
 
 
 def starts_of(counts: Tensor) -> Tensor:
-    """``[0, c0, c0 + c1, ...]``: where each group begins, and the end."""
+    """``[0, c0, c0 + c1, ...]``: the start of each group, and the end."""
     return pad(counts.cumsum(0), (1, 0))
 
 
@@ -242,7 +248,7 @@ def rows_of(offsets: Tensor, nnz: int) -> Tensor:
 
 
 def row_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor) -> Tensor:
-    """``F @ matrix`` for the sparse ``F [n, d_sae]`` and ``matrix [d_sae, d]``: for each token, a sum of rows."""
+    """``F @ matrix`` for the sparse ``F [n, d_sae]`` and ``matrix [d_sae, d]``: a sum of rows for each token."""
     if _dense(offsets, latents, matrix.shape[0], DENSE_ROWS):
         return _dense_rows(offsets, latents, values, matrix)
     return weighted_rows(offsets, latents, values, matrix)
@@ -261,8 +267,8 @@ def weighted_rows(offsets: Tensor, rows: Tensor, weights: Tensor, matrix: Tensor
 def column_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor) -> Tensor:
     """``F @ matrix^T`` for the sparse ``F [n, d_sae]`` and ``matrix [d, d_sae]``, the layout of ``W_enc``.
 
-    Where each latent's column is contiguous (``W_enc`` made as ``w.T`` of a contiguous ``[d_sae, d]``), this is
-    :func:`row_sums`, three times cheaper. The layout is the caller's choice: no transposed copy is made here.
+    If the column of each latent is contiguous (``W_enc`` is ``w.T`` of a contiguous ``[d_sae, d]``), this is
+    :func:`row_sums`, which is three times faster. The caller chooses the layout; no transposed copy is made here.
     """
     if matrix.stride(0) == 1 and matrix.stride(1) >= matrix.shape[0]:
         return row_sums(offsets, latents, values, matrix.T)
@@ -275,7 +281,7 @@ def column_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor
     columns = _csr(offsets, latents, values, (n, d_sae)).t()
     out = matrix.new_empty(matrix.shape[0], n)
     step = max(32, BLOCK_BYTES // (d_sae * matrix.element_size()))
-    for i in range(0, matrix.shape[0], step):  # the kernel copies its dense matrix: all of it at once is also slower
+    for i in range(0, matrix.shape[0], step):  # the kernel copies its dense matrix; the whole matrix at once is slower
         out[i : i + step] = matrix[i : i + step] @ columns
     return out.T.contiguous()
 
@@ -304,8 +310,8 @@ def sampled(
 ) -> Tensor:
     """``left_t . matrix_i`` for every active latent i of every token t: ``left [n, d]``, ``matrix [d_sae, d]``.
 
-    On a CPU a large matrix is read once, latent by latent, instead of row by row for each token: the same products in a
-    third of the time. ``by_latent`` is :func:`groups` of the latents, where the caller has it.
+    On a CPU a large matrix is read once, latent by latent, instead of row by row for each token. This takes a
+    third of the time. ``by_latent`` is the result of :func:`groups` for the latents, if the caller has it.
     """
     d_sae, nnz = matrix.shape[0], latents.shape[0]
     if nnz == 0:
@@ -342,7 +348,7 @@ def _csr(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int
 
 @cache
 def _silence_beta_warning() -> None:
-    """Silence PyTorch's warning that its CSR tensors are in beta: it gives it once, for a process's first one."""
+    """Silence PyTorch's warning that its CSR tensors are in beta, which the first one of a process causes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         none, offsets = (torch.zeros(n, dtype=torch.int64, device="cpu") for n in (0, 1))
@@ -354,7 +360,7 @@ def _dense(offsets: Tensor, latents: Tensor, d_sae: int, above: float) -> bool:
 
 
 def _token_chunks(offsets: Tensor, d_sae: int, item_size: int) -> Generator[tuple[slice, int, int]]:
-    """Tokens whose dense rows fit :data:`DENSE_BYTES`, with their first and last entries."""
+    """Slices of tokens whose dense rows fit :data:`DENSE_BYTES`, with their first and last entries."""
     n = offsets.shape[0] - 1
     tokens = max(1, DENSE_BYTES // (d_sae * item_size))
     for i in range(0, n, tokens):

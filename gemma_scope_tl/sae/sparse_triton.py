@@ -1,14 +1,14 @@
 """Triton kernels for :mod:`gemma_scope_tl.sae.sparse_ops` on CUDA tensors.
 
-Tests run them through Triton's interpreter (``TRITON_INTERPRET=1``, where CPU tensors are taken too) and compile them
-for compute capability 9.0 without a device; ``benchmarks/gpu.py`` ran them on one, against exact sums and the clock.
-Imported only when a tensor is on CUDA.
+Tests run the kernels in Triton's interpreter (``TRITON_INTERPRET=1``, which accepts CPU tensors) and compile them for
+compute capability 9.0 without a device. ``benchmarks/gpu.py`` compares them with exact sums on a GPU and measures their
+time. The module is imported only when a tensor is on CUDA.
 
-One program handles one token, and walks its entries in order: no atomic additions, so repeats are equal to the bit.
-Sums are kept in float32, or float64 for float64.
+One program handles one token and processes its entries in order, without atomic additions, so repeated runs give
+identical bits. Sums are accumulated in float32, or in float64 for float64.
 """
 
-# A kernel's parameters are pointers and lanes without a Python type, and Triton is not installed everywhere.
+# The parameters of a kernel have no Python type, and Triton is not installed everywhere.
 # pyright: reportMissingImports=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 
@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LATENTS = 1024  # latents that a compacting program looks at in one go
-# Tiles of entries by dimensions, added up whole and summed at the end: the fastest of eight shapes on an H200, for 70
-# entries a token and 2304 or 3584 dimensions in bfloat16 and float32.
+_LATENTS = 1024  # latents that a compacting program processes at a time
+# Tiles of entries by dimensions, accumulated elementwise and summed at the end. This was the fastest of eight shapes on
+# an H200, for 70 entries per token and 2304 or 3584 dimensions in bfloat16 and float32.
 _ROW_TILE = (4, 512)
 _SAMPLED_TILE = (8, 256)
 _SPLITS = 8  # programs that share the entries of one token in `sampled`: a BOS token may have thousands
@@ -120,7 +120,7 @@ def _wide(dtype: torch.dtype) -> Any:
 
 
 def compact(pre: Tensor, limit: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets, latents and values of the entries of ``pre [n, d_sae]`` that are not at or below ``limit``, or not 0."""
+    """Offsets, latents and values of the entries of ``pre [n, d_sae]`` above ``limit``, or not 0 without a limit."""
     pre = pre if pre.stride(1) == 1 else pre.contiguous()
     n, d_sae = pre.shape
     bound = pre if limit is None else limit.contiguous()
@@ -138,7 +138,7 @@ def compact(pre: Tensor, limit: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def row_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor) -> Tensor:
-    """For each token the sum of ``values`` times rows of ``matrix [rows, d]``, ``[n, d]``."""
+    """The sum of ``values`` times rows of ``matrix [rows, d]`` for each token, ``[n, d]``."""
     matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
     n, d = offsets.shape[0] - 1, matrix.shape[1]
     out = torch.empty(n, d, dtype=matrix.dtype, device=matrix.device)

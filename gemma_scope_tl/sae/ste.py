@@ -1,15 +1,15 @@
-"""JumpReLU and the Heaviside step, with the paper's pseudo-derivatives for their thresholds.
+"""JumpReLU and the Heaviside step, with the pseudo-derivatives of the JumpReLU paper for their thresholds.
 
 Both functions jump at the threshold, so the derivative with respect to it is zero almost everywhere. The JumpReLU paper
-(section 3, equations 11 and 12) replaces it by an estimate of the gradient of the *expected* loss: a kernel density
-estimate, with kernel K and bandwidth epsilon, of how many pre-activations lie at the threshold::
+(section 3, equations 11 and 12) replaces it by an estimate of the gradient of the *expected* loss. The estimate uses a
+kernel density estimate, with kernel K and bandwidth epsilon, of the pre-activations at the threshold::
 
     JumpReLU_theta(z) = z H(z - theta)          H(u) = 1 if u > 0 else 0, so H(0) = 0
 
     d JumpReLU / d theta := -(theta / epsilon) K((z - theta) / epsilon)
     d H        / d theta := -(1     / epsilon) K((z - theta) / epsilon)
 
-    d JumpReLU / d z  = H(z - theta)            the jump itself sends nothing to z
+    d JumpReLU / d z  = H(z - theta)            the jump itself has no gradient for z
     d H        / d z := 0
 
     K(u) = 1 if |u| < 1/2 else 0                the rectangle
@@ -84,7 +84,9 @@ def jumprelu(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 
 
 def step(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """The Heaviside step ``H(z - theta)``, 0 at the threshold; its sum over latents is L0. Arguments as above.
+    """The Heaviside step ``H(z - theta)``, 0 at the threshold, whose sum over latents is L0.
+
+    The arguments are those of :func:`jumprelu`.
 
     >>> step(torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1.0, 1.0, 1.0]), 0.1).tolist()
     [0.0, 0.0, 1.0]

@@ -1,4 +1,4 @@
-"""``load_suite``: many SAEs as one mapping that loads each when it is first asked for."""
+"""``load_suite``, which returns many SAEs as one mapping that loads each SAE on first access."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def load_suite(
     memory: int | None = None,
     release: str | None = None,
 ) -> SAESuite:
-    """One SAE per site and layer, as a mapping from ``(site, layer)``; none is loaded yet.
+    """One SAE per site and layer, as a mapping from ``(site, layer)``. No SAE is loaded yet.
 
     Args:
-        model: such as ``"gemma-2-2b"``.
+        model: a name such as ``"gemma-2-2b"``.
         sites: one or several of ``res``, ``mlp``, ``att``, ``embedding`` (whose layer is None), ``transcoder``.
-        layers: ``"all"`` that have an SAE of this width, or which.
-        width, l0: as :func:`load_sae`.
-        device, dtype: as :meth:`JumpReLUSAE.from_pretrained`.
-        memory: bytes that the loaded SAEs may take; beyond it, those unused for the longest are dropped and load again
-            when asked for. None keeps all. On the CPU in float32, SAEs of the Hub's cache are mapped from their files,
-            so that the system can reclaim their pages when it needs them.
-        release: look in this release alone, such as one of :func:`register_release`; needed where two have an SAE at
-            one place.
+        layers: ``"all"`` layers that have an SAE of this width, or a list of layers.
+        width, l0: as for :func:`load_sae`.
+        device, dtype: as for :meth:`JumpReLUSAE.from_pretrained`.
+        memory: limit in bytes for the loaded SAEs. Beyond it, the least recently used SAEs are dropped, and loaded
+            again on access. None keeps all. On the CPU in float32, SAEs of the Hub's cache are memory-mapped, so the
+            system can reclaim their pages when it needs memory.
+        release: the only release to search, such as one of :func:`register_release`; needed if two releases have an
+            SAE at one place.
 
     Raises:
         RegistryError: when two releases have an SAE at one place and ``release`` is not given.
@@ -65,7 +65,9 @@ def load_suite(
         once = not get_site(site).per_layer
         if isinstance(layers, str) or once:
             numbers = _layers(model, site, label, release)
-            numbers = numbers or [None if once else 0]  # of which find() says that there is none, and what there is
+            numbers = numbers or [
+                None if once else 0
+            ]  # find() raises an error for these that names the existing layers
         else:
             numbers = [layers] if isinstance(layers, int) else list(layers)
         for layer in numbers:
@@ -75,15 +77,15 @@ def load_suite(
 
 @dataclass
 class SAESuite(Mapping[Key, Any]):
-    """SAEs of one model by ``(site, layer)``, loaded when asked for. Threads may share it.
+    """SAEs of one model by ``(site, layer)``, loaded on access. Threads may share a suite.
 
-    ``suite["res", 20]`` loads and returns the SAE; asking again returns the same object while it is held.
-    ``list(suite.values())`` is what ``splice`` takes.
+    ``suite["res", 20]`` loads and returns the SAE. A later access returns the same object while it is in memory.
+    ``list(suite.values())`` is an argument for ``splice``.
 
     Attributes:
-        rows: the registry rows, all of them, loaded or not.
-        load: makes the SAE of a row.
-        memory: bytes that held SAEs may take, None for no bound. One SAE is always held, however large.
+        rows: the registry rows of all SAEs, loaded or not.
+        load: a function that makes the SAE of a row.
+        memory: limit in bytes for the loaded SAEs, None for no limit. One SAE of any size is always kept.
     """
 
     rows: Mapping[Key, SAERow]
@@ -116,21 +118,21 @@ class SAESuite(Mapping[Key, Any]):
 
     @property
     def loaded(self) -> tuple[Key, ...]:
-        """Which SAEs are held now, the one unused for the longest first."""
+        """The SAEs in memory, with the least recently used one first."""
         with self._lock:
             return tuple(self._held)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the parameters held now."""
+        """Bytes of the parameters in memory."""
         with self._lock:
             return sum(_nbytes(sae) for sae in self._held.values())
 
     def select(self, site: str | None = None, layers: Iterable[int | None] | None = None) -> SAESuite:
-        """A suite of some of these SAEs; what is held is shared at this moment, not later.
+        """A suite of some of these SAEs. It shares the SAEs that are in memory now, but none that are loaded later.
 
         Raises:
-            UnknownNameError: when nothing fits.
+            UnknownNameError: when no SAE meets the conditions.
         """
         chosen = None if layers is None else set(layers)
         keep = [k for k in self.rows if site in (None, k[0]) and (chosen is None or k[1] in chosen)]
@@ -141,13 +143,13 @@ class SAESuite(Mapping[Key, Any]):
         return SAESuite({key: self.rows[key] for key in keep}, self.load, self.memory, held)
 
     def prefetch(self, workers: int = 4, progress: bool = True) -> SAESuite:
-        """Load everything, ``workers`` at a time, with a progress bar; then return self.
+        """Load all SAEs, ``workers`` at a time, with a progress bar, and return self.
 
-        With a memory bound files are still downloaded and checked, so later loads are quick, and the last ones used
-        stay.
+        With a memory limit all files are downloaded and checked too, so later loads are fast, and the SAEs used last
+        stay in memory.
 
         Raises:
-            GemmaScopeError: naming every SAE that failed, after all others were loaded.
+            GemmaScopeError: with every SAE that failed, after all others were loaded.
         """
         from tqdm.auto import tqdm
 
@@ -167,12 +169,12 @@ class SAESuite(Mapping[Key, Any]):
         return self
 
     def drop(self) -> None:
-        """Forget what is held; SAEs that others still use live on there."""
+        """Release the SAEs in memory. References that other code holds stay valid."""
         with self._lock:
             self._held.clear()
 
     def to_frame(self) -> pd.DataFrame:
-        """A row per SAE with its registry fields and whether it is held."""
+        """A table with a row per SAE: its registry fields, and whether it is in memory."""
         import pandas as pd
 
         held = set(self.loaded)

@@ -1,4 +1,4 @@
-"""Texts in every form that users have them, as token ids with a mask."""
+"""Conversion of texts in any form that users pass to token ids with a mask."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gemma_scope_tl.text.tokenizing import pad_id, padded, rendered, tokenize, t
 from gemma_scope_tl.text.tokens import special_mask, text_mask
 
 Text = Any
-"""A text, several (list, array, Series, column of a data set, iterator), chat messages, token ids, a mapping that
-holds ``input_ids``, or a :class:`TokenBatch`: what :func:`as_batch` takes."""
+"""The arguments that :func:`as_batch` accepts: a text, several (list, array, Series, column of a data set, iterator),
+chat messages, token ids, a mapping with ``input_ids``, or a :class:`TokenBatch`."""
 
 _TAKEN = (
-    "Give a text, several texts, chat messages ({'role', 'content'}), token ids [pos] or [batch, pos], or what a "
-    "tokenizer returns (a mapping with input_ids)."
+    "Give a text, several texts, chat messages ({'role', 'content'}), token ids [pos] or [batch, pos], or the "
+    "output of a tokenizer (a mapping with input_ids)."
 )
 
 
@@ -31,7 +31,7 @@ class TokenBatch:
 
     Attributes:
         ids: ``[batch, pos]``, on the model's device.
-        mask: True at text, False at padding, on either side; a row of padding alone is False throughout.
+        mask: True at text, False at padding on either side. A row of padding alone is all False.
     """
 
     ids: Int[torch.Tensor, "batch pos"]
@@ -39,26 +39,26 @@ class TokenBatch:
 
     @property
     def start(self) -> Int[torch.Tensor, " batch"]:
-        """The column of each row's first token of text; 0 in a row without text."""
+        """The column of the first token of text in each row; 0 in a row without text."""
         return self.mask.int().argmax(-1)
 
     @property
     def length(self) -> Int[torch.Tensor, " batch"]:
-        """How many tokens of text each row has."""
+        """Number of tokens of text in each row."""
         return self.mask.sum(-1)
 
     @property
     def attention_mask(self) -> Int[torch.Tensor, "batch pos"]:
-        """The mask as models take it: 1 at text."""
+        """The mask in the form that models accept: 1 at text."""
         return self.mask.long()
 
     @property
     def place(self) -> Int[torch.Tensor, "batch pos"]:
-        """The position in its text of each column, from 0; meaningless where the mask is False."""
+        """The position of each column in the text of its row, from 0. Undefined where the mask is False."""
         return torch.arange(self.mask.shape[1], device=self.mask.device) - self.start[:, None]
 
     def ordinary(self, special: Iterable[int]) -> Bool[torch.Tensor, "batch pos"]:
-        """True at text whose id is none of ``special``."""
+        """True at text whose id is not in ``special``."""
         return self.mask & ~special_mask(self.ids, special)
 
 
@@ -72,10 +72,10 @@ def as_batch(
     truncate: bool = False,
     add_generation_prompt: bool | None = False,
 ) -> TokenBatch:
-    """Token ids and mask of texts in any form.
+    """Convert texts in any form to token ids and a mask.
 
-    Texts get BOS, unless they begin with it, and are padded on the left, as are id lists of several
-    lengths. Chat messages go through the tokenizer's chat template; a list of lists of messages is a batch.
+    BOS is put before texts that do not begin with it. Texts and id lists of several lengths are padded on the left by
+    default. Chat messages are rendered by the tokenizer's chat template; a list of lists of messages is a batch.
 
     Args:
         model: from ``load_model``.
@@ -83,17 +83,19 @@ def as_batch(
             or several; token ids as a tensor or array ``[pos]`` or ``[batch, pos]`` of any integer dtype, as a list, or
             lists of several lengths; a mapping with ``input_ids``, whose ``attention_mask`` is used; a
             :class:`TokenBatch`.
-        attention_mask: 1 or True at text, in the shape of the ids; it replaces every other mask. By default the mask
-            is that of the texts or the mapping; for ids, padding on either side is found by the tokenizer's padding id.
-        prepend_bos: put BOS before texts; None for the model's default, which is True.
-        padding_side: of texts and lists of ids of several lengths; None for the tokenizer's.
-        truncate: cut texts to the model's context instead of raising.
-        add_generation_prompt: end chat messages with the opening of an answer; None: where the last is not the model's.
+        attention_mask: 1 or True at text, in the shape of the ids; it replaces every other mask. The default is the
+            mask of the texts or the mapping. For ids, padding on either side is found by the tokenizer's padding id.
+        prepend_bos: whether to put BOS before texts; None for the model's default, which is True.
+        padding_side: side for texts and lists of ids of several lengths; None for the tokenizer's.
+        truncate: whether to cut texts to the model's context instead of raising.
+        add_generation_prompt: whether to end chat messages with the start of an answer; None for True unless the last
+            message is the model's.
 
     Raises:
-        GemmaScopeError: an empty input; what is neither text nor ids; several kinds in one list; a text that is not
-            valid Unicode, or longer than the context; ids that are not integers, of other shapes or outside the
-            vocabulary; text for a model without a tokenizer; a mask of another shape, with other values or with holes.
+        GemmaScopeError: for an empty input; an input that is neither text nor ids; several kinds in one list; a text
+            that is not valid Unicode or is longer than the context; ids that are not integers, have another shape or
+            are outside the vocabulary; text for a model without a tokenizer; a mask of another shape, with other
+            values or with holes.
     """
     mask, tokenizer = attention_mask, getattr(model, "tokenizer", None)
     if isinstance(text, TokenBatch):
@@ -102,10 +104,10 @@ def as_batch(
         text = [text]
     elif isinstance(text, Mapping):
         if "input_ids" not in text:
-            raise GemmaScopeError(f"A mapping with the keys {list(text)[:8]} holds no input_ids. {_TAKEN}")
+            raise GemmaScopeError(f"A mapping with the keys {list(text)[:8]} has no input_ids. {_TAKEN}")
         mask = text.get("attention_mask") if mask is None else mask
         text = text["input_ids"]
-    ids, known = _array(text), None  # known: the mask, where it does not follow from padding ids
+    ids, known = _array(text), None  # known: the mask, if it does not follow from padding ids
     if ids is None:
         given, kind = _texts_of(tokenizer, _listed(text), add_generation_prompt)
         if kind == "text":
@@ -123,7 +125,7 @@ def as_batch(
 
 
 def _texts_of(tokenizer: Any, given: list[Any], add_generation_prompt: bool | None) -> tuple[list[Any], str]:
-    """``given`` and its kind, conversations as texts."""
+    """``given`` with conversations rendered as texts, and its kind."""
     kind = _common_kind(given)
     if kind not in ("message", "conversation"):
         return given, kind
@@ -146,21 +148,21 @@ def _from_texts(
 
 
 def _array(text: Any) -> torch.Tensor | None:
-    """Arrays of numbers as a tensor; None for anything else."""
+    """Convert an array of numbers to a tensor; None for anything else."""
     if isinstance(text, torch.Tensor):
         return text
     if not hasattr(text, "__array__") or getattr(getattr(text, "dtype", None), "kind", "O") not in "iufcb":
         return None
     import numpy as np
 
-    array: Any = np.array(text)  # a copy: tables return views that torch must not write to
-    if array.dtype.kind == "O":  # a nullable column with gaps
+    array: Any = np.array(text)  # a copy, since tables return views that torch must not write to
+    if array.dtype.kind == "O":  # a nullable column with missing values
         return None
     return torch.as_tensor(array.astype("int64") if array.dtype.kind == "u" else array)
 
 
 def _listed(text: Any) -> list[Any]:
-    """One text or several things as a list that is not empty."""
+    """Convert one text or several items to a list that is not empty."""
     if isinstance(text, str):
         return [text]
     shape: list[int] = list(getattr(text, "shape", [1]))
@@ -170,7 +172,7 @@ def _listed(text: Any) -> list[Any]:
         raise GemmaScopeError(f"{shown(text)} is neither text nor token ids. {_TAKEN}")
     plain: Any = text
     if len(shape) > 1:
-        raise GemmaScopeError(f"Texts come one after the other, not in an array of shape {shape}.")
+        raise GemmaScopeError(f"Texts must be a flat list, not an array of shape {shape}.")
     given: list[Any] = list(plain) if shape else [plain.item()]
     if not given:
         raise GemmaScopeError(f"An empty {type(plain).__name__} was given: there is no text. {_TAKEN}")
@@ -178,21 +180,23 @@ def _listed(text: Any) -> list[Any]:
 
 
 def _common_kind(given: list[Any]) -> str:
-    """``text``, ``id``, ``row`` (of ids), ``message`` or ``conversation``.
+    """The kind of the items: ``text``, ``id``, ``row`` (of ids), ``message`` or ``conversation``.
 
     Raises:
-        GemmaScopeError: when it is something else, or several of them.
+        GemmaScopeError: for items of another kind, or of several kinds.
     """
     first = _kind(given[0])
     for number, one in enumerate(given):
         kind = _kind(one)
         if kind is None and isinstance(one, Mapping):
-            raise GemmaScopeError(f"Records with the keys {list(one)[:8]} are no texts: give the column with them.")
+            raise GemmaScopeError(
+                f"Records with the keys {list(one)[:8]} are not texts: give the column that contains the texts."
+            )
         if kind is None:
-            raise GemmaScopeError(f"Number {number} of what was given is neither text nor ids: {shown(one)}. {_TAKEN}")
+            raise GemmaScopeError(f"Item {number} of the input is neither text nor ids: {shown(one)}. {_TAKEN}")
         if kind != first:
             raise GemmaScopeError(
-                f"The first of what was given is {shown(given[0])}, number {number} is {shown(one)}: give one kind."
+                f"The first item of the input is {shown(given[0])}, but item {number} is {shown(one)}: give one kind."
             )
     return str(first)
 
@@ -210,7 +214,7 @@ def _kind(one: Any) -> str | None:
 
 
 def _row(one: Any) -> list[int] | None:
-    """Ids in a list, a tuple, or an array of one dimension; None for anything else."""
+    """The ids in a list, a tuple, or an array of one dimension; None for anything else."""
     if isinstance(one, torch.Tensor) or hasattr(one, "__array__"):
         array = _array(one)
         plain = array is not None and array.ndim == 1 and not (array.is_floating_point() or array.is_complex())
@@ -226,7 +230,7 @@ def _row(one: Any) -> list[int] | None:
 
 
 def _padded_mask(mask: Any, rows: list[list[int]], side: str) -> Any:
-    """The masks of lists of ids, padded as these are."""
+    """The masks of lists of ids, padded like the ids."""
     if isinstance(mask, (list, tuple)):
         masks = [_row(one) for one in mask]
         if all(one is not None for one in masks) and list(map(len, mask)) == list(map(len, rows)):
@@ -236,10 +240,10 @@ def _padded_mask(mask: Any, rows: list[list[int]], side: str) -> Any:
 
 def _checked_ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise GemmaScopeError(f"Token ids are integers, not {ids.dtype}. Embeddings go in as inputs_embeds=.")
+        raise GemmaScopeError(f"Token ids must be integers, not {ids.dtype}. Pass embeddings as inputs_embeds=.")
     if ids.ndim not in (1, 2) or not ids.numel():
         raise GemmaScopeError(
-            f"Token ids are [pos] or [batch, pos], with one token at least; given: shape {list(ids.shape)}."
+            f"Token ids must be [pos] or [batch, pos], with at least one token; given: shape {list(ids.shape)}."
         )
     ids = (ids[None] if ids.ndim == 1 else ids).long()
     if ids.is_meta:
@@ -247,11 +251,11 @@ def _checked_ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
     vocabulary, (low, high) = int(model.cfg.d_vocab), (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= vocabulary:
         raise GemmaScopeError(
-            f"Token ids run from {low} to {high}; the model's are 0..{vocabulary - 1}. (Padding is marked by the mask "
-            "or by the tokenizer's padding id, not by a negative number.)"
+            f"Token ids are from {low} to {high}, but the model has 0..{vocabulary - 1}. (Padding is marked by the "
+            "mask or by the tokenizer's padding id, not by a negative number.)"
         )
     if getattr(model, "backend", None) == "hooked_transformer" and (over := too_long(model, ids)):
-        raise GemmaScopeError(f"{over}: give fewer.")  # the bridge has no such limit
+        raise GemmaScopeError(f"{over}: give fewer tokens.")  # the bridge has no such limit
     return ids
 
 
@@ -273,7 +277,7 @@ def _checked_mask(mask: Any, ids: torch.Tensor) -> torch.Tensor:
     holes = begins.sum(-1) > 1
     if bool(holes.any()):
         raise GemmaScopeError(
-            f"Row {int(holes.nonzero()[0])} of attention_mask has a hole: text is one run of tokens, with padding "
+            f"Row {int(holes.nonzero()[0])} of attention_mask has a hole: text must be one run of tokens, with padding "
             "before or after it."
         )
     return tensor.to(ids.device)

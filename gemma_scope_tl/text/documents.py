@@ -1,4 +1,4 @@
-"""Documents to train on, from wherever ``datasets`` reads them: the Hub, files, folders, or objects in memory."""
+"""Reading of documents for training and evaluation from the Hub, files, folders, or objects in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BATCH = 128
 _BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = {".gz", ".xz", ".bz2", ".zst"}
 _TOKEN_COLUMNS = ("tokens", "input_ids")
-_ENDS = 1 << 20  # bytes at either end of a file that are hashed to identify it
+_ENDS = 1 << 20  # bytes at each end of a file that are hashed to identify it
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ class Documents:
     """A sequence of documents that can be read from any position.
 
     Attributes:
-        source: identifies them: equal for equal documents. None where that is unknown before they are read.
-        tokenised: whether they are token ids already.
-        total: their number, where that is known.
-        read: batches of documents, beginning with a given number. Where ``source`` is None it works once, from 0.
+        source: a text that identifies the documents, equal for equal documents. None if unknown before reading.
+        tokenised: whether the documents are token ids already.
+        total: number of documents, if known.
+        read: function that yields batches of documents from a given document number. If ``source`` is None, it works
+            once, from 0.
     """
 
     source: str | None
@@ -52,20 +53,20 @@ def open_documents(
     revision: str | None = None,
     streaming: bool = True,
 ) -> Documents:
-    """Documents from any of these: a dataset's name on the Hub; a ``.jsonl``, ``.json``, ``.txt`` (a line is a
-    document, empty ones are skipped), ``.parquet`` or ``.csv`` file, also compressed, or a folder of such files; a
-    folder from ``save_to_disk``; a ``datasets`` object; a list, or an iterator, of texts.
+    """Open documents for reading.
 
     Args:
-        data: one of these.
-        column: which one; by default ``text``, else ``tokens`` or ``input_ids`` (token ids).
-        split: of a dataset that has splits.
-        config, revision: of a dataset on the Hub.
-        streaming: read a dataset of the Hub while it downloads; False downloads it first.
+        data: the name of a dataset on the Hub; a ``.jsonl``, ``.json``, ``.txt`` (one document per line, empty lines
+            are skipped), ``.parquet`` or ``.csv`` file, also compressed, or a folder of such files; a folder from
+            ``save_to_disk``; a ``datasets`` object; or a list or an iterator of texts.
+        column: name of the column; by default ``text``, else ``tokens`` or ``input_ids`` (token ids).
+        split: split of a dataset that has splits.
+        config, revision: configuration and revision of a dataset on the Hub.
+        streaming: whether to read a dataset of the Hub during its download; False downloads it first.
 
     Raises:
-        GemmaScopeError: nothing is there, or it is none of these kinds.
-        UnknownNameError: no such column or split.
+        GemmaScopeError: when ``data`` is empty, cannot be read, or is of another kind.
+        UnknownNameError: for a column or split that does not exist.
     """
     if isinstance(data, (str, os.PathLike)):
         name = os.fspath(cast("str | os.PathLike[str]", data))
@@ -83,7 +84,7 @@ def open_documents(
     if isinstance(data, Iterable):
         return _from_iterator(cast("Iterable[Any]", data))
     raise GemmaScopeError(
-        f"Documents come from a name on the Hub, a file, a folder, a dataset or texts, not {type(data).__name__}."
+        f"Documents must be a name on the Hub, a file, a folder, a dataset or texts, not {type(data).__name__}."
     )
 
 
@@ -121,7 +122,7 @@ def _from_dataset(dataset: Any, source: str | None, column: str | None) -> Docum
         raise GemmaScopeError("The dataset has no rows.")
     chosen = column or next((name for name in ("text", *_TOKEN_COLUMNS) if name in first), None)
     if chosen is None or chosen not in first:
-        raise unknown_name("column", column or "text", first, "Say which one holds the documents with column=.")
+        raise unknown_name("column", column or "text", first, "Give the column of the documents as column=.")
     tokenised = not isinstance(first[chosen], str)
     narrow = dataset.select_columns([chosen])
 
@@ -131,8 +132,8 @@ def _from_dataset(dataset: Any, source: str | None, column: str | None) -> Docum
                 yield list(batch[chosen]) if tokenised else _checked(list(batch[chosen]))
         except GemmaScopeError:
             raise
-        except Exception as error:  # as above; also a download that broke off
-            raise GemmaScopeError(f"The documents cannot be read on: {error}") from error
+        except Exception as error:  # as above, and interrupted downloads
+            raise GemmaScopeError(f"Reading the documents failed: {error}") from error
 
     total = len(dataset) if hasattr(dataset, "__len__") else None
     return Documents(source and f"{source} column={chosen}", tokenised, total, read)
@@ -148,13 +149,13 @@ def _pick(dataset: Any, split: str) -> Any:
 
 
 def _fingerprint(dataset: Any) -> str | None:
-    """The fingerprint of ``datasets``; an IterableDataset has none."""
+    """The fingerprint from ``datasets``; None for an IterableDataset."""
     found = getattr(dataset, "_fingerprint", None)
     return found and f"dataset {found}"
 
 
 def _local(path: Path, split: str) -> tuple[Any, str | None]:
-    """The dataset in a file or folder, and what identifies it, whatever its path."""
+    """The dataset in a file or folder, and a text that identifies it independently of the path."""
     import datasets
 
     try:
@@ -165,7 +166,7 @@ def _local(path: Path, split: str) -> tuple[Any, str | None]:
         files = [file for file in files if _suffix(file) in _BUILDERS]
         kinds = {_BUILDERS[_suffix(file)] for file in files}
         if len(kinds) != 1:
-            raise GemmaScopeError(f"{path} is, or holds, no files of one of these kinds: {', '.join(_BUILDERS)}.")
+            raise GemmaScopeError(f"{path} has no files of one of these kinds: {', '.join(_BUILDERS)}.")
         kind = kinds.pop()
         names = [str(file) for file in files]
         dataset: Any = datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
@@ -184,10 +185,10 @@ def _hub(name: str, **options: Any) -> Any:
     config = options.pop("config")
     try:
         return datasets.load_dataset(name, config, **options)
-    except Exception as error:  # of the Hub, the network or a builder
+    except Exception as error:  # errors of the Hub, the network or a builder
         raise GemmaScopeError(
-            f"{name[:200]!r} is no file or folder here, and cannot be opened as a dataset of the Hub: {error}\n"
-            "A single text goes in a list."
+            f"{name[:200]!r} is not an existing file or folder, and cannot be opened as a dataset of the Hub: {error}\n"
+            "Put a single text into a list."
         ) from error
 
 
@@ -200,7 +201,7 @@ def _suffix(path: Path) -> str:
 
 
 def _file_id(path: Path) -> str:
-    """Name, size, and a hash of both ends: reading all of a large corpus at every start would take minutes."""
+    """Name, size, and a hash of both ends, because reading all of a large corpus at every start would take minutes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(_ENDS)
@@ -212,20 +213,20 @@ def _file_id(path: Path) -> str:
 def _checked(texts: DocumentBatch) -> DocumentBatch:
     wrong = next((text for text in texts if not isinstance(text, str)), None)
     if wrong is not None or None in texts:
-        raise GemmaScopeError(f"Documents are texts, not {type(wrong).__name__}: {str(wrong)[:80]!r}.")
+        raise GemmaScopeError(f"Documents must be texts, not {type(wrong).__name__}: {str(wrong)[:80]!r}.")
     return texts
 
 
 def read_texts(source: str | PathLike[str] | None = None, column: str = "text", split: str = "train") -> Iterator[str]:
-    """Texts one by one, read lazily.
+    """Iterate over texts, which are read lazily.
 
     Args:
         source: a ``.txt`` file (one text), a ``.jsonl`` file (an object with ``column`` per line), a ``.json`` file
-            (the same, or a list of objects), or a data set's name, with its configuration after a colon
-            (``"monology/pile-uncopyrighted"``, ``"wikitext:wikitext-2-v1"``) and streamed; None for the bundled
+            (the same, or a list of objects), or the name of a data set, with its configuration after a colon
+            (``"monology/pile-uncopyrighted"``, ``"wikitext:wikitext-2-v1"``), which is streamed; None for the bundled
             held-out text.
-        column: where the text is.
-        split: of a data set.
+        column: name of the column with the text.
+        split: split of a data set.
 
     Raises:
         UnknownNameError: for a column that does not exist.
@@ -237,7 +238,7 @@ def read_texts(source: str | PathLike[str] | None = None, column: str = "text", 
 def read_records(
     source: str | PathLike[str] | None = None, split: str = "train", column: str = "text"
 ) -> Iterator[dict[str, Any]]:
-    """All columns of what :func:`read_texts` reads, record by record; a ``.txt`` file is one, with its ``column``.
+    """Iterate over records with all columns, from the sources of :func:`read_texts`. A ``.txt`` file is one record.
 
     Raises:
         GemmaScopeError: for a file that cannot be read, or a data set that cannot be loaded.
@@ -254,11 +255,11 @@ def read_records(
 
 def _content(path: Path) -> str:
     try:
-        content = path.read_text(encoding="utf-8-sig")  # editors on Windows begin files with a byte order mark
+        content = path.read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise GemmaScopeError(f"Cannot read {path} as UTF-8 text: {error}") from error
     if not content.strip():
-        raise GemmaScopeError(f"{path} is empty: it holds no text.")
+        raise GemmaScopeError(f"{path} is empty: it has no text.")
     return content
 
 
@@ -271,7 +272,9 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             raise GemmaScopeError(f"{path} is not JSON: {error}") from error
         yield from (record if isinstance(record, dict) else {} for record in listed)
         return
-    for number, line in enumerate(content.split("\n"), 1):  # splitlines() would split at separators inside JSON strings
+    for number, line in enumerate(
+        content.split("\n"), 1
+    ):  # splitlines() would also split at separators inside JSON strings
         if not line.strip():
             continue
         try:
@@ -290,7 +293,7 @@ def _dataset(name: str, split: str) -> Iterator[dict[str, Any]]:
         yield from found
     except GemmaScopeError:
         raise
-    except Exception as error:  # of the Hub, the network or a reader
+    except Exception as error:  # errors of the Hub, the network or a reader
         raise GemmaScopeError(
             f"Cannot read the data set {name!r}, split {split!r}: {error} (A file's name ends in .txt or .jsonl.)"
         ) from error
@@ -302,5 +305,5 @@ def _text_of(record: Any, column: str) -> str:
         raise unknown_name("column of texts", column, names)
     text = record[column]
     if not isinstance(text, str):
-        raise GemmaScopeError(f"Column {column!r} holds {type(text).__name__}, not text.")
+        raise GemmaScopeError(f"Column {column!r} contains {type(text).__name__}, not text.")
     return text

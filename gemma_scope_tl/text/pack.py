@@ -1,7 +1,8 @@
-"""Packing documents into token rows on disk, in bounded memory; a packing that was stopped is resumed.
+"""Packing of documents into token rows on disk, in bounded memory and with resumption after an interruption.
 
-Until it is finished the rows are in a hidden file, and ``progress.json`` says how many of them are valid. When all are
-written and hashed the file gets its name, and the manifest is written last: without it nothing counts as finished.
+Before packing is finished, the rows are in a hidden file, and ``progress.json`` records how many of them are valid.
+When all rows are written and hashed, the file is renamed. The manifest is written last, so a folder without a manifest
+has no finished rows.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ from gemma_scope_tl.text.tokenizing import chat_wrapping, text_ids, without_bos
 
 PARTIAL_NAME, PROGRESS_NAME = ".tokens.partial", "progress.json"
 CHECKPOINT_SECONDS = 30.0
-_GO_ON = "Make room and pack again: where the documents come from files, it resumes where it was."
+_GO_ON = "Make room and pack again: packing resumes if the documents come from files."
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class Reached(Record):
-    """How far packing has got.
+    """The progress of packing.
 
     Attributes:
-        request: what is packed.
-        documents: the number that were read.
-        rows: the number in the file.
+        request: description of the rows.
+        documents: number of documents read.
+        rows: number of rows in the file.
         carry: tokens after the last whole row.
     """
 
@@ -62,7 +63,7 @@ class Reached(Record):
 
 
 class Packer:
-    """One packing into one folder."""
+    """Packing of documents into one folder."""
 
     def __init__(self, folder: Path, request: Request, tokenizer: Any) -> None:
         self.folder, self.request, self.tokenizer = folder, request, tokenizer
@@ -73,8 +74,8 @@ class Packer:
         """Pack, and write the manifest.
 
         Raises:
-            GemmaScopeError: fewer tokens than a row; ids that are not the tokenizer's; documents of another kind; the
-                folder holds other rows (found out at the end where documents come from an iterator).
+            GemmaScopeError: for fewer tokens than a row; ids outside the vocabulary; documents of another kind; or a
+                folder with other rows (detected at the end if the documents come from an iterator).
         """
         reached = self._reached() if documents.source is not None else Reached(request=self.request)
         partial = self.folder / PARTIAL_NAME
@@ -89,7 +90,7 @@ class Packer:
             reached = self._write(file, documents, reached, progress)
             if reached.rows == 0:
                 raise GemmaScopeError(
-                    f"The documents hold less than one row of {self.request.context} tokens: give more, or a smaller "
+                    f"The documents have less than one row of {self.request.context} tokens: give more, or a smaller "
                     "context."
                 )
             file.seek(0)
@@ -149,7 +150,7 @@ class Packer:
                 raise GemmaScopeError(f"Document {number} is neither a text nor a list of token ids: {str(ids)[:80]}.")
             if wide.size and not 0 <= int(wide.min()) <= int(wide.max()) < self.vocabulary:
                 raise GemmaScopeError(
-                    f"Document {number} has token ids from {wide.min()} to {wide.max()}; the tokenizer's are "
+                    f"Document {number} has token ids from {wide.min()} to {wide.max()}, but the tokenizer has "
                     f"0..{self.vocabulary - 1}."
                 )
             starts = self.request.layout != "rows" and wide.size and wide[0] == self.request.bos
@@ -160,8 +161,8 @@ class Packer:
         for number, ids in enumerate(documents, read):
             if len(ids) != self.request.context or ids[0] != self.request.bos:
                 raise GemmaScopeError(
-                    f"Row {number} has {len(ids)} tokens and begins with {ids[:1].tolist()}; the first row has "
-                    f"{self.request.context} and begins with BOS, {self.request.bos}, so all must."
+                    f"Row {number} has {len(ids)} tokens and begins with {ids[:1].tolist()}. The first row has "
+                    f"{self.request.context} and begins with BOS, {self.request.bos}, so all rows must."
                 )
         return np.stack(documents)
 
@@ -180,7 +181,7 @@ class Packer:
         return manifest
 
     def _reached(self) -> Reached:
-        """The progress of an earlier packing of the same request, otherwise the beginning."""
+        """The progress of an earlier packing of the same request, or no progress."""
         try:
             text = (self.folder / PROGRESS_NAME).read_text(encoding="utf-8")
             found = Reached.model_validate_json(text)
@@ -204,7 +205,7 @@ class Packer:
         return documents.total if self.most is None else self.most * self.request.context
 
     def _done(self, documents: int, rows: int) -> int:
-        """As :meth:`_total` counts: documents, or tokens where there is a limit."""
+        """The progress in the unit of :meth:`_total`: documents, or tokens if there is a limit."""
         return documents if self.most is None else rows * self.request.context
 
 
@@ -231,30 +232,30 @@ def pack_tokens(
     limit_tokens: int | None = None,
     progress: bool = True,
 ) -> TokenRows:
-    """Rows of ``context`` tokens in ``folder``, packed unless they are there already.
+    """Pack documents into rows of ``context`` tokens in ``folder``, unless the folder has these rows already.
 
-    Documents follow each other with EOS between, cut into rows that begin with BOS; what is left at the end is dropped
-    (the rule of :func:`gemma_scope_tl.text.rows.pack_texts`). With ``chat``, a document is a row: BOS, the user's
-    prefix, the document, cut so that the model's prefix still fits after it, and padding on the right. A dataset of
-    token ids is packed likewise, without the BOS that documents begin with; but when its first row has ``context`` ids
-    and begins with BOS, its rows are taken as they are.
+    Documents are concatenated with EOS between them and cut into rows that begin with BOS. Tokens after the last whole
+    row are dropped (as in :func:`gemma_scope_tl.text.rows.pack_texts`). With ``chat``, each document is a row: BOS, the
+    user's prefix, the document, the model's prefix, and padding on the right; the document is cut so that the row fits.
+    A dataset of token ids is packed in the same way, without the leading BOS of documents. If its first row has
+    ``context`` ids and begins with BOS, its rows are used unchanged.
 
-    A packing that was stopped is resumed. Two processes may ask for the same folder; one of them packs. Documents that
-    come from an iterator are packed again, since nothing else identifies them.
+    Packing that was interrupted is resumed. Two processes may request the same folder, and one of them packs. Documents
+    from an iterator are packed again, because nothing identifies them.
 
     Args:
-        data: see :func:`~gemma_scope_tl.text.documents.open_documents`; also for the next five.
+        data: as for :func:`~gemma_scope_tl.text.documents.open_documents`.
         tokenizer: a Hugging Face tokenizer with BOS and EOS (padding, for chat).
-        context: tokens in a row, BOS included.
-        folder: of these rows; it holds nothing else.
-        column, split, config, revision, streaming: of the dataset.
-        chat: wrap documents as for an instruction-tuned model.
-        limit_tokens: stop after as many whole rows as fit.
-        progress: show a bar.
+        context: tokens in a row, including BOS.
+        folder: a folder for these rows only.
+        column, split, config, revision, streaming: as for ``open_documents``.
+        chat: whether to wrap documents as for an instruction-tuned model.
+        limit_tokens: the largest number of tokens, rounded down to whole rows.
+        progress: whether to show a progress bar.
 
     Raises:
-        GemmaScopeError: no documents, or fewer tokens than a row; no tokenizer, or one without the special tokens; the
-            folder holds other rows, or a damaged file.
+        GemmaScopeError: for no documents, or fewer tokens than a row; no tokenizer, or one without the special tokens;
+            a folder with other rows or a damaged file.
     """
     documents = open_documents(data, column=column, split=split, config=config, revision=revision, streaming=streaming)
     request = _request(documents, tokenizer, context, chat, limit_tokens)
@@ -267,16 +268,14 @@ def pack_tokens(
         if found is not None:
             _check_same(place, found.request, request)
         elif (place / DATA_NAME).exists() and not (place / PROGRESS_NAME).exists():
-            raise GemmaScopeError(
-                f"{place / DATA_NAME} is there without its manifest: restore that, or remove the file."
-            )
+            raise GemmaScopeError(f"{place / DATA_NAME} has no manifest: restore the manifest, or remove the file.")
         if found is None or request.source is None:
             Packer(place, request, tokenizer).run(documents, progress)
         return TokenRows.open(place)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A sha256 of everything that decides which ids a text gets, except for the special tokens around it."""
+    """A sha256 of all settings that determine the ids of a text, except for the special tokens around it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         parts: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
@@ -289,14 +288,16 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def _request(documents: Documents, tokenizer: Any, context: int, chat: bool, limit_tokens: int | None) -> Request:
     if tokenizer is None:
-        raise GemmaScopeError("Packing needs the model's tokenizer: it also says what BOS, EOS and padding are.")
+        raise GemmaScopeError("Packing needs the model's tokenizer, which also defines BOS, EOS and padding.")
     bos, eos, pad = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad"))
     if bos is None or (pad if chat else eos) is None:
-        raise GemmaScopeError(f"Rows need BOS and {'padding' if chat else 'EOS'}, and this tokenizer lacks one.")
+        raise GemmaScopeError(f"Rows need BOS and {'padding' if chat else 'EOS'}, but this tokenizer lacks one.")
     prefix, suffix = chat_wrapping(tokenizer) if chat else ([], [])
     least = len(prefix) + len(suffix) + 2
     if context < least:
-        raise GemmaScopeError(f"A row holds BOS and a token at least, {least} in all, so context cannot be {context}.")
+        raise GemmaScopeError(
+            f"A row has BOS and at least one token, {least} in total, so context cannot be {context}."
+        )
     if limit_tokens is not None and limit_tokens < context:
         raise GemmaScopeError(f"limit_tokens={limit_tokens} is less than one row of {context}.")
     layout: Layout = "chat" if chat else "packed"
@@ -321,4 +322,4 @@ def _check_same(place: Path, found: Request, asked: Request) -> None:
     theirs, ours = found.model_dump(), asked.model_dump()
     other = [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key]]
     if other:
-        raise GemmaScopeError(f"{place} holds other token rows ({'; '.join(other)}): choose another folder.")
+        raise GemmaScopeError(f"{place} has other token rows ({'; '.join(other)}): choose another folder.")

@@ -1,4 +1,4 @@
-"""Rows of token ids to measure on, in memory."""
+"""Rows of token ids in memory, for measurements."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from gemma_scope_tl.text.tokens import special_token_ids
 def pack_texts(
     tokenizer: Any, texts: Iterable[str], context: int, limit: int | None = None
 ) -> Int[torch.Tensor, "rows context"]:
-    """Rows of BOS and ``context - 1`` consecutive tokens; texts follow each other, separated by EOS.
+    """Pack texts, separated by EOS, into rows of BOS and ``context - 1`` consecutive tokens.
 
-    A BOS with which a text begins is left out: the row has its own.
+    A leading BOS of a text is left out, because every row begins with BOS.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         texts: read one by one, as far as needed.
         context: tokens in a row.
         limit: the largest number of rows.
 
     Raises:
-        GemmaScopeError: less text than one row, what is not text, no tokenizer, or a context below 2.
+        GemmaScopeError: for less text than one row, a value that is not text, no tokenizer, or a context below 2.
     """
     if tokenizer is None:
         raise GemmaScopeError("The model has no tokenizer: give token ids instead of texts.")
     if context < 2:
-        raise GemmaScopeError(f"A row holds BOS and a token at least, so context cannot be {context}.")
+        raise GemmaScopeError(f"A row has BOS and at least one token, so context cannot be {context}.")
     stream: list[int] = []
     body = context - 1
     for text in texts:
@@ -47,35 +47,37 @@ def pack_texts(
     rows, _ = cut_rows(np.array(stream), context, tokenizer.bos_token_id)
     if not len(rows):
         raise GemmaScopeError(
-            f"The texts hold {len(stream)} tokens, less than one row of {body}: give more, or a smaller context."
+            f"The texts have {len(stream)} tokens, less than one row of {body}: give more, or a smaller context."
         )
     return torch.from_numpy(rows[:limit])
 
 
 def as_rows(model: Any, data: Text, context: int, attention_mask: Any = None, limit: int | None = None) -> TokenBatch:
-    """Rows to measure on: texts packed by :func:`pack_texts`; anything else unchanged, a row for each text.
+    """Make rows for a measurement: texts are packed by :func:`pack_texts`, and any other input has one row per text.
 
-    Rows begin with their text in column 0, so that a column is a position in the text and no padding is attended to.
+    The text of a row begins in column 0, so that a column is a position in the text and no token attends to padding.
 
     Args:
         model: from ``load_model``.
         data: texts, read one by one; or token ids, conversations, a mapping with ``input_ids``
             (:func:`~gemma_scope_tl.text.batch.as_batch`).
         context: tokens in a row of packed texts.
-        attention_mask: of token ids, 1 at text.
+        attention_mask: mask of token ids, 1 at text.
         limit: the largest number of rows.
 
     Returns:
         Ids and mask on the CPU, padded on the right.
 
     Raises:
-        GemmaScopeError: as :func:`pack_texts` and :func:`~gemma_scope_tl.text.batch.as_batch`; rows of one token; a
-            context longer than the model's.
+        GemmaScopeError: as :func:`pack_texts` and :func:`~gemma_scope_tl.text.batch.as_batch`; also for rows of one
+            token and for a context longer than the model's.
     """
     data, texts = _told_apart(data)
     if texts is not None:
         if attention_mask is not None:
-            raise GemmaScopeError("Texts are packed into rows without padding: attention_mask= goes with token ids.")
+            raise GemmaScopeError(
+                "Texts are packed into rows without padding: give attention_mask= only with token ids."
+            )
         if context > model.cfg.n_ctx:
             raise GemmaScopeError(f"Rows of {context} tokens are longer than the model's context, {model.cfg.n_ctx}.")
         ids = pack_texts(model.tokenizer, texts, context, limit)
@@ -85,7 +87,7 @@ def as_rows(model: Any, data: Text, context: int, attention_mask: Any = None, li
     given = TokenBatch(ids, mask)
     width = int(given.length.max())
     if width < 2:
-        raise GemmaScopeError(f"Rows need two tokens or more to predict one; the longest of these has {width}.")
+        raise GemmaScopeError(f"Rows need at least two tokens to predict one, but the longest row has {width}.")
     columns = torch.arange(width)
     mask = columns < given.length[:, None]
     ids = ids.gather(1, (given.start[:, None] + columns).clamp(max=ids.shape[1] - 1))
@@ -95,15 +97,15 @@ def as_rows(model: Any, data: Text, context: int, attention_mask: Any = None, li
 def as_tokens(
     model: Any, data: Text, context: int, attention_mask: Any = None, limit: int | None = None
 ) -> Int[torch.Tensor, "rows pos"]:
-    """The ids of :func:`as_rows`, padded with the tokenizer's padding."""
+    """The ids of :func:`as_rows`, padded with the tokenizer's padding id."""
     return as_rows(model, data, context, attention_mask, limit).ids
 
 
 def special_ids(model: Any) -> tuple[int, ...]:
-    """Ids of BOS, EOS and padding, which are not measured.
+    """Ids of BOS, EOS and padding, which measurements leave out.
 
     Raises:
-        GemmaScopeError: when the model has no tokenizer to tell them.
+        GemmaScopeError: when the model has no tokenizer, so the ids are unknown.
     """
     if ids := special_token_ids(model.tokenizer):
         return ids
@@ -113,7 +115,7 @@ def special_ids(model: Any) -> tuple[int, ...]:
 
 
 def _told_apart(data: Any) -> tuple[Any, Iterable[str] | None]:
-    """Data that can be iterated over again, and its texts if it holds texts."""
+    """The data in a form that can be iterated over again, and its texts, or None if it has no texts."""
     if isinstance(data, str):
         return data, [data]
     whole = isinstance(data, (torch.Tensor, TokenBatch, Mapping)) or not hasattr(data, "__iter__")
@@ -125,5 +127,5 @@ def _told_apart(data: Any) -> tuple[Any, Iterable[str] | None]:
     if first and isinstance(first[0], str):
         return data, chain(first, found)
     if first and isinstance(first[0], Mapping) and "role" not in first[0]:
-        return first, None  # perhaps endless records, which as_batch refuses at the first
+        return first, None  # possibly infinite records, which as_batch refuses at the first one
     return ([*first, *found] if found is plain else plain), None

@@ -1,7 +1,7 @@
-"""Token rows on disk: what a run trains on, packed once and memory-mapped.
+"""Token rows on disk: the training data of a run, packed once and memory-mapped.
 
-A folder holds ``tokens.safetensors`` (one int32 tensor ``tokens [rows, context]``, readable by anything that reads
-safetensors) and ``tokens.json``, which says what they were made from and their sha256, and is written last.
+A folder contains ``tokens.safetensors`` (one int32 tensor ``tokens [rows, context]``, readable with any safetensors
+reader) and the manifest ``tokens.json``, which records the origin of the rows and the sha256. It is written last.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Record(BaseModel):
-    """Plain data in a JSON file, checked when it is read."""
+    """Base of plain data in a JSON file, which is checked when it is read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -55,17 +55,17 @@ class Record(BaseModel):
 
 
 class Request(Record):
-    """What token rows are made from: equal requests give equal rows.
+    """The origin of token rows: equal requests give equal rows.
 
     Attributes:
-        source: identifies the texts; None where nothing does (those of an iterator).
-        tokenizer: its fingerprint.
+        source: a text that identifies the documents; None if nothing does (documents of an iterator).
+        tokenizer: fingerprint of the tokenizer.
         context: tokens in a row.
-        layout: ``"packed"`` (documents one after the other with EOS between), ``"chat"`` (a document a row, wrapped) or
-            ``"rows"`` (rows that came tokenised with BOS, as they are).
-        bos, eos, pad: ids of the special tokens; those that the tokenizer has.
-        prefix, suffix: of chat: ids between BOS and the document, and after it.
-        limit_tokens: after how many tokens packing stopped; None for all.
+        layout: ``"packed"`` (documents concatenated with EOS between), ``"chat"`` (one wrapped document per row) or
+            ``"rows"`` (tokenised rows with BOS, unchanged).
+        bos, eos, pad: ids of the special tokens that the tokenizer has.
+        prefix, suffix: for chat, the ids between BOS and the document, and after the document.
+        limit_tokens: number of tokens at which packing stopped; None for no limit.
     """
 
     source: str | None
@@ -92,7 +92,7 @@ class TokensManifest(Record):
 
     @property
     def file_bytes(self) -> int:
-        """Exact size of the data file."""
+        """Exact size of the data file in bytes."""
         return HEADER_BYTES + self.rows * self.request.context * 4
 
 
@@ -100,8 +100,8 @@ class TokenRows:
     """Rows of token ids ``[rows, context]``, each beginning with BOS.
 
     Attributes:
-        manifest: what they were made from.
-        folder: where they are; None for rows in memory.
+        manifest: the manifest of the rows.
+        folder: the folder of the rows; None for rows in memory.
 
     >>> rows = TokenRows.from_ids(torch.tensor([[2, 7, 1], [2, 8, 9]]), special=(2, 1, 0))
     >>> len(rows), rows.kept.tolist()
@@ -118,29 +118,27 @@ class TokenRows:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], verify: bool = False) -> TokenRows:
-        """Rows that :func:`~gemma_scope_tl.text.pack.pack_tokens` wrote.
+        """Open rows that :func:`~gemma_scope_tl.text.pack.pack_tokens` wrote.
 
         Args:
-            folder: where they were written.
-            verify: read the whole file and compare its sha256; its size and header are compared always.
+            folder: the folder of the rows.
+            verify: whether to read the whole file and compare its sha256. Its size and header are always compared.
 
         Raises:
-            GemmaScopeError: nothing finished is there; the manifest is damaged; the file is missing, truncated, or
-                a different one.
+            GemmaScopeError: when the folder has no finished rows, the manifest is damaged, or the file is missing,
+                truncated, or another one.
         """
         place = Path(folder)
         manifest = read_manifest(place)
         if manifest is None:
-            raise GemmaScopeError(
-                f"{place} holds no finished token rows: there is no {MANIFEST_NAME}. Pack them first."
-            )
+            raise GemmaScopeError(f"{place} has no finished token rows: there is no {MANIFEST_NAME}. Pack them first.")
         path = place / DATA_NAME
         size = path.stat().st_size if path.is_file() else None
         if size != manifest.file_bytes:
             found = "missing" if size is None else f"{size} bytes long"
             raise GemmaScopeError(
-                f"{path} is {found}; its manifest says {manifest.file_bytes} bytes. Restore it, or pack into another "
-                "folder."
+                f"{path} is {found}, but its manifest says {manifest.file_bytes} bytes. Restore it, or pack into "
+                "another folder."
             )
         shape = (manifest.rows, manifest.request.context)
         with path.open("rb") as file:
@@ -155,20 +153,22 @@ class TokenRows:
     def from_ids(
         cls, tokens: Int[torch.Tensor, "rows context"], special: tuple[int, int | None, int | None]
     ) -> TokenRows:
-        """Rows in memory, each with BOS first.
+        """Make rows in memory, each of which begins with BOS.
 
         Args:
-            tokens: ids.
+            tokens: token ids.
             special: ids of BOS, EOS and padding; None for those that do not exist.
 
         Raises:
-            GemmaScopeError: other shapes, or a row that does not begin with BOS.
+            GemmaScopeError: for other shapes, or a row that does not begin with BOS.
         """
         if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2 or tokens.is_floating_point():
-            raise GemmaScopeError(f"Token rows are integers [rows, context], not {tokens.dtype} {list(tokens.shape)}.")
+            raise GemmaScopeError(
+                f"Token rows must be integers [rows, context], not {tokens.dtype} {list(tokens.shape)}."
+            )
         bos, eos, pad = special
         if not bool((tokens[:, 0] == bos).all()) or int(tokens.min()) < 0 or int(tokens.max()) >= 1 << 31:
-            raise GemmaScopeError(f"Every row begins with BOS, {bos}, and ids are not negative and below 2**31.")
+            raise GemmaScopeError(f"Every row must begin with BOS, {bos}, and ids must be from 0 to 2**31 - 1.")
         data = tokens.cpu().to(torch.int32).contiguous().numpy()
         digest = hashlib.sha256(header(*data.shape) + data.tobytes()).hexdigest()
         request = Request(
@@ -185,7 +185,7 @@ class TokenRows:
 
     @property
     def context(self) -> int:
-        """Tokens in a row."""
+        """Number of tokens in a row."""
         return self.manifest.request.context
 
     @property
@@ -199,7 +199,7 @@ class TokenRows:
         return self.manifest.request.tokenizer
 
     def keep_mask(self, tokens: Int[torch.Tensor, "batch pos"]) -> Bool[torch.Tensor, "batch pos"]:
-        """The positions to train on: not BOS, EOS or padding, and in chat not the user's prefix (section 3.1)."""
+        """True at positions for training: all but BOS, EOS, padding, and in chat the user's prefix (section 3.1)."""
         keep = ~special_mask(tokens, self._special)
         if prefix := self.manifest.request.prefix:
             keep[:, : 1 + len(prefix)] = False
@@ -207,7 +207,7 @@ class TokenRows:
 
     @cached_property
     def kept(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """How many positions of each row are trained on, ``[rows]``; computed once, from the whole file."""
+        """Number of positions for training in each row, ``[rows]``. Computed once, from the whole file."""
         first = 1 + len(self.manifest.request.prefix)
         counts = np.empty(len(self), np.int64)
         for at in range(0, len(self), _CHUNK_ROWS):
@@ -219,20 +219,20 @@ class TokenRows:
         return counts
 
     def kept_by_pass(self, batch_rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """How many activations every forward pass over ``batch_rows`` rows gives, computed from the tokens."""
+        """Number of activations from each forward pass over ``batch_rows`` rows, computed from the tokens."""
         if batch_rows < 1:
-            raise GemmaScopeError(f"A forward pass takes one token row at least, not {batch_rows}.")
+            raise GemmaScopeError(f"A forward pass needs at least one token row, not {batch_rows}.")
         return np.add.reduceat(self.kept, np.arange(0, len(self), batch_rows), dtype=np.int64)
 
     def verify(self) -> None:
-        """Read the file and compare its sha256 with the manifest's.
+        """Read the file and compare its sha256 with the manifest.
 
         Raises:
-            GemmaScopeError: they differ.
+            GemmaScopeError: when they differ.
         """
         if self.folder is not None and file_sha256(self.folder / DATA_NAME) != self.sha256:
             raise GemmaScopeError(
-                f"{self.folder / DATA_NAME} was changed since it was packed: its sha256 is not its manifest's. "
+                f"{self.folder / DATA_NAME} was changed since it was packed: its sha256 differs from the manifest. "
                 "Restore it, or pack into another folder."
             )
 
@@ -240,7 +240,7 @@ class TokenRows:
 def cut_rows(
     stream: np.ndarray[Any, np.dtype[Id]], context: int, bos: int
 ) -> tuple[np.ndarray[Any, np.dtype[Id]], np.ndarray[Any, np.dtype[Id]]]:
-    """Rows of BOS and ``context - 1`` consecutive ids ``[rows, context]``, and the ids that are left over."""
+    """Rows of BOS and ``context - 1`` consecutive ids ``[rows, context]``, and the remaining ids."""
     body = context - 1
     count = len(stream) // body
     rows = np.full((count, context), bos, stream.dtype)
@@ -257,7 +257,7 @@ def read_manifest(folder: Path) -> TokensManifest | None:
     """The manifest in ``folder``, or None without one.
 
     Raises:
-        GemmaScopeError: it cannot be read, or is not valid; the message names the file and the first error.
+        GemmaScopeError: when it cannot be read or is not valid, with the file and the first error.
     """
     path = folder / MANIFEST_NAME
     try:

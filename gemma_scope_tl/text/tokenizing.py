@@ -1,4 +1,4 @@
-"""Texts as token ids with one BOS, padded, and never truncated silently."""
+"""Tokenization of texts with one BOS and padding. Texts are never truncated silently."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ def tokenize(
     padding_side: str | None = None,
     truncate: bool | None = None,
 ) -> Padded:
-    """Token ids of texts with one BOS at the beginning, also where a text brings its own, and their mask.
+    """Token ids and mask of texts, each with exactly one BOS at the start, even if the text contains BOS itself.
 
-    ``""`` is BOS alone.
+    The empty text gives BOS alone.
 
     Args:
         model: from ``load_model``.
         texts: one or several.
-        prepend_bos: None for the model's default, which is True; False leaves texts as they are.
+        prepend_bos: None for the model's default, which is True; False does not change texts.
         padding_side: ``"left"`` or ``"right"``, None for the tokenizer's.
-        truncate: whether a text longer than the context is cut: True cuts it, None cuts it and warns, False leaves it
-            whole.
+        truncate: True cuts a text that is longer than the context, None cuts it and warns, False does not cut it.
 
     Returns:
-        Ids ``[batch, pos]`` on the CPU, and True at text.
+        Ids ``[batch, pos]`` on the CPU, and a mask that is True at text.
 
     Raises:
-        GemmaScopeError: no tokenizer; what is not text, or not valid Unicode; no token at all.
+        GemmaScopeError: for no tokenizer, a value that is not text or not valid Unicode, or no token at all.
     """
     tokenizer, several = getattr(model, "tokenizer", None), _listed(texts)
     rows = text_ids(tokenizer, several)
@@ -49,34 +48,34 @@ def tokenize(
     if prepend_bos and bos is not None:
         rows = [[bos, *without_bos(tokenizer, row)] for row in rows]
     if not any(rows):
-        raise GemmaScopeError("The texts hold no token, and no BOS is put before them: there is nothing to run on.")
+        raise GemmaScopeError("The texts have no tokens and no BOS is added to them, so there is nothing to run on.")
     side = padding_side or getattr(tokenizer, "padding_side", None) or "left"
     if side not in ("left", "right"):
-        raise GemmaScopeError(f"padding_side is 'left' or 'right', not {padding_side!r}.")
+        raise GemmaScopeError(f"padding_side must be 'left' or 'right', not {padding_side!r}.")
     if truncate is not False and (over := too_long(model, rows)):
         if truncate is None:
-            warnings.warn(f"{over}: the rest is cut off. truncate=True says that this is meant.", stacklevel=3)
+            warnings.warn(f"{over}: the rest is cut off. Give truncate=True to silence this warning.", stacklevel=3)
         rows = [row[: int(model.cfg.n_ctx)] for row in rows]
     return padded(rows, pad_id(tokenizer), side)
 
 
 def _listed(texts: Any) -> list[Any]:
-    """One text or several as a list; mappings and tables would give their keys."""
+    """Convert one text or several to a list. Mappings and tables are refused, since iteration gives their keys."""
     if isinstance(texts, str):
         return [texts]
     if isinstance(texts, Mapping) or (hasattr(texts, "iloc") and texts.ndim != 1) or not hasattr(texts, "__iter__"):
         raise GemmaScopeError(
-            f"to_tokens takes a text or several, not a {type(texts).__name__}. Token ids, and what a tokenizer "
-            "returns, go to the model as they are."
+            f"to_tokens takes a text or several, not a {type(texts).__name__}. Give token ids, and the output of a "
+            "tokenizer, to the model directly."
         )
     return list(texts)
 
 
 def text_ids(tokenizer: Any, texts: Sequence[Any]) -> list[list[int]]:
-    """Token ids of each text as it stands, without anything that the tokenizer would add.
+    """Token ids of each text, without special tokens that the tokenizer would add.
 
     Raises:
-        GemmaScopeError: no tokenizer; what is no text; a text that is no Unicode.
+        GemmaScopeError: for no tokenizer, a value that is not text, or a text that is not valid Unicode.
     """
     if tokenizer is None:
         raise GemmaScopeError("The model has no tokenizer: give token ids instead of text, or load it with tokenizer=.")
@@ -97,23 +96,23 @@ def text_ids(tokenizer: Any, texts: Sequence[Any]) -> list[list[int]]:
 
 
 def without_bos(tokenizer: Any, ids: list[int]) -> list[int]:
-    """``ids`` without the BOS that they may begin with, for callers that add one."""
+    """``ids`` without a leading BOS, for callers that add BOS."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return ids[1:] if bos is not None and ids[:1] == [bos] else ids
 
 
 def rendered(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool | None) -> str:
-    """Chat messages as the tokenizer's template writes them, BOS included where it does.
+    """Render chat messages with the tokenizer's template, which may include BOS.
 
-    By default (None) the answer is opened where the last message is not the model's.
+    By default (None) the start of an answer is added unless the last message is the model's.
 
     Raises:
-        GemmaScopeError: no template, or one that does not take these messages; a message without role or content.
-        UnknownNameError: a message with a key that the template does not read.
+        GemmaScopeError: for no template, a template that refuses these messages, or a message without role or content.
+        UnknownNameError: for a message with a key that the template does not read.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise GemmaScopeError(
-            "Chat messages need a tokenizer with a chat template, and this model has none: give text, or set "
+            "Chat messages need a tokenizer with a chat template, but this model has none: give text, or set "
             "model.tokenizer.chat_template."
         )
     check_messages(messages, str(tokenizer.chat_template))
@@ -123,15 +122,15 @@ def rendered(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: boo
     try:
         return str(tokenizer.apply_chat_template(list(messages), **options))
     except Exception as error:  # templates may raise anything
-        raise GemmaScopeError(f"The chat template does not take these messages: {error}") from error
+        raise GemmaScopeError(f"The chat template refuses these messages: {error}") from error
 
 
 def check_messages(messages: Sequence[Any], template: str) -> None:
-    """Refuse messages of which a template would silently ignore a part; keys that it names itself are allowed.
+    """Refuse messages with parts that a template would silently ignore. Keys that the template mentions are allowed.
 
     Raises:
-        GemmaScopeError: a message without role or content, or with content that is neither text nor a list of parts.
-        UnknownNameError: a key that the template does not read.
+        GemmaScopeError: for a message without role or content, or whose content is neither text nor a list of parts.
+        UnknownNameError: for a key that the template does not read.
     """
     own = {"role", "content"}
     for number, message in enumerate(messages):
@@ -148,7 +147,7 @@ def check_messages(messages: Sequence[Any], template: str) -> None:
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "left") -> Padded:
-    """Rows of several lengths as one tensor, and True at what is not padding."""
+    """Pad rows of several lengths to one tensor, with a mask that is False at padding."""
 
     def stacked(parts: list[torch.Tensor], value: int) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value, padding_side=side)
@@ -158,13 +157,13 @@ def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "left") -> Padde
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id of padding: EOS without a padding token, 0 without either."""
+    """The id for padding: that of the padding token, else of EOS, else 0."""
     found = [getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos")]
     return next((i for i in found if i is not None), 0)
 
 
 def too_long(model: Any, rows: Sequence[Sequence[int]] | torch.Tensor) -> str | None:
-    """The beginning of an error about the first row that is longer than the model's context; None where all fit."""
+    """The start of a message about the first row that is longer than the model's context; None if all rows fit."""
     context = int(model.cfg.n_ctx)
     long = next((number for number, row in enumerate(rows) if len(row) > context), None)
     if long is None:
@@ -180,8 +179,8 @@ class Wrapping(NamedTuple):
     """Ids around a document.
 
     Attributes:
-        prefix: between BOS and the document: ``<start_of_turn>user\\n``.
-        suffix: after it: ``<end_of_turn>\\n<start_of_turn>model\\n``.
+        prefix: ids between BOS and the document, such as ``<start_of_turn>user\\n``.
+        suffix: ids after the document, such as ``<end_of_turn>\\n<start_of_turn>model\\n``.
     """
 
     prefix: list[int]
@@ -189,12 +188,14 @@ class Wrapping(NamedTuple):
 
 
 def chat_wrapping(tokenizer: Any) -> Wrapping:
-    """The ids around a user's turn: from the tokenizer's chat template, else from the turn tokens of the
-    first family whose tokens it knows.
+    """The ids around a user's turn.
+
+    They come from the tokenizer's chat template, or from the turn tokens of the first family whose tokens are in the
+    vocabulary.
 
     Raises:
-        GemmaScopeError: a template that does not show where the document begins and ends; no template, and a tokenizer
-            that knows the turn tokens of no family.
+        GemmaScopeError: for a template whose output does not contain the document, or a tokenizer without a template
+            and without the turn tokens of any family.
     """
     if getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": _MARK}]
@@ -211,7 +212,7 @@ def chat_wrapping(tokenizer: Any) -> Wrapping:
 
 
 def turn_end_id(tokenizer: Any) -> int | None:
-    """The id of the token that ends a turn of a chat, in the first family whose token it is; None without one."""
+    """The id of the token that ends a turn of a chat, from the first family whose token is known; None without one."""
     known = tokenizer.get_vocab()
     return next((known[family.turn_end] for family in families() if family.turn_end in known), None)
 

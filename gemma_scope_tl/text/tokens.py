@@ -1,7 +1,7 @@
 """Special tokens, padding, and the text that a forward pass has read.
 
-Gemma Scope was not trained on BOS, EOS or padding (paper, section 3.1), and there an SAE's output is meaningless (a BOS
-token can activate thousands of latents), so splicing and metrics leave these positions alone.
+Gemma Scope was not trained on BOS, EOS or padding (paper, section 3.1), so the output of an SAE at these positions is
+meaningless (a BOS token can activate thousands of latents). Splicing and metrics therefore skip them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ExcludeTokens = bool | Iterable[int] | torch.Tensor
 
 
 def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of BOS, EOS and padding in ``tokenizer``, sorted; empty without a tokenizer."""
+    """Sorted ids of BOS, EOS and padding in ``tokenizer``; empty without a tokenizer."""
     if tokenizer is None:
         return ()
     ids = {getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
@@ -28,10 +28,10 @@ def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
 
 
 def excluded_choice(exclude: Any) -> bool | tuple[int, ...]:
-    """The value of ``exclude_special_tokens``, given in any form: True, False, or token ids, sorted.
+    """Normalise a value of ``exclude_special_tokens`` to True, False, or sorted token ids.
 
     Raises:
-        SpliceError: for anything but a bool and an iterable of ids, such as one bare int, a mask, or a negative id.
+        SpliceError: for anything but a bool or an iterable of ids, such as a single int, a mask, or a negative id.
     """
     single = exclude.item() if getattr(exclude, "ndim", None) == 0 else exclude
     if isinstance(single, bool):
@@ -52,19 +52,19 @@ def excluded_choice(exclude: Any) -> bool | tuple[int, ...]:
 
 
 def excluded_ids(tokenizer: Any, exclude: ExcludeTokens, must_know: bool = False) -> tuple[int, ...]:
-    """The token ids that ``exclude_special_tokens`` names, for every function that has the argument.
+    """The token ids for a value of ``exclude_special_tokens``.
 
     Args:
-        tokenizer: of the model; may be None.
-        exclude: True for BOS, EOS and padding of ``tokenizer`` (none without one), False for none, or the ids
-            themselves: any iterable of ints, NumPy's and torch's included.
-        must_know: refuse True where no tokenizer says which ids are special, instead of excluding none.
+        tokenizer: the tokenizer of the model, or None.
+        exclude: True for BOS, EOS and padding of ``tokenizer`` (no ids without a tokenizer), False for no ids, or any
+            iterable of ids, including those of NumPy and torch.
+        must_know: whether to raise for True without a tokenizer, instead of excluding no ids.
 
     Returns:
-        The ids, sorted.
+        The sorted ids.
 
     Raises:
-        SpliceError: as :func:`excluded_choice`; with ``must_know``, as above.
+        SpliceError: as :func:`excluded_choice`, and with ``must_know`` for True without a tokenizer.
     """
     choice = excluded_choice(exclude)
     if not isinstance(choice, bool):
@@ -85,10 +85,10 @@ def special_mask(tokens: Int[torch.Tensor, "batch pos"], ids: Iterable[int]) -> 
 
 
 def text_mask(tokens: Int[torch.Tensor, "batch pos"], tokenizer: Any) -> Bool[torch.Tensor, "batch pos"]:
-    """True at text, False at the padding on either side of a row; a row of padding alone is False throughout.
+    """True at text, False at the padding on either side of a row. A row of padding alone is all False.
 
-    Where the padding token is also BOS, the last of a leading run is the text's own BOS; where it is also EOS, the
-    first of a trailing run is the text's own EOS.
+    If the padding token is also BOS, the last one of a leading run is the BOS of the text. If it is also EOS, the first
+    one of a trailing run is the EOS of the text.
     """
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None:
@@ -107,7 +107,7 @@ def text_mask(tokens: Int[torch.Tensor, "batch pos"], tokenizer: Any) -> Bool[to
 def continued_mask(
     mask: Bool[torch.Tensor, "batch total"], ids: Int[torch.Tensor, "batch new"], tokenizer: Any
 ) -> Bool[torch.Tensor, "batch total"]:
-    """The mask of a text whose last columns are ``ids``; a row may have held nothing but padding before them."""
+    """The mask of a text whose last columns are ``ids``. A row may have only padding before them."""
     before = mask.shape[1] - ids.shape[1]
     empty = ~mask[:, :before].any(dim=-1, keepdim=True)
     new = torch.where(empty, text_mask(ids, tokenizer), mask[:, before:])
@@ -115,7 +115,7 @@ def continued_mask(
 
 
 def attendable(mask: Bool[torch.Tensor, "batch pos"]) -> Bool[torch.Tensor, "batch pos"]:
-    """A mask for attention, which needs one position at least: True throughout in a row of padding alone."""
+    """A mask for attention, which needs at least one position per row: all True in a row of padding alone."""
     return mask | ~mask.any(dim=-1, keepdim=True)
 
 
@@ -124,13 +124,13 @@ class TextRead:
     """The text that a forward pass, or one generation, has read so far.
 
     Attributes:
-        ids: ``[batch, total]``, None in a pass that began from embeddings.
+        ids: ``[batch, total]``, None in a pass that starts from embeddings.
         mask: ``[batch, total]``, True at text, False at padding.
-        prompt: how many columns came with the prompt; the rest was generated.
-        moved: ``[batch]``, by how many columns generation moved each row of the prompt to the right, None for not at
-            all: new tokens follow on the last column, so padding on the right has to go to the left.
-        whole: False where a key-value cache holds columns before these that are unknown.
-        growing: whether it is the text of a generation, whose prompt stays the prompt.
+        prompt: number of columns of the prompt; the other columns were generated.
+        moved: ``[batch]``, the number of columns by which generation moved each row of the prompt to the right, or None
+            for no move. New tokens are added after the last column, so padding on the right is moved to the left.
+        whole: False if a key-value cache has unknown columns before these.
+        growing: whether the text is that of a generation, whose prompt does not change.
         by_column: whether the model numbered positions by column, padding included, as Hugging Face does by default.
     """
 
@@ -143,18 +143,18 @@ class TextRead:
     by_column: bool = False
 
     def serves(self, batch: int, seen: int) -> bool:
-        """Whether a pass over ``batch`` rows can continue behind the first ``seen`` columns of this text."""
+        """Whether a pass over ``batch`` rows can continue after the first ``seen`` columns of this text."""
         return self.ids is not None and self.whole and batch % self.ids.shape[0] == 0 and self.ids.shape[1] >= seen
 
     def mask_over(self, total: int, batch: int) -> Bool[torch.Tensor, "batch total"] | None:
-        """The mask of ``total`` columns, those behind the known ones being text; None when it is unknown."""
+        """The mask of ``total`` columns, with text in all columns after the known ones; None if it is unknown."""
         if self.mask is None or batch % self.mask.shape[0] or not self.whole:
             return None
         known = self.mask[:, :total].repeat_interleave(batch // self.mask.shape[0], dim=0)
         return torch.nn.functional.pad(known, (0, total - known.shape[1]), value=True)
 
     def ends(self, ids: Int[torch.Tensor, "batch pos"], seen: int) -> bool:
-        """Whether ``ids`` are exactly what follows the first ``seen`` columns of this text."""
+        """Whether ``ids`` are exactly the columns after the first ``seen`` columns of this text."""
         if self.ids is None or self.ids.shape[1] != seen + ids.shape[1] or not self.serves(ids.shape[0], seen):
             return False
         known = self.ids[:, seen:].repeat_interleave(ids.shape[0] // self.ids.shape[0], dim=0)
@@ -162,13 +162,13 @@ class TextRead:
 
 
 def joined_mask(ids: torch.Tensor, mask: torch.Tensor | None, before: TextRead, known_first: bool) -> torch.Tensor:
-    """The mask over all of ``ids``, from a given one and that of the text before.
+    """The mask over all of ``ids``, from a given mask and the mask of the preceding text.
 
     Args:
-        ids: ``[batch, total]``, with the text before.
-        mask: over all of ``ids`` or its last columns; may be None.
-        before: the text before.
-        known_first: whether the mask of the text before counts more than the given one.
+        ids: ``[batch, total]``, including the preceding text.
+        mask: mask over all of ``ids`` or its last columns; may be None.
+        before: the preceding text.
+        known_first: whether the mask of the preceding text has priority over the given one.
     """
     batch, total = ids.shape
     known = before.mask_over(total, batch)
@@ -177,6 +177,6 @@ def joined_mask(ids: torch.Tensor, mask: torch.Tensor | None, before: TextRead, 
     if mask is not None and mask.shape[0] == batch and mask.shape[1] >= total:
         return mask[:, -total:].bool().to(ids.device)
     whole = torch.ones_like(ids, dtype=torch.bool) if known is None else known.to(ids.device)
-    if mask is not None and mask.shape[0] == batch:  # of the new columns alone
+    if mask is not None and mask.shape[0] == batch:  # a mask of the new columns only
         whole[:, -mask.shape[1] :] = mask.bool().to(ids.device)
     return whole

@@ -1,1 +1,1 @@
-"""Weights on disk or on the Hub: read without executing anything, and checked before use."""
+"""Weights on disk or on the Hub, which are read without executing code and checked before use."""

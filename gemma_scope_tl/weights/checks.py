@@ -1,13 +1,13 @@
-"""Checks of weights before they are used: names, shapes, dtypes, finite values, thresholds not negative.
+"""Checks of weights before use: names, shapes, dtypes, finite values, and thresholds that are not negative.
 
-An SAE file has five arrays; a skip transcoder's has a sixth:
+An SAE file has five arrays, and the file of a skip transcoder has a sixth one:
 
 =============  ===============  ==========================================================
 ``W_enc``      [d_in, d_sae]    encoder; rows are the inputs (``x @ W_enc``)
-``W_dec``      [d_sae, d_out]   decoder, a row per latent; d_out is d_in but for transcoders
+``W_dec``      [d_sae, d_out]   decoder, a row per latent; d_out = d_in except for transcoders
 ``b_enc``      [d_sae]
 ``b_dec``      [d_out]
-``threshold``  [d_sae]          the JumpReLU's theta
+``threshold``  [d_sae]          theta of the JumpReLU
 ``W_skip``     [d_out, d_in]    optional (``x @ W_skip.T``); also as ``affine_skip_connection`` [d_in, d_out]
 =============  ===============  ==========================================================
 """
@@ -28,7 +28,7 @@ PARAMS_NAME = "params.npz"
 CFG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
 MAX_ARRAYS = 64
-"""Arrays that a weights file may have: an SAE has five, and every one more costs memory and lines of messages."""
+"""The largest number of arrays in a weights file. An SAE has five; more arrays cost memory and lengthen messages."""
 REMEDY = "Delete the file and download it again (`hf download REPO FILE --force-download`)."
 NOT_READ = "Check its permissions and the disk; the file may be sound."
 _HEAD = 512
@@ -37,7 +37,7 @@ _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")
 
 
 def weights_error(source: str | Path, what: str, remedy: str = REMEDY) -> WeightsError:
-    """A :class:`WeightsError` that names the file, what is wrong with it and what to do.
+    """Return a :class:`WeightsError` that names the file, the problem and the remedy.
 
     >>> print(weights_error("params.npz", "is empty (0 bytes)", "Download it again."))
     params.npz is empty (0 bytes). Download it again.
@@ -46,29 +46,29 @@ def weights_error(source: str | Path, what: str, remedy: str = REMEDY) -> Weight
 
 
 def short(value: object) -> str:
-    """``repr`` of a value from a file, cut short: the file may have been made to fill screens or to control terminals.
+    """``repr`` of a value from a file, shortened: a malicious file could fill screens or send terminal control codes.
 
     >>> short("x" * 1000)[-9:]
     'xxxxxx...'
     """
     try:
         text = repr(value)
-    except ValueError:  # Python does not write out integers of thousands of digits
-        return "a number too large to be written"
+    except ValueError:  # Python refuses to convert integers of thousands of digits
+        return "a number too large to be shown"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_name(source: str | Path, name: str) -> None:
-    """Raise for the name of an array that no message should repeat: overlong, or with control characters."""
+    """Raise for an array name that is too long or has control characters, and so must not be repeated in messages."""
     if len(name) > _MAX_NAME or not name.isprintable():
-        raise weights_error(source, f"is corrupt: it holds {short(name)}, which is no name of an array")
+        raise weights_error(source, f"is corrupt: it holds {short(name)}, which is not an array name")
 
 
 def read_head(path: Path) -> bytes:
-    """The first bytes of a file that exists, is a file and is not empty.
+    """The first bytes of a file.
 
     Raises:
-        WeightsError: when it does not, is not, or is.
+        WeightsError: when the path does not exist, is not a file, or is an empty file.
     """
     try:
         if not path.exists():
@@ -85,18 +85,18 @@ def read_head(path: Path) -> bytes:
 
 
 def refuse_other_kinds(path: Path, head: bytes, wanted: str) -> None:
-    """Raise for web pages, Git LFS pointers, pickles and the like, saying which of them the file is.
+    """Raise for files of other kinds, such as web pages, Git LFS pointers and pickles, and name the kind.
 
     Args:
         path: the file, for the message.
         head: its first bytes.
-        wanted: what it should have been, for example ``"an npz archive"``.
+        wanted: the expected kind, for example ``"an npz archive"``.
     """
     if "safetensors" in wanted and head[8:9] == b"{":
-        return  # a length of 8 bytes, any of them, then JSON
+        return  # safetensors: a length of 8 arbitrary bytes, then JSON
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        what = "is a web page (HTML), not " + wanted + ": the download was answered by a login or error page"
+        what = "is a web page (HTML), not " + wanted + ": the download returned a login or error page"
     elif text.startswith(b"version https://git-lfs"):
         what = "is a Git LFS pointer, not " + wanted + ": the repository was cloned without its large files"
     elif head[:1] == b"\x80" and head[1:2] <= b"\x05" and len(head) > 1:
@@ -111,7 +111,7 @@ def refuse_other_kinds(path: Path, head: bytes, wanted: str) -> None:
 
 
 def starts_as_zip(head: bytes) -> bool:
-    """Whether the first bytes are those of a zip archive, which an npz is."""
+    """Whether the first bytes are those of a zip archive, the container of an npz."""
     return head.startswith(_ZIP_STARTS)
 
 
@@ -125,13 +125,13 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Expected:
-    """The sizes that something other than the file says it must have.
+    """The sizes that a file must have according to another source, such as the registry.
 
     Attributes:
-        d_in, d_sae, d_out: sizes, None where nothing is known. Without ``d_out`` and unless ``transcoder`` is True,
-            d_out must equal d_in.
-        transcoder: whether input and output are different tensors; None when unknown.
-        said_by: who says so, for the message.
+        d_in, d_sae, d_out: sizes, None if unknown. If ``d_out`` is None and ``transcoder`` is not True, the d_out of
+            the file must equal its d_in.
+        transcoder: whether input and output are different tensors; None if unknown.
+        said_by: the source of the sizes, for the message.
     """
 
     d_in: int | None = None
@@ -142,10 +142,10 @@ class Expected:
 
 
 def canonical_names(names: Iterable[str], source: str) -> dict[str, str]:
-    """Names as the file has them -> canonical names (``w_enc`` -> ``W_enc``), all present and none unknown.
+    """Map the names in a file to canonical names (``w_enc`` -> ``W_enc``), and check that they are complete.
 
     Raises:
-        WeightsError: naming every missing, unknown and doubled array at once.
+        WeightsError: with every missing, unknown and duplicate array.
     """
     given = list(names)
     renamed = {name: _CANONICAL.get(name.lower(), "") for name in given}
@@ -169,7 +169,7 @@ def matrix_shape(name: str, shape: tuple[int, ...], source: str) -> tuple[int, i
     """The two sizes of a matrix.
 
     Raises:
-        WeightsError: for an array of another number of dimensions, or without entries.
+        WeightsError: for an array that does not have two dimensions, or has no entries.
     """
     if len(shape) != 2 or 0 in shape:
         raise weights_error(source, f"has {name} of shape {shape}, which is not a matrix", _WRONG_SAE)
@@ -177,10 +177,10 @@ def matrix_shape(name: str, shape: tuple[int, ...], source: str) -> tuple[int, i
 
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], source: str, expected: Expected | None = None) -> None:
-    """Shapes of canonical arrays, against each other and against ``expected``.
+    """Check the shapes of canonical arrays against each other and against ``expected``.
 
     Raises:
-        WeightsError: naming every array whose shape is wrong, with the shape it should have.
+        WeightsError: with every array of a wrong shape, and the shape that it should have.
     """
     expected = expected or Expected()
     d_in, d_sae = matrix_shape("W_enc", shapes["W_enc"], source)
@@ -200,7 +200,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], source: str, expected: E
         if name in shapes and shapes[name] != shape
     ]
     if wrong:
-        where = f"beside W_enc of {[d_in, d_sae]}"
+        where = f"W_enc is {[d_in, d_sae]}"
         raise weights_error(source, f"has shapes that do not fit together: {'; '.join(wrong)} ({where})", _WRONG_SAE)
     asked = {"d_in": (d_in, expected.d_in), "d_sae": (d_sae, expected.d_sae), "d_out": (d_out, expected.d_out)}
     off = [f"{name} {got}, should be {want}" for name, (got, want) in asked.items() if want not in (None, got)]
@@ -209,10 +209,10 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], source: str, expected: E
 
 
 def check_values(arrays: Mapping[str, torch.Tensor], source: str) -> None:
-    """Floating dtypes, finite values, thresholds >= 0; reads each array once and copies none.
+    """Check that dtypes are floating, values finite and thresholds >= 0. Each array is read once and not copied.
 
     Raises:
-        WeightsError: naming the first array that fails and what is in it.
+        WeightsError: with the first array that fails and the reason.
     """
     for name, array in arrays.items():
         if not array.is_floating_point():
@@ -221,10 +221,10 @@ def check_values(arrays: Mapping[str, torch.Tensor], source: str) -> None:
 
 
 def check_range(name: str, low: float, high: float, source: str) -> None:
-    """The smallest and largest value of an array: finite, and not negative for thresholds.
+    """Check the smallest and largest value of an array: finite, and not negative for thresholds.
 
     Raises:
-        WeightsError: naming the array and what is in it.
+        WeightsError: with the name of the array and the reason.
     """
     if not (float("-inf") < low <= high < float("inf")):
         raise weights_error(source, f"has values in {name} that are not finite (NaN or infinity)")
@@ -233,7 +233,7 @@ def check_range(name: str, low: float, high: float, source: str) -> None:
 
 
 def value_range(array: torch.Tensor) -> tuple[float, float]:
-    """Smallest and largest value; both NaN when any value is. Chunked, so that nothing large is allocated."""
+    """Smallest and largest value, both NaN if any value is NaN. It works in chunks to avoid large allocations."""
     import torch
 
     flat = (array if array.is_contiguous() else array.mT).reshape(-1)

@@ -1,4 +1,4 @@
-"""From a registry row to a file on this machine: bundled in the package, in a local folder, or on the Hub."""
+"""Locating the weights file of a registry row: bundled in the package, in a local folder, or on the Hub."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ BUNDLED = "bundled"
 
 
 def fetch(row: SAERow, *, force_download: bool = False) -> Path:
-    """The weights file of a registry row, downloaded if need be.
+    """Return the weights file of a registry row, downloading it if necessary.
 
     ``row.repo`` is ``"bundled"`` (files inside this package), an existing local folder, or a Hub repository, which is
-    looked up in the Hub's cache before anything is downloaded. The client's own settings hold: ``HF_ENDPOINT``,
-    ``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and its progress bars. A row whose revision is a commit hash is loaded
-    from the cache without any request.
+    looked up in the Hub's cache before anything is downloaded. The settings of the Hub's client apply: ``HF_ENDPOINT``,
+    ``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and its progress bars. If the revision of the row is a commit hash, a
+    cached file is used without any request.
 
     Args:
-        row: which file.
-        force_download: download again although the file is in the cache; says nothing to bundled and local files.
+        row: the registry row.
+        force_download: download again even if the file is in the cache. Bundled and local files ignore it.
 
     Returns:
         Path of ``params.npz``, or of ``sae_weights.safetensors`` (with ``cfg.json`` beside it) for rows in SAELens'
@@ -42,12 +42,12 @@ def fetch(row: SAERow, *, force_download: bool = False) -> Path:
 
 
 def find_local(row: SAERow) -> Path | None:
-    """The weights file of a registry row where it is on this machine already; nothing is asked of the Hub.
+    """Return the weights file of a registry row if it is on this machine already. No request is sent to the Hub.
 
-    For a branch, that is what it was when it was last downloaded. The row's sha256 is not checked.
+    For a branch, this is the file of the last download. The row's sha256 is not checked.
 
     Returns:
-        As :func:`fetch`; None for a file of the Hub that is not in the cache.
+        The path as from :func:`fetch`; None for a file of the Hub that is not in the cache.
 
     Raises:
         WeightsError: when a bundled or local file is missing.
@@ -59,12 +59,12 @@ def find_local(row: SAERow) -> Path | None:
 
 
 def bundled_root() -> Path:
-    """The folder in this package that holds the bundled SAEs."""
+    """The folder of the bundled SAEs in this package."""
     return BUNDLED_SAES
 
 
 def _files(row: SAERow) -> tuple[Path | None, list[str]]:
-    """The local folder that is the row's repository, or None for the Hub; and its files, the weights last."""
+    """The local folder that is the repository of a row (None for the Hub), and the names of its files, weights last."""
     folder = PurePosixPath(row.path)
     if folder.is_absolute() or ".." in folder.parts:
         raise GemmaScopeError(f"Row {row.release}/{row.id} has the path {row.path!r}, which leaves its repository.")
@@ -72,7 +72,7 @@ def _files(row: SAERow) -> tuple[Path | None, list[str]]:
     root = None
     if row.repo == BUNDLED:
         root = bundled_root()
-    elif Path(row.repo).is_absolute():  # a relative folder may be named like a repository of the Hub
+    elif Path(row.repo).is_absolute():  # a relative folder could have the name of a repository on the Hub
         root = Path(row.repo)
     return root, [str(folder / name) for name in names]
 
@@ -94,9 +94,9 @@ def _from_hub(row: SAERow, name: str, force_download: bool) -> Path:
 
 
 def _cached(row: SAERow, name: str) -> Path | None:
-    """A file of the Hub where the cache has it, or None."""
+    """The path of a file of the Hub in the cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     with download_errors(row.repo, name, row.revision):
         cached = try_to_load_from_cache(row.repo, name, revision=row.revision)
-    return Path(cached) if isinstance(cached, str) else None  # another object stands for "known not to exist"
+    return Path(cached) if isinstance(cached, str) else None  # a sentinel object means "known not to exist"

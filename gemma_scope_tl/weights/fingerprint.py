@@ -1,6 +1,6 @@
-"""Fingerprints of weights: which model or SAE numbers were measured on, or activations stored of.
+"""Fingerprints of weights, which identify the model or SAE behind measurements and stored activations.
 
-Two strengths exist, because files hold both. New formats should hold :func:`fingerprint`.
+There are two strengths, because existing file formats contain both. New formats should use :func:`fingerprint`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ import hashlib
 
 import torch
 
-_SAMPLE = 1024  # entries of each tensor that go into a fingerprint as they are
+_SAMPLE = 1024  # entries of each tensor that are hashed directly
 _SPARSE_SAMPLE = 64
 
 
 def fingerprint(module: torch.nn.Module) -> str:
     """A hash of a module's parameters and buffers: names, dtypes, shapes, a sample of entries, and sums of all bits.
 
-    The bits of the entries are summed as integers, by row: the sums are exact, and every entry counts. It runs at the
-    speed of memory. It distinguishes weights that differ by training, editing or rounding, not forged ones.
+    The bits of the entries are summed as integers, by row, so the sums are exact and every entry counts. The speed is
+    that of memory. The hash distinguishes weights that differ by training, editing or rounding. It does not detect
+    deliberate forgery.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items()):
@@ -27,10 +28,10 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 def sampled_fingerprint(module: torch.nn.Module) -> str:
-    """A hash of some 64 entries of each parameter, which stores of activations hold.
+    """A hash of about 64 entries of each parameter, which stores of activations contain.
 
-    It distinguishes checkpoints of a training, but not weights of which a few entries were edited: use
-    :func:`fingerprint` for anything new.
+    It distinguishes checkpoints of a training run, but not weights of which a few entries were edited. Use
+    :func:`fingerprint` in new code.
     """
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():

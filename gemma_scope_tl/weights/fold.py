@@ -1,8 +1,8 @@
-"""Appendix A: from the units an SAE was trained in to the units of the raw activations.
+"""Conversion of a trained SAE to the units of the raw activations (appendix A of the Gemma Scope paper).
 
-Training sees activations divided by one fixed scalar per site, ``C = sqrt(E ||x||^2)``, and subtracts ``b_dec`` before
-the encoder. Released weights do neither: both are folded into the biases and thresholds. The function works on NumPy
-arrays and on torch tensors alike, and imports neither.
+Training divides activations by one fixed scalar per site, ``C = sqrt(E ||x||^2)``, and subtracts ``b_dec`` before the
+encoder. Released weights do neither: both steps are folded into the biases and thresholds. The function works on NumPy
+arrays and on torch tensors, and imports neither library.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def fold(params: Mapping[str, Any], scale: float, *, pre_encoder_bias: bool = Tr
     """Fold the activation scale and the pre-encoder bias into the weights (appendix A, equations 5-11).
 
     With ``x = x_raw / C`` the trained SAE computes ``f = JumpReLU_theta((x - b_dec) W_enc + b_enc)`` and
-    ``x_hat = f W_dec + b_dec``. The folded one computes the same reconstruction in raw units, and ``f' = C f``::
+    ``x_hat = f W_dec + b_dec``. The folded SAE computes the same reconstruction in raw units, and ``f' = C f``::
 
         W_enc' = W_enc    b_enc' = C b_enc - C b_dec W_enc    theta' = C theta
         W_dec' = W_dec    b_dec' = C b_dec
@@ -28,12 +28,12 @@ def fold(params: Mapping[str, Any], scale: float, *, pre_encoder_bias: bool = Tr
 
     Args:
         params: ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_in]``, ``b_enc [d_sae]``, ``b_dec [d_in]`` and
-            ``threshold [d_sae]``, NumPy or torch, in any floating dtype; fold in float64 to lose nothing.
+            ``threshold [d_sae]``, NumPy or torch, in any floating dtype; float64 avoids rounding errors.
         scale: ``C``, greater than 0. Use 1 to fold only the pre-encoder bias.
-        pre_encoder_bias: whether training subtracted ``b_dec`` before the encoder. Transcoders do not.
+        pre_encoder_bias: whether training subtracted ``b_dec`` before the encoder. False for transcoders.
 
     Returns:
-        New arrays under the same five names; the inputs are left alone. ``W_enc`` and ``W_dec`` are the same objects.
+        Arrays with the same five names. The inputs are unchanged; ``W_enc`` and ``W_dec`` are the same objects.
 
     Raises:
         WeightsError: an array is missing, or the scale is not a positive finite number.

@@ -1,4 +1,4 @@
-"""What the Hub's cache says of a file: whether it is one of the cache's, and its sha256."""
+"""Information from the Hub's cache: whether a file belongs to the cache, and its sha256."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def in_hub_cache(path: Path) -> bool:
-    """Whether a file is one of the Hub's cache, which holds whole files and never changes them."""
+    """Whether a file is in the Hub's cache, which contains complete files and never changes them."""
     return bool(_entries(path))
 
 
 def known_sha256(path: Path) -> str | None:
-    """The sha256 that the Hub gave for a cached file, without reading the file.
+    """The sha256 that the Hub reported for a cached file. The file is not read.
 
-    The cache names the blob of an LFS file by that hash. None for files outside the cache, for small files (named by
-    their git hash) and where the cache could not use symbolic links.
+    The cache uses this hash as the name of the blob of an LFS file. It is None for files outside the cache, for small
+    files (named by their git hash) and for caches without symbolic links.
     """
     blob = _blob(path)
     return blob.name if blob is not None and _SHA256.fullmatch(blob.name) else None
 
 
 def check_sha256(path: Path, wanted: str) -> None:
-    """Raise :func:`wrong_hash` unless the file's sha256 is ``wanted`` (hexadecimal)."""
+    """Raise :func:`wrong_hash` unless the sha256 of the file is ``wanted`` (hexadecimal)."""
     found = file_sha256(path)
     if found != wanted:
         raise wrong_hash(path, found, wanted)
 
 
 def wrong_hash(path: Path, found: str, wanted: str) -> WeightsError:
-    """The error for a file with another sha256 than the registry or the Hub says.
+    """The error for a file whose sha256 differs from the one in the registry or on the Hub.
 
-    A file of the Hub's cache is removed from it, its blob included: the cache would give the bad file at every load.
-    Files outside the cache stay as they are.
+    A file in the Hub's cache is deleted together with its blob, since otherwise every later load would use it. Files
+    outside the cache are not changed.
     """
-    what = f"has sha256 {found}, it should be {wanted}"
+    what = f"has sha256 {found}, but it should be {wanted}"
     entries = _entries(path)
     try:
         for entry in entries:
             entry.unlink(missing_ok=True)
-    except OSError:  # a cache that only others may write
+    except OSError:  # no permission to write to the cache
         return weights_error(path, what)
     if not entries:
         return weights_error(path, what)
@@ -54,7 +54,7 @@ def wrong_hash(path: Path, found: str, wanted: str) -> WeightsError:
 
 
 def _blob(path: Path) -> Path | None:
-    """The blob that a link in the Hub's cache points to. Only the first link counts: a blob may be a link itself."""
+    """The blob that a link in the Hub's cache points to. Only one link is followed: a blob may be a link itself."""
     if not path.is_symlink():
         return None
     target = Path(os.path.normpath(path.parent / os.readlink(path)))
@@ -62,10 +62,10 @@ def _blob(path: Path) -> Path | None:
 
 
 def _entries(path: Path) -> list[Path]:
-    """What the Hub's cache has of a file: the snapshot's link and the blob; nothing for a file outside the cache."""
+    """The entries of a file in the Hub's cache: the link in the snapshot and the blob. Empty outside the cache."""
     if (blob := _blob(path)) is not None:
         return [path, blob]
     for parent in path.absolute().parents:
         if parent.name == "snapshots" and parent.parent.name.startswith(("models--", "datasets--")):
-            return [path]  # a cache on a disk without symbolic links
+            return [path]  # a cache on a file system without symbolic links
     return []

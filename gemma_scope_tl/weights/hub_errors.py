@@ -1,4 +1,7 @@
-"""The errors of the Hub's client as this package's, which say what to do and show no token and no signed address."""
+"""Conversion of the errors of the Hub's client to errors of this package.
+
+The messages say what to do, and contain neither tokens nor signed URLs.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from contextlib import contextmanager
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError
 
 PASSING = (408, 429, 500, 502, 503, 504)
-"""HTTP statuses of failures that may pass: a request with one of them is worth another try."""
-_QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]*")  # a signed address: whoever has it can read the file
+"""HTTP statuses of temporary failures, after which a request is repeated."""
+_QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]*")  # a signed URL, with which anyone can read the file
 _USER = re.compile(r"(?<=://)[^\s/@]+@")  # a user and password in HF_ENDPOINT
-_RUN_AGAIN = "Then run it again: what the Hub holds already is not sent twice."
+_RUN_AGAIN = "Then run it again: files that the Hub has already are not sent twice."
 
 
 @contextmanager
 def download_errors(repo: str, filename: str, revision: str | None) -> Generator[None]:
-    """Raise what the Hub's client raises as the :class:`WeightsError` of :func:`hub_error`."""
+    """Convert exceptions of the Hub's client to the :class:`WeightsError` of :func:`hub_error`."""
     try:
         yield
     except GemmaScopeError:
@@ -32,11 +35,11 @@ def download_errors(repo: str, filename: str, revision: str | None) -> Generator
 
 @contextmanager
 def upload_errors(repo: str, branch: str, doing: str = "be uploaded") -> Generator[None]:
-    """Raise what the Hub's client raises as a :class:`GemmaScopeError`, and keep secrets out of what it logs.
+    """Convert exceptions of the Hub's client to a :class:`GemmaScopeError`, and remove secrets from its log messages.
 
     Args:
-        repo, branch: what the requests are about.
-        doing: what ``repo`` could not do: ``be uploaded``, ``be looked up``.
+        repo, branch: the repository and branch that the requests concern.
+        doing: the verb of the message, after "could not": ``be uploaded`` or ``be looked up``.
     """
     logger = logging.getLogger("huggingface_hub.utils._http")
     logger.addFilter(_log_without_secrets)
@@ -52,15 +55,15 @@ def upload_errors(repo: str, branch: str, doing: str = "be uploaded") -> Generat
 
 
 def hub_error(error: Exception, repo: str, filename: str, revision: str | None) -> WeightsError:
-    """What the Hub's client raised for a file, as one :class:`WeightsError` that says what to do.
+    """Convert an exception of the Hub's client about a file to a :class:`WeightsError` that says what to do.
 
     Args:
-        error: from ``hf_hub_download``, ``get_hf_file_metadata`` or the session.
-        repo, filename, revision: what was asked for.
+        error: an exception from ``hf_hub_download``, ``get_hf_file_metadata`` or the HTTP session.
+        repo, filename, revision: the file that was requested.
 
     Returns:
-        The error, to be raised ``from`` its own ``__cause__``: the client's error, or None where that would show a
-        token or a signed address.
+        The error, to be raised ``from`` its own ``__cause__``, which is the client's error, or None if that error
+        would show a token or a signed URL.
     """
     raised = WeightsError(without_secrets(_explain_download(_download_cause(error), repo, filename, revision)))
     raised.__cause__ = None if shows_secrets(error) else error
@@ -68,10 +71,10 @@ def hub_error(error: Exception, repo: str, filename: str, revision: str | None) 
 
 
 def hub_exceptions() -> tuple[type[Exception], ...]:
-    """The classes that the Hub's client raises: its own errors, and those of the HTTP library under it.
+    """The classes that the Hub's client raises: its own errors, and those of its HTTP library.
 
-    That library differs between versions of huggingface_hub (httpx, httpx2); the client's own error inherits from the
-    base class of the library's.
+    That library depends on the version of huggingface_hub (httpx, httpx2). The client's own error inherits from the
+    base class of the library's errors.
     """
     from huggingface_hub import errors
 
@@ -80,12 +83,12 @@ def hub_exceptions() -> tuple[type[Exception], ...]:
 
 
 def download_command(repo: str, filename: str, revision: str | None) -> str:
-    """The shell command that puts a file into the Hub's cache."""
+    """The shell command that downloads a file into the Hub's cache."""
     return f"hf download {repo} {filename}" + (f" --revision {revision}" if revision else "")
 
 
 def without_secrets(text: str) -> str:
-    """``text`` without the user's token, signatures of addresses and passwords in them."""
+    """``text`` without the user's token, signatures of URLs, and passwords in URLs."""
     from huggingface_hub import get_token
 
     token = get_token()
@@ -93,20 +96,20 @@ def without_secrets(text: str) -> str:
 
 
 def shows_secrets(error: Exception) -> bool:
-    """Whether an error, or one that it comes from, says something that :func:`without_secrets` takes out."""
+    """Whether the message of an error, or of one of its causes, contains something that must not be shown."""
     shown = "".join(traceback.format_exception_only(type(error), error))
     linked = [one for one in (error.__cause__, error.__context__) if isinstance(one, Exception)]
     return without_secrets(shown) != shown or any(shows_secrets(one) for one in linked)
 
 
 def _log_without_secrets(record: logging.LogRecord) -> bool:
-    """The client logs the address of a request that it repeats, which for an upload is a signed one."""
+    """A log filter: the client logs the URL of a request that it repeats, which is signed for uploads."""
     record.msg, record.args = without_secrets(record.getMessage()), ()
     return True
 
 
 def _download_cause(error: Exception) -> Exception:
-    """The error behind the client's general one for a file that is neither reachable nor cached."""
+    """The cause of the client's general error for a file that is neither reachable nor cached."""
     from huggingface_hub import errors
 
     general = isinstance(error, (errors.LocalEntryNotFoundError, ValueError))
@@ -114,7 +117,7 @@ def _download_cause(error: Exception) -> Exception:
 
 
 def _upload_cause(error: BaseException) -> BaseException:
-    """The error behind the client's general ones for one of several files, and for a card that the Hub refuses."""
+    """The cause of the client's general errors for one of several files and for a model card that the Hub refuses."""
     from huggingface_hub import errors
 
     while isinstance(error.__cause__, Exception) and type(error) in (RuntimeError, errors.LocalEntryNotFoundError):
@@ -141,7 +144,7 @@ def _explain_download(error: Exception, repo: str, filename: str, revision: str 
         why = " (HF_HUB_OFFLINE is set)" if isinstance(error, errors.OfflineModeIsEnabled) else ""
         return f"{what} is not in the local cache and the Hub cannot be reached{why}. {hint}"
     if isinstance(error, errors.EntryNotFoundError):
-        hint = f"See what is there: {page}/tree/{revision or 'main'}"
+        hint = f"See the list of files: {page}/tree/{revision or 'main'}"
         return f"{what} does not exist (it may have been renamed or deleted). {hint}"
     if isinstance(error, errors.HFValidationError):
         return f"{repo!r} is neither an existing folder nor a repository name: {error}"
@@ -149,7 +152,7 @@ def _explain_download(error: Exception, repo: str, filename: str, revision: str 
 
 
 def _explain_download_status(error: Exception, what: str, page: str) -> str:
-    """What a download's HTTP status says, where the client has no class of its own for it."""
+    """Explain the HTTP status of a download for which the client has no class of its own."""
     status, wait = _status(error)
     if status == 401:
         return f"{what} was refused: the Hub does not accept your token. Run `hf auth login`, or correct HF_TOKEN."
@@ -160,12 +163,12 @@ def _explain_download_status(error: Exception, what: str, page: str) -> str:
         hint = f"{wait}, or log in for a higher limit (`hf auth login`)."
         return f"{what} was refused: too many requests (HTTP 429). {hint}"
     if status >= 500:
-        return f"{what} could not be downloaded: the Hub has a problem of its own (HTTP {status}). Try again later."
+        return f"{what} could not be downloaded: the Hub has an internal error (HTTP {status}). Try again later."
     return f"{what} could not be downloaded: the Hub answered with HTTP {status}. Try again, or see {page}."
 
 
 def _explain_local(error: Exception, command: str) -> str:
-    """Errors of the connection and of this machine."""
+    """Explain errors of the connection and of this machine."""
     from huggingface_hub import constants, errors
 
     again = f"Try again, or run `{command}`."
@@ -173,9 +176,9 @@ def _explain_local(error: Exception, command: str) -> str:
         where = f"no space left on the disk of {constants.HF_HUB_CACHE}"
         return f"{where}. Free some, or set HF_HOME to another disk."
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
-        return f"the answer has another length than the Hub says the file has. {again}"
+        return f"the length of the response differs from the file size on the Hub. {again}"
     if isinstance(error, errors.FileMetadataError):
-        return f"{_endpoint()} does not answer as a Hub does. Check HF_ENDPOINT and your proxy."
+        return f"{_endpoint()} does not respond like a Hub server. Check HF_ENDPOINT and your proxy."
     if isinstance(error, hub_exceptions()):
         why = f"the connection to {_endpoint()} failed or was lost ({type(error).__name__})"
         return f"{why}. Check the connection. {again}"
@@ -183,7 +186,7 @@ def _explain_local(error: Exception, command: str) -> str:
 
 
 def _explain_upload(error: BaseException, repo: str, branch: str, doing: str) -> str:
-    """One sentence on what happened and one on what to do."""
+    """One sentence on the problem and one on the remedy."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalTokenNotFoundError):
@@ -193,7 +196,7 @@ def _explain_upload(error: BaseException, repo: str, branch: str, doing: str) ->
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{repo} could not {doing}: HF_HUB_OFFLINE is set. Unset it on a machine with a connection."
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo} has no branch {branch!r}, and it could not be made. Check its name. {_RUN_AGAIN}"
+        return f"{repo} has no branch {branch!r}, and it could not be created. Check its name. {_RUN_AGAIN}"
     if isinstance(error, errors.HfHubHTTPError):
         status, text = _explain_upload_status(error, repo, branch)
         return f"{repo} could not {doing} (HTTP {status}): {text}. {_RUN_AGAIN}"
@@ -217,18 +220,18 @@ def _explain_upload_status(error: BaseException, repo: str, branch: str) -> tupl
         401: "the Hub does not accept your token. Run `hf auth login`, or correct HF_TOKEN",
         403: f"your token may not write there ({said}). Use one with write access to {repo.partition('/')[0]}",
         404: "it does not exist, or your token may not see it. Check its name, and `hf auth whoami`",
-        409: f"it conflicts with what the Hub has or does just now ({said}). Wait a minute",
-        412: f"{branch} has changed since this upload began. See what was committed there",
-        413: f"a file or the whole is more than the Hub takes ({said}). See the Hub's limits, and split the release",
+        409: f"it conflicts with another change of the repository ({said}). Wait a minute",
+        412: f"{branch} has changed since this upload began. See the last commits there",
+        413: f"a file or the upload exceeds the size limits of the Hub ({said}). Split the release",
         429: f"too many requests. {wait}",
     }
     if status >= 500:
-        return status, "the Hub has a problem of its own. Wait some minutes"
-    return status, texts.get(status, f"the Hub refused it ({said}). See what it says")
+        return status, "the Hub has an internal error. Wait some minutes"
+    return status, texts.get(status, f"the Hub refused it ({said}). Check the repository and the files")
 
 
 def _status(error: BaseException) -> tuple[int, str]:
-    """The HTTP status that an error carries, 0 without one, and how long the Hub asks to wait."""
+    """The HTTP status of an error (0 if it has none), and the wait that the Hub requests as a sentence."""
     response = getattr(error, "response", None)
     after = str(getattr(response, "headers", {}).get("retry-after", ""))
     return int(getattr(response, "status_code", 0)), f"Wait {after} seconds" if after.isdigit() else "Wait some minutes"

@@ -1,9 +1,9 @@
-"""Where the arrays of a file lie, and reading them in one pass that checks and converts as it goes.
+"""The positions of arrays in a file, and a single pass that reads, checks and converts them.
 
-In both file formats an array is a run of bytes in the file, stored as they are or deflated.
+In both file formats an array is a run of bytes in the file, stored unchanged or deflated.
 :func:`stream` walks such runs in the order of the file, chunk by chunk, through one buffer of a few MiB, and passes
 every chunk to all its consumers: the CRC-32, a sha256 of the whole file, the range of values, a destination of another
-dtype or device. So a file is read once, however many consumers there are, and only the destinations are allocated.
+dtype or device. So a file is read once for any number of consumers, and only the destinations are allocated.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 
 from gemma_scope_tl.weights.checks import weights_error
 
-CHUNK = 1 << 22  # bytes; small enough to stay in a core's cache between the checksum and the conversion
-_INFLATED = 1 << 20  # bytes inflated at a time: zlib makes a copy of them, and of what it has not read yet
+CHUNK = 1 << 22  # bytes; fits into the cache of a core between the checksum and the conversion
+_INFLATED = 1 << 20  # bytes inflated at a time: zlib copies them and the input that it has not consumed yet
 _THREADS = 2  # arrays read at a time: an SAE has two large ones
 
 Sink = Callable[[int, torch.Tensor], None]
@@ -30,27 +30,27 @@ Sink = Callable[[int, torch.Tensor], None]
 
 
 class Digest(Protocol):
-    """The method of hashlib's objects that is used."""
+    """The method of hashlib objects that this module uses."""
 
     def update(self, data: memoryview, /) -> None:
-        """Take the next bytes."""
+        """Add the next bytes."""
         ...
 
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """One array in a file, known from the headers alone.
+    """The description of one array in a file, from the headers alone.
 
     Attributes:
-        name: as the file has it.
-        shape, dtype: what its header declares.
-        swapped: whether the bytes are in the other byte order than the machine's.
-        fortran: whether it is stored column by column.
-        start: first byte of the run in the file: of the data, or of the npy header before it where there is one.
-        header_size: bytes of npy header, counted before inflating; 0 in safetensors.
+        name: the name in the file.
+        shape, dtype: the shape and dtype in the header.
+        swapped: whether the byte order differs from that of the machine.
+        fortran: whether the array is stored in column-major order.
+        start: offset in the file of the first byte of the run: of the npy header if there is one, else of the data.
+        header_size: bytes of the npy header, inflated; 0 in safetensors.
         stored_size: bytes of the run in the file.
         deflated: whether the run is compressed.
-        crc: CRC-32 of header and data, None where the format has none.
+        crc: CRC-32 of header and data; None if the format has no checksum.
     """
 
     name: str
@@ -71,21 +71,21 @@ class ArrayLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of data, inflated and without the header."""
+        """Number of bytes of the data, inflated and without the header."""
         return self.count * self.dtype.itemsize
 
     @property
     def mappable(self) -> bool:
-        """Whether the data can be used where it lies."""
+        """Whether the data can be memory-mapped."""
         return not (self.deflated or self.swapped or self.fortran)
 
     def element_offset(self, index: int) -> int:
-        """Byte in the file of a stored element, by its index in the order of the file."""
+        """Offset in the file of a stored element, in bytes, by its index in the order of the file."""
         return self.start + self.header_size + index * self.dtype.itemsize
 
 
 def map_array(path: Path, layout: ArrayLayout) -> torch.Tensor:
-    """A stored array where it lies: pages are read when touched, and copied when written to (never to the file)."""
+    """Memory-map a stored array. Pages are read on access, and copied on a write, which never changes the file."""
     data = np.memmap(path, np.uint8, "c", offset=layout.start + layout.header_size, shape=(layout.nbytes,))
     return torch.from_numpy(data).view(layout.dtype).reshape(layout.shape)
 
@@ -97,14 +97,14 @@ def stream(
     verify: Collection[str] = (),
     digest: Digest | None = None,
 ) -> None:
-    """Read arrays once, each from its beginning to its end; with a ``digest`` one after the other, else two at a time.
+    """Read each array once from start to end: one after the other with a ``digest``, and two at a time without.
 
     Args:
         path: the file.
-        layouts: all of its arrays, which do not overlap, by any names.
-        sinks: the consumers of the chunks, by array; arrays without sinks are skipped unless there is a ``digest``.
+        layouts: all arrays of the file, which must not overlap, by arbitrary names.
+        sinks: the consumers of the chunks of each array. Arrays without sinks are skipped if there is no ``digest``.
         verify: names of the arrays whose CRC-32 is compared.
-        digest: gets every byte of the file, those between the arrays too.
+        digest: receives every byte of the file, including those between the arrays.
 
     Raises:
         WeightsError: when the file ends early, compressed data is broken or longer than declared, or a CRC is wrong.
@@ -112,7 +112,7 @@ def stream(
     ordered = sorted(layouts.items(), key=lambda item: item[1].start)
     if digest is None:
         wanted = [(layout, sinks[name], name in verify) for name, layout in ordered if sinks.get(name)]
-        with ThreadPoolExecutor(_THREADS) as pool:  # reading and checksums leave Python's lock alone
+        with ThreadPoolExecutor(_THREADS) as pool:  # reading and checksums release the GIL
             for done in [pool.submit(_stream_one, path, *one) for one in wanted]:
                 done.result()
         return
@@ -136,7 +136,7 @@ def _stream_one(path: Path, layout: ArrayLayout, sinks: Sequence[Sink], verify: 
 def _deliver(
     path: Path, layout: ArrayLayout, pieces: Iterator[memoryview], sinks: Sequence[Sink], verify: bool
 ) -> None:
-    """Cut what comes into the header and whole elements, and pass the elements on."""
+    """Split the pieces into the header and whole elements, and pass the elements to the sinks."""
     crc, skip, done, rest = 0, layout.header_size, 0, b""
     size = layout.dtype.itemsize
     for piece in pieces:
@@ -170,7 +170,7 @@ def _elements(piece: memoryview, layout: ArrayLayout) -> torch.Tensor:
 def _pieces(
     path: Path, file: BinaryIO, layout: ArrayLayout, buffer: bytearray, digest: Digest | None
 ) -> Iterator[memoryview]:
-    """The bytes of a run, inflated: never more than the header and data that are declared."""
+    """The inflated bytes of a run, never more than the declared size of header and data."""
     raw = _raw(path, file, layout, buffer, digest)
     if not layout.deflated:
         yield from raw
@@ -206,7 +206,7 @@ def _raw(
 
 
 def _hash_until(file: BinaryIO, end: int | None, buffer: bytearray, digest: Digest) -> None:
-    """Feed the bytes from where the file stands up to ``end`` (or its end) to ``digest``."""
+    """Feed the bytes from the current position to ``end`` (None: the end of the file) to ``digest``."""
     left = math.inf if end is None else end - file.tell()
     while left > 0:
         view = memoryview(buffer)[: int(min(CHUNK, left))]

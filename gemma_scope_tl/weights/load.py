@@ -1,8 +1,8 @@
-"""One checked set of tensors from either file layout: headers first, then the data and its checks in one pass.
+"""Loading of checked tensors from either file layout: headers first, then data and checks in one pass.
 
-A stored array that needs no conversion, in a file that nobody writes into (:func:`may_map`), is memory-mapped: its
-pages are read when they are touched. Every other array goes chunk by chunk into a tensor of the wanted dtype and
-device. A file is checked whole once (checksums, finite values), which is remembered (``stamp.py``); biases and
+A stored array that needs no conversion, in a file that is not modified in place (:func:`may_map`), is memory-mapped,
+so its pages are read on access. Every other array is copied chunk by chunk into a tensor of the requested dtype and
+device. The full check of a file (checksums, finite values) runs once and is recorded (``stamp.py``); biases and
 thresholds are checked at every load.
 """
 
@@ -41,13 +41,13 @@ _ANYONE_WRITES = 0o222
 
 
 def may_map(path: Path) -> bool:
-    """Whether a file may be mapped: a write to it would change the tensors for as long as they live.
+    """Whether a file may be memory-mapped. A later write to a mapped file would change the tensors.
 
-    Files of the Hub's cache are replaced and never written to, those of the package neither; of other files only those
-    that nobody has the permission to write are mapped.
+    Files of the Hub's cache and of the package may be mapped, because they are replaced and never modified in place.
+    Other files may be mapped only if nobody has the permission to write them.
 
     Raises:
-        OSError: the file cannot be looked at.
+        OSError: when the status of the file cannot be read.
     """
     return (
         in_hub_cache(path)
@@ -61,10 +61,10 @@ Elementwise = Callable[[torch.Tensor], torch.Tensor]
 
 
 def inspect(path: str | Path, expected: Expected | None = None) -> dict[str, ArrayLayout]:
-    """The arrays of a weights file by canonical name, judged by its headers alone.
+    """The arrays of a weights file by canonical name, checked by its headers alone.
 
     Raises:
-        WeightsError: for a file that is none, names, dtypes or shapes that are wrong.
+        WeightsError: for a file that is not a weights file, or has wrong names, dtypes or shapes.
     """
     path = Path(path)
     layouts = inspect_safetensors(path) if path.suffix == ".safetensors" else inspect_npz(path)
@@ -86,27 +86,28 @@ def load_arrays(
     sha256: str | None = None,
     mapped: bool | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The parameters in a ``.npz`` or ``.safetensors`` file under their canonical names, checked.
+    """Load and check the parameters in a ``.npz`` or ``.safetensors`` file, under their canonical names.
 
-    Arrays that the file stores uncompressed and that need no conversion are memory-mapped, copy-on-write, where nobody
-    writes into the file (:func:`may_map`). Others are copied, converted and moved in slices of 4 MiB, so the peak is
-    the result and one slice. Keys may be ``W_enc`` or ``w_enc`` alike. Shapes are judged before any data is read.
+    Arrays that the file stores uncompressed and that need no conversion are memory-mapped, copy-on-write, if the file
+    is not modified in place (:func:`may_map`). Others are copied, converted and moved in slices of 4 MiB, so the peak
+    memory is the result and one slice. Keys may be ``W_enc`` or ``w_enc``. Shapes are checked before data is read.
 
     Args:
-        path: the file; what it is follows from its suffix.
+        path: the file, whose suffix determines the format.
         expected: sizes that the file must have.
-        dtype: of the result, thresholds in float32 or wider; None keeps the file's.
-        device: of the result.
-        elementwise: functions, by canonical name, applied before rounding to ``dtype``; increasing ones.
-        sha256: what the whole file must hash to.
-        mapped: map what can be, or nothing, whoever writes into the file; for tensors that live for a moment.
+        dtype: dtype of the result (thresholds are float32 or wider); None keeps the dtype of the file.
+        device: device of the result.
+        elementwise: increasing functions, by canonical name, applied before rounding to ``dtype``.
+        sha256: the required sha256 of the whole file.
+        mapped: True maps all arrays that can be mapped and False none, instead of following :func:`may_map`. Use True
+            only for tensors with a short lifetime.
 
     Returns:
-        ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc``, ``b_dec``, ``threshold``, perhaps
-        ``W_skip [d_out, d_in]``.
+        ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc``, ``b_dec``, ``threshold``, and
+        ``W_skip [d_out, d_in]`` for a skip transcoder.
 
     Raises:
-        WeightsError: naming the file, what is wrong and what to do.
+        WeightsError: with the file, the problem and the remedy.
     """
     path = Path(path)
     try:
@@ -114,7 +115,7 @@ def load_arrays(
             mapped = (path.exists() and may_map(path)) if mapped is None else mapped
         return _load(path, expected, _Reading(path, dtype, torch.device(device), elementwise or {}, mapped), sha256)
     except WeightsError:
-        if sha256 is not None and is_file(path):  # a wrong file is reported as such, not by the first check it fails
+        if sha256 is not None and is_file(path):  # report a wrong file as such, not by the first check that it fails
             check_sha256(path, sha256)
         raise
 
@@ -145,7 +146,7 @@ def _load(path: Path, expected: Expected | None, read: _Reading, sha256: str | N
 
 @ordinary_tensors()
 def load_array(path: Path, layout: ArrayLayout) -> torch.Tensor:
-    """One array copied into memory, its checksum compared.
+    """Copy one array into memory and compare its checksum.
 
     Raises:
         WeightsError: when it is truncated or corrupt.
@@ -157,7 +158,7 @@ def load_array(path: Path, layout: ArrayLayout) -> torch.Tensor:
 
 
 class _Range:
-    """A sink that keeps the smallest and largest value; both are NaN when any value is."""
+    """A sink that records the smallest and largest value, both NaN if any value is NaN."""
 
     def __init__(self) -> None:
         self.low, self.high = math.inf, -math.inf
@@ -172,7 +173,7 @@ class _Range:
 
 @dataclass
 class _Reading:
-    """The plan for each array of one file: where it goes and which checks see it."""
+    """The destination and the checks of each array of one file."""
 
     path: Path
     dtype: torch.dtype | None
@@ -185,7 +186,7 @@ class _Reading:
     verify: set[str] = field(default_factory=set[str])
 
     def plan(self, name: str, layout: ArrayLayout, check: bool) -> None:
-        """Map the array, or make the tensor that it will be copied into; small ones are checked in any case."""
+        """Map the array, or create the tensor for its copy. Small arrays are always checked."""
         check = check or len(layout.shape) < 2
         to = self._dtype_of(name, layout)
         sinks: list[Sink] = []
@@ -209,7 +210,7 @@ class _Reading:
         self.sinks[name] = sinks
 
     def check_fits(self, name: str, low: float, high: float) -> None:
-        """Raise where values would become infinite in float16."""
+        """Raise if values would become infinite in float16."""
         tensor = self.tensors[name]
         if tensor.dtype != torch.float16:
             return
@@ -226,7 +227,7 @@ class _Reading:
 
 
 def _allocated(path: Path, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor to be filled. An error for want of memory says so and does not blame the file."""
+    """An uninitialised tensor. If memory is insufficient, the error says so instead of reporting a broken file."""
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     except (RuntimeError, MemoryError) as error:
@@ -238,7 +239,7 @@ def _allocated(path: Path, shape: tuple[int, ...], dtype: torch.dtype, device: t
 
 
 def _copier(target: torch.Tensor, fortran: bool, function: Elementwise | None) -> Sink:
-    """A sink that writes what it gets into ``target``, whose memory is in C order whatever the file's order."""
+    """A sink that writes chunks into ``target``, whose memory is in C order for either order of the file."""
 
     def copy(index: int, chunk: torch.Tensor) -> None:
         chunk = chunk if function is None else function(chunk)
@@ -264,11 +265,11 @@ def _copier(target: torch.Tensor, fortran: bool, function: Elementwise | None) -
 def canonical_arrays(
     arrays: Mapping[str, torch.Tensor | np.ndarray], source: str, expected: Expected | None = None
 ) -> dict[str, torch.Tensor]:
-    """Arrays under any accepted names -> checked tensors under the canonical ones.
+    """Convert arrays under any accepted names to checked tensors under the canonical names.
 
     ``affine_skip_connection`` becomes ``W_skip`` (its transpose), ``log_threshold`` becomes ``threshold`` (its
-    exponential). A ``scaling_factor`` of ones is dropped; any other is refused, because no released Gemma Scope SAE has
-    one and what it should multiply is not defined.
+    exponential). A ``scaling_factor`` of ones is dropped. Any other value is refused, because no released Gemma Scope
+    SAE has one and its meaning is not defined.
 
     Raises:
         WeightsError: as :func:`load_arrays`.
@@ -281,11 +282,11 @@ def canonical_arrays(
 
 
 def _finished(tensors: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """Arrays under the names of an SAE's parameters: other parametrisations are converted."""
+    """Rename arrays to the parameters of an SAE, and convert other parametrisations."""
     for name in SCALING_KEYS:
         factor = tensors.pop(name, None)
         if factor is not None and not bool((factor == 1).all()):
-            why = f"has a {name} that is not 1: what it multiplies is not defined for these SAEs"
+            why = f"has a {name} other than 1, whose meaning is not defined for these SAEs"
             raise weights_error(source, why, "Fold it into the decoder, or use the original release.")
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").exp()

@@ -1,4 +1,4 @@
-"""Making tensors that do not depend on the modes of PyTorch that the caller has set."""
+"""Creation of tensors independently of the PyTorch modes that the caller has set."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 
 @contextmanager
 def ordinary_tensors() -> Generator[None]:
-    """Within the context, and in functions decorated with it, tensors are made as outside of all modes.
+    """Create tensors as outside of all modes, in a context or a decorated function.
 
-    A tensor made under ``torch.inference_mode()`` could neither be filled by another thread nor be trained later;
-    ``with torch.device(...)`` and ``torch.set_default_device`` would move what is made without a device, and
-    ``torch.autocast`` would round the products that fold biases. Nothing is recorded for autograd.
+    A tensor made under ``torch.inference_mode()`` could neither be filled by another thread nor be trained later.
+    ``with torch.device(...)`` and ``torch.set_default_device`` would move tensors that are made without a device, and
+    ``torch.autocast`` would round the products that fold biases. Autograd records nothing.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        if torch.get_default_device().type != "cpu":  # such a context costs every call in it some microseconds
+        if torch.get_default_device().type != "cpu":  # each call within this context takes some microseconds more
             stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
@@ -29,10 +29,10 @@ def ordinary_tensors() -> Generator[None]:
 
 @contextmanager
 def float32_by_default() -> Generator[None]:
-    """Within the context, ``torch.get_default_dtype()`` is float32, whatever the caller set.
+    """Set the default dtype of torch to float32 within the context.
 
-    For other libraries' code, which makes tensors without a dtype; the default is the whole process's, so it is touched
-    only where it is another.
+    Code of other libraries needs this, because it makes tensors without a dtype. The default applies to the whole
+    process, so it is changed only if it is not float32.
     """
     before = torch.get_default_dtype()
     if before == torch.float32:
@@ -49,7 +49,7 @@ def float32_by_default() -> Generator[None]:
 def make_ordinary(module: torch.nn.Module) -> None:
     """Replace, in place, the parameters and buffers of ``module`` that were made under ``torch.inference_mode()``.
 
-    They could be used in no pass that records gradients. Those that are shared, as tied embeddings are, stay shared.
+    Such tensors cannot be used in a pass that records gradients. Shared ones, such as tied embeddings, stay shared.
     """
     made: dict[int, torch.Tensor] = {}
     for each in module.modules():
@@ -65,8 +65,8 @@ def make_ordinary(module: torch.nn.Module) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch, or the system, had no room for a tensor."""
+    """Whether an error means that torch or the system lacks memory for a tensor."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    said = str(error)  # for a processor's memory torch has no class of its own
+    said = str(error)  # torch has no class for a lack of CPU memory
     return isinstance(error, RuntimeError) and ("allocate memory" in said or "out of memory" in said)

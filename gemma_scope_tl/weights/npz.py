@@ -1,8 +1,8 @@
-"""Where the arrays of an npz lie, from its headers alone; no pickle, ever.
+"""The positions of the arrays in an npz, from its headers alone. Pickled data is never loaded.
 
-An npz is a zip of ``.npy`` files. A member that the zip merely stores lies in the file byte for byte, so it can be
-mapped, or its rows read one by one, from a remote file too. A member's data need not be aligned to its item size (numpy
-does not align it); x86-64 and ARM64 read such maps directly.
+An npz is a zip of ``.npy`` files. A member that is stored without compression is contained in the file byte by byte,
+so it can be memory-mapped, or some of its rows can be read, also from a remote file. The data of a member need not be
+aligned to its item size (NumPy does not align it), but x86-64 and ARM64 read unaligned maps directly.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from gemma_scope_tl.weights.layout import ArrayLayout
 _MAX_HEADER = 4096
 _MAX_DIMS = 8
 _MAX_SIZE = 1 << 48  # values along one dimension
-_MAX_INDEX = 1 << 18  # bytes; 64 members need a tenth
+_MAX_INDEX = 1 << 18  # bytes; 64 members need a tenth of it
 _MAX_INFLATION = 1040  # DEFLATE cannot expand a byte into more than 1032
-_MAX_DESCRIPTOR = 24  # bytes that a streaming writer may put after a member
+_MAX_DESCRIPTOR = 24  # bytes that a streaming writer may add after a member
 _LOCAL = struct.Struct("<4s5H3L2H")
 _ENCRYPTED, _DESCRIPTOR, _PATCHED = 0x1 | 0x40, 0x8, 0x20
-_MAX_EXTRA = 256  # bytes of a local header's extra field: zip64 sizes, alignment
+_MAX_EXTRA = 256  # bytes of the extra field of a local header: zip64 sizes, alignment
 _DTYPES = {
     np.dtype(str(dtype).removeprefix("torch.")): dtype
     for dtype in (
@@ -62,7 +62,7 @@ _DTYPES = {
 
 
 class _BoundedReads:
-    """A file that refuses large reads: zipfile would make an object of every entry of a huge index."""
+    """A file that refuses large reads, since zipfile would create an object for every entry of a huge index."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._read = file.read
@@ -78,7 +78,7 @@ class _BoundedReads:
 
 
 class NamedFile(Protocol):
-    """A seekable binary file that says what it is, such as a remote one."""
+    """A seekable binary file with a name for messages, such as a remote file."""
 
     source: str
 
@@ -94,13 +94,13 @@ def inspect_npz(
 
     Args:
         file: a path, or an open file with a ``source`` for messages.
-        names: only these arrays' own headers are read; the index of the archive is, in any case. Without it, all are,
-            and they must fill the file: a damaged index can hide arrays.
-        vectors: lengths of float32 vectors, by name, whose own header is not read where their sizes in the index leave
-            no doubt about it: over a network a header costs a request.
+        names: the arrays whose headers are read, after the index of the archive. If None, all headers are read, and the
+            members must fill the file, because a damaged index can hide arrays.
+        vectors: lengths of float32 vectors, by name. The header of such a vector is not read if its sizes in the index
+            determine it, because each header needs a request over the network.
 
     Raises:
-        WeightsError: when the file is missing, empty, truncated, not an npz, holds pickled objects, lacks a name, or
+        WeightsError: when the file is missing, empty, truncated, not an npz, contains pickled objects, lacks a name, or
             its headers contradict each other.
     """
     if not isinstance(file, str | Path):
@@ -178,11 +178,11 @@ def _inspect_member(path: str | Path, archive: zipfile.ZipFile, file: IO[bytes],
 
 
 def _vector(archive: zipfile.ZipFile, info: zipfile.ZipInfo, length: int) -> ArrayLayout | None:
-    """A float32 vector's layout from the index alone, or None where the index does not settle it.
+    """The layout of a float32 vector from the index alone, or None if the index does not determine it.
 
-    A run ends where the next member or the index begins, unless a data descriptor follows it. What a run has beyond its
-    data is its npy header, which numpy pads to a multiple of 64 bytes; a vector of another item size would leave no
-    such remainder.
+    A run ends where the next member or the index begins, unless a data descriptor follows it. The bytes of a run that
+    are not data are its npy header, which NumPy pads to a multiple of 64 bytes. A vector of another item size would
+    not leave such a remainder.
     """
     header_size = info.file_size - 4 * length
     after = [other.header_offset for other in archive.infolist() if other.header_offset > info.header_offset]
@@ -201,7 +201,7 @@ def _vector(archive: zipfile.ZipFile, info: zipfile.ZipInfo, length: int) -> Arr
 
 
 def _check_tiling(path: str | Path, infos: list[zipfile.ZipInfo], layouts: dict[str, ArrayLayout], end: int) -> None:
-    """Members must fill the file up to its index: a damaged index can make zipfile overlook entries silently."""
+    """Raise unless members fill the file up to its index: zipfile silently omits entries if the index is damaged."""
     at = 0
     for info in sorted(infos, key=lambda one: one.header_offset):
         if not 0 <= info.header_offset - at <= _MAX_DESCRIPTOR:
@@ -215,7 +215,7 @@ def _check_tiling(path: str | Path, infos: list[zipfile.ZipInfo], layouts: dict[
 
 
 def _data_start(path: str | Path, file: IO[bytes], info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin, from its local header, which must agree with the index."""
+    """Offset of the bytes of a member, from its local header, which must agree with the index."""
     file.seek(info.header_offset)
     raw = file.read(_LOCAL.size)
     if len(raw) < _LOCAL.size:
@@ -233,7 +233,7 @@ def _data_start(path: str | Path, file: IO[bytes], info: zipfile.ZipInfo) -> int
 
 
 def _npy_header(path: str | Path, name: str, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], bool, int]:
-    """Parse a npy header with literals only: shape, dtype, whether Fortran-ordered, size in bytes."""
+    """Parse an npy header, with literals only, into shape, dtype, whether Fortran-ordered, and size in bytes."""
     start = stream.read(8)
     if start[:6] != b"\x93NUMPY" or len(start) < 8 or start[6] not in (1, 2, 3) or start[7]:
         raise weights_error(path, f"is corrupt: {name!r} does not start as a .npy array")
@@ -264,10 +264,10 @@ def _npy_header(path: str | Path, name: str, stream: IO[bytes]) -> tuple[tuple[i
 
 @contextmanager
 def clear_errors(path: str | Path) -> Generator[None]:
-    """Turn what zipfile, zlib and the like raise for broken files into one :class:`WeightsError`.
+    """Convert exceptions of zipfile, zlib and similar modules for broken files into a :class:`WeightsError`.
 
-    Only for code that looks at bytes and headers: what tensors raise (no such device, a mode of the caller's) is not
-    the file's.
+    Use it only around code that handles bytes and headers: exceptions of tensor operations (such as an unknown device)
+    do not mean that the file is broken.
     """
     try:
         with read_errors(path):
@@ -285,13 +285,13 @@ def clear_errors(path: str | Path) -> Generator[None]:
 
 @contextmanager
 def read_errors(path: str | Path) -> Generator[None]:
-    """Name the file where the system cannot read it, memory does not suffice, or compressed data breaks."""
+    """Convert read errors, a lack of memory, and errors of compressed data into a :class:`WeightsError`."""
     try:
         yield
     except GemmaScopeError:
         raise
     except OSError as error:
-        if error.errno == errno.EINVAL:  # an offset before the file's beginning
+        if error.errno == errno.EINVAL:  # an offset before the start of the file
             raise weights_error(path, f"is corrupt ({error})") from error
         raise weights_error(path, f"cannot be read ({error.strerror or error})", NOT_READ) from error
     except MemoryError as error:

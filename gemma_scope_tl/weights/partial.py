@@ -1,14 +1,15 @@
-"""Reading some latents of an SAE: rows of the decoder, columns of the encoder, entries of the vectors.
+"""Reading of some latents of an SAE: rows of the decoder, columns of the encoder, entries of the vectors.
 
-From a local file that stores its arrays, only the pages that hold them are touched; from a remote one, only their bytes
-are asked for, all at once. A compressed array must be inflated to its end.
+From a local file with uncompressed arrays, only the pages with these values are read. From a remote file, only their
+bytes are requested, all at once. A compressed array must be inflated completely.
 
-In Gemma Scope's layout a latent is a row of ``W_dec`` but a column of ``W_enc [d_in, d_sae]``, whose values lie one per
-row: a column of a 16k SAE touches 2,304 pages of 4 KiB for 9 KiB of values, and remotely costs the whole matrix. Hence
-encoder columns are read from local files only; :func:`read_cached` keeps a copy with latents as rows.
+In Gemma Scope's layout a latent is a row of ``W_dec`` but a column of ``W_enc [d_in, d_sae]``, with one value in each
+row of the matrix. Reading a column of a 16k SAE touches 2,304 pages of 4 KiB for 9 KiB of values, and would transfer
+the whole matrix from a remote file. Hence encoder columns are read from local files only, and :func:`read_cached`
+keeps a copy with latents as rows.
 
-What is read is checked (finite, thresholds not negative). The rest of the file is not checked, unless it was
-loaded whole before.
+The values that are read are checked (finite, thresholds not negative). The rest of the file is not checked, unless
+the whole file was loaded before.
 """
 
 from __future__ import annotations
@@ -46,18 +47,19 @@ _BLOCK = 1 << 26  # bytes transposed at a time
 
 
 def read_cached(path: Path, latents: Sequence[int], expected: Expected) -> Arrays:
-    """As :func:`read_local` with the encoder, whose columns come from the copy; it is made when there is none.
+    """Read as :func:`read_local` with the encoder, but take its columns from a copy with latents as rows.
 
-    The copy belongs to the file as it is now (size, inode and times); a changed file gets a new one. It is made from a
-    file that was checked whole. Where it cannot be written, a warning says so and the file itself is read.
+    The copy is made on the first call, from a file that was checked completely. It belongs to one version of the file
+    (size, inode and times), so a changed file gets a new copy. If the copy cannot be written, a warning says so and the
+    columns are read from the file itself.
 
     Raises:
-        WeightsError: as :func:`load_arrays` while it is made, and as :func:`read_local`.
+        WeightsError: as :func:`load_arrays` while the copy is made, and as :func:`read_local`.
     """
     try:
         place = _rows(path, expected)
     except WriteError as error:
-        warnings.warn(f"There is no copy of the encoder by rows, so the file itself is read: {error}", stacklevel=5)
+        warnings.warn(f"The encoder is read from the weights file, without a copy by rows: {error}", stacklevel=5)
         return read_local(path, latents, expected, encoder=True)
     found = read_local(path, latents, expected, encoder=False)
     rows = map_array(*place).index_select(0, torch.tensor(latents))
@@ -69,7 +71,7 @@ def _rows(path: Path, expected: Expected) -> tuple[Path, ArrayLayout]:
     key = hashlib.sha256(json.dumps(file_key(path), sort_keys=True).encode()).hexdigest()[:32]
     cache = cache_folder()
     if cache is None:
-        raise WriteError(f"there is no home folder for it. Name a folder with {CACHE_VARIABLE}.")
+        raise WriteError(f"there is no home folder for it. Set {CACHE_VARIABLE} to a folder.")
     place = cache / "rows" / f"{key}.safetensors"
     if not place.is_file():
         encoder = load_arrays(path, expected, mapped=True)["W_enc"]
@@ -78,7 +80,7 @@ def _rows(path: Path, expected: Expected) -> tuple[Path, ArrayLayout]:
 
 
 def _write_rows(path: Path, encoder: torch.Tensor) -> None:
-    """A safetensors file of ``encoder.T``, block by block, so that no second copy of it stands in memory."""
+    """Write a safetensors file of ``encoder.T`` block by block, so that memory never holds a second copy of it."""
     d_in, d_sae = encoder.shape
     block = max(1, _BLOCK // (d_in * encoder.itemsize))
     with path.open("wb") as file:
@@ -93,20 +95,20 @@ _VECTORS = ("b_enc", "threshold", "log_threshold")
 
 
 def read_local(path: Path, latents: Sequence[int], expected: Expected, encoder: bool) -> Arrays:
-    """The arrays of some latents from a file on this machine.
+    """Read the arrays of some latents from a file on this machine.
 
     Args:
         path: npz or safetensors.
         latents: indices, in any order.
         expected: sizes that the file must have.
-        encoder: whether to read their encoder columns and ``b_dec`` too.
+        encoder: whether to read the encoder columns and ``b_dec`` too.
 
     Returns:
-        ``W_dec [n, d_out]``, ``b_enc [n]``, ``threshold [n]``, with ``encoder`` also ``W_enc [d_in, n]`` and
-        ``b_dec [d_out]``; float32 or the file's own dtype, in memory of their own.
+        ``W_dec [n, d_out]``, ``b_enc [n]``, ``threshold [n]``, and with ``encoder`` also ``W_enc [d_in, n]`` and
+        ``b_dec [d_out]``, as copies in float32 or the dtype of the file.
 
     Raises:
-        WeightsError: as the whole file would, for what is read.
+        WeightsError: as :func:`load_arrays`, for the values that are read.
     """
     layouts = inspect(path, expected)
     _check_latents(latents, layouts["W_dec"].shape[0], str(path))
@@ -120,10 +122,10 @@ def read_local(path: Path, latents: Sequence[int], expected: Expected, encoder: 
 
 
 def read_remote(remote: RemoteFile, latents: Sequence[int], expected: Expected) -> Arrays:
-    """``W_dec [n, d_out]``, ``b_enc [n]`` and ``threshold [n]`` of some latents from a file on the Hub.
+    """Read ``W_dec [n, d_out]``, ``b_enc [n]`` and ``threshold [n]`` of some latents from a file on the Hub.
 
     Raises:
-        WeightsError: when the file is compressed or column-major, or as the whole file would for what is read.
+        WeightsError: when the file is compressed or column-major, or as :func:`load_arrays` for the values read.
     """
     layouts = _inspect_remote(remote, expected.d_sae)
     shapes = {name: layout.shape for name, layout in layouts.items()}
@@ -134,16 +136,16 @@ def read_remote(remote: RemoteFile, latents: Sequence[int], expected: Expected) 
     whole = "Load the whole SAE instead."
     for name, layout in layouts.items():
         if layout.deflated or layout.fortran or layout.swapped:
-            raise weights_error(source, f"does not store {name} so that a row can be read alone", whole)
+            raise weights_error(source, f"stores {name} compressed or by columns, so single rows cannot be read", whole)
     found = read_rows(remote, {name: (layout, latents) for name, layout in layouts.items()})
     return _checked({name: a.squeeze(-1) if len(shapes[name]) == 1 else a for name, a in found.items()}, source)
 
 
 def read_rows(source: RemoteFile, wanted: Mapping[str, tuple[ArrayLayout, Sequence[int]]]) -> Arrays:
-    """Rows of stored arrays (entries of vectors), all asked for at once.
+    """Read rows of stored arrays (entries of vectors) with one set of requests.
 
     Returns:
-        By the same names, ``[number of rows, row width]``.
+        Arrays ``[number of rows, row width]`` by the same names.
     """
     names, ranges = [], []
     for name, (layout, rows) in wanted.items():

@@ -1,7 +1,7 @@
-"""HTTP ranges of one file on the Hub: one range at a time, every answer checked, failed requests repeated.
+"""HTTP range requests for one file on the Hub. Every response is checked, and failed requests are repeated.
 
-The Hub's client gives address, headers and session, so its settings hold: ``HF_ENDPOINT``, ``HF_TOKEN``, proxies.
-Content of LFS files lies on another host, under a signed address that expires; the token is never sent there.
+The Hub's client provides the URL, headers and session, so its settings apply: ``HF_ENDPOINT``, ``HF_TOKEN``, proxies.
+The content of LFS files is on another host, at a signed URL that expires. The token is never sent to that host.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CHANGED = "Open it again; if that does not help, download the whole file."
 
 @dataclass(frozen=True)
 class HubAddress:
-    """A file of a repository at a revision (None: the main branch)."""
+    """A file of a repository at a revision (None means the main branch)."""
 
     repo: str
     filename: str
@@ -40,7 +40,7 @@ class HubAddress:
 
 
 class _Retry(Exception):
-    """A failure that may pass: the message, and how long the server asks to wait."""
+    """A temporary failure, with a message and the wait in seconds that the server requests."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -48,19 +48,19 @@ class _Retry(Exception):
 
 
 class _Expired(Exception):
-    """The signed address is no longer valid."""
+    """The signed URL is no longer valid."""
 
 
 class RangeReader:
-    """Reads ranges of one version of one file. Usable from several threads.
+    """A reader of ranges of one version of one file. It can be used from several threads.
 
     Attributes:
-        size, etag, commit: as the Hub gives them for the file.
-        requests: sent so far, failed ones included.
-        bytes_received: bytes of content so far.
+        size, etag, commit: size in bytes, etag and commit of the file, from the Hub.
+        requests: number of requests so far, including failed ones.
+        bytes_received: bytes of content received so far.
 
     Raises:
-        WeightsError: from the constructor and :meth:`read`, for whatever goes wrong.
+        WeightsError: from the constructor and :meth:`read`, for any failure.
     """
 
     def __init__(self, address: HubAddress) -> None:
@@ -73,7 +73,7 @@ class RangeReader:
         self._answer_etag: str | None = None
 
     def read(self, start: int, stop: int) -> bytes:
-        """Exactly the bytes ``[start, stop)``. What came before a connection broke is not fetched twice."""
+        """Return exactly the bytes ``[start, stop)``. After a broken connection only the missing bytes are fetched."""
         data = bytearray()
         renewed = False
         tried = 0
@@ -95,7 +95,7 @@ class RangeReader:
         return bytes(data)
 
     def _get(self, location: str, start: int, stop: int, data: bytearray) -> None:
-        """One request, for what ``data`` still lacks; what arrives is appended to it."""
+        """Send one request for the bytes that ``data`` lacks, and append the response to it."""
         from huggingface_hub import constants, get_session
 
         first = start + len(data)
@@ -110,7 +110,7 @@ class RangeReader:
                     self._count(received=len(chunk))
                     data += chunk
                     if start + len(data) > stop:
-                        raise weights_error(str(self.address), "was answered with more bytes than asked for", _CHANGED)
+                        raise weights_error(str(self.address), "was answered with more bytes than requested", _CHANGED)
         except hub_exceptions() as error:
             self._refuse_offline(error)
             raise _Retry(f"the connection failed or was lost ({type(error).__name__})") from None
@@ -118,7 +118,7 @@ class RangeReader:
             raise _Retry(f"only {len(data)} of {stop - start} bytes arrived")
 
     def _check_answer(self, status: int, headers: Mapping[str, str], first: int, stop: int) -> None:
-        """Whether an answer is the range that was asked for, of the file that was opened."""
+        """Raise unless a response is the requested range of the file that was opened."""
         source = str(self.address)
         if status in (401, 403):
             raise _Expired
@@ -142,7 +142,7 @@ class RangeReader:
         self._check_etag(headers.get("etag"))
 
     def _check_etag(self, etag: str | None) -> None:
-        """All answers must carry one etag. (The storage host's is not the Hub's.)"""
+        """Raise unless all responses have the same etag. (The etag of the storage host differs from the Hub's.)"""
         if etag is None:
             return
         with self._lock:
@@ -152,7 +152,7 @@ class RangeReader:
             raise weights_error(str(self.address), "changed while it was being read", _CHANGED)
 
     def _renew(self, expired: str) -> None:
-        """Ask for a fresh signed address, once however many threads find that the old one has expired."""
+        """Request a new signed URL, only once even if several threads find that the old one has expired."""
         with self._resolving:
             if self._location != expired:
                 return
@@ -163,7 +163,7 @@ class RangeReader:
                 self._location, self._answer_etag = location, None
 
     def _resolve(self, revision: str | None) -> tuple[int, str, str, str]:
-        """Size, etag, commit and location, from the Hub."""
+        """Get the size, etag, commit and location of the file from the Hub."""
         tried = 0
         while True:
             try:
@@ -190,7 +190,7 @@ class RangeReader:
             failure = hub_error(error, address.repo, address.filename, address.revision)
             raise failure from failure.__cause__
         if metadata.size is None or metadata.etag is None or metadata.commit_hash is None:
-            what = "cannot be opened: the server names no size, etag or commit, so it is no Hub"
+            what = "cannot be opened: the server gives no size, etag or commit, so it is not a Hub server"
             raise weights_error(str(address), what, "Check HF_ENDPOINT and your proxy.")
         location = metadata.location
         if location == url:  # not redirected: a branch could move between two requests, a commit cannot
@@ -205,7 +205,7 @@ class RangeReader:
             raise weights_error(str(self.address), "cannot be read: HF_HUB_OFFLINE is set", hint) from None
 
     def _headers(self, location: str) -> dict[str, str]:
-        """Headers for a location; the token only for the Hub's own host."""
+        """Headers for a location, with the token only for the Hub's own host."""
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers
 
@@ -214,7 +214,7 @@ class RangeReader:
         return {**build_hf_headers(token=None if own else False), "Accept-Encoding": "identity"}
 
     def _wait(self, failure: _Retry, tried: int) -> None:
-        """Sleep before the next try, or give up."""
+        """Sleep before the next try, or raise after the last one."""
         if tried >= TRIES:
             what = f"could not be read after {TRIES} tries: {failure}"
             hint = "Wait some minutes, or log in (`hf auth login`) for a higher limit." if "429" in str(failure) else ""
@@ -229,12 +229,12 @@ class RangeReader:
 
 
 def _name(status: int) -> str:
-    """A status in words.
+    """The text for an HTTP status.
 
     >>> _name(503)
-    'HTTP 503 (the Hub has a problem of its own)'
+    'HTTP 503 (the Hub has an internal error)'
     """
-    words = "too many requests" if status == 429 else "the Hub has a problem of its own" if status >= 500 else ""
+    words = "too many requests" if status == 429 else "the Hub has an internal error" if status >= 500 else ""
     return f"HTTP {status} ({words})" if words else f"HTTP {status}"
 
 

@@ -1,7 +1,7 @@
-"""Parts of a file on the Hub, without reading the rest.
+"""Reading parts of a file on the Hub without downloading the rest.
 
-An SAE of a million latents is a file of 19 GB, and ten of its decoder rows are 92 kB. :class:`RemoteFile` reads such
-parts with HTTP ranges and is a binary file object, so ``zipfile.ZipFile(RemoteFile(...))`` works.
+The file of an SAE of a million latents has 19 GB, and ten of its decoder rows have 92 kB. :class:`RemoteFile` reads
+such parts with HTTP range requests. It is a binary file object, so ``zipfile.ZipFile(RemoteFile(...))`` works.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from gemma_scope_tl.weights.ranges import HubAddress, RangeReader
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-TAIL = 1 << 16  # bytes at the end of a file that are fetched together: a zip keeps its index there
-LEAST = 512  # bytes: a smaller request costs as much
-GAP = 1 << 12  # bytes: closer ranges are fetched as one
+TAIL = 1 << 16  # bytes at the end of a file that are fetched together, because a zip has its index there
+LEAST = 512  # bytes: a smaller request takes as long
+GAP = 1 << 12  # bytes: ranges closer than this are fetched as one
 THREADS = 8
 _BLOCKS = 64
 _LARGEST_BLOCK = 1 << 16
 
 
 class RemoteFile(io.RawIOBase):
-    """A file of a Hub repository, read by HTTP ranges: a seekable binary file object. Usable from several threads.
+    """A file of a Hub repository, read by HTTP ranges: a seekable binary file object for several threads.
 
-    The first read near the end fetches the last 64 KiB in one request; any other fetches what is asked for, at least
-    512 bytes. Small parts are kept, so reading a header in steps costs one request. The revision is resolved once, to
-    a commit: all parts come from the same version of the file.
+    The first read near the end fetches the last 64 KiB in one request. Any other read fetches the requested bytes, at
+    least 512. Small parts are cached, so reading a header in steps needs one request. The revision is resolved once to
+    a commit, so all parts come from the same version of the file.
 
     Args:
         repo: ``owner/name``.
@@ -42,12 +42,12 @@ class RemoteFile(io.RawIOBase):
 
     Attributes:
         size: bytes of the whole file.
-        etag: the Hub's hash of the content: sha256 for LFS files.
+        etag: the Hub's hash of the content, which is the sha256 for LFS files.
         commit: the commit that is read.
         source: the file's name, for messages.
 
     Raises:
-        WeightsError: when the file is not there or not readable, or the Hub cannot be reached. Reads raise it too.
+        WeightsError: when the file does not exist or is not readable, or the Hub cannot be reached. Reads raise it too.
     """
 
     def __init__(self, repo: str, filename: str, revision: str | None = None) -> None:
@@ -67,7 +67,7 @@ class RemoteFile(io.RawIOBase):
 
     @property
     def requests(self) -> int:
-        """HTTP requests so far, tries that failed included."""
+        """Number of HTTP requests so far, including failed tries."""
         return self._reader.requests
 
     @property
@@ -76,7 +76,7 @@ class RemoteFile(io.RawIOBase):
         return self._reader.bytes_received
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes from ``offset``; the file's position stays.
+        """Return exactly ``length`` bytes from ``offset``. The position of the file does not change.
 
         Raises:
             WeightsError: when the file has no such part, or it cannot be read.
@@ -94,12 +94,12 @@ class RemoteFile(io.RawIOBase):
         return data[:length]
 
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """:meth:`read_at` for each ``(offset, length)``, in their order, with as few requests as is sensible.
+        """Return the bytes of each ``(offset, length)``, as :meth:`read_at`, with few requests.
 
-        Ranges less than 4 KiB apart are fetched as one; up to 8 requests run at the same time.
+        Ranges less than 4 KiB apart are fetched as one, and up to 8 requests run at the same time.
 
         Raises:
-            WeightsError: the first one that any range met.
+            WeightsError: the first error of any range.
         """
         for offset, length in ranges:
             _check_range(self.source, self.size, offset, length)
@@ -127,7 +127,7 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Set the position, from the start, the position or the end."""
+        """Set the position relative to the start, the current position or the end."""
         self._check_open()
         if whence not in (io.SEEK_SET, io.SEEK_CUR, io.SEEK_END):
             raise ValueError(f"whence {whence} is not 0 (start), 1 (position) or 2 (end)")
@@ -138,7 +138,7 @@ class RemoteFile(io.RawIOBase):
         return target
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
-        """Fill a buffer from the position on; returns how many bytes there were, 0 at the end."""
+        """Fill a buffer from the current position, and return the number of bytes read, 0 at the end."""
         self._check_open()
         view = memoryview(buffer).cast("B")
         length = min(len(view), max(self.size - self._position, 0))
@@ -147,7 +147,7 @@ class RemoteFile(io.RawIOBase):
         return length
 
     def readall(self) -> bytes:
-        """Everything from the position to the end, in one request; ``RawIOBase`` would make one every 8 KiB."""
+        """Read from the position to the end in one request; ``RawIOBase`` would send one for every 8 KiB."""
         self._check_open()
         data = self.read_at(self._position, self.size - self._position) if self._position < self.size else b""
         self._position += len(data)
@@ -158,7 +158,7 @@ class RemoteFile(io.RawIOBase):
             raise ValueError(f"{self.source} is closed")
 
     def _read_into_tail(self, offset: int, stop: int) -> bytes:
-        """A range that reaches into the last bytes, which are fetched once and kept."""
+        """Read a range that overlaps the last 64 KiB, which are fetched once and cached."""
         start = self._tail_start
         with self._tail_lock:
             if self._tail is None:
@@ -187,12 +187,12 @@ class RemoteFile(io.RawIOBase):
 
 def _check_range(source: str, size: int, offset: int, length: int) -> None:
     if offset < 0 or length < 0 or offset + length > size:
-        what = f"has {size} bytes, which has no {length} bytes at {offset}"
+        what = f"has {size} bytes, so it lacks {length} bytes at {offset}"
         raise weights_error(source, what, "The file is truncated, or its index is corrupt.")
 
 
 def _merge(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans ``(start, stop)`` in order, those that overlap or lie close together made one."""
+    """Sorted spans ``(start, stop)``, with overlapping and close ones merged."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(spans):
         if merged and start - merged[-1][1] < GAP:

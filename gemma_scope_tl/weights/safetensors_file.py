@@ -1,8 +1,8 @@
-"""Reading SAELens folders: ``cfg.json``, and where the tensors of ``sae_weights.safetensors`` lie.
+"""Reading of SAELens folders: ``cfg.json`` and the tensor positions in ``sae_weights.safetensors``.
 
-The header of a safetensors file is JSON and says where every tensor is, so tensors are mapped or read in parts without
-the library. The format has no checksum: a flipped bit inside a value passes unless a sha256 is known (the registry
-row's, or the one that the Hub's cache names its large files by).
+The header of a safetensors file is JSON with the position of every tensor, so tensors are mapped or read in parts
+without the safetensors library. The format has no checksum: a flipped bit in a value is detected only if a sha256 is
+known, from the registry row or from the Hub's cache.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def read_cfg(folder: str | Path) -> dict[str, Any]:
-    """The ``cfg.json`` of a SAELens folder, as it stands.
+    """The unchecked content of the ``cfg.json`` of a SAELens folder.
 
     Raises:
-        WeightsError: when it is missing, huge, or not a JSON object.
+        WeightsError: when the file is missing, too large, or not a JSON object.
     """
     path = Path(folder) / CFG_NAME
     read_head(path)
@@ -72,12 +72,12 @@ def safetensors_header(
     metadata: Mapping[str, str] | None = None,
     size: int | None = None,
 ) -> bytes:
-    """What stands before the data in a safetensors file.
+    """The bytes before the data in a safetensors file.
 
     Args:
         tensors: dtype and shape by name, in the order of their data.
-        metadata: texts that the header keeps.
-        size: bytes of the whole, padded with spaces; without it the next multiple of 64, so that data is aligned.
+        metadata: texts for the header.
+        size: bytes of the result, padded with spaces; None for the next multiple of 64, which aligns the data.
     """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
@@ -96,7 +96,7 @@ def inspect_safetensors(file: str | Path | NamedFile) -> dict[str, ArrayLayout]:
         file: a path, or an open file with a ``source`` for messages and a ``size``.
 
     Raises:
-        WeightsError: when the file is missing, empty, truncated, not safetensors, or its header is absurd.
+        WeightsError: when the file is missing, empty, truncated, not safetensors, or its header is invalid.
     """
     if not isinstance(file, str | Path):
         return _inspect(file, file.source, file.size)  # pyright: ignore[reportAttributeAccessIssue]
@@ -158,9 +158,9 @@ def _layout(name: str, entry: Any, source: str | Path, data_start: int) -> Array
 def _sound(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     for key, value in pairs:
-        (key + value if isinstance(value, str) else key).encode("utf-8")  # half a surrogate pair is no text
+        (key + value if isinstance(value, str) else key).encode("utf-8")  # raises for an unpaired surrogate
     return found
 
 

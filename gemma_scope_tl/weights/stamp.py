@@ -1,12 +1,12 @@
-"""Remembering that a file was checked, so that the next load need not read it.
+"""Records of checked files, so that a later load need not read a file completely.
 
-A stamp says: this file, with this size, inode and times, had these checksums right and these smallest and largest
-values. Whatever changes a file changes its ``ctime``, which no program can set back, so a stamp does not outlive its
-file's content. (A bit that rots on the disk changes no time: such a file is caught when it is checked, not later.)
+A stamp records that a file with a certain size, inode and times had correct checksums, and the smallest and largest
+value of each array. Every change of a file changes its ``ctime``, which a program cannot set back, so a stamp becomes
+invalid when the content changes. (A disk error changes no time, so it is found only if it precedes the check.)
 
-Stamps lie beside the Hub's cache, in ``$HF_HOME/gemma_scope_tl/checked``; ``GEMMA_SCOPE_TL_CACHE`` names another
-folder. They are as trustworthy as the cached weights themselves: whoever can write one can write the other. Where a
-stamp cannot be written (a read-only home, or none), files are checked at every load.
+Stamps are in ``$HF_HOME/gemma_scope_tl/checked``, or in the folder that ``GEMMA_SCOPE_TL_CACHE`` names. They are as
+trustworthy as the cached weights, because whoever can write one can write the other. If a stamp cannot be written
+(a read-only home folder, or none), files are checked at every load.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gemma_scope_tl.files import expanded, write_atomically
 CACHE_VARIABLE = "GEMMA_SCOPE_TL_CACHE"
 _SETTLED_NS = 100_000_000
 _MAX_STAMP = 1 << 16  # bytes; a stamp has less than 1 kB
-_VERSION = 1  # raise it when what a check checks changes
+_VERSION = 1  # increase it when the checks change
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Stamp:
 
     Attributes:
         ranges: smallest and largest value of every array, by its canonical name.
-        sha256: of the whole file, None where it was not needed.
+        sha256: hash of the whole file; None if it was not needed.
     """
 
     ranges: dict[str, tuple[float, float]]
@@ -41,7 +41,7 @@ class Stamp:
 
 
 def cache_folder() -> Path | None:
-    """The folder for files that can be made again; None for a user without a home, as containers have them."""
+    """The folder for files that can be made again; None for a user without a home folder, as in some containers."""
     if own := os.environ.get(CACHE_VARIABLE):
         return expanded(own)
     general = os.environ.get("XDG_CACHE_HOME", "~/.cache")
@@ -50,7 +50,7 @@ def cache_folder() -> Path | None:
 
 
 def file_key(path: Path) -> dict[str, int | str]:
-    """Numbers of which one changes whenever a file does."""
+    """Numbers that identify a version of a file: at least one differs after any change."""
     path = path.resolve()
     stat = path.stat()
     numbers = {name: getattr(stat, f"st_{name}") for name in ("size", "ino", "dev", "mtime_ns", "ctime_ns")}
@@ -58,7 +58,7 @@ def file_key(path: Path) -> dict[str, int | str]:
 
 
 def read_stamp(path: Path) -> Stamp | None:
-    """The stamp of a file as it is now, or None."""
+    """The stamp of the current version of a file, or None."""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         place = _place(path)
         if place is None or not place.is_file() or place.stat().st_size > _MAX_STAMP:
@@ -71,7 +71,7 @@ def read_stamp(path: Path) -> Stamp | None:
 
 
 def write_stamp(path: Path, stamp: Stamp, key: dict[str, int | str]) -> None:
-    """Remember ``stamp`` for the file, unless it changed since ``key`` was taken or the cache cannot be written."""
+    """Write ``stamp`` for the file, unless the file has changed since ``key`` or the cache is not writable."""
     touched = max(int(key["mtime_ns"]), int(key["ctime_ns"]))
     if time.time_ns() - touched < _SETTLED_NS:
         return  # another write within a tick of the file system's clock would leave the same times

@@ -141,7 +141,7 @@ def test_damage_is_refused(tmp_path: Path, tokenizer: Any) -> None:
         with pytest.raises(GemmaScopeError, match="corrupt"):
             TokenRows.open(tmp_path)
     manifest.unlink()
-    with pytest.raises(GemmaScopeError, match="without its manifest"):
+    with pytest.raises(GemmaScopeError, match="has no manifest"):
         pack(TEXTS, tokenizer, tmp_path)
 
 

@@ -58,7 +58,7 @@ WRAPPED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "pipeline": (PipelineLike, r"Give hf_model.model instead"),
     "headless": (lambda model: model.model, r"Gemma2Model, which has no unembedding. Load it as a Gemma2ForCausalLM"),
     "another head": (lambda model: Gemma2ForSequenceClassification(model.config), r"has no unembedding"),
-    "a name": (lambda model: "gemma-2-2b", r"A name or folder is the first argument"),
+    "a name": (lambda model: "gemma-2-2b", r"Give a name or folder as the first argument"),
     "a config": (lambda model: model.config, r"Gemma2Config"),
     "a number": (lambda model: 3, r"takes a Gemma2ForCausalLM, not 3"),
     "on meta": (lambda model: model.to("meta"), r'on the "meta" device'),
@@ -84,7 +84,7 @@ def test_the_place_named_in_a_wrapper_can_be_loaded() -> None:
 def test_hooked_transformer_does_not_copy_packed_weights() -> None:
     from tests.adapters.test_check import in_eight_bits
 
-    with pytest.raises(AdapterError, match='quantised model packs. Use backend="bridge"'):
+    with pytest.raises(AdapterError, match='of a quantised model. Use backend="bridge"'):
         load_model(hf_model=in_eight_bits(random_gemma(), True), backend="hooked_transformer")
 
 
@@ -150,7 +150,7 @@ def test_names_that_are_none(tmp_path: Path) -> None:
     hf_model = random_gemma()
     with pytest.raises(UnknownNameError, match="gemma-2-2b"):
         load_model("GEMMA-2-2B")
-    with pytest.raises(AdapterError, match="A loaded model goes to hf_model="):
+    with pytest.raises(AdapterError, match="Give a loaded model as hf_model="):
         load_model(hf_model)  # pyright: ignore[reportArgumentType]
     for name in (tmp_path / "nothing" / "here", Path("a/b"), "~/nothing-here", "~nobody-at-all/x", "x" * 5000):
         with pytest.raises(UnknownNameError):
@@ -182,11 +182,11 @@ def widen_a_weight(folder: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "A folder needs config.json"),
     "half a config": (cut("config.json", 40), "A folder needs config.json"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "A folder needs config.json and whole weights"),
-    "half the weights": (cut("model.safetensors", 90_000), "A folder needs config.json and whole weights"),
-    "no bytes of weights": (cut("model.safetensors", 0), "A folder needs config.json and whole weights"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "A folder needs config.json and complete weights"),
+    "half the weights": (cut("model.safetensors", 90_000), "A folder needs config.json and complete weights"),
+    "no bytes of weights": (cut("model.safetensors", 0), "A folder needs config.json and complete weights"),
     "a weight missing": (lose_a_weight, "lack 1 weights, such as model.layers.1.mlp.up_proj.weight"),
-    "a weight of another shape": (widen_a_weight, "A folder needs config.json and whole weights"),
+    "a weight of another shape": (widen_a_weight, "A folder needs config.json and complete weights"),
     "half a tokenizer": (cut("tokenizer.json", 300), "Cannot load the tokenizer"),
     "no bytes of a tokenizer": (cut("tokenizer.json", 0), "Cannot load the tokenizer"),
     "half a tokenizer config": (cut("tokenizer_config.json", 30), "Cannot load the tokenizer"),

@@ -72,7 +72,7 @@ def test_files_from_windows_and_other_programs(tmp_path: Path) -> None:
     assert list(read_texts(tmp_path / "d.TXT")) == ["one\ntwo"]
     (tmp_path / "e.txt").write_text(" \n")
     (tmp_path / "f.json").write_text("[{")
-    for name, words in (("e.txt", "is empty: it holds no text"), ("f.json", "is not JSON")):
+    for name, words in (("e.txt", "is empty: it has no text"), ("f.json", "is not JSON")):
         with pytest.raises(GemmaScopeError, match=words):
             list(read_texts(tmp_path / name))
 

@@ -56,7 +56,7 @@ def test_nothing_stays_on_the_model(backend: str) -> None:
     for batch in clean_batches(model, tokens, WRITTEN, (0, 1, 2), batch_size=1):
         batch.spliced(Place("att", 1), batch.activations(Place("att", 1)))
     assert _hooks(model) == before
-    with pytest.raises(Exception, match="Token ids run"):
+    with pytest.raises(Exception, match="Token ids are from"):
         CleanPass.run(model, tokens + 10_000, WRITTEN)
     assert _hooks(model) == before
 

@@ -180,7 +180,7 @@ def test_cache_without_links(hub: LocalHub, repo: Repo, monkeypatch: pytest.Monk
 
 def test_wrong_length(hub: LocalHub, repo: Repo) -> None:
     hub.fail(FILE, Fault(host="cdn", times=None, drop=1000))
-    with pytest.raises(WeightsError, match=r"params\.npz of owner/suite .* another length than the Hub says"):
+    with pytest.raises(WeightsError, match=r"params\.npz of owner/suite .* the length of the response differs"):
         fetch(saved(repo))
     assert blobs() == []
 
@@ -218,11 +218,11 @@ ERRORS = {
         r"too many requests \(HTTP 429\). Wait 7 seconds, or log",
     ),
     "rate limit at once": (status(429, "hub"), r"too many requests \(HTTP 429\). Wait some minutes, or log in"),
-    "server": (status(503), r"the Hub has a problem of its own \(HTTP 503\). Try again later"),
-    "server at once": (status(500, "hub"), r"the Hub has a problem of its own \(HTTP 500\)"),
+    "server": (status(503), r"the Hub has an internal error \(HTTP 503\). Try again later"),
+    "server at once": (status(500, "hub"), r"the Hub has an internal error \(HTTP 500\)"),
     "teapot": (status(418), r"the Hub answered with HTTP 418"),
     "cut": (Fault(times=None, cut_after=0), r"connection to http://127.0.0.1:\d+ failed or was lost \(RemoteProtocol"),
-    "length": (Fault(times=None, drop=1), r"has another length"),
+    "length": (Fault(times=None, drop=1), r"length of the response differs"),
     "echo": (status(500, "hub", message="who is hf_secretOfTheTests0123456789"), r"HTTP 500"),
     "forced": (status(503, "hub"), r"HTTP 503"),
 }
@@ -274,7 +274,9 @@ def test_a_passing_fault_passes(hub: LocalHub, repo: Repo, waits: list[float]) -
 def test_not_a_hub(hub: LocalHub, repo: Repo) -> None:
     repo.commit({f"{FOLDER}/params.npz": CONTENT})
     hub.fail(FILE, Fault(times=None, methods=("HEAD",), host="hub", status=200))
-    with pytest.raises(WeightsError, match=r"http://127.0.0.1:\d+ does not answer as a Hub does. Check HF_ENDPOINT"):
+    with pytest.raises(
+        WeightsError, match=r"http://127.0.0.1:\d+ does not respond like a Hub server. Check HF_ENDPOINT"
+    ):
         fetch(saved(repo))
 
 

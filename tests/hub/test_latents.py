@@ -109,7 +109,7 @@ def test_bfloat16_keeps_the_thresholds(
         ({}, {}, [D_SAE], "has no latent 5000: it has 0..4999"),
         ({}, {"W_dec": np.full((D_SAE, D_IN), np.nan, np.float32)}, [3], "W_dec that are not finite"),
         ({}, {"threshold": np.full(D_SAE, -1, np.float32)}, [3], "negative thresholds"),
-        ({}, {"W_dec": np.asfortranarray(arrays()["W_dec"])}, [3], "does not store W_dec so that a row can be read"),
+        ({}, {"W_dec": np.asfortranarray(arrays()["W_dec"])}, [3], "stores W_dec compressed or by columns"),
         ({"d_sae": 4096}, {}, [3], "d_sae 5000, should be 4096"),
     ],
 )
@@ -132,7 +132,7 @@ def test_wrong_files(
 def test_a_compressed_file_cannot_be_read_in_parts(repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(repo, tmp_path, compress=True)
     answer(monkeypatch)
-    with pytest.raises(WeightsError, match=r"does not store .*Load the whole SAE instead"):
+    with pytest.raises(WeightsError, match=r"stores .*Load the whole SAE instead"):
         gs.load_latents("r", FOLDER, 3)
 
 
@@ -154,7 +154,7 @@ def test_sae_lens_layout_needs_the_file(repo: Repo, tmp_path: Path, monkeypatch:
     save_file({"W_dec": torch.zeros(2, 2)}, tmp_path / "w")
     repo.commit({f"{FOLDER}/sae_weights.safetensors": HubFile((tmp_path / "w").read_bytes(), lfs=True)})
     answer(monkeypatch, format="sae-lens")
-    with pytest.raises(GemmaScopeError, match="in SAELens' layout and not on this machine"):
+    with pytest.raises(GemmaScopeError, match="in SAELens's layout and not on this machine"):
         gs.load_latents("r", FOLDER, 3)
 
 

@@ -69,7 +69,7 @@ def test_across_the_tail_at_once(repo: Repo, remote: RemoteFile) -> None:
 @pytest.mark.parametrize(("offset", "length"), [(-1, 2), (0, -1), (399_999, 2), (400_001, 0), (0, 400_001)])
 def test_parts_that_do_not_exist(remote: RemoteFile, offset: int, length: int) -> None:
     for read in (lambda: remote.read_at(offset, length), lambda: remote.read_many([(0, 1), (offset, length)])):
-        with pytest.raises(WeightsError, match=rf"has 400000 bytes, which has no {length} bytes at {offset}"):
+        with pytest.raises(WeightsError, match=rf"has 400000 bytes, so it lacks {length} bytes at {offset}"):
             read()
     assert remote.requests == 1
 
@@ -159,7 +159,7 @@ def test_opening_is_retried(hub: LocalHub, repo: Repo, waits: list[float]) -> No
 
 
 LASTING = {
-    "server": (Fault(status=503), r"could not be read after 3 tries: HTTP 503 \(the Hub has a problem of its own\)"),
+    "server": (Fault(status=503), r"could not be read after 3 tries: HTTP 503 \(the Hub has an internal error\)"),
     "rate limit": (Fault(status=429), r"3 tries: HTTP 429 \(too many requests\)\. Wait some minutes, or log in"),
     "cut": (Fault(cut_after=0), r"3 tries: the connection failed or was lost \(RemoteProtocolError\)"),
     "gone": (Fault(status=404), r"was answered with HTTP 404 to a range"),

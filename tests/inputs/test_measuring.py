@@ -127,16 +127,20 @@ def test_what_cannot_be_measured_is_named(model: Any, sae: Any) -> None:
     ids = padded(alone(CharTokenizerFactory.get(), TEXTS), "right")
     for data, options, message in (
         ([], {}, "empty list"),
-        (ids[:, :1], {}, "two tokens or more"),
-        (torch.zeros(2, 4, dtype=torch.long), {}, "two tokens or more"),
-        (TEXTS, {"attention_mask": [[1]]}, "goes with token ids"),
+        (ids[:, :1], {}, "at least two tokens"),
+        (torch.zeros(2, 4, dtype=torch.long), {}, "at least two tokens"),
+        (TEXTS, {"attention_mask": [[1]]}, "only with token ids"),
         (TEXTS * 99, {"context": 500}, "longer than the model's context, 128"),
         ([None], {}, "neither text nor ids"),
         ({"text": TEXTS}, {}, "no input_ids"),
     ):
         with pytest.raises(gs.GemmaScopeError, match=message):
             gs.evaluate(model, sae, data, progress=False, **options)
-    for nothing, message in (([], "No SAE"), (None, "An SAE was expected"), ("res", "An SAE was expected")):
+    for nothing, message in (
+        ([], "No SAE"),
+        (None, "One or several SAEs were expected"),
+        ("res", "One or several SAEs were expected"),
+    ):
         with pytest.raises(gs.GemmaScopeError, match=message):
             gs.evaluate(model, nothing, ids, progress=False)
 

@@ -185,9 +185,9 @@ def test_long_texts_and_no_saes_are_errors(model: Any, saes: list[Any]) -> None:
             call([])
     for nothing, message in (
         ([], "No SAE"),
-        (None, "An SAE was expected"),
-        ("res", "An SAE was expected"),
-        ([1], "is none"),
+        (None, "One or several SAEs were expected"),
+        ("res", "One or several SAEs were expected"),
+        ([1], "is not an SAE"),
     ):
         for call in (gs.features, lambda m, t, s: gs.attribute(m, t, s, "a"), lambda m, t, s: circuit(m, t, s, "a")):
             with pytest.raises(gs.GemmaScopeError, match=message):

@@ -216,12 +216,12 @@ def test_errors(model: Any) -> None:
     for edit in (ablate, lambda s, i: clamp(s, i, 1.0), lambda s, i: scale(s, i, 1.0)):
         with pytest.raises(SpliceError, match='on="features"'):
             edit(transcoder, 0)
-        with pytest.raises(SpliceError, match="without their encoder columns"):
+        with pytest.raises(SpliceError, match="have no encoder columns"):
             edit(rows, 3)
     assert steer(rows, [3, 5], 1.0)[0] == "blocks.1.hook_resid_post"
     with pytest.raises(UnknownNameError, match="load_latents"):
         steer(rows, 4, 1.0)
-    with pytest.raises(SpliceError, match="where they belong"):
+    with pytest.raises(SpliceError, match="site of these latents is unknown"):
         steer(Latents((0,), sae.W_dec[:1], sae.b_enc[:1], sae.threshold[:1]), 0, 1.0)
     with pytest.raises(UnknownNameError, match="activations, features"):
         ablate(sae, 0, on="acts")  # pyright: ignore

@@ -78,7 +78,7 @@ def test_what_is_no_choice_of_tokens_raises(model: Any, wrong: Any) -> None:
 
 def test_ids_that_cannot_be_seen_raise(model: Any) -> None:
     pair = steer(random_sae(model.dims, "res", 1), 3, 5.0, exclude_special_tokens=[7])
-    with pytest.raises(SpliceError, match="does not tell the token ids"):
+    with pytest.raises(SpliceError, match="token ids of a pass are unknown"):
         pair[1](torch.zeros(1, 7, 64))
 
 

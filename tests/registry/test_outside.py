@@ -154,7 +154,7 @@ def test_packages_offer_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("json:nothing", "no attribute"),
         ("math:pi", "a path"),
         ("json", r"\*\.yaml"),
-        ("json:__name__", "neither a file"),
+        ("json:__name__", "not an absolute path"),
     ],
 )
 def test_a_broken_entry_point_names_its_package(
@@ -163,7 +163,7 @@ def test_a_broken_entry_point_names_its_package(
     package(tmp_path, value)
     monkeypatch.syspath_prepend(tmp_path)
     clear_cache()
-    with pytest.raises(RegistryError, match=f"The package their-saes offers registry files as '{value}'.*{why}"):
+    with pytest.raises(RegistryError, match=f"The package their-saes provides registry files as '{value}'.*{why}"):
         releases()
 
 
@@ -211,7 +211,7 @@ def test_a_folder_beside_the_file_is_a_repository(tmp_path: Path, monkeypatch: p
 def test_an_absolute_folder_is_a_repository(tmp_path: Path) -> None:
     path = local_release(tmp_path / "x y", str(tmp_path / "x y" / "saes"))
     assert fetch(read_release(path).rows[0]).is_file()
-    with pytest.raises(RegistryError, match="from no file"):
+    with pytest.raises(RegistryError, match="not read from a file"):
         _ = parse_release({**read_release(path).model_dump(), "repo": "./saes"}, "x").rows
 
 

@@ -159,7 +159,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match=r"(?s)bad\.yaml is not YAML.*line"):
         read_release(tmp_path / "bad.yaml")
     (tmp_path / "tagged.yaml").write_text("!!python/object/apply:os.system ['true']")
-    with pytest.raises(RegistryError, match="not YAML"):
+    with pytest.raises(RegistryError, match="not plain YAML data"):
         read_release(tmp_path / "tagged.yaml")
     (tmp_path / "other.yaml").write_text(render_release(parse_release(release(), "x")))
     with pytest.raises(RegistryError, match=r"bundled-res\.yaml"):

@@ -232,10 +232,10 @@ def test_broken_mirrors_are_refused(hub: LocalHub, token: str, folder: Path) -> 
         ("commit", Fault(status=412, message="Changed"), r"HTTP 412\): main has changed since"),
         ("batch", Fault(status=413, message="Too large"), r"HTTP 413\): a file or the whole.*\(Too large\)"),
         ("preupload", Fault(status=429, headers={"Retry-After": "7"}), r"HTTP 429\): too many requests. Wait 7 s"),
-        ("lfs/*", Fault(status=503), r"HTTP 503\): the Hub has a problem of its own"),
+        ("lfs/*", Fault(status=503), r"HTTP 503\): the Hub has an internal error"),
         ("lfs/*", Fault(status=403), r"HTTP 403\)"),
         ("lfs/*", Fault(cut_upload=1), r"connection failed or was lost"),
-        ("commit", Fault(status=500), r"HTTP 500\): the Hub has a problem of its own"),
+        ("commit", Fault(status=500), r"HTTP 500\): the Hub has an internal error"),
     ],
     ids=lambda value: value.replace("/", "-") if isinstance(value, str) and len(value) < 12 else "",
 )

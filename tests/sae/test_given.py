@@ -66,7 +66,7 @@ def test_numbers_positions_and_latents() -> None:
     with pytest.raises(SpliceError, match="the table of mean_norms"):
         gs.steer(sae, 3, 1.0, unit="mean_norm", mean_norm="5")  # type: ignore[arg-type]
     for wrong in ("2", 1.5, ["1"], [0.5], {1: 2}):
-        with pytest.raises(SpliceError, match="Positions are"):
+        with pytest.raises(SpliceError, match="Positions must be"):
             gs.ablate(sae, 3, positions=wrong)  # type: ignore[arg-type]
     for wrong, said in (([], "name at least one"), ([3, 3], "Latent 3 is given twice")):
         for use in (lambda given: sae.encode(torch.ones(16), latents=given), lambda given: gs.steer(sae, given, 1.0)):

@@ -216,7 +216,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         save_sae(make(), tmp_path, "npz")  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="architecture 'standard'"):
         save_sae(sae_lens.StandardSAE(sae_lens.StandardSAEConfig(D_IN, D_SAE)), tmp_path)
-    with pytest.raises(GemmaScopeError, match="fold that into its weights"):
+    with pytest.raises(GemmaScopeError, match="fold the normalisation into its weights"):
         save_sae(StockSAE(JumpReLUSAEConfig(D_IN, D_SAE, normalize_activations="layer_norm")), tmp_path)
     sick = make()
     sick.b_dec.data[0] = float("nan")

@@ -208,7 +208,7 @@ def test_a_tensor_elsewhere_is_refused_in_words(there: torch.device) -> None:
     sae = random_sae(model.dims, "res", 1, d_sae=64)
     x, acts = torch.zeros(2, 64).to(there), torch.zeros(2, 64).to(there)
     for call in (sae, sae.encode, some_latents(sae).encode, lambda x: sae.encode(x, latents=[1])):
-        with pytest.raises(DeviceError, match=r"is on cpu, the tensor given on"):
+        with pytest.raises(DeviceError, match=r"is on cpu, but the given tensor is on"):
             call(x)
     with pytest.raises(DeviceError, match=r"is on cpu"):
         sae.decode(acts)

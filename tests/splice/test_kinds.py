@@ -198,7 +198,7 @@ def test_one_name_resets_a_whole_chain(model: Any, name: str) -> None:
 def test_a_transcoder_begins_chains_and_never_follows(model: Any) -> None:
     transcoder, mlp = random_sae(model.dims, "transcoder", 1), random_sae(model.dims, "mlp", 1)
     tokens = random_tokens(model)
-    with pytest.raises(SpliceError, match="transcoder reads elsewhere"):
+    with pytest.raises(SpliceError, match="transcoder reads another tensor"):
         model.run_with_saes(tokens, saes=[mlp, transcoder], chain=True)
     assert not model.acts_to_saes
     with torch.no_grad():

@@ -113,7 +113,7 @@ def test_what_another_thread_attached_is_not_taken_away(model: Any) -> None:
     other = random_sae(model.dims, "res", 1, d_sae=64, seed=1)
     with splice(model, sae):
         for call in (model.reset_saes, lambda: model.reset_saes(NAME)):
-            with pytest.raises(SpliceError, match="must detach it"):
+            with pytest.raises(SpliceError, match="must be detached there"):
                 elsewhere(call)
         for chain in (False, True):
             with pytest.raises(SpliceError, match="taken: another thread"):

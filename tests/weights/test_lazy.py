@@ -166,7 +166,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, m
 
 def test_sha256_of_the_whole_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = hashlib.sha256(file.read_bytes()).hexdigest()
-    with pytest.raises(WeightsError, match=f"has sha256 {right}, it should be {'0' * 64}"):
+    with pytest.raises(WeightsError, match=f"has sha256 {right}, but it should be {'0' * 64}"):
         load_arrays(file, sha256="0" * 64)
     load_arrays(file)  # remembered without a hash, so the hash is taken when it is asked for
     load_arrays(file, sha256=right)
