@@ -233,7 +233,7 @@ class SpliceMixin:
         """Check that ``sae`` can be spliced at a site and layer of this model.
 
         Raises:
-            SpliceError: another model, width or layer.
+            SpliceError: another model, family, width or layer.
         """
         site.check_layer(layer, self.dims)
         d_in = site.d_in(self.dims)
@@ -246,6 +246,13 @@ class SpliceMixin:
         ours = getattr(self, "model_id", None)
         if theirs and ours and self._base_name(theirs) != self._base_name(ours):
             raise SpliceError(f"The SAE was trained on {theirs!r}; this model is {ours!r}.")
+        row = getattr(sae, "row", None)
+        if row is not None and row.model_family is not self.family:  # which decided the units of an embedding's SAE
+            raise SpliceError(
+                f"{row.release}/{row.id} was loaded as an SAE of a {row.model_family.title}, and this model is a "
+                f"{self.family.title}. If the SAE is of such a model, its registry file needs `family: "
+                f"{self.family.name}`."
+            )
 
     def _base_name(self, model_name: str) -> str:
         """SAEs of a base model may be spliced into its instruction-tuned model (Gemma Scope, section 4.5)."""
