@@ -86,7 +86,8 @@ def test_imports_of_the_earlier_documents_work() -> None:
 
 def test_no_page_names_a_module_by_its_old_name() -> None:
     root = Path(gs.__file__).parent.parent
-    pages = [root / "README.md", root / "ARCHITECTURE.md", root / "CONTRIBUTING.md", *root.glob("docs/**/*.md")]
+    pages = [root / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")]
+    pages += [*root.glob("docs/**/*.md"), *root.glob("tutorials/**/*.ipynb"), *root.glob("tutorials/**/*.py")]
     old = re.compile(
         r"(?:gemma_scope_tl\.|gs\.|`)(" + "|".join(re.escape(name) for name in NAMES if "." in name) + r")\b"
     )
