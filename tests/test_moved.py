@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -80,3 +82,14 @@ from gemma_scope_tl.viz.training_figures import training_curves
 
 def test_imports_of_the_earlier_documents_work() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", DOCUMENTED], capture_output=True, text=True, check=True)
+
+
+def test_no_page_names_a_module_by_its_old_name() -> None:
+    root = Path(gs.__file__).parent.parent
+    pages = [root / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")]
+    pages += [*root.glob("docs/**/*.md"), *root.glob("tutorials/**/*.ipynb"), *root.glob("tutorials/**/*.py")]
+    old = re.compile(
+        r"(?:gemma_scope_tl\.|gs\.|`)(" + "|".join(re.escape(name) for name in NAMES if "." in name) + r")\b"
+    )
+    found = [f"{page.name}: {name}" for page in pages for name in old.findall(page.read_text(encoding="utf-8"))]
+    assert not found, found

@@ -52,22 +52,27 @@ class ModelDims:
     def from_config(cls, config: Any) -> ModelDims:
         """Read the sizes from a Hugging Face config, a TransformerLens config, or a mapping with the keys of either.
 
+        A config without the size of a head means ``d_model / n_heads``, as in transformers.
+
         Raises:
-            UnknownNameError: when the config has none of the names of a size.
+            UnknownNameError: when the config has no value for another size.
         """
 
-        def pick(*names: str) -> int:
+        def pick(*names: str, default: int | None = None) -> int:
             for name in names:
                 value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
                 if value is not None:
                     return int(cast(int, value))
-            raise unknown_name("model config", type(config).__name__, names, "The config has none of these keys.")
+            if default is None:
+                raise unknown_name("model config", type(config).__name__, names, "The config has none of these keys.")
+            return default
 
+        d_model, n_heads = pick("hidden_size", "d_model"), pick("num_attention_heads", "n_heads")
         return cls(
             n_layers=pick("num_hidden_layers", "n_layers"),
-            d_model=pick("hidden_size", "d_model"),
-            n_heads=pick("num_attention_heads", "n_heads"),
-            d_head=pick("head_dim", "d_head"),
+            d_model=d_model,
+            n_heads=n_heads,
+            d_head=pick("head_dim", "d_head", default=d_model // n_heads),
         )
 
 
@@ -238,6 +243,7 @@ class Family:
         norm_before_mlp, norm_after_attention: the norms of a block, by their names in TransformerLens; None for a
             family whose blocks have no norm after attention.
         turn_start, turn_end: special tokens at the start and end of a turn of a chat.
+        answer_role: the name of the model's own turns in a chat.
         gated: whether downloading the weights from the Hub requires accepting a licence.
     """
 
@@ -257,6 +263,7 @@ class Family:
     norm_after_attention: str | None
     turn_start: str
     turn_end: str
+    answer_role: str = "model"
     decoder: str = "model"
     query: str = "layers.{layer}.self_attn.q_proj"
     projections: tuple[str, ...] = (

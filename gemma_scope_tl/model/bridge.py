@@ -186,6 +186,7 @@ def build_bridge(hf_model: Any, tokenizer: Any, model_id: str | None, family: Fa
     config = build_bridge_config_from_hf(hf_model.config, family.architecture, model_id or family.name, parameter.dtype)
     adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
     adapter.cfg.device = str(parameter.device)
+    adapter.cfg.default_prepend_bos = True  # some adapters say False, and both backends must read the same tokens
     adapter.prepare_model(hf_model)
     bridge = GemmaBridge(hf_model, adapter, tokenizer)
     bridge.prepare(ModelDims.from_config(hf_model.config), model_id, family)

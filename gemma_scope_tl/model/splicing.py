@@ -245,7 +245,7 @@ class SpliceMixin:
         """Check that ``sae`` can be spliced at a site and layer of this model.
 
         Raises:
-            SpliceError: for an SAE of another model, width or layer.
+            SpliceError: for an SAE of another model, family, width or layer.
         """
         site.check_layer(layer, self.dims)
         d_in = site.d_in(self.dims)
@@ -258,6 +258,13 @@ class SpliceMixin:
         ours = getattr(self, "model_id", None)
         if theirs and ours and self._base_name(theirs) != self._base_name(ours):
             raise SpliceError(f"The SAE was trained on {theirs!r}; this model is {ours!r}.")
+        row = getattr(sae, "row", None)
+        if row is not None and row.model_family is not self.family:  # which decided the units of an embedding's SAE
+            raise SpliceError(
+                f"{row.release}/{row.id} was loaded as an SAE of a {row.model_family.title}, and this model is a "
+                f"{self.family.title}. If the SAE is of such a model, its registry file needs `family: "
+                f"{self.family.name}`."
+            )
 
     def _base_name(self, model_name: str) -> str:
         """The base model's name, since its SAEs fit the instruction-tuned model too (Gemma Scope, section 4.5)."""

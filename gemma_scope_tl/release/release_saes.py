@@ -219,7 +219,8 @@ def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequenc
     for row in listed:
         if row.get("l0") == 0:
             raise GemmaScopeError(f"{folder / str(row['path'])}: its SAE has an L0 of 0. {DEAD}")
-    saes = [{key: row.get(key) for key in _COLUMNS} for row in listed]
+    # The ids there lack the site, so SAEs of two sites may share one; their paths are unique.
+    saes = [{**{key: row.get(key) for key in _COLUMNS}, "id": row["path"]} for row in listed]
     head = {"release": "draft", "repo": str(folder.resolve()), "model": name, "license": "unknown", "description": "-"}
     return name, parse_release({**head, "saes": saes}, str(file)).rows
 

@@ -31,12 +31,15 @@ def pack_texts(
         limit: the largest number of rows.
 
     Raises:
-        GemmaScopeError: for less text than one row, a value that is not text, no tokenizer, or a context below 2.
+        GemmaScopeError: for less text than one row, a value that is not text, no tokenizer or one without BOS or EOS,
+            or a context below 2.
     """
     if tokenizer is None:
         raise GemmaScopeError("The model has no tokenizer: give token ids instead of texts.")
     if context < 2:
         raise GemmaScopeError(f"A row has BOS and at least one token, so context cannot be {context}.")
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise GemmaScopeError("Texts are packed between BOS and EOS, and this tokenizer lacks one: give token ids.")
     stream: list[int] = []
     body = context - 1
     for text in texts:

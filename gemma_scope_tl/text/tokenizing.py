@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.families import families
+from gemma_scope_tl.families import Family, families
 
 Padded = tuple[torch.Tensor, torch.Tensor]
 """Ids and mask, both ``[batch, pos]``."""
@@ -206,8 +206,9 @@ def chat_wrapping(tokenizer: Any) -> Wrapping:
                 f"The tokenizer's chat template renders a turn as {text!r}, in which the document cannot be found."
             )
     else:
-        start, end = _turn_tokens(tokenizer)
-        parts = [f"{start}user\n", f"{end}\n{start}model\n"]
+        family = _family_of_turns(tokenizer)
+        start, end = family.turn_start, family.turn_end
+        parts = [f"{start}user\n", f"{end}\n{start}{family.answer_role}\n"]
     return Wrapping(*(tokenizer.encode(part, add_special_tokens=False) for part in parts))
 
 
@@ -217,13 +218,16 @@ def turn_end_id(tokenizer: Any) -> int | None:
     return next((known[family.turn_end] for family in families() if family.turn_end in known), None)
 
 
-def _turn_tokens(tokenizer: Any) -> tuple[str, str]:
+def _family_of_turns(tokenizer: Any) -> Family:
+    """The first family whose turn tokens the tokenizer knows."""
     known = tokenizer.get_vocab()
+    lacking: list[str] = []
     for family in families():
-        if family.turn_start in known and family.turn_end in known:
-            return family.turn_start, family.turn_end
-    tokens = [token for token in (families()[0].turn_start, families()[0].turn_end) if token not in known]
+        tokens = [token for token in (family.turn_start, family.turn_end) if token not in known]
+        if not tokens:
+            return family
+        lacking.append(" and ".join(tokens))
     raise GemmaScopeError(
-        f"This tokenizer has no chat template and does not know {' and '.join(tokens)}: chat=True needs the tokenizer "
+        f"This tokenizer has no chat template and does not know {', or '.join(lacking)}: chat=True needs the tokenizer "
         "of an instruction-tuned model."
     )

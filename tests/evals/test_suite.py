@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,10 @@ def test_packing() -> None:
     assert rows.tolist() == [[2, a, b, c], [2, 1, d, e], [2, f, g, 1]]
     with pytest.raises(GemmaScopeError, match="less than one row of 99"):
         pack_texts(tokenizer, ["abc"], context=100)
+    without = copy.deepcopy(tokenizer)
+    without.bos_token = None
+    with pytest.raises(GemmaScopeError, match="between BOS and EOS, and this tokenizer lacks one"):
+        pack_texts(without, ["abc"], context=4)
 
 
 def test_an_sae_that_does_not_fit_raises() -> None:

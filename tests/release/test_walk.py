@@ -121,6 +121,20 @@ def test_l0s_that_round_to_one_number(tmp_path: Path) -> None:
     assert l0s == pytest.approx(sorted(table["l0"]), abs=0.5)
 
 
+def test_saes_of_two_sites_with_one_l0(trained: Path, tmp_path: Path) -> None:
+    """Their ids in ``suite.json`` lack the site, and are then the same."""
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    facts = json.loads((copy / "suite.json").read_text())
+    for row in facts["saes"]:
+        old, row["id"] = row["path"], f"{row['id'].rpartition('/')[0]}/average_l0_7"
+        row["path"] = f"{old.rpartition('/')[0]}/average_l0_7"
+        (copy / old).rename(copy / row["path"])
+    (copy / "suite.json").write_text(json.dumps(facts))
+    (out,) = gs.export_suite(copy, tmp_path / "out", gs.About("mit"), progress=False)
+    assert {row.site for row in gs.registry.read_release(out / "out.yaml").rows} == {*SITES, "embedding"}
+
+
 def test_a_suite_that_was_changed_by_hand(trained: Path, tmp_path: Path) -> None:
     """Folders that were taken out, put in or renamed count; the model's name comes from ``suite.json`` all the same."""
     copy = tmp_path / "copy"
