@@ -78,8 +78,8 @@ class Verb(TyperCommand):
             result = super().invoke(ctx)
             if not isinstance(result, Command):  # the verb is a function, which has run
                 return result
-            result.check()
-            return result.run()
+            ctx.invoke(result.check)  # through the context: a wrong call then names the verb's --help
+            return ctx.invoke(result.run)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help, then the examples. In a narrow terminal it is plain, since frames would cut long words."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_scope_tl.errors import KeywordError, SpliceError, unknown_name
-from gemma_scope_tl.families import Family, ModelDims
+from gemma_scope_tl.families import Family, ModelDims, families
 from gemma_scope_tl.model.attached import AttachedSAE
 from gemma_scope_tl.model.generation import Generates
 from gemma_scope_tl.model.hook_names import (
@@ -72,6 +72,11 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         self._turns = Turns()
         self.token_tracker = TokenTracker()
         self._watch()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # pyright: ignore[reportAttributeAccessIssue]
+        if "family" not in vars(self):  # pickled before there were families: of the one that was known then
+            self.family = families()[0]
 
     def _watch(self) -> None:
         """Report the inputs of the model to the token tracker."""

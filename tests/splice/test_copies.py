@@ -13,6 +13,7 @@ import torch
 
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.interventions import steer
+from gemma_scope_tl.model.splicing import splice
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens
 from tests.splice.world import stock_sae
@@ -182,6 +183,18 @@ def test_what_cannot_be_pickled_says_why(way: str, spliced: bool) -> None:
     tokens = random_tokens(model, length=4)
     with torch.no_grad():
         assert torch.equal(WAYS[way](model)(tokens), model(tokens))
+
+
+@torch.no_grad()
+def test_a_model_pickled_before_there_were_families() -> None:
+    model = hooked(random_gemma("narrow-heads"), "hooked_transformer")
+    tokens, sae = random_tokens(model, length=4), saes_of(model)[0]
+    earlier = copy.deepcopy(model)
+    del earlier.family
+    read = pickle.loads(pickle.dumps(earlier))
+    assert read.family == model.family
+    with splice(read, sae), splice(model, sae):
+        assert torch.equal(read(tokens), model(tokens))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
