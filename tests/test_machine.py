@@ -85,7 +85,7 @@ def test_training_says_what_was_full_and_goes_on(disk: Disk, tmp_path: Path) -> 
             train()
         assert re.search(why, str(raised.value)) and "the disk is full" in str(raised.value)
         assert "start the same run again" in str(raised.value)
-        noted = [str(one.message) for one in caught if "This run is not noted" in str(one.message)]
+        noted = [str(one.message) for one in caught if "times of this run are not recorded" in str(one.message)]
         assert len(noted) == (size == 4)
         assert not [name for name in disk.files if "unfinished" in name]
     disk.resize(8_000)

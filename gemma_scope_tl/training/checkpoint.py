@@ -264,7 +264,7 @@ def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: 
     ]
     if differing:
         raise TrainingStateError(
-            f"{folder} holds a run with another configuration: {'; '.join(differing[:5])}. Continue it with its own, or "
+            f"{folder} holds a run with another configuration: {'; '.join(differing[:5])}. Use that one to go on, or "
             "choose another output."
         )
 

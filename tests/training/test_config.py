@@ -100,7 +100,7 @@ def test_files_extend_each_other_and_are_overridden(tmp_path: Path) -> None:
     for path, overrides, message in (
         ("loop.yaml", [], "may extend each other"),
         ("top.yaml", ["steps"], "no override"),
-        ("top.yaml", ["grid.3.widths=[1]"], "none of the list's numbers"),
+        ("top.yaml", ["grid.3.widths=[1]"], "is not an index of the list"),
         ("none.yaml", [], "cannot be read"),
     ):
         with pytest.raises(GemmaScopeError, match=message):
