@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SINGLE = 16
-"""Positions before this one have a bin each, because the error rises fast there."""
+"""Each position before this one has its own bin, because the error rises fast there."""
 GROWTH = 1.25
 """Ratio of the length of each later bin to the one before it."""
 
@@ -33,7 +33,7 @@ def binned_by_position(
 
     Args:
         model, saes, data, options: as :func:`~gemma_scope_tl.evals.suite.measure_suite` takes them.
-        edges: where bins begin, and where the last ends; :func:`position_edges` by default.
+        edges: first position of each bin, and the end of the last bin; by default :func:`position_edges`.
 
     Returns:
         A row per SAE and bin: ``release, id, site, layer, d_sae, start, stop`` (positions ``start`` to ``stop - 1``),
@@ -42,7 +42,7 @@ def binned_by_position(
         ``tokens, predictions``. A bin without ordinary tokens, such as that of BOS, has no row.
 
     Raises:
-        GemmaScopeError: for edges that do not increase or leave the sequence.
+        GemmaScopeError: the edges do not increase, or are outside the sequence.
     """
     import pandas as pd
 
@@ -73,7 +73,7 @@ def _checked(edges: Sequence[int] | None, length: int) -> list[int]:
     found = list(edges)
     increasing = all(a < b for a, b in itertools.pairwise(found))
     if len(found) < 2 or not increasing or found[0] < 0 or found[-1] > length:
-        raise GemmaScopeError(f"Edges of bins increase from 0 or later to {length} or earlier, unlike {found}.")
+        raise GemmaScopeError(f"Edges of bins must increase and be between 0 and {length}, unlike {found}.")
     return found
 
 

@@ -118,7 +118,7 @@ def test_concurrency_is_bounded(endpoint: Endpoint) -> None:
 def test_bad_settings() -> None:
     with pytest.raises(GemmaScopeError, match="not the URL of an endpoint"):
         ChatClient("m", "file:///etc/passwd")
-    with pytest.raises(GemmaScopeError, match="concurrency is 1 or more"):
+    with pytest.raises(GemmaScopeError, match="concurrency must be 1 or more"):
         ChatClient("m", "http://127.0.0.1/v1", concurrency=0)
 
 
