@@ -239,7 +239,7 @@ def test_names_that_no_folder_has(name: str, tmp_path: Path, sae: Any) -> None:
 def test_a_release_that_cannot_be_called_so_is_refused_before_anything_is_written(
     name: str, tmp_path: Path, sae: Any
 ) -> None:
-    with pytest.raises(GemmaScopeError, match="A release is called by letters"):
+    with pytest.raises(GemmaScopeError, match="A release's name has at most"):
         gs.export_suite(sae, tmp_path / "out" / ("- " if not name else "x"), MIT, name=name, progress=False)
     assert not list(tmp_path.iterdir())
     with pytest.raises(GemmaScopeError, match="is no path"):

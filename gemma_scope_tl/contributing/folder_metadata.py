@@ -120,7 +120,9 @@ def _read_cfg(found: FolderMetadata, cfg: Mapping[str, Any]) -> None:
     """Read SAELens's configuration: hook names, and what this package's own metadata adds."""
     meta = flat_cfg(cfg)
     if cfg.get("architecture") not in ARCHITECTURES:
-        found.problems.append(f"{CFG} is of a {cfg.get('architecture')!r} SAE: only {', '.join(ARCHITECTURES)} load.")
+        found.problems.append(
+            f"{CFG} describes a {cfg.get('architecture')!r} SAE, and only {', '.join(ARCHITECTURES)} can be loaded."
+        )
     for key, value in (("d_in", found.d_in), ("d_sae", found.d_sae)):
         if cfg.get(key) not in (None, value):
             found.problems.append(f"{CFG} has {key} {cfg[key]}, but the weights have {value}.")
