@@ -78,7 +78,7 @@ class MetricsCache:
 
     def _give_up(self, why: str) -> None:
         self._usable = False
-        warnings.warn(f"The cache keeps no further measurements: {why}", stacklevel=3)
+        warnings.warn(f"Further measurements are not kept in the cache: {why}", stacklevel=3)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def test_a_fault_is_tried_again(endpoint: Endpoint, fault: int | str) -> None:
     ("fault", "match"),
     [
         (429, "status 429"),
-        ("garbled", "the answer is not what a chat endpoint gives"),
+        ("garbled", "the answer does not have the format of a chat endpoint"),
         ("slow", r"no answer within 0\.2 s"),
     ],
 )

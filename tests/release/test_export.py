@@ -148,7 +148,7 @@ def test_what_cannot_be_exported(saes: list[Any], trained: Path, tmp_path: Path)
         export_suite(trained, tmp_path / "a", ABOUT, progress=False)
     with pytest.raises(GemmaScopeError, match="is inside the other"):
         export_suite(trained, trained / "out", ABOUT, model="tiny")
-    with pytest.raises(GemmaScopeError, match="would both be"):
+    with pytest.raises(GemmaScopeError, match="would both be in"):
         export_suite([saes[0], saes[0]], tmp_path / "a", ABOUT)
     with pytest.raises(GemmaScopeError, match="licence"):
         About(" ")
