@@ -99,7 +99,7 @@ def test_files_extend_each_other_and_are_overridden(tmp_path: Path) -> None:
     (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
     for path, overrides, message in (
         ("loop.yaml", [], "may extend each other"),
-        ("top.yaml", ["steps"], "no override"),
+        ("top.yaml", ["steps"], "not an override"),
         ("top.yaml", ["grid.3.widths=[1]"], "is not an index of the list"),
         ("none.yaml", [], "cannot be read"),
     ):
