@@ -1,1 +1,1 @@
-"""Benchmarks: each runs a named peer beside ours in one process and writes JSON to results/."""
+"""Benchmarks, each of which runs this package and a named peer in one process and writes JSON to results/."""

@@ -1,4 +1,4 @@
-"""Run benchmarks (all, or those named), write results/*.json and put the table into README.md."""
+"""Run all benchmarks or those named, write results/*.json, and write the table into README.md."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A shuffle buffer over activations: our bucket against SAELens's mixing buffer, same data, batch size and buffer.
+"""A shuffle buffer of activations: this package's bucket against SAELens's mixing buffer, with equal data and sizes.
 
-Each run is a process of its own, which serves rows and then says how fast and how much memory its peak was above the
-start: the buffer, a piece of new rows, a batch, and copies. ``python -m benchmarks.buckets``.
+Each run is a separate process, which serves rows and then reports its speed and by how much its peak memory exceeded
+that at the start: the buffer, a piece of new rows, a batch, and copies. Run: ``python -m benchmarks.buckets``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.timing import save
 
 PIECE = 8192  # rows of a forward pass: 8 sequences of 1,024 tokens
 BATCH = 4096
-BUFFERS = 2  # how many times the buffer's rows are served
+BUFFERS = 2  # number of times that the buffer's rows are served
 RUNS = 3
 CASES = ((262144, 128), (131072, 2304))  # rows of the buffer, width: the bundled model's, Gemma 2 2B's
 
@@ -54,13 +54,13 @@ def _theirs(rows: int, width: int) -> Iterator[Tensor]:
 
 
 def _peak() -> int:
-    """Most memory that this process has had, in bytes (Linux)."""
+    """The peak memory of this process in bytes (Linux)."""
     with Path("/proc/self/status").open(encoding="ascii") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
 def _measure(who: str, rows: int, width: int) -> dict[str, float]:
-    """Serve the buffer's rows once, then a few times against the clock; a tiny run before all loads the code."""
+    """Serve the buffer's rows once, then a few times with a timer, after a tiny run that loads the code."""
     serve = {"ours": _ours, "theirs": _theirs}[who]
     next(serve(2 * PIECE, 8))
     before, batches = _peak(), serve(rows, width)
@@ -79,7 +79,7 @@ def _child(who: str, rows: int, width: int) -> dict[str, float]:
 
 
 def run() -> list[dict[str, Any]]:
-    """Rows a second and peak memory, ours and theirs in turn."""
+    """Rows per second and peak memory of this package and the peer in turn."""
     out: list[dict[str, Any]] = []
     for rows, width in CASES:
         pairs = [(_child("ours", rows, width), _child("theirs", rows, width)) for _ in range(RUNS)]

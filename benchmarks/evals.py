@@ -1,16 +1,16 @@
 """Evaluating a whole suite in one pass, against SAELens's ``run_evals`` called once for each SAE on the same tokens.
 
 The model and its SAEs (res, mlp, att; four layers; two widths, three sparsities) are the bundled ones; the text is
-held out and packed without EOS inside. What is compared, and where the two must differ:
+held out and packed without EOS inside. These metrics are compared, or must differ:
 
-- L0, FVU (1 - its explained variance) and the losses with and without SAE: equal up to rounding. With EOS inside rows
-  ``run_evals`` also counts predictions *of* EOS, which the paper masks; hence text without it.
-- the ablated loss: ``run_evals`` sets the whole site to zero, BOS too, which a splice leaves alone; so its "CE score"
-  compares a splice with an ablation of other positions. Reported, not compared.
-- KL: its mean also takes in the last position of each row, which has no next token and so no loss. Not compared.
-- ours also makes what ``run_evals`` does not: mean ablation, dead and dense latents, intervals, metrics by position.
+- L0, FVU (1 - SAELens's explained variance) and the losses with and without SAE are equal up to rounding. With EOS
+  inside rows, ``run_evals`` also counts predictions *of* EOS, which the paper masks; therefore the text has no EOS.
+- The ablated loss is reported, but not compared: ``run_evals`` sets the whole site to zero, including BOS, which a
+  splice does not change, so its "CE score" compares a splice with an ablation of other positions.
+- KL is not compared: the mean of ``run_evals`` includes the last position of each row, which has no next token.
+- This package also measures mean ablation, dead and dense latents, intervals, and metrics by position.
 
-The memory row runs each side in a process of its own: the peak beyond what was in use before the evaluation.
+For the memory row each side runs in a separate process, and the peak is counted from the memory before the evaluation.
 ``run_evals`` holds three tensors of logits and their softmaxes, 8.4 GB each for 8 x 1024 tokens of Gemma's vocabulary;
 on a machine with less than 100 GB it gets one row instead of eight, which makes the ratio a lower bound.
 """
@@ -50,14 +50,14 @@ def held_out(model: Any, rows: int = ROWS) -> torch.Tensor:
 
 
 def stock_model(model: Any) -> Any:
-    """SAELens's own hooked model with the weights of our ``HookedTransformer``."""
+    """SAELens's own hooked model with the weights of the given ``HookedTransformer``."""
     peer = HookedSAETransformer(model.cfg, tokenizer=model.tokenizer)
     peer.load_state_dict(model.state_dict(), strict=False)
     return peer.eval()
 
 
 def stock_copy(sae: Any) -> Any:
-    """SAELens's own class with the weights of one of our SAEs."""
+    """SAELens's own class with the weights of one of this package's SAEs."""
     stock = JumpReLUSAE(JumpReLUSAEConfig(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae, apply_b_dec_to_input=False))
     for name in NAMES:
         getattr(stock, name).data = getattr(sae, name).data
@@ -111,7 +111,7 @@ def _suite() -> list[dict[str, Any]]:
 
 
 def _difference(ours: Any, theirs: list[dict[str, float]], name: str) -> float:
-    """The largest, relative for L0 (whose values are in the tens), absolute for the rest."""
+    """The largest difference, relative for L0 (whose values are in the tens) and absolute for other metrics."""
     pairs = [(float(a), b[name]) for a, b in zip(ours, theirs, strict=True)]
     return max(abs(a - b) / (abs(b) if name == "l0" else 1.0) for a, b in pairs)
 
@@ -139,7 +139,7 @@ def _child(side: str, rows: int) -> float:
 
 
 def measure_memory(side: str, rows: int) -> float:
-    """Peak MiB of one evaluation beyond what the process had, for the child processes."""
+    """Peak memory of one evaluation in MiB, above the memory of the process before it; for the child processes."""
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=VOCABULARY,

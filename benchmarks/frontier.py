@@ -1,7 +1,7 @@
-"""What two recipes reach on the same activations: ours, and SAELens's own for its JumpReLU SAE.
+"""A comparison of two recipes on the same activations: this package's, and SAELens's own for its JumpReLU SAE.
 
-Both read the same batches in the same order through their own trainers (``PlaceTrainer``, ``SAETrainer``). What comes
-out is compared as Gemma Scope weights for raw activations, by one evaluation.
+Both read the same batches in the same order through their own trainers (``PlaceTrainer``, ``SAETrainer``). The trained
+SAEs are compared by one evaluation, as Gemma Scope weights for raw activations.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PEER = "SAELens JumpReLU"
 
 @dataclass(frozen=True)
 class Budget:
-    """What both may use: ``steps`` batches of ``batch_size`` activations for SAEs of ``d_sae`` latents."""
+    """The budget of both recipes: ``steps`` batches of ``batch_size`` activations for SAEs of ``d_sae`` latents."""
 
     d_sae: int
     steps: int
@@ -50,9 +50,9 @@ class Budget:
 class PeerSettings:
     """Settings of SAELens's JumpReLU recipe, in its units (mean norm of activations is the root of their width).
 
-    The defaults are its documentation's for the tanh penalty, which it recommends: bandwidth 2, threshold 0.1, the
-    pre-activation loss, gradients to the encoder, a penalty that grows over the whole run, a rate that falls over the
-    last fifth. ``step`` is DeepMind's penalty, ``quadratic`` Gemma Scope 2's, which is told the L0 to reach.
+    The defaults are those of SAELens's documentation for the tanh penalty, which it recommends: bandwidth 2, threshold
+    0.1, the pre-activation loss, gradients to the encoder, a penalty that grows over the whole run, and a learning rate
+    that falls over the last fifth. ``step`` is DeepMind's penalty; ``quadratic`` is Gemma Scope 2's, with a target L0.
     """
 
     mode: str = "tanh"
@@ -72,7 +72,7 @@ STEP = PeerSettings("step", bandwidth=0.05, init_threshold=0.01, pre_act_loss=No
 
 @dataclass
 class Trained:
-    """An SAE for raw activations under Gemma Scope's names, and how it came about."""
+    """An SAE for raw activations under Gemma Scope's names, and the settings of its training."""
 
     recipe: str
     arrays: Arrays
@@ -157,7 +157,7 @@ def theirs(
 
 
 def _norm_batches_first(x: Tensor, budget: Budget) -> Iterator[Tensor]:
-    """The batches that measure the scale, then all batches from the first: training sees what ours sees."""
+    """The batches that measure the scale, then all batches from the first, so that both train on the same batches."""
     measured = batches(x, budget.batch_size, budget.seed)
     for _ in range(NORM_BATCHES):
         yield next(measured)
@@ -178,7 +178,7 @@ def peer_arrays(sae: Any) -> Arrays:
 
 @torch.no_grad()
 def _check_same(sae: Any, arrays: Arrays, x: Tensor) -> None:
-    """The converted weights reconstruct as SAELens's own class does, up to float32 rounding."""
+    """Check that the converted weights reconstruct as SAELens's own class does, up to float32 rounding."""
     pre = x @ arrays["W_enc"] + arrays["b_enc"]
     x_hat = (pre * (pre > arrays["threshold"])) @ arrays["W_dec"] + arrays["b_dec"]
     own = sae.decode(sae.encode(x))
@@ -253,12 +253,12 @@ def coefficient_for(
 
 
 def peer_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of SAELens's recipes."""
+    """The points of SAELens's recipes."""
     return [point for point in points if point["recipe"].startswith(PEER)]
 
 
 def comparison(points: Sequence[dict[str, Any]], what: str) -> list[dict[str, Any]]:
-    """Rows for the README's table: our FVU and delta loss beside the peer's, interpolated to our L0."""
+    """Rows for the README's table: FVU and delta loss of this package and of the peer, interpolated to the same L0."""
     rows: list[dict[str, Any]] = []
     peers = peer_points(points)
     for point in (point for point in points if point["recipe"] == "ours"):
@@ -277,18 +277,18 @@ def comparison(points: Sequence[dict[str, Any]], what: str) -> list[dict[str, An
 
 
 def save_points(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
-    """Write ``results/<name>.json``: rows of the README's table, and whatever else the figure is made from."""
+    """Write ``results/<name>.json``: rows of the README's table, and further data for the figure."""
     path = save(name, rows)
     return write_atomically(path, json.dumps({**json.loads(path.read_text("utf-8")), **more}, indent=2) + "\n")
 
 
 def load_points(name: str) -> dict[str, Any]:
-    """What :func:`save_points` wrote."""
+    """Read what :func:`save_points` wrote."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def draw(name: str, where: str, out: Path) -> Path:
-    """The figure of what :func:`save_points` wrote; ``where`` begins its title."""
+    """Draw the figure of the points that :func:`save_points` wrote; ``where`` is the beginning of the title."""
     import pandas as pd
 
     stored = load_points(name)

@@ -1,7 +1,7 @@
-"""What only a GPU can show: the same numbers as on a processor, and what training and splicing cost there.
+"""Measurements on a GPU: the agreement with results on a processor, and the times of training and splicing.
 
-``python -m benchmarks.gpu [OUT]`` on a machine with one writes ``gpu.json``; ``--quick`` runs all at toy sizes on the
-processor, to see that it runs. Peers are PyTorch's dense product, SAELens and Hugging Face's model in the same run.
+``python -m benchmarks.gpu [OUT]`` on a machine with a GPU writes ``gpu.json``; ``--quick`` runs everything at toy sizes
+on the processor, as a test. Peers are PyTorch's dense product, SAELens and Hugging Face's model in the same run.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Bench:
-    """A device, and whether sizes are toys."""
+    """A device, and whether the sizes are toy sizes."""
 
     def __init__(self, quick: bool) -> None:
         self.quick = quick
         self.device = "cpu" if quick else "cuda"
 
     def seconds(self, function: Callable[[], Any], runs: int = 9) -> float:
-        """Median of ``runs`` after two for warming up."""
+        """Median seconds of ``runs`` after two runs for warming up."""
         times: list[float] = []
         for number in range(runs + 2):
             self.wait()
@@ -55,12 +55,12 @@ class Bench:
         return statistics.median(times)
 
     def wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Wait until the device has finished its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
     def equal_steps(self) -> list[dict[str, Any]]:
-        """Twenty steps in float64 on the device and on the processor: weights differ by rounding."""
+        """Twenty steps in float64 on the device and on the processor; weights must differ only by rounding."""
         rows: list[dict[str, Any]] = []
         for name, recipe in (("paper", PAPER), ("fast", FAST), ("gemma_scope_2", GEMMA_SCOPE_2)):
             recipe = replace(recipe, batch_size=256, lr=1e-3, lr_warm_up_steps=4, l0_warm_up_steps=4)
@@ -212,7 +212,7 @@ def main() -> None:
         started = time.perf_counter()
         try:
             found[part] = getattr(bench, part)()
-        except Exception:  # the other parts are worth having
+        except Exception:  # the other parts are still measured
             found[part] = [{"failed": traceback.format_exc()}]
         print(part, f"{time.perf_counter() - started:.0f} s", json.dumps(found[part], indent=1), flush=True)
         if not options.quick:

@@ -1,6 +1,6 @@
-"""Files of true size to SAE objects, first features and single rows; the registry and the command line from cold.
+"""Loading: files of true size to SAE objects, first features and single rows, the registry, and the command line.
 
-The peer is stock SAELens, given the same files and ids. Files are in the page cache for both sides.
+The peer is stock SAELens with the same files and ids. Files are in the page cache for both sides.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def write(path: Path, d_sae: int, d_in: int = D_IN) -> Path:
     vectors = {"b_enc": np.zeros(d_sae, np.float32), "b_dec": np.zeros(d_in, np.float32)}
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, W_dec=w_dec, W_enc=np.ascontiguousarray(w_dec.T), **vectors, threshold=np.ones(d_sae, np.float32))
-    path.chmod(0o444)  # nobody writes into it, as into the files of the Hub's cache, so it may be mapped
+    path.chmod(0o444)  # read-only, like the files of the Hub's cache, so it may be mapped
     os.sync()  # so that writing it back does not disturb what follows
     return path
 
 
 def load_ours(path: Path, dtype: str) -> Any:
-    """The SAE of a file."""
+    """Load the SAE of a file."""
     return JumpReLUSAE.from_folder(path, site="res", layer=20, dtype=dtype)
 
 
@@ -150,7 +150,7 @@ def _processes() -> list[dict[str, Any]]:
 
 
 def _memory(path: Path, dtype: str, small: Path) -> dict[str, float]:
-    """What the process grows by at most, above a process that loaded a small file of the same kind."""
+    """The largest growth of the process, after a small file of the same kind was loaded."""
     load_ours(path, dtype)  # checked before
     code = ["-c", MEMORY, str(path), dtype]
     return {f"{who}_extra_mib": float(_python(*code, who, str(small))) for who in ("ours", "peer")}

@@ -1,9 +1,9 @@
-"""Quality on the bundled model's residual stream: L0 against FVU and delta loss, ours against SAELens's own recipe.
+"""Quality on the bundled model's residual stream: L0 against FVU and delta loss of this package's and SAELens's recipe.
 
-``python -m benchmarks.pareto search`` looks for the best settings of both (an hour on two idle cores, resumed if
-stopped); ``run`` trains both on the same activations and evaluates them on the held-out text (half an hour;
-``evaluate`` does only that again); ``figure`` draws ``docs/pareto.png`` from ``results/pareto.json``. The training text
-is the bundled model's own: ``python scripts/train_bundled.py corpus``, then ``tokenizer``, fetch and tokenize it.
+``python -m benchmarks.pareto search`` searches for the best settings of both (an hour on two idle cores, resumed if
+stopped). ``run`` trains both on the same activations and evaluates them on the held-out text (half an hour);
+``evaluate`` repeats only the evaluation. ``figure`` draws ``docs/pareto.png`` from ``results/pareto.json``. The
+training text is that of the bundled model, which ``python scripts/train_bundled.py corpus`` and ``tokenizer`` make.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ FIGURE = ROOT / "docs" / "pareto.png"
 PLACE = Place("res", 2)
 BUDGET, SEARCH_BUDGET = Budget(d_sae=1_024, steps=2_000), Budget(d_sae=1_024, steps=1_000)
 TARGETS, MIDDLE = (4.0, 8.0, 16.0, 32.0), 16.0
-"""The first three are 3 to 13 % of the stream's 128 dimensions, the paper's range; the last is beyond it."""
+"""The first three are 3 to 13 % of the stream's 128 dimensions, the paper's range; the last is above this range."""
 PEER_TARGETS = (3.5, 7.0, 16.0, 38.0)
-"""A little beyond ours on both sides, so that nothing is extrapolated."""
+"""The peer's targets extend beyond this package's on both sides, so that no value is extrapolated."""
 HELD_ROWS = 50_000
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -119,14 +119,14 @@ def figure(out: Annotated[Path, typer.Option(help="Where to.")] = FIGURE, quick:
 def peers(
     x: Tensor, held: Tensor, best: dict[str, Any], targets: Sequence[float], budget: Budget, middle: float = MIDDLE
 ) -> list[Trained]:
-    """SAELens's SAEs with each penalty's best settings; coefficients are adjusted to the targets, all runs are kept.
+    """SAELens's SAEs with each penalty's best settings; coefficients are adjusted to the targets; all runs are kept.
 
     Args:
         x: training activations ``[n, d]``.
-        held: activations that L0 is adjusted on.
-        best: each penalty's settings and its coefficient at the L0 ``middle``, from the search.
+        held: activations on which L0 is adjusted.
+        best: settings of each penalty and the coefficient at the L0 ``middle``, from the search.
         targets: L0s to reach.
-        budget: of each run.
+        budget: budget of each run.
         middle: see ``best``.
     """
     found: list[Trained] = []
@@ -170,12 +170,12 @@ def activations(budget: Budget) -> tuple[Tensor, Tensor]:
 
 
 def evaluated(trained: Sequence[Trained], held: Tensor, windows: int = 240) -> list[dict[str, Any]]:
-    """A row per SAE: held-out L0, FVU and losses on the bundled text, and how it was made.
+    """A row per SAE: held-out L0, FVU and losses on the bundled text, and the settings of the training.
 
     Args:
         trained: the SAEs.
-        held: activations ``[n, d]`` that none was trained on, for how often latents fire.
-        windows: of held-out text.
+        held: activations ``[n, d]`` on which no SAE was trained, for the firing frequencies.
+        windows: number of windows of held-out text.
     """
     model = gs.load_model(MODEL)
     tokens = heldout_tokens(limit=windows)

@@ -1,11 +1,11 @@
-"""The search for the best settings of both: one setting at a time, at one L0.
+"""The search for the best settings of both recipes, one setting at a time, at one L0.
 
-SAELens's starts from its documentation's values, once for each penalty; ours from ``FAST``, without leaving the paper's
-loss and Adam without momentum.
+The search for SAELens starts from the values of its documentation, once for each penalty. The search for this package
+starts from ``FAST`` and keeps the paper's loss and Adam without momentum.
 
-Every run of the search is kept in ``results/search/<name>.jsonl``, and none is run twice. A candidate's coefficient is
-adjusted so that its L0 comes near the target, and its FVU is taken at the target from the runs on both sides of it (or
-the two nearest), on activations that no training run sees and that the final evaluation does not use.
+Every run of the search is kept in ``results/search/<name>.jsonl``, and no run is repeated. A candidate's coefficient is
+adjusted so that its L0 comes near the target. Its FVU at the target is interpolated from the runs on both sides (or the
+two nearest), on activations that no training run sees and that the final evaluation does not use.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ STAGES: dict[str, Stages] = {
         ),
     ),
 }
-"""Where each penalty's search starts, and the changes tried one after the other; a change that helps is kept."""
+"""The start of each penalty's search, and the changes tried one after the other; a change that helps is kept."""
 
 
 OUR_STAGES: Sequence[Sequence[dict[str, Any]]] = (
@@ -64,12 +64,12 @@ OUR_STAGES: Sequence[Sequence[dict[str, Any]]] = (
     ({"l0_warm_up_steps": 500},),
     ({"lr_decay": 0.5},),
 )
-"""What is tried for ours, as above."""
+"""The changes tried for this package's recipe, as above."""
 
 
 @dataclass
 class Log:
-    """Runs that were made, one JSON object a line: settings, coefficient, budget, and what came out."""
+    """A log of runs, one JSON object per line: settings, coefficient, budget, and result."""
 
     path: Path
     data: str
@@ -82,7 +82,7 @@ class Log:
         return [row for row in rows if row["data"] == self.data]
 
     def run(self, key: dict[str, Any], train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What came out for ``key``: from the file, or from ``train()``, which is then written down."""
+        """The result for ``key``: from the file, or from ``train()``, whose result is then added to the file."""
         for row in self.runs():
             if all(row.get(name) == value for name, value in key.items()):
                 return row
@@ -120,14 +120,14 @@ def search(
     """The best settings of each penalty and their coefficient at the target L0.
 
     Args:
-        log: where runs are kept.
+        log: the log of runs.
         x: training activations ``[n, d]``.
-        held: activations to choose by.
+        held: activations on which candidates are compared.
         target: the L0 at which candidates are compared.
-        budget: of each run.
-        stages: where each penalty starts and what is tried; the quadratic penalty takes over the settings of ``step``.
+        budget: budget of each run.
+        stages: start and changes of each penalty; the quadratic penalty takes over the settings of ``step``.
         guesses: coefficients to start from.
-        report: told of every candidate.
+        report: called with a line for every candidate.
     """
     found: dict[str, tuple[PeerSettings, float]] = {}
     for mode, (start, changes) in stages.items():
@@ -159,10 +159,10 @@ def slower_too(
     *,
     report: Callable[[str], Any] = print,
 ) -> dict[str, tuple[PeerSettings, float]]:
-    """The searched settings again at the full budget, where half the rate may be better."""
+    """Run the best settings again at the full budget, for which half the learning rate may be better."""
     settled: dict[str, tuple[PeerSettings, float]] = {}
     for mode, (best, guess) in found.items():
-        if mode == "quadratic":  # takes over what is settled for ``step``
+        if mode == "quadratic":  # takes over the settings of ``step``
             settled[mode] = (replace(settled["step"][0], mode=mode), guess)
             continue
         scored = [
@@ -187,7 +187,7 @@ def search_ours(
     stages: Sequence[Sequence[dict[str, Any]]] = OUR_STAGES,
     report: Callable[[str], Any] = print,
 ) -> Recipe:
-    """Our best settings at the target L0, which is steered to and not searched for. Arguments as :func:`search`'s."""
+    """This package's best settings at the target L0, to which L0 is steered. Arguments are as for :func:`search`."""
 
     best = replace(start, batch_size=budget.batch_size)
     lowest = score_ours(log, x, held, best, target, budget, place, report=report)
@@ -211,7 +211,7 @@ def score_ours(
     *,
     report: Callable[[str], Any] = print,
 ) -> float:
-    """FVU of ours at the target L0; infinite where L0 did not come within a factor of two."""
+    """FVU of this package's recipe at the target L0; infinite if L0 did not come within a factor of two."""
     key = {"mode": "ours", **json.loads(json.dumps(asdict(recipe))), **asdict(budget), "target": target}
 
     def train() -> dict[str, Any]:
@@ -227,7 +227,7 @@ def score_ours(
 def _score(
     log: Log, x: Tensor, held: Tensor, settings: PeerSettings, guess: float, target: float, budget: Budget
 ) -> tuple[float, float]:
-    """FVU at the target L0, and the coefficient nearest to it; infinite where no run came within a factor of two."""
+    """FVU at the target L0, and the coefficient nearest to it; infinite if no run came within a factor of two."""
     rows: list[dict[str, Any]] = []
 
     def train(coefficient: float) -> float:
@@ -239,7 +239,7 @@ def _score(
 
 
 def fvu_at(points: Sequence[tuple[float, float]], target: float, slope: float = -0.5) -> float:
-    """FVU at an L0, straight in logarithms through the two nearest points; from one point with the given slope."""
+    """FVU at an L0, linear in logarithms through the two nearest points; from a single point with the given slope."""
     near = sorted((p for p in points if p[0] > 0), key=lambda point: abs(math.log(point[0] / target)))[:2]
     if not near or abs(math.log(near[0][0] / target)) > math.log(2.0):
         return math.inf
@@ -251,7 +251,7 @@ def fvu_at(points: Sequence[tuple[float, float]], target: float, slope: float = 
 
 
 def chosen(name: str) -> dict[str, Any]:
-    """The outcome of a search that was written down.
+    """The stored result of a search.
 
     Raises:
         GemmaScopeError: no search has been run.

@@ -1,6 +1,6 @@
-"""One latent out of a file of 19 GB that is only on the Hub, against downloading the file.
+"""Reading one latent from a file of 19 GB on the Hub, against downloading the file.
 
-The Hub is the tests' local one, and the file is sparse on disk: what is measured is requests and bytes, which do not
+The Hub is the local server of the tests, and the file is sparse on disk. Requests and bytes are measured, which do not
 depend on the network.
 """
 
@@ -32,7 +32,7 @@ REPO, FOLDER = "someone/wide", "layer_5/width_1m/average_l0_100"
 
 
 def run() -> list[dict[str, Any]]:
-    """A row for the decoder row alone, and one for what ``load_latents`` gives."""
+    """A row for the decoder row alone, and one for all arrays that ``load_latents`` reads."""
     row = np.random.default_rng(0).standard_normal(D_IN, dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder, LocalHub() as hub:
         path = Path(folder) / "params.npz"

@@ -1,4 +1,4 @@
-"""Stock SAELens on a local Gemma Scope file: its own loader, with the download answered by the file."""
+"""Stock SAELens on a local Gemma Scope file: SAELens's loader, with the file in place of the download."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sae_lens.loading import pretrained_sae_loaders
 
 
 def load_with_sae_lens(path: Path, dtype: str) -> Any:
-    """What ``sae_lens.SAE.from_pretrained`` does after the download."""
+    """Do what ``sae_lens.SAE.from_pretrained`` does after the download."""
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
     with mock.patch.object(pretrained_sae_loaders, "hf_hub_download", return_value=str(path)):

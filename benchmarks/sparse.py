@@ -1,7 +1,7 @@
 """The sparse JumpReLU at the shape of a splice, against the bare encoder product and SAELens's JumpReLUSAE.
 
-``python -m benchmarks.sparse`` writes the rows; ``python -m benchmarks.sparse crossover`` prints what each sum costs,
-sparse and dense, by density: the table in ``gemma_scope_tl/sae/sparse_ops.py`` and the constants below it.
+``python -m benchmarks.sparse`` writes the rows; ``python -m benchmarks.sparse crossover`` prints the time of each sum,
+sparse and dense, by density: the table in ``gemma_scope_tl/sae/sparse_ops.py``, from which the constants there follow.
 """
 
 from __future__ import annotations

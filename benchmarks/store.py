@@ -1,8 +1,8 @@
 """An activation store against a plain file of the same size on the same disk, and against SAELens's cached activations.
 
-Written is to the disk (fsync); a cold read is of files that were dropped from the page cache. SAELens's
-CacheActivationsRunner builds a ``datasets`` shard from a buffer and saves it; its ActivationsStore slices the loaded
-dataset. Those are the calls that are timed, without the model.
+Writing includes fsync; before a cold read the files are dropped from the page cache. SAELens's CacheActivationsRunner
+builds a ``datasets`` shard from a buffer and saves it, and its ActivationsStore slices the loaded dataset. These calls
+are timed, without the model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FILE, CACHED = "plain file", "SAELens cached activations"
 
 
 def write_ours(folder: Path, rows: torch.Tensor, places: list[Place], dtype: str = "float32") -> None:
-    """A whole store: every place gets an equal share of the rows."""
+    """Write a whole store, in which every place has an equal share of the rows."""
     shutil.rmtree(folder, ignore_errors=True)
     shares = dict(zip(places, rows.chunk(len(places)), strict=True))
     count = len(rows) // len(places)
@@ -63,7 +63,7 @@ def write_ours(folder: Path, rows: torch.Tensor, places: list[Place], dtype: str
 
 
 def write_plain(path: Path, rows: torch.Tensor) -> None:
-    """The same bytes into one file, and on to the disk."""
+    """Write the same bytes to one file, and flush it to the disk."""
     data = tensor_bytes(rows)
     with path.open("wb", buffering=0) as file:
         for at in range(0, len(data), CHUNK):
@@ -72,7 +72,7 @@ def write_plain(path: Path, rows: torch.Tensor) -> None:
 
 
 def write_cached(folder: Path, rows: torch.Tensor) -> None:
-    """As CacheActivationsRunner, a buffer of 256 MiB at a time."""
+    """Write like CacheActivationsRunner, in buffers of 256 MiB."""
     shutil.rmtree(folder, ignore_errors=True)
     features = Features({"acts": Array2D(shape=(CONTEXT, D_IN), dtype="float32")})
     step = CACHED_BYTES // (D_IN * 4) // CONTEXT * CONTEXT
@@ -86,7 +86,7 @@ def write_cached(folder: Path, rows: torch.Tensor) -> None:
 
 
 def read_plain(path: Path, into: torch.Tensor) -> None:
-    """One file into memory that is there already."""
+    """Read one file into allocated memory."""
     data, at = tensor_bytes(into), 0
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(data[at : at + CHUNK]):
@@ -94,7 +94,7 @@ def read_plain(path: Path, into: torch.Tensor) -> None:
 
 
 def read_cached(folder: Path) -> None:
-    """As ActivationsStore: 8 contexts at a time, in the order of the dataset."""
+    """Read like ActivationsStore, 8 contexts at a time in the order of the dataset."""
     for shard in sorted(folder.iterdir()):
         dataset = load_from_disk(str(shard))
         dataset.set_format(type="torch", columns=["acts"], device="cpu", dtype=torch.float32)
@@ -127,7 +127,7 @@ def _cold(place: Path, read: Callable[[], Any]) -> Callable[[], None]:
 
 
 def run(gib: float = 0.75, folder: str | None = None) -> list[dict[str, Any]]:
-    """Writing and reading one place and two, and reading as float32 what was stored in bfloat16."""
+    """Write and read one place and two places, and read stored bfloat16 as float32."""
     disable_progress_bar()
     count = int(gib * 2**30) // (D_IN * 4) // (2 * PASS_ROWS) * 2 * PASS_ROWS
     rows = torch.randn(count, D_IN, generator=torch.Generator().manual_seed(0))

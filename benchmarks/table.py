@@ -15,13 +15,13 @@ GPU = RESULTS / "gpu.json"
 
 
 def table() -> str:
-    """Markdown, a row per measurement."""
+    """The table in Markdown, with one row per measurement."""
     paths = [path for path in sorted(RESULTS.glob("*.json")) if path != GPU]
     return _table([row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]])
 
 
 def gpu_table() -> str:
-    """The same for what has a peer in gpu.json, and which GPU it was."""
+    """The table of measurements with a peer in gpu.json, and the name of the GPU."""
     found = json.loads(GPU.read_text(encoding="utf-8"))
     rows = [row for part in found.values() if isinstance(part, list) for row in part if "peer" in row]
     return f"{found['machine']['device']}, PyTorch {found['machine']['torch']}.\n\n{_table(rows)}"
@@ -37,7 +37,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def with_table(text: str) -> str:
-    """``text`` with what is between each pair of markers replaced."""
+    """``text`` with new tables between the pairs of markers."""
     return with_tables(text, {"benchmarks": table(), "gpu": gpu_table()})
 
 

@@ -1,4 +1,4 @@
-"""Paired timing: ours and the peer in turn, so that a machine whose speed drifts still gives a ratio."""
+"""Paired timing of this package and a peer in turn, so that ratios are valid although the machine's speed drifts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens")
 
 
 def paired(ours: Callable[[], Any], peer: Callable[[], Any], runs: int = 7, warmup: int = 1) -> dict[str, float]:
-    """Median seconds of both, and the median of the ratios peer/ours, pair by pair (above 1: ours is faster)."""
+    """Median seconds of both, and the median of the paired ratios peer/ours (above 1 if this package is faster)."""
     for _ in range(warmup):
         ours()
         peer()
@@ -43,7 +43,7 @@ def paired(ours: Callable[[], Any], peer: Callable[[], Any], runs: int = 7, warm
 
 
 def save(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write a benchmark's rows with what they were measured on."""
+    """Write the rows of a benchmark, with a description of the machine."""
     machine = {
         "threads": torch.get_num_threads(),
         "processor": platform.machine(),

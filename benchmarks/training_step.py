@@ -1,9 +1,9 @@
 """One training step of a JumpReLU SAE against SAELens's, both against the bare encoder product ``x @ W_enc``.
 
-Ours is a step of ``PlaceTrainer`` by the paper's recipe; the peer's is ``SAETrainer._train_step`` with
-``JumpReLUTrainingSAE`` (forward, backward, clipping, Adam). Both start from the same number of latents, with thresholds
-at which that many are active on the same batches. A process of each then says how much memory its steps took beyond the
-process before them, parameters, optimizer state and batches. ``python -m benchmarks.training_step [--device cuda]``.
+This package's step is that of ``PlaceTrainer`` by the paper's recipe; the peer's is ``SAETrainer._train_step`` with
+``JumpReLUTrainingSAE`` (forward, backward, clipping, Adam). Both start with thresholds that make the same number of
+latents active on the same batches. A separate process of each then measures the memory that the steps take in addition
+to parameters, optimizer state and batches. Run: ``python -m benchmarks.training_step [--device cuda]``.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from gemma_scope_tl.training.spec import SAESpec
 
 PEER = "SAELens JumpReLUTrainingSAE"
 BATCHES = 4
-WARM_UP = 2  # the first step of ours takes every latent for active, and the second knows better
+WARM_UP = 2  # the first step of PlaceTrainer assumes that every latent is active, and the second has a measured share
 STEP = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An SAE and what it is trained on."""
+    """The sizes of an SAE and of the batches on which it is trained."""
 
     d_in: int
     d_sae: int
@@ -48,7 +48,7 @@ class Shape:
 
     @property
     def threshold(self) -> float:
-        """At which ``l0`` of ``d_sae`` latents are active on unit-length rows: pre-activations are N(0, 1/d_in)."""
+        """The threshold at which ``l0`` of ``d_sae`` latents are active on unit rows (pre-activations N(0, 1/d_in))."""
         upper = torch.tensor(1.0 - self.l0 / self.d_sae, dtype=torch.float64)
         return float(torch.special.ndtri(upper)) / self.d_in**0.5
 
@@ -64,7 +64,7 @@ GPU_CASES = (*CASES, Shape(2_304, 65_536, 4_096, 64))
 
 
 def ours(shape: Shape, device: str) -> tuple[STEP, Callable[[], float], int]:
-    """A step, what tells the mean L0 of the last steps, and the bytes of parameters and state."""
+    """A step, a function that returns the mean L0 of the last steps, and the bytes of parameters and state."""
     recipe = replace(PAPER, batch_size=shape.batch, init_threshold=shape.threshold, lr_warm_up_steps=1_000)
     spec = SAESpec("ours", Place("res", 0), shape.d_sae, recipe, 0)
     trainer = PlaceTrainer(shape.d_in, shape.d_in, [spec], total_steps=100_000, device=device)
@@ -73,7 +73,7 @@ def ours(shape: Shape, device: str) -> tuple[STEP, Callable[[], float], int]:
 
 
 def theirs(shape: Shape, device: str) -> tuple[STEP, Callable[[], float], int]:
-    """The same of SAELens's trainer, with its documentation's defaults and the same kernel width."""
+    """The same for SAELens's trainer, with the defaults of its documentation and the same kernel width."""
     cfg = JumpReLUTrainingSAEConfig(
         d_in=shape.d_in,
         d_sae=shape.d_sae,
@@ -169,7 +169,7 @@ def _row(shape: Shape, device: str, rounds: int) -> dict[str, Any]:
 
 
 def _discard(_: Tensor) -> None:
-    """The product is made and thrown away."""
+    """Discard the product."""
 
 
 def _seconds(function: STEP, x: Tensor, device: str) -> float:
@@ -189,11 +189,11 @@ def _child(who: str, shape: Shape, device: str) -> float:
 
 
 def _memory(who: str, shape: Shape, device: str) -> float:
-    """MiB that steps of ``who`` take at their peak beyond parameters, state and batches."""
+    """Peak memory in MiB of the steps of ``who``, without parameters, state and batches."""
     MAKERS[who](Shape(8, 16, 4, 2), device)[0](torch.randn(4, 8, device=device))  # loads the code
     batches, before = shape.batches(device), _held(device)
     step, _, kept = MAKERS[who](shape, device)
-    step(batches[0])  # Adam's moments come into being
+    step(batches[0])  # allocates Adam's moments
     step(batches[1])
     _forget_peak(device)
     for x in batches[2:]:
@@ -213,7 +213,7 @@ def _forget_peak(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak (Linux)
 
 
 def _status(name: str) -> int:

@@ -1,10 +1,10 @@
 """Training a suite: 12 SAEs of the bundled model from one stream of forward passes, against SAELens's multi-SAE runner.
 
-Speed: the peer trains its own JumpReLU class as its documentation recommends. Loss: the peer's runner trains our class
-with our recipe (``GemmaScopeMultiTrainingRunner``), on the same rows of tokens, with three seeds each. All train on the
-same four fifths of the bundled text; what comes out is measured on activations of the rest.
+For speed, the peer trains its own JumpReLU class as its documentation recommends. For loss, the peer's runner trains
+this package's class with its recipe (``GemmaScopeMultiTrainingRunner``), on the same rows of tokens, with three seeds
+each. All train on the same four fifths of the bundled text, and are measured on activations of the rest.
 
-``python -m benchmarks.training_suite`` takes about seven minutes on two idle cores; ``--quick`` shows that it runs.
+``python -m benchmarks.training_suite`` takes about seven minutes on two idle cores; ``--quick`` is a short test run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from scripts.bundled.tokenizer import BOS, EOS, PAD
 
 CONTEXT, D_SAE = 256, 1_024
 BATCH_ROWS, PEER_BATCH_ROWS = 8, 16
-"""Rows of tokens to a forward pass: what each is fastest with on two cores."""
+"""Rows of tokens in a forward pass, for each the number with which it is fastest on two cores."""
 SITES = ("res", "mlp", "att")
 ALL = [Place(site, layer) for layer in range(4) for site in SITES]
 ONE_LAYER = [Place(site, 2) for site in SITES]
@@ -54,7 +54,7 @@ PEER = "SAELens MultiSAETrainingRunner"
 
 @dataclass(frozen=True)
 class Job:
-    """What both train: an SAE at each place, ``steps`` batches, shuffled in buffers of ``bucket`` rows."""
+    """The training of both: an SAE at each place on ``steps`` batches, shuffled in buffers of ``bucket`` rows."""
 
     places: list[Place]
     recipe: Recipe
@@ -64,12 +64,12 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Activations that each SAE is trained on."""
+        """Number of activations on which each SAE is trained."""
         return self.steps * self.recipe.batch_size
 
     @property
     def norm_batches(self) -> int:
-        """Batches that the scale is measured on."""
+        """Number of batches on which the scale is measured."""
         return min(16, self.steps)
 
 
@@ -84,7 +84,7 @@ class Data:
         self.held = self._packed(texts[::5])
 
     def _packed(self, texts: Iterable[str]) -> TokenRows:
-        """Rows in a shuffled order: the text comes domain by domain, and the two buffers mix differently far."""
+        """Rows in a shuffled order, since the text is sorted by domain and the buffers mix over different ranges."""
         rows = pack_texts(self.model.tokenizer, texts, CONTEXT)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         return TokenRows.from_ids(rows[order], special=(BOS, EOS, PAD))
@@ -105,7 +105,7 @@ class Data:
 
 
 def train_ours(data: Data, job: Job) -> dict[Place, Arrays]:
-    """Our trainers on a streaming source: places are stepped in threads of their own."""
+    """This package's trainers on a streaming source; each place is stepped in its own thread."""
     source = StreamSource(
         data.model, data.rows, job.places, bucket_rows=job.bucket, seed=job.seed, batch_rows=BATCH_ROWS
     )
@@ -129,7 +129,7 @@ def _trainer(source: StreamSource, place: Place, job: Job) -> PlaceTrainer:
 
 
 def train_peer(data: Data, job: Job, *, our_class: bool) -> dict[Place, Arrays]:
-    """SAELens's runner: with its own class and recommended settings, or with our class and recipe."""
+    """SAELens's runner, with its own class and recommended settings or with this package's class and recipe."""
     hooks = {place.key: get_site(place.site).hook_name(place.layer, "hooked_transformer") for place in job.places}
     widths = {place.key: get_site(place.site).d_in(data.model.dims) for place in job.places}
     recipe = job.recipe
@@ -170,7 +170,7 @@ def train_peer(data: Data, job: Job, *, our_class: bool) -> dict[Place, Arrays]:
 
 
 def _recommended(d_in: int, steps: int) -> JumpReLUTrainingSAEConfig:
-    """SAELens's documentation's settings for the penalty that it recommends."""
+    """The settings of SAELens's documentation for the penalty that it recommends."""
     return JumpReLUTrainingSAEConfig(
         d_in=d_in,
         d_sae=D_SAE,
@@ -186,7 +186,7 @@ def _recommended(d_in: int, steps: int) -> JumpReLUTrainingSAEConfig:
 
 @torch.no_grad()
 def _released(sae: Any) -> Arrays:
-    """A trained SAE of our class, whose scale SAELens's trainer has folded, with the pre-encoder bias folded too."""
+    """A trained SAE of this package's class, with the scale (by SAELens's trainer) and the pre-encoder bias folded."""
     assert isinstance(sae, GemmaScopeTrainingSAE)
     named = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec, "threshold": sae.threshold}
     folded = fold({name: value.detach().double() for name, value in named.items()}, 1.0)

@@ -25,7 +25,7 @@ PACKAGES = (
 )
 PYTHONS = ((3, 11), (3, 13))
 HUB_SECONDS = 5.0
-ROOM = 20e9  # bytes: the smallest model and some SAEs
+ROOM = 20e9  # bytes that the smallest model and some SAEs take
 _FAMILY = families()[0]
 GATED = next(iter(_FAMILY.hub_ids.values()))
 
@@ -37,7 +37,7 @@ class Advice:
     Attributes:
         what: the problem.
         do: the remedy.
-        serious: whether results of the package may be wrong until then.
+        serious: whether results of the package may be wrong until the problem is solved.
     """
 
     what: str
@@ -47,7 +47,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class KnownBad:
-    """Versions of a library, as a specifier of PEP 440, that have a defect which matters here."""
+    """Versions of a library (a specifier of PEP 440) with a defect that affects this package."""
 
     package: str
     versions: str
@@ -85,8 +85,8 @@ class Diagnosis:
     """The results of all checks.
 
     Attributes:
-        facts: by name, for people. Access tokens are never part of them.
-        advice: the serious first.
+        facts: readable facts by name. They never contain access tokens.
+        advice: advice, serious problems first.
     """
 
     facts: dict[str, str] = field(default_factory=dict[str, str])
@@ -94,7 +94,7 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing serious was found."""
+        """Whether no serious problem was found."""
         return not any(one.serious for one in self.advice)
 
 
@@ -116,7 +116,7 @@ def diagnose() -> Diagnosis:
         try:
             diagnosis.facts[name], advice = check()
             diagnosis.advice += advice
-        except Exception as error:  # a broken installation may fail in any way, and this shows how
+        except Exception as error:  # a broken installation may fail in any way, which the report must show
             diagnosis.facts[name] = f"FAILED: {type(error).__name__}: {error}"
             do = "install the package again in a new environment, with the versions in constraints.txt"
             diagnosis.advice.append(Advice(f"the check of the {name} failed", do, serious=True))
@@ -182,8 +182,8 @@ def device_advice(usable: bool, driver: bool, built_for: str | None, triton: boo
     Args:
         usable: whether PyTorch can use a GPU.
         driver: whether NVIDIA's tools are installed.
-        built_for: the CUDA version that PyTorch was built for, None for a build without CUDA.
-        triton: whether it is installed.
+        built_for: the CUDA version that PyTorch was built for; None for a build without CUDA.
+        triton: whether triton is installed.
     """
     if driver and not usable and built_for is None:
         yield Advice(
@@ -205,14 +205,14 @@ def _hub() -> tuple[str, list[Advice]]:
     token = "logged in" if get_token() else "not logged in"
     cache = f"cache {os.path.expanduser(constants.HF_HUB_CACHE)}"
     if constants.HF_HUB_OFFLINE:
-        do = "unset HF_HUB_OFFLINE to download; the bundled model and what is in the cache work without"
+        do = "unset HF_HUB_OFFLINE to download; the bundled model and cached files work offline"
         return f"{token}, offline; {cache}", [Advice("HF_HUB_OFFLINE is set: nothing is downloaded", do)]
     access, advice = hub_access()
     return f"{token}, {access}; {cache}", advice
 
 
 def hub_access() -> tuple[str, list[Advice]]:
-    """Whether the Hub answers and gives access to the models: one request for a small file's size, without retries."""
+    """Check with one request, without retries, whether the Hub answers and gives access to the models."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
     licence = f"accept the licence on the page of {GATED} with your account, then `hf auth login`"
@@ -221,12 +221,12 @@ def hub_access() -> tuple[str, list[Advice]]:
         get_hf_file_metadata(hf_hub_url(GATED, "config.json"), timeout=HUB_SECONDS)
     except errors.GatedRepoError:
         return f"{_FAMILY.title} is gated for you", [Advice(f"no access to {_FAMILY.title}", f"{licence}; {ungated}")]
-    except errors.RepositoryNotFoundError:  # the Hub's answer to a token that it does not know
+    except errors.RepositoryNotFoundError:  # the Hub's answer to an unknown token
         return "the Hub refuses the token", [Advice("the Hub refuses the token", "log in again with `hf auth login`")]
     except errors.HfHubHTTPError as error:
         number = getattr(error.response, "status_code", "an error")
         return f"the Hub answers with {number}", [Advice(f"the Hub answers with {number}", "try again later")]
-    except Exception as error:  # the HTTP library and the operating system raise many kinds
+    except Exception as error:  # the HTTP library and the operating system raise many kinds of errors
         do = "look at the network, a proxy (HTTPS_PROXY) and HF_ENDPOINT; without a network set HF_HUB_OFFLINE=1"
         return "the Hub cannot be reached", [Advice(f"the Hub cannot be reached ({type(error).__name__})", do)]
     return f"access to {GATED}", []
@@ -236,7 +236,7 @@ def _disk() -> tuple[str, list[Advice]]:
     from huggingface_hub import constants
 
     folder = os.path.expanduser(constants.HF_HUB_CACHE)
-    there = os.path.abspath(folder)  # relative for a user without a home
+    there = os.path.abspath(folder)  # the folder is relative for a user without a home
     while not os.path.exists(there):
         there = os.path.dirname(there)
     free = shutil.disk_usage(there).free

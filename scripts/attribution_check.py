@@ -1,4 +1,4 @@
-"""Do attributions predict ablations? A scatter figure and its numbers, on the bundled model and held-out text.
+"""A comparison of attributions with ablations: a scatter figure and numbers, on the bundled model and held-out text.
 
 Example: python scripts/attribution_check.py --prompts 16 --pairs 20
 """
@@ -31,7 +31,7 @@ COLORS = {"res": "C0", "mlp": "C1"}
 
 
 def main() -> None:
-    """Measure, write the JSON and the figure, print the numbers."""
+    """Measure, write the JSON and the figure, and print the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=24, help="prompts of held-out text (default 24)")
     parser.add_argument("--length", type=int, default=24, help="tokens of a prompt, BOS included (default 24)")
@@ -71,7 +71,7 @@ def prompts(model: Any, count: int, length: int) -> list[torch.Tensor]:
 
 
 def measure(model: Any, tokens: list[torch.Tensor], pairs: int, steps: int, seed: int) -> pd.DataFrame:
-    """A row per ablated latent: predictions by either method, and the measured change of the metric."""
+    """A row per ablated latent: the predictions of both methods, and the measured change of the metric."""
     frames: list[pd.DataFrame] = []
     for site, layer in PLACES:
         sae = gs.load_sae("bundled", site, layer, width="1k")
@@ -92,7 +92,7 @@ def measure(model: Any, tokens: list[torch.Tensor], pairs: int, steps: int, seed
 
 
 def sample(table: pd.DataFrame, pairs: int, seed: int) -> pd.DataFrame:
-    """Random rows, half of them at the last token, where effects are large; never chosen by what is predicted."""
+    """Random rows, half of them at the last token, where effects are large; the choice ignores the predictions."""
     last = table[table["position"] == table["position"].max()]
     drawn = last.sample(min(pairs // 2, len(last)), random_state=seed)
     rest = table.drop(drawn.index)

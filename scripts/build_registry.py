@@ -1,4 +1,4 @@
-"""Derive ``pretrained_yaml/`` from the catalogue that ships inside SAELens: facts, read as data, not code.
+"""Derive ``pretrained_yaml/`` from the catalogue that ships with SAELens, which is read as data, not imported.
 
     python scripts/build_registry.py            writes the files
     python scripts/build_registry.py --check    prints counts and every difference from SAELens; exit 1 if files differ
@@ -40,7 +40,7 @@ DIMS = {  # Hugging Face configs of the models
 
 @dataclass(frozen=True)
 class Spec:
-    """What the catalogue does not say, or says wrongly, of one release."""
+    """Facts about one release that the catalogue lacks, or states wrongly."""
 
     release: str
     model: str
@@ -114,7 +114,7 @@ SPECS = (
 
 
 class Difference(NamedTuple):
-    """Where a row or release here is not what SAELens's catalogue says, or what to know of it, and why."""
+    """A difference of a row or release from SAELens's catalogue, or a remark on it, and the reason."""
 
     release: str
     what: str
@@ -122,7 +122,7 @@ class Difference(NamedTuple):
 
 
 class Derived(NamedTuple):
-    """A release file and what was found on the way to it."""
+    """A release file, and the differences found while deriving it."""
 
     file: ReleaseFile
     differences: list[Difference]
@@ -132,7 +132,7 @@ def sae_lens_catalogue() -> dict[str, Any]:
     """SAELens's catalogue, read without importing SAELens.
 
     Raises:
-        RegistryError: when SAELens is not installed or its catalogue has moved.
+        RegistryError: SAELens is not installed or its catalogue has moved.
     """
     spec = importlib.util.find_spec("sae_lens")
     folders = list(spec.submodule_search_locations or ()) if spec else []
@@ -150,7 +150,7 @@ def derive_all(catalogue: Mapping[str, Any] | None = None) -> list[Derived]:
 
 
 def derive(spec: Spec, catalogue: Mapping[str, Any]) -> Derived:
-    """One release file: SAELens's rows, checked and corrected, with each correction listed."""
+    """Derive one release file from SAELens's rows, which are checked and corrected; each correction is listed."""
     base, twin_name = catalogue[spec.release], f"{spec.release}-canonical"
     twin = catalogue.get(twin_name)
     differences: list[Difference] = []
@@ -190,7 +190,7 @@ Differs = Callable[[str, str], None]
 
 
 def _row(spec: Spec, sae: Mapping[str, Any]) -> Row:
-    """A row from an id and a path; the only place where a path is taken apart."""
+    """A row from an id and a path. Paths are parsed only here."""
     match = _PATH.fullmatch(sae["path"])
     if match is None or sae["id"] != sae["path"]:
         raise RegistryError(f"SAELens's {spec.release} has an id or path of a new kind: {sae}.")
@@ -219,7 +219,7 @@ def _check_l0(saes: Iterable[Mapping[str, Any]], rows: Mapping[str, Row], differ
 
 
 def _mark_canonical(twins: Iterable[Mapping[str, Any]], rows: Mapping[str, Row], differs: Differs) -> None:
-    """Mark SAELens's choice, and read the canonical rows' L0 from the row they name."""
+    """Mark the canonical rows that SAELens chose, and take their L0 from the row that they name."""
     missing = 0
     for sae in twins:
         row = rows[sae["path"]]
@@ -242,7 +242,7 @@ def _by_place(rows: Mapping[str, Row]) -> dict[str, list[Row]]:
 
 
 def _check_ties(rows: Mapping[str, Row], differs: Differs) -> None:
-    """Canonical means nearest to an L0 of 100: say where it does not, where two are as near, where there is none."""
+    """List places whose canonical row is not nearest to an L0 of 100, is not the only nearest, or does not exist."""
     for place, here in _by_place(rows).items():
         distance = min(abs(row["l0"] - CANONICAL_L0) for row in here)
         near = sorted(row["l0"] for row in here if abs(row["l0"] - CANONICAL_L0) == distance)
@@ -268,7 +268,7 @@ def _neuronpedia(
     rows: Mapping[str, Row],
     differs: Differs,
 ) -> None:
-    """Neuronpedia ids from both releases, on the row itself; ids that name another SAE are dropped."""
+    """Put the Neuronpedia ids of both releases on their rows; ids that name another SAE are dropped."""
     saes, twins = list(saes), list(twins)
     on_rows = {sae["path"] for sae in saes if sae.get("neuronpedia")}
     added = sum(bool(sae.get("neuronpedia")) and sae["path"] not in on_rows for sae in twins)
@@ -295,7 +295,7 @@ def _neuronpedia(
 
 
 def _notes(spec: Spec, rows: Mapping[str, Row], differs: Differs) -> None:
-    """Note the known doubts, and pairs whose L0s differ by one: such a pair is one SAE released twice, or nearly so."""
+    """Note known doubts, and pairs whose L0s differ by one, which are the same SAE (or nearly) released twice."""
     for place, here in _by_place(rows).items():
         by_l0 = {row["l0"]: row for row in here}
         for l0 in sorted(by_l0):
@@ -347,7 +347,7 @@ def report(derived: Iterable[Derived]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the files, or with ``--check`` compare them; the exit status."""
+    """Write the files, or compare them with ``--check``, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is not as derived")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the files")

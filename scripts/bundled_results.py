@@ -4,9 +4,9 @@
     python scripts/bundled_results.py --check                exit 1 where results are missing, or of other weights
     python scripts/bundled_results.py --model gemma-2-2b --release gemma-scope-2b-pt-mlp --data texts.jsonl
 
-For each release ``gemma_scope_tl/bundled/results/`` gets ``<release>.csv``, a row per SAE, and ``<release>.json``: the
-configuration, the versions of the software and what each column means. Rows are spread evenly over the text, so that
-every kind of text in it counts. ``--cache`` goes on where a run was stopped.
+For each release ``gemma_scope_tl/bundled/results/`` gets ``<release>.csv``, with a row per SAE, and ``<release>.json``,
+with the configuration, the versions of the software and the meaning of each column. Rows are spread evenly over the
+text, so that every kind of text is included. ``--cache`` continues a stopped run.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ BOUNDS = "<metric>_low and <metric>_high: bootstrap interval over sequences"
 
 
 def main() -> int:
-    """Measure and write, or check."""
+    """Measure and write the results, or check them."""
     options = _arguments()
     folder = Path(options.out)
     rows = select_rows(options.model, release=options.release or None)
@@ -85,7 +85,7 @@ def main() -> int:
 
 
 def spread_rows(model: Any, source: str | None, context: int, rows: int) -> torch.Tensor:
-    """``rows`` rows of tokens at even distances over the whole text, or all where there are fewer."""
+    """``rows`` rows of tokens at even distances over the whole text, or all rows if there are fewer."""
     tokens = pack_texts(model.tokenizer, read_texts(source), context)
     if tokens.shape[0] <= rows:
         return tokens
@@ -93,7 +93,7 @@ def spread_rows(model: Any, source: str | None, context: int, rows: int) -> torc
 
 
 def stale(rows: list[Any], folder: Path) -> list[str]:
-    """A line for each SAE without a result, or with one of other weights."""
+    """A line for each SAE without a result for its current weights."""
     known: set[tuple[str, str, str | None]] = set()
     for path in {folder / f"{row.release}.csv" for row in rows}:
         if path.is_file():
@@ -103,7 +103,7 @@ def stale(rows: list[Any], folder: Path) -> list[str]:
 
 
 def configuration(options: argparse.Namespace, tokens: torch.Tensor) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The settings on which the numbers depend."""
     return {
         "model": options.model,
         "dtype": options.dtype,
@@ -123,7 +123,7 @@ def configuration(options: argparse.Namespace, tokens: torch.Tensor) -> dict[str
 
 
 def write(folder: Path, release: str, table: pd.DataFrame, config: dict[str, Any]) -> None:
-    """The table of one release and what it was made with, both or none."""
+    """Write the table and the configuration of one release, both or neither."""
     software = {"python": platform.python_version(), "gemma-scope-tl": gs.__version__}
     software |= {name: version(name) for name in SOFTWARE}
     facts = {"release": release, "configuration": config, "software": software, "columns": COLUMNS, "bounds": BOUNDS}

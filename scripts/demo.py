@@ -1,4 +1,4 @@
-"""The main job, offline: load a Gemma 2 and its SAEs by name, splice, look, steer; writes a figure. Run: make demo."""
+"""A tour that works offline: load a Gemma 2 and SAEs by name, splice, inspect, steer, and draw. Run: make demo."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _print_all_at_once(model: Any, saes: list[Any], rows: pd.DataFrame) -> None:
 
 
 def _specific_latent(table: pd.DataFrame) -> int:
-    """The latent that fires strongest among those that fire on at most two of the sentence's tokens."""
+    """The strongest latent among those that fire on at most two of the sentence's tokens."""
     counts = table.groupby("latent")["activation"].agg(["size", "max"])
     rare = counts[counts["size"] <= 2]
     return int((rare if len(rare) else counts)["max"].idxmax())

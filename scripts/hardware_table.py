@@ -1,4 +1,4 @@
-"""Memory, disk and time of each model and width, from shapes: docs/hardware.json, and the tables of docs/hardware.md.
+"""Memory, disk and time of each model and width, computed from shapes, for docs/hardware.json and docs/hardware.md.
 
 Nothing is loaded or measured. Run: python -m scripts.hardware_table
 """
@@ -24,7 +24,7 @@ MODELS = ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 WIDTHS = ("16k", "65k", "131k", "1m")
 CONTEXT, BATCH, BUCKET = 1024, 4096, 1 << 20
 CARDS = (8, 16, 24, 40, 80)  # GB
-RESERVE = 2e9  # for activations, logits of 256,000 tokens, and CUDA itself
+RESERVE = 2e9  # bytes for activations, logits of 256,000 tokens, and CUDA
 GB, GIB, TIB = 1e9, 2.0**30, 2.0**40
 
 
@@ -47,7 +47,7 @@ def models() -> list[dict[str, Any]]:
 
 
 def saes() -> list[dict[str, Any]]:
-    """Bytes of an SAE of each model, site and width, and what encoding a token costs beside the model's pass."""
+    """Bytes of an SAE of each model, site and width, and the cost of encoding a token relative to the model's pass."""
     rows: list[dict[str, Any]] = []
     for name in MODELS:
         sizes = sizes_of(name)
@@ -120,7 +120,7 @@ def training() -> list[dict[str, Any]]:
 
 
 def buffers() -> list[dict[str, Any]]:
-    """Shuffle buffers for all places of a model at once, in bfloat16, and what SAELens's runner needs for the same."""
+    """Shuffle buffers for all places of a model at once, in bfloat16, and those of SAELens's runner."""
     rows: list[dict[str, Any]] = []
     for name in MODELS:
         dims = sizes_of(name).dims
@@ -140,7 +140,7 @@ def buffers() -> list[dict[str, Any]]:
 
 
 def numbers() -> dict[str, Any]:
-    """All that is in the file."""
+    """The content of the JSON file."""
     hardware = Hardware()
     assumed = {
         "context": CONTEXT,
@@ -156,7 +156,7 @@ def numbers() -> dict[str, Any]:
 
 
 def with_tables(page: str, data: dict[str, Any]) -> str:
-    """``page`` with its tables made anew from ``data``; errors are those of :mod:`scripts.page_tables`."""
+    """``page`` with new tables made from ``data``; errors are those of :mod:`scripts.page_tables`."""
     return page_tables.with_tables(page, {name: make(data) for name, make in TABLES.items()})
 
 

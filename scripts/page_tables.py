@@ -1,4 +1,4 @@
-"""Tables of pages that are made from data: how they are written, and where in a page they stand."""
+"""Tables that are made from data: formatting them, and inserting them into a page."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 
 def with_tables(page: str, tables: Mapping[str, str]) -> str:
-    """``page`` with what stands between ``<!-- NAME: start -->`` and ``<!-- NAME: end -->`` replaced by ``tables``.
+    """Replace the text between ``<!-- NAME: start -->`` and ``<!-- NAME: end -->`` in ``page`` by ``tables``.
 
     Raises:
-        KeyError: a marker in the page of which there is no table.
-        ValueError: a table that the page does not show, or twice.
+        KeyError: a marker of the page has no table.
+        ValueError: the page does not have exactly one marker for a table.
     """
     for name in tables:
         if page.count(f"<!-- {name}: start -->") != 1 or page.count(f"<!-- {name}: end -->") != 1:
@@ -25,6 +25,6 @@ def with_tables(page: str, tables: Mapping[str, str]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; all columns but the first are numbers."""
+    """A Markdown table; all columns except the first are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,9 +1,9 @@
-"""What training Gemma Scope's SAEs on all of Gemma 2 9B takes: formulas, into docs/clusters.json and docs/clusters.md.
+"""The resources for training Gemma Scope's SAEs on all of Gemma 2 9B, for docs/clusters.json and docs/clusters.md.
 
     python -m scripts.plan_cluster
 
-Numbers of three kinds go in, and the page says which is which: the sizes of Gemma 2 and of Table 1; what was measured
-here, from benchmarks/results; and what is assumed of the hardware (:class:`Hardware`), which nobody measured.
+The formulas use three kinds of numbers, which the page distinguishes: the sizes of Gemma 2 and of Table 1, measurements
+of this package from benchmarks/results, and assumptions about the hardware (:class:`Hardware`), which are not measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Hardware:
-    """Assumptions. FLOP/s are the data sheet's for dense products; bandwidths are bytes a second."""
+    """Assumptions. FLOP/s are those of the data sheet for dense products; bandwidths are in bytes per second."""
 
     gpu: str = "H100 SXM"
     bf16_flops: float = 989e12
@@ -60,14 +60,14 @@ def width(model: ModelSizes, site: str) -> int:
 
 
 def store_bytes(model: ModelSizes, site: str, rows: float, itemsize: int = FLOAT32) -> float:
-    """A store of ``rows`` activations of one place."""
+    """Bytes of a store with ``rows`` activations of one place."""
     return rows * width(model, site) * itemsize
 
 
 def step_seconds(d: int, d_sae: int, saes: int, flops: float, hardware: Hardware, products: float) -> float:
     """One step of ``saes`` SAEs from one batch, and Adam's traffic (read p, g, v; write p, v).
 
-    The encoder's product is at ``flops``; what else a step does, in such products, at float32's.
+    The encoder's product runs at ``flops``; the other work of a step, in units of this product, at float32's FLOP/s.
     """
     size = 2.0 * BATCH * d * d_sae / hardware.share_of_peak
     compute = size / flops + (products - 1.0) * size / hardware.fp32_flops
@@ -108,7 +108,7 @@ def total_hours(rows: list[dict[str, Any]], precision: str) -> float:
 
 
 def harvest(hardware: Hardware, share: float) -> dict[str, Any]:
-    """One forward pass over all tokens, in bfloat16, through all layers, and what it writes."""
+    """One forward pass over all tokens, in bfloat16, through all layers, and the bytes that it writes."""
     layers = GEMMA_9B.dims.n_layers
     per_token = GEMMA_9B.flops_per_token(layers, CONTEXT)
     tokens_per_s = hardware.bf16_flops * hardware.share_of_peak * share / per_token
@@ -133,15 +133,15 @@ def harvest(hardware: Hardware, share: float) -> dict[str, Any]:
 
 
 def choices(hardware: Hardware, pass_hours: float, training_hours: float) -> list[dict[str, Any]]:
-    """Storing and streaming: what is kept, how often the model runs, and how that compares with training.
+    """Storing and streaming: the bytes kept, the number of passes of the model, and their cost relative to training.
 
-    A pass for some layers stops after the last of them, so passes for each layer cost half a full one on average.
+    A pass for some layers stops after the last of them, so a pass for a single layer costs half a full one on average.
     """
     layers, node = GEMMA_9B.dims.n_layers, hardware.gpus_per_node
     everything = layers * sum(store_bytes(GEMMA_9B, site, ROWS) for site in SITES)
     half = (layers + 1) / 2 / layers
     places = layers * len(SITES)
-    jobs = places * len(WIDTHS)  # the widths see other numbers of tokens
+    jobs = places * len(WIDTHS)  # the widths are trained on different numbers of tokens
     tokens = sum(TOKENS[d_sae] for d_sae in WIDTHS) / len(WIDTHS) / ROWS  # of a job, in passes
     rows = [
         ("store all places, train from it", everything, everything, 1.0),
@@ -163,7 +163,7 @@ def choices(hardware: Hardware, pass_hours: float, training_hours: float) -> lis
 
 
 def sharing(hardware: Hardware) -> list[dict[str, Any]]:
-    """How much is read from a store of one place (res), by how its SAEs are divided into jobs."""
+    """The bytes read from a store of one place (res), by the division of its SAEs into jobs."""
     size = store_bytes(GEMMA_9B, "res", 1.0)
     both = sum(TOKENS[d_sae] for d_sae in WIDTHS)
     return [
@@ -176,7 +176,7 @@ def sharing(hardware: Hardware) -> list[dict[str, Any]]:
 
 
 def cluster(hardware: Hardware, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """GPUs and bandwidth for an end in ``hardware.days``."""
+    """The GPUs and bandwidth that finish the training in ``hardware.days``."""
     read = GEMMA_9B.dims.n_layers * sum(
         sum(TOKENS[d_sae] for d_sae in WIDTHS) * FLOAT32 * width(GEMMA_9B, site) for site in SITES
     )
@@ -200,7 +200,7 @@ def cluster(hardware: Hardware, rows: list[dict[str, Any]]) -> list[dict[str, An
 
 
 def paper_checks() -> list[dict[str, Any]]:
-    """The same formulas where the paper says what it took."""
+    """The same formulas for the cases in which the paper states the resources."""
     places = [(model, site) for model in (GEMMA_2B, GEMMA_9B) for site in SITES]
     stored = sum(model.dims.n_layers * store_bytes(model, site, 8e9) for model, site in places)
     released = list_saes()
@@ -247,7 +247,7 @@ def paper_checks() -> list[dict[str, Any]]:
 
 
 def plan(results: Path = ROOT / "benchmarks" / "results") -> dict[str, Any]:
-    """Everything that docs/clusters.json holds."""
+    """The content of docs/clusters.json."""
     hardware, found = Hardware(), measured(results)
     rows = training(hardware, found.products)
     pass_ = harvest(hardware, found.harvest or 1.0)

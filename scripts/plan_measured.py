@@ -1,4 +1,4 @@
-"""What benchmarks/results says that the plan can use; where it says nothing, what is assumed instead."""
+"""The inputs of the plan from benchmarks/results, with assumptions for those that were not measured."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Measured:
     """Inputs that were measured here, or not.
 
     Attributes:
-        products: how long a step takes, in encoder products (``batch x d x d_sae``, float32).
-        products_source: the file and row, or what was assumed.
-        harvest: of what the model's own forward pass reaches, the share left when all sites are read.
+        products: time of a step in encoder products (``batch x d x d_sae``, float32).
+        products_source: the file and row, or the assumption.
+        harvest: speed of a forward pass that reads all sites, as a share of that of the model's own pass.
         harvest_source: the file.
-        store_read, store_write: bytes a second of a store on the benchmark's disk; None where not measured.
+        store_read, store_write: bytes per second of a store on the benchmark's disk; None if they were not measured.
         store_source: the file.
     """
 
@@ -33,7 +33,7 @@ class Measured:
 
 
 def measured(results: Path) -> Measured:
-    """What gpu.json and store.json of the folder ``results`` say.
+    """The measurements in gpu.json and store.json of the folder ``results``.
 
     ``encoder_products`` of a training step at the paper's batch, the largest (the least favourable shape measured);
     ``ratio`` of a harvest; ``read_bytes_per_s`` and ``write_bytes_per_s`` of a store, the least.

@@ -11,7 +11,7 @@ TIB, PIB, GB = 2.0**40, 2.0**50, 1e9
 
 
 def with_tables(page: str, plan: dict[str, Any]) -> str:
-    """``page`` with its tables made anew from ``plan``; errors are those of :mod:`scripts.page_tables`."""
+    """``page`` with new tables made from ``plan``; errors are those of :mod:`scripts.page_tables`."""
     return page_tables.with_tables(page, {name: make(plan) for name, make in TABLES.items()})
 
 

@@ -1,4 +1,4 @@
-"""The numbers and figures of docs/results.md, from the released results of the bundled suite and its training log.
+"""The tables and figures of docs/results.md, from the released results of the bundled suite and its training log.
 
 python -m scripts.results_page
 """
@@ -31,7 +31,7 @@ COLUMNS = {
 
 
 def results() -> pd.DataFrame:
-    """A row for each bundled SAE, ``rank`` counting the L0s of a place and width from 0."""
+    """A row for each bundled SAE; ``rank`` numbers the L0s of a place and width from 0."""
     table = pd.concat([pd.read_csv(path) for path in sorted(RESULTS.glob("bundled-*.csv"))], ignore_index=True)
     keys = ["site", "layer", "d_sae"]
     return table.assign(rank=table.groupby(keys, dropna=False)["l0"].rank().astype(int) - 1)
@@ -50,7 +50,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def with_table(page: str) -> str:
-    """``page`` with the table made anew; errors as :func:`scripts.page_tables.with_tables` raises them."""
+    """``page`` with a new table; errors are those of :func:`scripts.page_tables.with_tables`."""
     return with_tables(page, {"results": markdown(results())})
 
 

@@ -1,18 +1,18 @@
-"""SAEBench's core evaluation of this package's SAEs and models, in an environment of its own.
+"""SAEBench's core evaluation of this package's SAEs and models, in a separate environment.
 
-SAEBench 0.6.0 wants numpy below 2 and datasets below 4, so it is not installed beside this package's pinned versions.
-Its requirements can be met together with this package's declared ones, though, so one more environment does it
-(with a CPU build of torch, take torchvision from the same place or uninstall it: the core evaluation needs none):
+SAEBench 0.6.0 needs numpy below 2 and datasets below 4, so it does not go with this package's pinned versions.
+Its requirements are compatible with this package's declared ones, so one separate environment can hold both (with a CPU
+build of torch, take torchvision from the same index or uninstall it, since the core evaluation does not need it):
 
     python -m venv saebench && saebench/bin/pip install torch sae-bench==0.6.0
     saebench/bin/pip install -e .
     saebench/bin/python scripts/saebench_core.py --site res --layer 2 --width 1k --rows 32 --out core.json
 
 Metrics are computed by ``sae_bench.evals.core.main.run_evals``, on rows of the bundled held-out text (or ``--data``).
-SAEBench reads ``hook_name`` and a few other fields from an SAE's ``cfg``, where SAELens 6 has them in ``cfg.metadata``;
-:class:`ForSAEBench` shows them there. Beside its numbers the script prints those of this package's ``evaluate`` on the
-same rows. L0 is the same, losses nearly: SAEBench also counts predictions of EOS. Its ``explained_variance`` is not 1 -
-FVU: in 0.6.0 the variance is E[x^2] - E[x^2]^2, where E[x^2] - E[x]^2 is meant.
+SAEBench reads ``hook_name`` and a few other fields from an SAE's ``cfg``, while SAELens 6 has them in ``cfg.metadata``;
+:class:`ForSAEBench` makes them available in ``cfg``. The script also prints the metrics of this package's ``evaluate``
+on the same rows. L0 is the same, and losses are nearly equal: SAEBench also counts predictions of EOS. SAEBench's
+``explained_variance`` is not 1 - FVU: in 0.6.0 the variance is E[x^2] - E[x^2]^2 in place of E[x^2] - E[x]^2.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from gemma_scope_tl.text.rows import pack_texts
 
 
 class ForSAEBench(torch.nn.Module):
-    """One of our SAEs with the attributes that SAEBench asks for."""
+    """One of this package's SAEs with the attributes that SAEBench needs."""
 
     def __init__(self, sae: Any) -> None:
         super().__init__()
@@ -72,10 +72,10 @@ class ForSAEBench(torch.nn.Module):
         return self.decode(self.encode(x))
 
     def turn_off_forward_pass_hook_z_reshaping(self) -> None:
-        """Heads are flat already."""
+        """Do nothing, since heads are already flattened."""
 
     def turn_on_forward_pass_hook_z_reshaping(self) -> None:
-        """Heads stay flat."""
+        """Do nothing, since heads stay flattened."""
 
 
 def core(model: Any, sae: Any, tokens: torch.Tensor, batch: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A griffe extension for the site: doctests and headings of the docstrings as Markdown."""
+"""A griffe extension for the documentation site, which converts doctests and headings of docstrings to Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LITERAL = re.compile(r"::[ ]*$", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites each docstring once, when it has been read."""
+    """Rewrites each docstring after it has been read."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
@@ -38,7 +38,7 @@ def as_markdown(text: str) -> str:
 
 
 def _returns_as_text(text: str) -> str:
-    """What is returned as plain text: griffe would take its words up to a colon for a type."""
+    """Make the description of return values plain text, because griffe takes the words before a colon for a type."""
     head, found, rest = text.partition("\nReturns:\n")
     if not found:
         return text

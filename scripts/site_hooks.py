@@ -1,4 +1,4 @@
-"""Hooks of the site: docstrings are written for Sphinx too, and pages for a file browser too."""
+"""Hooks of the documentation site, which adapt docstrings written for Sphinx and pages written for a file browser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _OUTSIDE = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\./)+([^)#\s]+)(#[^)]*)?\)")
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Links to files of the repository that are no pages become their paths: the site stands alone."""
+    """Replace links to files that are not pages of the site by the paths of the files."""
     depth = page.file.src_uri.count("/")
 
     def shown(match: re.Match[str]) -> str:
@@ -21,7 +21,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Sphinx roles become links where the site documents the object, and code where it does not."""
+    """Replace Sphinx roles by links if the site documents the object, and by code otherwise."""
 
     def linked(match: re.Match[str]) -> str:
         name = match[1].rsplit(".", 1)[-1]

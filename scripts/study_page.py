@@ -43,7 +43,7 @@ MODEL, LAYER, WIDTH = "bundled", 2, 1024
 SITES = ("res", "mlp", "att")
 CONTEXT, ROWS, DOMAIN_ROWS, UNIFORMITY_ROWS, POSITIONS, PROBE_K = 256, 64, 12, 32, 8, (1, 5, 20)
 PLACES = ((0, 1), (8, 16), (128, 256))
-"""Tokens of a row whose means the page shows: the first after BOS, some early ones, the second half."""
+"""Positions of a row whose means the page shows: the first after BOS, some early ones, and the second half."""
 
 
 def saes(dtype: str = "float32", **wanted: Any) -> list[Any]:
@@ -69,7 +69,7 @@ def frequency(model: Any) -> pd.DataFrame:
 
 
 def domains(model: Any) -> pd.DataFrame:
-    """Section 4.6: the canonical SAEs of 1,024 latents of one layer, on as many rows of each kind of text."""
+    """Section 4.6: the canonical SAEs of 1,024 latents of one layer, on equally many rows of each kind of text."""
     chosen = saes(site=SITES, layer=LAYER, d_sae=WIDTH, canonical=True)
     return by_domain(model, chosen, labelled_texts(), DOMAIN_ROWS, CONTEXT)
 
@@ -92,7 +92,7 @@ def uniformity(model: Any) -> pd.DataFrame:
 
 
 def probes(model: Any) -> pd.DataFrame:
-    """Do latents mean something? The three residual SAEs of 1,024 latents of one layer."""
+    """Probes: the three residual SAEs of 1,024 latents of one layer."""
     data = bundled_concepts(model.tokenizer)
     return probe_concepts(model, saes(site="res", layer=LAYER, d_sae=WIDTH), data, PROBE_K, batch_size=32)
 
@@ -156,12 +156,12 @@ def _probes(rows: pd.DataFrame) -> str:
 
 
 def of_tokens(concept: str) -> bool:
-    """Whether a concept of the bundled text is about tokens, not rows."""
+    """Whether a concept of the bundled text is a property of tokens rather than rows."""
     return concept.startswith(("code: ", "sentence: "))
 
 
 class Study(NamedTuple):
-    """How a study is run, drawn by ``viz.study_figures`` and shown on the page."""
+    """The functions that run a study, draw it (from ``viz.study_figures``) and show it on the page."""
 
     run: Callable[[Any], pd.DataFrame]
     figure: str
@@ -179,17 +179,17 @@ STUDIES = {
 
 
 def stored(name: str) -> pd.DataFrame:
-    """The rows of a study that was run."""
+    """The stored rows of a study."""
     return pd.read_csv(FOLDER / f"{name}.csv", dtype={"id": str})
 
 
 def with_all_tables(page: str) -> str:
-    """``page`` with every table made anew; errors as :func:`scripts.page_tables.with_tables` raises them."""
+    """``page`` with new tables; errors are those of :func:`scripts.page_tables.with_tables`."""
     return with_tables(page, {name: study.table(stored(name)) for name, study in STUDIES.items()})
 
 
 def main(names: list[str]) -> None:
-    """Run the studies of these names, or all, and write figures and page."""
+    """Run the named studies, or all, and write the figures and the page."""
     model = None
     for name, study in STUDIES.items():
         if names and name not in names:

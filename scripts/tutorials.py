@@ -1,4 +1,4 @@
-"""Make and run the tutorials: tutorials/source/*.py to tutorials/*.ipynb with their outputs.
+"""Make and run the tutorials: from tutorials/source/*.py to tutorials/*.ipynb with their outputs.
 
     python -m scripts.tutorials            # all, in place, with the seconds that each took
     python -m scripts.tutorials 4 5        # some, by number
@@ -36,7 +36,7 @@ def sources() -> list[Path]:
 
 
 def notebook_of(source: Path) -> Path:
-    """Where the notebook of a source is."""
+    """The path of the notebook of a source."""
     return TUTORIALS / f"{source.stem}.ipynb"
 
 
@@ -86,7 +86,7 @@ def execute(notebook: Any, folder: Path) -> float:
 
 
 def strip(notebook: Any, folder: Path) -> None:
-    """Take out what differs from run to run or says where it ran; texts on standard error go too."""
+    """Remove outputs that depend on the run or the machine, and all output on standard error."""
     notebook["metadata"] = {"kernelspec": KERNEL}
     for cell in notebook["cells"]:
         cell["metadata"] = {}
@@ -97,7 +97,7 @@ def strip(notebook: Any, folder: Path) -> None:
 
 
 def _joined(outputs: list[Any]) -> list[Any]:
-    """Pieces of printed text as one: where it was cut depends on the moment."""
+    """Join consecutive pieces of printed text, because their boundaries depend on timing."""
     found: list[Any] = []
     for output in outputs:
         if found and output["output_type"] == found[-1]["output_type"] == "stream":
@@ -120,13 +120,13 @@ def _without_paths(value: Any, folder: Path) -> Any:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the tutorials that are named, or all."""
+    """Run the named tutorials, or all."""
     chosen = [path for path in sources() if not _numbers(arguments) or path.stem[0] in _numbers(arguments)]
     if "--check" in arguments:
         stale = [path.name for path in chosen if not is_made_from(notebook_of(path), path)]
         print(f"not made from their sources: {stale}" if stale else f"{len(chosen)} notebooks match their sources")
         return 1 if stale else 0
-    with tempfile.TemporaryDirectory(prefix="tutorials-") as folder:  # one for all: 5 and 6 go on with 4's run
+    with tempfile.TemporaryDirectory(prefix="tutorials-") as folder:  # shared, since 5 and 6 use the run of 4
         for path in chosen:
             notebook = make(path)
             seconds = execute(notebook, Path(folder))

@@ -27,7 +27,7 @@ PACKAGE = str(Path(gs.__file__).parent)
 
 @dataclass
 class Call:
-    """A function of the package, and what it called, in the order of the first calls."""
+    """A function of the package, and the functions that it called, in the order of the first calls."""
 
     name: str
     times: int = 0
@@ -35,7 +35,7 @@ class Call:
 
 
 class Trace:
-    """Follows calls between functions of the package; frames of libraries in between are looked through."""
+    """Records calls between functions of the package; frames of libraries between them are skipped."""
 
     def __init__(self) -> None:
         self.root = Call("")
@@ -44,10 +44,10 @@ class Trace:
         self._stack: list[tuple[int, Call, str]] = [(0, self.root, "")]
 
     def __call__(self, frame: FrameType, event: str, _arg: Any) -> None:
-        """What ``sys.setprofile`` calls."""
+        """The callback for ``sys.setprofile``."""
         path = frame.f_code.co_filename
         if not path.startswith(PACKAGE) or path.endswith("moved.py"):
-            return  # moved.py is asked for every module that a library looks for in vain
+            return  # moved.py runs for every module that a library fails to find
         if frame.f_code.co_name.startswith("<") or not frame.f_code.co_flags & CO_OPTIMIZED:
             return  # expressions, and the bodies of modules and classes, which run when they are imported
         if event == "return" and self._stack[-1][0] == id(frame):
@@ -82,7 +82,7 @@ def evaluate() -> Callable[[], Any]:
 
 
 def train() -> Callable[[], Any]:
-    """Train two small SAEs for a few steps on text that is in the package."""
+    """Train two small SAEs for a few steps on the package's own text."""
     config = {
         "output": str(Path(tempfile.mkdtemp()) / "suite"),
         "model": {"name": "bundled", "device": "cpu"},
@@ -102,7 +102,7 @@ WALKS = {"load": load, "train": train, "evaluate": evaluate}
 
 
 def listed(call: Call, depth: int, indent: int = 0) -> list[str]:
-    """The calls below one, as indented lines."""
+    """The calls below a call, as indented lines."""
     lines: list[str] = []
     for one in call.calls.values():
         times = f"  x{one.times}" if one.times > 1 else ""

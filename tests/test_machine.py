@@ -85,7 +85,7 @@ def test_training_says_what_was_full_and_goes_on(disk: Disk, tmp_path: Path) -> 
             train()
         assert re.search(why, str(raised.value)) and "the disk is full" in str(raised.value)
         assert "start the same run again" in str(raised.value)
-        noted = [str(one.message) for one in caught if "This run is not noted" in str(one.message)]
+        noted = [str(one.message) for one in caught if "times of this run are not recorded" in str(one.message)]
         assert len(noted) == (size == 4)
         assert not [name for name in disk.files if "unfinished" in name]
     disk.resize(8_000)
@@ -239,7 +239,7 @@ def test_names_that_no_folder_has(name: str, tmp_path: Path, sae: Any) -> None:
 def test_a_release_that_cannot_be_called_so_is_refused_before_anything_is_written(
     name: str, tmp_path: Path, sae: Any
 ) -> None:
-    with pytest.raises(GemmaScopeError, match="A release is called by letters"):
+    with pytest.raises(GemmaScopeError, match="A release's name has at most"):
         gs.export_suite(sae, tmp_path / "out" / ("- " if not name else "x"), MIT, name=name, progress=False)
     assert not list(tmp_path.iterdir())
     with pytest.raises(GemmaScopeError, match="is not a path"):

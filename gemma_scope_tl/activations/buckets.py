@@ -24,7 +24,7 @@ from gemma_scope_tl.weights.modes import is_out_of_memory
 
 Block = np.ndarray[Any, np.dtype[np.uint8]]
 
-_CHUNK = 512  # rows that are gathered at a time when their dtype changes: so many fit into a core's cache
+_CHUNK = 512  # rows gathered at a time when their dtype changes; this many fit into a core's cache
 
 
 class BufferPool:
@@ -58,15 +58,15 @@ def bucket_order(seed: int, number: int, rows: int) -> Int[torch.Tensor, " rows"
     """The order in which the rows of bucket ``number`` are served: a permutation, the same for every source.
 
     Args:
-        seed: of the run, not negative.
-        number: of the bucket, counted from 0 through all epochs.
-        rows: of the bucket.
+        seed: seed of the run, 0 or more.
+        number: number of the bucket, counted from 0 through all epochs.
+        rows: number of rows in the bucket.
 
     Raises:
         GemmaScopeError: ``seed`` or ``number`` is negative.
     """
     if seed < 0 or number < 0:
-        raise GemmaScopeError(f"Seeds and bucket numbers cannot be negative: {seed}, {number}.")
+        raise GemmaScopeError(f"Seeds and bucket numbers cannot be negative, got {seed} and {number}.")
     mixed = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
     return torch.randperm(rows, generator=torch.Generator().manual_seed(mixed))
 
@@ -75,7 +75,7 @@ class Bucket:
     """Rows of all places, written in order and read shuffled.
 
     Attributes:
-        rows: how many it holds.
+        rows: number of rows that the bucket holds.
         tensors: the buffer ``[rows, d]`` of every place; a reader may write into slices of it directly.
     """
 
@@ -91,17 +91,17 @@ class Bucket:
         Args:
             rows: how many rows fit.
             widths: ``d`` of every place.
-            dtype: in which they are stored: float32, bfloat16 or float16.
-            device: where the buffer is.
-            pinned: page-locked host memory, into which a GPU copies while Python goes on.
+            dtype: dtype of the buffer: float32, bfloat16 or float16.
+            device: device of the buffer.
+            pinned: allocate page-locked host memory, into which a GPU copies while Python continues.
 
         Raises:
-            GemmaScopeError: no rows, no places, no floating-point dtype, or not enough memory.
+            GemmaScopeError: there are no rows or places, the dtype is not floating-point, or memory does not suffice.
         """
         if rows < 1 or not widths or not dtype.is_floating_point:
             raise GemmaScopeError(
-                f"No bucket can have {rows} rows, {len(widths)} places and {dtype}: it needs a row, a place and a "
-                "floating-point dtype."
+                f"A bucket needs one row, one place and a floating-point dtype at least, not {rows} rows, "
+                f"{len(widths)} places and {dtype}."
             )
         self.rows = rows
         try:
@@ -131,7 +131,8 @@ class Bucket:
         A copy from a GPU to pinned memory may continue in the background until :meth:`shuffle`.
 
         Raises:
-            GemmaScopeError: a place is missing or unknown, another width, unequal numbers of rows, or too many.
+            GemmaScopeError: a place is missing or unknown, a width differs from the bucket's, the places have unequal
+                numbers of rows, or the rows do not fit.
         """
         self._order = None
         if set(values) != set(self.tensors):

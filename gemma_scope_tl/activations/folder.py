@@ -1,4 +1,4 @@
-"""The folder of a store, on this machine's disks or anywhere that fsspec reaches, in the few operations a store needs.
+"""The folder of a store, on a local disk or behind fsspec, reduced to the few operations that a store needs.
 
 Large files are hashed while they are written. A local file becomes visible by a rename, after it is on the disk; a
 remote file when it is closed, as in object stores.
@@ -21,23 +21,24 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import sync_folder, write_atomically, writing
 
 CHUNK = 1 << 22
-"""Bytes that are handed to the system at a time."""
+"""Bytes of one read or write."""
 _REMOTE_CHUNK = 1 << 24
 _CACHED = 1 << 26  # bytes of a file being written that may stay in the page cache
 _REMEDY = "What was whole before is unchanged; write again to continue."
 
 
 def unfinished(name: str) -> str:
-    """What a local file is called until it is whole."""
+    """The name of a local file until it is complete."""
     return f"{name}.unfinished"
 
 
 class LocalWriter:
-    """A file that has another name until it is whole.
+    """A file that has a temporary name until it is complete.
 
-    A store is larger than memory, so its pages would evict everything else from the page cache: they are dropped as the
-    file grows, which also makes the system start to write them. Writing 2 GiB with their sha256 (two cores, a virtual
-    disk) takes 3.1 s this way, as much as with ``O_DIRECT`` and threads, and 4.9 s where all pages wait for ``fsync``.
+    A store is larger than memory, so its pages would evict everything else from the page cache. Pages are therefore
+    dropped as the file grows, which also makes the system write them early. Writing and hashing 2 GiB (two cores, a
+    virtual disk) takes 3.1 s this way, as long as with ``O_DIRECT`` and threads, and 4.9 s if all pages wait for
+    ``fsync``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +61,7 @@ class LocalWriter:
                     self._drop_pages()
 
     def commit(self) -> str:
-        """Make the file whole and visible, and return its sha256."""
+        """Finish the file, make it visible under its name, and return its sha256."""
         with writing(self._path, _REMEDY):
             os.fsync(self._handle)
             self._drop_pages()
@@ -75,7 +76,7 @@ class LocalWriter:
         self._temporary.unlink(missing_ok=True)
 
     def _drop_pages(self) -> None:
-        if hasattr(os, "posix_fadvise"):  # macOS has none
+        if hasattr(os, "posix_fadvise"):  # macOS does not have it
             os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
         self._dropped = self._at
 
@@ -115,7 +116,7 @@ class LocalFolder:
         self.root = root
 
     def url(self, name: str = "") -> str:
-        """The name of a file in messages."""
+        """The path or URL of a file, as messages show it."""
         return str(self.root / name)
 
     def sizes(self, below: str) -> dict[str, int]:
@@ -134,7 +135,7 @@ class LocalFolder:
             raise _unreadable(self.url(name), error) from error
 
     def read_into(self, name: str, start: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes from ``start`` on; a file that ends before raises."""
+        """Fill ``view`` with the bytes from ``start`` on; raise if the file is too short."""
         try:
             handle = os.open(self.root / name, os.O_RDONLY)
             try:
@@ -150,7 +151,7 @@ class LocalFolder:
             raise _unreadable(self.url(name), error) from error
 
     def put(self, name: str, data: bytes) -> None:
-        """Write a small file, whole or not at all."""
+        """Write a small file atomically."""
         write_atomically(self.root / name, data)
 
     def create(self, name: str) -> LocalWriter:
@@ -158,7 +159,7 @@ class LocalFolder:
         return LocalWriter(self.root / name)
 
     def remove(self, name: str) -> None:
-        """Delete a file or a folder if it is there."""
+        """Delete a file or a folder if it exists."""
         path = self.root / name
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -166,13 +167,13 @@ class LocalFolder:
             path.unlink(missing_ok=True)
 
     def free(self) -> int | None:
-        """Bytes that can still be written; None where that is unknown, as in object stores."""
+        """Free space in bytes; None where it is unknown, as in object stores."""
         there = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.exists())
         return shutil.disk_usage(there).free
 
     @contextmanager
     def lock(self, name: str) -> Generator[None]:
-        """Hold a lock that no other process can take; the system releases it if this one is killed."""
+        """Hold an exclusive lock; the system releases it if this process is killed."""
         path = self.root / name
         with writing(path, _REMEDY):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,10 +255,10 @@ OpenFile = LocalWriter | RemoteWriter
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
-    """The folder at a path or an fsspec URL (``s3://…``, ``memory://…``, ``file://…``). Nothing is made yet.
+    """The folder at a path or an fsspec URL (``s3://…``, ``memory://…``, ``file://…``). It is not created yet.
 
     Raises:
-        GemmaScopeError: no such protocol, or its package is not installed.
+        GemmaScopeError: fsspec does not know the protocol, or the protocol's package is not installed.
     """
     try:
         fs, root = fsspec.url_to_fs(os.fspath(path))  # pyright: ignore[reportPrivateImportUsage]

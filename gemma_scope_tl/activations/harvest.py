@@ -1,8 +1,8 @@
-"""Activations of many places from one forward pass, which ends at the last tensor that is wanted.
+"""Activations of many places from one forward pass, which ends after the last place has been read.
 
 The tensors are read at the hook points of the site table by plain PyTorch hooks. On the bridge the decoder itself is
-called, which computes no logits and skips TransformerLens's handling of inputs and outputs. After the last place was
-read, an exception ends the pass; it is caught here. ``stop_at_layer`` would run to the end of the block.
+called, which computes no logits and skips TransformerLens's handling of inputs and outputs. After the last place
+has been read, an exception ends the pass, and is caught here; ``stop_at_layer`` would run to the end of the block.
 
 Users' own hooks on the model act on the tensors. Attached SAEs are refused, because their reconstructions would be
 harvested.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _AllRead(Exception):
-    """Ends a forward pass after the last place was read."""
+    """Ends a forward pass after the last place has been read."""
 
 
 class Harvester:
@@ -40,8 +40,8 @@ class Harvester:
     def __init__(self, model: GemmaModel, places: Sequence[Place]) -> None:
         """
         Raises:
-            SpliceError: the model is not from ``load_model``, or has no such layer.
-            UnknownNameError: no such site.
+            SpliceError: the model is not from ``load_model``, or does not have one of the layers.
+            UnknownNameError: a site is unknown.
             GemmaScopeError: no place was given.
         """
         given: Any = model
@@ -60,26 +60,26 @@ class Harvester:
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes token ids."""
+        """The device on which the model takes token ids."""
         return next(self.model.embedding_module().parameters()).device
 
     @torch.no_grad()
     def run(
         self, tokens: Int[torch.Tensor, "batch pos"], keep: Bool[torch.Tensor, "batch pos"]
     ) -> dict[Place, Float[torch.Tensor, "kept d"]]:
-        """Activations at the positions to keep, row by row.
+        """Activations at the kept positions, in row-major order.
 
         Args:
-            tokens: ids; padding may only be on the right, where causal attention keeps it from changing anything.
-            keep: the positions that are wanted.
+            tokens: token ids; padding must be on the right, where causal attention keeps it from changing anything.
+            keep: True at the positions whose activations are returned.
 
         Returns:
             New tensors on the model's device, in the model's dtype at the site. Equal input gives equal bits.
 
         Raises:
             SpliceError: SAEs are attached to the model.
-            GemmaScopeError: ids of another shape or beyond the vocabulary; a row longer than the model's context; a
-                place that the pass does not reach.
+            GemmaScopeError: the ids have a wrong shape or are not in the vocabulary, a row is longer than the model's
+                context, or the pass does not reach a place.
         """
         self._check(tokens, keep)
         kept = keep.reshape(-1).nonzero().squeeze(1).to(self.device)
@@ -131,7 +131,7 @@ class Harvester:
                 f"keep holds a bool for each position, {list(tokens.shape)}, not {keep.dtype} {list(keep.shape)}."
             )
         if tokens.shape[1] > config.n_ctx:
-            raise GemmaScopeError(f"Rows of {tokens.shape[1]} tokens: this model's context is {config.n_ctx}.")
+            raise GemmaScopeError(f"Rows have {tokens.shape[1]} tokens, but this model's context is {config.n_ctx}.")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= config.d_vocab:
             raise GemmaScopeError(f"Token ids run from {low} to {high}; the model's are 0..{config.d_vocab - 1}.")

@@ -2,11 +2,11 @@
 
 A store is a folder::
 
-    store.json                                   once everything is there
+    store.json                                   the manifest, written last
     res/layer_3/00000_00000.safetensors          part and number of the shard; one tensor, "activations" [rows, d]
     res/layer_3/00000_00001.safetensors
-    unfinished/contents.json                     while it is written
-    unfinished/00000_00000.json                  a set of shards (of all places) that is whole
+    unfinished/contents.json                     present while the store is being written
+    unfinished/00000_00000.json                  the record of a complete set of shards (of all places)
 
 All places are cut at the same rows, between two forward passes of the model. The header of a shard is a function of
 the manifest, so a file of another store, or another place, is recognised by its first block.
@@ -48,12 +48,12 @@ class StoreContents(Record):
 
     Attributes:
         model, backend, weights: name, kind of hooked model, and a fingerprint of the parameters.
-        tokens, tokenizer, context: the hash of the token rows, and what they were made with.
-        token_rows, batch_rows: how many token rows there are, and how many go through the model at a time.
-        rows: activations of every place.
-        dtype: of the stored values.
-        shard_bytes, parts: how the rows are cut.
-        places: width of every place, by its key.
+        tokens, tokenizer, context: hash of the token rows, and the tokenizer and context length that made them.
+        token_rows, batch_rows: number of token rows, in all and in a forward pass.
+        rows: number of activations of each place.
+        dtype: dtype of the stored values.
+        shard_bytes, parts: largest size of a shard, and number of writers.
+        places: width of every place, by the place's key.
     """
 
     model: Text
@@ -96,7 +96,7 @@ class StoreContents(Record):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the stored values."""
+        """The dtype of the stored values."""
         return parse_dtype(self.dtype)
 
     def row_bytes(self, key: str) -> int:
@@ -105,12 +105,12 @@ class StoreContents(Record):
 
 
 class ShardSet(Record):
-    """The same rows of all places, a file for each.
+    """The same rows of all places, with one file per place.
 
     Attributes:
         part, number: index of the writer, and of the set within its part.
-        first_batch, batches: index of the first forward pass over all parts, and how many there are.
-        first_row, rows: index of the first activation over all parts, and how many there are.
+        first_batch, batches: index of the first forward pass (counted over all parts), and the number of passes.
+        first_row, rows: index of the first activation (counted over all parts), and the number of activations.
     """
 
     part: Count
@@ -122,21 +122,21 @@ class ShardSet(Record):
 
     @property
     def stem(self) -> str:
-        """Beginning of the names of its files."""
+        """The beginning of the file names of this set."""
         return f"{self.part:05d}_{self.number:05d}"
 
     @property
     def file_name(self) -> str:
-        """Name of a shard in its place's folder."""
+        """The name of a shard in the folder of its place."""
         return f"{self.stem}.safetensors"
 
     @property
     def record_name(self) -> str:
-        """Name of the record that says that the set is whole."""
+        """The name of the record, which exists once the set is complete."""
         return f"{UNFINISHED}/{self.stem}.json"
 
     def bytes(self, contents: StoreContents, key: str) -> int:
-        """Exact size of a place's file."""
+        """The exact size in bytes of a place's file."""
         return HEADER_BYTES + self.rows * contents.row_bytes(key)
 
     def header(self, contents: StoreContents, key: str) -> bytes:
@@ -151,7 +151,7 @@ class StoredSet(ShardSet):
 
     Attributes:
         store: the digest of the store's contents.
-        sha256: of the file of each place, by the place's key.
+        sha256: sha256 of each place's file, by the place's key.
     """
 
     store: Text
@@ -163,7 +163,7 @@ class StoredSet(ShardSet):
 
 
 class StoreManifest(Record):
-    """All of a store: its contents and its shards, in the order of the rows."""
+    """The manifest of a store: its contents, and its shards in the order of the rows."""
 
     format: Literal["gemma_scope_tl activations"] = "gemma_scope_tl activations"
     version: Literal[1] = 1
@@ -186,7 +186,7 @@ class StoreManifest(Record):
 
 
 def read_record(kind: type[_R], folder: Folder, name: str) -> _R | None:
-    """A record from its JSON in a folder, or None if there is no such file.
+    """Read a record from a JSON file of a folder; None if there is no such file.
 
     Raises:
         GemmaScopeError: the file is not such a record; the message names it and the first error.
@@ -204,10 +204,10 @@ def cut(kept: Sequence[int], row_bytes: Mapping[str, int], shard_bytes: int, par
     """Cut a run's forward passes into parts and shards: as many whole passes as fit into ``shard_bytes``, at least one.
 
     Args:
-        kept: activations of every forward pass.
-        row_bytes: bytes of a row, by place.
-        shard_bytes: largest size of a file, header included, unless one pass has more.
-        parts: writers; each has a contiguous share of the passes.
+        kept: number of activations of every forward pass.
+        row_bytes: size of a row in bytes, by place.
+        shard_bytes: largest size of a file with its header; a single pass may exceed it.
+        parts: number of writers; each has a contiguous share of the passes.
 
     Returns:
         All sets that hold rows, in the order of the rows.

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 READERS = 4
-"""Places that are read at a time. Each place has one thread, because the system reads ahead best for one reader a file;
-a thread takes ``2 * CHUNK`` bytes where the bucket has another dtype than the store."""
+"""Places that are read at a time. Each place has one thread, because the system reads ahead best for one reader per
+file. A thread takes ``2 * CHUNK`` bytes if the bucket's dtype differs from the store's."""
 _CHECKERS = 8
 _HASHERS = 2
 _LISTED = 5
@@ -49,7 +49,7 @@ class Span(NamedTuple):
 
     Attributes:
         shard: the set of shards.
-        first, rows: index of the first row within the shard, and how many there are.
+        first, rows: index of the first row within the shard, and the number of rows.
     """
 
     shard: StoredSet
@@ -58,11 +58,11 @@ class Span(NamedTuple):
 
 
 class Store:
-    """A finished store, whose files have the sizes and headers that its manifest says.
+    """A finished store, whose files have the sizes and headers recorded in its manifest.
 
     Attributes:
-        folder: where it is.
-        contents: what it holds.
+        folder: the folder of the store.
+        contents: the record of what the store holds.
         shards: the sets of shards, in the order of the rows.
         widths: ``d`` of the places that were opened.
     """
@@ -74,11 +74,11 @@ class Store:
 
     @property
     def rows(self) -> int:
-        """Activations of every place."""
+        """The number of activations of each place."""
         return self.contents.rows
 
     def spans(self, start: int, count: int) -> Iterator[Span]:
-        """The spans of rows ``start`` to ``start + count``."""
+        """The spans that rows ``start`` to ``start + count`` consist of."""
         if start < 0 or count < 0 or start + count > self.rows:
             raise GemmaScopeError(f"The store has rows 0 to {self.rows}, not {start} to {start + count}.")
         index = bisect_right(self._first_rows, start) - 1
@@ -90,7 +90,7 @@ class Store:
             start, count, index = start + rows, count - rows, index + 1
 
     def read_into(self, place: Place, shard: StoredSet, first: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes of whole rows of a shard, from row ``first`` of it on."""
+        """Fill ``view`` with whole rows of a shard, starting at the shard's row ``first``."""
         begin = HEADER_BYTES + first * self.contents.row_bytes(place.key)
         self.folder.read_into(f"{place.key}/{shard.file_name}", begin, view)
 
@@ -100,12 +100,12 @@ class Store:
         """Read a shard to its end and compare its sha256.
 
         Args:
-            place, shard: whose file.
+            place, shard: the place and the set of shards that name the file.
             remembered: skip a local file that was verified before and has not changed since.
-            done: called with the number of bytes of every chunk that was read.
+            done: called with the number of bytes of each chunk after it has been read.
 
         Raises:
-            GemmaScopeError: the file was changed, or cannot be read.
+            GemmaScopeError: the file has changed, or cannot be read.
         """
         name = f"{place.key}/{shard.file_name}"
         path = self.folder.root / name if isinstance(self.folder, LocalFolder) else None
@@ -130,14 +130,14 @@ class Store:
 
 
 def open_store(path: str | os.PathLike[str], places: Sequence[Place] | None = None) -> Store:
-    """Open a finished store: its manifest, and the size and header of every file of the places that are wanted.
+    """Open a finished store; check its manifest, and the size and header of every file of the wanted places.
 
     Args:
         path: a folder, or an fsspec URL.
-        places: those that will be read, all unless given. Files of other places are not checked.
+        places: the places that will be read, by default all. Files of other places are not checked.
 
     Raises:
-        UnknownNameError: the store has no such place.
+        UnknownNameError: the store does not have one of the places.
         GemmaScopeError: there is no finished store; its manifest is damaged; a file is missing, truncated, too long, or
             belongs to another store.
     """
@@ -164,11 +164,11 @@ def verify_store(path: str | os.PathLike[str], places: Sequence[Place] | None = 
 
     Args:
         path: a folder, or an fsspec URL.
-        places: whose files; all of them unless given.
-        progress: show a bar.
+        places: the places whose files are verified, by default all.
+        progress: show a progress bar.
 
     Raises:
-        GemmaScopeError: as :func:`open_store`; or files were changed, which the message names.
+        GemmaScopeError: as in :func:`open_store`, or files have changed; the message lists them.
     """
     store = open_store(path, places)
     total = sum(shard.bytes(store.contents, place.key) for place in store.widths for shard in store.shards)
@@ -194,7 +194,11 @@ def verify_store(path: str | os.PathLike[str], places: Sequence[Place] | None = 
 
 
 def describe_store(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """A row per place of a finished store: ``place``, ``rows``, ``width``, ``dtype``, ``shards``, ``bytes``."""
+    """Describe a finished store.
+
+    Returns:
+        One row per place: ``place``, ``rows``, ``width``, ``dtype``, ``shards``, ``bytes``.
+    """
     import pandas as pd
 
     store = open_store(path)
@@ -222,7 +226,7 @@ class StoreSource(BucketedSource):
     another dtype than the store or is on a GPU.
 
     Attributes:
-        store: the store that was opened.
+        store: the store that is read.
     """
 
     def __init__(
@@ -239,16 +243,16 @@ class StoreSource(BucketedSource):
         """
         Args:
             path: a folder, or an fsspec URL.
-            places: whose activations are wanted, and targets of the transcoders among them; all unless given.
-            bucket_rows: rows that are shuffled together; the paper has about a million.
-            seed: of the shuffles.
-            dtype: in which the bucket stores activations; batches are float32.
-            device: where the bucket is, and the batches.
+            places: the places to serve, by default all; the targets of transcoders among them are added.
+            bucket_rows: rows that are shuffled together; the paper uses about a million.
+            seed: seed of the shuffles.
+            dtype: dtype of the bucket; batches are float32.
+            device: device of the bucket and of the batches.
             verify: compare a shard's sha256 before it is first read, unless it was verified before and is unchanged.
 
         Raises:
-            UnknownNameError: the store has no such place.
-            GemmaScopeError: as :func:`~gemma_scope_tl.activations.reader.open_store`.
+            UnknownNameError: the store does not have one of the places.
+            GemmaScopeError: as in :func:`~gemma_scope_tl.activations.reader.open_store`.
         """
         self.store = open_store(path, None if places is None else with_targets(places))
         self.verify = verify
@@ -275,7 +279,7 @@ class StoreSource(BucketedSource):
                 yield values
 
     def fill(self, bucket: Bucket, at: int, start: int, count: int) -> None:
-        """As in the base class; files are read straight into a bucket that has the dtype of the store."""
+        """Fill the bucket as the base class does; files are read straight into a bucket of the store's dtype."""
         with ThreadPoolExecutor(READERS, "store-read") as pool:
             reads: list[Future[None]] = []
             for span in self.store.spans(start, count):
@@ -286,9 +290,9 @@ class StoreSource(BucketedSource):
                 read.result()
 
     def _read(self, place: Place, span: Span, into: torch.Tensor) -> None:
-        """Read rows of a shard into ``[rows, d]`` of any dtype and device."""
+        """Read rows of a shard into a tensor ``[rows, d]`` of any dtype and device."""
         if self.verify and (place, span.shard.stem) not in self._verified:
-            self.store.verify_shard(place, span.shard, remembered=True)  # only this thread reads this place now
+            self.store.verify_shard(place, span.shard, remembered=True)  # no lock: each place has one thread
             self._verified.add((place, span.shard.stem))
         if self._as_stored(into):
             self.store.read_into(place, span.shard, span.first, tensor_bytes(into))
@@ -310,7 +314,7 @@ class StoreSource(BucketedSource):
                 part.copy_(values)
 
     def _as_stored(self, tensor: torch.Tensor) -> bool:
-        """Whether bytes of the store can be read into the tensor as they are."""
+        """Whether the store's bytes can be read into the tensor without conversion."""
         return tensor.dtype == self.store.contents.torch_dtype and tensor.device.type == "cpu"
 
     def _chunk_rows(self, place: Place) -> int:
@@ -318,19 +322,19 @@ class StoreSource(BucketedSource):
 
 
 def _check(store: Store, place: Place, shard: StoredSet, sizes: Mapping[str, int]) -> None:
-    """Raise unless a file has the size and the header that the manifest says."""
+    """Raise unless a file has the size and the header that the manifest records."""
     name, size = f"{place.key}/{shard.file_name}", shard.bytes(store.contents, place.key)
     url = store.folder.url(name)
     if (there := sizes.get(shard.file_name)) is None:
         raise GemmaScopeError(f"{url} is missing. {_REMEDY}")
     if there != size:
         what = "is truncated" if there < size else "is too long"
-        raise GemmaScopeError(f"{url} {what}: it has {there} bytes, the store's manifest says {size}. {_REMEDY}")
+        raise GemmaScopeError(f"{url} {what}: it has {there} bytes, and the store's manifest records {size}. {_REMEDY}")
     head = bytearray(HEADER_BYTES)
     store.folder.read_into(name, 0, memoryview(head))
     if bytes(head) != shard.header(store.contents, place.key):
         raise GemmaScopeError(
-            f"{url} is not the file that was written here: its header is another store's, place's or shard's, or "
+            f"{url} is not the file that was written here: its header belongs to another store, place or shard, or is "
             f"damaged. {_REMEDY}"
         )
 

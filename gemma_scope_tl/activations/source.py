@@ -1,10 +1,10 @@
-"""Sources of activations for training: what a model that runs now and a store on disk have in common.
+"""Sources of activations for training: what a model that runs during training and a store on disk have in common.
 
 Both serve the same batches to the bit (in one dtype). The activations of a run form one sequence of rows, in the order
 of the tokens, which begins again after the last. It is cut into buckets of ``bucket_rows`` rows: bucket ``b`` begins at
 row ``b * bucket_rows``, modulo the number of rows. Each bucket is shuffled by a generator seeded with the run's seed
 and ``b``, and served from beginning to end. So batch ``n`` is a function of the seed and of ``n`` alone: a trainer that
-resumes asks for batches from where it was, and no state of a shuffle is ever saved.
+resumes asks for the next batch by its number, and no state of a shuffle is ever saved.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from gemma_scope_tl.sites import Place
 
 
 class Source(Protocol):
-    """Activations for training, the same for the same seed.
+    """Activations for training; equal seeds give equal batches.
 
     Attributes:
-        widths: ``d`` of every place on offer.
-        rows: how many rows there are before they repeat.
+        widths: ``d`` of every place that is served.
+        rows: number of rows before they repeat.
         bucket_rows: rows that are shuffled together.
     """
 
@@ -42,14 +42,14 @@ class Source(Protocol):
     def bucket_rows(self) -> int: ...
 
     def mean_squares(self, rows: int) -> dict[Place, float]:
-        """``E ||x||^2`` of each place over the first ``rows`` rows, in float64. Nothing is held or consumed."""
+        """``E ||x||^2`` of each place over the first ``rows`` rows, in float64. It consumes no batches."""
         ...
 
     def batches(self, batch_size: int, start: int = 0) -> Iterator[Mapping[Place, torch.Tensor]]:
         """Raw activations ``[batch_size, d]`` of all places, row by row from the same tokens, from batch ``start`` on.
 
-        ``batch_size`` must divide ``bucket_rows``. It never ends: after the last row the data begins anew, in another
-        order. The tensors are the caller's to change.
+        ``batch_size`` must divide ``bucket_rows``. The iterator does not end: after the last row, the data begins again
+        in another order. The caller may change the tensors.
         """
         ...
 
@@ -66,8 +66,8 @@ class MeanSquares:
     def __init__(self, dtype: torch.dtype) -> None:
         """
         Args:
-            dtype: of the bucket. Rows are rounded to it first, so that the mean is that of the rows that are served,
-                and a stream and a store agree.
+            dtype: dtype of the bucket. Rows are rounded to it first, so that the mean is that of the rows that are
+                served, and a stream and a store agree.
         """
         self.dtype = dtype
         self.rows = 0
@@ -100,7 +100,7 @@ class MeanSquares:
             GemmaScopeError: no rows were added.
         """
         if not self.rows:
-            raise GemmaScopeError("The mean of no rows: ask for one at least.")
+            raise GemmaScopeError("A mean needs at least one row: call update() before means().")
         return {
             place: math.fsum([*self._blocks[place], math.fsum(waiting)]) / self.rows
             for place, waiting in self._open.items()
@@ -111,12 +111,12 @@ class BucketedSource(ABC):
     """A :class:`Source` whose subclass can read the data from any row on.
 
     Attributes:
-        widths: ``d`` of every place on offer.
-        rows: how many rows there are before they repeat.
-        bucket_rows: rows that are shuffled together; with more than ``rows`` they repeat within a bucket.
-        seed: of the shuffles.
-        dtype: in which the bucket stores them; batches are float32.
-        device: where the bucket is, and the batches.
+        widths: ``d`` of every place that is served.
+        rows: number of rows before they repeat.
+        bucket_rows: rows that are shuffled together; if there are more than ``rows``, rows repeat within a bucket.
+        seed: seed of the shuffles.
+        dtype: dtype of the bucket; batches are float32.
+        device: device of the bucket and of the batches.
     """
 
     def __init__(
@@ -132,12 +132,12 @@ class BucketedSource(ABC):
     ) -> None:
         """
         Raises:
-            GemmaScopeError: there are no rows; a bucket of none; a negative seed.
+            GemmaScopeError: there are no rows, ``bucket_rows`` is below 1, or the seed is negative.
         """
         if rows < 1 or bucket_rows < 1 or seed < 0:
             raise GemmaScopeError(
-                f"{rows} rows of activations, {bucket_rows} to a bucket, seed {seed}: there must be one row at least "
-                "in each, and seeds are not negative."
+                f"A source needs one row of activations and bucket_rows of 1 or more, and a seed of 0 or more, not "
+                f"{rows} rows, bucket_rows={bucket_rows} and seed={seed}."
             )
         self.widths: Mapping[Place, int] = widths
         self.rows, self.bucket_rows, self.seed = rows, bucket_rows, seed
@@ -162,7 +162,7 @@ class BucketedSource(ABC):
         """``E ||x||^2`` of each place over the first ``rows`` rows (all, if there are fewer), as the bucket holds them.
 
         Raises:
-            GemmaScopeError: ``rows`` below 1; activations that are not finite.
+            GemmaScopeError: ``rows`` is below 1, or activations are not finite.
         """
         squares = MeanSquares(self.dtype)
         for values in self.pieces(0, min(rows, self.rows)):
@@ -172,15 +172,15 @@ class BucketedSource(ABC):
     def batches(self, batch_size: int, start: int = 0) -> Iterator[Mapping[Place, Float[torch.Tensor, "batch_size d"]]]:
         """Raw activations in float32, row by row from the same tokens, from batch ``start`` on, without end.
 
-        A source has one bucket, so it serves one iteration at a time: once another has begun, the older one raises.
+        A source has one bucket, so it serves one iteration at a time: after another has begun, the older one raises.
 
         Raises:
             GemmaScopeError: ``batch_size`` does not divide ``bucket_rows``, or ``start`` is negative.
         """
         if batch_size < 1 or self.bucket_rows % batch_size or start < 0:
             raise GemmaScopeError(
-                f"Batches of {batch_size} from batch {start}: the size must divide bucket_rows, {self.bucket_rows}, "
-                "and the start cannot be negative."
+                f"A batch size must divide bucket_rows, {self.bucket_rows}, and start cannot be negative: got "
+                f"size {batch_size} and start {start}."
             )
         self._serving = own = object()
         return self._batches(batch_size, start, own)

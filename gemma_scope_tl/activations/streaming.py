@@ -1,4 +1,7 @@
-"""Activations from a model that runs as training asks for them; only one bucket of them is held."""
+"""Activations from a model that runs during training, for when a store of them would take too much disk.
+
+One bucket of activations is held in memory.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ if TYPE_CHECKING:
 class StreamSource(BucketedSource):
     """Activations of token rows, harvested as they are needed.
 
-    The tokens say how many activations each forward pass gives, so the pass of any row of the data is known without
-    running those before it. A pass always takes the same token rows, wherever reading began, so its activations are the
-    same to the bit. A pass that spans two buckets is run once for both.
+    The tokens determine how many activations each forward pass gives, so the pass of any row of the data is known
+    without running earlier passes. A pass always takes the same token rows, wherever reading began, so its activations
+    are the same to the bit. A pass that spans two buckets is run once for both.
     """
 
     def __init__(
@@ -43,15 +46,15 @@ class StreamSource(BucketedSource):
         Args:
             model: from ``load_model``; it runs in its own dtype and on its own device.
             token_rows: the data.
-            places: whose activations are wanted; targets of transcoders are added.
-            bucket_rows: rows that are shuffled together; the paper has about a million.
-            seed: of the shuffles.
+            places: the places to serve; targets of transcoders are added.
+            bucket_rows: rows that are shuffled together; the paper uses about a million.
+            seed: seed of the shuffles.
             batch_rows: token rows in a forward pass.
-            dtype: in which the bucket stores activations.
-            device: where the bucket is, and the batches.
+            dtype: dtype of the bucket.
+            device: device of the bucket and of the batches.
 
         Raises:
-            SpliceError: not such a model, or no such layer.
+            SpliceError: the model is not from ``load_model``, or does not have one of the layers.
             GemmaScopeError: the token ids are not the model's, or no position is left to train on.
         """
         self._ends = np.cumsum(token_rows.kept_by_pass(batch_rows))
@@ -93,7 +96,7 @@ class StreamSource(BucketedSource):
                 self._last = None
 
     def _pass(self, number: int) -> dict[Place, torch.Tensor]:
-        """Activations of one forward pass, which is remembered until the next."""
+        """Activations of one forward pass, which are kept until the next pass."""
         if self._last is not None and self._last[0] == number:
             return self._last[1]
         self._last = None  # frees its memory for the next pass

@@ -1,7 +1,7 @@
-"""Writing a store: the activations of a run, cut into sets of shards, each of which is there whole or not at all.
+"""Writing a store: the activations of a run, cut into sets of shards that are each written completely or not at all.
 
-A set holds the same rows of all places, a file for each place. A record beside the files says that the set is whole, so
-a writer that was interrupted continues after the last one; the last writer joins all records into the manifest.
+A set holds the same rows of all places, with one file per place. A record beside the files marks the set as complete,
+so an interrupted writer continues after the last complete set; the last writer joins all records into the manifest.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
 
 SHARD_BYTES = 4 << 30
-"""Size of a shard unless another is asked for."""
+"""Default size of a shard in bytes."""
 
 ReadPlaces = Callable[[int], Mapping[Place, torch.Tensor]]
 """Takes the number of a forward pass, and returns its activations ``[kept, d]`` at all places."""
@@ -75,22 +75,22 @@ def write_store(
     """Store the activations of several places, from one forward pass for each batch of token rows.
 
     After an interruption, call it again with the same arguments: it continues after the last complete set of shards,
-    and the store becomes the same to the bit. Several writers may each write a part, at once or one after the other;
-    the last one finishes the store. Memory: the activations of two passes in ``dtype``.
+    and the finished store is the same to the bit. Several writers may each write a part, at once or one after the
+    other; the last one finishes the store. Memory: the activations of two passes in ``dtype``.
 
     Args:
         path: a folder, or an fsspec URL.
         model: from ``load_model``.
         token_rows: the data.
-        places: whose activations are stored; targets of transcoders are added.
-        dtype: float32 or bfloat16.
-        shard_bytes: largest size of a file (one pass's activations at least).
+        places: the places to store; targets of transcoders are added.
+        dtype: dtype of the stored values, float32 or bfloat16.
+        shard_bytes: largest size of a file; a file holds at least the activations of one pass.
         batch_rows: token rows in a forward pass; a stream with the same number serves the same bits.
-        part: this writer's number and how many there are. Each has a contiguous share of the passes.
-        progress: show a bar.
+        part: this writer's number and the number of writers. Each has a contiguous share of the passes.
+        progress: show a progress bar.
 
     Returns:
-        Whether the store is finished: with several parts, False until the last of them is there.
+        Whether the store is finished: with several parts, False until the last of them is written.
 
     Raises:
         GemmaScopeError: the disk has too little room for what is missing (found before anything runs) or is full; the
@@ -120,21 +120,21 @@ def write_passes(
     part: int = 0,
     progress: bool = True,
 ) -> bool:
-    """Write one part of a store with the activations that ``run`` gives: :func:`write_store` without a model.
+    """Write one part of a store with the activations that ``run`` returns: :func:`write_store` without a model.
 
     Args:
-        folder: of the store.
-        contents: what it will hold; equal contents must mean equal activations.
-        kept: activations of every forward pass, of all parts.
-        run: gives the activations of a pass by its number.
+        folder: the folder of the store.
+        contents: the record of what the store will hold; equal contents must mean equal activations.
+        kept: number of activations of every forward pass, of all parts.
+        run: returns the activations of a pass by its number.
         part: this writer's number.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
         Whether the store is finished.
 
     Raises:
-        GemmaScopeError: as :func:`write_store`.
+        GemmaScopeError: as in :func:`write_store`.
     """
     if _finished(folder, contents):
         return True
@@ -210,7 +210,7 @@ def _finished(folder: Folder, contents: StoreContents) -> bool:
 
 
 def _claim(folder: Folder, contents: StoreContents) -> None:
-    """Record in the folder what it will hold; raise if it is meant to hold something else."""
+    """Record in the folder what it will hold; raise if its record names other contents."""
     there = read_record(StoreContents, folder, CONTENTS_NAME)
     if there is None:
         folder.put(CONTENTS_NAME, to_json(contents))
@@ -227,7 +227,7 @@ def _refuse_others(folder: Folder, there: StoreContents, wanted: StoreContents) 
 
 
 def _finish(folder: Folder, contents: StoreContents, sets: Sequence[ShardSet]) -> bool:
-    """Join the records of all sets into the manifest, if all are there. Two writers may do so at the same time."""
+    """Join the records of all sets into the manifest, if all exist. Two writers may do so at the same time."""
     whole = _stored_sets(folder, contents, sets)
     if len(whole) < len(sets):
         return _finished(folder, contents)  # another writer may have finished it just now
@@ -251,10 +251,10 @@ def _stored_dtype(dtype: str | torch.dtype) -> Literal["float32", "bfloat16"]:
 
 def _check_cuts(shard_bytes: int, part: tuple[int, int]) -> None:
     if shard_bytes < _MIN_SHARD:
-        raise GemmaScopeError(f"Shards of {shard_bytes} bytes: the smallest are {_MIN_SHARD}.")
+        raise GemmaScopeError(f"shard_bytes is {shard_bytes}, and must be {_MIN_SHARD} or more.")
     number, parts = part
     if not 0 <= number < parts <= _MAX_PARTS:
-        raise GemmaScopeError(f"Part {number} of {parts}: parts count from 0.")
+        raise GemmaScopeError(f"There is no part {number} of {parts}: parts count from 0.")
 
 
 def _stored_sets(folder: Folder, contents: StoreContents, sets: Sequence[ShardSet]) -> dict[str, StoredSet]:
@@ -275,7 +275,7 @@ def _stored_sets(folder: Folder, contents: StoreContents, sets: Sequence[ShardSe
 def _check_room(folder: Folder, contents: StoreContents, missing: Sequence[ShardSet]) -> None:
     """Raise if the disk has too little room for the sets that are missing, of all writers.
 
-    The part of a missing set that another writer has written already needs no further room.
+    Files of a missing set that another writer has already written need no further room.
     """
     free = folder.free()
     if free is None:
@@ -303,8 +303,8 @@ def _write_set(
 ) -> StoredSet:
     """Write one set of shards, a forward pass at a time: while one is written and hashed, the next one runs.
 
-    ``kept`` counts the activations of every pass of all sets; ``done`` is called with the rows of each written pass. On
-    any error nothing of the set is left.
+    ``kept`` holds the number of activations of every pass of all sets; ``done`` is called with the number of rows of
+    each pass after it is written. If an error occurs, no file of the set remains.
     """
     files: dict[Place, OpenFile] = {}
     try:
@@ -344,7 +344,7 @@ def _wait(waiting: Sequence[Future[None]]) -> None:
 def _as_stored(
     values: Mapping[Place, torch.Tensor], contents: StoreContents, rows: int, number: int
 ) -> dict[Place, torch.Tensor]:
-    """The values of a pass, checked, in the dtype of the store and in the memory of the CPU."""
+    """Check the values of a pass, and return them in the dtype of the store on the CPU."""
     stored: dict[Place, torch.Tensor] = {}
     for place, width in contents.widths.items():
         value = values[place]
@@ -356,7 +356,7 @@ def _as_stored(
         if rows and not all(bool(bound.isfinite()) for bound in value.aminmax()):
             raise GemmaScopeError(
                 f"{place.key}: activations of forward pass {number} are not finite in {contents.dtype}. Load the model "
-                "in another dtype, or store another."
+                "in another dtype, or store the activations in another."
             )
         stored[place] = value.to("cpu").contiguous()
     return stored

@@ -1,1 +1,1 @@
-"""What each latent contributes to a metric of the logits, and to latents downstream."""
+"""Attributions: the contribution of each latent to a metric of the logits, and to latents downstream."""

@@ -1,4 +1,4 @@
-"""A site's tensor as the sum of its terms, and what each term contributes along a gradient."""
+"""Decomposition of a site's tensor into a sum of terms, and the contribution of each term along a gradient."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Terms:
 
     Attributes:
         acts: ``f [batch, pos, d_sae]``, 0 where not spliced.
-        vectors: ``error``, ``bias``, ``unspliced``, and ``skip`` of skip transcoders: each ``[batch, pos, d]``, 0 where
-            it does not apply.
+        vectors: ``error``, ``bias``, ``unspliced``, and ``skip`` of skip transcoders; each ``[batch, pos, d]``, with 0
+            where the term does not apply.
     """
 
     acts: Float[torch.Tensor, "batch pos d_sae"]
@@ -40,13 +40,13 @@ class Terms:
 
 @dataclass
 class Change:
-    """The difference of each term of a site's tensor from its baseline; latents that are 0 in both are left out.
+    """The difference of each term of a site's tensor from the baseline; latents that are 0 in both are left out.
 
     Attributes:
-        index: sequence, position and latent.
-        activation: of each latent in ``index``.
-        activation_change: activation minus the baseline's.
-        vectors: as in :class:`Terms`, minus the baseline's.
+        index: sequence, position and latent of each entry.
+        activation: activation of each entry of ``index``.
+        activation_change: activation minus that of the baseline.
+        vectors: the vectors of :class:`Terms` minus those of the baseline.
     """
 
     index: Int[torch.Tensor, "3 n"]
@@ -68,7 +68,7 @@ class Change:
     def latents_along(
         self, gradient: Float[torch.Tensor, "batch pos d"], w_dec: torch.Tensor
     ) -> Float[torch.Tensor, " n"]:
-        """``(f_{t,i} - f'_{t,i}) (g_t . W_dec[i])`` for the latents in ``index``, f' being the baseline's."""
+        """``(f_{t,i} - f'_{t,i}) (g_t . W_dec[i])`` for the entries of ``index``; f' are the baseline's activations."""
         found = [torch.zeros(0, dtype=self.activation_change.dtype, device=self.activation_change.device)]
         for start in range(0, self.activation_change.numel(), _CHUNK):
             sequence, position, latent = self.index[:, start : start + _CHUNK]
@@ -88,8 +88,8 @@ def decompose(
 
     Args:
         placed: the SAE.
-        read, write: the tensors at its hooks, heads apart or not; two tensors only for a transcoder.
-        spliced: where the SAE applies.
+        read, write: the tensors at the SAE's hooks, with or without a heads dimension; they differ for transcoders.
+        spliced: True at positions where the SAE applies.
     """
     sae = bring(placed.sae, read.device)
     x, y = flatten_heads(read).to(sae.dtype), flatten_heads(write)
@@ -113,13 +113,13 @@ def change_from(terms: Terms, baseline: str, reference: Terms | None = None) -> 
     """The difference of ``terms`` from a baseline.
 
     Args:
-        terms: the prompt's.
-        baseline: ``"zero"``: the whole tensor is 0. ``"bias"``: latents, error and skip are 0; ``b_dec`` stays, and the
-            positions that are not spliced. ``"latents"``: the latents are 0, everything else stays.
-        reference: the counterfactual's terms, instead of ``baseline``.
+        terms: the terms of the prompt.
+        baseline: ``"zero"``: the whole tensor is 0. ``"bias"``: latents, error and skip are 0; ``b_dec`` and positions
+            that are not spliced are unchanged. ``"latents"``: the latents are 0, all other terms are unchanged.
+        reference: terms of the counterfactual, used in place of ``baseline``.
 
     Raises:
-        UnknownNameError: another baseline.
+        UnknownNameError: the baseline is unknown.
     """
     acts, before = terms.acts, None
     if reference is not None:
@@ -139,14 +139,14 @@ def change_from(terms: Terms, baseline: str, reference: Terms | None = None) -> 
 def table_of(
     model: GemmaModel, prompt: SplicedPrompt, placed: PlacedSAE, change: Change, gradient: torch.Tensor
 ) -> pd.DataFrame:
-    """The rows of one SAE, in the order of tokens: its latents, then the other terms.
+    """The rows of one SAE in the order of tokens: first its latents, then the other terms.
 
     Args:
-        model: whose tokenizer names the tokens.
+        model: a model whose tokenizer decodes the tokens.
         prompt: the token ids.
         placed: the SAE.
-        change: each term's difference from the baseline.
-        gradient: ``[batch, pos, d]``, at the SAE's output.
+        change: the difference of each term from the baseline.
+        gradient: gradient at the SAE's output, ``[batch, pos, d]``.
     """
     import pandas as pd
 
@@ -178,7 +178,7 @@ def table_of(
 
 
 def strongest(table: pd.DataFrame, top: int | None) -> pd.DataFrame:
-    """Rows by absolute attribution within a sequence, largest first; of the latents, the first ``top`` of each."""
+    """Rows sorted by absolute attribution within a sequence, largest first, with at most ``top`` latents in each."""
     order = table["attribution"].abs().sort_values(ascending=False, kind="stable").index
     ranked = table.loc[order].sort_values("sequence", kind="stable").reset_index(drop=True)
     ranked.attrs = table.attrs
@@ -192,6 +192,6 @@ def strongest(table: pd.DataFrame, top: int | None) -> pd.DataFrame:
 
 
 def token_names(model: GemmaModel, ids: torch.Tensor) -> list[list[str]]:
-    """The text of every token; its id where the model has no tokenizer."""
+    """The text of every token, or its id if the model has no tokenizer."""
     names = {i: model.tokenizer.decode([i]) if model.tokenizer else str(i) for i in set(ids.flatten().tolist())}
     return [[names[i] for i in row] for row in ids.tolist()]

@@ -1,4 +1,4 @@
-"""``attribute``: what every active latent contributes to a metric of the logits, to first order or integrated.
+"""``attribute``: the contribution of every active latent to a metric of the logits, to first order or integrated.
 
 At a site, an SAE writes the model's activation as a sum, ``x_t = sum_i f_{t,i} W_dec[i] + b_dec + e_t``. With the
 gradient ``g_t`` of the metric m with respect to ``x_t``, the terms of ``x_t . g_t`` are
@@ -9,14 +9,15 @@ The first estimates how much m decreases when latent i is set to zero at token t
 to first order. This is attribution patching applied to latents, as in Sparse Feature Circuits (Marks et al., 2024);
 Gemma Scope's appendix C.3 uses the same product.
 
-Integrated gradients (Sundararajan et al., 2017) put the mean gradient on the straight path from a baseline x' in place
-of g, by Gauss-Legendre quadrature: ``sum_k w_k g(x' + alpha_k (x - x'))``, exact for polynomials up to degree
-``2 steps - 1`` in alpha. Then the attributions add up to ``m(x) - m(x')`` but for the error of the quadrature
-(completeness); ``attrs["gap"]`` is that error. The tensor of each SAE's site changes alone, at all tokens together,
-which takes ``steps`` forward and backward passes and a forward pass per SAE. A path from zero meets the sharp bend of
-the next RMSNorm near zero, where a moderate number of steps is too few for the res, att and embedding sites; paths from
-the other baselines are smooth. As all latents change at once, their joint effect is shared among them: for the effect
-of ablating one latent alone, activation times gradient is the better estimate unless the metric is far from linear.
+Integrated gradients (Sundararajan et al., 2017) replace g by the mean gradient on the straight path from a baseline x',
+computed by Gauss-Legendre quadrature: ``sum_k w_k g(x' + alpha_k (x - x'))``, exact for polynomials up to degree
+``2 steps - 1`` in alpha. The attributions then add up to ``m(x) - m(x')`` up to the error of the quadrature
+(completeness); ``attrs["gap"]`` is that error. The tensor of each SAE's site is changed by itself, at all tokens
+together, which takes ``steps`` forward and backward passes and one forward pass per SAE. A path from zero passes
+through the strong curvature of the next RMSNorm near zero, where a moderate number of steps is too few for the res, att
+and embedding sites; paths from the other baselines are smooth. As all latents change at once, their joint effect is
+shared among them: for the effect of ablating one latent alone, activation times gradient is the better estimate unless
+the metric is far from linear.
 """
 
 from __future__ import annotations
@@ -75,42 +76,44 @@ def attribute(
     exclude_special_tokens: ExcludeTokens = True,
     attention_mask: Any = None,
 ) -> pd.DataFrame:
-    """What each latent, the SAE's error and its bias contribute to ``metric`` on ``text``.
+    """Attribute ``metric`` on ``text`` to the latents, the error and the bias of SAEs.
 
     The attribution of a term of a site's tensor is its difference from a baseline times a gradient (see the module).
 
     Args:
-        model: from ``load_model``; left as it was.
-        text: as :func:`~gemma_scope_tl.features` takes it; chat messages that do not end with the model's are followed
-            by the opening of its answer, as in ``generate``, so that the next token is the answer's first.
+        model: a model from ``load_model``; it is not changed.
+        text: text, token ids or messages as for :func:`~gemma_scope_tl.features`. Chat messages that do not end with a
+            message of the model are followed by the opening of its answer, as in ``generate``, so that the next token
+            is the first of the answer.
         saes: SAEs or transcoders of any site (one, several, a mapping or a suite), each attributed as if it alone were
             spliced, with its error term.
-        metric: a word that is one token (``" earth"``) or an id, for its logit behind each text; or a function of the
-            logits ``[batch, pos, vocab]`` that returns one number, such as those of ``attributions.targets``.
+        metric: a word that is one token (``" earth"``) or an id, for the logit of this token after each text; or a
+            function of the logits ``[batch, pos, vocab]`` that returns one number, such as those of
+            ``attributions.targets``.
         method: ``"gradient"``: one forward and backward pass for all SAEs. ``"integrated"``: the mean over a path.
         baseline: ``"zero"``: the whole tensor is zero. ``"bias"``: ``b_dec`` alone; latents, error and skip are zero.
             ``"latents"``: only the latents are zero, so that their attributions add up to the effect of ablating them
             all. By default ``"zero"`` for gradient (activation times gradient) and ``"latents"`` for integrated.
-        counterfactual: another prompt of the same shape, whose activations at the site are the baseline instead.
+        counterfactual: another prompt of the same shape, whose activations at the site replace the baseline.
         steps: number of nodes of the quadrature.
-        top: keep the ``top`` strongest latents of each sequence; the other kinds stay. None keeps all.
+        top: keep only the ``top`` strongest latents of each sequence, and all rows of other kinds. None keeps all.
         exclude_special_tokens: as in :func:`~gemma_scope_tl.splice`. Where SAEs are not applied, the whole tensor has
             one row, of kind ``unspliced``.
         attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
 
     Returns:
-        Strongest first within a sequence: ``sequence, position, token, site, layer, kind, latent, activation,
+        A table, strongest first within a sequence: ``sequence, position, token, site, layer, kind, latent, activation,
         attribution``, the last in units of the metric. ``kind`` is ``latent``, ``error``, ``bias``, ``unspliced`` or
         ``skip`` (of skip transcoders); only a latent has ``latent`` and ``activation``. Positions count from 0 at the
-        first token that is not padding; padding has no rows. ``attrs["metric"]`` is the metric on ``text``. When
-        integrated, ``attrs["baseline_metric"]`` lists it at each SAE's baseline, and ``attrs["gap"]`` by how much the
-        attributions of each SAE exceed the difference of the two.
+        first token that is not padding; padding has no rows. ``attrs["metric"]`` is the metric on ``text``. For
+        integrated gradients, ``attrs["baseline_metric"]`` lists the metric at each SAE's baseline, and ``attrs["gap"]``
+        how much the attributions of each SAE exceed the difference of the two.
 
     Raises:
-        SpliceError: an SAE that does not fit the model.
-        UnknownNameError: another method or baseline.
-        GemmaScopeError: a metric that is not one differentiable number; a counterfactual of another shape; a number out
-            of its range.
+        SpliceError: an SAE does not fit the model.
+        UnknownNameError: the method or the baseline is unknown.
+        GemmaScopeError: the metric is not one differentiable number, the counterfactual has another shape, or a number
+            is out of range.
     """
     chosen = _checked(method, baseline, counterfactual, steps, top)
     placed = placed_saes(model, saes, exclude_special_tokens)
@@ -133,7 +136,7 @@ def _attributions(
     baseline: str,
     steps: int | None,
 ) -> pd.DataFrame:
-    """The rows of every SAE, unsorted; first order where ``steps`` is None."""
+    """The rows of every SAE, unsorted; to first order if ``steps`` is None."""
     import pandas as pd
 
     clean = run_probed(model, prompt, placed)
@@ -145,7 +148,7 @@ def _attributions(
         gradients = [flatten_heads(at_hook[one.write]) for one in placed]
     else:
         ends = [clean.values[one.write].detach() for one in placed]
-        del clean, value  # and with them the graph, before others are made
+        del clean, value  # frees the graph before the next one is made
         both = [
             _mean_gradient(model, prompt, one, change, end, metric=metric, steps=steps)
             for one, change, end in zip(placed, changes, ends, strict=True)
@@ -162,19 +165,17 @@ def _attributions(
 
 
 def _checked(method: str, baseline: str | None, counterfactual: Any, steps: int, top: int | None) -> str:
-    """The baseline, after checks of the options."""
+    """Check the options, and return the baseline."""
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     if baseline is not None and baseline not in BASELINES:
         raise unknown_name("baseline", baseline, BASELINES)
     if baseline is not None and counterfactual is not None:
-        raise GemmaScopeError(
-            "Give baseline= or counterfactual=, not both: each is what activations are compared with."
-        )
+        raise GemmaScopeError("Give baseline= or counterfactual=, not both: activations are compared with one of them.")
     if steps < 1:
-        raise GemmaScopeError(f"steps={steps}: the quadrature needs at least 1 step.")
+        raise GemmaScopeError(f"steps must be 1 or more, not {steps}.")
     if top is not None and top < 1:
-        raise GemmaScopeError(f"top={top}: keep at least 1 latent, or None for all.")
+        raise GemmaScopeError(f"top must be 1 or more, or None for all latents, not {top}.")
     return baseline or ("zero" if method == "gradient" else "latents")
 
 
@@ -200,8 +201,8 @@ def _changes(
 def _check_alike(prompt: SplicedPrompt, other: SplicedPrompt) -> None:
     if other.ids.shape != prompt.ids.shape:
         raise GemmaScopeError(
-            f"The counterfactual's ids are {list(other.ids.shape)}, the text's {list(prompt.ids.shape)}: positions are "
-            "compared one by one, so both need the same number of sequences and tokens."
+            f"The counterfactual's ids are {list(other.ids.shape)}, and those of the text {list(prompt.ids.shape)}: "
+            "positions are compared one by one, so both need the same number of sequences and tokens."
         )
     if not torch.equal(other.mask, prompt.mask) or not torch.equal(other.spliced, prompt.spliced):
         raise GemmaScopeError("The counterfactual has padding or special tokens at other positions than the text.")
@@ -246,19 +247,19 @@ def ablation_effects(
 ) -> list[float]:
     """Change of ``metric`` when each latent is set to zero at its position, one at a time: ``m(edited) - m(clean)``.
 
-    The SAE is spliced with its error term, so everything else of the tensor stays. The attribution of a latent
-    (:func:`~gemma_scope_tl.attribute`) predicts minus this number.
+    The SAE is spliced with its error term, so the other terms of the tensor are unchanged. The attribution of a latent
+    (:func:`~gemma_scope_tl.attribute`) estimates the negative of this number.
 
     Args:
         model, metric, exclude_special_tokens, attention_mask: as for :func:`~gemma_scope_tl.attribute`.
         text: one text, or its ids.
         sae: an SAE or transcoder.
-        pairs: ``(position, latent)``; positions count from the first token that is not padding.
-        batch_size: edits in a forward pass.
+        pairs: pairs ``(position, latent)``; positions count from the first token that is not padding.
+        batch_size: number of edits in a forward pass.
 
     Raises:
-        SpliceError: the SAE does not fit; a latent that does not exist.
-        GemmaScopeError: several texts; a position behind the end of the text.
+        SpliceError: the SAE does not fit the model, or has no such latent.
+        GemmaScopeError: several texts were given, or a position is beyond the end of the text.
     """
     placed_saes(model, sae, exclude_special_tokens)
     prompt = one_prompt(model, text, exclude_special_tokens, attention_mask, "Ablations are measured on")
@@ -272,7 +273,7 @@ def ablation_effects(
     effects: list[float] = []
     for start in range(0, len(rows), batch_size):
         some = torch.tensor(rows[start : start + batch_size], device=prompt.ids.device).T
-        batch = some.shape[1] + 1  # the last row is left alone, so that clean and edited round alike
+        batch = some.shape[1] + 1  # the last row stays unedited, so that clean and edited rows round alike
 
         def edit(acts: torch.Tensor, hook: Any, some: torch.Tensor = some) -> torch.Tensor:
             acts = acts.clone()

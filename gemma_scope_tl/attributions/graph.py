@@ -1,4 +1,4 @@
-"""Which latents drive which: edges between SAEs of different sites, and the small circuit behind a metric.
+"""Circuits: edges between latents of SAEs at different sites, and the strongest nodes and edges behind a metric.
 
 An edge is the same product as an attribution, with a downstream latent in place of the metric. For latent i at token s
 of an SAE with output ``x_s``, and an active latent j at token t downstream with pre-activation ``z_{t,j}``,
@@ -6,12 +6,13 @@ of an SAE with output ``x_s``, and an active latent j at token t downstream with
     w = f_{s,i} (dz_{t,j}/dx_s . W_dec[i])
 
 is, to first order, the decrease of ``z_{t,j}`` when i is set to zero at s (of ``f_{t,j}`` too: above its threshold
-JumpReLU has slope 1). One backward pass gives all edges into a downstream latent. The error downstream has edges as
-well: it is the function ``x - x_hat(x)`` of its input, projected on the gradient of the metric at its output.
+JumpReLU has slope 1). One backward pass gives all edges into a downstream latent. A downstream error has edges as well:
+it is the function ``x - x_hat(x)`` of its input, projected on the gradient of the metric at its output.
 
-In a circuit, gradients stop at every site that has an SAE, so an edge is the direct effect, not through a site between.
-When all nodes are in, the chain rule holds exactly: a node's attribution is its direct effect on the metric plus the
-effects through all its edges. Sparse Feature Circuits (Marks et al., 2024) draws graphs of this kind.
+In a circuit, gradients stop at every site that has an SAE, so an edge is the direct effect, without paths through a
+site between the two. If all nodes are included, the chain rule holds exactly: a node's attribution is its direct effect
+on the metric plus the effects through all its edges. Sparse Feature Circuits (Marks et al., 2024) draws graphs of this
+kind.
 """
 
 from __future__ import annotations
@@ -60,13 +61,13 @@ class Circuit:
     """Nodes and edges behind a metric.
 
     Attributes:
-        nodes: a row per node, the index is its number: ``kind`` (``latent``, ``error``, ``skip``, ``unspliced``, and
-            ``metric`` for the last), ``site, layer, position, token, latent, activation, attribution`` (of the whole
-            effect on the metric), and ``rank``, the position of its site in the order of the forward pass, from 0.
-        edges: ``source, target`` (numbers of nodes), ``weight`` (in the target's units: how much of its activation),
-            ``effect`` (how much of the metric, through this edge); strongest effect first.
-        tokens: of the prompt.
-        metric: its value.
+        nodes: a row per node, indexed by the node's number: ``kind`` (``latent``, ``error``, ``skip``, ``unspliced``,
+            and ``metric`` for the last), ``site, layer, position, token, latent, activation, attribution`` (along all
+            paths to the metric), and ``rank``, the index of the site in the order of the forward pass, from 0.
+        edges: ``source, target`` (numbers of nodes), ``weight`` (contribution to the target's activation), ``effect``
+            (contribution to the metric through this edge); strongest effect first.
+        tokens: the tokens of the prompt as text.
+        metric: the value of the metric.
     """
 
     nodes: pd.DataFrame
@@ -82,9 +83,9 @@ class _CutPass:
     Attributes:
         prompt: the token ids.
         placed: the SAEs.
-        run: the pass.
-        terms: of the tensor that each SAE writes, differentiable.
-        changes: the same, detached, from a baseline of zero.
+        run: the probed pass.
+        terms: the differentiable terms of the tensor that each SAE writes.
+        changes: the detached differences of these terms from a baseline of zero.
     """
 
     prompt: SplicedPrompt
@@ -111,27 +112,28 @@ def circuit(
 ) -> Circuit:
     """The strongest latents behind a metric and the strongest direct edges between them.
 
-    Nodes are latents at a token, and at each site and token the SAE's error (and what is not spliced), which compete by
-    the size of their attribution. Two forward passes, and a backward pass per node.
+    Nodes are latents at a token, and at each site and token the SAE's error (or the tensor, where it is not spliced).
+    The nodes of largest attribution are kept. The function takes two forward passes, and a backward pass per node.
 
     Args:
-        model: from ``load_model``; left as it was.
+        model: a model from ``load_model``; it is not changed.
         text: one text, or its ids; chat messages as for :func:`~gemma_scope_tl.attribute`.
         saes: SAEs or transcoders, at most one for each place in the model.
         metric: as for :func:`~gemma_scope_tl.attribute`.
-        nodes: how many, beside the metric's own.
-        edges: how many.
+        nodes: number of nodes, without that of the metric.
+        edges: number of edges.
         exclude_special_tokens: as in :func:`~gemma_scope_tl.splice`.
         attention_mask: ``[1, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
 
     Raises:
-        SpliceError: an SAE that does not fit; two that write at the same place.
-        GemmaScopeError: several texts; a metric that is not one differentiable number; fewer than one node or edge.
+        SpliceError: an SAE does not fit the model, or two write at the same place.
+        GemmaScopeError: several texts were given, the metric is not one differentiable number, or ``nodes`` or
+            ``edges`` is below 1.
     """
     import pandas as pd
 
     if nodes < 1 or edges < 1:
-        raise GemmaScopeError(f"nodes={nodes}, edges={edges}: a circuit needs at least 1 of each.")
+        raise GemmaScopeError(f"A circuit needs at least 1 node and 1 edge, not nodes={nodes} and edges={edges}.")
     placed, prompt = _checked_inputs(model, text, saes, exclude_special_tokens, attention_mask)
     metric = metric_on(model, metric, prompt)
     with differentiable(model, placed):
@@ -165,7 +167,7 @@ def latent_edges(
     exclude_special_tokens: ExcludeTokens = True,
     attention_mask: Any = None,
 ) -> pd.DataFrame:
-    """What each term of an upstream site contributes to chosen latents of a downstream SAE, along every path.
+    """Attribute chosen latents of a downstream SAE to the terms of an upstream site, along every path.
 
     Args:
         model, text, exclude_special_tokens, attention_mask: as for :func:`circuit`.
@@ -175,12 +177,12 @@ def latent_edges(
         top: keep the ``top`` strongest upstream latents of each target.
 
     Returns:
-        The columns of :func:`~gemma_scope_tl.attribute` for the upstream terms, ``attribution`` being the edge in units
-        of the target's activation, and ``target_position, target_latent, target_activation``.
+        The columns of :func:`~gemma_scope_tl.attribute` for the upstream terms, with ``attribution`` in units of the
+        target's activation, and ``target_position, target_latent, target_activation``.
 
     Raises:
-        SpliceError: an SAE that does not fit, or ``upstream`` is not before ``downstream`` in the pass.
-        GemmaScopeError: several texts; no targets; a target that is not active.
+        SpliceError: an SAE does not fit the model, or ``upstream`` is not before ``downstream`` in the forward pass.
+        GemmaScopeError: several texts or no targets were given, or a target is not active.
     """
     import pandas as pd
 
@@ -197,7 +199,7 @@ def latent_edges(
             activation = cut.terms[1].acts[0, token_row(prompt, position), _checked_latent(downstream, latent)]
             if float(activation.detach()) == 0:
                 raise GemmaScopeError(
-                    f"Latent {latent} is not active at position {position}: features() lists those that are."
+                    f"Latent {latent} is not active at position {position}: features() lists the active latents."
                 )
             gradient = cut.gradients(activation)[0]
             table = strongest(table_of(model, prompt, placed[0], cut.changes[0], gradient), top)
@@ -218,7 +220,9 @@ def _checked_inputs(
     writes = [one.write for one in placed]
     for name in writes:
         if writes.count(name) > 1:
-            raise SpliceError(f"{name} is taken: {writes.count(name)} of the SAEs write there. Give one a place.")
+            raise SpliceError(
+                f"{name} is taken: {writes.count(name)} of the SAEs write there. Give each place one SAE."
+            )
     return placed, prompt
 
 
@@ -236,13 +240,13 @@ def _cut_pass(model: GemmaModel, prompt: SplicedPrompt, placed: list[PlacedSAE])
 
 
 def _edges(cut: _CutPass, nodes: pd.DataFrame, total: dict[str, torch.Tensor], metric: torch.Tensor) -> pd.DataFrame:
-    """Every edge between ``nodes`` and from them to the metric, whose number is ``len(nodes)``.
+    """All edges between ``nodes``, and from them to the metric, which has the number ``len(nodes)``.
 
     Args:
         cut: the pass with direct gradients.
-        nodes: a row per node.
+        nodes: a table with one row per node.
         total: the gradient of the metric along all paths, at each write hook.
-        metric: computed in the cut pass.
+        metric: the metric as computed in the cut pass.
     """
     import pandas as pd
 
@@ -260,7 +264,7 @@ def _edges(cut: _CutPass, nodes: pd.DataFrame, total: dict[str, torch.Tensor], m
 
 
 def _source_vectors(cut: _CutPass, nodes: pd.DataFrame) -> dict[int, tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """For each SAE: its nodes, their positions, and the vector ``[n, d]`` that each adds to the site."""
+    """For each SAE, its nodes, their positions, and the vectors ``[n, d]`` that they add to the site."""
     found: dict[int, tuple[list[int], torch.Tensor, torch.Tensor]] = {}
     for number, group in nodes.groupby("sae"):
         sae, terms = cut.placed[cast(int, number)].sae, cut.terms[cast(int, number)]
@@ -277,12 +281,12 @@ def _source_vectors(cut: _CutPass, nodes: pd.DataFrame) -> dict[int, tuple[list[
 
 
 def _target(cut: _CutPass, node: Any, total: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """The scalar of a node that edges lead to, and the change of the metric for each unit of it."""
+    """The scalar that represents a node as the target of edges, and the change of the metric per unit of it."""
     placed, terms = cut.placed[int(node["sae"])], cut.terms[int(node["sae"])]
     at = token_row(cut.prompt, int(node["position"]))
     gradient = total[placed.write][0, at].to(terms.acts.dtype)
     if node["kind"] == "latent":
         row = placed.sae.W_dec[int(node["latent"])].detach()
         return terms.acts[0, at, int(node["latent"])], float(row.to(gradient.dtype) @ gradient)
-    # For any other term: its product with the gradient, taken as constant, which is in the metric's units already.
+    # The scalar of any other term is its product with the constant gradient, which is already in units of the metric.
     return terms.vectors[node["kind"]][0, at] @ gradient, 1.0

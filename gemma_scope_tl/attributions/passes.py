@@ -2,8 +2,8 @@
 
 A probe is a tensor of zeros added to a site: the gradient with respect to it is the gradient at the site. The pass is
 that of the unchanged model. Splicing an SAE with its error term also leaves the pass unchanged, so the gradient at the
-output of the splice is the same tensor, and nothing needs to be spliced here. It also follows that several SAEs do not
-change each other's gradients: each has the gradient of the model, as if it alone were spliced. Editing a latent under
+output of the splice is the same tensor, and no splice is needed here. It also follows that several SAEs do not change
+each other's gradients: each has the gradient of the model, as if it alone were spliced. Editing a latent under
 ``use_error_term=True`` has the same property, because the errors of SAEs downstream are computed in the edited pass.
 """
 
@@ -35,9 +35,9 @@ class PlacedSAE:
 
     Attributes:
         sae: an SAE or transcoder.
-        place: what it reads.
-        read, write: the hooks of what it encodes and of what it reconstructs, by HookedTransformer's names, which both
-            backends understand.
+        place: the place that the SAE reads.
+        read, write: the hooks of the tensors that the SAE encodes and reconstructs, under HookedTransformer's names,
+            which both backends accept.
     """
 
     sae: Any
@@ -52,7 +52,7 @@ class ProbedPass:
 
     Attributes:
         logits: ``[batch, pos, vocab]``.
-        values: the tensor that each hook saw, by the hook's name, in the order of the pass.
+        values: the tensor at each hook, by the hook's name, in the order of the pass.
         probes: the probe at each write hook.
     """
 
@@ -61,8 +61,8 @@ class ProbedPass:
     probes: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def gradients(self, scalar: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Gradient of ``scalar`` at every probe; zeros where it does not depend on one. The graph is kept."""
-        if not scalar.requires_grad:  # nothing upstream has a probe
+        """The gradient of ``scalar`` at every probe, zero where it does not depend on the probe. Keeps the graph."""
+        if not scalar.requires_grad:  # there is no probe upstream
             return {name: torch.zeros_like(probe) for name, probe in self.probes.items()}
         found = torch.autograd.grad(
             scalar, list(self.probes.values()), retain_graph=True, allow_unused=True, materialize_grads=True
@@ -72,7 +72,7 @@ class ProbedPass:
 
 @dataclass(frozen=True)
 class SplicedPrompt(TokenBatch):
-    """Token ids, and where SAEs apply.
+    """Token ids, and the positions at which SAEs apply.
 
     Attributes:
         spliced: True where SAEs are spliced: in the text, except at special tokens.
@@ -82,14 +82,14 @@ class SplicedPrompt(TokenBatch):
 
 
 def placed_saes(model: GemmaModel, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> list[PlacedSAE]:
-    """Where each SAE belongs in ``model``, after the checks that splicing makes.
+    """Find the place of each SAE in ``model``, with the checks that splicing makes.
 
     Raises:
-        SpliceError: no SAE; one that does not fit, or whose site is taken; one that rescales its input.
+        SpliceError: no SAE was given, or one does not fit the model, has an occupied place, or rescales its input.
     """
     found: list[PlacedSAE] = []
     for sae in as_saes(saes, whole=True):
-        with model.saes([sae], exclude_special_tokens=exclude):  # every check of add_sae, and detached again
+        with model.saes([sae], exclude_special_tokens=exclude):  # makes every check of add_sae, then detaches the SAE
             pass
         if sae.cfg.normalize_activations not in ("none", None):
             raise SpliceError(
@@ -103,10 +103,10 @@ def placed_saes(model: GemmaModel, saes: Any | Iterable[Any], exclude: ExcludeTo
 
 
 def prompt_of(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_mask: Any = None) -> SplicedPrompt:
-    """Token ids of ``text`` on the model's device, and which positions are spliced.
+    """Token ids of ``text`` on the model's device, and the positions that are spliced.
 
-    Metrics are about the token that comes next, so chat messages end where the model's answer begins, as for
-    ``generate``, unless the last message is the model's own.
+    Metrics concern the next token, so chat messages end where the model's answer begins, as for ``generate``, unless
+    the last message is one of the model.
     """
     with torch.inference_mode(False):
         batch = as_batch(model, text, attention_mask, add_generation_prompt=None)
@@ -121,13 +121,13 @@ def one_prompt(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_
     """The prompt of one text.
 
     Raises:
-        GemmaScopeError: for several texts, or a row of nothing but padding.
+        GemmaScopeError: several texts were given, or the row holds only padding.
     """
     prompt = prompt_of(model, text, exclude, attention_mask)
     if len(prompt.ids) != 1:
-        raise GemmaScopeError(f"{what} one text, {len(prompt.ids)} were given: call it for each.")
+        raise GemmaScopeError(f"{what} one text, but {len(prompt.ids)} were given: call the function for each.")
     if not bool(prompt.mask.any()):
-        raise GemmaScopeError("The text holds nothing but padding: there is nothing to explain.")
+        raise GemmaScopeError("The text holds only padding, so there is nothing to explain.")
     return prompt
 
 
@@ -135,7 +135,7 @@ def token_row(prompt: SplicedPrompt, position: int) -> int:
     """Index along the tensor of the ``position``-th token of a single prompt, which may be padded.
 
     Raises:
-        GemmaScopeError: when the prompt has no such position.
+        GemmaScopeError: the prompt has no such position.
     """
     length = int(prompt.length[0])
     if not 0 <= position < length:
@@ -145,7 +145,7 @@ def token_row(prompt: SplicedPrompt, position: int) -> int:
 
 @contextmanager
 def differentiable(model: GemmaModel, placed: Sequence[PlacedSAE]) -> Generator[None]:
-    """Enable gradients, also inside ``no_grad`` and ``inference_mode``, and freeze the model's parameters meanwhile.
+    """Enable gradients, also inside ``no_grad`` and ``inference_mode``, and freeze the model's parameters.
 
     The tensors of a model or an SAE that was made or moved in inference mode are replaced by ordinary ones.
     """
@@ -169,14 +169,14 @@ def run_probed(
     cut: bool = False,
     replaced: Mapping[str, torch.Tensor] | None = None,
 ) -> ProbedPass:
-    """A forward pass with a probe where each SAE writes.
+    """Run a forward pass with a probe at the place that each SAE writes.
 
     Args:
-        model: from ``load_model``.
-        batch: the ids, padded where its mask says so.
+        model: a model from ``load_model``.
+        batch: token ids and their mask.
         placed: the SAEs whose tensors are kept, and whose write hooks get a probe.
-        cut: stop gradients at each write hook, so that they follow the direct paths between neighbouring SAEs only.
-        replaced: tensors that replace what a write hook sees, by its name.
+        cut: stop gradients at each write hook, so that they follow only the direct paths between neighbouring SAEs.
+        replaced: tensors that replace those at write hooks, by the hook's name.
     """
     values: dict[str, torch.Tensor] = {}
     probes: dict[str, torch.Tensor] = {}

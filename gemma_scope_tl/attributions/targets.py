@@ -33,9 +33,9 @@ class TargetMetric:
     Attributes:
         score: a function of the logits ``[batch, vocab]`` at the position and the ids ``[batch]`` of each token; it
             returns ``[batch]``.
-        tokens: an id or a word each, or a list with one per sequence.
-        position: of the text: 0 is its first token, -1 its last.
-        batch: which columns hold the texts; None for all columns.
+        tokens: each an id or a word, or a list with one per sequence.
+        position: position in the text: 0 is the first token, -1 the last.
+        batch: the batch whose mask marks the texts; None if all columns are text.
     """
 
     score: Callable[..., torch.Tensor]
@@ -47,12 +47,12 @@ class TargetMetric:
         """The same metric for the texts in ``batch``, with words as ids of the model's vocabulary.
 
         Raises:
-            GemmaScopeError: a word that is not one token; an id that does not exist.
+            GemmaScopeError: a word is not one token, or an id is not in the vocabulary.
         """
         return replace(self, tokens=tuple(_ids(model, token) for token in self.tokens), batch=batch)
 
     def __call__(self, logits: Float[torch.Tensor, "batch pos vocab"]) -> torch.Tensor:
-        """The sum over all sequences that have text."""
+        """The sum of the metric over all sequences that have text."""
         rows, columns = _columns(logits, self.position, self.batch)
         found = [_per_row(token, logits)[rows] for token in self.tokens]
         return self.score(logits[rows, columns], *found).sum()
@@ -62,9 +62,10 @@ def logit(token: Tokens, position: int = -1) -> TargetMetric:
     """The logit of ``token`` at ``position``.
 
     Args:
-        token: an id or a word that is one token, such as ``" earth"`` (mind the space); or a list, one per sequence.
-        position: in the text: -1 is its last token, on whichever side it is padded. Called on logits by itself,
-            outside :func:`~gemma_scope_tl.attribute` and the like, a metric takes ids only and counts columns.
+        token: an id or a word that is one token, such as ``" earth"`` (note the space); or a list, one per sequence.
+        position: position in the text: -1 is the last token, for padding on either side. If a metric is called on
+            logits directly, outside :func:`~gemma_scope_tl.attribute` and the like, it takes ids only and positions
+            are columns.
     """
     return TargetMetric(_logit, (token,), position)
 
@@ -83,7 +84,7 @@ def single_token(model: GemmaModel, text: str) -> int:
     """The id of ``text``, which must be one token of the model's vocabulary.
 
     Raises:
-        GemmaScopeError: when it is not exactly one token, with the tokens that it is; when the model has no tokenizer.
+        GemmaScopeError: the text is not exactly one token, or the model has no tokenizer.
     """
     if model.tokenizer is None:
         raise GemmaScopeError("The model has no tokenizer: give the token's id.")
@@ -101,13 +102,13 @@ def metric_on(model: GemmaModel, metric: Metric | Tokens, batch: TokenBatch) -> 
     """A metric of the logits of ``batch``; a word or an id means its logit.
 
     Raises:
-        GemmaScopeError: for something that is not a metric; a word that is not one token.
+        GemmaScopeError: the value is not a metric, or a word is not one token.
     """
     if isinstance(metric, (str, list, tuple)) or is_index(metric):
         metric = logit(metric)  # pyright: ignore[reportArgumentType]
     if not callable(metric):
         raise GemmaScopeError(
-            "A metric is a function of the logits (attributions.targets makes some), a word or a token id; given: "
+            "A metric is a function of the logits (attributions.targets makes some), a word or a token id, not "
             f"{metric!r}."
         )
     return metric.bound_to(model, batch) if isinstance(metric, TargetMetric) else metric
@@ -117,16 +118,16 @@ def metric_value(metric: Metric, logits: torch.Tensor) -> torch.Tensor:
     """``metric`` of the logits, in float32 or wider.
 
     Raises:
-        GemmaScopeError: when it is not one finite number, or carries no gradient.
+        GemmaScopeError: the value is not one finite number, or carries no gradient.
     """
     value: Any = metric(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         given = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise GemmaScopeError(f"The metric gave {given}: it must return one number, as a tensor.")
+        raise GemmaScopeError(f"The metric returned {given}: it must return one number, as a tensor.")
     if not value.requires_grad:
         raise GemmaScopeError("The metric carries no gradient: compute it from the logits, without detach or item.")
     if not bool(value.isfinite()):
-        raise GemmaScopeError(f"The metric is {float(value.detach())} on this text: it has no attributions.")
+        raise GemmaScopeError(f"The metric is {float(value.detach())} on this text, and must be finite.")
     return value.reshape(())
 
 
@@ -153,7 +154,7 @@ def _ids(model: GemmaModel, token: Tokens) -> list[int]:
 def _per_row(token: Tokens, logits: torch.Tensor) -> torch.Tensor:
     """An id for each sequence."""
     if isinstance(token, str) or (isinstance(token, (list, tuple)) and any(isinstance(one, str) for one in token)):
-        raise GemmaScopeError(f"{token!r}: a metric that is called by itself has no tokenizer. Give ids here.")
+        raise GemmaScopeError(f"A metric that is called directly has no tokenizer: give the token's id, not {token!r}.")
     ids, (batch, _, vocab) = torch.tensor(as_indices(token), dtype=torch.long), logits.shape
     if ids.numel() not in (1, batch):
         raise GemmaScopeError(f"{ids.numel()} tokens were given for {batch} sequences: give one, or one for each.")
@@ -163,7 +164,7 @@ def _per_row(token: Tokens, logits: torch.Tensor) -> torch.Tensor:
 
 
 def _columns(logits: torch.Tensor, position: int, batch: TokenBatch | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows that have text, and the column of ``position`` in each."""
+    """The rows that have text, and the column of ``position`` in each row."""
     if batch is None:
         starts = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
         lengths = starts + logits.shape[1]

@@ -1,4 +1,4 @@
-"""``gemma-scope``: list and show SAEs, see features, steer text, attribute, evaluate, train, check files, demo."""
+"""The command line ``gemma-scope``: list and inspect SAEs, steer, attribute, evaluate, train, check files, demo."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _whole(
     version: Annotated[
-        bool, typer.Option("--version", help="Say which version this is.", callback=_show_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", envvar="GEMMA_SCOPE_TL_DEBUG", help="Show where an error happened.")
+        bool, typer.Option("--debug", envvar="GEMMA_SCOPE_TL_DEBUG", help="Show the traceback of an error.")
     ] = False,
 ) -> None:
     """Options of all verbs."""
@@ -64,6 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point. Errors become a line on standard error and an exit status.
 
     Args:
-        arguments: by default those of this process.
+        arguments: command-line arguments; by default those of this process.
     """
     sys.exit(run(app, arguments))

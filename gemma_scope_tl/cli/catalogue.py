@@ -47,7 +47,7 @@ def show(
     sae_id: Annotated[str, typer.Argument(help="Such as layer_20/width_16k/canonical.")],
     as_json: options.Json = False,
 ) -> None:
-    """Show one SAE: where it lives, where its file is, how to load it. Nothing is downloaded.
+    """Show one SAE: its place in the model, its file, and how to load it. Nothing is downloaded.
 
     Examples:
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = (*dtypes.DTYPES, *dtypes.SHORT_DTYPES)
 DEVICE_KINDS = ("cpu", "cuda", "mps", "xpu")
-# The lists below are those of modules that import torch; tests/cli compares them.
+# These lists repeat those of modules that import torch; a test in tests/cli compares them.
 UNITS = ("activation", "norm", "mean_norm")
 ATTRIBUTIONS = ("gradient", "integrated")
 ABLATIONS = ("zero", "mean")
@@ -58,24 +58,24 @@ def one_of(kind: str, names: Iterable[str]) -> Callable[[Any], Any]:
 
 
 def site(name: str) -> None:
-    """Raise unless there is such a site."""
+    """Raise unless the site exists."""
     from gemma_scope_tl.sites import get_site
 
     get_site(name)
 
 
 def backend(name: str) -> None:
-    """Raise unless there is such a backend."""
+    """Raise unless the backend exists."""
     from gemma_scope_tl.sites import BACKENDS
 
     one_of("backend", BACKENDS)(name)
 
 
 def width(label: str) -> str:
-    """The registry's label of a width: 16k for 16384.
+    """The registry's label of a width, such as 16k for 16384.
 
     Raises:
-        RegistryError: for a label that is not a width.
+        RegistryError: the label is not a width.
     """
     from gemma_scope_tl.registry.widths import parse_width, width_label
 
@@ -90,18 +90,18 @@ def widths(given: Any) -> Any:
 
 
 def dtype(name: str) -> None:
-    """Raise unless there is such a dtype."""
+    """Raise unless the dtype exists."""
     one_of("dtype", DTYPES)(name.removeprefix("torch."))
 
 
 def device(name: str) -> None:
-    """Raise unless it is a kind of device, with or without a number; :func:`available` looks whether it exists."""
+    """Raise unless the name is a kind of device, with or without a number; :func:`available` checks that it exists."""
     if not _DEVICE.fullmatch(name):
-        raise DeviceError(f"Device {name!r} is no device: write cpu, cuda, cuda:1 (the second GPU), mps or xpu.")
+        raise DeviceError(f"Device {name!r} is unknown: write cpu, cuda, cuda:1 (the second GPU), mps or xpu.")
 
 
 def available(name: str | None) -> None:
-    """Raise unless this machine has the device. Imports torch for any but the CPU."""
+    """Raise unless this machine has the device. Torch is imported for devices other than the CPU."""
     if name is not None and name != "cpu":
         from gemma_scope_tl.dtypes import parse_device
 
@@ -111,18 +111,18 @@ def available(name: str | None) -> None:
 def latent(row: SAERow, number: int) -> None:
     """Raise unless the SAE of a registry row has this latent."""
     if number >= row.d_sae:
-        raise GemmaScopeError(f"{row.release} {row.id} has latents 0 to {row.d_sae - 1:,}, and no {number:,}.")
+        raise GemmaScopeError(f"{row.release} {row.id} has latents 0 to {row.d_sae - 1:,}, and not {number:,}.")
 
 
 def release(name: str) -> None:
-    """Raise unless there is such a release."""
+    """Raise unless the release exists."""
     from gemma_scope_tl.registry.catalog import header_of
 
     header_of(name)
 
 
 def model(name: str) -> None:
-    """Raise unless it is a model's name, a folder, or looks like a name on the Hub."""
+    """Raise unless the name is that of a model or a folder, or has the form of a name on the Hub."""
     on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
     if name not in models() and not Path(name).is_dir() and not on_hub:
         raise unknown_name("model", name, models(), "A local folder or a Hugging Face id works too.")
@@ -147,21 +147,21 @@ def file_format(what: str, path: Path, formats: tuple[str, ...]) -> None:
 
 
 def writable(path: Path) -> None:
-    """Raise unless a file can be written there."""
+    """Raise unless a file can be written to the path."""
     if path.is_dir():
         raise GemmaScopeError(f"{path} is a folder: name a file.")
     folder(path.parent)
 
 
 def folder(path: Path) -> None:
-    """Raise unless files can be written into the folder, which need not exist yet."""
+    """Raise unless files can be written into the folder, which may not exist yet."""
     there = path.expanduser().absolute()
     while not there.exists() and there != there.parent:
         there = there.parent
     if not there.is_dir():
-        raise GemmaScopeError(f"{path} cannot be written to: {there} is no folder.")
+        raise GemmaScopeError(f"{path} cannot be written to: {there} is not a folder.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise GemmaScopeError(f"{path} cannot be written to: you may not write in {there}.")
+        raise GemmaScopeError(f"{path} cannot be written to: you have no write permission in {there}.")
 
 
 def readable(path: Path) -> None:
@@ -177,37 +177,37 @@ def readable(path: Path) -> None:
 
 
 def url(given: str) -> None:
-    """Raise unless it is the address of a server."""
+    """Raise unless the text is the address of a server."""
     if not re.fullmatch(r"https?://[^\s/]+\S*", given):
-        raise GemmaScopeError(f"{given!r} is no address: write http://HOST:PORT/v1 or https://….")
+        raise GemmaScopeError(f"{given!r} is not an address: write http://HOST:PORT/v1 or https://….")
 
 
 def existing_folder(path: Path) -> None:
     """Raise unless the folder exists."""
     if not path.expanduser().is_dir():
-        raise GemmaScopeError(f"{path} is no folder." if path.exists() else f"{path} does not exist.")
+        raise GemmaScopeError(f"{path} is not a folder." if path.exists() else f"{path} does not exist.")
 
 
 def repository(name: str) -> None:
-    """Raise unless it may be the name of a repository on the Hub."""
+    """Raise unless the text has the form of a repository's name on the Hub."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise GemmaScopeError(f"{name!r} is no repository: write OWNER/NAME.")
+        raise GemmaScopeError(f"{name!r} is not the name of a repository: write OWNER/NAME.")
 
 
 def source(name: str) -> None:
-    """Raise unless it is a folder that exists or may be a repository on the Hub."""
+    """Raise unless the name is that of an existing folder, or has the form of a repository's name on the Hub."""
     if not Path(name).expanduser().is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise GemmaScopeError(f"{name!r} is no folder here and no OWNER/NAME on the Hub.")
+        raise GemmaScopeError(f"{name!r} is neither a folder nor of the form OWNER/NAME.")
 
 
 def table(path: Path) -> None:
-    """Raise unless it is a table that can be read."""
+    """Raise unless the path is that of a table that can be read."""
     file_format("table", path, FORMATS)
     readable(path)
 
 
 def texts(source: str) -> None:
-    """Raise for a file of texts that cannot be read. Names of data sets are looked up later."""
+    """Raise if a file of texts cannot be read. Names of data sets are checked later."""
     path = Path(source)
     if path.suffix.lower() in _TEXT_FILES:
         readable(path)
@@ -219,7 +219,7 @@ def text(given: str) -> str:
     """The text itself, or standard input for ``-``.
 
     Raises:
-        GemmaScopeError: for an empty text, or one that is not valid UTF-8.
+        GemmaScopeError: the text is empty or not valid UTF-8.
     """
     content = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape") if given == "-" else given
     if content != given:
@@ -236,14 +236,12 @@ def free_port(host: str, port: int | None) -> None:
     """Raise unless a server can listen there.
 
     Raises:
-        GemmaScopeError: when the port is taken or reserved, or the host is not an address of this machine.
+        GemmaScopeError: the port is taken or reserved, or the host is not an address of this machine.
     """
     from gemma_scope_tl.demo.serving import try_listening
 
     try:
         try_listening(host, port)
     except OSError as error:
-        advice = (
-            "Take another --port, or none for the first free one." if port else "--host is an address of this machine."
-        )
+        advice = "Choose another --port, or omit it." if port else "--host must be an address of this machine."
         raise GemmaScopeError(f"Cannot listen on {host}, port {port or 'any'}: {error.strerror}. {advice}") from error

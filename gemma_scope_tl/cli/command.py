@@ -1,4 +1,4 @@
-"""What all verbs share: old names of options, finite numbers, examples as they are written, results apart."""
+"""The base classes of all verbs: deprecated option names, checks of numbers, the help's examples, and result output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "check": {"--model-path": "--model"},
     "top-tokens": {"--k": "--top"},
 }
-"""Old names of options by verb; they are accepted with a remark that gives the new one."""
+"""Old names of options by verb, which are accepted with a warning that names the new option."""
 _NARROW = 72
 _EXAMPLES = re.compile(r"\n\s*Examples?:\n")
 _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"])+""")
@@ -31,20 +31,20 @@ _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"])+""")
 class Command:
     """A verb that shares options with others: a dataclass whose fields are its options and whose docstring is its help.
 
-    Typer reads the signature of the dataclass as it reads that of a function, and makes an object of what was given.
-    Classes that several verbs inherit from are keyword-only, so that in the help a verb's own options come first.
+    Typer reads the signature of the dataclass as it reads that of a function, and makes an object from the arguments.
+    Classes that several verbs inherit from are keyword-only, so that a verb's own options come first in the help.
     """
 
     def check(self) -> None:
-        """Raise what can be raised before anything heavy is imported."""
+        """Make the checks that need no expensive import."""
 
     def run(self) -> None:
-        """Do what the verb does, and print the results."""
+        """Run the verb, and print the results."""
         raise NotImplementedError
 
 
 class Verb(TyperCommand):
-    """A command whose help shows its examples as they are written, and whose standard output holds only results."""
+    """A command whose help keeps the layout of its examples, and whose standard output holds only results."""
 
     def __init__(self, name: str | None, *, help: str | None = None, **settings: Any) -> None:
         text, *examples = _EXAMPLES.split(inspect.cleandoc(help or ""), maxsplit=1)
@@ -52,7 +52,7 @@ class Verb(TyperCommand):
         self.examples = [" ".join(part.split()) for part in examples[0].split("\n\n")] if examples else []
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Accept old names, and refuse infinities and NaN."""
+        """Accept old names of options, and reject infinities and NaN."""
         rest = super().parse_args(ctx, list(self._new_names(args)))
         for param in self.get_params(ctx):
             value = ctx.params.get(param.name)
@@ -73,16 +73,16 @@ class Verb(TyperCommand):
                 yield word
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the verb; what libraries print goes to standard error."""
+        """Run the verb; the output of libraries goes to standard error."""
         with results_apart():
             result = super().invoke(ctx)
-            if not isinstance(result, Command):  # the verb is a function, which has run
+            if not isinstance(result, Command):  # the verb is a function that has already run
                 return result
             ctx.invoke(result.check)  # through the context: a wrong call then names the verb's --help
             return ctx.invoke(result.run)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help, then the examples. In a narrow terminal it is plain, since frames would cut long words."""
+        """Write the help, then the examples. In a narrow terminal there are no frames, which would cut long words."""
         width = shutil.get_terminal_size().columns - 3
         mode, self.rich_markup_mode = self.rich_markup_mode, self.rich_markup_mode if width > _NARROW else None
         try:
@@ -116,7 +116,7 @@ def add(app: typer.Typer, function: Callable[..., Any], name: str | None = None)
 
 
 def _indented(example: str, width: int) -> str:
-    """An example, with escaped line breaks before options where it is too long for a line."""
+    """An example; if it is too long for a line, with escaped line breaks before options."""
     lines, parts = [""], list[str]()
     for word in _WORD.findall(example):
         if parts and not word.startswith("--"):

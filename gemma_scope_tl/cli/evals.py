@@ -1,4 +1,4 @@
-"""``gemma-scope eval``: the paper's metrics of SAEs, all on the same tokens."""
+"""``gemma-scope eval``: the paper's metrics of several SAEs on the same tokens."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -16,7 +16,7 @@ SHOWN = ("release", "id", "l0", "fvu", "delta_loss", "loss_recovered", "kl", "de
 class Evaluate(SeveralSAEs):
     """Measure L0, FVU, delta loss, loss recovered, KL and dead latents of SAEs, all on the same tokens.
 
-    Intervals are of 95 %; x ± e says how far the farther bound is.
+    Intervals have a confidence of 95 %; in x ± e, e is the distance of the farther bound.
 
     Examples:
 
@@ -35,7 +35,7 @@ class Evaluate(SeveralSAEs):
             help="zero, mean (default: both); several times.", callback=checks.one_of("ablation", checks.ABLATIONS)
         ),
     ] = None
-    uniformity: Annotated[int, typer.Option(min=0, help="Positions a row for the importance of latents.")] = 0
+    uniformity: Annotated[int, typer.Option(min=0, help="Positions per row for the importance of latents.")] = 0
     by_position: Annotated[bool, typer.Option("--by-position", help="A row per SAE and position.")] = False
 
     def run(self) -> None:

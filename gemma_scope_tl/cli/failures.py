@@ -1,4 +1,4 @@
-"""Errors as one line on standard error and an exit status, without a traceback."""
+"""Error handling of the command line: one line on standard error and an exit status, without a traceback."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        app: its verbs.
-        arguments: by default those of this process.
+        app: the app with all verbs.
+        arguments: command-line arguments; by default those of this process.
 
     Returns:
-        The exit status: 0 for success, 1 for an error, 2 for a wrong call, 130 after Ctrl-C.
+        The exit status: 0 for success, 1 for an error, 2 for a usage error, 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # characters that the encoding lacks are escaped
+        if hasattr(stream, "reconfigure"):  # escape characters that the encoding lacks
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     command: Any = get_command(app)
     try:
@@ -49,9 +49,9 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(error: Exception) -> int:
-    """Print an error. Returns the exit status."""
+    """Print an error, and return the exit status."""
     status: Any = getattr(error, "exit_code", None)
-    if status is not None and hasattr(error, "format_message"):  # a wrong call
+    if status is not None and hasattr(error, "format_message"):  # a usage error
         _show_usage(error)
         return int(status)
     if isinstance(error, typer.Abort):
@@ -64,20 +64,18 @@ def _report(error: Exception) -> int:
 def in_words(error: BaseException) -> str:
     """The line that is printed for an error."""
     if isinstance(error, GemmaScopeError):
-        return "error: " + re.sub(r"\n(?! )", " ", str(error).strip())  # keeps the lines of a list, which are indented
+        return "error: " + re.sub(r"\n(?! )", " ", str(error).strip())  # keeps the indented lines of a list
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"error: {where}{error.strerror}."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return (
-            "error: There is not enough memory. Take fewer rows, a smaller batch, a narrower SAE or --dtype bfloat16."
-        )
+        return "error: There is not enough memory. Use fewer rows, a smaller batch, a narrower SAE or --dtype bfloat16."
     lines = str(error).strip().splitlines()
     return f"error: {type(error).__name__}: {lines[0] if lines else 'no message'} {_HELP}"
 
 
 def _show_usage(error: Any) -> None:
-    """Print a wrong call as one line, and the help for a call without arguments."""
+    """Print a usage error as one line; for a call without arguments, print the help."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return
@@ -88,7 +86,7 @@ def _show_usage(error: Any) -> None:
 
 
 def _forget_output() -> None:
-    """Redirect standard output, whose reader has closed it, so that Python's flush at exit does not fail."""
+    """Redirect standard output after its reader has closed it, so that Python's flush at exit does not fail."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # pyright: ignore[reportOptionalMemberAccess]
     except (OSError, ValueError, AttributeError):

@@ -1,4 +1,4 @@
-"""``gemma-scope explain`` and ``gemma-scope neuronpedia``: explanations and feature files of latents."""
+"""``gemma-scope explain`` and ``gemma-scope neuronpedia``: explanations of latents, and files for Neuronpedia."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class SampledLatents(SeveralSAEs):
     seed: options.Seed = 0
 
     def check(self) -> None:
-        """Check also that every SAE has the latents."""
+        """Also check that every SAE has the latents."""
         super().check()
         for row in self.sae_rows():
             checks.latent(row, max(self.latent or [0]))
@@ -52,9 +52,9 @@ class Explain(SampledLatents):
         str | None, typer.Option(help="OpenAI-compatible endpoint, up to /v1.", callback=checks.each(checks.url))
     ] = None
     key_variable: Annotated[str, typer.Option(help="Environment variable with the endpoint's key.")] = "OPENAI_API_KEY"
-    answers: Annotated[Path | None, typer.Option(help="JSONL file of answers: go on there, and ask nothing twice.")] = (
-        None
-    )
+    answers: Annotated[
+        Path | None, typer.Option(help="JSONL file of answers, to continue without repeated requests.")
+    ] = None
     count: Annotated[int, typer.Option(min=1, help="Latents of each SAE, drawn among those that fire.")] = 10
     method: Annotated[
         list[str] | None,
@@ -68,7 +68,7 @@ class Explain(SampledLatents):
     figure: options.Figure = None
 
     def check(self) -> None:
-        """Check also that the figure and the answers can be written and that a language model is named."""
+        """Also check that the figure and the answers can be written, and that a language model is named."""
         super().check()
         self.refuse_cache("explain (whose answers --answers keeps)")
         if self.figure is not None:
@@ -94,7 +94,7 @@ class Explain(SampledLatents):
         print_frame(table, f"{len(table)} latents", self.as_json, columns)
 
     def client(self) -> "Answerer":
-        """The language model that answers: at an endpoint where one is given, else a local one."""
+        """The language model: at an endpoint if one is given, otherwise a local one."""
         from gemma_scope_tl.interp.client import ChatClient, LocalModel
 
         if self.base_url is None:
@@ -120,7 +120,7 @@ class Explain(SampledLatents):
         return top_examples(model, self.suite(model), tokens, latents=self.latent, sampling=sampling, **self.settings())
 
     def scored(self, client: "Answerer", found: "Examples") -> "pd.DataFrame":
-        """Explanations of one SAE's latents with their scores."""
+        """Explanations of one SAE's latents, with scores."""
         import numpy as np
 
         from gemma_scope_tl.interp.explanations import detection_scores, explain, simulation_scores
@@ -159,13 +159,13 @@ class Neuronpedia(SampledLatents):
     def check(self) -> None:
         """Check also that no cache folder is given."""
         super().check()
-        self.refuse_cache("neuronpedia (which goes on in --out)")
+        self.refuse_cache("neuronpedia (which continues in --out)")
 
     def check_out(self) -> None:
-        """Check that files can be written to the folder. ``--out`` was once a table's file, and may still be one."""
+        """Check that files can be written to the folder. As in older versions, ``--out`` may also be a table's file."""
         folder = self.out or Path("neuronpedia")
         if folder.suffix in checks.FORMATS:
-            note("DeprecationWarning: --out names the folder now; for the table of files give --json.")
+            note("DeprecationWarning: --out names the folder now; use --json for the table of files.")
             self.table, folder = folder, Path("neuronpedia")
         checks.folder(folder)
         self.out = folder

@@ -1,4 +1,4 @@
-"""Commands that look at one SAE of a model: features, steer, top-tokens, attribute."""
+"""Commands that use one SAE of a model: features, steer, top-tokens, attribute."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,7 @@ class Steer(OneSAE):
         print_facts(facts, True)
 
     def hook(self, model: Any, sae: Any) -> tuple[str, Any]:
-        """The intervention that the options ask for."""
+        """The intervention that the options describe."""
         from gemma_scope_tl import interventions
 
         if self.clamp is not None:
@@ -114,11 +114,11 @@ class Steer(OneSAE):
         if self.unit == "mean_norm":
             layers = None if sae.layer is None else [sae.layer]
             norms = interventions.mean_norms(model, self.text, sites=sae.site, layers=layers)
-        unit: Any = self.unit  # one of interventions' units: the option's callback has checked it
+        unit: Any = self.unit  # the option's callback has checked that it is a unit
         return interventions.steer(sae, self.latent, self.scale or 0.0, unit=unit, mean_norm=norms)
 
     def continuation(self, model: Any) -> str:
-        """The text and what the model generates after it, sampled with the seed where the temperature is above 0."""
+        """The text and the model's continuation, which is sampled with the seed if the temperature is above 0."""
         import torch
 
         from gemma_scope_tl.text.batch import as_batch
@@ -180,7 +180,7 @@ class Attribute(OneSAE):
     """
 
     text: options.Text
-    target: Annotated[str, typer.Option(help="Next token whose logit is explained; mind the leading space.")]
+    target: Annotated[str, typer.Option(help="Next token whose logit is explained; note the leading space.")]
     other: Annotated[str | None, typer.Option(help="Explain the logit of --target minus that of this token.")] = None
     method: Annotated[
         str, typer.Option(help="gradient or integrated.", callback=checks.one_of("method", checks.ATTRIBUTIONS))
@@ -216,6 +216,6 @@ class Attribute(OneSAE):
 
 
 def _note_file(text: str) -> None:
-    """Remark that a text which is a file's name is not read as a file."""
+    """Note that a text which is the name of a file is not read as a file."""
     if len(text) < 256 and "\n" not in text and Path(text).is_file():
         note(f"note: {text!r} is read as the text itself; `- < {text}` reads the file.")

@@ -1,4 +1,4 @@
-"""The options that verbs share: a type for each, and two sets of them, :class:`SeveralSAEs` and :class:`OneSAE`."""
+"""The options that verbs share: a type for each option, and the two sets :class:`SeveralSAEs` and :class:`OneSAE`."""
 
 import sys
 from dataclasses import dataclass
@@ -45,11 +45,13 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option(help="Of the model and the SAEs: float32, bfloat16, float16.", callback=checks.each(checks.dtype)),
+    typer.Option(
+        help="Dtype of the model and the SAEs: float32, bfloat16, float16.", callback=checks.each(checks.dtype)
+    ),
 ]
 Dtypes = Annotated[
     list[str] | None,
-    typer.Option(help="Compared with the first; float32, bfloat16.", callback=checks.each(checks.dtype)),
+    typer.Option(help="Dtypes to compare with the first; float32, bfloat16.", callback=checks.each(checks.dtype)),
 ]
 
 Site = Annotated[str, typer.Option(help=f"{_SITES}.", callback=checks.each(checks.site))]
@@ -77,7 +79,7 @@ Data = Annotated[
 ]
 Context = Annotated[int, typer.Option(min=2, help="Tokens in a row, BOS included.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")]
-Seed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of all draws.")]
+Seed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Seed of all draws.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
 TableFile = Annotated[Path | None, typer.Option(help="Write all columns to a .csv, .json or .parquet file.")]
 Figure = Annotated[Path | None, typer.Option(help="Draw the table to this .png file.")]
@@ -85,7 +87,7 @@ Figure = Annotated[Path | None, typer.Option(help="Draw the table to this .png f
 
 @dataclass(kw_only=True)
 class SeveralSAEs(Command):
-    """Which SAEs to look at, on which model and text, and where the results go."""
+    """Options for several SAEs: the SAEs, the model, the text, and the files of results."""
 
     pattern: Pattern = None
     model: ModelName = "bundled"
@@ -96,14 +98,14 @@ class SeveralSAEs(Command):
     width: Widths = None
     canonical: Annotated[bool, typer.Option("--canonical", help="Canonical SAEs only.")] = False
     data: Data = None
-    column: Annotated[str, typer.Option(help="Where a .jsonl file or a data set has the text.")] = "text"
+    column: Annotated[str, typer.Option(help="Column of a .jsonl file or data set with the text.")] = "text"
     split: Annotated[str | None, typer.Option(help="Split of a data set; by default train, of the Pile test.")] = None
-    rows: Annotated[int, typer.Option(min=1, help="Rows of tokens at most.")] = 64
+    rows: Annotated[int, typer.Option(min=1, help="Maximum number of token rows.")] = 64
     context: Context = 256
     batch_size: BatchSize = 8
-    memory: Annotated[float, typer.Option(min=0.01, help="GiB that tensors may take beside weights.")] = 1.0
+    memory: Annotated[float, typer.Option(min=0.01, help="GiB that tensors may take besides weights.")] = 1.0
     sae_memory: Annotated[float, typer.Option(min=0.01, help="GiB of SAEs to hold at a time.")] = 8.0
-    resume: Annotated[Path | None, typer.Option(help="Cache folder: go on there, and measure nothing twice.")] = None
+    resume: Annotated[Path | None, typer.Option(help="Cache folder, to continue without repeated measurements.")] = None
     out: TableFile = None
     backend: Backend = "bridge"
     device: Device = None
@@ -111,10 +113,10 @@ class SeveralSAEs(Command):
     as_json: Json = False
 
     def check(self) -> None:
-        """Check before anything is loaded that the SAEs and texts exist and that the results can be written.
+        """Check before loading that the SAEs and texts exist, and that the results can be written.
 
         Raises:
-            GemmaScopeError: with what is wrong.
+            GemmaScopeError: a check fails.
         """
         self.check_out()
         if self.resume is not None:
@@ -130,22 +132,22 @@ class SeveralSAEs(Command):
             checks.table_file(self.out)
 
     def refuse_cache(self, what: str) -> None:
-        """Raise :class:`GemmaScopeError` where ``--resume`` is given to a verb that caches nothing."""
+        """Raise :class:`GemmaScopeError` if ``--resume`` is given to a verb that caches nothing."""
         if self.resume is not None:
-            raise GemmaScopeError(f"{what} keeps nothing in a cache folder: leave --resume out.")
+            raise GemmaScopeError(f"{what} keeps nothing in a cache folder: omit --resume.")
 
     def load_model(self, name: str | None = None, dtype: str | None = None) -> Any:
-        """The model, or another one by name or dtype, on the same backend and device."""
+        """Load the model, or one of another name or dtype, on the same backend and device."""
         from gemma_scope_tl.model.loading import load_model
 
         with progress.status("loading"):
             return load_model(name or self.model, backend=self.backend, device=self.device, dtype=dtype or self.dtype)
 
     def sae_rows(self, registry_model: str | None = None) -> "list[SAERow]":
-        """Registry rows of the SAEs that fit all conditions; of another model where one is named.
+        """Registry rows of the SAEs that fit all conditions, for the named model if one is given.
 
         Raises:
-            GemmaScopeError: when none does.
+            GemmaScopeError: no SAE fits.
         """
         from gemma_scope_tl.registry.listing import select_rows
 
@@ -160,7 +162,7 @@ class SeveralSAEs(Command):
         )
         chosen = [row for row in found if row.canonical or not self.canonical]
         if not chosen:
-            raise GemmaScopeError("No SAE fits all of these conditions: see `gemma-scope list` with the same ones.")
+            raise GemmaScopeError("No SAE fits all of these conditions: run `gemma-scope list` to see what exists.")
         return chosen
 
     def suite(self, model: Any, registry_model: str | None = None, dtype: str | None = None) -> Any:
@@ -192,7 +194,7 @@ class SeveralSAEs(Command):
 
 @dataclass(kw_only=True)
 class OneSAE(Command):
-    """Which model and which of its SAEs to look at, and how the results are printed."""
+    """Options for one SAE: the model, the SAE, and the format of the results."""
 
     model: ModelName = "bundled"
     sae_model: SaeModel = None
@@ -209,8 +211,8 @@ class OneSAE(Command):
         """Check that the SAE and the device exist.
 
         Raises:
-            UnknownNameError: with the SAEs that exist.
-            DeviceError: with the devices of this machine.
+            UnknownNameError: the SAE does not exist; the message lists those that do.
+            DeviceError: the device does not exist; the message lists those of this machine.
         """
         self.row()
         checks.available(self.device)
@@ -230,19 +232,19 @@ class OneSAE(Command):
         return find(name, self.site, layer, width, self.l0)
 
     def name(self) -> str:
-        """The SAE's release and id, as results name it."""
+        """The SAE's release and id, as in results."""
         row = self.row()
         return f"{row.release} {row.id}"
 
     def named(self, table: "pd.DataFrame") -> "pd.DataFrame":
-        """A table with the columns ``release`` and ``id``. For an empty table a remark names the SAE."""
+        """Add the columns ``release`` and ``id`` to a table. For an empty table, print a note that names the SAE."""
         row = self.row()
         if not len(table):
-            note(f"note: no row; the SAE is {self.name()}.")
+            note(f"note: the table has no rows; the SAE is {self.name()}.")
         return table.assign(release=row.release, id=row.id)
 
     def check_latent(self, latent: int) -> None:
-        """Raise :class:`GemmaScopeError` when the SAE has no such latent."""
+        """Raise :class:`GemmaScopeError` if the SAE has no such latent."""
         checks.latent(self.row(), latent)
 
     def load(self) -> tuple[Any, Any]:
@@ -259,10 +261,10 @@ class OneSAE(Command):
 
 
 def registry_name(model: str, sae_model: str | None) -> str:
-    """The registry's name of a model that is given by its name or folder.
+    """The registry's name of a model that is given by name or folder.
 
     Raises:
-        UnknownNameError: for a model without SAEs, with the option that says whose SAEs to take.
+        UnknownNameError: the model has no SAEs; the message names the option for using those of another model.
     """
     from gemma_scope_tl.registry.catalog import checked_model
 
@@ -271,11 +273,11 @@ def registry_name(model: str, sae_model: str | None) -> str:
     try:
         return checked_model(Path(model).name)
     except UnknownNameError as error:
-        raise UnknownNameError(f"{error} --sae-model says whose SAEs to take for {model}.") from None
+        raise UnknownNameError(f"{error} --sae-model names the model whose SAEs to use for {model}.") from None
 
 
 def write_table(table: "pd.DataFrame", path: Path) -> None:
-    """Write a table whole or not at all, in the format that the path's suffix names."""
+    """Write a table atomically, in the format of the path's suffix."""
     from gemma_scope_tl.files import replace_files, write_atomically
 
     checks.file_format("table", path, checks.FORMATS)

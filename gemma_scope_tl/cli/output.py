@@ -26,7 +26,7 @@ progress = Console(stderr=True)  # spinners and bars
 
 @contextlib.contextmanager
 def results_apart() -> Generator[None]:
-    """Within the context only :func:`say` writes to standard output; other prints go to standard error."""
+    """Within the context only :func:`say` writes to standard output; all other output goes to standard error."""
     if _RESULTS:
         yield
         return
@@ -55,7 +55,7 @@ def say_json(value: Any) -> None:
 
 
 def note(text: str) -> None:
-    """Print a remark, not a result."""
+    """Print a note to standard error."""
     typer.secho(text, fg="yellow", err=True)
 
 
@@ -72,13 +72,13 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in cast("list[Any]", value)]
     if isinstance(value, PathLike):
         return str(cast("PathLike[str]", value))
-    if hasattr(value, "item"):  # NumPy's numbers
+    if hasattr(value, "item"):  # a NumPy number
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _FRAMED_ROWS = 100  # framing a longer table takes seconds
-_LEAST = 16  # columns that a value needs beside its name; with fewer it is printed below the name
+_LEAST = 16  # with fewer columns beside its name, a value is printed below the name
 _BELOW = 4
 _LOW, _HIGH = "_low", "_high"
 _STYLES = {"✓": "green", "✗": "red"}
@@ -94,7 +94,7 @@ def print_frame(frame: pd.DataFrame, title: str, as_json: bool, columns: Sequenc
         frame: the table.
         title: printed below the table.
         as_json: print the table, with all columns, as JSON only.
-        columns: the columns to print, with their intervals; by default all.
+        columns: the columns to print, with their intervals; by default all columns.
     """
     if as_json:
         say(frame.to_json(orient="records", indent=2))
@@ -128,9 +128,9 @@ def print_rows(rows: Sequence[Row], title: str, as_json: bool) -> None:
 
 
 def print_facts(facts: Mapping[str, Any], as_json: bool = False) -> None:
-    """Print names and values, a line each, with further lines of a value below its first.
+    """Print names and values, one per line, with further lines of a value below the first.
 
-    In a terminal, values are folded at its width, between words or parts of names where possible.
+    In a terminal, values are folded at its width, where possible between words or parts of names.
     """
     if as_json:
         say_json(facts)
@@ -151,7 +151,7 @@ def terminal() -> Console:
 
 
 def with_intervals(row: Row) -> dict[str, Any]:
-    """The row with each number and its interval in one cell.
+    """A row in which each number and its interval share one cell.
 
     >>> with_intervals({"kl": 0.4271, "kl_low": 0.4024, "kl_high": 0.4512})
     {'kl': '0.427 ± 0.025'}
@@ -166,12 +166,12 @@ def with_intervals(row: Row) -> dict[str, Any]:
 
 
 def interval(value: Any, low: Any, high: Any) -> Any:
-    """``value ± distance of the farther bound``, the latter with two digits."""
+    """``value ± distance of the farther bound``, with two digits of the distance."""
     numbers = [value, low, high]
     if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
         return value
     error = max(value - low, high - value)
-    if error <= 1e-9 * abs(value):  # rounding
+    if error <= 1e-9 * abs(value):  # the difference is due to rounding
         return value
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:.{digits}f} ± {error:.{digits}f}" if digits < 7 else f"{value:.3g} ± {error:.2g}"
@@ -214,7 +214,7 @@ def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _laid_out(names: list[str], cells: list[list[str]], title: str, width: int) -> list[Any]:
-    """The table and the lines below it for a terminal of this width. Columns with one value only may become a line."""
+    """The table and the lines below it for a terminal of this width. Constant columns may become a line."""
     same: list[str] = []
     if _natural(names, cells) + _frame(len(names)) > width and len(cells) > 1:
         alike = [i for i in range(len(names)) if len({line[i] for line in cells}) == 1]
@@ -254,7 +254,7 @@ def _natural(names: list[str], cells: list[list[str]]) -> int:
 
 
 def _widths(names: list[str], cells: list[list[str]], room: int) -> list[int] | None:
-    """Widths of the columns with which no part of a name is cut; None where there are none."""
+    """Widths of the columns for which no part of a name is cut; None if there are none."""
     least: list[int] = []
     full: list[int] = []
     for name, *texts in zip(names, *cells, strict=True):

@@ -1,4 +1,4 @@
-"""``gemma-scope export`` and ``gemma-scope upload``: SAEs as a repository, and the repository onto the Hub."""
+"""``gemma-scope export`` and ``gemma-scope upload``: writing SAEs as a repository, and publishing it on the Hub."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def export(
     out: Annotated[Path, typer.Argument(help="The repository's folder; its name becomes the release's.")],
     license: Annotated[str, typer.Option(help="SPDX identifier of the weights' licence, such as cc-by-4.0.")],
     base_model: Annotated[str | None, typer.Option(help="OWNER/NAME of the model on the Hub.")] = None,
-    description: Annotated[str | None, typer.Option(help="What these SAEs are.")] = None,
-    data: Annotated[str | None, typer.Option(help="What they were trained on, and its licence.")] = None,
-    evaluated_on: Annotated[str | None, typer.Option(help="The text behind the metrics.")] = None,
-    note: Annotated[list[str] | None, typer.Option(help="What users should know; several times.")] = None,
+    description: Annotated[str | None, typer.Option(help="Description of these SAEs.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training data, and their licence.")] = None,
+    evaluated_on: Annotated[str | None, typer.Option(help="Text on which the metrics were measured.")] = None,
+    note: Annotated[list[str] | None, typer.Option(help="Further information for users; several times.")] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(help="Hyper-parameters, a .json or .yaml file.", callback=checks.each(checks.readable)),
@@ -44,11 +44,11 @@ def export(
         str, typer.Option(help="one, or one a site.", callback=checks.one_of("choice of repositories", checks.REPOS))
     ] = "one",
     circuit_tracer: Annotated[
-        bool, typer.Option("--circuit-tracer", help="Transcoders for circuit-tracer too.")
+        bool, typer.Option("--circuit-tracer", help="Also write transcoders for circuit-tracer.")
     ] = False,
-    model: Annotated[str | None, typer.Option(help="The model's name, where the source does not say it.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name, if the source does not state it.")] = None,
     site: Annotated[
-        str | None, typer.Option(help="The site, where no folder's name says it.", callback=checks.each(checks.site))
+        str | None, typer.Option(help="The site, if no folder's name states it.", callback=checks.each(checks.site))
     ] = None,
     canonical: Annotated[bool, typer.Option("--canonical", help="Mark the SAEs nearest to an L0 of 100.")] = False,
     as_json: options.Json = False,
@@ -94,20 +94,22 @@ def upload(
     ],
     repo: Annotated[
         str,
-        typer.Argument(help="OWNER/NAME on the Hub; made if need be.", callback=checks.each(checks.repository)),
+        typer.Argument(
+            help="OWNER/NAME on the Hub; created if it does not exist.", callback=checks.each(checks.repository)
+        ),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload; without it nothing is sent.")] = False,
-    private: Annotated[bool, typer.Option("--private/--public", help="Who sees a new repository.")] = True,
-    branch: Annotated[str, typer.Option(help="Made from main where it does not exist.")] = "main",
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    private: Annotated[bool, typer.Option("--private/--public", help="Visibility of a new repository.")] = True,
+    branch: Annotated[str, typer.Option(help="Branch; created from main if it does not exist.")] = "main",
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     registry_out: Annotated[Path | None, typer.Option(help="The registry file, by default beside the folder.")] = None,
-    logs: Annotated[bool, typer.Option("--logs", help="Publish metrics.jsonl and the like too.")] = False,
+    logs: Annotated[bool, typer.Option("--logs", help="Also publish metrics.jsonl and other logs.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Check a release and upload it in one commit. Without --yes: show what would be sent, and send nothing.
 
-    The token is that of HF_TOKEN or of `hf auth login`. An upload that was interrupted goes on when it is run again.
-    Afterwards a registry file that names the commit lies beside the folder.
+    The token is that of HF_TOKEN or of `hf auth login`. After an interruption, run the command again to continue.
+    The upload writes a registry file that names the commit beside the folder.
 
     Examples:
 
@@ -156,7 +158,7 @@ def _print_left_out(left_out: Sequence[str]) -> None:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    """Hyper-parameters by name, from YAML or JSON, which is YAML too."""
+    """Hyper-parameters by name, from YAML or JSON (a subset of YAML)."""
     from gemma_scope_tl.errors import GemmaScopeError
     from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 

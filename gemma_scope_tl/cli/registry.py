@@ -27,27 +27,30 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists
 Source = Annotated[
     str, typer.Argument(help="OWNER/NAME on Hugging Face, or a folder.", callback=checks.each(checks.source))
 ]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="FOLDER:KEY=VALUE, which overrules what is found.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="FOLDER:KEY=VALUE, which overrides the files' values.")
+]
 
 
 def new(
     source: Source,
     model: Annotated[str | None, typer.Option(help="The model that the SAEs read, such as gemma-2-2b.")] = None,
     site: options.OneSite = None,
-    layer: Annotated[int | None, typer.Option(min=0, help="Layer, from 0, where no file says it.")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Layer, from 0, if no file states it.")] = None,
     l0: Annotated[
-        float | None, typer.Option(min=0.0, help="Mean number of active latents, where no file says it.")
+        float | None, typer.Option(min=0.0, help="Mean number of active latents, if no file states it.")
     ] = None,
-    unknown_l0: Annotated[bool, typer.Option("--unknown-l0", help="Leave an L0 open that nothing says.")] = False,
+    unknown_l0: Annotated[bool, typer.Option("--unknown-l0", help="Leave an unknown L0 open.")] = False,
     license: Annotated[str | None, typer.Option(help="SPDX identifier of the weights' licence.")] = None,
     release: Annotated[str | None, typer.Option(help="The release's name; by default that of the source.")] = None,
-    description: Annotated[str | None, typer.Option(help="One line for people.")] = None,
+    description: Annotated[str | None, typer.Option(help="A description in one line.")] = None,
     out: Annotated[Path | None, typer.Option(help="The file RELEASE.yaml, or its folder.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
     format: Annotated[
         str | None,
         typer.Option(
-            help="gemma-scope or sae-lens, where both are there.", callback=checks.one_of("format", checks.LAYOUTS[:2])
+            help="gemma-scope or sae-lens, if the source has both.",
+            callback=checks.one_of("format", checks.LAYOUTS[:2]),
         ),
     ] = None,
     setting: Settings = None,
@@ -89,7 +92,7 @@ def new(
 def check(
     file: Annotated[Path, typer.Argument(help="The registry file.", callback=checks.each(checks.readable))],
     remote: Annotated[bool, typer.Option("--remote", help="Ask the Hub about files in its repositories.")] = False,
-    run: Annotated[int, typer.Option(min=0, help="Run so many of the SAEs and compare their L0.")] = 0,
+    run: Annotated[int, typer.Option(min=0, help="Number of SAEs to run, to compare their L0.")] = 0,
     model: options.OtherModel = None,
     backend: options.Backend = "bridge",
     device: options.Device = None,
@@ -164,7 +167,7 @@ def _print_report(report: Report) -> None:
 
 
 def _mark(findings: Iterable[Finding]) -> str:
-    """A cell of the table: a cross for a failed check, a tick for a passed one, a dash for one that was not made."""
+    """A cell of the table: a cross for a failed check, a tick for a passed one, a dash for an omitted one."""
     states = {finding.ok for finding in findings}
     if not states:
         return ""

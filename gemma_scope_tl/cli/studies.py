@@ -22,17 +22,17 @@ studies_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", hel
 
 @dataclass(kw_only=True)
 class Study(SeveralSAEs):
-    """A study: it measures a table, which is printed, written and drawn."""
+    """A study, which measures a table that is printed, written to a file and drawn."""
 
     drawn_by: ClassVar[str]
     """Name of the function of ``viz.study_figures`` that draws the table."""
     shown: ClassVar[tuple[str, ...]]
-    """The columns that are printed for people."""
+    """The columns that are printed as a table."""
 
     figure: options.Figure = None
 
     def check(self) -> None:
-        """Check also that the figure can be written."""
+        """Also check that the figure can be written."""
         super().check()
         if self.figure is not None:
             checks.figure_file(self.figure)
@@ -128,7 +128,7 @@ class Domains(Study):
     drawn_by = "domain_figure"
     shown = ("domain", "site", "layer", "id", "l0", "delta_loss", "fvu")
 
-    label: Annotated[str, typer.Option(help="Column that says what kind of text it is.")] = "domain"
+    label: Annotated[str, typer.Option(help="Column with the kind of text.")] = "domain"
     pile: Annotated[bool, typer.Option("--pile", help="The paper's subsets of the Pile, streamed.")] = False
     subset: Annotated[list[str] | None, typer.Option(help="Only this domain; several times.")] = None
 
@@ -167,7 +167,7 @@ class Precision(Study):
 
         names = self.dtype or ["float32", "bfloat16"]
         first = self.load_model(dtype=names[0])
-        held = [first]  # until by_dtype asks for it, so that one model is in memory at a time
+        held = [first]  # popped when by_dtype loads it, so that one model is in memory at a time
 
         def load(name: str) -> tuple[Any, Any]:
             model = held.pop() if held else self.load_model(dtype=name)
@@ -197,12 +197,12 @@ class Transfer(Study):
         str, typer.Option(help="The tuned model; --model is the base.", callback=checks.each(checks.model))
     ] = _TUNED
     tuned_sae_model: Annotated[str | None, typer.Option(help="The registry's model of its own SAEs.")] = None
-    rescale: Annotated[bool, typer.Option("--rescale", help="Also with activations at the base's norm.")] = False
+    rescale: Annotated[bool, typer.Option("--rescale", help="Also with activations scaled to the base's norm.")] = False
     rollouts: Annotated[
-        int, typer.Option(min=0, help="Answers of so many tokens to --rows prompts, measured apart from them; 0: none.")
+        int, typer.Option(min=0, help="Tokens of answers to --rows prompts, measured separately; 0 for none.")
     ] = 0
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, with --rollouts.")] = 32
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of the answers.")] = 1.0
+    temperature: Annotated[float, typer.Option(min=0.01, help="Temperature of the answers.")] = 1.0
 
     def measure(self) -> "pd.DataFrame":
         if self.tuned_sae_model:
@@ -231,7 +231,7 @@ class Uniformity(Study):
     drawn_by = "uniformity_figure"
     shown = ("site", "layer", "id", "l0", "uniformity")
 
-    positions: Annotated[int, typer.Option(min=1, help="Positions of each row, a backward pass each.")] = 8
+    positions: Annotated[int, typer.Option(min=1, help="Positions of each row; each takes a backward pass.")] = 8
 
     def measure(self) -> "pd.DataFrame":
         from gemma_scope_tl.studies.fidelity import importance_uniformity
@@ -256,15 +256,15 @@ class Probes(Study):
     shown = ("site", "layer", "id", "concept", "features", "k", "auroc")
 
     label: Annotated[str, typer.Option(help="Column of the label, in a file or data set given by --data.")] = "label"
-    documents: Annotated[int, typer.Option(min=4, help="Documents of each label at most.")] = 200
-    concept: Annotated[list[str] | None, typer.Option(help="Only this one; several times.")] = None
+    documents: Annotated[int, typer.Option(min=4, help="Maximum number of documents of each label.")] = 200
+    concept: Annotated[list[str] | None, typer.Option(help="Only this concept; several times.")] = None
     k: Annotated[list[int] | None, typer.Option(min=1, help="Latents that a probe reads; several times.")] = None
     seed: options.Seed = 0
     context: options.Context = field(default=64, kw_only=True)
     batch_size: options.BatchSize = field(default=32, kw_only=True)
 
     def check(self) -> None:
-        """Check also that no cache folder is given."""
+        """Also check that no cache folder is given."""
         super().check()
         self.refuse_cache("probes")
 

@@ -13,7 +13,7 @@ from gemma_scope_tl.cli.output import print_facts, progress, say, say_json
 
 
 def doctor(as_json: options.Json = False) -> None:
-    """Check the installation, and say what to do: versions and known defects, devices, the Hub, disk, registry, and the
+    """Check the installation and give advice: versions and known defects, devices, the Hub, disk, registry, and the
     bundled model against plain Hugging Face.
 
     Example:
@@ -40,13 +40,15 @@ def demo(
     model: options.ModelName = "bundled",
     release: options.Releases = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default the first free one from 7860.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port; by default the first free one from 7860.")
+    ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(help="A name by which browsers ask, such as a reverse proxy's; may be given several times."),
+        typer.Option(help="A host name in requests, such as a reverse proxy's; may be given several times."),
     ] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of held-out text that a latent's page looks at.")] = 64,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of held-out text for a latent's page.")] = 64,
     context: options.Context = 128,
     device: options.Device = None,
     dtype: options.Dtype = "float32",
@@ -69,7 +71,7 @@ def demo(
     checks.available(device)
     from gemma_scope_tl.demo.serving import gradio, launch
 
-    gradio()  # raises for a missing extra before anything heavy is imported
+    gradio()  # raises for a missing extra before the expensive imports
     from gemma_scope_tl.demo.app import build_app
 
     with progress.status("loading"):

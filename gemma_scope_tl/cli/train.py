@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 GIB = 2.0**30
 Places = Annotated[
-    Literal["place", "width"], typer.Option("--jobs-by", help="On Ray: a job a place, or a width of it.")
+    Literal["place", "width"], typer.Option("--jobs-by", help="On Ray: one job per place, or per place and width.")
 ]
-Harvesters = Annotated[int, typer.Option(min=1, help="On Ray: jobs that write a store that is not there yet.")]
+Harvesters = Annotated[int, typer.Option(min=1, help="On Ray: jobs that write the store if it does not exist.")]
 Address = Annotated[
     str | None, typer.Option("--ray-address", help="Train as jobs on this Ray cluster; auto, host:port.")
 ]
@@ -29,19 +29,25 @@ Address = Annotated[
 
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.", callback=checks.each(checks.readable))],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, in place of the file's.")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what the run takes, and run nothing.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, which overrides the file's value.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the resources that the run takes, without running it.")
+    ] = False,
     memory: Annotated[float | None, typer.Option(min=0.01, help="GiB of memory to plan for.")] = None,
-    device_flops: Annotated[float | None, typer.Option(min=1.0, help="FLOP/s to plan for; else measured.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Start an unfinished run over.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Run what the plan says does not fit.")] = False,
+    device_flops: Annotated[
+        float | None, typer.Option(min=1.0, help="FLOP/s to plan for; by default measured.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Restart an unfinished run from the beginning.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Run even if the plan says that it does not fit.")] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Train as jobs on a Ray on this machine.")] = False,
     ray_address: Address = None,
     jobs_by: Places = "place",
     harvesters: Harvesters = 1,
     as_json: options.Json = False,
 ) -> None:
-    """Train the SAEs of a configuration; called again, go on where it was stopped.
+    """Train the SAEs of a configuration. A second call continues an interrupted run.
 
     Examples:
 

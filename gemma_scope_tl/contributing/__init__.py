@@ -1,1 +1,1 @@
-"""Registry files for SAEs of one's own: drafted from what is there, checked against what is there."""
+"""Registry files for a user's own SAEs: drafted from the files of a folder or repository, and checked against them."""

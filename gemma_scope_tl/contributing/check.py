@@ -1,6 +1,6 @@
-"""A registry file checked against everything else that is known and against the files its rows name.
+"""Checks of a registry file against the schema, the other releases, and the files that its rows name.
 
-Every check of every row is made: a problem does not end the others.
+All checks of all rows are made, also after one has failed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gemma_scope_tl.sites import get_site, site_of_hook
 from gemma_scope_tl.weights.checks import Expected
 
 CHECKS = ("schema", "names", "files", "shapes", "sha256", "l0")
-"""The checks by name, in their order; ``l0`` is made by ``measure.py``."""
+"""The names of the checks, in the order in which they are made; ``l0`` is made by ``measure.py``."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Finding:
 
     Attributes:
         check: one of :data:`CHECKS`.
-        row: the row's id; empty for the file as a whole.
-        ok: whether the check passed; None where it was not made.
-        text: what is wrong, or why the check was not made; empty when it passed.
+        row: id of the row; empty for the file as a whole.
+        ok: whether the check passed; None if it was not made.
+        text: the problem, or the reason why the check was not made; empty if it passed.
     """
 
     check: str
@@ -46,7 +46,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """The findings of a file, and the rows that could be read from it, in the order of the file."""
+    """The findings about a file, and the rows that could be read from it, in the order of the file."""
 
     path: Path
     rows: tuple[SAERow, ...]
@@ -66,13 +66,13 @@ def check_release(path: str | Path, remote: bool = False, progress: bool = False
     """Check a registry file.
 
     Args:
-        path: the YAML file. Where it breaks the schema, those of its rows that do not are still checked further.
+        path: the YAML file. If it violates the schema, its valid rows are still checked further.
         remote: ask the Hub about files in repositories. No weights are downloaded: headers are read by range, and
-            hashes are those in the listing.
-        progress: show bars on standard error.
+            hashes are taken from the listing.
+        progress: show progress bars on standard error.
 
     Returns:
-        The report; nothing is raised for problems of the file, an unreadable one included.
+        The report. Problems of the file do not raise, even if it cannot be read.
     """
     path = checked_path(path).absolute()
     try:
@@ -136,7 +136,7 @@ def _names(data: object, path: Path) -> list[Finding]:
     texts += [clash for other in others for clash in clashing_names([other, own])]
     if path.parent.resolve() != builtin_folder().resolve():
         texts += [
-            f"SAELens has a release {name!r} of its own, which SAELens would load. Choose another name."
+            f"SAELens has its own release {name!r}, and would load that one. Choose another name."
             for name in sorted(set(names) & _sae_lens_names() - {n for other in others for n in other.names})
         ]
     return [Finding("names", "", False, text) for text in texts] or [Finding("names", "", True)]
@@ -206,7 +206,7 @@ def _cfg_problems(row: SAERow, cfg: Mapping[str, Any]) -> list[str]:
     texts: list[str] = []
     architecture = cfg.get("architecture")
     if architecture not in ARCHITECTURES or (architecture != "jumprelu") != get_site(row.site).is_transcoder:
-        texts.append(f"{CFG_FILE} is of a {architecture!r} SAE, which does not fit site {row.site!r}.")
+        texts.append(f"{CFG_FILE} describes a {architecture!r} SAE, which does not fit site {row.site!r}.")
     meta = flat_cfg(cfg)
     if isinstance(hook := meta.get("hook_name"), str) and hook:
         try:
@@ -214,10 +214,10 @@ def _cfg_problems(row: SAERow, cfg: Mapping[str, Any]) -> list[str]:
         except UnknownNameError as error:
             return [*texts, f"{CFG_FILE}: {error}"]
         if (site.name, layer) != (row.site, row.layer):
-            texts.append(f"{CFG_FILE} reads {hook}, the row says site {row.site}, layer {row.layer}.")
+            texts.append(f"{CFG_FILE} names hook {hook}, but the row says site {row.site}, layer {row.layer}.")
     model = meta.get("model_name")
     if isinstance(model, str) and model and model.rpartition("/")[2] != row.model:
-        texts.append(f"{CFG_FILE} is of model {model}, the row's is {row.model}.")
+        texts.append(f"{CFG_FILE} names model {model}, but the row says {row.model}.")
     return texts
 
 
@@ -225,4 +225,4 @@ def _sha256(repository: Repository, row: SAERow) -> tuple[bool | None, str]:
     found = repository.sha256(row.weights_path)
     if found is None:
         return None, "the file is not in LFS, so the listing has no hash"
-    return found == row.sha256, "" if found == row.sha256 else f"the file has {found}, the row says {row.sha256}."
+    return found == row.sha256, "" if found == row.sha256 else f"the file has {found}, but the row says {row.sha256}."

@@ -1,4 +1,4 @@
-"""A registry file drafted from a folder or repository: every value is read from the files or given as an option."""
+"""Drafts of registry files from a folder or repository. Every value is read from the files or given as an option."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ class Options:
     """Values of a draft that the files do not hold.
 
     Attributes:
-        release: its name; by default the last part of the name of the repository or folder.
-        model, site, layer, l0: for the folders that do not say it; a folder that says another value is an error.
+        release: name of the release; by default the last part of the name of the repository or folder.
+        model, site, layer, l0: values for the folders whose files do not state them; a folder that states another value
+            is an error.
         license: SPDX identifier of the weights' licence.
-        description: one line; made from the rows without it.
-        revision: branch, tag or commit of the repository; its commit goes into the rows.
-        format: the layout, where the source has both.
-        settings: ``FOLDER:KEY=VALUE``, which overrides everything else about that folder.
+        description: one line; by default made from the rows.
+        revision: branch, tag or commit of the repository; the rows name its commit.
+        format: the layout, for a source that has both.
+        settings: texts ``FOLDER:KEY=VALUE``, which override all other values for the folder.
         unknown_l0: write null where no L0 is known, in place of an error.
         canonical: mark the SAE nearest to an L0 of 100 for every site, layer and width.
     """
@@ -61,7 +62,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Draft:
-    """A drafted release: the file's content, and remarks on what its author should check."""
+    """A drafted release: the content of the file, and remarks on what the author should check."""
 
     release: ReleaseFile
     remarks: list[str] = field(default_factory=list[str])
@@ -74,14 +75,14 @@ def draft_release(
 
     Args:
         source: a folder, or a repository on the Hub.
-        out: the file or folder that it is meant for; a source below it is written as ``./…``, so that both can be
-            moved together. The working directory by default.
+        out: the file or folder to which the draft will be written, by default the working directory. A source below it
+            is written as ``./…``, so that both can be moved together.
         options: see :class:`Options`.
-        progress: show bars on standard error.
+        progress: show progress bars on standard error.
 
     Raises:
-        RegistryError: with everything that is missing, contradictory or wrong.
-        GemmaScopeError: when the folder or repository cannot be read.
+        RegistryError: values are missing, contradictory or wrong; the message lists all of them.
+        GemmaScopeError: the folder or repository cannot be read.
     """
     options = options or Options()
     repository = open_source(source, options.revision)
@@ -112,15 +113,15 @@ def draft_release(
 
 
 def write_draft(draft: Draft, out: Path | None = None, force: bool = False) -> Path:
-    """Write a draft whole or not at all.
+    """Write a draft atomically.
 
     Args:
-        draft: what to write.
-        out: the file, whose stem must be the release's name; or a folder. The working directory by default.
+        draft: the draft.
+        out: the file, whose stem must be the release's name, or a folder; by default the working directory.
         force: replace a file that exists.
 
     Raises:
-        GemmaScopeError: when the file exists and ``force`` is not given, or the file has another name than the release.
+        GemmaScopeError: the file exists and ``force`` is not given, or the file is not named after the release.
     """
     out = out or Path()
     file = out if out.suffix in (".yaml", ".yml") else out / f"{draft.release.release}.yaml"
@@ -135,10 +136,10 @@ def write_draft(draft: Draft, out: Path | None = None, force: bool = False) -> P
 
 
 def mark_canonical(rows: Sequence[Row]) -> list[str]:
-    """Mark the row nearest to an L0 of 100 for each site, layer and width; of two as near, the sparser one.
+    """Mark the row nearest to an L0 of 100 for each site, layer and width; of two equally near, the sparser one.
 
     Returns:
-        A sentence for every such tie.
+        A sentence for every tie.
     """
     remarks: list[str] = []
     places: defaultdict[tuple[Any, ...], list[Row]] = defaultdict(list)
@@ -156,7 +157,7 @@ def mark_canonical(rows: Sequence[Row]) -> list[str]:
 
 
 def _apply(options: Options, folders: Iterable[FolderMetadata]) -> list[str]:
-    """Add the values of the options to the folders' claims. Returns what is wrong with the options."""
+    """Add the values of the options to the claims of the folders, and return the problems of the options."""
     by_path = {folder.path: folder for folder in folders}
     problems: list[str] = []
     for key in KEYS:
@@ -166,7 +167,7 @@ def _apply(options: Options, folders: Iterable[FolderMetadata]) -> list[str]:
         if key == "site":
             value = get_site(value).name
         for folder in by_path.values():
-            # A release of one site may have the SAEs of a site without layers (the embedding) beside it.
+            # A release of one site may also contain SAEs of a site without layers (the embedding).
             single = any(not get_site(site).per_layer for site in folder.claims["site"].values())
             if not (single and key in ("site", "layer")):
                 folder.claims[key][f"--{key}"] = value.rpartition("/")[2] if key == "model" else value
@@ -180,7 +181,7 @@ def _apply(options: Options, folders: Iterable[FolderMetadata]) -> list[str]:
 
 
 def _rows(folders: Sequence[FolderMetadata], options: Options, problems: list[str]) -> tuple[str | None, list[Row]]:
-    """The model and the rows, with None for what is not known; what is missing is added to ``problems``."""
+    """The model and the rows, with None for unknown values; missing values are added to ``problems``."""
     rows: list[Row] = []
     missing: defaultdict[str, list[str]] = defaultdict(list)
     models: set[str] = set()
@@ -227,7 +228,7 @@ def _add_hashes(repository: Repository, rows: Sequence[Row], format_: Format, pr
 
 
 def _label_remarks(folders: Iterable[FolderMetadata], rows: Iterable[Row]) -> list[str]:
-    """Remarks on folders whose names claim another width than the weights have. The row takes the weights' width."""
+    """Remarks on folders whose names state a width other than that of the weights, which the row has."""
     remarks: list[str] = []
     for folder, row in zip(folders, rows, strict=True):
         if folder.width_label not in (None, folder.d_sae):

@@ -25,14 +25,14 @@ CFG, NAME = "cfg.json", "the folder's name"
 
 @dataclass
 class FolderMetadata:
-    """What is known of a folder with weights.
+    """The metadata of a folder with weights.
 
     Attributes:
-        path: of the folder, inside the repository.
-        d_in, d_sae, d_out: from the file's headers; 0 until they are read.
-        claims: for each of :data:`KEYS`, the value by the source that claims it.
+        path: path of the folder inside the repository.
+        d_in, d_sae, d_out: sizes from the file's headers; 0 until they are read.
+        claims: for each of :data:`KEYS`, the claimed value by the source of the claim.
         width_label: the width in the folder's name, in latents.
-        problems: what is wrong with the folder, in sentences.
+        problems: problems of the folder, in sentences.
     """
 
     path: str
@@ -44,7 +44,7 @@ class FolderMetadata:
     problems: list[str] = field(default_factory=list[str])
 
     def value(self, key: str) -> Any:
-        """The value that is claimed for ``key``, or None. Different values are added to the problems."""
+        """The claimed value of ``key``, or None. Contradictory claims are added to the problems."""
         claims = self.claims[key]
         values = list(claims.values())
         if any(value != values[0] for value in values):
@@ -54,10 +54,10 @@ class FolderMetadata:
 
 
 def layout_of(repository: Repository, wanted: Format | None = None) -> tuple[Format, list[str]]:
-    """The layout of a repository and the folders that have it, in the order of their names.
+    """The layout of a repository and the folders that have it, sorted by name.
 
     Raises:
-        GemmaScopeError: when there are none, or both layouts.
+        GemmaScopeError: no folder has weights, or both layouts occur.
     """
     by_format: dict[Format, list[str]] = {}
     for format_, weights in WEIGHTS_FILES.items():
@@ -94,7 +94,7 @@ def read_metadata(repository: Repository, folder: str, format_: Format) -> Folde
 
 
 def flat_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A SAELens configuration with the entries of its ``metadata`` beside the others."""
+    """A SAELens configuration with the entries of ``metadata`` moved to its top level."""
     inner = cfg.get("metadata")
     return {**cfg, **(inner if isinstance(inner, dict) else {})}
 
@@ -140,15 +140,15 @@ def _read_cfg(metadata: FolderMetadata, cfg: Mapping[str, Any]) -> None:
     l0 = meta.get("l0")
     if isinstance(l0, (int, float)) and not isinstance(l0, bool) and math.isfinite(l0) and l0 > 0:
         named = metadata.claims["l0"].get(NAME)
-        if named is None or abs(named - l0) >= 1:  # names hold a rounded number
+        if named is None or abs(named - l0) >= 1:  # the L0 in a name is rounded
             metadata.claims["l0"][CFG] = float(l0)
 
 
 def parse_setting(text: str) -> tuple[str, str, Any]:
-    """Folder, key and value of a ``FOLDER:KEY=VALUE``.
+    """Parse ``FOLDER:KEY=VALUE`` into folder, key and value.
 
     Raises:
-        GemmaScopeError: when it is not of that form, or the key cannot have the value.
+        GemmaScopeError: the text does not have this form, or the value does not suit the key.
 
     >>> parse_setting("my/sae:layer=3")
     ('my/sae', 'layer', 3)
@@ -165,10 +165,10 @@ def parse_setting(text: str) -> tuple[str, str, Any]:
 
 
 def checked_format(name: str | None) -> Format | None:
-    """A layout by its name; None for None.
+    """Check the name of a layout and return it; None for None.
 
     Raises:
-        UnknownNameError: for any other name.
+        UnknownNameError: there is no such layout.
     """
     for known in WEIGHTS_FILES:
         if name == known:

@@ -25,8 +25,8 @@ TOLERANCE = 0.25
 """Tolerated difference between a measured L0 and the row's, as a share of the row's. :func:`tolerated` adds 1 to it,
 for rounding and for the sparsest SAEs.
 
-On other texts the released SAEs have L0s that differ from their labels by about a tenth; a wrong site, layer or scale
-of the input changes the L0 by far more.
+On new text the L0s of the released SAEs differ from their labels by about a tenth; a wrong site, layer or scale of the
+input changes the L0 far more.
 """
 CONTEXT, ROWS, BATCH = 256, 16, 2  # at a width of a million a batch of two rows has 2 GB of latents
 
@@ -45,15 +45,16 @@ def measure_l0(
     """Run ``count`` SAEs, spread evenly over the rows, on 4,080 tokens of the bundled held-out text (EOS left out).
 
     Args:
-        rows: of one release.
-        count: how many; 0 runs none.
-        model_path: the model's folder or name; not needed for SAEs of the bundled model.
+        rows: the rows of one release.
+        count: number of SAEs to run; 0 runs none.
+        model_path: folder or name of the model; not needed for SAEs of the bundled model.
         remote: download SAEs that are on the Hub.
-        progress: show a bar on standard error.
+        progress: show a progress bar on standard error.
         backend, device, dtype: as for ``load_model``; the SAEs have the same dtype.
 
     Returns:
-        A finding per SAE that was run, or that could not be. A row without an L0 gets the measured one as its text.
+        A finding for each SAE that was run or could not be run. For a row without an L0, the text states the measured
+        L0.
     """
     chosen = spread(rows, count)
     if not chosen:
@@ -85,14 +86,14 @@ def results_l0(rows: Sequence[SAERow], results: str | Path) -> list[Finding]:
     """Compare the L0 of each row with the measured one in a table that ``evaluate`` returned.
 
     Args:
-        rows: of one release.
+        rows: the rows of one release.
         results: a ``.csv``, ``.json`` (a list of rows) or ``.parquet`` file with columns ``release``, ``id``, ``l0``.
 
     Returns:
-        A finding per row: not checked where the table lacks the row, failed where it has several L0s of it.
+        A finding per row: not checked if the table lacks the row, and failed if it has several L0s of the row.
 
     Raises:
-        GemmaScopeError: for a file that cannot be read or lacks a column.
+        GemmaScopeError: the file cannot be read or lacks a column.
     """
     measured: dict[tuple[str, str], list[float]] = {}
     for release, id_, l0 in _results(Path(results)):
@@ -127,8 +128,8 @@ def l0_of(
 ) -> list[float | GemmaScopeError]:
     """Mean number of active latents of each SAE over the ordinary tokens, from one pass of the model for all.
 
-    The result is that of ``evaluate``'s ``l0``, without its passes for the losses. For an SAE that does not fit the
-    model the list holds the error.
+    The result equals the ``l0`` of ``evaluate``, without passes for the losses. For an SAE that does not fit the model
+    the list contains the error.
     """
     from gemma_scope_tl.evals.accumulators import Mean
     from gemma_scope_tl.evals.metrics import l0
@@ -162,7 +163,7 @@ def l0_of(
 
 
 def held_out_tokens(model: GemmaModel) -> torch.Tensor:
-    """Token ids of rows of held-out text that begin with BOS, ``[16, 256]``."""
+    """Token ids ``[16, 256]`` of held-out text; each row begins with BOS."""
     from gemma_scope_tl.text.rows import pack_texts
 
     texts = [json.loads(line)["text"] for line in HELD_OUT_TEXT.read_text(encoding="utf-8").splitlines()]
@@ -170,7 +171,7 @@ def held_out_tokens(model: GemmaModel) -> torch.Tensor:
 
 
 def spread(rows: Sequence[SAERow], count: int) -> list[SAERow]:
-    """``count`` of the rows (or all of them), evenly spaced, the first among them."""
+    """``count`` evenly spaced rows, beginning with the first; all rows if there are fewer."""
     count = min(count, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]
 

@@ -1,7 +1,7 @@
-"""Where the files of a release are: a folder on this machine, or a repository on the Hub.
+"""Repositories that hold the files of a release: a folder on this machine, or a repository on the Hub.
 
-Both answer the same questions, listed in :class:`Repository`. No weights are downloaded: shapes come from the headers
-of the files, and hashes of files on the Hub from its listing.
+Both have the methods of :class:`Repository`. No weights are downloaded: shapes come from the headers of the files, and
+hashes of files on the Hub from its listing.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class RepositoryFile:
     """A file of a release.
 
     Attributes:
-        path: below the repository, with ``/`` between its parts.
-        size: in bytes.
-        sha256: where the repository knows it.
+        path: path relative to the repository, with ``/`` between the parts.
+        size: size in bytes.
+        sha256: sha256 of the file; None if the repository does not know it.
     """
 
     path: str
@@ -52,9 +52,9 @@ class Repository(Protocol):
     """The files of a release.
 
     Attributes:
-        name: what messages call it.
-        revision: the commit that the answers are about; None for a folder.
-        workers: how many files may be asked about at a time.
+        name: name of the repository in messages.
+        revision: the commit that is read; None for a folder.
+        workers: number of files that may be read at a time.
         files: the weights files and ``cfg.json`` files by path.
     """
 
@@ -64,7 +64,7 @@ class Repository(Protocol):
     files: Mapping[str, RepositoryFile]
 
     def shapes(self, path: str) -> Shapes:
-        """Shapes of the arrays in a weights file, from its headers. Only the names of the arrays are checked."""
+        """Shapes of the arrays in a weights file, from the file's headers. Only the names of the arrays are checked."""
         ...
 
     def cfg(self, folder: str) -> dict[str, Any]:
@@ -72,15 +72,15 @@ class Repository(Protocol):
         ...
 
     def sha256(self, path: str) -> str | None:
-        """The hash of a file, None where it takes a download to know it."""
+        """The sha256 of a file; None if only a download could determine it."""
         ...
 
 
 class LocalRepository:
-    """A folder on this machine. Hidden folders in it are left out, and links that lead out of it are not followed.
+    """A folder on this machine, without hidden folders. Links that point outside the folder are not followed.
 
     Raises:
-        WeightsError: when it is not a folder.
+        WeightsError: the path is not a folder.
     """
 
     revision: str | None = None
@@ -123,14 +123,14 @@ class LocalRepository:
 
 
 class HubRepository:
-    """A model repository on the Hub at one commit. Its listing has the sha256 of files in LFS.
+    """A model repository on the Hub at one commit. The listing has the sha256 of files in LFS.
 
     Args:
         repo: ``owner/name``.
         revision: a branch, tag or commit; by default the main branch.
 
     Raises:
-        WeightsError: when the repository or revision does not exist, or the Hub cannot be reached.
+        WeightsError: the repository or revision does not exist, or the Hub cannot be reached.
     """
 
     workers = 8
@@ -185,7 +185,7 @@ def _hub_errors(repo: str, revision: str | None, what: str = "The listing") -> G
     except (OSError, ValueError, *hub_exceptions()) as error:
         failure = hub_error(error, repo, what, revision)
         if not isinstance(error, HfHubHTTPError):
-            text = f"{what} of {repo} cannot be had from the Hub ({type(error).__name__})"
+            text = f"{what} of {repo} cannot be fetched from the Hub ({type(error).__name__})"
             hint = "Check the name, the connection and HF_HUB_OFFLINE, and try again."
             raise WeightsError(f"{text}. {hint}") from failure.__cause__
         raise failure from failure.__cause__
@@ -197,10 +197,10 @@ def is_remote(repo: str) -> bool:
 
 
 def open_repository(repo: str, revision: str | None = None) -> Repository:
-    """The repository that a registry row's ``repo`` names: ``bundled``, a folder's absolute path, or one on the Hub.
+    """Open the repository of a registry row: ``bundled``, a folder's absolute path, or a name on the Hub.
 
     Raises:
-        GemmaScopeError: when it does not exist, or the Hub cannot be reached.
+        GemmaScopeError: the repository does not exist, or the Hub cannot be reached.
     """
     if repo == BUNDLED:
         from gemma_scope_tl.weights.fetch import bundled_root
@@ -210,10 +210,10 @@ def open_repository(repo: str, revision: str | None = None) -> Repository:
 
 
 def open_source(source: str, revision: str | None = None) -> Repository:
-    """The repository that a user names: a folder that exists, or else a repository on the Hub.
+    """Open the repository that a user names: a folder if it exists, otherwise a repository on the Hub.
 
     Raises:
-        GemmaScopeError: when it is neither, or the Hub cannot be reached.
+        GemmaScopeError: neither exists, or the Hub cannot be reached.
     """
     path = checked_path(source)
     if is_folder(path) or source.startswith(("/", ".", "~")) or source.count("/") != 1:
@@ -225,12 +225,12 @@ def shapes_in(file: Any, path: str, source: str) -> Shapes:
     """Shapes of a weights file by canonical name.
 
     Args:
-        file: its path, or an open file with a ``source`` and a ``size``.
-        path: by its suffix the format is known.
-        source: the file's name, for messages.
+        file: path of the file, or an open file with a ``source`` and a ``size``.
+        path: a path whose suffix names the format.
+        source: name of the file in messages.
 
     Raises:
-        WeightsError: when it is not a weights file, or its arrays are not those of an SAE.
+        WeightsError: the file is not a weights file, or its arrays are not those of an SAE.
     """
     if path.endswith(".npz"):
         from gemma_scope_tl.weights.npz import inspect_npz
@@ -245,10 +245,10 @@ def shapes_in(file: Any, path: str, source: str) -> Shapes:
 
 
 def sizes_of(shapes: Shapes, source: str, expected: Expected | None = None) -> tuple[int, int, int]:
-    """``d_in, d_sae, d_out`` of arrays, after a check that their shapes fit together and fit ``expected``.
+    """Check that the shapes of arrays fit each other and ``expected``, and return ``d_in, d_sae, d_out``.
 
     Raises:
-        WeightsError: with every array whose shape is wrong.
+        WeightsError: shapes are wrong; the message lists all of them.
     """
     check_shapes(shapes, source, expected)
     (d_in, d_sae), d_out = shapes["W_enc"], shapes["W_dec"][1]
@@ -258,10 +258,10 @@ def sizes_of(shapes: Shapes, source: str, expected: Expected | None = None) -> t
 def ask_each(
     items: Iterable[T], ask: Callable[[T], R], what: str, workers: int, progress: bool
 ) -> list[R | GemmaScopeError]:
-    """Call ``ask`` with every item, in threads, with a bar on standard error.
+    """Call ``ask`` with every item, in threads, with a progress bar on standard error.
 
     Returns:
-        The answers in the order of the items; a :class:`GemmaScopeError` that was raised stands in place of its answer.
+        The results in the order of the items; if ``ask`` raised a :class:`GemmaScopeError`, the error is the result.
     """
 
     def answer(item: T) -> R | GemmaScopeError:

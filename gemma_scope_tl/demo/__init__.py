@@ -1,1 +1,1 @@
-"""The interactive demo: computations without a user interface, their presentation, and the web app."""
+"""The interactive demo: computations that do not depend on the user interface, their presentation, and the web app."""

@@ -21,13 +21,13 @@ Sparse autoencoders read a language model's activations as latents, a few of whi
 Choose one, see where its latents fire, follow a latent, steer the model with it, and see how splicing
 changes the loss."""
 
-# The model runs one request at a time, and a second one may load its SAE meanwhile. The others wait in the queue.
+# The model runs one request at a time, and a second request may load its SAE meanwhile. Other requests are queued.
 ON_THE_MODEL = {"concurrency_id": "model", "concurrency_limit": 2}
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The form fields that all tabs share: which SAE, and which of its latents."""
+    """The form fields that all tabs share: the SAE and the latent."""
 
     site: Any
     layer: Any
@@ -39,11 +39,11 @@ def build_app(world: World | str = "bundled", **options: Any) -> Any:
     """The demo as Gradio ``Blocks``: serve it with :func:`~gemma_scope_tl.demo.serving.launch`.
 
     Args:
-        world: the model and SAEs to show, or a model's name.
-        options: of :func:`~gemma_scope_tl.demo.world.load_world`, where ``world`` is a name.
+        world: the model and SAEs to show, or the name of a model.
+        options: arguments of :func:`~gemma_scope_tl.demo.world.load_world`, if ``world`` is a name.
 
     Raises:
-        GemmaScopeError: when gradio is not installed, and for the reasons of ``load_world``.
+        GemmaScopeError: gradio is not installed, or ``load_world`` fails.
     """
     gr = gradio()
     shown = load_world(world, **options) if isinstance(world, str) else world
@@ -65,13 +65,13 @@ def build_app(world: World | str = "bundled", **options: Any) -> Any:
 
 
 def blocks(gr: Any, world: World) -> Any:
-    """A class of ``Blocks`` that escapes its own errors and, when it is closed, ends what the model runs."""
+    """A ``Blocks`` that escapes error messages and, when it is closed, stops the model."""
 
     class Demo(gr.Blocks):
         queue_rules: QueueRules | None = None
 
         async def preprocess_data(self, *args: Any, **options: Any) -> Any:
-            """Escape Gradio's own errors, which quote the request and are shown as HTML."""
+            """Escape the text of Gradio's errors, which quote the request and are shown as HTML."""
             try:
                 return await super().preprocess_data(*args, **options)
             except gr.Error as error:
@@ -97,7 +97,7 @@ def blocks(gr: Any, world: World) -> Any:
 
 
 def _chooser(gr: Any, world: World) -> Chosen:
-    """Fields for site, layer, SAE and latent. The choices of each depend on those before it."""
+    """Fields for site, layer, SAE and latent. The choices of each field depend on the fields before it."""
     start = world.start()
     row = world.rows[start]
 

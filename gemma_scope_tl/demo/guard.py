@@ -1,7 +1,7 @@
-"""Middleware in front of Gradio: only the demo's own routes, for its own pages, in requests of bounded size.
+"""Middleware in front of Gradio that admits only the demo's routes, for the demo's pages, in requests of bounded size.
 
-Gradio registers some eighty routes (uploads, files, proxies, an editor of the app's own source) and answers every host
-and origin. The middleware is outside of all of it, including Gradio's own middleware.
+Gradio registers about eighty routes (uploads, files, proxies, an editor of the app's source) and answers every host and
+origin. This middleware is outermost, in front of Gradio's own middleware.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.demo.queue_rules import QueueRules
 
 BODY_BYTES = 1 << 18
-"""The largest request. A text of 4,000 characters takes 48,000 bytes where each is written as two escapes."""
+"""Largest request in bytes. A text of 4,000 characters takes 48,000 bytes if each is written as two escapes."""
 BODY_SECONDS = 10.0
 API = "/gradio_api/"
 JOIN, ANSWERS = f"{API}queue/join", f"{API}queue/data"
@@ -36,7 +36,7 @@ READ = frozenset(
         ANSWERS,
     }
 )
-"""Routes for GET: the page, what it and Gradio's Python client read first, and the stream of answers."""
+"""Routes for GET: the page, the resources that it and Gradio's Python client load first, and the stream of answers."""
 READ_BELOW = ("/assets/", "/static/", f"{API}heartbeat/")
 WRITE = frozenset({JOIN, f"{API}cancel"})
 """Routes for POST: a request, and its cancellation."""
@@ -45,8 +45,9 @@ POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors "
 )
-"""What a page may load, and which pages may frame it. Gradio's page refers to other hosts for fonts and scripts, which
-this forbids. Its templates need inline scripts and ``eval``, so texts of visitors must be escaped."""
+"""The policy for what a page may load and which pages may frame it. Gradio's page refers to other hosts for fonts and
+scripts, which this policy forbids. Gradio's templates need inline scripts and ``eval``, so texts of visitors must be
+escaped."""
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",
@@ -54,8 +55,8 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 _OWN_PAGE = ("same-origin", "none")
-_DEPTH = 3  # of lists in a request: the row of a clicked cell
-_SESSION = 64  # characters of the session's name, which Gradio keeps for a while
+_DEPTH = 3  # nesting of lists in a request, as in the row of a clicked cell
+_SESSION = 64  # length limit of the session's name, which Gradio stores for some time
 
 
 def guarded(app: ASGIApp, hosts: Hosts, rules: QueueRules, framed_by: Iterable[str] = ()) -> ASGIApp:
@@ -63,8 +64,8 @@ def guarded(app: ASGIApp, hosts: Hosts, rules: QueueRules, framed_by: Iterable[s
 
     Args:
         app: Gradio's application with its middleware.
-        hosts: the names that it answers to.
-        rules: is told which pages wait for answers.
+        hosts: the host names that the demo answers to.
+        rules: the rules of the queue, which are notified of the pages that wait for answers.
         framed_by: origins whose pages may frame the demo.
     """
     frames = " ".join(framed_by) or "'none'"
@@ -105,7 +106,7 @@ class _KnownHosts(TrustedHostMiddleware):
 
 
 class _Origins:
-    """Refuses pages of other origins that send or read the API. Gradio is not told the origin, so it allows none."""
+    """Refuses requests to the API from pages of other origins. Gradio does not see the origin, so it allows none."""
 
     def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
         self.app, self.hosts = app, hosts
@@ -128,7 +129,7 @@ class _Origins:
 
 
 class _Routes:
-    """Refuses routes that the demo's page does not use, and removes queries except those of the stream of answers."""
+    """Refuses routes that the demo's page does not use, and removes all queries except that of the answers' stream."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -150,7 +151,7 @@ class _Routes:
 
 
 class _Questions:
-    """Refuses bodies that are slow or more than plain data, such as what Gradio would take for a file to fetch."""
+    """Refuses bodies that arrive slowly or hold more than plain data, such as files that Gradio would fetch."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -173,7 +174,7 @@ class _Questions:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """A request's whole body; None when the client disconnects before its end."""
+    """The complete body of a request; None if the client disconnects before the end."""
     parts: list[bytes] = []
     while True:
         message = await receive()
@@ -211,14 +212,14 @@ def _refused(constant: str) -> None:
 
 
 def _plain(value: Any, depth: int) -> bool:
-    """Whether a value is a text, a number or a list of them, nested at most ``depth`` times."""
+    """Whether a value is a text, a number or a list of these, nested at most ``depth`` times."""
     if isinstance(value, list):
         return depth > 0 and all(_plain(one, depth - 1) for one in value)
     return not isinstance(value, dict)
 
 
 class _Listening:
-    """Tells the rules of the queue which pages wait for answers, and at once when one has disconnected."""
+    """Notifies the rules of the queue when a page begins to wait for answers, and when a page disconnects."""
 
     def __init__(self, app: ASGIApp, rules: QueueRules) -> None:
         self.app, self.rules = app, rules
@@ -253,7 +254,7 @@ class _Listening:
         watching = asyncio.create_task(watch())
         try:
             await self.app(scope, give, pass_on)
-            if open_ and heard:  # when the demo stops, Gradio does not end the stream
+            if open_ and heard:  # Gradio does not end the stream when the demo stops
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             watching.cancel()

@@ -24,9 +24,9 @@ class Hosts:
 
     Attributes:
         own: names of this machine for which the demo was started.
-        given: names of proxies in front of it. Their pages may send, whatever host the proxy then names.
-        addresses: whether every numeric address counts as a name, as for a demo that listens on all addresses of a
-            machine. DNS rebinding works with names only, so a page elsewhere cannot use an address.
+        given: names of proxies in front of the demo. Their pages may send requests to any host that the proxy names.
+        addresses: whether every numeric address is accepted, as for a demo that listens on all addresses of a machine.
+            DNS rebinding works with names only, so pages of other sites cannot use an address.
     """
 
     own: frozenset[str]
@@ -56,15 +56,15 @@ def hosts_of(host: str, allowed_hosts: Iterable[str] = ()) -> Hosts:
         allowed_hosts: other names, such as that of a proxy.
 
     Raises:
-        GemmaScopeError: for an allowed host that is not a name.
+        GemmaScopeError: an allowed host is not a name.
     """
     given: set[str] = set()
     for name in [allowed_hosts] if isinstance(allowed_hosts, str) else allowed_hosts:
         lower = bracketed(name.strip().lower())
         if not _ALLOWED.fullmatch(lower):
             raise GemmaScopeError(
-                "An allowed host is a name such as demo.example.org or *.example.org, without scheme, port and path; "
-                f"given: {name!r}."
+                "An allowed host is a name such as demo.example.org or *.example.org, without scheme, port and path, "
+                f"not {name!r}."
             )
         given.add(lower)
     listens = bracketed(host.lower())
@@ -75,15 +75,15 @@ def hosts_of(host: str, allowed_hosts: Iterable[str] = ()) -> Hosts:
 
 
 def origins_of(given: Iterable[str]) -> tuple[str, ...]:
-    """Checked origins of pages that may frame the demo.
+    """Check and return the origins of pages that may frame the demo.
 
     Raises:
-        GemmaScopeError: for a text that is not an origin.
+        GemmaScopeError: a text is not an origin.
     """
     found = (given,) if isinstance(given, str) else tuple(given)
     for one in found:
         if not _ORIGIN.fullmatch(one.lower()):
-            raise GemmaScopeError(f"A framing page is named by its origin, as https://example.org; given: {one!r}.")
+            raise GemmaScopeError(f"A framing page is named by its origin, such as https://example.org, not {one!r}.")
     return found
 
 
@@ -93,7 +93,7 @@ def bracketed(host: str) -> str:
 
 
 def host_name(host: str) -> str | None:
-    """The name in a ``Host`` header in lower case and without its port; None for an invalid header."""
+    """The name in a ``Host`` header, in lower case and without the port; None for an invalid header."""
     match = _HOST.fullmatch(host.lower())
     return match[1] if match else None
 

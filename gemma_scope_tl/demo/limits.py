@@ -14,11 +14,11 @@ class Limits:
     """Bounds of a request.
 
     Attributes:
-        characters, tokens: of a text, BOS included.
-        new_tokens: to generate.
-        strength: of steering either way, in norms of the activation.
-        spliced: SAEs at once.
-        temperature: of sampling.
+        characters, tokens: maximum length of a text, BOS included.
+        new_tokens: maximum number of generated tokens.
+        strength: maximum strength of steering in either direction, in norms of the activation.
+        spliced: maximum number of SAEs that are spliced at once.
+        temperature: maximum temperature of sampling.
     """
 
     characters: int = 4000
@@ -29,15 +29,15 @@ class Limits:
     temperature: float = 2.0
 
     def text(self, text: object) -> str:
-        """The text, after a check that it is neither empty nor too long.
+        """Check that the text is neither empty nor too long, and return it.
 
         Raises:
-            GemmaScopeError: for any other text.
+            GemmaScopeError: the text is empty, too long or invalid.
         """
         if not isinstance(text, str) or not text.strip():
             raise GemmaScopeError("Type some text first.")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise GemmaScopeError("The text holds half of a character: copy it again, or type it.")
+            raise GemmaScopeError("The text holds an incomplete character: copy it again, or type it.")
         if len(text) > self.characters:
             raise GemmaScopeError(
                 f"The text has {len(text):,} characters; {self.characters:,} are allowed. Shorten it."
@@ -51,10 +51,10 @@ class Limits:
 
 
 def whole_number(name: str, given: Any, low: int, high: int) -> int:
-    """A whole number within bounds, from the value of a form's field.
+    """Check that the value of a form's field is a whole number within bounds, and return it.
 
     Raises:
-        GemmaScopeError: for any other value.
+        GemmaScopeError: the value is not such a number.
     """
     value = number(name, given, low, high)
     if value != int(value):
@@ -63,10 +63,10 @@ def whole_number(name: str, given: Any, low: int, high: int) -> int:
 
 
 def number(name: str, given: Any, low: float, high: float) -> float:
-    """A number within bounds, from the value of a form's field.
+    """Check that the value of a form's field is a number within bounds, and return it.
 
     Raises:
-        GemmaScopeError: for any other value.
+        GemmaScopeError: the value is not such a number.
     """
     try:
         value = math.nan if isinstance(given, bool) else float(given)

@@ -29,7 +29,7 @@ class Reading:
     """The latents of an SAE on a text.
 
     Attributes:
-        sae: its name.
+        sae: name of the SAE.
         tokens: texts of all tokens, BOS first.
         table: rows of :func:`~gemma_scope_tl.features`; ``position`` counts in ``tokens``.
     """
@@ -47,15 +47,15 @@ class Reading:
         return values
 
     def top_latents(self, position: int, most: int = 12) -> pd.DataFrame:
-        """``latent, activation`` of a token, strongest first; empty for BOS."""
+        """A table ``latent, activation`` of a token's latents, strongest first; empty for BOS."""
         rows = self.table[self.table["position"] == position]
         return rows[["latent", "activation"]].head(most).reset_index(drop=True)
 
     def strongest(self) -> tuple[int, int]:
-        """Position and latent of the strongest activation of a latent that few tokens share; (0, 0) without any.
+        """Position and latent of the strongest activation among latents that few tokens share; (0, 0) without any.
 
-        A latent that fires everywhere says little about a text, so those that fire on more than a quarter of the tokens
-        are ignored unless there are no others.
+        A latent that fires everywhere says little about a text, so latents that fire on more than a quarter of the
+        tokens are ignored unless there are no others.
         """
         if self.table.empty:
             return 0, 0
@@ -69,7 +69,7 @@ def read_text(world: World, text: object, sae: str) -> Reading:
     """Run a text through the model and the SAE.
 
     Raises:
-        GemmaScopeError: for a text beyond the limits, or an SAE that does not exist or fit.
+        GemmaScopeError: the text exceeds the limits, or the SAE does not exist or does not fit the model.
     """
     tokens = world.tokens(text)
     source = world.sae(sae)
@@ -79,10 +79,10 @@ def read_text(world: World, text: object, sae: str) -> Reading:
 
 
 def checked_latent(world: World, sae: str, latent: Any) -> int:
-    """A latent's index from the value of a form's field.
+    """Check that the value of a form's field is the index of a latent, and return it.
 
     Raises:
-        GemmaScopeError: when the SAE has no such latent.
+        GemmaScopeError: the SAE has no such latent.
     """
     return whole_number("The latent", latent, 0, world.row(sae).d_sae - 1)
 
@@ -91,7 +91,7 @@ def page_facts(world: World, sae: str, latent: Any) -> LatentFacts:
     """The numbers of a latent's page.
 
     Raises:
-        GemmaScopeError: for an SAE or latent that does not exist.
+        GemmaScopeError: the SAE or the latent does not exist.
     """
     index = checked_latent(world, sae, latent)
     source, text = world.sae(sae), world.text
@@ -101,7 +101,7 @@ def page_facts(world: World, sae: str, latent: Any) -> LatentFacts:
 
 @dataclass(frozen=True)
 class Continuations:
-    """A prompt continued by the model as it is, and steered: prompt and new text of each."""
+    """Continuations of a prompt by the model without and with steering, each with the prompt."""
 
     plain: str
     steered: str
@@ -120,16 +120,16 @@ def steer_text(
     """Continue a text twice, with and without a latent's decoder row added at every ordinary position.
 
     Args:
-        world: what to run.
+        world: the model and SAEs.
         text: the prompt.
-        sae, latent: what to steer.
-        strength: in norms of each position's own activation; negative steers away.
-        new_tokens: to generate.
-        temperature: 0 takes the likeliest token.
-        seed: of sampling, the same for both.
+        sae, latent: name of the SAE and index of the latent.
+        strength: strength in norms of each position's own activation; negative values steer away from the latent.
+        new_tokens: number of tokens to generate.
+        temperature: temperature of sampling; 0 takes the likeliest token.
+        seed: seed of sampling, the same for both.
 
     Raises:
-        GemmaScopeError: for anything beyond the limits.
+        GemmaScopeError: an argument exceeds the limits.
     """
     limits = world.limits
     index = checked_latent(world, sae, latent)
@@ -162,9 +162,9 @@ class SpliceEffect:
 
     Attributes:
         tokens: texts of all tokens, BOS first.
-        table: ``position, token, clean, spliced, change`` of every token but the first, in nats: the loss of
-            predicting that token from those before it.
-        clean, spliced: means.
+        table: ``position, token, clean, spliced, change`` of every token but the first: the losses in nats of
+            predicting the token from those before it.
+        clean, spliced: mean losses in nats.
     """
 
     tokens: list[str]
@@ -182,13 +182,13 @@ def splice_loss(world: World, text: object, saes: Sequence[str] | None, error_te
     """The loss of each token with and without SAEs spliced in.
 
     Args:
-        world: what to run.
-        text: two tokens or more.
-        saes: names.
-        error_term: add what the SAEs do not reconstruct, which gives the model's own loss.
+        world: the model and SAEs.
+        text: a text of two tokens or more.
+        saes: names of SAEs.
+        error_term: add the error term, which gives the model's own loss.
 
     Raises:
-        GemmaScopeError: for no SAE, too many, two at one place, or a text beyond the limits.
+        GemmaScopeError: no SAE or too many SAEs were given, two have the same place, or the text exceeds the limits.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Rules of the demo's queue: a request is run only while its page waits for the answer."""
+"""Rules of the demo's queue, by which a request is run only while its page waits for the answer."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 from gemma_scope_tl.demo.world import wanted
 
 WAITING = 64
-"""Requests that may wait."""
+"""Maximum number of waiting requests."""
 WAITING_OF_A_PAGE = 8
-"""Requests of one page that may wait."""
+"""Maximum number of waiting requests of one page."""
 SECONDS = 10.0
-"""Time for which a request is kept while its page has no stream of answers; the page opens it after it has sent."""
+"""Time for which a request is kept without a stream of answers, which its page opens after sending the request."""
 
 
 class QueueRules:
-    """Replaces two methods of one Gradio queue by methods with the rules of this module.
+    """Replaces two methods of a Gradio queue by methods with the rules of this module.
 
     A request whose page has no open stream of answers is not run, or its run is ended. It is removed after
-    :data:`SECONDS`, or earlier when the queue is full and another request arrives. So requests for which
-    nobody waits take neither the model's time nor room in the queue.
+    :data:`SECONDS`, or earlier if the queue is full and another request arrives. Abandoned requests therefore take
+    neither the model's time nor space in the queue.
 
     Args:
-        queue: of a ``Blocks``, before it is served.
+        queue: queue of a ``Blocks`` that is not yet served.
     """
 
     def __init__(self, queue: Any) -> None:
@@ -36,7 +36,7 @@ class QueueRules:
         queue.push, queue.get_events = self.push, self.events
 
     def came(self, session: str) -> asyncio.Future[None]:
-        """Register that a page listens for answers. The future is done when it no longer does."""
+        """Register that a page listens for answers. The future is done when the page stops listening."""
         stream = asyncio.get_running_loop().create_future()
         self._streams.add(stream)
         self.listening[session] += 1
@@ -55,7 +55,7 @@ class QueueRules:
             del self.listening[session]
 
     async def push(self, body: Any, request: Any, username: str | None) -> tuple[bool, Any, str]:
-        """Gradio's ``push``, with a limit for each page, after abandoned requests were removed."""
+        """Gradio's ``push``, preceded by the removal of abandoned requests and with a limit for each page."""
         if body.fn_index not in self.queue.blocks.fns:
             return False, "The demo has no such function: reload its page.", "error"
         self._forget_abandoned()
@@ -69,7 +69,7 @@ class QueueRules:
         return await self._push(body=body, request=request, username=username)
 
     def events(self) -> Any:
-        """Gradio's ``get_events`` for requests whose pages listen. It is called often, with the queue's lock held."""
+        """Gradio's ``get_events`` for requests whose pages listen. Gradio calls it often, holding the queue's lock."""
         self._forget_abandoned()
         waiting = self._waiting()
         unheard = [event for event in waiting if event.session_hash not in self.listening]

@@ -1,4 +1,4 @@
-"""Serves the demo, by default to this machine only, and without requests to other hosts."""
+"""Serving the demo, by default to this machine only, and without requests to other hosts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NOTEBOOKS = ("'self'", "http://localhost:*", "http://127.0.0.1:*", "vscode-webview:")
-"""Pages that may frame the demo when a notebook shows it."""
+"""Origins of pages that may frame the demo when it is shown in a notebook."""
 
 _BUTTONS = {
     f"button_primary_background_fill{part}": color
     for part, color in (("", "#c2410c"), ("_hover", "#9a3412"), ("_dark", "#c2410c"), ("_hover_dark", "#9a3412"))
 }  # the theme's orange has too little contrast with white text
-SESSIONS = 256  # visitors whose last reading is kept: a megabyte or so each
+SESSIONS = 256  # number of visitors whose last reading is kept, about a megabyte each
 _FIXED = {
     "share": False,
     "ssr_mode": False,
@@ -46,10 +46,10 @@ footer { display: none !important; }
 
 
 def gradio() -> Any:
-    """The gradio module, without its analytics.
+    """Import gradio with its analytics turned off.
 
     Raises:
-        GemmaScopeError: when it is not installed.
+        GemmaScopeError: gradio is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     if importlib.util.find_spec("gradio") is None:
@@ -60,9 +60,9 @@ def gradio() -> Any:
 
 
 def as_messages(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with the package's errors shown as messages. Other errors are logged, and shown without their text.
+    """Wrap ``function`` to show the package's errors as messages. Other errors are logged and shown without a text.
 
-    Gradio shows messages as HTML, and errors quote input of visitors, so they are escaped.
+    Gradio shows messages as HTML, and errors quote the input of visitors, so the messages are escaped.
     """
     error_class = gradio().Error
 
@@ -74,7 +74,7 @@ def as_messages(function: Callable[..., Any]) -> Callable[..., Any]:
             raise error_class(escape(str(error), quote=False), print_exception=False) from error
         except Exception as error:
             logger.exception("the demo failed")
-            words = "The demo failed; its log says how."
+            words = "The demo failed; see its log."
             raise error_class(words, print_exception=False) from error
 
     return run
@@ -96,22 +96,22 @@ def launch(
     ``allowed_hosts``; with ``"0.0.0.0"`` also this machine's name and any numeric address.
 
     Args:
-        app: what to serve.
-        host: address to listen on; ``"0.0.0.0"`` admits other machines, and there is no password.
-        port: by default the first free one from 7860 on.
+        app: the app.
+        host: address to listen on; ``"0.0.0.0"`` admits other machines, without a password.
+        port: port to listen on; by default the first free one from 7860 on.
         open_browser: open the page in a browser.
         wait: block until interrupted; a notebook does not wait, and shows the page inline.
-        allowed_hosts: further names by which browsers ask, such as that of a reverse proxy; ``*.example.org`` stands
-            for all names below ``example.org``.
+        allowed_hosts: further host names in requests of browsers, such as that of a reverse proxy; ``*.example.org``
+            stands for all names below ``example.org``.
         framed_by: origins whose pages may show the demo in a frame, such as ``"https://example.org"``. By default
             none, and in a notebook those of this machine.
 
     Returns:
-        The page's address.
+        The address of the page.
 
     Raises:
-        GemmaScopeError: when the port is taken or not a port, an allowed host is not a name, or an origin of
-            ``framed_by`` is invalid.
+        GemmaScopeError: the port is taken or invalid, an allowed host is not a name, or an origin of ``framed_by`` is
+            invalid.
     """
     from gemma_scope_tl.demo.hosts import bracketed, hosts_of, origins_of
     from gemma_scope_tl.demo.queue_rules import WAITING, QueueRules
@@ -158,15 +158,15 @@ def _behind_guard(hosts: Hosts, rules: QueueRules, frames: Iterable[str]) -> Cal
 
 
 def check_address(host: str, port: int | None) -> None:
-    """Check that a server can listen there, before anything heavy is loaded. Without a port nothing is checked.
+    """Check that a server can listen there, before the model is loaded. Without a port nothing is checked.
 
     Raises:
-        GemmaScopeError: for an address of another machine, a port that is taken, or a number that is not a port.
+        GemmaScopeError: the address is not one of this machine, or the port is taken or invalid.
     """
     if port is None:
         return
     if not 1 <= port <= 65535:
-        raise GemmaScopeError(f"A port is a number from 1 to 65535; given: {port}.")
+        raise GemmaScopeError(f"A port is a number from 1 to 65535, not {port}.")
     try:
         try_listening(host, port)
     except OSError as error:
@@ -179,10 +179,10 @@ def try_listening(host: str, port: int | None) -> None:
     """Bind a socket to the address, or to any free port of the host, and close it again.
 
     Raises:
-        OSError: when the port is taken or reserved, or the host is not an address of this machine.
+        OSError: the port is taken or reserved, or the host is not an address of this machine.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port or 0, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as tried:
-        if os.name == "posix":  # else a port whose last connection has just ended counts as taken
+        if os.name == "posix":  # without this, a port whose last connection has just ended counts as taken
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         tried.bind(address)

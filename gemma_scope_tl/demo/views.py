@@ -23,7 +23,7 @@ GRID_METRICS = {"fvu": "FVU", "delta_loss": "delta loss, nats", "loss_recovered"
 
 
 def measured(world: World) -> pd.DataFrame:
-    """The registry's table of the demo's SAEs with the metrics that come with the package, missing where none do."""
+    """The registry's table of the demo's SAEs, with the metrics that come with the package and gaps for others."""
     releases = list(dict.fromkeys(row.release for row in world.rows.values()))
     table = list_saes(release=releases, with_metrics=True)
     shown = [f"{release}/{id_}" in world.rows for release, id_ in zip(table["release"], table["id"], strict=True)]
@@ -39,15 +39,16 @@ def suite_grid(table: pd.DataFrame, metric: str, width: str) -> pd.DataFrame:
     """A metric of the canonical SAEs of a width.
 
     Args:
-        table: of :func:`measured`.
+        table: the table of :func:`measured`.
         metric: a key of :data:`GRID_METRICS`.
-        width: such as ``"16k"``.
+        width: label of the width, such as ``"16k"``.
 
     Returns:
-        A row per site and a column per layer; the embedding's column is ``"-"``. Missing where nothing was measured.
+        A row per site and a column per layer; the embedding's column is ``"-"``. Values that were not measured are
+        missing.
 
     Raises:
-        UnknownNameError: for another metric or width.
+        UnknownNameError: the metric or the width is unknown.
     """
     if metric not in GRID_METRICS:
         raise unknown_name("metric", metric, GRID_METRICS)
@@ -60,7 +61,7 @@ def suite_grid(table: pd.DataFrame, metric: str, width: str) -> pd.DataFrame:
     return grid.loc[[site for site in SITES if site in grid.index], order]
 
 
-# Gradio styles tables and colours inside HTML by its own rules, hence !important.
+# !important is needed because Gradio has its own rules for tables and colours inside HTML.
 HEAT_STYLE = """
 .gs-heat { background: #fff; padding: 1rem; border-radius: 8px; overflow-x: auto; }
 .gs-heat table { border-collapse: separate !important; border-spacing: 3px; margin: 0; }
@@ -74,30 +75,30 @@ HEAT_STYLE = """
 
 
 def sae_label(row: SAERow) -> str:
-    """An SAE of a known site and layer, for a list."""
+    """The label of an SAE in a list of one site and layer."""
     l0 = "" if row.l0 is None else f", L0 {row.l0:g}"
     return f"{row.width} latents{l0}{', canonical' if row.canonical else ''}"
 
 
 def place_label(row: SAERow) -> str:
-    """An SAE among all, for a list."""
+    """The label of an SAE in a list of all SAEs."""
     return f"{row.site}{'' if row.layer is None else f' {row.layer}'}: {sae_label(row)}"
 
 
 def layer_label(layer: int | None) -> str:
-    """A layer, for a list."""
+    """The label of a layer in a list."""
     return "none" if layer is None else str(layer)
 
 
 def highlighted(tokens: Sequence[str], values: Sequence[float], maximum: float) -> list[tuple[str, float | None]]:
-    """Tokens with their share of ``maximum`` in -1..1, None where the value is 0."""
+    """Tokens with their values divided by ``maximum``, from -1 to 1; None where the value is 0."""
     pairs = zip(tokens, values, strict=True)
     scale = maximum if maximum > 0 else 1.0
     return [(token_text(token), value / scale if value else None) for token, value in pairs]
 
 
 def reading_view(reading: Reading, latent: int) -> list[tuple[str, float | None]]:
-    """A text's tokens by the activation of one latent, the strongest at 1."""
+    """A text's tokens with the activation of one latent, scaled so that the strongest is 1."""
     values = reading.activations(latent)
     return highlighted(reading.tokens, values, max(values, default=0.0))
 
@@ -116,13 +117,13 @@ def reading_words(reading: Reading, latent: int, position: int) -> str:
 
 
 def splice_view(effect: SpliceEffect) -> list[tuple[str, float | None]]:
-    """A text's tokens by the change of their loss: above 0 where the SAEs make them less likely."""
+    """A text's tokens with the change of their loss, above 0 where the SAEs make them less likely."""
     changes = effect.table["change"].tolist()
     return highlighted(effect.tokens, [0.0, *changes], max((abs(change) for change in changes), default=0.0))
 
 
 def splice_words(effect: SpliceEffect) -> str:
-    """The means in a sentence."""
+    """A sentence with the mean losses."""
     return (
         f"Loss of the model {effect.clean:.3f} nats, with the SAEs {effect.spliced:.3f}: "
         f"delta loss {effect.change:+.3f} nats over {len(effect.table)} tokens."
@@ -136,12 +137,12 @@ def splice_table(effect: SpliceEffect) -> pd.DataFrame:
 
 
 def heat_map(grid: pd.DataFrame, label: str, lower_is_better: bool = True) -> str:
-    """Sites by layers as a table. The worse a value, the darker its cell.
+    """An HTML table of sites by layers, in which worse values have darker cells.
 
     Args:
-        grid: of :func:`suite_grid`.
-        label: of the metric.
-        lower_is_better: False for a metric of which higher values are better.
+        grid: the table of :func:`suite_grid`.
+        label: label of the metric.
+        lower_is_better: False for a metric whose higher values are better.
     """
     values = [float(value) for value in grid.to_numpy().ravel() if value == value]
     if not values:

@@ -1,4 +1,4 @@
-"""What all visitors of a demo share: a model, its SAEs, and a lock. No state of a visitor is kept here."""
+"""The state that all visitors of a demo share: a model, its SAEs, and a lock. It holds no state of a visitor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 wanted: ContextVar[Callable[[], bool]] = ContextVar("wanted", default=lambda: True)
-"""Whether a page still waits for what this thread computes."""
+"""A function that returns whether a page still waits for the result of this thread."""
 
 
 class World:
@@ -33,20 +33,20 @@ class World:
     SAEs are named ``release/id``.
 
     Attributes:
-        lock: held while the model runs, since hooks and SAEs of one visitor must not act in the pass of another. Use
-            :meth:`running` to take it.
+        lock: a lock that is held while the model runs, since hooks and SAEs of one visitor must not act in the pass of
+            another. Take it with :meth:`running`.
         limits: bounds of a request.
 
     Args:
-        model: from ``load_model``.
+        model: a model from ``load_model``.
         rows: registry rows of the SAEs.
         limits: see :class:`Limits`.
-        text: of latents' pages; by default 64 rows of the held-out text.
+        text: text of latents' pages; by default 64 rows of the held-out text.
         sae_memory: bytes of SAEs to hold.
-        dtype: of the SAEs.
+        dtype: dtype of the SAEs.
 
     Raises:
-        GemmaScopeError: when there is no SAE, or the model has no tokenizer.
+        GemmaScopeError: there is no SAE, or the model has no tokenizer.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class World:
         if not rows:
             raise GemmaScopeError("There is no SAE to show: choose another release.")
         if model.tokenizer is None:
-            raise GemmaScopeError("This model has no tokenizer, and the demo reads text.")
+            raise GemmaScopeError("This model has no tokenizer, which the demo needs to read text.")
         self.model, self.limits, self.lock = model, limits or Limits(), threading.RLock()
         self._users, self._stopping, self._changed = 0, False, threading.Condition()
         self.rows = {f"{row.release}/{row.id}": row for row in rows}
@@ -73,10 +73,10 @@ class World:
 
     @contextmanager
     def running(self) -> Generator[None, None, None]:
-        """Hold the model.
+        """Hold the lock of the model within the context.
 
         Raises:
-            GemmaScopeError: when the demo stops, or no page waits for the answer any more.
+            GemmaScopeError: the demo is stopping, or no page waits for the answer any more.
         """
         with self._changed:
             self._users += 1
@@ -90,28 +90,28 @@ class World:
                 self._changed.notify_all()
 
     def check(self, *_: Any, **__: Any) -> None:
-        """Raise when nobody needs the result of the present work any more. It also serves as a hook function.
+        """Raise if the result of the current work is no longer needed. The method can be used as a hook function.
 
         Raises:
-            GemmaScopeError: as :meth:`running`.
+            GemmaScopeError: as for :meth:`running`.
         """
         if self._stopping:
             raise GemmaScopeError("The demo is stopping.")
         if not wanted.get()():
-            raise GemmaScopeError("Nobody waits for this answer any more.")
+            raise GemmaScopeError("No page waits for this answer any more.")
 
     @property
     def check_hook(self) -> tuple[str, Any]:
-        """:meth:`check` as a hook that runs at the beginning of every pass, and so before each generated token."""
+        """:meth:`check` as a hook that runs at the beginning of every pass, and therefore before each new token."""
         sites = {site.joins: site for site in self.model.family.sites.values()}
         first = sites.get("embedding") or sites["residual"]
         return first.hook_name(0, self.model.backend), self.check
 
     def stop(self, seconds: float = 30.0) -> bool:
-        """End what runs, and wait for it: a process that exits during a forward pass would abort.
+        """Stop the current pass and wait for its end, since a process that exits during a forward pass would abort.
 
         Returns:
-            Whether it has ended within ``seconds``. The world can be used again.
+            Whether the pass ended within ``seconds``. The world can be used again afterwards.
         """
         with self._changed:
             self._stopping = True
@@ -132,7 +132,7 @@ class World:
 
         Raises:
             UnknownNameError: with the nearest names.
-            WeightsError: when its file cannot be loaded.
+            WeightsError: the file of the SAE cannot be loaded.
         """
         return self._suite[name, self.row(name).layer]
 
@@ -152,19 +152,19 @@ class World:
         return [site for site in SITES if site in found]
 
     def layers(self, site: str) -> list[int | None]:
-        """Layers that have an SAE at ``site``, ascending; None alone for the embedding."""
+        """Layers that have an SAE at ``site``, ascending; only None for the embedding."""
         found = {row.layer for row in self.rows.values() if row.site == site}
         return sorted(found, key=lambda layer: -1 if layer is None else layer)
 
     def names(self, site: str, layer: int | None) -> list[str]:
-        """SAEs of a place."""
+        """Names of the SAEs of a place."""
         return [name for name, row in self.rows.items() if (row.site, row.layer) == (site, layer)]
 
     def first_name(self, site: str, layer: int | None) -> str:
-        """The SAE of a place to show first: a canonical one, if there is one.
+        """Name of the SAE of a place to show first: a canonical one, if there is one.
 
         Raises:
-            GemmaScopeError: when the place has none.
+            GemmaScopeError: the place has no SAE.
         """
         names = self.names(site, layer)
         if not names:
@@ -172,7 +172,7 @@ class World:
         return next((name for name in names if self.rows[name].canonical), names[0])
 
     def start(self) -> str:
-        """The SAE that a demo opens with: one of the residual stream, if there is one, in the middle of the layers."""
+        """Name of the SAE that is shown first: one of the residual stream, if any, in the middle of the layers."""
         sites = self.sites()
         site = next((name for name in sites if SITES[name].joins == "residual"), sites[0])
         layers = self.layers(site)
@@ -182,7 +182,7 @@ class World:
         """A visitor's text as token ids.
 
         Raises:
-            GemmaScopeError: for an empty text or one beyond the limits.
+            GemmaScopeError: the text is empty or exceeds the limits.
         """
         tokens = self.model.to_tokens(self.limits.text(text))
         self.limits.token_count(int(tokens.shape[1]))
@@ -203,17 +203,17 @@ def load_world(
     rows: int = 64,
     context: int = 128,
 ) -> World:
-    """A model by name with the SAEs of its releases.
+    """Load a model by name, with the SAEs of its releases.
 
     Args:
-        model: as ``load_model`` takes it.
-        release: one or several; by default all of the registry's for this model.
-        device, dtype: of the model; the SAEs have the same.
+        model: name of the model, as for ``load_model``.
+        release: one or several releases; by default all releases of the registry for this model.
+        device, dtype: device and dtype of the model and the SAEs.
         limits: bounds of a request.
-        rows, context: of the held-out text that latents' pages look at.
+        rows, context: number of rows of held-out text for latents' pages, and of tokens in a row.
 
     Raises:
-        UnknownNameError: for a model or release that does not exist, before anything is loaded.
+        UnknownNameError: the model or a release does not exist. It is raised before the model is loaded.
     """
     from gemma_scope_tl.model.loading import load_model
 

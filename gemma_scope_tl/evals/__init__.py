@@ -1,1 +1,1 @@
-"""The paper's metrics, and their evaluation on a model."""
+"""The paper's metrics as functions and sums, and ``evaluate``, which measures SAEs on a model."""

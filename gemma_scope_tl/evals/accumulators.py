@@ -15,10 +15,10 @@ from gemma_scope_tl.sae.sparse import SparseActs
 
 
 class Accumulator:
-    """A dataclass whose fields are tensors, integers, floats or other accumulators, and which goes through tensors."""
+    """A dataclass whose fields are tensors, numbers or other accumulators, and which can be saved as tensors."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All fields as tensors, without losing a bit; those of accumulators inside as ``"field/name"``."""
+        """All fields as tensors, without loss of precision; fields of inner accumulators are named ``"field/name"``."""
         out: dict[str, torch.Tensor] = {}
         for name, value in self._values().items():
             if isinstance(value, Accumulator):
@@ -30,7 +30,7 @@ class Accumulator:
         return out
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over what :meth:`state` returned.
+        """Restore the fields from what :meth:`state` returned.
 
         Raises:
             GemmaScopeError: when a field is missing.
@@ -48,7 +48,7 @@ class Accumulator:
 
 
 def with_prefix(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The entries whose name begins with ``prefix``, without it."""
+    """The entries whose names begin with ``prefix``, under their names without the prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
@@ -74,13 +74,13 @@ class Mean(Accumulator):
 
     @property
     def value(self) -> float:
-        """The mean, NaN before any value."""
+        """The mean; NaN if no value was added."""
         return self.total / self.count if self.count else math.nan
 
 
 @dataclass
 class VectorMean(Accumulator):
-    """The mean of activations ``[n, d]`` over a dataset: what mean ablation writes, and the centre of FVU."""
+    """The mean of activations ``[n, d]`` over a dataset, which mean ablation and the denominator of FVU use."""
 
     n: int = 0
     sums: Float[torch.Tensor, " d"] = field(default_factory=_no_sums, repr=False)
@@ -95,7 +95,7 @@ class VectorMean(Accumulator):
         """The mean in float64.
 
         Raises:
-            GemmaScopeError: before any activation.
+            GemmaScopeError: no activation was added.
         """
         if not self.n:
             raise GemmaScopeError("There is no ordinary token in the data: all are BOS, EOS or padding.")
@@ -110,9 +110,9 @@ class TokenMean(Accumulator):
     other. Sums by position give the curves of section 4.2.
 
     Attributes:
-        sums, counts: of each sequence, ``[rows]``.
-        position_sums, position_counts: over all sequences, ``[pos]``; the number is that of the token at the position,
-            a loss that of the prediction made there.
+        sums, counts: sum and number of values of each sequence, ``[rows]``.
+        position_sums, position_counts: sum and number of values at each position over all sequences, ``[pos]``; a loss
+            belongs to the position at which the prediction is made.
     """
 
     sums: Float[torch.Tensor, " rows"] = field(default_factory=_no_sums)
@@ -124,15 +124,15 @@ class TokenMean(Accumulator):
         """Add sequences.
 
         Args:
-            values: of the tokens that count, in the order of ``counted``'s True entries.
-            counted: which tokens count.
+            values: one value per token that counts, in the order of the True entries of ``counted``.
+            counted: True at tokens that count.
 
         Raises:
             GemmaScopeError: when there are not as many values as tokens that count.
         """
         counted = counted.cpu()
         if values.shape != (int(counted.sum()),):
-            raise GemmaScopeError(f"{int(counted.sum())} tokens count, the values given are {list(values.shape)}.")
+            raise GemmaScopeError(f"{int(counted.sum())} tokens count, but the values have shape {list(values.shape)}.")
         table = torch.zeros(counted.shape, dtype=torch.float64)
         table[counted] = values.detach().double().cpu()
         self.sums, self.counts = torch.cat([self.sums, table.sum(1)]), torch.cat([self.counts, counted.sum(1)])
@@ -146,12 +146,12 @@ class TokenMean(Accumulator):
 
     @property
     def count(self) -> int:
-        """How many tokens counted."""
+        """The number of tokens that counted."""
         return int(self.counts.sum())
 
     @property
     def value(self) -> float:
-        """The mean over all tokens, NaN without any."""
+        """The mean over all tokens; NaN if there are none."""
         return self.total / self.count if self.count else math.nan
 
     @property
@@ -165,8 +165,8 @@ class LatentCounts(Accumulator):
     """How often each latent fires (section 4.3).
 
     Attributes:
-        fired: tokens on which each latent fired, int64 ``[d_sae]``.
-        tokens: tokens seen.
+        fired: number of tokens on which each latent fired, int64 ``[d_sae]``.
+        tokens: number of tokens.
     """
 
     fired: Int[torch.Tensor, " d_sae"]
@@ -174,7 +174,7 @@ class LatentCounts(Accumulator):
 
     @classmethod
     def empty(cls, d_sae: int) -> LatentCounts:
-        """Counts of ``d_sae`` latents before any token."""
+        """Counts of ``d_sae`` latents, all zero."""
         return cls(torch.zeros(d_sae, dtype=torch.int64))
 
     def update(self, acts: SparseActs | Float[torch.Tensor, "n d_sae"]) -> None:
@@ -188,7 +188,7 @@ class LatentCounts(Accumulator):
 
     @property
     def frequencies(self) -> Float[torch.Tensor, " d_sae"]:
-        """Share of tokens on which each latent fired, NaN before any token."""
+        """Share of tokens on which each latent fired; NaN if there are no tokens."""
         return self.fired.double() / self.tokens
 
     @property
@@ -202,13 +202,13 @@ class LatentCounts(Accumulator):
         return float((self.frequencies > DENSE_FREQUENCY).double().mean())
 
     def histogram(self, bins: int = 50) -> tuple[Int[torch.Tensor, " bins"], Float[torch.Tensor, " edges"]]:
-        """Latents by ``log10`` of their frequency, and the edges of the bins, from one firing in all to every token.
+        """A histogram of latents by ``log10`` of their frequency, and the edges of its bins.
 
-        Latents that never fired are in no bin. A latent on an edge belongs to the bin above it, one on the last edge
-        to the last bin.
+        The bins extend from one firing in all tokens to a firing on every token. Latents that never fired are in no
+        bin. A latent on an edge belongs to the bin above it, and one on the last edge to the last bin.
 
         Raises:
-            GemmaScopeError: before any token.
+            GemmaScopeError: no token was counted.
         """
         if not self.tokens:
             raise GemmaScopeError("No token was counted yet.")

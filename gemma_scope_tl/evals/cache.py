@@ -1,4 +1,4 @@
-"""A folder that keeps what was measured: finished pieces and checkpoints, each file whole or absent."""
+"""A cache of measurements: finished pieces and checkpoints, in files that are written atomically."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from gemma_scope_tl.evals.accumulators import Accumulator, with_prefix
 from gemma_scope_tl.files import checked_path, reason, replace_files
 
 VERSION = 1
-"""Version of the metrics, a part of every key. Raise it whenever a number changes, so that old numbers are not read."""
+"""Version of the metrics, a part of every key. Raise it whenever a metric changes, so that old values are ignored."""
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
-    """The key of the tensors that these facts (values that JSON can hold) determine, in this version of the metrics."""
+    """The cache key for tensors that depend on these facts (JSON values) and on the version of the metrics."""
     text = json.dumps({"version": VERSION, **facts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
@@ -30,8 +30,8 @@ def key_of(facts: Mapping[str, Any]) -> str:
 class MetricsCache:
     """Tensors by name under a key, in safetensors files. Without a folder it keeps nothing.
 
-    Several processes may share a folder, because equal keys have equal contents. When the folder cannot be used, a
-    warning says so once, and the measurement goes on without it.
+    Several processes may share a folder, because equal keys have equal contents. If the folder cannot be used, one
+    warning is issued, and the measurement continues without the cache.
     """
 
     def __init__(self, folder: str | PathLike[str] | None) -> None:
@@ -53,7 +53,7 @@ class MetricsCache:
         try:
             return load_file(path) if path.is_file() else None
         except SafetensorError as error:
-            raise GemmaScopeError(f"{path} is damaged ({error}): delete it, and it is measured again.") from error
+            raise GemmaScopeError(f"{path} is damaged ({error}): delete it to measure again.") from error
         except OSError as error:
             self._give_up(f"{path} cannot be read: {reason(error)}. Check its permissions and the disk.")
             return None
@@ -73,22 +73,22 @@ class MetricsCache:
     def drop(self, key: str) -> None:
         """Delete what is kept under ``key``."""
         if self.folder is not None:
-            with suppress(OSError):  # a file that stays is right, only useless
+            with suppress(OSError):  # a file that remains is valid, but no longer needed
                 (self.folder / _file_name(key)).unlink()
 
     def _give_up(self, why: str) -> None:
         self._usable = False
-        warnings.warn(f"What is measured from here on is not kept in the cache: {why}", stacklevel=3)
+        warnings.warn(f"Further measurements are not kept in the cache: {why}", stacklevel=3)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Unfinished accumulators in one file of a cache, with the number of rows that are in them.
+    """Unfinished accumulators in one file of a cache, with the number of rows that they contain.
 
     Attributes:
-        cache: where the file is.
-        key: its name there.
-        parts: the accumulators, by the number that their names in the file begin with.
+        cache: the cache that holds the file.
+        key: key of the file in the cache.
+        parts: the accumulators, by the number with which their names in the file begin.
     """
 
     cache: MetricsCache
@@ -103,7 +103,7 @@ class Checkpoint:
         self.cache.save(self.key, state)
 
     def restore(self) -> int:
-        """Restore the accumulators of an interrupted run; the row with which to go on, 0 without a checkpoint."""
+        """Restore the accumulators of an interrupted run, and return the next row; 0 without a checkpoint."""
         kept = self.cache.load(self.key)
         if kept is None:
             return 0

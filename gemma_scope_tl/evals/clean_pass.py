@@ -1,18 +1,18 @@
-"""One clean forward pass that many measurements share, and passes that restart behind a site.
+"""One clean forward pass that many measurements share, and passes that restart after a site.
 
-The pass keeps the sites' tensors and what each block was called with. A splice then runs again only what lies behind
-it, which follows from how the site joins the residual stream (``Site.joins``):
+The pass keeps the sites' tensors and the arguments of each block. A splice then runs again only the layers after the
+site, which follow from how the site joins the residual stream (``Site.joins``):
 
 - ``"embedding"``: all blocks, from the spliced embedding;
-- ``"residual"``: the blocks after its own, from the spliced residual stream;
-- ``"branch"`` (the MLP's output): the same, from the residual stream before the MLP plus the spliced output;
-- ``"attention"``: its own block again, with the spliced heads, and those after.
+- ``"residual"``: the blocks after the site's block, from the spliced residual stream;
+- ``"branch"`` (the MLP's output): the same blocks, from the residual stream before the MLP plus the spliced output;
+- ``"attention"``: the site's block with the spliced heads, and the blocks after it.
 
-The blocks are called as the model called them, so masks, rotary angles and hooks inside them are the model's own, and a
-restart from the clean tensor gives the clean pass, to the bit where the device's kernels are deterministic.
-Hooks on the final norm see a restart's tensors; hooks on the unembedding do not run here.
+The blocks are called with the arguments that the model gave them, so masks, rotary angles and hooks inside them are the
+model's own. A restart from the clean tensor gives the clean pass, to the bit where the device's kernels are
+deterministic. Hooks on the final norm see a restart's tensors; hooks on the unembedding do not run here.
 
-:func:`clean_batches` serves other statistics too: one loop over it shares the pass among all of them.
+One loop over :func:`clean_batches` can share the pass among any number of statistics.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MEMORY_BUDGET = 1 << 30
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-"""Relative differences that are rounding, and not another tensor; 1e-2 for other dtypes."""
+"""Relative differences up to these are attributed to rounding; 1e-2 for other dtypes."""
 
 
 class _Reached(Exception):
@@ -49,11 +49,11 @@ class _Reached(Exception):
 
 @dataclass
 class CleanPass:
-    """What a forward pass left behind.
+    """The tensors kept from a forward pass.
 
     Attributes:
         model: the hooked model.
-        values: the tensor at each place asked for, as the model's hook has it (heads apart or not).
+        values: the tensor at each kept place, in the shape of the model's hook (with or without a heads dimension).
         final: the residual stream before the final norm, ``[batch, pos, d_model]``.
     """
 
@@ -68,7 +68,7 @@ class CleanPass:
 
     @classmethod
     def run(cls, model: GemmaModel, tokens: Int[torch.Tensor, "batch pos"], places: Iterable[Place]) -> CleanPass:
-        """Run ``model`` up to its final norm and keep ``places``, ready to restart behind each."""
+        """Run ``model`` up to its final norm, and keep the tensors at ``places`` for restarts after each."""
         kept, family = cls(model), model.family
         with removed_after() as handles:
             joins: dict[str, set[int | None]] = {}
@@ -88,11 +88,11 @@ class CleanPass:
         """The residual stream before the final norm when ``value`` replaces the tensor at ``place``.
 
         Args:
-            place: where an SAE writes: for a transcoder, the MLP's output.
-            value: shaped like ``values[place]``.
+            place: the place that an SAE writes; for a transcoder, the MLP's output.
+            value: the new tensor, of the shape of ``values[place]``.
 
         Raises:
-            UnknownNameError: for a site that is only read.
+            UnknownNameError: no SAE writes at the site.
         """
         family: Family = self.model.family
         layer = -1 if place.layer is None else place.layer
@@ -115,7 +115,7 @@ class CleanPass:
         """Check that restarting from the clean tensor gives the clean pass, at the first place of each site.
 
         Raises:
-            AdapterMismatch: when it does not, with the relative difference.
+            AdapterMismatch: it does not; the message has the relative difference.
         """
         first: dict[str, Place] = {}
         for place in places:
@@ -129,7 +129,7 @@ class CleanPass:
                 raise AdapterMismatch(
                     f"A pass restarted behind {place.key} differs from the full pass by {difference:.1e} "
                     f"({tolerance:g} is tolerated), so losses behind a splice would be wrong. The cause is a hook that "
-                    "returns something else when it runs twice, or an unknown version of TransformerLens."
+                    "returns different values when it runs twice, or an unknown version of TransformerLens."
                 )
 
     def _from(self, layer: int, x: torch.Tensor) -> torch.Tensor:
@@ -139,7 +139,7 @@ class CleanPass:
         return x
 
     def _block_output(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
-        """The residual stream after a block whose sum is ``residual``: hooks on the block's output apply to it."""
+        """Apply the hooks on a block's output to its residual stream."""
         for name, site in self.model.family.sites.items():
             if site.joins == "residual":
                 residual = hook_point(self.model, Place(name, layer))(residual)
@@ -162,10 +162,10 @@ class CleanBatch:
 
     Attributes:
         start: number of the first row.
-        tokens: ``[batch, pos]``, on the model's device.
-        ordinary: True at tokens that are measured and spliced: not BOS, EOS or padding.
+        tokens: token ids ``[batch, pos]``, on the model's device.
+        ordinary: ``[batch, pos]``, True at tokens that are measured and spliced: not BOS, EOS or padding.
         scored: ``[batch, pos - 1]``, True at predictions that count.
-        clean: the pass.
+        clean: the clean pass of the rows.
     """
 
     start: int
@@ -175,7 +175,7 @@ class CleanBatch:
     clean: CleanPass
 
     def activations(self, place: Place) -> Float[torch.Tensor, "n d"]:
-        """The ordinary tokens' activations at a place, heads flat."""
+        """The ordinary tokens' activations at a place, with heads flattened."""
         return flatten_heads(self.clean.values[place])[self.ordinary]
 
     def spliced(self, place: Place, rows: Float[torch.Tensor, "n d"]) -> Float[torch.Tensor, "batch pos d_model"]:
@@ -205,11 +205,11 @@ def clean_batches(
     Args:
         model: from ``load_model``.
         tokens: all rows.
-        places: whose tensors are kept.
+        places: the places whose tensors are kept.
         special: ids of tokens that do not count.
         batch_size: rows in a pass; see :func:`rows_that_fit`.
-        start: first row.
-        mask: True at text, where padding has no id among the special ones.
+        start: number of the first row.
+        mask: True at text, for padding whose id is not among ``special``.
     """
     kept, ids = with_targets(list(places)), tuple(special)
     for first in range(start, tokens.shape[0], batch_size):
@@ -221,7 +221,7 @@ def clean_batches(
 
 
 def rows_that_fit(model: GemmaModel, places: Iterable[Place], context: int, batch_size: int, memory: int) -> int:
-    """How many rows a pass may have so that the tensors that it keeps and computes take ``memory`` bytes; 1 or more.
+    """The number of rows for which the tensors of a pass fit into ``memory`` bytes, at least 1 and at most a batch.
 
     The estimate counts the tensors kept, twelve residual streams, and three of a layer's attention patterns.
     """
@@ -271,13 +271,13 @@ def _input_keeper(values: dict[int, torch.Tensor], layer: int) -> Callable[..., 
 
 
 def _first(value: Any) -> torch.Tensor:
-    """The residual stream that a block returned, alone or in a tuple."""
+    """The residual stream that a block returned, either alone or as the first item of a tuple."""
     return value[0] if isinstance(value, tuple) else value
 
 
 @contextmanager
 def removed_after() -> Generator[list[Any]]:
-    """A list; the hooks whose handles are appended are removed at the end of the context, also after an error."""
+    """Yield a list for handles of hooks, all of which are removed at the end of the context, also after an error."""
     handles: list[Any] = []
     try:
         yield handles

@@ -1,6 +1,6 @@
 """The paper's metrics as pure functions. Their sums over a dataset are in :mod:`gemma_scope_tl.evals.accumulators`.
 
-Activations are ``[n, d]``: a row per token that counts. The caller leaves special tokens out.
+Activations have shape ``[n, d]``, with one row per token that counts; the caller leaves out special tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DENSE_FREQUENCY = 0.1
 
 
 def l0(acts: Float[torch.Tensor, "n d_sae"] | SparseActs) -> Float[torch.Tensor, " n"]:
-    """Number of active latents of each token (section 4.1): ``‖f(x)‖₀``. A latent that is NaN counts."""
+    """Number of active latents of each token (section 4.1): ``‖f(x)‖₀``. NaN counts as active."""
     if isinstance(acts, torch.Tensor):
         return (acts != 0).sum(-1).double()
     if bool((acts.values != 0).all()):
@@ -36,7 +36,7 @@ def squared_error(x: Float[torch.Tensor, "n d"], x_hat: Float[torch.Tensor, "n d
 
 
 def fvu(error: float, deviation: float) -> float:
-    """``Σ‖x - x̂‖² / Σ‖x - mean(x)‖²`` with the dataset's mean (section 4.1); NaN where nothing varies."""
+    """``Σ‖x - x̂‖² / Σ‖x - mean(x)‖²`` with the dataset's mean (section 4.1); NaN if the variance is zero."""
     return error / deviation if deviation > 0 else math.nan
 
 
@@ -58,7 +58,7 @@ def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
     """``(ablated - spliced) / (ablated - clean)``: 1 when splicing leaves the loss unchanged,
     0 when it raises the loss as much as the ablation does.
 
-    NaN where ablating the site (by zeros, or by its mean) does not raise the loss.
+    NaN if the ablation (by zeros or by the mean) does not raise the loss.
     """
     gap = ablated - clean
     return (ablated - spliced) / gap if gap > 0 else math.nan
@@ -67,13 +67,13 @@ def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
 def latent_importance(
     acts: SparseActs, gradient: Float[torch.Tensor, "n d_out"], w_dec: Float[torch.Tensor, "d_sae d_out"]
 ) -> Float[torch.Tensor, " nnz"]:
-    """Attributed effect of every active latent (appendix C.3): ``y = f(x) ⊙ (W_decᵀ ∇_x 𝓛)``; inactive ones have 0.
+    """Attributed effect of every active latent (appendix C.3): ``y = f(x) ⊙ (W_decᵀ ∇_x 𝓛)``; 0 for inactive latents.
 
     Args:
         acts: latents of n tokens.
-        gradient: ``∇_x 𝓛`` of each token at the tensor that the SAE reconstructs, 𝓛 being the mean-centred logit of the
+        gradient: ``∇_x 𝓛`` of each token at the tensor that the SAE reconstructs; 𝓛 is the mean-centred logit of the
             correct next token.
-        w_dec: the decoder, a latent a row.
+        w_dec: the decoder, with one latent per row.
     """
     along = sparse_ops.sampled(acts.offsets, acts.latents, gradient.to(w_dec.dtype), w_dec)
     return acts.values.double() * along.double()
@@ -83,7 +83,8 @@ def uniformity(importance: Float[torch.Tensor, " nnz"], acts: SparseActs) -> Flo
     """Uniformity of active latent importance of each token (appendix C.3).
 
     ``p = |y| / ‖y‖₁`` and ``r_L0 = exp(S(p)) / ‖y‖₀``, with the entropy ``S(p) = -Σ p log p``: the effective number of
-    latents as a share of those with an effect. ``1 / ‖y‖₀ ≤ r_L0 ≤ 1``; 1 when all effects are equal, NaN without any.
+    latents as a share of those with an effect. ``1 / ‖y‖₀ ≤ r_L0 ≤ 1``. It is 1 if all effects are equal, and NaN if
+    there are none.
     """
     tokens, size = acts.tokens(), importance.abs()
     zeros = torch.zeros(acts.n_tokens, dtype=size.dtype, device=size.device)
@@ -96,20 +97,20 @@ def uniformity(importance: Float[torch.Tensor, " nnz"], acts: SparseActs) -> Flo
 def max_cosine(w_dec: Float[torch.Tensor, "d_sae d"], chunk: int = 1024) -> Float[torch.Tensor, " d_sae"]:
     """Largest cosine of each latent's decoder row with that of another latent, in float32.
 
-    High values are near duplicates, as feature splitting and absorption make them.
+    High values indicate near duplicates, which feature splitting and absorption produce.
 
     Args:
-        w_dec: the decoder, a latent a row.
-        chunk: rows that are compared with all others at a time, which takes ``chunk * d_sae`` numbers of memory.
+        w_dec: the decoder, with one latent per row.
+        chunk: number of rows that are compared with all others at a time, which takes ``chunk * d_sae`` values.
 
     Returns:
-        A value per latent. A latent whose row is zero has NaN, and is compared with no other.
+        One value per latent. A latent whose row is zero has NaN, and is compared with no other.
 
     Raises:
-        GemmaScopeError: for fewer than two latents.
+        GemmaScopeError: there are fewer than two latents.
     """
     if w_dec.ndim != 2 or w_dec.shape[0] < 2:
-        raise GemmaScopeError(f"A decoder is [d_sae, d] with two latents or more, not {list(w_dec.shape)}.")
+        raise GemmaScopeError(f"A decoder must be [d_sae, d] with two latents or more, not {list(w_dec.shape)}.")
     wide = w_dec.detach().float()
     norms = wide.norm(dim=1, keepdim=True)
     unit, empty = wide / norms.clamp_min(1e-30), norms.squeeze(1) == 0
@@ -134,25 +135,25 @@ class Bootstrap:
         rows: number of sequences.
         resamples: number of draws.
         level: confidence level of the interval, between 0 and 1.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
-        GemmaScopeError: for a level outside (0, 1), or no resamples.
+        GemmaScopeError: the level is outside (0, 1), or there are no resamples.
     """
 
     def __init__(self, rows: int, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> None:
         if not 0 < level < 1 or resamples < 1:
-            raise GemmaScopeError(f"Intervals need a level in (0, 1) and a resample or more, not {level}, {resamples}.")
+            raise GemmaScopeError(f"Intervals need a level in (0, 1) and 1 resample or more, not {level}, {resamples}.")
         self.rows, self.level = rows, level
         draws = np.random.default_rng(seed)
         self._weights = draws.multinomial(rows, np.full(rows, 1 / rows), resamples) if rows else np.zeros((1, 0))
 
     def interval(self, metric: Callable[..., Any], *by_row: torch.Tensor) -> tuple[float, float]:
-        """Bounds of a metric; NaN where the metric is NaN on all resamples.
+        """Bounds of a metric; NaN if the metric is NaN on all resamples.
 
         Args:
-            metric: a function of arrays, the sums of each resample.
-            by_row: the numbers of each sequence, ``[rows]``, whose sums ``metric`` takes.
+            metric: a function of arrays that hold the sums of each resample.
+            by_row: the values of each sequence, ``[rows]``; ``metric`` receives their sums.
         """
         sums = [self._weights @ values.double().numpy() for values in by_row]
         with np.errstate(all="ignore"):

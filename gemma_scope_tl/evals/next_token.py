@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
 
 CACHED_BYTES = 2 << 20
-"""Size of a chunk of logits that stays in a CPU's cache. Small vocabularies gain by it; others need larger chunks."""
+"""Bytes of a chunk of logits that stays in a CPU's cache. It suits small vocabularies; others need larger chunks."""
 MIN_TOKENS = 64
-"""Fewest tokens of a chunk that is cut to the cache's size, because the product of fewer is slow."""
+"""Smallest number of tokens in a chunk that is cut to the cache's size, because products of fewer rows are slow."""
 
 
 @dataclass
 class Scores:
-    """Cross-entropy of each prediction and, where it was asked for, KL(clean ‖ this), in nats."""
+    """Cross-entropy of each prediction and, where requested, KL(clean ‖ this), in nats."""
 
     losses: Float[torch.Tensor, " n"]
     divergences: Float[torch.Tensor, " n"] | None
@@ -38,7 +38,7 @@ class Scores:
 class LogitHead:
     """A model's final norm, unembedding and soft-cap, in float32 (float64 for a float64 model).
 
-    The logits of a 16-bit model are the float32 products of its 16-bit numbers and are not rounded to 16 bits, because
+    The logits of a 16-bit model are float32 products of 16-bit numbers and are not rounded to 16 bits, because
     bfloat16 has steps of 1/64 nat at a loss of 3, which is as large as some delta losses.
 
     Args:
@@ -85,7 +85,7 @@ class LogitHead:
         others: Sequence[tuple[Float[torch.Tensor, "n d_model"], bool]],
         targets: Int[torch.Tensor, " n"],
     ) -> tuple[Float[torch.Tensor, " n"], list[Scores]]:
-        """Cross-entropies in nats of a clean pass and of others, and ``KL(clean ‖ other)`` where its bool asks for it.
+        """Cross-entropies in nats of a clean pass and of others, and ``KL(clean ‖ other)`` where the bool is True.
 
         ``KL = Σ p (l - l') + log Z' - log Z``, with the clean pass's probabilities p.
         """
@@ -115,7 +115,7 @@ class LogitHead:
         return clean_losses, scores
 
     def _log_sums(self, logits: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-        """``log Σ exp`` of each row; ``scratch`` becomes the exponentials, up to a factor for each row."""
+        """``log Σ exp`` of each row; ``scratch`` receives the exponentials up to a factor for each row."""
         top = logits.amax(1, keepdim=True)
         torch.sub(logits, top, out=scratch).exp_()
         return scratch.sum(1).log_().add_(top.squeeze(1))
@@ -136,9 +136,9 @@ class LogitHead:
 def sampled_positions(
     scored: Bool[torch.Tensor, "batch pos-1"], first_row: int, count: int, seed: int = 0
 ) -> Int[torch.Tensor, "batch count"]:
-    """``count`` different positions of each row whose predictions count, -1 where a row has fewer.
+    """Draw ``count`` different positions of each row whose predictions count; -1 where a row has fewer.
 
-    The draw depends on the seed and the row's number alone, so it is the same for all batch sizes.
+    The draw depends only on the seed and the row's number, so it is the same for all batch sizes.
     """
     out = torch.full((scored.shape[0], count), -1, dtype=torch.int64)
     for row, valid in enumerate(scored.cpu()):
@@ -159,8 +159,8 @@ def logit_gradients(
     """Gradients ``∇_x 𝓛`` at each place, in the clean pass, with respect to the activation x at each position.
 
     𝓛 is the mean-centred logit of the next token, ``l_target - mean_v l_v`` (soft-capped), at the same position; later
-    positions do not count. One forward pass serves all places; each column of ``positions`` takes a backward pass.
-    Positions of -1 give zeros.
+    positions do not count. One forward pass serves all places; each column of ``positions`` takes one backward pass.
+    The gradients at positions of -1 are zero.
     """
     probes: dict[Place, torch.Tensor] = {}
     with torch.inference_mode(False), torch.enable_grad(), removed_after() as handles:

@@ -1,4 +1,4 @@
-"""One evaluation: which pieces are missing, one loop over the data that measures all of them, and checkpoints.
+"""One evaluation: finding the missing pieces, one loop over the data that measures all of them, and checkpoints.
 
 ``EvaluationRun.finish`` reads from top to bottom: find finished pieces in the cache, compute the mean activations, then
 for each batch a clean pass, and a :class:`BatchMeasurements` that measures every place and SAE on it.
@@ -32,26 +32,27 @@ if TYPE_CHECKING:
 
 ABLATIONS = ("zero", "mean")
 CONFIG_VALUES = ("output_logits_soft_cap", "attn_scores_soft_cap", "eps", "window_size", "attn_scale", "rotary_base")
-"""Values of a TransformerLens config that change a model's numbers and are in none of its tensors."""
+"""Values of a TransformerLens config that affect a model's results and are in none of its tensors."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """The settings of an evaluation.
 
     Attributes:
-        batch_size: rows in a forward pass, fewer where ``memory_budget`` asks for it.
-        ablations: what loss recovered is measured against: ``"zero"``, ``"mean"`` (of the dataset), both or none.
-        uniformity: positions of each row at which the importance of latents is measured, 0 for none.
-        memory_budget: bytes that tensors may take beside weights: half for the pass, a quarter each for logits and for
-            residual streams whose logits are still to be computed. At least a row's pass and a token's logits are
-            held, whatever the budget.
-        checkpoint_every: batches between checkpoints, where there is a cache.
-        progress: show a bar.
+        batch_size: rows in a forward pass; fewer if ``memory_budget`` requires it.
+        ablations: ablations relative to which loss recovered is measured: ``"zero"``, ``"mean"`` (of the dataset), both
+            or none.
+        uniformity: number of positions of each row at which the importance of latents is measured; 0 for none.
+        memory_budget: bytes that tensors may take besides weights: half for the pass, a quarter each for logits and for
+            residual streams whose logits are still to be computed. The pass of one row and the logits of one token are
+            held for any budget.
+        checkpoint_every: number of batches between checkpoints, if there is a cache.
+        progress: show a progress bar.
 
     Raises:
-        UnknownNameError: for another ablation.
-        GemmaScopeError: for a number that is too small.
+        UnknownNameError: an ablation is unknown.
+        GemmaScopeError: a number is too small.
     """
 
     batch_size: int = 8
@@ -69,7 +70,7 @@ class Settings:
             if getattr(self, name) < 1:
                 raise GemmaScopeError(f"{name} must be 1 or more, not {getattr(self, name)}.")
         if self.uniformity < 0:
-            raise GemmaScopeError(f"uniformity is a number of positions, not {self.uniformity}.")
+            raise GemmaScopeError(f"uniformity is a number of positions, 0 or more, not {self.uniformity}.")
 
 
 @dataclass
@@ -85,13 +86,13 @@ class EvaluationRun:
 
     @cached_property
     def sums(self) -> Sums:
-        """Everything measured, empty before :meth:`finish`."""
+        """All sums; empty before :meth:`finish`."""
         return Sums.empty(self.subjects, self.settings.ablations, self.settings.uniformity > 0)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def finish(self) -> Sums:
-        """Measure what the cache does not hold yet."""
+        """Measure the pieces that the cache does not hold."""
         make_ordinary(self.model)  # for the gradients of uniformity
         sums = self.sums
         self._set_keys()
@@ -114,7 +115,7 @@ class EvaluationRun:
     # -- pieces and their keys ----------------------------------------------------------------------------------------
 
     def _set_keys(self) -> None:
-        """Give each piece its key in the cache. Without one, no fingerprint of model and SAEs needs to be computed."""
+        """Give each piece its key in the cache. Without a cache, no fingerprints need to be computed."""
         if self.cache.folder is None:
             return
         common = facts_of(self.model, self.rows, self.special)
@@ -163,7 +164,7 @@ class EvaluationRun:
                 checkpoint.save(done)
 
     def _is_needed(self, number: int) -> bool:
-        """Whether something is still to be measured of this SAE, or of the place that it writes."""
+        """Whether a piece of this SAE, or of the place that it writes, is still to be measured."""
         of_place = self.sums.place_of(number).pieces()
         pieces = [*self.sums.of_sae(number), *(piece for kind, piece in of_place.items() if kind != "centre")]
         return not all(piece.done for piece in pieces)
@@ -180,14 +181,14 @@ class EvaluationRun:
 
     @cached_property
     def _rows_per_batch(self) -> int:
-        # Of all SAEs, measured or not, so that a batch has the same rows, and a checkpoint the same bits, in each run.
+        # The places of all SAEs count, measured or not, so that batches and checkpoints are the same in every run.
         places, size = [subject.place for subject in self.subjects], self.settings.batch_size
         return rows_that_fit(self.model, places, self.rows.ids.shape[1], size, self.settings.memory_budget // 2)
 
 
 @dataclass(frozen=True)
 class _Unscored:
-    """Residual streams whose loss is still to be computed, after the final norm, and where the numbers go."""
+    """Residual streams after the final norm whose loss is still to be computed, with the accumulators for the loss."""
 
     normed: torch.Tensor
     loss: TokenMean
@@ -199,8 +200,8 @@ class Gradients:
     """Gradients at sampled positions of a place.
 
     Attributes:
-        positions: ``[batch, count]``, -1 where a row has fewer.
-        values: ``[batch, count, d]``.
+        positions: ``[batch, count]``; -1 where a row has fewer positions.
+        values: the gradients, ``[batch, count, d]``.
     """
 
     positions: torch.Tensor
@@ -208,7 +209,7 @@ class Gradients:
 
 
 class BatchMeasurements:
-    """All that is measured on one batch. Residual streams are collected until several can share the clean logits."""
+    """The measurements on one batch. Residual streams are collected, so that several share the clean logits."""
 
     def __init__(self, run: EvaluationRun, head: LogitHead, batch: CleanBatch) -> None:
         self.run, self.sums, self.head, self.batch = run, run.sums, head, batch
@@ -270,7 +271,7 @@ class BatchMeasurements:
         return {number: Gradients(positions, found[place]) for number, place in wanted.items()}
 
     def _measure_uniformity(self, mean: TokenMean, sae: Any, place: Place, gradients: Gradients) -> None:
-        # Row-major order of the sampled positions, which is how a mask lists its True entries.
+        # Sort the sampled positions in row-major order, the order in which a mask lists its True entries.
         rows, columns = (gradients.positions >= 0).nonzero(as_tuple=True)
         at = gradients.positions[rows, columns]
         order = (rows * self.batch.scored.shape[1] + at).argsort()
@@ -310,7 +311,7 @@ class BatchMeasurements:
 
 
 def _replacement(ablation: str, y: torch.Tensor, centre: Centre) -> torch.Tensor:
-    """What an ablation writes in place of the activations ``y``, ``[n, d]``."""
+    """The values by which an ablation replaces the activations ``y``, ``[n, d]``."""
     match ablation:
         case "zero":
             return torch.zeros_like(y[:1]).expand_as(y)
@@ -321,16 +322,16 @@ def _replacement(ablation: str, y: torch.Tensor, centre: Centre) -> torch.Tensor
 
 
 def facts_of(model: GemmaModel, rows: TokenBatch, special: tuple[int, ...]) -> dict[str, Any]:
-    """What every number measured on a model and token rows depends on, SAEs aside: a part of each key in the cache.
+    """The facts about model and token rows on which all measurements depend, as a part of each cache key.
 
     Raises:
-        GemmaScopeError: when there are hooks on the model, which no key can describe.
+        GemmaScopeError: there are hooks on the model, which no key can describe.
     """
     hooked = [name for name, point in model.hook_dict.items() if point.fwd_hooks]
     if hooked:
         raise GemmaScopeError(
-            f"There are hooks on the model ({', '.join(hooked[:3])}), and a cache cannot tell what they do: remove "
-            "them, or measure without cache=."
+            f"There are hooks on the model ({', '.join(hooked[:3])}), and a cache key cannot describe what they do: "
+            "remove them, or measure without cache=."
         )
     return {
         "model": fingerprint(model),

@@ -1,4 +1,4 @@
-"""The SAEs of an evaluation: where each sits, and its latents and reconstruction from one encoding."""
+"""The SAEs of an evaluation: the place of each, and its latents and reconstruction from one encoding."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """An SAE to evaluate, loaded when asked for.
+    """An SAE to evaluate, which is loaded on demand.
 
     Attributes:
-        get: returns the SAE.
-        place: where it reads; ``target_of(place)`` is where it writes.
+        get: a function that returns the SAE.
+        place: the place that the SAE reads; it writes ``target_of(place)``.
         d_sae: number of latents.
-        release, id: in the registry, None outside it.
+        release, id: release and id in the registry; None for an SAE that is not in the registry.
     """
 
     get: Callable[[], Any]
@@ -41,22 +41,21 @@ class Subject:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The columns that name it in a table."""
+        """The columns of a table that identify the SAE."""
         named = {"release": self.release, "id": self.id, "site": self.place.site, "layer": self.place.layer}
         return {**named, "d_sae": self.d_sae}
 
     def fingerprint(self) -> str:
-        """Its class and a hash of its weights, which are loaded for it."""
+        """The SAE's class and a hash of its weights; loads the SAE."""
         sae = self.get()
         return f"{type(sae).__name__} {fingerprint(sae)}"
 
 
 def subjects_of(model: GemmaModel, saes: Any) -> list[Subject]:
-    """An SAE, several, a mapping of them, or a suite (whose SAEs are loaded one at a time) as subjects.
+    """Make subjects of an SAE, several SAEs, a mapping of them, or a suite (whose SAEs are loaded one at a time).
 
     Raises:
-        SpliceError: when there is none; one is not a whole SAE, does not fit the model, or does not say where it
-            belongs.
+        SpliceError: there are no SAEs, or one is incomplete, does not fit the model, or does not name its place.
     """
     if isinstance(saes, SAESuite) and len(saes):
         return [_of_suite(model, saes, key) for key in saes]
@@ -80,7 +79,7 @@ def _of_suite(model: GemmaModel, suite: SAESuite, key: tuple[str, int | None]) -
 
 
 def _checked_place(model: GemmaModel, sae: Any) -> Place:
-    """Where the SAE reads, after a check that it fits the model."""
+    """Check that the SAE fits the model, and return the place that it reads."""
     site, layer = locate(sae, model.family)
     model.check_fits(sae, site, layer)
     return Place(site.name, layer if site.per_layer else None)
@@ -111,5 +110,5 @@ def latents_and_output(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> tuple[Spar
 
 
 def _encodes_sparsely(sae: Any) -> bool:
-    """Whether the SAE is of this package, and no hook needs its dense latents."""
+    """Whether the SAE is one of this package's classes, and no hook needs its dense latents."""
     return isinstance(sae, GemmaScopeMixin) and not any(is_hooked(point) for point in sae.hook_dict.values())

@@ -53,28 +53,28 @@ def evaluate(
 ) -> pd.DataFrame:
     """Measure SAEs on a model (paper, section 4.1), on the same tokens and one clean pass.
 
-    For each SAE only the layers behind its site run again, and one encoding gives L0, FVU and the splice; the SAEs of
+    For each SAE only the layers after its site run again, and one encoding gives L0, FVU and the splice; the SAEs of
     a place share its ablations. BOS, EOS and padding are neither spliced, ablated nor counted. Losses are in nats,
-    over predictions from an ordinary token to an ordinary token, in float32 whatever the model's dtype.
+    over predictions from an ordinary token to an ordinary token, in float32 for any dtype of the model.
 
     Args:
-        model: from ``load_model``.
+        model: a model from ``load_model``.
         saes: one or several SAEs or transcoders, a mapping or a suite; a transcoder is measured against its target.
         data: texts, packed into rows of BOS and ``context - 1`` tokens; or token ids, a ``BatchEncoding`` or
-            conversations, each a row. Padding, on either side, does not count, nor do rows that hold nothing else.
-        context: tokens in a row, when texts are given.
-        batch_size: rows in a forward pass, fewer where the memory budget asks for it.
-        progress: show a bar.
+            conversations, each a row. Padding on either side does not count, and rows of padding alone are left out.
+        context: number of tokens in a row, if texts are given.
+        batch_size: rows in a forward pass; fewer if the memory budget requires it.
+        progress: show a progress bar.
         by_position: return a row per SAE and position instead (:meth:`Evaluation.by_position`).
-        ablations: ``"zero"``, ``"mean"``, both or none: what loss recovered is measured against.
-        uniformity: positions of each row at which the uniformity of active latent importance is measured (appendix
-            C.3): a backward pass of the model each; 0 for none.
-        confidence, resamples, seed: of the intervals, made by resampling sequences.
-        memory_budget: bytes that tensors may take beside the weights, 1 GiB by default (:class:`~run.Settings`).
-        cache: a folder. What was measured before is read from it, and an interrupted evaluation continues, to the
-            same bits; model, SAEs and tokens are identified by their content.
+        ablations: the ablations relative to which loss recovered is measured: ``"zero"``, ``"mean"``, both or none.
+        uniformity: number of positions of each row at which the uniformity of active latent importance is measured
+            (appendix C.3); each takes a backward pass of the model. 0 for none.
+        confidence, resamples, seed: parameters of the confidence intervals, which resample sequences.
+        memory_budget: bytes that tensors may take besides the weights, 1 GiB by default (:class:`~run.Settings`).
+        cache: a folder. Earlier measurements are read from it, and an interrupted evaluation continues to the same
+            bits; model, SAEs and tokens are identified by their content.
         exclude_special_tokens: leave out BOS, EOS and padding; the given ids; or padding alone (False).
-        attention_mask: of token ids, ``[rows, pos]``, 1 at text; by default it follows from their padding.
+        attention_mask: mask of token ids, ``[rows, pos]``, 1 at text; by default it follows from their padding.
 
     Returns:
         A row per SAE: ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss,
@@ -83,9 +83,9 @@ def evaluate(
         ``<metric>_low``, ``<metric>_high``, the confidence interval of each metric.
 
     Raises:
-        SpliceError: when an SAE does not fit the model.
-        GemmaScopeError: for less text than one row, no token to predict, or an invalid argument.
-        AdapterMismatch: when re-running layers does not reproduce the full pass.
+        SpliceError: an SAE does not fit the model.
+        GemmaScopeError: there is less text than one row, no token to predict, or an invalid argument.
+        AdapterMismatch: re-running layers does not reproduce the full pass.
     """
     found = measure_suite(
         model, saes, data, context, batch_size, progress, ablations=ablations, uniformity=uniformity, cache=cache,
@@ -110,11 +110,11 @@ def measure_suite(
     exclude_special_tokens: ExcludeTokens = True,
     attention_mask: Any = None,
 ) -> Evaluation:
-    """:func:`evaluate`, returning everything that was measured rather than one table."""
+    """Measure as :func:`evaluate` does, and return all sums instead of one table."""
     subjects = subjects_of(model, saes)
     rows = as_rows(model, data, context, attention_mask)
     held = rows.mask.any(-1)
-    rows = TokenBatch(rows.ids[held], rows.mask[held])  # a row of nothing but padding is not a sequence
+    rows = TokenBatch(rows.ids[held], rows.mask[held])  # a row of padding alone is not a sequence
     settings = Settings(batch_size, tuple(ablations), uniformity, memory_budget, checkpoint_every, progress)
     special = excluded_ids(model.tokenizer, exclude_special_tokens, must_know=True)
     ordinary = rows.ordinary(special)
@@ -132,9 +132,9 @@ class Evaluation:
     """The sums of an evaluation, and the tables made from them.
 
     Attributes:
-        subjects: the SAEs, in the order given.
-        sums: everything measured, by SAE, by sequence and by position.
-        rows: sequences in the data.
+        subjects: the SAEs, in the given order.
+        sums: all sums, by SAE, by sequence and by position.
+        rows: number of sequences in the data.
     """
 
     subjects: list[Subject]
@@ -152,7 +152,8 @@ class Evaluation:
         """A row per SAE and position (section 4.2): the metrics without the sum over positions.
 
         The losses and the KL divergence are those of the prediction made at the position; FVU is the error at the
-        position over the variance there, around the mean of the whole dataset. NaN where no token counted, as at BOS.
+        position over the variance there, around the mean of the whole dataset. Metrics are NaN where no token counted,
+        as at BOS.
         """
         import pandas as pd
 
@@ -224,7 +225,7 @@ class Evaluation:
 
 
 def _padded(values: torch.Tensor, length: int) -> torch.Tensor:
-    """Values of predictions, continued by NaN to the length of tokens: nothing is predicted at the last position."""
+    """Pad values of predictions with NaN to the number of tokens, since the last position predicts no token."""
     missing = torch.full((length - values.shape[0],), math.nan, dtype=values.dtype)
     return torch.cat([values, missing])
 

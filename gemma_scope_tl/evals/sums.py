@@ -17,8 +17,8 @@ class Piece(Accumulator):
     """Accumulators that are complete at the same time.
 
     Attributes:
-        key: in the cache; empty without one.
-        done: whether all data are in them.
+        key: key of the piece in the cache; empty without a cache.
+        done: whether the accumulators contain all data.
     """
 
     # Without annotations, so that they are not fields of the dataclasses below and not part of their state.
@@ -49,13 +49,13 @@ class PerToken(Piece):
 
 @dataclass
 class SAESums(Piece):
-    """What is measured of one SAE.
+    """The sums of one SAE.
 
     Attributes:
-        fired: on how many tokens each latent is active.
+        fired: number of tokens on which each latent is active.
         l0: number of active latents.
         error: squared reconstruction error.
-        loss, kl: of the spliced model: cross-entropy, and the divergence from the clean prediction, in nats.
+        loss, kl: cross-entropy of the spliced model, and KL divergence from the clean prediction, in nats.
     """
 
     fired: LatentCounts
@@ -67,7 +67,7 @@ class SAESums(Piece):
 
 @dataclass
 class PlaceSums:
-    """What the SAEs that write at one place share.
+    """The sums that the SAEs which write at one place share.
 
     Attributes:
         centre: the mean activation.
@@ -80,12 +80,12 @@ class PlaceSums:
     deviation: PerToken = field(default_factory=PerToken)
 
     def pieces(self) -> dict[str, Piece]:
-        """All pieces by their kind, which is part of their key in the cache."""
+        """All pieces by their kind, which is a part of the key in the cache."""
         return {"centre": self.centre, "deviation": self.deviation, **self.ablated}
 
     @property
     def needs_centre(self) -> bool:
-        """Whether the centre is missing, and something that is still to be measured depends on it."""
+        """Whether the centre is missing, and a piece that is still to be measured depends on it."""
         dependent = [self.deviation, *(piece for kind, piece in self.ablated.items() if kind == "mean")]
         return not self.centre.done and not all(piece.done for piece in dependent)
 
@@ -95,11 +95,11 @@ class Sums:
     """All pieces of an evaluation.
 
     Attributes:
-        clean: of the model alone.
+        clean: sums of the model alone.
         targets: the place that each SAE writes.
-        places: by these places, each once.
-        saes: of each SAE.
-        uniformity: the uniformity of latent importance of each SAE; empty where it is not measured.
+        places: sums of each of these places.
+        saes: sums of each SAE.
+        uniformity: uniformity of latent importance of each SAE; empty if it is not measured.
     """
 
     targets: list[Place]
@@ -110,7 +110,7 @@ class Sums:
 
     @classmethod
     def empty(cls, subjects: Sequence[Subject], ablations: Iterable[str], uniformity: bool) -> Sums:
-        """Sums before any data."""
+        """Sums without any data."""
         targets = [target_of(subject.place) for subject in subjects]
         return cls(
             targets,
@@ -124,7 +124,7 @@ class Sums:
         return self.places[self.targets[number]]
 
     def of_sae(self, number: int) -> list[Piece]:
-        """The pieces of the SAE with this index alone."""
+        """The pieces of the SAE with this index, without those of its place."""
         return [self.saes[number], *self.uniformity[number : number + 1]]
 
     def pieces(self) -> list[Piece]:

@@ -1,1 +1,1 @@
-"""What exists for SAELens alone: its directory of releases, its training runners and class, its ``run_evals``."""
+"""Interoperation with SAELens: its directory of releases, its training runners and class, and its ``run_evals``."""

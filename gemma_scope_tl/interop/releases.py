@@ -1,7 +1,7 @@
-"""This package's releases for stock SAELens: ``sae_lens.SAE.from_pretrained(release, id)`` finds them.
+"""Registration of this package's releases with stock SAELens, for ``sae_lens.SAE.from_pretrained(release, id)``.
 
-SAELens has no function that adds a release, but its directory is one dict that is made once and shared, and its loaders
-are found by name in two more. Entries are added to these three; none of SAELens's own are changed.
+SAELens has no function that adds a release, but its directory is one dict that is made once and shared, and two more
+dicts hold its loaders by name. Entries are added to these three; those of SAELens are not changed.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from gemma_scope_tl.registry.catalog import header_of, load_release, releases, r
 
 LOADER_NAME = "gemma_scope_tl"
 _RELEASE_KEY = "gemma_scope_tl_release"
-_UNKNOWN = float("nan")  # SAELens reads a number here; 0.0 or 1.0 would look measured
+_UNKNOWN = float("nan")  # SAELens expects a number, and 0.0 or 1.0 would look like a measurement
 
 
 def register_with_sae_lens() -> list[str]:
-    """Make every release of the registry, registered and contributed ones too, loadable by stock SAELens.
+    """Make every release of the registry, including registered and contributed ones, loadable by stock SAELens.
 
-    ``sae_lens.SAE.from_pretrained(release, id)`` then gives an SAE of SAELens's own class, with the weights that this
-    package's loader fetches and checks: the sha256 and the commit of the row, the embedding's scale on ``b_dec`` as
-    well, ``reshape_activations="hook_z"`` at the att site, ``HookedTransformer`` hook names. Stock classes, because
-    ``SAE.from_pretrained`` finds the class by an architecture word that SAELens's own SAEs share: giving these the
-    package's classes would change what other releases load as. (For thresholds that stay float32 in a bfloat16 SAE,
+    ``sae_lens.SAE.from_pretrained(release, id)`` then returns an SAE of SAELens's own class, with the weights that this
+    package's loader fetches and checks: the sha256 and the commit of the row, the embedding's scale applied to
+    ``b_dec`` as well, ``reshape_activations="hook_z"`` at the att site, and ``HookedTransformer`` hook names. The class
+    is SAELens's, because ``SAE.from_pretrained`` finds the class by an architecture name that SAELens's own SAEs share:
+    this package's classes would also be used for other releases. (For thresholds that stay float32 in a bfloat16 SAE,
     and for pickling, use ``gemma_scope_tl.JumpReLUSAE.from_pretrained``.)
 
-    **Names that SAELens has already are left to it**: among them Google's Gemma Scope releases, which go on loading
-    through SAELens's own loader. That loader does not scale ``b_dec`` of the embedding SAEs and checks no hash;
-    ``gemma_scope_tl.JumpReLUSAE.from_pretrained`` is the way around it for those.
+    **Names that SAELens already has are not changed.** Among them are Google's Gemma Scope releases, which SAELens
+    continues to load with its own loader. That loader does not scale ``b_dec`` of the embedding SAEs and checks no
+    hash; use ``gemma_scope_tl.JumpReLUSAE.from_pretrained`` for these.
 
-    Calling it again brings the entries up to date with the registry. Ids load live from the registry, but SAELens
-    answers only for those that were there at the last call.
+    Another call updates the entries from the registry. Ids are loaded from the current registry, but SAELens accepts
+    only the ids that existed at the last call.
 
     Returns:
         The names that now load through this package, in natural order; a ``-canonical`` name has the canonical ids.
@@ -56,21 +56,21 @@ def load_for_sae_lens(
     force_download: bool = False,
     cfg_overrides: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:
-    """A loader in SAELens's shape: configuration, parameters on ``device``, and no sparsity.
+    """A loader with SAELens's signature, which returns configuration, parameters on ``device``, and no sparsity.
 
     Args:
-        repo_id: unused; the registry row has it.
+        repo_id: unused, since the registry row names the repository.
         folder_name: the id of the SAE.
-        device: where the parameters go.
+        device: device of the parameters.
         force_download: unused, since a cached file has passed its checks.
-        cfg_overrides: from the directory's entry; holds the release.
+        cfg_overrides: overrides of the directory's entry, which include the release.
     """
     from gemma_scope_tl.sae.loading import load_row
 
     overrides = dict(cfg_overrides or {})
     row = resolve(overrides.pop(_RELEASE_KEY), folder_name)
     sae = load_row(row, device=device, dtype=overrides.get("dtype", "float32"))
-    overrides.pop("neuronpedia_id", None)  # the metadata have that of the row
+    overrides.pop("neuronpedia_id", None)  # the metadata contain the row's id
     cfg = {**sae.cfg.to_dict(), **overrides, "device": device}
     return cfg, dict(sae.state_dict()), None
 
@@ -82,7 +82,7 @@ def config_for_sae_lens(
     force_download: bool = False,
     cfg_overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The configuration alone; the weights file is fetched for it, because its header has the sizes."""
+    """The configuration alone. The weights file is still fetched, because the sizes are in its header."""
     return load_for_sae_lens(repo_id, folder_name, device, force_download, cfg_overrides)[0]
 
 

@@ -1,15 +1,15 @@
 """SAELens's ``run_evals`` on this package's SAEs and models, with given tokens.
 
-Its metrics have the names of :func:`~gemma_scope_tl.evals.suite.evaluate` where both measure the same, as
+Metrics that equal those of :func:`~gemma_scope_tl.evals.suite.evaluate` have the same names, as
 ``tests/evals/test_bridges.py`` asserts:
 
-- ``l0``, ``fvu`` (1 - its explained variance), ``loss_clean`` and ``loss_spliced`` are equal up to rounding, on tokens
-  without EOS inside. With EOS, ``run_evals`` also counts predictions *of* it, which the paper masks.
-- Its ablated loss sets the whole site to zero, also at BOS, which a splice leaves unchanged, so its CE score compares a
-  splice with an ablation of other positions. Its KL includes the last position, which has no next token. Both have
-  names of their own.
+- ``l0``, ``fvu`` (1 - SAELens's explained variance), ``loss_clean`` and ``loss_spliced`` are equal up to rounding, on
+  tokens without EOS inside. With EOS, ``run_evals`` also counts predictions *of* EOS, which the paper masks.
+- The ablation of ``run_evals`` sets the whole site to zero, also at BOS, which a splice leaves unchanged, so its CE
+  score compares a splice with an ablation of other positions. Its KL includes the last position, which has no next
+  token. Both have different names here.
 
-``run_evals`` writes the tensor that it reads, so transcoders are refused.
+``run_evals`` writes the tensor that it reads, so transcoders raise an error.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ if TYPE_CHECKING:
 
 
 class FixedTokens:
-    """An activation store for ``run_evals`` that serves the same rows of tokens in batches, again and again.
+    """An activation store for ``run_evals`` that serves the same rows of tokens in batches, repeatedly.
 
     Args:
         tokens: ``[rows, pos]``.
-        batch: rows in a batch. It must divide the rows, because ``run_evals`` gives batches equal weight.
+        batch: number of rows in a batch. It must divide the number of rows, because ``run_evals`` weights batches
+            equally.
 
     Raises:
-        GemmaScopeError: it does not divide the rows.
+        GemmaScopeError: ``batch`` does not divide the number of rows.
     """
 
     def __init__(self, tokens: Int[torch.Tensor, "rows pos"], batch: int) -> None:
@@ -48,31 +49,31 @@ class FixedTokens:
         self.store_batch_size_prompts, self.context_size = batch, tokens.shape[1]
 
     def get_batch_tokens(self, *_: Any) -> Int[torch.Tensor, "batch pos"]:
-        """The next batch; after the last one the first."""
+        """The next batch; the first batch follows the last."""
         self.served += 1
         return self.batches[(self.served - 1) % len(self.batches)]
 
     def reset_input_dataset(self) -> None:
-        """Does nothing, since every evaluation takes all batches."""
+        """Do nothing, since every evaluation takes all batches."""
 
 
 def run_sae_lens_evals(
     model: GemmaModel, saes: Any, tokens: Int[torch.Tensor, "rows pos"], batch_size: int = 8
 ) -> pd.DataFrame:
-    """SAELens's ``run_evals`` on our SAEs and model, SAE by SAE.
+    """Run SAELens's ``run_evals`` on this package's SAEs and model, one SAE at a time.
 
     Args:
-        model: from ``load_model``, or a hooked model of SAELens or TransformerLens that has the hooks of the SAEs.
-        saes: one, several, or a suite; SAELens's own SAEs too.
-        tokens: all rows are used.
-        batch_size: rows in a pass; divides the rows.
+        model: a model from ``load_model``, or a hooked model of SAELens or TransformerLens that has the SAEs' hooks.
+        saes: one SAE, several SAEs, or a suite; SAELens's own SAEs are accepted, too.
+        tokens: token ids ``[rows, pos]``, all of which are used.
+        batch_size: number of rows in a pass, which must divide the number of rows.
 
     Returns:
         A row per SAE: ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss``, as
         ``evaluate`` names them; ``sae_lens_loss_ablated, sae_lens_ce_score, sae_lens_kl``, which differ from its.
 
     Raises:
-        GemmaScopeError: for a transcoder, or a batch size that does not divide the rows.
+        GemmaScopeError: an SAE is a transcoder, or the batch size does not divide the number of rows.
     """
     import pandas as pd
 
@@ -90,7 +91,7 @@ def run_sae_lens_evals(
 def sae_lens_metrics(
     model: GemmaModel, sae: Any, tokens: Int[torch.Tensor, "rows pos"], batch_size: int
 ) -> dict[str, float]:
-    """The metrics of one SAE by ``run_evals``, named as in :func:`run_sae_lens_evals`; the SAE says its hook."""
+    """The metrics of one SAE by ``run_evals``, at the SAE's hook, named as in :func:`run_sae_lens_evals`."""
     from sae_lens.evals import EvalConfig, run_evals
     from sae_lens.training.activation_scaler import ActivationScaler
 

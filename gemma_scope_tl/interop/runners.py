@@ -61,12 +61,12 @@ def recipe_applied(
     """Within the context, a SAELens trainer of a :class:`GemmaScopeTrainingSAE` follows the recipe.
 
     Args:
-        trainer: fresh, or with a checkpoint's state loaded.
+        trainer: a new trainer, or one with the state of a checkpoint.
         recipe: see :mod:`gemma_scope_tl.training.recipe`.
-        scale: ``C = sqrt(E ||x||^2)`` of the raw activations; None if the trainer has its scale already.
+        scale: ``C = sqrt(E ||x||^2)`` of the raw activations; None if the trainer already has a scale.
 
     Raises:
-        GemmaScopeError: the SAE is of another class.
+        GemmaScopeError: the SAE has another class.
     """
     sae = _checked_class(trainer.sae)
     if scale is not None:
@@ -90,16 +90,16 @@ def check_settings(cfg: Any, recipe: Recipe, saes: Mapping[str, TrainingSAE[Any]
     """Compare a runner's configuration with the recipe.
 
     Raises:
-        GemmaScopeError: naming every setting that differs; or an SAE is of another class.
+        GemmaScopeError: settings differ, all of which the message names, or an SAE has another class.
     """
     settings = recipe.runner_settings(cfg.context_size)
     wanted = {name: settings[name] for name in ("lr", "adam_beta1", "adam_beta2", "train_batch_size_tokens")}
-    # Its own schedule takes the place of SAELens's, and the paper trains in float32 throughout.
+    # The recipe's schedule replaces SAELens's, and the paper trains in float32 throughout.
     wanted |= {"lr_scheduler_name": "constant", "lr_warm_up_steps": 0, "lr_decay_steps": 0, "autocast": False}
     wrong = [f"{n}={getattr(cfg, n)!r} (recipe: {value!r})" for n, value in wanted.items() if getattr(cfg, n) != value]
     for name, sae in saes.items():
         _checked_class(sae)
-        for key in ("bandwidth", "l0_warm_up_steps"):  # lambda and the first threshold are the SAE's own choice
+        for key in ("bandwidth", "l0_warm_up_steps"):  # lambda and the initial threshold may differ between SAEs
             given, value = getattr(sae.cfg, key, None), getattr(recipe, key)
             if given != value:
                 wrong.append(f"{name + '.' if name else ''}{key}={given!r} (recipe: {value!r})")
@@ -111,7 +111,7 @@ def check_settings(cfg: Any, recipe: Recipe, saes: Mapping[str, TrainingSAE[Any]
 
 
 class GemmaScopeTrainingRunner(LanguageModelSAETrainingRunner):
-    """``LanguageModelSAETrainingRunner`` with the recipe, for one SAE at one hook. The module lists what it changes."""
+    """``LanguageModelSAETrainingRunner`` with the recipe, for one SAE at one hook. The module lists the changes."""
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], *, recipe: Recipe = PAPER, **overrides: Any) -> None:
         """
@@ -144,8 +144,8 @@ class GemmaScopeMultiTrainingRunner(MultiSAETrainingRunner):
     def __init__(self, cfg: MultiSAETrainingRunnerConfig, *, recipe: Recipe = PAPER, **overrides: Any) -> None:
         """
         Args:
-            cfg: built as for the single runner; every SAE of it must be a ``GemmaScopeTrainingSAEConfig``.
-            recipe: the hyper-parameters, except lambda and the initial threshold, which each SAE's configuration gives.
+            cfg: built as for the single runner; every SAE must have a ``GemmaScopeTrainingSAEConfig``.
+            recipe: the hyper-parameters, except lambda and the initial threshold, which each SAE's configuration sets.
             overrides: ``override_dataset``, ``override_model`` and ``override_saes``, as in SAELens.
         """
         torch.manual_seed(cfg.seed)
@@ -162,7 +162,7 @@ class GemmaScopeMultiTrainingRunner(MultiSAETrainingRunner):
             return _fit(trainer, self.cfg.checkpoint_path)
 
     def _scales(self, trainer: MultiSAETrainer) -> dict[str, float]:
-        """``C`` of every hook whose trainers have no scale yet, from the same batches."""
+        """Measure ``C`` of every hook whose trainers have no scale yet, on the same batches."""
         hooks = {
             trainer.hook_names[name]: StreamingRMS()
             for name, one in trainer.trainers.items()
@@ -186,7 +186,7 @@ def _checked_class(sae: Any) -> GemmaScopeTrainingSAE:
 
 
 def _fit(trainer: Any, checkpoint_path: str | None) -> Any:
-    """Fit. On SIGINT or SIGTERM everything that a resumed run needs is written before the exception is raised again."""
+    """Fit a trainer. On SIGINT or SIGTERM, write all that a resumed run needs before raising the exception again."""
     try:
         signal.signal(signal.SIGINT, interrupt_callback)
         signal.signal(signal.SIGTERM, interrupt_callback)

@@ -1,7 +1,7 @@
 # pyright: basic
 """The paper's JumpReLU SAE as a SAELens training class.
 
-Its architecture name, ``gemma_scope_jumprelu``, exists only while training. For inference it saves SAELens's own
+The architecture name ``gemma_scope_jumprelu`` exists only during training. For inference the class saves SAELens's own
 ``jumprelu`` with ``apply_b_dec_to_input=False``, which stock SAELens loads without this package.
 """
 
@@ -44,8 +44,8 @@ class GemmaScopeTrainingSAEConfig(TrainingSAEConfig):
     All numbers are in the units of activations with ``E ||x||^2 = 1``.
 
     Args:
-        l0_coefficient: lambda. The paper publishes one pair: 6e-4 gives L0 about 50 at layer 20 of the 9B model.
-        l0_warm_up_steps: lambda rises linearly from 0 over these steps.
+        l0_coefficient: lambda. The paper publishes one value: 6e-4 gives an L0 of about 50 at layer 20 of the 9B model.
+        l0_warm_up_steps: number of steps over which lambda rises linearly from 0.
         init_threshold: theta of every latent at the start.
         bandwidth: epsilon of the rectangle kernel.
         decoder_init_norm: the length of decoder rows; the recipe keeps it at 1.
@@ -79,11 +79,11 @@ class GemmaScopeTrainingSAEConfig(TrainingSAEConfig):
         return {name: getattr(self, name) for name in names}
 
     def get_inference_config_class(self) -> type[SAEConfig]:
-        """Saved SAEs are stock ``jumprelu``."""
+        """The configuration class of saved SAEs, SAELens's ``jumprelu``."""
         return JumpReLUSAEConfig
 
     def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
-        """The configuration of the saved SAE: nothing subtracted, heads flattened where the hook keeps them apart."""
+        """The configuration of the saved SAE: no pre-encoder bias, and flattened heads where the hook has heads."""
         cfg = super().get_inference_sae_cfg_dict()
         cfg["apply_b_dec_to_input"] = False
         hook = self.metadata.hook_name
@@ -115,9 +115,9 @@ class GemmaScopeTrainingSAE(SavingMixin, TrainingSAE[GemmaScopeTrainingSAEConfig
         x_hat = f W_dec + b_dec
         loss  = mean over batch of  ||x - x_hat||_2^2 + lambda ||f||_0
 
-    The gradients of the threshold are those of :mod:`gemma_scope_tl.sae.ste`, taken at the pre-activations, where the
-    paper's equations have them. Parameters start as the paper says: He-uniform decoder with unit rows, the encoder its
-    transpose, biases 0.
+    The gradients of the threshold are those of :mod:`gemma_scope_tl.sae.ste`, taken at the pre-activations as in the
+    paper's equations. Parameters are initialised as in the paper: a He-uniform decoder scaled to unit rows, its
+    transpose as the encoder, and zero biases.
 
     Attributes:
         log_threshold: ``[d_sae]``, the trained parameter.
@@ -133,7 +133,7 @@ class GemmaScopeTrainingSAE(SavingMixin, TrainingSAE[GemmaScopeTrainingSAEConfig
         self.grad_scale = 1.0
 
     def initialize_weights(self) -> None:
-        """He-uniform rows scaled to unit length, encoder = decoder transposed, biases 0, one threshold for all."""
+        """Initialise the parameters: unit decoder rows, transposed encoder, zero biases, and equal thresholds."""
         super().initialize_weights()
         empty = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
         self.b_enc = nn.Parameter(empty)
@@ -147,8 +147,8 @@ class GemmaScopeTrainingSAE(SavingMixin, TrainingSAE[GemmaScopeTrainingSAEConfig
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Latents and pre-activations ``[..., d_sae]`` of activations ``[..., d_in]``.
 
-        ``(x - b_dec) W_enc + b_enc`` is computed as ``x W_enc + (b_enc - b_dec W_enc)``: then the gradient of ``b_dec``
-        through the encoder costs a vector product instead of a product over the batch.
+        ``(x - b_dec) W_enc + b_enc`` is computed as ``x W_enc + (b_enc - b_dec W_enc)``, so that the gradient of
+        ``b_dec`` through the encoder takes a vector product instead of a product over the batch.
         """
         sae_in = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
         bias = self.b_enc
@@ -179,7 +179,7 @@ class GemmaScopeTrainingSAE(SavingMixin, TrainingSAE[GemmaScopeTrainingSAEConfig
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """Change units so that raw activations can be passed: ``C = 1 / scaling_factor`` (appendix A).
 
-        Biases and thresholds take the scale; the matrices, and so the unit length of decoder rows, stay.
+        Biases and thresholds are scaled. The matrices do not change, so decoder rows keep their unit length.
         """
         folded = fold(self._named(), 1.0 / scaling_factor, pre_encoder_bias=False)
         self.b_enc.copy_(folded["b_enc"])
@@ -205,7 +205,7 @@ class GemmaScopeTrainingSAE(SavingMixin, TrainingSAE[GemmaScopeTrainingSAEConfig
         """Write the equivalent SAE without pre-encoder bias, as :meth:`save_model` writes this one.
 
         Raises:
-            WriteError: as :meth:`save_model`.
+            WriteError: as for :meth:`save_model`.
         """
         state = dict(self.state_dict())
         self.process_state_dict_for_saving_inference(state)

@@ -1,4 +1,4 @@
-"""What latents stand for: examples of where they fire, explanations by a language model with scores, and exports."""
+"""Interpretation of latents: examples of where they fire, scored explanations by a language model, and exports."""
 
 from gemma_scope_tl.interp.client import ChatClient, LocalModel
 from gemma_scope_tl.interp.examples import Example, Examples, top_examples

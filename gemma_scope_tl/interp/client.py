@@ -1,8 +1,8 @@
 """Language models that answer prompts: an OpenAI-compatible endpoint, or a local causal model of ``transformers``.
 
-The client of endpoints uses httpx, on which the package depends anyway. The ``openai`` package would save some 40 lines
-here and add five dependencies; it would not keep the log, check that the key is sent with encryption only, take the key
-out of error messages, or ask again after a reply without text.
+The client of endpoints uses httpx, on which the package depends anyway. The ``openai`` package would save about 40
+lines here and add five dependencies. It would not keep the log, ensure that the key is only sent encrypted, remove the
+key from error messages, or retry after a reply without text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Prompt:
     user: str
 
     def messages(self) -> list[dict[str, str]]:
-        """The list of messages that chat endpoints and templates take."""
+        """The prompt as a list of messages, the form that chat endpoints and templates take."""
         return [{"role": "system", "content": self.system}, {"role": "user", "content": self.user}]
 
 
@@ -51,9 +51,9 @@ class Answerer(Protocol):
 
 
 class AnswerLog:
-    """Answers by a hash of model, prompt and options, appended to a JSONL file as they arrive.
+    """A log of answers by a hash of model, prompt and options, appended to a JSONL file as they arrive.
 
-    A line that was cut short is ignored, so its prompt is asked again. Without a path, answers are kept in memory only.
+    A truncated line is ignored, so its prompt is asked again. Without a path, answers are kept in memory only.
     """
 
     def __init__(self, path: str | PathLike[str] | None = None) -> None:
@@ -87,7 +87,7 @@ class AnswerLog:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise GemmaScopeError(f"Cannot go on with the answers in {path}: {error}") from error
+            raise GemmaScopeError(f"Cannot continue with the answers in {path}: {error}") from error
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
@@ -110,19 +110,19 @@ class ChatClient:
     Without the variable no key is sent, as local servers expect.
 
     Attributes:
-        model: its name at the endpoint.
-        base_url: the part before ``/chat/completions``.
+        model: name of the model at the endpoint.
+        base_url: the part of the URL before ``/chat/completions``.
         log: an :class:`AnswerLog` or the path of one; prompts whose answers it holds are not sent again.
-        key_variable: the environment variable with the key.
-        timeout: seconds for each request.
+        key_variable: name of the environment variable with the key.
+        timeout: time limit of each request in seconds.
         retries: further attempts after a status such as 429 or 500, a timeout, a broken connection, or a reply
             that does not follow the protocol.
-        backoff: seconds before the first further attempt, doubled for each, unless the server says how long to wait.
-        concurrency: requests in flight at once.
+        backoff: seconds before the first further attempt, doubled for each, unless the server states how long to wait.
+        concurrency: number of requests in flight at once.
         max_tokens, temperature: settings of generation.
 
     Raises:
-        GemmaScopeError: for a URL that is not http(s); from ``answers``, when an attempt is refused or all have failed.
+        GemmaScopeError: the URL is not http(s); from ``answers``, an attempt is refused or all have failed.
     """
 
     model: str
@@ -142,11 +142,11 @@ class ChatClient:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise GemmaScopeError(f"{self.base_url!r} is not the URL of an endpoint, such as http://127.0.0.1:8000/v1.")
         if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
-            raise GemmaScopeError("concurrency is 1 or more, retries 0 or more, and timeout positive.")
+            raise GemmaScopeError("concurrency must be 1 or more, retries 0 or more, and timeout positive.")
         self._log = self.log if isinstance(self.log, AnswerLog) else AnswerLog(self.log)
 
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
-        """An answer to each prompt, in the order of the prompts; equal prompts are sent once."""
+        """Answer each prompt, in the order of the prompts; equal prompts are sent once."""
         import httpx
 
         options = {"max_tokens": self.max_tokens, "temperature": self.temperature}
@@ -201,13 +201,13 @@ class ChatClient:
         try:
             answer = response.json()["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError):
-            return None, "the answer is not what a chat endpoint gives", None
+            return None, "the answer does not have the format of a chat endpoint", None
         return (answer, "", None) if isinstance(answer, str) else (None, "the answer holds no text", None)
 
     def _refusal(self, response: Any) -> str:
         said = f"{self.base_url} answered {self.model!r} with status {response.status_code}"
         if response.status_code in (401, 403):  # such bodies may quote the key
-            return f"{said}: it wants a valid key in the environment variable {self.key_variable}."
+            return f"{said}: it needs a valid key in the environment variable {self.key_variable}."
         key = os.environ.get(self.key_variable)
         text = response.text[:300]
         return f"{said}: {text.replace(key, '***') if key else text}"
@@ -219,10 +219,10 @@ class LocalModel:
 
     Attributes:
         model: a model with ``generate``.
-        tokenizer: the model's. Without a chat template the prompt is plain text.
+        tokenizer: tokenizer of the model. Without a chat template the prompt is plain text.
         log: as in :class:`ChatClient`.
-        max_tokens: the length of an answer at most.
-        name: the model's name in the log.
+        max_tokens: maximum length of an answer.
+        name: name of the model in the log.
     """
 
     model: Any
@@ -238,10 +238,10 @@ class LocalModel:
 
     @classmethod
     def load(cls, name: str, device: str | None = None, **options: Any) -> LocalModel:
-        """Load a model and its tokenizer by name or from a folder; ``options`` are those of the class.
+        """Load a model and its tokenizer by name or from a folder; ``options`` are arguments of the class.
 
         Raises:
-            GemmaScopeError: when it cannot be loaded.
+            GemmaScopeError: the model cannot be loaded.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -279,7 +279,7 @@ class LocalModel:
 
 @contextmanager
 def _pool(workers: int) -> Generator[ThreadPoolExecutor]:
-    """A thread pool that cancels requests which have not begun when an error ends the block."""
+    """A thread pool. If an error ends the context, requests that have not begun are cancelled."""
     pool = ThreadPoolExecutor(workers)
     try:
         yield pool

@@ -31,8 +31,8 @@ class Example:
     Attributes:
         latent: index of the latent.
         kind: ``top``, ``quantile`` or ``silent``.
-        quantile: 0 for the weakest activations; -1 for other kinds.
-        row, start: row and position of its first token in the corpus.
+        quantile: index of the quantile, 0 for the weakest activations; -1 for other kinds.
+        row, start: row and position of the window's first token in the corpus.
         tokens: text of each token.
         values: the latent's activation on each token, 0 where it does not fire or the token is BOS, EOS or padding.
     """
@@ -60,12 +60,12 @@ class Examples:
     """The examples of one SAE's latents.
 
     Attributes:
-        subject: which SAE.
-        latents: indices, ascending.
-        fired: tokens on which each of them fired, int64 ``[n]``.
-        maxima: their largest activations, ``[n]``.
-        tokens: ordinary tokens of the corpus.
-        sampling: what was kept.
+        subject: the SAE.
+        latents: indices of the latents, ascending.
+        fired: number of tokens on which each latent fired, int64 ``[n]``.
+        maxima: largest activation of each latent, ``[n]``.
+        tokens: number of ordinary tokens in the corpus.
+        sampling: how many examples of each kind were kept.
     """
 
     def __init__(self, subject: Subject, kept: Collector, corpus: torch.Tensor, tokenizer: Any) -> None:
@@ -87,16 +87,16 @@ class Examples:
 
     @property
     def sae_columns(self) -> dict[str, Any]:
-        """The columns of a table that say which SAE a row is about."""
+        """The columns of a table that identify the SAE."""
         subject = self.subject
         return {"release": subject.release, "id": subject.id, "site": subject.place.site, "layer": subject.place.layer}
 
     def rows(self) -> set[int]:
-        """Rows of the corpus that examples come from."""
+        """The rows of the corpus that examples come from."""
         return set((self._slots[:, 1] // self._kept.windows_per_row).tolist())
 
     def fill(self, start: int, acts: Any, batch: CleanBatch) -> None:
-        """Take the activations in the windows from rows of the corpus, the first of which is number ``start``."""
+        """Fill in the activations of windows in consecutive rows of the corpus, which begin with row ``start``."""
         _, window, where, values = self._kept.entries(start, acts, batch.ordinary)
         positions = batch.ordinary.cpu().nonzero(as_tuple=True)[1].numpy()[acts.tokens().cpu().numpy()]
         index = self._kept.index_of(acts)
@@ -110,7 +110,7 @@ class Examples:
         """A latent's examples of these kinds (by default all): strongest first, then by quantile, then silent ones.
 
         Raises:
-            SpliceError: for a latent that was not collected.
+            SpliceError: the latent was not collected.
         """
         number = int(np.searchsorted(self.latents, latent))
         if number >= len(self.latents) or self.latents[number] != latent:
@@ -122,8 +122,10 @@ class Examples:
         return (self._example(at) for at in range(len(self._slots)))
 
     def frame(self, latents: Iterable[int] | None = None) -> pd.DataFrame:
-        """A row per example: ``release, id, site, layer, latent, kind, quantile, row, start, activation, text``, and
-        ``tokens`` and ``values`` as lists; of some latents or all.
+        """A table with one row per example of the given latents, by default of all.
+
+        The columns are ``release, id, site, layer, latent, kind, quantile, row, start, activation, text``, and
+        ``tokens`` and ``values`` as lists.
         """
         import pandas as pd
 
@@ -141,7 +143,7 @@ class Examples:
         return pd.DataFrame(rows)
 
     def words(self, ids: Iterable[int]) -> list[str]:
-        """Tokens as text."""
+        """The text of each token."""
         out: list[str] = []
         for i in ids:
             if i not in self._words:
@@ -176,22 +178,22 @@ def top_examples(
 ) -> list[Examples]:
     """Examples of each SAE's latents: where they fire most, at each quantile of activation, and not at all.
 
-    Two passes of the model over the corpus, shared by all SAEs; the second reads the activations of the chosen windows,
-    and only the rows that have one. What is held is :meth:`Sampling.bytes_per_latent` for each latent (2.3 kB with the
+    The model makes two passes over the corpus, which all SAEs share. The second pass runs only the rows with chosen
+    windows, to read their activations. Memory: :meth:`Sampling.bytes_per_latent` for each latent (2.3 kB with the
     defaults, 38 MB for 16,384 latents), then ``4 * window`` bytes for each example, and the token ids.
 
     Args:
         model, saes, data, context, batch_size, progress, memory_budget: as
             :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
-        latents: which ones, of every SAE; None for all.
-        sampling: how many examples of each kind, the window and the seed.
+        latents: indices of latents of every SAE; None for all.
+        sampling: number of examples of each kind, length of a window, and seed.
 
     Returns:
-        An :class:`Examples` for each SAE, in their order.
+        One :class:`Examples` for each SAE, in the order of the SAEs.
 
     Raises:
-        SpliceError: when an SAE does not fit the model or has no such latent.
-        GemmaScopeError: when there is less text than one row.
+        SpliceError: an SAE does not fit the model or does not have one of the latents.
+        GemmaScopeError: there is less text than one row.
     """
     subjects, tokens = subjects_of(model, saes), as_tokens(model, data, context)
     settings = sampling or Sampling()
@@ -215,7 +217,7 @@ def top_examples(
 def passes(
     model: GemmaModel, subjects: Sequence[Subject], tokens: torch.Tensor, rows: int, progress: bool, what: str
 ) -> Iterator[tuple[int, CleanBatch, dict[Any, torch.Tensor]]]:
-    """The number of the first row of each batch, the batch, and the activations at the places of all subjects."""
+    """Yield the number of each batch's first row, the batch, and the activations at the places of all subjects."""
     from rich.progress import track
 
     places = list(dict.fromkeys(subject.place for subject in subjects))
@@ -237,17 +239,17 @@ def _runs(rows: Sequence[int]) -> list[range]:
 
 
 def chosen_latents(subject: Subject, latents: Iterable[int] | None) -> NDArray[np.int64]:
-    """Indices of latents, ascending, each once; None for all.
+    """Ascending indices of latents without duplicates; None for all latents.
 
     Raises:
-        SpliceError: when the SAE has no such latent.
-        GemmaScopeError: for none at all.
+        SpliceError: the SAE does not have one of the latents.
+        GemmaScopeError: the list of latents is empty.
     """
     if latents is None:
         return np.arange(subject.d_sae)
     chosen = np.unique(np.asarray(as_indices(latents), np.int64))
     if not len(chosen):
-        raise GemmaScopeError("No latent was given; None stands for all.")
+        raise GemmaScopeError("No latent was given: give at least one, or None for all.")
     if chosen[0] < 0 or chosen[-1] >= subject.d_sae:
         raise SpliceError(f"Latents run from {chosen[0]} to {chosen[-1]}; the SAE's are 0..{subject.d_sae - 1}.")
     return chosen

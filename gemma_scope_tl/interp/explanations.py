@@ -1,7 +1,8 @@
 """Explanations of latents by a language model, and scores of how well they predict where the latents fire.
 
-After Bills et al. (Language models can explain neurons in language models, 2023) and EleutherAI's delphi (Automatically
-interpreting millions of features in large language models, arXiv 2410.13928), with prompts of this package.
+The methods follow Bills et al. (Language models can explain neurons in language models, 2023) and EleutherAI's delphi
+(Automatically interpreting millions of features in large language models, arXiv 2410.13928). The prompts are this
+package's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MARKED = 0.3
-"""Tokens are marked from this share of the example's largest activation on."""
+"""Tokens are marked if their activation is at least this share of the example's largest."""
 INSTRUCTIONS = (
     "A unit inside a language model becomes active on some pieces of text. You are given excerpts on which it is most "
     "active; the tokens on which it is active are marked <<like this>>. Find what the marked tokens, or what leads up "
@@ -47,12 +48,12 @@ SIMULATION = (
 
 
 def explain(client: Answerer, examples: Examples, latents: Iterable[int] | None = None) -> pd.DataFrame:
-    """Ask for an explanation of each latent that fired, shown its strongest examples.
+    """Ask a language model for an explanation of each latent that fired, given its strongest examples.
 
     Args:
-        client: answers the prompts.
-        examples: of one SAE, from :func:`~gemma_scope_tl.interp.top_examples`.
-        latents: which ones; None for all.
+        client: the language model.
+        examples: examples of one SAE, from :func:`~gemma_scope_tl.interp.top_examples`.
+        latents: indices of latents; None for all.
 
     Returns:
         A row per latent that fired: ``release, id, site, layer, latent, explanation``.
@@ -82,25 +83,26 @@ def detection_scores(
     """Balanced accuracy of predicting from an explanation in which texts a latent fires: 0.5 is chance, 1 is perfect.
 
     Args:
-        client: answers the prompts.
-        examples: of the SAE.
-        explanations: by latent.
-        shown: texts in a prompt, firing and silent ones mixed in an order drawn from ``seed`` and the latent.
-        confidence, resamples, seed: of the intervals.
+        client: the language model.
+        examples: examples of the SAE.
+        explanations: explanation of each latent, by index.
+        shown: number of texts in a prompt, firing and silent ones mixed in an order drawn from ``seed`` and the latent.
+        confidence, resamples, seed: parameters of the confidence intervals.
 
     Returns:
         A row per latent: ``release, id, site, layer, latent, explanation, detection, detection_low, detection_high,
         sensitivity`` (share of firing texts that are found), ``specificity`` (share of silent texts that are rejected),
-        ``detection_examples, detection_unread`` (texts without a readable answer). NaN where firing or silent texts are
-        missing: a latent has no quantiles when it fires in few more windows than its strongest examples take.
+        ``detection_examples, detection_unread`` (texts without a readable answer). Scores are NaN where firing or
+        silent texts are missing: a latent has no quantiles if it fires in only a few more windows than its strongest
+        examples.
 
     Raises:
-        GemmaScopeError: when ``shown`` is below 1.
+        GemmaScopeError: ``shown`` is below 1.
     """
     import pandas as pd
 
     if shown < 1:
-        raise GemmaScopeError(f"A prompt shows a text or more, not {shown}.")
+        raise GemmaScopeError(f"shown must be 1 or more, not {shown}.")
     parts: list[tuple[int, list[Example]]] = []
     for latent in explanations:
         mixed = examples.of(latent, "quantile", "silent")
@@ -129,7 +131,7 @@ def detection_scores(
 
 
 def _detection(pairs: Sequence[tuple[bool, bool]], confidence: float, resamples: int, seed: int) -> dict[str, float]:
-    """The scores of one latent from pairs of whether it fires in a text and whether the answer says so."""
+    """The scores of one latent from pairs: whether it fires in a text, and whether the answer says that it does."""
     fires, said = np.asarray(pairs, bool).reshape(-1, 2).T
     right = fires == said
     sums = [torch.from_numpy(part.astype(float)) for part in (fires & right, fires, ~fires & right, ~fires)]
@@ -157,11 +159,11 @@ def simulation_scores(
     """Correlation of simulated with true activations: 0 is chance, 1 is a perfect simulation up to scale.
 
     Args:
-        client, examples, explanations, confidence, resamples, seed: as of :func:`detection_scores`.
+        client, examples, explanations, confidence, resamples, seed: as for :func:`detection_scores`.
 
     Returns:
         A row per latent: ``release, id, site, layer, latent, explanation, simulation, simulation_low, simulation_high,
-        simulation_examples, simulation_unread``. NaN where all predictions, or all activations, are equal.
+        simulation_examples, simulation_unread``. Scores are NaN where all predictions, or all activations, are equal.
     """
     import pandas as pd
 
@@ -196,7 +198,7 @@ def simulation_scores(
 
 
 def explanation_prompt(examples: Sequence[Example]) -> Prompt:
-    """The question for an explanation of a latent."""
+    """The prompt that asks for an explanation of a latent."""
     listed = [f"Excerpt {number}: {marked(example)!r}" for number, example in enumerate(examples, 1)]
     return Prompt(INSTRUCTIONS, "\n".join(listed))
 
@@ -222,13 +224,13 @@ def parsed(answer: str) -> str:
 
 
 def detection_prompt(explanation: str, examples: Sequence[Example]) -> Prompt:
-    """The question whether texts fit an explanation."""
+    """The prompt that asks whether texts fit an explanation."""
     listed = [f"Excerpt {number}: {example.text!r}" for number, example in enumerate(examples, 1)]
     return Prompt(DETECTION, "\n".join([f"Description: {explanation}", *listed]))
 
 
 def simulation_prompt(explanation: str, example: Example) -> Prompt:
-    """The question how active the latent is on each token of a text."""
+    """The prompt that asks how active the latent is on each token of a text."""
     tokens = json.dumps(list(example.tokens), ensure_ascii=False)
     return Prompt(SIMULATION, f"Description: {explanation}\nTokens ({len(example.tokens)}): {tokens}")
 
@@ -253,13 +255,13 @@ def numbers(answer: str, count: int, highest: int) -> list[float] | None:
 
 
 def balanced_accuracy(found: Any, firing: Any, left: Any, silent: Any) -> Any:
-    """The mean of sensitivity and specificity, from counts; NaN where there are no firing or no silent texts."""
+    """The mean of sensitivity and specificity, from counts; NaN if there are no firing or no silent texts."""
     with np.errstate(all="ignore"):
         return (np.divide(found, firing) + np.divide(left, silent)) / 2
 
 
 def correlation(n: Any, x: Any, y: Any, xx: Any, yy: Any, xy: Any) -> Any:
-    """Pearson's correlation from sums over tokens; NaN where one side is constant."""
+    """Pearson's correlation from sums over tokens; NaN if one variable is constant."""
     with np.errstate(all="ignore"):
         spread = (n * xx - x * x) * (n * yy - y * y)
         return np.where(spread > 0, (n * xy - x * y) / np.sqrt(np.maximum(spread, 0)), np.nan)

@@ -1,9 +1,9 @@
 """Feature JSON in the format of Neuronpedia's tools.
 
-Modelled on the classes in ``sae_dashboard/neuronpedia/neuronpedia_dashboard.py`` of SAEDashboard, whose runner makes
-the ``batch-N.json`` files of Neuronpedia's dashboards: ``model_id, layer, sae_set`` and a list of features with the
-fields that :func:`_feature` fills in. ``topkCosSimIndices``, ``topkCosSimValues`` and ``maxActApprox`` are fields of
-Neuronpedia's own exports. These files have not been tested with Neuronpedia's importer.
+The format follows the classes in ``sae_dashboard/neuronpedia/neuronpedia_dashboard.py`` of SAEDashboard, whose runner
+makes the ``batch-N.json`` files of Neuronpedia's dashboards: ``model_id, layer, sae_set`` and a list of features with
+the fields that :func:`_feature` fills in. ``topkCosSimIndices``, ``topkCosSimValues`` and ``maxActApprox`` are fields
+of Neuronpedia's own exports. These files have not been tested with Neuronpedia's importer.
 
 Differences: examples are this package's windows, without a quota by interval width; the ``correlated_*`` lists are
 empty, since no correlations of latents with neurons or with each other are computed; in ``topkCosSimIndices`` the
@@ -58,30 +58,31 @@ def export_neuronpedia(
 ) -> list[Path]:
     """Write the features of an SAE as ``batch-0.json``, ``batch-1.json``, … with the settings beside them.
 
-    Three passes of the model over the corpus (:func:`~gemma_scope_tl.interp.top_examples`, and one for histograms),
-    for any number of features. Each file is written whole. Files that exist are kept, and when all of them exist, no
-    pass is made.
+    The model makes three passes over the corpus (two for :func:`~gemma_scope_tl.interp.top_examples`, one for
+    histograms) for any number of features. Each file is written atomically. Existing files are kept, and if all of them
+    exist, no pass is made.
 
     Args:
         model, data, context, batch_size, progress, memory_budget: as :func:`~gemma_scope_tl.evals.suite.evaluate`
             takes them.
         sae: one SAE.
-        folder: created where it does not exist.
-        latents: which ones; None for all.
-        features_per_batch: latents in a file.
-        sampling: of the examples; by default windows of ``context`` tokens.
-        dataset: the corpus's name, for the files.
-        sae_set: of the files; by default the SAE's release.
+        folder: output folder, which is created if it does not exist.
+        latents: indices of latents; None for all.
+        features_per_batch: number of latents in a file.
+        sampling: sampling of the examples; by default windows of ``context`` tokens.
+        dataset: name of the corpus in the files.
+        sae_set: ``sae_set`` in the files; by default the SAE's release.
 
     Returns:
         The paths of all batches.
 
     Raises:
-        GemmaScopeError: when the folder holds an export with other settings, or more than one SAE is given.
+        GemmaScopeError: the folder holds an export with other settings, more than one SAE was given, or
+            ``features_per_batch`` is below 1.
     """
     subjects, tokens = subjects_of(model, sae), as_tokens(model, data, context)
     if len(subjects) != 1 or features_per_batch < 1:
-        raise GemmaScopeError("An export is of one SAE, with a feature or more in each file.")
+        raise GemmaScopeError("An export takes one SAE, and features_per_batch of 1 or more.")
     subject, place = subjects[0], Path(folder)
     drawn = sampling or Sampling(window=min(64, tokens.shape[1]))
     chosen = chosen_latents(subject, latents)
@@ -130,7 +131,7 @@ def _settings(
     features_per_batch: int,
     drawn: Sampling,
 ) -> dict[str, Any]:
-    """Everything on which the content of the batches depends."""
+    """The settings on which the content of the batches depends."""
     return {
         "sae_id": subject.id,
         "sae": subject.fingerprint(),

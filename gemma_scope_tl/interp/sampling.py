@@ -1,8 +1,9 @@
-"""The choice of windows of a corpus that are kept as a latent's examples, made while the corpus streams by.
+"""Sampling of windows of a corpus as examples of each latent, in one pass over the corpus.
 
 Memory is bounded, samples of parts of a corpus can be merged, and a seed fixes the result.
 
-Rows of tokens are cut into windows; a window's activation is the largest of its tokens'. Each latent keeps
+Rows of tokens are cut into windows; the activation of a window is the largest activation of its tokens. Each latent
+keeps
 
 - the windows of largest activation;
 - a uniform sample of the windows in which it fires, later cut into quantiles of activation: every pair of window and
@@ -34,12 +35,12 @@ class Sampling:
     """How many examples of each kind are kept.
 
     Attributes:
-        top: windows of largest activation.
-        quantiles, per_quantile: bins of activation, and windows from each.
-        silent: windows in which the latent does not fire.
-        window: tokens in a window.
-        pool: windows from which silent ones are drawn; a latent that fires in almost all of them gets fewer.
-        seed: of all draws.
+        top: number of windows of largest activation.
+        quantiles, per_quantile: number of bins of activation, and of windows from each.
+        silent: number of windows in which the latent does not fire.
+        window: number of tokens in a window.
+        pool: number of windows from which silent ones are drawn; a latent that fires in almost all of them gets fewer.
+        seed: seed of all draws.
     """
 
     top: int = 10
@@ -59,11 +60,11 @@ class Sampling:
 
     @property
     def reservoir(self) -> int:
-        """Firing windows sampled for each latent, four times as many as its quantiles give."""
+        """Number of firing windows sampled for each latent, four times as many as the quantiles need."""
         return 4 * self.quantiles * self.per_quantile
 
     def bytes_per_latent(self) -> int:
-        """Bytes that are held for each latent: 20 for a kept window, and one for each window of the pool.
+        """Memory for each latent: 20 bytes for a kept window, and one byte for each window of the pool.
 
         >>> Sampling().bytes_per_latent()
         2332
@@ -75,9 +76,9 @@ class Collector:
     """The samples of one SAE's latents, collected batch by batch.
 
     Args:
-        latents: indices of those to sample, int64 ``[n]``.
-        d_sae: how many the SAE has.
-        context: tokens in a row.
+        latents: indices of the latents to sample, int64 ``[n]``.
+        d_sae: number of latents of the SAE.
+        context: number of tokens in a row.
         sampling: how many windows to keep.
     """
 
@@ -94,7 +95,7 @@ class Collector:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held; they do not grow with the data."""
+        """Memory in bytes, which does not grow with the data."""
         held = (self.top, self.sample, self.pool)
         return sum(part.nbytes for part in held) + self.fired.nbytes + self.maxima.nbytes + self._index.nbytes
 
@@ -103,7 +104,7 @@ class Collector:
 
         Args:
             start: number of the first row in the corpus.
-            acts: the latents of the ordinary tokens, in the order of ``ordinary``'s True entries.
+            acts: the latents of the ordinary tokens, in the order of the True entries of ``ordinary``.
             ordinary: False for BOS, EOS and padding.
         """
         seen, window, where, values = self.entries(start, acts, ordinary)
@@ -123,7 +124,7 @@ class Collector:
     def entries(
         self, start: int, acts: SparseActs, ordinary: Bool[torch.Tensor, "batch pos"]
     ) -> tuple[Array, Array, Array, Array]:
-        """The windows that hold an ordinary token; and of each active entry its window, latent's index and value."""
+        """The windows with an ordinary token, and the window, index of the latent and value of each active entry."""
         rows, positions = (part.numpy() for part in ordinary.cpu().nonzero(as_tuple=True))
         windows = (start + rows) * self.windows_per_row + positions // self.sampling.window
         token, where = acts.tokens().cpu().numpy(), self.index_of(acts)
@@ -132,17 +133,17 @@ class Collector:
         return np.unique(windows), windows[token[kept]], where[kept], values[kept]
 
     def index_of(self, acts: SparseActs) -> Array:
-        """The index of each entry's latent among those sampled, -1 for the others."""
+        """The index of each entry's latent among the sampled latents; -1 for other latents."""
         return self._index[acts.latents.cpu().numpy()]
 
     def merge(self, other: Collector) -> None:
         """Add the samples of ``other``, which has seen other rows of the same corpus.
 
         Raises:
-            GemmaScopeError: when it samples other latents, or in another way.
+            GemmaScopeError: the latents or the sampling differ.
         """
         if self.sampling != other.sampling or not np.array_equal(self.latents, other.latents):
-            raise GemmaScopeError("Samples of other latents, or drawn otherwise, cannot be merged.")
+            raise GemmaScopeError("Samples can only be merged if they have the same latents and the same sampling.")
         for mine, theirs in ((self.top, other.top), (self.sample, other.sample)):
             mine.update(*theirs.listed())
         self.pool.merge(other.pool)
@@ -166,7 +167,7 @@ class Collector:
 
 
 class Lowest:
-    """The ``k`` entries of lowest score of each latent, with their windows; the earlier window of equal scores."""
+    """The ``k`` entries of lowest score of each latent, with their windows; of equal scores, the earlier window."""
 
     def __init__(self, n: int, k: int) -> None:
         self.scores = np.full((n, k), np.inf)
@@ -175,11 +176,11 @@ class Lowest:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: 20 an entry."""
+        """Memory in bytes, 20 for each entry."""
         return self.scores.nbytes + self.windows.nbytes + self.values.nbytes
 
     def update(self, where: Array, scores: Array, windows: Array, values: Array) -> None:
-        """Add entries, each of the latent with index ``where``."""
+        """Add entries; ``where`` holds the index of each entry's latent."""
         k = self.scores.shape[1]
         order = np.lexsort((windows, scores, where))
         where, scores, windows, values = where[order], scores[order], windows[order], values[order]
@@ -201,7 +202,7 @@ class Lowest:
         self.values[touched] = np.take_along_axis(all_values, best, 1)
 
     def listed(self) -> tuple[Array, Array, Array, Array]:
-        """All entries, as :meth:`update` takes them."""
+        """All entries, in the form of the arguments of :meth:`update`."""
         held = np.isfinite(self.scores)
         return np.nonzero(held)[0], self.scores[held], self.windows[held], self.values[held]
 
@@ -212,7 +213,7 @@ class Lowest:
 
 
 class Pool:
-    """Windows of lowest priority, the same for all latents, and which latents fire in each."""
+    """Windows of lowest priority, the same for all latents, and the latents that fire in each."""
 
     def __init__(self, n: int, size: int) -> None:
         self.size = size
@@ -222,7 +223,7 @@ class Pool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: one for each latent and window."""
+        """Memory in bytes, one for each pair of latent and window."""
         return self.scores.nbytes + self.windows.nbytes + self.active.nbytes
 
     def update(self, seen: Array, scores: Array, window: Array, where: Array) -> None:

@@ -1,1 +1,1 @@
-"""Publishing SAEs: writing them in the layouts that people load, and uploading them in one commit."""
+"""Publishing SAEs: writing repositories in common layouts, and uploading each in one commit."""

@@ -30,12 +30,12 @@ def render_card(
     """The text of ``README.md``.
 
     Args:
-        name: of the release.
-        saes: its SAEs.
-        paths: their folders in the repository.
-        rows: their measurements; see :func:`match_metrics`.
+        name: name of the release.
+        saes: the SAEs of the release.
+        paths: folder of each SAE in the repository.
+        rows: measurements of each SAE; see :func:`match_metrics`.
         about: facts that the files do not hold.
-        layouts: those of ``gemma-scope``, ``sae-lens`` and ``circuit-tracer`` that the repository has.
+        layouts: the layouts of the repository, among ``gemma-scope``, ``sae-lens`` and ``circuit-tracer``.
     """
     kinds = {"transcoders" if sae.is_transcoder else "SAEs" for sae in saes}
     first = f"{len(saes)} JumpReLU {' and '.join(sorted(kinds))} of {cell(about.base_model or saes[0].model)}."
@@ -56,13 +56,13 @@ def render_card(
 
 
 def cell(value: object) -> str:
-    """A value for a cell or a sentence: on one line, and escaped so that Markdown and HTML show it as text."""
+    """A value for a cell or a sentence, on one line and escaped so that Markdown and HTML show it as text."""
     text = " ".join(str(value).split())
     return re.sub(r"([\\`*\[\]|~])|(<)|(&)|(\b_|_\b)", lambda m: _ENTITIES.get(m[0], f"\\{m[0]}"), text)
 
 
 def code(value: str) -> str:
-    """A value as code, which may stand in a cell: on one line, between more backticks than it holds."""
+    """A value as code that is valid in a table cell: on one line, between more backticks than it contains."""
     text = " ".join(value.split())
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     pad = " " if text.startswith("`") or text.endswith("`") else ""

@@ -19,12 +19,12 @@ from gemma_scope_tl.release.release_saes import ReleaseSAE
 
 
 def transcoder_sets(saes: Sequence[ReleaseSAE]) -> dict[str, list[ReleaseSAE]]:
-    """One set for each width, with one transcoder a layer, by the name of its folder.
+    """One set for each width, with one transcoder per layer, by the name of the set's folder.
 
-    Of several transcoders in a layer, the one nearest to an L0 of 100 is taken, and of two as near the sparser one.
+    Of several transcoders in a layer, the one nearest to an L0 of 100 is taken; of two equally near, the sparser one.
 
     Raises:
-        GemmaScopeError: when there are no transcoders, or a width lacks a layer below its last one.
+        GemmaScopeError: there are no transcoders, or the layers of a width have a gap.
     """
     by_width: defaultdict[int, dict[int, ReleaseSAE]] = defaultdict(dict)
     for sae in sorted(saes, key=lambda sae: (abs(sae.l0 - CANONICAL_L0), sae.l0)):
@@ -42,15 +42,15 @@ def transcoder_sets(saes: Sequence[ReleaseSAE]) -> dict[str, list[ReleaseSAE]]:
 
 
 def write_transcoder_set(folder: Path, saes: Sequence[ReleaseSAE], base_model: str) -> None:
-    """Write a set of one transcoder a layer, from layer 0 on.
+    """Write a set of one transcoder per layer, from layer 0 on.
 
     ``layer_L.safetensors`` holds ``W_enc [d_sae, d_model]`` (transposed), ``W_dec``, ``b_enc``, ``b_dec``,
     ``activation_function.threshold`` and, for transcoders with a skip connection, ``W_skip [d_model, d_model]`` used
     as ``x W_skip^T``. The values are the SAE's own, to the bit.
 
     Args:
-        folder: created where it does not exist.
-        saes: one for each layer, sorted by layer.
+        folder: output folder, which is created if it does not exist.
+        saes: one transcoder for each layer, sorted by layer.
         base_model: ``owner/name`` of the model.
     """
     import yaml

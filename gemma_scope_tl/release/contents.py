@@ -1,4 +1,4 @@
-"""The files of a release, found in its folder and checked. Nothing else in the folder is published."""
+"""The files of a release, found in its folder and checked. Other files of the folder are not published."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Part:
     """One file of a release.
 
     Attributes:
-        path: below the folder, with ``/`` between the names.
-        size: in bytes.
+        path: path relative to the folder, with ``/`` between the names.
+        size: size in bytes.
         row: the registry row of a weights file of the first layout; None for all other files.
     """
 
@@ -46,8 +46,8 @@ class ReleaseContents:
     """A release's folder.
 
     Attributes:
-        folder: its path.
-        release: its registry file.
+        folder: path of the folder.
+        release: the registry file of the release.
         parts: the files of the release, sorted by path.
         left_out: all other files, which are not published. A name that ends with ``/`` is a folder that was not read.
     """
@@ -59,10 +59,10 @@ class ReleaseContents:
 
 
 def read_contents(folder: str | os.PathLike[str], logs: bool = False) -> ReleaseContents:
-    """The files that a release consists of.
+    """Find the files of a release.
 
     These are the registry file, ``README.md``, licence texts, the weights that the registry file names, the same SAEs
-    below ``sae_lens/``, and sets of transcoders below ``circuit_tracer/``. Everything else is left out: checkpoints,
+    below ``sae_lens/``, and sets of transcoders below ``circuit_tracer/``. All other files are left out: checkpoints,
     optimizer state, locks, incomplete files, and weights that no row names.
 
     Args:
@@ -70,7 +70,7 @@ def read_contents(folder: str | os.PathLike[str], logs: bool = False) -> Release
         logs: also take ``metrics.jsonl``, ``.csv``, ``.json`` and ``.parquet`` beside the registry file.
 
     Raises:
-        GemmaScopeError: when the folder holds no release, several, or one with missing files.
+        GemmaScopeError: the folder holds no release or several, or files of the release are missing.
     """
     root = checked_path(folder)
     if not is_folder(root):
@@ -104,7 +104,7 @@ def check_contents(contents: ReleaseContents, progress: bool = False) -> dict[st
         The sha256 of every file, by path.
 
     Raises:
-        GemmaScopeError: with everything that is wrong.
+        GemmaScopeError: files fail their checks; the message lists all of them.
     """
     from gemma_scope_tl.contributing.repositories import ask_each
 
@@ -114,7 +114,7 @@ def check_contents(contents: ReleaseContents, progress: bool = False) -> dict[st
         raise errors[0]
     if errors:
         listed = "\n".join(f"  {error}" for error in errors)
-        raise GemmaScopeError(f"{len(errors)} files of {contents.folder} are not as they should be:\n{listed}")
+        raise GemmaScopeError(f"{len(errors)} files of {contents.folder} failed their checks:\n{listed}")
     return {part.path: str(answer) for part, answer in zip(contents.parts, answers, strict=True)}
 
 
@@ -141,7 +141,7 @@ def _own_rows(root: Path, file: Path, release: ReleaseFile) -> Sequence[SAERow]:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """The path of every file. Of hidden folders and of links to folders only the name is given, with a ``/``."""
+    """Yield the path of every file. Hidden folders and links to folders are not entered, and are named with a ``/``."""
     for place, folders, names in os.walk(root):
         here = Path(place)
         closed = [name for name in folders if name.startswith(".") or (here / name).is_symlink()]

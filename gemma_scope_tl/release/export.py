@@ -51,27 +51,27 @@ def export_suite(
     export again completes it.
 
     Args:
-        source: a folder of SAEs, such as an export; a registered release's name (``./NAME`` is a folder that is called
-            so); a suite of ``load_suite``; an SAE or several.
-        out: the folder of the repository; with ``repos="site"`` the folder that holds one a site.
-        about: facts that the files do not hold; only the licence must be given.
-        name: the release's; by default the name of ``out``.
-        layout: ``"gemma-scope"`` writes ``params.npz`` as released, below a folder for the site where there are
-            several; ``"sae-lens"`` its two files below ``sae_lens/``; ``"both"`` both.
-        repos: ``"one"``, or one a ``"site"`` named ``<name>-<site>`` as Google's are, where SAEs of the embedding are
-            in the repository of the residual stream.
-        circuit_tracer: write transcoders for circuit-tracer too (``circuit_tracer/width_W/``).
-        model, site: the model's name and the site, where the source does not say them.
-        metrics: the table that ``evaluate`` returned; it gives the L0 of SAEs that were fine-tuned after loading.
+        source: a folder of SAEs, such as an export; a registered release's name (write ``./NAME`` for a folder of this
+            name); a suite of ``load_suite``; or one or several SAEs.
+        out: the folder of the repository; with ``repos="site"`` the folder that holds one repository per site.
+        about: facts that the files do not hold; only the licence is required.
+        name: name of the release; by default the name of ``out``.
+        layout: ``"gemma-scope"`` writes ``params.npz`` as released, below a folder for the site if there are several
+            sites; ``"sae-lens"`` writes SAELens's two files below ``sae_lens/``; ``"both"`` writes both.
+        repos: ``"one"``, or ``"site"`` for one repository per site, named ``<name>-<site>`` as Google's are; SAEs of
+            the embedding are in the repository of the residual stream.
+        circuit_tracer: also write transcoders for circuit-tracer (``circuit_tracer/width_W/``).
+        model, site: the model's name and the site, for a source that does not state them.
+        metrics: the table that ``evaluate`` returned; it provides the L0 of SAEs that were fine-tuned after loading.
         canonical: mark the SAE nearest to an L0 of 100 for every site, layer and width.
-        progress: show a bar on standard error.
+        progress: show a progress bar on standard error.
 
     Returns:
         The folders of the repositories.
 
     Raises:
-        GemmaScopeError: when a fact is missing, two SAEs would get one folder, or a folder holds other SAEs already.
-        WeightsError: when a file of the source fails a check.
+        GemmaScopeError: a fact is missing, two SAEs would get the same folder, or a folder already holds other SAEs.
+        WeightsError: a file of the source fails a check.
     """
     _check_choices(layout, repos, circuit_tracer, about)
     root = checked_path(out)
@@ -96,21 +96,24 @@ def collect(
     """The SAEs of a source, sorted by site, layer, width and L0.
 
     Args:
-        source: a folder of SAEs in either layout; the name of a registered release; a suite of :func:`load_suite`; an
-            SAE or several.
-        model: the model's name, where the source does not say it.
-        site: the site, for folders that do not say it.
-        metrics: ``evaluate``'s table, for the L0 of SAEs that do not say it, such as fine-tuned ones.
+        source: a folder of SAEs in either layout; the name of a registered release; a suite of :func:`load_suite`; or
+            one or several SAEs.
+        model: the model's name, for a source that does not state it.
+        site: the site, for folders that do not state it.
+        metrics: the table of ``evaluate``, for the L0 of SAEs that do not state it, such as fine-tuned ones.
 
     Raises:
-        GemmaScopeError: with everything that is missing or contradictory; or when two SAEs would get one folder.
+        GemmaScopeError: facts are missing or contradictory (the message lists them), or two SAEs would get the same
+            folder.
     """
     saes = with_l0(read_saes(source, model, site), metrics)
     if not saes:
         raise GemmaScopeError("There is no SAE to export.")
     models = sorted({sae.model for sae in saes})
     if len(models) > 1:
-        raise GemmaScopeError(f"The SAEs are of several models ({', '.join(models)}): export each model's alone.")
+        raise GemmaScopeError(
+            f"The SAEs are of several models ({', '.join(models)}): export those of one model at a time."
+        )
     for decimals in range(1, DECIMALS + 1):  # as training names its folders
         count = Counter((sae.site, sae.folder) for sae in saes)
         saes = [replace(sae, decimals=decimals) if count[sae.site, sae.folder] > 1 else sae for sae in saes]
@@ -119,7 +122,7 @@ def collect(
         if float(l0_label(sae.l0)) <= 0:
             raise GemmaScopeError(f"The {sae.site} SAE of layer {sae.layer} has an L0 of {sae.l0:g}. {DEAD}")
         if (sae.site, sae.folder) in taken:
-            raise GemmaScopeError(f"Two SAEs of site {sae.site} would both be {sae.folder}. Export one of them.")
+            raise GemmaScopeError(f"Two SAEs of site {sae.site} would both be in {sae.folder}. Export one of them.")
         taken.add((sae.site, sae.folder))
     return sorted(saes, key=lambda sae: (sae.site, -1 if sae.layer is None else sae.layer, sae.d_sae, sae.l0))
 
@@ -130,25 +133,27 @@ def _check_choices(layout: str, repos: str, circuit_tracer: bool, about: About) 
     if repos not in get_args(Repos):
         raise unknown_name("choice of repositories", repos, get_args(Repos))
     if not isinstance(about, About):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise GemmaScopeError(f"about is what the files cannot say: give gs.About('mit'), not {shown(about)}.")
+        raise GemmaScopeError(
+            f"about holds facts for the model card: give gs.About('mit') or the like, not {shown(about)}."
+        )
     if circuit_tracer and not about.base_model:
         raise GemmaScopeError("circuit-tracer's config.yaml names the model on the Hub: give about.base_model.")
 
 
 def _check_title(title: str) -> None:
-    """Raise unless a registry file can have this name."""
+    """Raise unless the title can be the name of a registry file."""
     if not re.fullmatch(NAME, title) or len(title) > _LONGEST_NAME:
-        what = f"A release is called by letters, digits, '.', '_' and '-', {_LONGEST_NAME} at most, not {title[:80]!r}"
+        what = f"A release's name has at most {_LONGEST_NAME} letters, digits, '.', '_' and '-', unlike {title[:80]!r}"
         raise GemmaScopeError(f"{what}: give another name.")
 
 
 def _check_out(root: Path, source: Any, title: str) -> None:
-    """Check the name and that neither folder lies in the other, before anything is written."""
+    """Check the name, and that the output and the source are not inside each other, before writing."""
     _check_title(title)
     if isinstance(source, (str, PathLike)) and (place := folder_of(source)) is not None:
         inner, outer = root.resolve(), place.resolve()
         if inner == outer or outer in inner.parents or inner in outer.parents:
-            raise GemmaScopeError(f"{root} and the source {source} lie in each other: export to another folder.")
+            raise GemmaScopeError(f"{root} or the source {source} is inside the other: export to another folder.")
 
 
 def _groups(
@@ -168,10 +173,10 @@ def _groups(
 
 
 def _write_weights(folder: Path, saes: Sequence[ReleaseSAE], layouts: Sequence[str], step: Any) -> list[str]:
-    """Write the SAEs of a repository. Returns the folders of its first layout."""
+    """Write the SAEs of a repository, and return the folders of the first layout."""
     from gemma_scope_tl.sae.save import save_sae
 
-    several = len(_layered_sites(saes)) > 1  # else the site's folder is left out, as in Google's repositories
+    several = len(_layered_sites(saes)) > 1  # with one site, its folder is left out, as in Google's repositories
     inner = [f"{sae.site}/{sae.folder}" if several and sae.layer is not None else sae.folder for sae in saes]
     make_folder(folder)
     _refuse_strangers(folder, {f"{prefix}{path}" for path in inner for prefix in ("", f"{SAE_LENS_FOLDER}/")})
@@ -190,16 +195,16 @@ def _write_weights(folder: Path, saes: Sequence[ReleaseSAE], layouts: Sequence[s
 
 
 def _refuse_strangers(folder: Path, expected: set[str]) -> None:
-    """Raise when a folder holds weights of another export, which would be published together with this one's."""
+    """Raise if a folder holds weights of another export, which would be published together with the new ones."""
     names = ("params.npz", "sae_weights.safetensors")
     there = {file.parent.relative_to(folder).as_posix() for name in names for file in folder.rglob(name)}
     strangers = sorted(there - expected)
     if strangers:
-        raise GemmaScopeError(f"{folder} holds SAEs that are not of this export, such as {strangers[0]}. Empty it.")
+        raise GemmaScopeError(f"{folder} holds SAEs of another export, such as {strangers[0]}. Empty the folder.")
 
 
 def _write_transcoders(folder: Path, saes: Sequence[ReleaseSAE], base_model: str) -> list[str]:
-    """Write the sets of a repository's transcoders, if it has any. Returns the layouts that were added."""
+    """Write the sets of a repository's transcoders, if there are any, and return the layouts that were added."""
     from gemma_scope_tl.release.circuit_tracer import transcoder_sets, write_transcoder_set
 
     if not any(sae.is_transcoder for sae in saes):
@@ -212,7 +217,7 @@ def _write_transcoders(folder: Path, saes: Sequence[ReleaseSAE], base_model: str
 def _write_registry(
     folder: Path, release: str, saes: Sequence[ReleaseSAE], about: About, layout: str, canonical: bool
 ) -> None:
-    """The registry file of a repository, which names its own folder; the upload writes one that names the Hub's."""
+    """Write the registry file of a repository, which names its own folder. The upload writes one that names the Hub."""
     from gemma_scope_tl.contributing.draft import Options, draft_release, write_draft
     from gemma_scope_tl.contributing.folder_metadata import checked_format
 
@@ -230,7 +235,7 @@ def _write_registry(
 
 
 def _layered_sites(saes: Sequence[ReleaseSAE]) -> set[str]:
-    """The sites of SAEs, but for those that exist once."""
+    """The sites of SAEs, without those that exist once."""
     return {sae.site for sae in saes if get_site(sae.site).per_layer}
 
 

@@ -29,13 +29,13 @@ Key = tuple[str, int | None, int]
 
 
 def match_metrics(saes: Sequence[ReleaseSAE], frame: pd.DataFrame | None) -> list[Row | None]:
-    """The row of each SAE, None for those that were not measured.
+    """The row of each SAE; None for SAEs that were not measured.
 
-    Rows and SAEs are compared by site, layer and width; several of the same are told apart by release and id, and the
-    others, where all were measured, by their order in L0, which is the same on other text.
+    Rows and SAEs are matched by site, layer and width. Several SAEs of the same are distinguished by release and id;
+    the remaining ones, if all were measured, by their order in L0, which is the same on other text.
 
     Raises:
-        GemmaScopeError: when a column is missing, a row fits no SAE, or only some of several SAEs were measured.
+        GemmaScopeError: a column is missing, a row fits no SAE, or only some of several equal SAEs were measured.
     """
     found: list[Row | None] = [None] * len(saes)
     if frame is None:
@@ -55,10 +55,10 @@ def match_metrics(saes: Sequence[ReleaseSAE], frame: pd.DataFrame | None) -> lis
 
 
 def with_l0(saes: Sequence[ReleaseSAE], frame: pd.DataFrame | None) -> list[ReleaseSAE]:
-    """The SAEs, with the measured L0 where it is not known (NaN).
+    """The SAEs, with the measured L0 in place of an unknown one (NaN).
 
     Raises:
-        GemmaScopeError: when it was not measured, or the measurement could be that of another SAE.
+        GemmaScopeError: an L0 was not measured, or the measurement may be that of another SAE.
     """
     found, rows, places = list(saes), {} if frame is None else _rows(frame), _places(saes)
     for index in [index for index, sae in enumerate(saes) if math.isnan(sae.l0)]:
@@ -96,7 +96,7 @@ def _places(saes: Sequence[ReleaseSAE]) -> dict[Key, list[int]]:
 
 
 def _by_name(saes: Sequence[ReleaseSAE], at: Sequence[int], here: Sequence[Row]) -> tuple[dict[int, Row], list[Row]]:
-    """The rows with an SAE's release and id, by the index of the SAE, and the rows that are left."""
+    """The rows that name an SAE's release and id, by the index of the SAE, and the remaining rows."""
     found: dict[int, Row] = {}
     left = list(here)
     for index in at:
@@ -109,5 +109,5 @@ def _by_name(saes: Sequence[ReleaseSAE], at: Sequence[int], here: Sequence[Row])
 
 
 def _layer(value: Any) -> int | None:
-    """The layer in a cell: None for None, and for NaN, which pandas puts in its place in a column of floats."""
+    """The layer in a cell; None for None and for NaN, by which pandas replaces None in a column of floats."""
     return None if value is None or value != value else int(value)

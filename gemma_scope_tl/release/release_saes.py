@@ -1,4 +1,4 @@
-"""The SAEs of a release, found in a folder, in the registry or in memory, and what their files do not say of them."""
+"""The SAEs of a release, from a folder, the registry or memory, and the facts that their files do not hold."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class About:
-    """Facts for a model card. The card says which of them were not given.
+    """Facts for a model card. The card states which of them were not given.
 
     Attributes:
         license: SPDX identifier of the weights' licence, in the Hub's spelling (``mit``, ``cc-by-4.0``).
         base_model: the model on the Hub, ``owner/name``.
-        description: what these SAEs are, in a sentence or more.
-        data: what they were trained on, and its licence.
-        evaluated_on: the text behind the metrics.
-        recipe: hyper-parameters by name; those of the paper's recipe stand beside the paper's values.
+        description: description of the SAEs in one or more sentences.
+        data: the training data and their licence.
+        evaluated_on: the text on which the metrics were measured.
+        recipe: hyper-parameters by name; the card shows the paper's values beside them.
         searched: names of ``recipe`` whose values were searched for; all others were set beforehand.
-        notes: what users should know.
+        notes: further information for users.
     """
 
     license: str
@@ -59,7 +59,7 @@ class About:
 
 
 SUITE_FILE = "suite.json"
-_JOBS = "jobs/"  # below it, jobs of a run on Ray have suites of their own
+_JOBS = "jobs/"  # the folder in which the jobs of a run on Ray have their suites
 _COLUMNS = ("id", "site", "layer", "width", "d_sae", "d_in", "l0", "path", "sha256")
 DECIMALS = 3
 DEAD = (
@@ -73,14 +73,14 @@ class ReleaseSAE:
     """An SAE to be published.
 
     Attributes:
-        site, layer: the place that it reads; no layer for a site that exists once.
+        site, layer: the place that the SAE reads; the layer is None for a site that exists once.
         d_sae: number of latents.
-        l0: mean number of active latents, NaN where it is not known. The folder's name has it rounded.
-        decimals: of the L0 in the folder's name, as many as tell it from others of the same place and width.
+        l0: mean number of active latents; NaN if it is not known. The folder's name contains the rounded value.
+        decimals: number of decimals of the L0 in the folder's name, enough to make the name unique.
         model: the model's name, without its owner.
-        row: the registry row of its files; None for an SAE in memory.
+        row: the registry row of the SAE's files; None for an SAE in memory.
         sae: the SAE in memory, or None.
-        named: release and id in the registry of an SAE in memory that was loaded from it.
+        named: release and id of an SAE in memory that was loaded from the registry.
     """
 
     site: str
@@ -95,7 +95,7 @@ class ReleaseSAE:
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether it reads one tensor and predicts another."""
+        """Whether the SAE reconstructs a tensor other than its input."""
         return get_site(self.site).is_transcoder
 
     @property
@@ -105,7 +105,7 @@ class ReleaseSAE:
         return f"{head}/width_{width_label(self.d_sae)}/average_l0_{l0_label(self.l0, self.decimals)}"
 
     def load(self) -> Any:
-        """The SAE, its weights checked."""
+        """Load the SAE, or return the one in memory, and check its weights."""
         if self.sae is not None:
             return self.sae
         from gemma_scope_tl.sae.loading import load_row
@@ -113,7 +113,7 @@ class ReleaseSAE:
         return load_row(cast("SAERow", self.row))
 
     def params_file(self) -> Path | None:
-        """The ``params.npz``, after a check of its weights, or None for an SAE in another format or in memory."""
+        """Check and return the ``params.npz``; None for an SAE in another format or in memory."""
         if self.row is None or self.row.format != "gemma-scope":
             return None
         from gemma_scope_tl.weights.fetch import fetch
@@ -123,19 +123,19 @@ class ReleaseSAE:
 
 
 def l0_label(l0: float, decimals: int = 0) -> str:
-    """The L0 in a folder's name: rounded, but with decimals below one half, which would be rounded to 0."""
+    """The L0 in a folder's name, rounded to ``decimals``; values below one half get more, so as not to become 0."""
     return f"{l0:.{decimals if round(l0) else DECIMALS}f}"
 
 
 def read_saes(source: Any, model: str | None = None, site: str | None = None) -> list[ReleaseSAE]:
-    """The SAEs of a source; see :func:`~gemma_scope_tl.release.export.collect`. An L0 that nothing says is NaN."""
+    """The SAEs of a source; see :func:`~gemma_scope_tl.release.export.collect`. An unknown L0 is NaN."""
     if isinstance(source, (str, PathLike)):
         return _from_files(cast("str | PathLike[str]", source), model, site)
     return [_from_memory(sae, model) for sae in as_saes(source, empty=True, whole=True)]
 
 
 def folder_of(source: str | PathLike[str]) -> Path | None:
-    """The folder that a source is. None for the name of a release, even where a folder has the same name."""
+    """The folder that a source names; None for the name of a release, even if a folder has the same name."""
     from gemma_scope_tl.registry.catalog import releases
 
     if isinstance(source, str) and source in releases(canonical=True):
@@ -182,11 +182,11 @@ def _from_memory(sae: Any, model: str | None) -> ReleaseSAE:
     l0 = getattr(row, "l0", None) or still_said(sae, "l0")
     where = f"The SAE at {site.name}, layer {layer}"
     if not name:
-        raise GemmaScopeError(f"{where} does not say of which model it is: give model=, such as gemma-2-2b.")
+        raise GemmaScopeError(f"{where} does not name its model: give model=, such as gemma-2-2b.")
     if l0 is None:
         l0 = math.nan  # metrics.with_l0 replaces it
     elif not isinstance(l0, (int, float)) or not (math.isfinite(l0) and l0 > 0):
-        raise GemmaScopeError(f"{where} says an L0 of {l0!r}: set sae.cfg.metadata.l0 to the measured one.")
+        raise GemmaScopeError(f"{where} states an L0 of {l0!r}: set sae.cfg.metadata.l0 to the measured one.")
     named = None if row is None else (str(row.release), str(row.id))
     model = str(name).rpartition("/")[2]
     return ReleaseSAE(site.name, layer, int(sae.cfg.d_sae), float(l0), model, sae=sae, named=named)
@@ -195,8 +195,8 @@ def _from_memory(sae: Any, model: str | None) -> ReleaseSAE:
 def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequence[SAERow] | None]:
     """The model's name and the SAEs according to a trained suite's ``suite.json``.
 
-    None in place of the SAEs where that file does not list exactly the SAEs of the folder, some of which were then
-    removed or added by hand.
+    The SAEs are None if that file does not list exactly the SAEs of the folder, which happens after SAEs were removed
+    or added by hand.
     """
     file = folder / SUITE_FILE
     if not is_file(file):
@@ -226,10 +226,10 @@ def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequenc
 
 
 def _exported(folder: Path, model: str | None, site: str | None) -> tuple[str | None, Sequence[SAERow] | None]:
-    """As :func:`_trained_suite`, according to the registry file that an export writes into its folder."""
+    """Like :func:`_trained_suite`, according to the registry file that an export writes into its folder."""
     own: list[ReleaseFile] = []
     for path in sorted(folder.glob("*.yaml")):
-        with suppress(GemmaScopeError):  # another YAML file
+        with suppress(GemmaScopeError):  # a YAML file that is not a registry file
             release = read_release(path)
             if release.repo.startswith(".") and Path(release.rows[0].repo) == folder.resolve():
                 own.append(release)

@@ -27,7 +27,7 @@ State = Literal["new", "changed", "there"]
 
 @dataclass(frozen=True)
 class UploadFile:
-    """A file of an upload: its path in the repository, size in bytes, sha256, and whether the branch has it."""
+    """A file of an upload: path in the repository, size in bytes, sha256, and whether the branch already has it."""
 
     path: str
     size: int
@@ -40,10 +40,10 @@ class Upload:
     """An upload that was made, or that a dry run describes.
 
     Attributes:
-        repo, branch: the target.
+        repo, branch: name of the repository and of the branch.
         private: whether the repository is private, or will be.
         exists: whether the repository existed before.
-        files: of the release.
+        files: the files of the release.
         left_out: files of the folder that are not part of the release and are not sent.
         revision: the commit that holds the release; None for a dry run.
         registry_file: the registry file that names this commit; None for a dry run.
@@ -60,7 +60,7 @@ class Upload:
 
     @property
     def bytes_to_send(self) -> int:
-        """Bytes of the files that the branch does not have. Those that the Hub holds already are not sent."""
+        """Bytes of the files that the branch does not have. Files that the Hub already holds are not sent again."""
         return sum(file.size for file in self.files if file.state != "there")
 
 
@@ -77,32 +77,33 @@ def upload_suite(
     workers: int = 4,
     progress: bool = True,
 ) -> Upload:
-    """Publish the folder of :func:`export_suite`: check everything, send it, and commit it at once.
+    """Publish the folder of :func:`export_suite`: check, upload and commit all files of the release.
 
     Large files are sent first, and only those that the Hub does not hold, so that an interrupted upload is continued.
-    Then one commit makes the whole release visible; without changes there is none. The token is that of ``HF_TOKEN`` or
-    ``hf auth login``. Files of the repository that the release lacks stay in it.
+    Then one commit makes the whole release visible; without changes no commit is made. The token is that of
+    ``HF_TOKEN`` or ``hf auth login``. Files of the repository that are not in the release are kept.
 
-    A registry file inside the repository cannot name its own commit. So a copy is written to this machine that names
-    the repository and, in each row, the commit: it is the file to register and to contribute.
+    A registry file inside the repository cannot name its own commit. Therefore a copy that names the repository and, in
+    each row, the commit is written to this machine. This copy is the file to register and to contribute.
 
     Args:
-        folder: of one release; with several repositories (``repos="site"``) the folder of one of them.
-        repo_id: ``owner/name`` on the Hub; created where it does not exist.
-        private: make a new repository private, and refuse an existing public one. A private one stays private.
-        dry_run: check everything, look at the repository, and send nothing.
-        branch: created from main where it does not exist.
-        commit_message: by default it names the release.
-        registry_out: the registry file, or its folder; by default it is written beside ``folder``.
+        folder: folder of one release; with several repositories (``repos="site"``) the folder of one of them.
+        repo_id: ``owner/name`` on the Hub, which is created if it does not exist.
+        private: make a new repository private, and raise if it exists and is public. A private repository stays
+            private.
+        dry_run: make all checks and read the state of the repository, but send nothing.
+        branch: name of the branch, which is created from main if it does not exist.
+        commit_message: message of the commit; by default it names the release.
+        registry_out: the registry file, or its folder; by default the file is written beside ``folder``.
         logs: also publish ``metrics.jsonl`` and other logs.
-        workers: files sent at a time.
-        progress: show bars on standard error.
+        workers: number of files sent at a time.
+        progress: show progress bars on standard error.
 
     Returns:
-        What was uploaded, with the commit and the registry file.
+        A description of the upload, with the commit and the registry file.
 
     Raises:
-        GemmaScopeError: when the folder holds no release, a file fails a check, or the Hub refuses.
+        GemmaScopeError: the folder holds no release, a file fails a check, or the Hub refuses the upload.
     """
     from huggingface_hub import HfApi
 
@@ -126,16 +127,16 @@ def upload_suite(
 def _plan(
     contents: ReleaseContents, sums: Mapping[str, str], repo_id: str, branch: str, private: bool, there: _Remote | None
 ) -> Upload:
-    """Describe the upload, and refuse to send to a public repository what was meant to be private."""
+    """Describe the upload, and raise if the repository is public although ``private`` was requested."""
     if there is not None and private and not there.private:
-        raise GemmaScopeError(f"{repo_id} is public already: give private=False (--public) to publish the suite there.")
+        raise GemmaScopeError(f"{repo_id} is public already: give private=False (--public) to publish there.")
     files = tuple(_compare(contents.folder, part, sums[part.path], there) for part in contents.parts)
     hidden = private if there is None else there.private
     return Upload(repo_id, branch, hidden, there is not None, files, contents.left_out)
 
 
 def _publish(api: HfApi, upload: Upload, folder: Path, there: _Remote | None, message: str, workers: int) -> str:
-    """Create the repository and the branch, send, commit, and verify that everything arrived. Returns the commit."""
+    """Create the repository and the branch, send and commit the files, verify the result, and return the commit."""
     from huggingface_hub import CommitOperationAdd
 
     api.whoami()
@@ -145,7 +146,8 @@ def _publish(api: HfApi, upload: Upload, folder: Path, there: _Remote | None, me
         api.create_branch(upload.repo, branch=upload.branch, exist_ok=True)
     additions = [CommitOperationAdd(file.path, str(folder / file.path)) for file in upload.files]
     for addition, file in zip(additions, upload.files, strict=True):
-        addition.upload_info.sha256 = bytes.fromhex(file.sha256)  # so the Hub refuses a file that was changed since
+        # The Hub refuses a file that has changed since the check.
+        addition.upload_info.sha256 = bytes.fromhex(file.sha256)
     parent = _look(api, upload.repo, upload.branch)
     _send(api, upload.repo, upload.branch, additions, workers)
     revision = _commit(api, upload, additions, message, parent, folder)
@@ -172,7 +174,7 @@ def write_registry(target: Path, text: str, revision: str) -> None:
     """Write the registry file of a finished upload.
 
     Raises:
-        GemmaScopeError: when it cannot be written. The upload itself is complete.
+        GemmaScopeError: the file cannot be written. The upload itself is complete.
     """
     try:
         write_atomically(target, text)
@@ -185,9 +187,9 @@ def render_pinned(release: ReleaseFile, repo_id: str, revision: str, sums: Mappi
     """The release's registry file for a commit: every row names the repository, the commit and its file's sha256.
 
     Args:
-        release: with ``repo: .``.
+        release: a registry file with ``repo: .``.
         repo_id, revision: repository and commit.
-        sums: sha256 of the weights files by path, for rows that have none.
+        sums: sha256 of the weights files by path, for rows without one.
     """
     entries = [
         entry.model_copy(update={"revision": revision, "sha256": entry.sha256 or sums[row.weights_path]})
@@ -198,7 +200,7 @@ def render_pinned(release: ReleaseFile, repo_id: str, revision: str, sums: Mappi
 
 @dataclass(frozen=True)
 class _Remote:
-    """The commit of a branch, or of main where it does not exist, and the sha256 (LFS) or git hash of its files."""
+    """The commit of a branch (or of main, if it does not exist), and the sha256 (LFS) or git hash of each file."""
 
     private: bool
     commit: str
@@ -207,7 +209,7 @@ class _Remote:
 
 
 def _look(api: HfApi, repo_id: str, revision: str) -> _Remote | None:
-    """The state of a branch or commit; None where there is no repository, or none that the token may read."""
+    """The state of a branch or commit; None if there is no repository, or the token may not read it."""
     from huggingface_hub import errors
 
     try:
@@ -229,7 +231,7 @@ def _compare(folder: Path, part: Part, sha256: str, there: _Remote | None) -> Up
 
 
 def _is(path: Path, sha256: str, known: str) -> bool:
-    """Whether a file has the hash in the Hub's listing: a sha256 for files in LFS, else git's hash."""
+    """Whether a file has the hash of the Hub's listing: a sha256 for files in LFS, otherwise git's hash."""
     if len(known) == len(sha256):
         return known == sha256
     data = path.read_bytes()
@@ -251,13 +253,13 @@ def _commit(
     parent: _Remote | None,
     folder: Path,
 ) -> str:
-    """Commit, and return the commit. One that was made although its answer was lost is not made again."""
+    """Commit, and return the commit. If the commit was made but the response was lost, it is not made again."""
     before = parent.commit if parent else None
     try:
         return api.create_commit(
             upload.repo, additions, commit_message=message, revision=upload.branch, parent_commit=before
         ).oid
-    except Exception:  # the client raises many kinds; raised again unless the commit exists
+    except Exception:  # the client raises many kinds of errors; raised again unless the commit exists
         after = _after(api, upload)
         if after is None or after.commit == before or _lacking(upload, after, folder):
             raise
@@ -267,12 +269,12 @@ def _commit(
 def _after(api: HfApi, upload: Upload) -> _Remote | None:
     try:
         return _look(api, upload.repo, upload.branch)
-    except Exception:  # the error of the commit says more
+    except Exception:  # the commit's own error is more informative
         return None
 
 
 def _lacking(upload: Upload, there: _Remote, folder: Path) -> list[str]:
-    """The files of the release that a commit lacks, or has with other content."""
+    """The files of the release that a commit lacks, or that have different content there."""
     hashes = there.hashes
     return [
         file.path
@@ -299,7 +301,7 @@ def _check_repo_id(repo_id: Any) -> None:
 
 
 def _registry_target(contents: ReleaseContents, repo_id: str, out: str | os.PathLike[str] | None) -> Path:
-    """The path of the registry file. An existing file is replaced only if it is of the same release and repository."""
+    """The path of the registry file. An existing file is replaced only if it has the same release and repository."""
     name = f"{contents.release.release}.yaml"
     place = checked_path(out) if out is not None else contents.folder.resolve().parent
     target = place if place.suffix == ".yaml" else place / name

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
 
 PILE = "ArmelR/the-pile-splitted"
-"""The Pile with a configuration for each of its subsets, so that each can be streamed by itself."""
+"""A version of the Pile with a configuration for each subset, so that each can be streamed by itself."""
 PILE_SUBSETS: Mapping[str, str] = {
     "wikipedia_en": "Wikipedia (en)",
     "europarl": "EuroParl",
@@ -42,21 +42,21 @@ def by_domain(
     context: int = 256,
     **options: Any,
 ) -> pd.DataFrame:
-    """The metrics on each domain of a text by itself (section 4.6); FVU is around the domain's own mean.
+    """The metrics on each domain of a text by itself (section 4.6); FVU uses the mean of the domain.
 
     Args:
         model, saes: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
         domains: texts or token ids of each domain, as :func:`labelled_texts` and :func:`pile_texts` return them. Texts
-            are read one by one, as many as are needed.
-        rows: largest number of rows of each domain. Intervals are comparable when all domains have as many.
-        context: tokens in a row.
+            are read one by one, only as many as are needed.
+        rows: maximum number of rows of each domain. Intervals are comparable if all domains have this number.
+        context: number of tokens in a row.
         options: other arguments of ``evaluate``.
 
     Returns:
         A row per domain and SAE: ``domain``, then the columns of ``evaluate``.
 
     Raises:
-        GemmaScopeError: without domains, or when a domain has less text than one row.
+        GemmaScopeError: there are no domains, or a domain has less text than one row.
     """
     import pandas as pd
 
@@ -74,15 +74,15 @@ def by_domain(
 def labelled_texts(
     source: str | PathLike[str] | None = None, column: str = "text", label: str = "domain", split: str = "train"
 ) -> dict[str, list[str]]:
-    """All texts of a file or data set by their label, in the order of first appearance.
+    """All texts of a file or data set by label, in the order of first appearance.
 
     Args:
-        source, split: as :func:`~gemma_scope_tl.text.documents.read_texts`; None for the bundled held-out text.
+        source, split: as for :func:`~gemma_scope_tl.text.documents.read_texts`; None for the bundled held-out text.
         column: name of the column with the text.
         label: name of the column with the kind of text.
 
     Raises:
-        UnknownNameError: for a column that does not exist.
+        UnknownNameError: a column does not exist.
     """
     found: dict[str, list[str]] = {}
     for name, text in zip(read_texts(source, label, split), read_texts(source, column, split), strict=True):
@@ -93,15 +93,15 @@ def labelled_texts(
 def pile_texts(
     names: Iterable[str] = tuple(PILE_SUBSETS), source: str = PILE, column: str = "text", split: str = "test"
 ) -> dict[str, Iterator[str]]:
-    """Subsets of the Pile; each is streamed when it is read.
+    """Subsets of the Pile, which are streamed while they are read.
 
     Args:
-        names: of :data:`PILE_SUBSETS`.
+        names: keys of :data:`PILE_SUBSETS`.
         source: a data set, or a folder, with the subsets as configurations.
         column, split: the column and the split with the text.
 
     Raises:
-        UnknownNameError: for a subset that is not in the table.
+        UnknownNameError: a name is not in the table.
     """
     chosen = list(names)
     for name in chosen:

@@ -22,15 +22,15 @@ COMPARED = ("l0", "fvu", "delta_loss", "loss_clean")
 
 
 def sparsity_fidelity(model: GemmaModel, saes: Any, data: Sequence[str] | torch.Tensor, **options: Any) -> pd.DataFrame:
-    """L0 against delta loss and FVU of SAEs that see the same tokens, by site, layer and width (section 4.1).
+    """L0 against delta loss and FVU of SAEs on the same tokens, by site, layer and width (section 4.1).
 
     Args:
-        model, saes, data, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them, but for ``by_position``.
+        model, saes, data, options: as for :func:`~gemma_scope_tl.evals.suite.evaluate`, without ``by_position``.
 
     Returns:
-        The table of ``evaluate``, by site, layer, width and L0, with three more columns: ``width``, and
-        ``delta_loss_best`` and ``fvu_best``. They are True on the Pareto frontier of a site and layer: no other SAE
-        there is as good in both metrics and better in one.
+        The table of ``evaluate``, sorted by site, layer, width and L0, with three more columns: ``width``, and
+        ``delta_loss_best`` and ``fvu_best``. The last two are True on the Pareto frontier of a site and layer, where no
+        other SAE is as good in L0 and the metric and better in one of them.
     """
     table = evaluate(model, saes, data, by_position=False, **options)
     table.insert(table.columns.get_loc("d_sae"), "width", [width_label(int(d)) for d in table["d_sae"]])  # type: ignore[arg-type]
@@ -44,23 +44,23 @@ def importance_uniformity(
 ) -> pd.DataFrame:
     """The uniformity r_L0 of active latent importance against L0 (appendix C.3).
 
-    ``r_L0 = exp(S(p)) / L0``, where p are the absolute effects of a token's active latents on the mean-centred logit of
-    its correct next token, normalised, and S is their entropy: the effective number of latents as a share of the
-    active ones.
+    ``r_L0 = exp(S(p)) / L0``, where p are the normalised absolute effects of a token's active latents on the
+    mean-centred logit of the correct next token, and S is their entropy: the effective number of latents as a share of
+    the active latents.
 
     Args:
         model, saes, data, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
         positions: number of positions of each row, drawn at random; each takes a backward pass of the model.
 
     Returns:
-        A row per SAE, by site, layer and L0: ``release, id, site, layer, d_sae, l0, uniformity, uniformity_low,
-        uniformity_high, sequences``, the bounds being those of the confidence interval.
+        A row per SAE, sorted by site, layer and L0: ``release, id, site, layer, d_sae, l0, uniformity, uniformity_low,
+        uniformity_high, sequences``; low and high are the bounds of the confidence interval.
 
     Raises:
-        GemmaScopeError: for no positions.
+        GemmaScopeError: ``positions`` is below 1.
     """
     if positions < 1:
-        raise GemmaScopeError(f"Uniformity needs a position of each row or more, not {positions}.")
+        raise GemmaScopeError(f"Uniformity needs 1 position of each row or more, not {positions}.")
     options = {"ablations": (), **options}
     table = evaluate(model, saes, data, by_position=False, uniformity=positions, **options)
     kept = table[[*NAMES, "l0", "uniformity", "uniformity_low", "uniformity_high", "sequences"]]
@@ -73,20 +73,20 @@ def by_dtype(
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     **options: Any,
 ) -> pd.DataFrame:
-    """The metrics with model and SAEs in each dtype (section 4.7), of which one is in memory at a time.
+    """The metrics with model and SAEs in each dtype (section 4.7); one dtype is in memory at a time.
 
     Args:
-        load: from a dtype's name to the model and the SAEs (the same ones, in the same order) in that dtype.
+        load: a function from the name of a dtype to the model and the SAEs (always the same SAEs, in the same order).
         data: texts or token ids.
-        dtypes: the first is what the others are compared with.
-        options: of :func:`~gemma_scope_tl.evals.suite.evaluate`.
+        dtypes: names of the dtypes; the others are compared with the first.
+        options: arguments of :func:`~gemma_scope_tl.evals.suite.evaluate`.
 
     Returns:
         A row per dtype and SAE: ``dtype``, the columns of ``evaluate``, and ``l0_change``, ``fvu_change``,
         ``delta_loss_change`` and ``loss_clean_change``: the difference from the first dtype.
 
     Raises:
-        GemmaScopeError: without a dtype, or when two dtypes have other SAEs.
+        GemmaScopeError: no dtype was given, or the SAEs of two dtypes differ.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""How often latents fire, by width (section 4.3)."""
+"""Firing frequencies of latents, by width (section 4.3)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def firing_frequencies(
     Args:
         model, saes, data, context, batch_size, progress, memory_budget, cache: as
             :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
-        bins: of ``log10`` of the frequency, from one firing in all tokens to every token.
+        bins: number of bins of ``log10`` of the frequency, from one firing in all tokens to every token.
 
     Returns:
         A row per SAE and bin: ``release, id, site, layer, d_sae, low, high`` (edges, ``log10`` of the share of tokens),
@@ -52,12 +52,12 @@ def firing_frequencies(
         ``tokens``. BOS, EOS and padding are not counted.
 
     Raises:
-        GemmaScopeError: without an ordinary token, or for less than one bin.
+        GemmaScopeError: the data have no ordinary token, or ``bins`` is below 1.
     """
     import pandas as pd
 
     if bins < 1:
-        raise GemmaScopeError(f"A histogram has a bin or more, not {bins}.")
+        raise GemmaScopeError(f"A histogram needs 1 bin or more, not {bins}.")
     counted = count_firing(model, saes, data, context, batch_size, progress, memory_budget=memory_budget, cache=cache)
     return pd.DataFrame([row for subject, counts in counted for row in _rows(subject, counts, bins)])
 
@@ -74,10 +74,10 @@ def count_firing(
     memory_budget: int = MEMORY_BUDGET,
     cache: str | PathLike[str] | None = None,
 ) -> list[tuple[Subject, LatentCounts]]:
-    """Each SAE with how often each of its latents fired; arguments as :func:`firing_frequencies` takes them.
+    """Count how often each latent of each SAE fires; arguments are as for :func:`firing_frequencies`.
 
-    With a cache folder, an SAE that was counted there on the same model and tokens is not counted again, and an
-    interrupted count continues from where it was last saved, every :data:`CHECKPOINT` batches.
+    With a cache folder, an SAE that was counted before on the same model and tokens is not counted again, and an
+    interrupted count continues from the last save, made every :data:`CHECKPOINT` batches.
     """
     subjects = subjects_of(model, saes)
     rows, special = as_rows(model, data, context), special_ids(model)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
 
 SINGLE = 16
-"""Positions before this one have a bin each, because the error rises fast there."""
+"""Each position before this one has its own bin, because the error rises fast there."""
 GROWTH = 1.25
 """Ratio of the length of each later bin to the one before it."""
 
@@ -35,7 +35,7 @@ def binned_by_position(
 
     Args:
         model, saes, data, options: as :func:`~gemma_scope_tl.evals.suite.measure_suite` takes them.
-        edges: where bins begin, and where the last ends; :func:`position_edges` by default.
+        edges: first position of each bin, and the end of the last bin; by default :func:`position_edges`.
 
     Returns:
         A row per SAE and bin: ``release, id, site, layer, d_sae, start, stop`` (positions ``start`` to ``stop - 1``),
@@ -44,7 +44,7 @@ def binned_by_position(
         ``tokens, predictions``. A bin without ordinary tokens, such as that of BOS, has no row.
 
     Raises:
-        GemmaScopeError: for edges that do not increase or leave the sequence.
+        GemmaScopeError: the edges do not increase, or are outside the sequence.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Labelled text for probes: rows of tokens, the document each comes from, and concepts of rows or of tokens."""
+"""Labelled text for probes: rows of tokens with their documents, and concepts of rows or of tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.text.documents import read_records
 
 PROSE = ("commentary", "docs", "factbook", "scripture", "shakespeare", "spanish", "wikipedia")
-SHORTEST = 4  # tokens in a row, BOS aside
+SHORTEST = 4  # tokens in a row, not counting BOS
 _STRINGS = r"'''.*?'''|\"\"\".*?\"\"\"|'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\""
 _CODE = re.compile(rf"(?P<string>{_STRINGS})|(?P<comment>#[^\n]*)", re.DOTALL)
 _FIRST = re.compile(r"(?:(?<=[.!?]\s)|(?<=\A))\s*[A-ZÁÉÍÓÚÑ¿¡]\w*")
@@ -26,8 +26,8 @@ class Concept:
     """A property that a row or a token has or lacks.
 
     Attributes:
-        name: for people.
-        labels: 1, 0, or -1 where it is undefined; ``[rows]`` or, of tokens, ``[rows, pos]``.
+        name: name of the property in tables.
+        labels: 1, 0, or -1 where the property is undefined; ``[rows]``, or ``[rows, pos]`` for a property of tokens.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Concept:
 
     @property
     def of_tokens(self) -> bool:
-        """Whether it is a property of tokens, and not of rows."""
+        """Whether the concept is a property of tokens rather than rows."""
         return self.labels.ndim == 2
 
 
@@ -56,10 +56,10 @@ class LabelledRows:
     concepts: tuple[Concept, ...]
 
     def chosen(self, names: Sequence[str]) -> LabelledRows:
-        """The same rows with some of the concepts.
+        """The same rows with only the named concepts.
 
         Raises:
-            UnknownNameError: for one that does not exist.
+            UnknownNameError: a concept does not exist.
         """
         known = {concept.name: concept for concept in self.concepts}
         for name in names:
@@ -71,14 +71,14 @@ class LabelledRows:
 def bundled_concepts(tokenizer: Any, context: int = 64, rows: int = 64) -> LabelledRows:
     """The bundled held-out text with concepts of several kinds.
 
-    Of rows: each domain against all others, and Spanish against other prose. Of tokens: in code, whether it is in a
-    string or in a comment (by a regular expression; the texts are pieces of files, and a piece that begins inside a
-    string is read wrongly); in prose, whether it is in the first or in the last word of a sentence.
+    Concepts of rows are each domain against all others, and Spanish against other prose. Concepts of tokens are, in
+    code, whether the token is in a string or in a comment (found by a regular expression, which misreads a piece of a
+    file that begins inside a string) and, in prose, whether the token is in the first or the last word of a sentence.
 
     Args:
-        tokenizer: of the model.
-        context: tokens in a row, BOS included.
-        rows: largest number of rows of a document.
+        tokenizer: tokenizer of the model.
+        context: number of tokens in a row, BOS included.
+        rows: maximum number of rows of a document.
     """
     pairs = [(str(record["text"]), str(record["domain"])) for record in read_records()]
     spans = {
@@ -101,12 +101,13 @@ def read_labelled(
 
     Args:
         source, split: as :func:`~gemma_scope_tl.text.documents.read_texts` takes them.
-        column, label: where the text is, and what it is; a label may be a number.
-        documents: largest number for each label. The data are read to their end, because a label may come late.
+        column, label: names of the columns with the text and its label; a label may be a number.
+        documents: maximum number of documents for each label. The data are read to the end, because a label may first
+            appear late.
 
     Raises:
-        UnknownNameError: for a column that does not exist.
-        GemmaScopeError: for a value that is not text.
+        UnknownNameError: a column does not exist.
+        GemmaScopeError: a value is not text.
     """
     found: dict[str, list[tuple[str, str]]] = {}
     for record in read_records(source, split):
@@ -133,21 +134,21 @@ def labelled_rows(
     """Labelled documents as rows of tokens; each label against all others is a concept.
 
     Args:
-        tokenizer: of the model, a fast one where there are ``spans``.
+        tokenizer: tokenizer of the model; with ``spans`` it must be a fast one.
         pairs: text and label of each document.
-        context: tokens in a row, BOS included.
-        rows: largest number of rows of a document. The last one is padded, or left out if it has fewer than 4 tokens.
-        what: what the labels are, such as ``"domain"``; part of the concepts' names.
+        context: number of tokens in a row, BOS included.
+        rows: maximum number of rows of a document. The last row is padded, or left out if it has fewer than 4 tokens.
+        what: kind of the labels, such as ``"domain"``, which is a part of the concepts' names.
         spans: concepts of tokens by name: the labels for which each is defined, and a function that finds the spans of
-            characters that have the property. A token is in a span when its first character that is no blank is.
+            characters that have the property. A token is in a span if its first non-blank character is.
 
     Raises:
-        GemmaScopeError: without a tokenizer, for fewer than two labels, or a context too small.
+        GemmaScopeError: there is no tokenizer, there are fewer than two labels, or the context is too small.
     """
     if tokenizer is None:
         raise GemmaScopeError("The model has no tokenizer.")
     if context <= SHORTEST:
-        raise GemmaScopeError(f"A row has BOS and {SHORTEST} tokens or more, so context cannot be {context}.")
+        raise GemmaScopeError(f"A row needs BOS and {SHORTEST} tokens or more, so context cannot be {context}.")
     asked = spans or {}
     ids: list[list[int]] = []
     documents: list[int] = []
@@ -172,10 +173,10 @@ def labelled_rows(
         kinds.append(kind)
     labels = list(dict.fromkeys(kinds))
     if len(labels) < 2:
-        raise GemmaScopeError(f"A probe tells two labels or more apart; there are {labels}.")
+        raise GemmaScopeError(f"A probe needs two labels or more, and the labels are {labels}.")
     of_row = [kinds[number] for number in documents]
     concepts = [Concept(f"{what}: {name}", torch.tensor([int(kind == name) for kind in of_row])) for name in labels]
-    concepts = concepts[:1] if len(labels) == 2 else concepts  # the second is the first negated
+    concepts = concepts[:1] if len(labels) == 2 else concepts  # the second is the negation of the first
     concepts += [Concept(name, torch.tensor(lines)) for name, lines in marks.items()]
     return LabelledRows(torch.tensor(ids), torch.tensor(documents), tuple(kinds), tuple(concepts))
 
@@ -185,7 +186,7 @@ def _named(text: str, group: str) -> list[tuple[int, int]]:
 
 
 def _inside(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """For each token, whether its first character lies in a span; -1 for tokens of nothing but blanks."""
+    """For each token, whether its first non-blank character lies in a span; -1 for tokens that are only blanks."""
     marked = bytearray(len(text) + 1)
     for start, stop in spans:
         marked[start:stop] = b"\x01" * (stop - start)

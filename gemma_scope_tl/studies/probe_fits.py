@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[Any]
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths among which a dense probe chooses
-CANDIDATES = 50  # latents of largest difference of means, among which the best is searched
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the penalty from which a dense probe chooses
+CANDIDATES = 50  # number of latents of largest difference of means among which the best is searched
 
 
 @dataclass(frozen=True)
 class Units:
-    """The rows or tokens that a probe is fitted and tested on.
+    """The rows or tokens on which a probe is fitted and tested.
 
     Attributes:
-        features: ``[n, d]``.
+        features: features of each unit, ``[n, d]``.
         label: 0 or 1, ``[n]``.
-        document: ``[n]``.
+        document: number of each unit's document, ``[n]``.
         test: True for units of test documents, ``[n]``.
     """
 
@@ -33,7 +33,7 @@ class Units:
 
 @dataclass(frozen=True)
 class Fitted:
-    """How a probe does on the test units: AUROC with its interval, balanced accuracy, and the features it read."""
+    """The result of a probe on the test units: AUROC with its interval, balanced accuracy, and the features used."""
 
     auroc: float
     low: float
@@ -43,7 +43,7 @@ class Fitted:
 
 
 def sparse_probe(units: Units, k: int, *, seed: int, confidence: float, resamples: int) -> Fitted:
-    """A logistic regression on the ``k`` features of largest absolute difference of means on the training units."""
+    """Fit a logistic regression on the ``k`` features of largest absolute difference of means on the training units."""
     chosen = by_difference(units)[:k]
     fitted = _logistic(1.0).fit(units.features[~units.test][:, chosen], units.label[~units.test])
     scores = fitted.decision_function(units.features[units.test][:, chosen])
@@ -51,7 +51,7 @@ def sparse_probe(units: Units, k: int, *, seed: int, confidence: float, resample
 
 
 def dense_probe(units: Units, *, seed: int, confidence: float, resamples: int) -> Fitted:
-    """A logistic regression on all features, its penalty chosen on a quarter of the training documents."""
+    """Fit a logistic regression on all features, with a penalty chosen on a quarter of the training documents."""
     train = ~units.test
     documents = np.random.default_rng(seed).permutation(np.unique(units.document[train]))
     held = train & np.isin(units.document, documents[: max(1, len(documents) // 4)])
@@ -72,14 +72,14 @@ def dense_probe(units: Units, *, seed: int, confidence: float, resamples: int) -
 
 
 def by_difference(units: Units) -> NDArray[np.int64]:
-    """Features by the absolute difference of their means between the training units of both labels, largest first."""
+    """Features sorted by the absolute difference of means between the labels on the training units, largest first."""
     features, label = units.features[~units.test], units.label[~units.test]
     difference = np.abs(features[label == 1].mean(0, dtype=np.float64) - features[label == 0].mean(0, dtype=np.float64))
     return np.argsort(-difference, kind="stable")
 
 
 def best_latent(units: Units) -> tuple[int, float]:
-    """The feature that orders the training units best, either way round, and its AUROC on the test units that way."""
+    """The feature that best orders the training units, ascending or descending, and its AUROC on the test units."""
     train = ~units.test
     candidates = by_difference(units)[:CANDIDATES]
     trials = [auroc(units.features[train][:, i], units.label[train]) for i in candidates]
@@ -92,8 +92,11 @@ def auroc(scores: Floats, label: NDArray[Any], weights: Floats | None = None) ->
     """Area under the ROC curve: the chance that a 1 scores higher than a 0, ties counting half.
 
     Args:
-        scores, label: ``[n]``.
-        weights: of the units, ``[n]``, or sets of them, ``[m, n]``; then ``[m]`` areas. NaN without both labels.
+        scores, label: score and label of each unit, ``[n]``.
+        weights: weights of the units, ``[n]``, or ``m`` sets of weights, ``[m, n]``.
+
+    Returns:
+        The area, or ``[m]`` areas for sets of weights; NaN if a label is missing.
     """
     order = np.argsort(scores, kind="stable")
     single = weights is None or weights.ndim == 1

@@ -1,9 +1,10 @@
-"""Do single latents tell concepts apart, and better than random directions or the raw activations do?
+"""Probes that measure how well single latents distinguish concepts, compared with random directions and activations.
 
-k-sparse probes (Gurnee et al. 2023, arXiv 2305.01610, as SAEBench uses them on SAEs): on the training documents the k
-latents of largest difference of means are chosen, and a logistic regression is fitted on them. Two controls are fitted
-beside them: the same on a random SAE of equal shape and L0 (:func:`random_twin`), and a logistic regression on all raw
-activations, with its L2 penalty chosen on a part of the training documents. Needs scikit-learn, the extra ``probes``.
+The probes are k-sparse (Gurnee et al. 2023, arXiv 2305.01610, as SAEBench uses them on SAEs): on the training documents
+the k latents of largest difference of means are chosen, and a logistic regression is fitted on them. There are two
+controls: the same probe on a random SAE of equal shape and L0 (:func:`random_twin`), and a logistic regression on all
+raw activations, with an L2 penalty chosen on a part of the training documents. The module needs scikit-learn (the extra
+``probes``).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from gemma_scope_tl.model.hooked import GemmaModel
 
-TEST = 0.3  # share of the documents of each label that test
+TEST = 0.3  # share of the documents of each label that are test documents
 SAMPLE = 4096  # tokens from which the thresholds of a random twin are computed
 DENSE, LATENTS, RANDOM = "dense", "latents", "random"
 _CHUNK = 1024  # latents whose pre-activations are sorted at once
@@ -55,32 +56,33 @@ def probe_concepts(
 ) -> pd.DataFrame:
     """Probe each SAE's latents, a random twin's and the raw activations for each concept.
 
-    A probe of a row reads the mean over its ordinary tokens, a probe of a token that token's own activations. No
-    document is in both training and test data; three tenths of each label's documents test.
+    A probe of rows reads the mean over the ordinary tokens of a row; a probe of tokens reads the activations of each
+    token. No document is in both training and test data; three tenths of each label's documents are test documents.
 
     Args:
         model, saes, batch_size, progress, memory_budget: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
         data: :func:`~gemma_scope_tl.studies.bundled_concepts`, or
             :func:`~gemma_scope_tl.studies.probe_data.labelled_rows`.
         k: numbers of latents that a probe reads.
-        most: largest number of tokens for a concept of tokens, half of them of each label where there are enough.
+        most: maximum number of tokens for a concept of tokens, half of them of each label if there are enough.
             Memory: ``8 * d_sae`` bytes for each row and each such token, for an SAE and its twin.
-        confidence, resamples, seed: of the intervals, which resample test documents. The seed also decides the split.
+        confidence, resamples, seed: parameters of the confidence intervals, which resample test documents. The seed
+            also determines the split.
 
     Returns:
         A row per SAE, concept, kind of features (``latents``, ``random``, ``dense``) and k (0 for dense): ``release,
         id, site, layer, d_sae, l0, concept, features, k, auroc, auroc_low, auroc_high, accuracy`` (balanced),
-        ``train, test`` (units), ``best_latent`` and ``best_auroc``: the latent that orders the training units best, and
-        how it orders the test units.
+        ``train, test`` (numbers of units), ``best_latent`` and ``best_auroc``: the latent that best orders the training
+        units, and its AUROC on the test units.
 
     Raises:
-        GemmaScopeError: without scikit-learn, or when a label has fewer than four documents.
+        GemmaScopeError: scikit-learn is not installed, or a label has fewer than four documents.
     """
     import pandas as pd
 
     _need_sklearn()
     if not k or min(k) < 1:
-        raise GemmaScopeError(f"A probe reads a latent or more, not {list(k)}.")
+        raise GemmaScopeError(f"A probe reads 1 latent or more, not {list(k)}.")
     special = special_ids(model)
     asked = [_units(concept, data, special, most, seed) for concept in data.concepts]
     subjects = subjects_of(model, saes)
@@ -98,16 +100,16 @@ def random_twin(sae: Any, x: Float[torch.Tensor, "n d_in"], seed: int = 0) -> An
     """An SAE of the same shape with random weights, whose thresholds give the same L0 on ``x``.
 
     Encoder columns and decoder rows are random unit vectors; ``b_enc`` subtracts the mean of ``x``; each latent's
-    threshold is the quantile of its pre-activations above which it fires on a share ``L0 / d_sae`` of the tokens. So
-    all its latents fire equally often, unlike those of the SAE.
+    threshold is the quantile of its pre-activations above which it fires on a share ``L0 / d_sae`` of the tokens. All
+    latents of the twin therefore fire equally often, unlike those of the SAE.
 
     Args:
         sae: an SAE or transcoder.
-        x: activations that it reads, of some thousands of tokens.
-        seed: of the weights.
+        x: activations that the SAE reads, of a few thousand tokens.
+        seed: seed of the weights.
 
     Raises:
-        GemmaScopeError: without an activation.
+        GemmaScopeError: ``x`` is empty.
     """
     if not x.shape[0]:
         raise GemmaScopeError("A random twin needs activations, from which its thresholds are computed.")
@@ -131,7 +133,7 @@ def random_twin(sae: Any, x: Float[torch.Tensor, "n d_in"], seed: int = 0) -> An
 
 @dataclass(frozen=True)
 class _Asked:
-    """The rows or tokens that a concept is asked about: their row, position, label and document, and which test."""
+    """The rows or tokens of a concept: row, position, label and document of each, and whether it is a test unit."""
 
     concept: Concept
     row: NDArray[np.int64]
@@ -149,7 +151,7 @@ def _of_place(
     passes: Callable[..., Iterator[CleanBatch]],
     options: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """All probes of the SAEs of one place; ``passes(tokens=…)`` iterates over the clean batches of these rows."""
+    """All probes of the SAEs of one place; ``passes(tokens=…)`` iterates over the clean batches of the tokens."""
     place, seed = subjects[0].place, options["seed"]
     training = torch.from_numpy(~_is_test(data, seed)[data.documents.numpy()])
     sample = _sample(passes(tokens=data.tokens[training]), place)
@@ -204,7 +206,7 @@ def _row(
 
 
 def _is_test(data: LabelledRows, seed: int) -> NDArray[np.bool_]:
-    """Which documents test: three tenths of each label's, and at least two."""
+    """Choose the test documents: three tenths of each label's documents, and at least two."""
     is_test = np.zeros(len(data.kinds), bool)
     kinds = np.asarray(data.kinds)
     generator = np.random.default_rng(seed)
@@ -236,12 +238,12 @@ def _units(concept: Concept, data: LabelledRows, special: Sequence[int], most: i
     test = is_test[documents[row]]
     for part, name in ((~test, "train on"), (test, "test")):
         if len(np.unique(label[part])) < 2:
-            raise GemmaScopeError(f"Concept {concept.name!r} has only one answer in the documents to {name}.")
+            raise GemmaScopeError(f"Concept {concept.name!r} has only one label in the documents to {name}.")
     return _Asked(concept, row, position, label.astype(np.int64), documents[row], test)
 
 
 def _balanced(label: NDArray[Any], most: int, seed: int) -> NDArray[np.int64]:
-    """Indices of ``most`` labels, in order, as many of each label as there are."""
+    """Ascending indices of at most ``most`` units, half of them of each label if there are enough."""
     generator = np.random.default_rng(seed)
     yes, no = (generator.permutation(np.flatnonzero(label == value)) for value in (1, 0))
     half = most // 2
@@ -264,7 +266,7 @@ def _sample(batches: Iterator[CleanBatch], place: Place) -> torch.Tensor:
 def _features(
     encoders: Sequence[Any], batches: Iterator[CleanBatch], place: Place, asked: Sequence[_Asked]
 ) -> list[list[Units]]:
-    """For each encoder the latents (for None the raw activations) of each concept's units, from one pass."""
+    """For each encoder, the latents (for None, the raw activations) of each concept's units, from one pass."""
     held: list[list[list[NDArray[np.float32]]]] = [[[] for _ in asked] for _ in encoders]
     for batch in batches:
         raw, (count, width) = batch.activations(place), batch.tokens.shape

@@ -24,8 +24,8 @@ class Rollouts:
     """Prompts of one length and their answers.
 
     Attributes:
-        tokens: ``[rows, pos]``; padding behind the end of an answer.
-        prompt: length of the prompts, with BOS and the tokens around a turn.
+        tokens: token ids ``[rows, pos]``, with padding after the end of an answer.
+        prompt: length of the prompts, including BOS and the tokens around a turn.
     """
 
     tokens: Int[torch.Tensor, "rows pos"]
@@ -33,11 +33,11 @@ class Rollouts:
 
     @property
     def edges(self) -> dict[str, tuple[int, int]]:
-        """First position of each part, and the one behind its last."""
+        """Start and end (exclusive) of each part."""
         return {"prompt": (0, self.prompt), "rollout": (self.prompt, self.tokens.shape[1])}
 
     def by_part(self, binned: pd.DataFrame) -> pd.DataFrame:
-        """The table of ``binned_by_position`` with a column ``part`` in place of the edges of its bins."""
+        """The table of ``binned_by_position`` with a column ``part`` in place of the edges of bins."""
         starts = {start: part for part, (start, _) in self.edges.items()}
         table = binned.drop(columns=["start", "stop"])
         table.insert(0, "part", [starts[start] for start in binned["start"]])
@@ -58,25 +58,25 @@ def roll_out(
 ) -> Rollouts:
     """Sample an answer to each prompt (the paper: 1,024 rollouts of 9B IT at temperature 1).
 
-    A model whose tokenizer has a chat template gets each prompt as a user's turn. All prompts have one length, so that
-    the position separates prompts from answers: longer ones are cut, shorter ones left out.
+    A model whose tokenizer has a chat template gets each prompt as a user's turn. All prompts have the same length, so
+    that the position separates prompts from answers: longer texts are truncated, and shorter ones left out.
 
     Args:
-        model: from ``load_model``.
+        model: a model from ``load_model``.
         prompts: texts, or token ids without BOS and the tokens around a turn.
-        prompt_tokens: length of each text.
-        new_tokens: largest length of an answer; it ends with the first EOS or end-of-turn token.
-        temperature: of the sampling.
-        batch_size: prompts in a batch.
-        seed: of the sampling; the same seed and batch size give the same answers.
-        progress: show a bar.
+        prompt_tokens: length in tokens to which each text is truncated.
+        new_tokens: maximum length of an answer, which ends with the first EOS or end-of-turn token.
+        temperature: temperature of the sampling.
+        batch_size: number of prompts in a batch.
+        seed: seed of the sampling; the same seed and batch size give the same answers.
+        progress: show a progress bar.
 
     Raises:
-        GemmaScopeError: when no text is long enough, the model's context is too short, or a number is out of its range.
+        GemmaScopeError: no text is long enough, the model's context is too short, or a number is out of range.
     """
     if min(prompt_tokens, new_tokens, batch_size) < 1 or temperature <= 0:
         raise GemmaScopeError(
-            "prompt_tokens, new_tokens and batch_size are 1 or more and temperature is above 0, not "
+            "prompt_tokens, new_tokens and batch_size must be 1 or more, and temperature above 0, not "
             f"{prompt_tokens}, {new_tokens}, {batch_size}, {temperature}."
         )
     starts = _framed(model.tokenizer, _cut(model.tokenizer, prompts, prompt_tokens))
@@ -98,7 +98,7 @@ def roll_out(
 def _cut(tokenizer: Any, prompts: Any, prompt_tokens: int) -> torch.Tensor:
     if isinstance(prompts, torch.Tensor):
         if prompts.ndim != 2 or not prompts.numel() or prompts.is_floating_point():
-            raise GemmaScopeError(f"Prompts are ids [rows, words], not {prompts.dtype} {list(prompts.shape)}.")
+            raise GemmaScopeError(f"Prompts must be ids [rows, pos], not {prompts.dtype} {list(prompts.shape)}.")
         return prompts.long()
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = [without_bos(tokenizer, row)[:prompt_tokens] for row in text_ids(tokenizer, texts)]
@@ -109,7 +109,7 @@ def _cut(tokenizer: Any, prompts: Any, prompt_tokens: int) -> torch.Tensor:
 
 
 def _framed(tokenizer: Any, words: torch.Tensor) -> torch.Tensor:
-    """Rows with BOS before them and, where the tokenizer has a chat template, inside a user's turn."""
+    """Put BOS before the rows and, if the tokenizer has a chat template, the tokens of a user's turn around them."""
     prefix, suffix = chat_wrapping(tokenizer) if getattr(tokenizer, "chat_template", None) else ([], [])
     before, after = (
         torch.tensor(ids, dtype=torch.int64).expand(len(words), -1)
@@ -119,7 +119,7 @@ def _framed(tokenizer: Any, words: torch.Tensor) -> torch.Tensor:
 
 
 def _ended(tokens: torch.Tensor, prompt: int, tokenizer: Any) -> torch.Tensor:
-    """``tokens`` with padding in place of everything behind the end of an answer."""
+    """``tokens`` with padding after the end of each answer."""
     ends = [end for end in (tokenizer.eos_token_id, turn_end_id(tokenizer)) if end is not None]
     answer = tokens[:, prompt:]
     stops = torch.isin(answer, torch.tensor(ends))

@@ -37,24 +37,24 @@ def base_on_tuned(
     batch_size: int = 8,
     **options: Any,
 ) -> pd.DataFrame:
-    """How well a base model's SAEs reconstruct a tuned model's activations, on the same tokens (section 4.5).
+    """Measure a base model's SAEs on a tuned model's activations, on the same tokens (section 4.5).
 
     Args:
         base, tuned: the models, of the same sizes.
         data: :func:`~gemma_scope_tl.studies.roll_out` of the tuned model, as in the paper; or texts, which the tuned
             model's tokenizer packs, or token ids.
-        base_saes, tuned_saes: SAEs of the base model, and of the tuned one where there are any.
+        base_saes, tuned_saes: SAEs of the base model and, optionally, of the tuned model.
         rescale: measure the base SAEs a second time, with the tuned model's activations scaled to the base model's
-            mean norm at the site (appendix C.4), by :func:`rescaled`.
+            mean norm at the site (appendix C.4), by means of :func:`rescaled`.
         context, batch_size, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
 
     Returns:
         A row per pair of model and SAE: ``model`` (``base`` or ``tuned``), ``saes`` (``base``, ``base rescaled`` or
-        ``tuned``), ``scale`` (1 unless rescaled), then the columns of ``evaluate``. Of rollouts, two rows: ``part`` is
-        ``prompt`` or ``rollout``, and the columns are those of ``binned_by_position``.
+        ``tuned``), ``scale`` (1 unless rescaled), then the columns of ``evaluate``. For rollouts there are two rows
+        each: ``part`` is ``prompt`` or ``rollout``, and the columns are those of ``binned_by_position``.
 
     Raises:
-        GemmaScopeError: when the models differ in their sizes, or a transcoder should be rescaled.
+        GemmaScopeError: the models have different sizes, or a transcoder would have to be rescaled.
     """
     import pandas as pd
 
@@ -103,10 +103,10 @@ def _sites(table: pd.DataFrame) -> Iterable[tuple[str, Any]]:
 def norm_ratios(
     base: Any, tuned: Any, tokens: torch.Tensor, places: Sequence[Place], batch_size: int = 8
 ) -> dict[Place, float]:
-    """The base model's mean activation norm over the tuned one's, at each place, on the ordinary ones of ``tokens``.
+    """The ratio of mean activation norms, base over tuned model, at each place on the ordinary tokens.
 
     Raises:
-        GemmaScopeError: when there is no ordinary token.
+        GemmaScopeError: there is no ordinary token.
     """
     kept = list(dict.fromkeys(places))
     means: list[dict[Place, Mean]] = []
@@ -123,18 +123,17 @@ def norm_ratios(
 
 @torch.no_grad()
 def rescaled(sae: Any, scale: float) -> Any:
-    """An SAE whose latents on x are those of ``sae`` on ``scale · x``, with its reconstruction divided by the scale.
+    """An SAE whose latents on x are those of ``sae`` on ``scale · x``, and whose output is divided by the scale.
 
     ``f(s x)`` has the encoder ``s W_enc``; ``x̂(s x) / s`` has the decoder ``W_dec / s`` and the bias ``b_dec / s``.
 
     Raises:
-        GemmaScopeError: for a transcoder, because its input and output differ in scale, or a scale that is not
-            positive.
+        GemmaScopeError: the SAE is a transcoder, whose input and output differ in scale, or the scale is not positive.
     """
     if get_site(sae.site).is_transcoder:
         raise GemmaScopeError("A transcoder reads one tensor and writes another, so one scale does not fit both.")
     if not 0 < scale < float("inf"):
-        raise GemmaScopeError(f"A scale is a positive number, not {scale}.")
+        raise GemmaScopeError(f"A scale must be a positive number, not {scale}.")
     arrays = {
         "W_enc": sae.W_enc * scale,
         "b_enc": sae.b_enc,
@@ -149,7 +148,7 @@ def rescaled(sae: Any, scale: float) -> Any:
 
 
 def _all_rescaled(saes: Any, subjects: list[Subject], scales: Mapping[Place, float]) -> Any:
-    """The same SAEs rescaled; those of a suite when they are loaded."""
+    """The same SAEs, rescaled; SAEs of a suite are rescaled when they are loaded."""
     if isinstance(saes, SAESuite):
         load = saes.load
         return SAESuite(saes.rows, lambda row: rescaled(load(row), scales[Place(row.site, row.layer)]), saes.memory)

@@ -1,9 +1,9 @@
 """The folder of a run: its lock, the records ``run.json`` and ``suite.json``, and its checkpoints.
 
 A checkpoint is a folder ``step_N`` with a safetensors file for each group of SAEs and ``manifest.json``, which is
-written last and has every file's sha256. It is made under another name, flushed to the disk, and renamed, so it is
-there whole or not at all. Where several processes divide the latents, each writes its own files (``group.0_of_2``) into
-the same folder, and all wait for each other.
+written last and has every file's sha256. The folder is made under another name, flushed to the disk and renamed, so
+that no incomplete checkpoint has the final name. Where several processes divide the latents, each writes its own files
+(``group.0_of_2``) into the same folder, and all wait for each other.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def suite_table(folder: Path) -> pd.DataFrame:
-    """A row for each SAE of a finished run."""
+    """The table of a finished run, with one row for each SAE."""
     import pandas as pd
 
     return pd.DataFrame(read_record(folder / SUITE_NAME)["saes"]).astype({"layer": "Int64"})
@@ -107,11 +107,11 @@ class CheckpointManifest(BaseModel):
     """The manifest of a checkpoint.
 
     Attributes:
-        step: steps done.
-        config: the configuration, as far as results depend on it.
-        scales: ``C`` of every place, by its key.
+        step: number of steps done.
+        config: the part of the configuration on which results depend.
+        scales: ``C`` of every place, by the place's key.
         metrics_bytes: length of ``metrics.jsonl`` at this step.
-        threads: PyTorch's, on which the last bits of results depend.
+        threads: PyTorch's number of threads, on which the last bits of results depend.
         status: the last metrics of every SAE.
         files: sha256 of every file, by the group's name and, where latents are divided, the part.
     """
@@ -136,15 +136,15 @@ def save_checkpoint(
 
     Args:
         root: the folder of the run's checkpoints, which all processes must see.
-        manifest: the leading process's; its ``files`` are filled in here.
-        states: tensors of every group, by its name: this process's part.
-        shard: this process's place among those of the run.
+        manifest: the manifest of the leading process; this function fills in ``files``.
+        states: this process's part of the tensors of every group, by the group's name.
+        shard: the part of latents and batch that this process has.
 
     Returns:
         The checkpoint's folder. An existing one of the same step is kept, as its content would be the same.
 
     Raises:
-        TrainingStateError: the disk is full, or cannot be written; earlier checkpoints are unchanged.
+        TrainingStateError: the disk is full or cannot be written to; earlier checkpoints are unchanged.
     """
     final, partial = root / f"step_{manifest.step}", root / UNFINISHED
     if final.exists():
@@ -166,7 +166,7 @@ def save_checkpoint(
         kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no earlier one"
         raise TrainingStateError(
             f"The checkpoint of step {manifest.step} could not be written to {root} ({problem}); {kept}. Make room and "
-            "start the same run again: it goes on there."
+            "start the same run again: it continues there."
         )
     if shard.leads:
         for step in steps_of(root)[:-KEPT]:
@@ -175,7 +175,7 @@ def save_checkpoint(
 
 
 def _attempt(write: Callable[[], object]) -> str:
-    """Call ``write``. Returns why the disk refused, which all processes must be told, or an empty text."""
+    """Call ``write``. Return the reason of a failure, for all processes to learn, or an empty text."""
     try:
         write()
     except (OSError, SafetensorError) as error:
@@ -217,36 +217,36 @@ def load_manifest(folder: Path) -> CheckpointManifest:
     try:
         found = CheckpointManifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise TrainingStateError(f"{path} is no checkpoint's manifest: it is missing. {_remedy(folder)}") from None
+        raise TrainingStateError(f"{path} is missing. {_remedy(folder)}") from None
     except OSError as error:
         raise _unreadable(path, error) from error
     except ValidationError as error:
         why = error.errors()[0]["msg"]
-        raise TrainingStateError(f"{path} is no checkpoint's manifest: {why}. {_remedy(folder)}") from None
+        raise TrainingStateError(f"{path} is not the manifest of a checkpoint: {why}. {_remedy(folder)}") from None
     if folder.name != f"step_{found.step}":
         raise TrainingStateError(f"{path} is of step {found.step}, in folder {folder.name}. {_remedy(folder)}")
     return found
 
 
 def load_state(folder: Path, manifest: CheckpointManifest, name: str) -> dict[str, Tensor]:
-    """The tensors of one group, after its file's sha256 was compared with the manifest.
+    """Load the tensors of one group, after comparing the sha256 of its file with the manifest.
 
     Raises:
         TrainingStateError: the file is missing, changed or truncated, or the manifest has no such group.
     """
     path = folder / f"{name}.safetensors"
     if name not in manifest.files:
-        raise TrainingStateError(f"{folder} has no group {name!r}: it is another run's. {_remedy(folder)}")
+        raise TrainingStateError(f"{folder} has no group {name!r}: it belongs to another run. {_remedy(folder)}")
     try:
         digest = file_sha256(path)
         if digest != manifest.files[name]:
             raise TrainingStateError(
-                f"{path} is not the file that was written: its sha256 is {digest}, the manifest says "
+                f"{path} is not the file that was written: its sha256 is {digest}, and the manifest records "
                 f"{manifest.files[name]}. {_remedy(folder)}"
             )
         return load_file(path)
     except FileNotFoundError:
-        raise TrainingStateError(f"{path} cannot be read: it is missing. {_remedy(folder)}") from None
+        raise TrainingStateError(f"{path} is missing. {_remedy(folder)}") from None
     except OSError as error:
         raise _unreadable(path, error) from error
     except SafetensorError as error:
@@ -264,7 +264,7 @@ def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: 
     ]
     if differing:
         raise TrainingStateError(
-            f"{folder} holds a run with another configuration: {'; '.join(differing[:5])}. Give that one to go on, or "
+            f"{folder} holds a run with another configuration: {'; '.join(differing[:5])}. Use that one to go on, or "
             "choose another output."
         )
 
@@ -297,4 +297,4 @@ def _unreadable(path: Path, error: OSError) -> TrainingStateError:
 
 
 def _remedy(folder: Path) -> str:
-    return f"Restore it, or remove {folder} to go on from the checkpoint before it."
+    return f"Restore it, or remove {folder} to continue from the checkpoint before it."

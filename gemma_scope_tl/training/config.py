@@ -56,7 +56,7 @@ def _path(value: str) -> str:
 
 
 def _recipe(value: object) -> object:
-    """Values of a recipe, checked without those with which they are merged later."""
+    """Check the values of a recipe by themselves; other values are merged into them later."""
     if not isinstance(value, Mapping):
         raise ValueError("a recipe is a mapping, such as {preset: fast, batch_size: 1024}")
     given = {str(key): number(item) for key, item in cast("Mapping[object, object]", value).items()}
@@ -105,7 +105,7 @@ class DataSection(Section):
     """The text, as ``pack_tokens`` takes it; ``dataset: bundled`` is the package's own held-out text.
 
     Attributes:
-        folder: of the packed tokens; by default ``tokens`` in the run's folder.
+        folder: folder of the packed tokens; by default ``tokens`` in the run's folder.
     """
 
     dataset: Annotated[str, Field(min_length=1)]
@@ -124,13 +124,13 @@ class SourceSection(Section):
     """The source of activations.
 
     Attributes:
-        kind: ``streaming`` runs the model as it goes, ``store`` reads what ``write_store`` wrote.
-        path: of the store.
-        dtype: in which the bucket holds activations.
+        kind: ``streaming`` runs the model during training, ``store`` reads a store that ``write_store`` wrote.
+        path: folder or URL of the store.
+        dtype: dtype of the bucket.
         bucket_rows: activations that are shuffled together; a multiple of the batch size.
         batch_rows: token rows in a forward pass.
         scale_rows: activations from which each place's scale is measured.
-        device: where the bucket is.
+        device: device of the bucket.
     """
 
     kind: Literal["streaming", "store"] = "streaming"
@@ -143,7 +143,7 @@ class SourceSection(Section):
 
 
 class MeshSection(Section):
-    """How many processes divide each SAE and each batch. ``torchrun`` must start ``latents * data`` of them.
+    """How many processes divide each SAE and each batch. ``torchrun`` must start ``latents * data`` processes.
 
     Attributes:
         latents: number of equal parts of every SAE's latents, for SAEs that are too wide for one process.
@@ -165,12 +165,12 @@ class GridEntry(Section):
 
     Attributes:
         sites: names of the site table.
-        layers: ``all`` or a list; the embedding has none.
+        layers: ``all`` or a list; not for the embedding, which has no layer.
         widths: numbers of latents, or labels such as ``16k``.
         lambdas: fixed sparsity coefficients.
-        target_l0s: in place of lambdas, L0s towards which lambda is steered, each below every width.
-        steps, tokens: length of the training, the run's unless given.
-        recipe: values that differ from the run's.
+        target_l0s: in place of lambdas, L0s towards which lambda is steered; each must be below every width.
+        steps, tokens: length of the training, by default that of the run.
+        recipe: values that differ from the run's recipe.
     """
 
     sites: Annotated[list[SiteKey], Field(min_length=1)]
@@ -202,9 +202,8 @@ class LoggerSection(Section):
 
     Attributes:
         kind: ``tensorboard`` or ``wandb``.
-        folder: of TensorBoard's files; by default ``tensorboard`` in the run's folder.
-        project, name: of W&B.
-        mode: of W&B.
+        folder: folder of TensorBoard's files; by default ``tensorboard`` in the run's folder.
+        project, name, mode: project, name and mode of the W&B run.
     """
 
     kind: Literal["tensorboard", "wandb"]
@@ -218,19 +217,19 @@ class SuiteConfig(Section):
     """A training run.
 
     Attributes:
-        output: its folder: checkpoints, metrics and the finished suite.
+        output: folder of the run, for checkpoints, metrics and the finished suite.
         model, data, source: see their sections. Without ``data`` the source must be a store.
-        steps, tokens: length of the training; one of both, unless every entry of the grid has its own.
-        recipe: ``preset`` (paper, fast, gemma_scope_2) and values that differ from it. ``fast`` adapts its rate,
+        steps, tokens: length of the training; give one of the two, unless every entry of the grid has its own.
+        recipe: ``preset`` (paper, fast, gemma_scope_2) and values that differ from it. ``fast`` adapts learning rate,
             threshold and bandwidth to the width of each place (:func:`~gemma_scope_tl.training.recipe.fast`).
         grid: the SAEs.
         only: patterns of names; SAEs of the grid that match none of them are left out. Empty for all.
-        seed: of initial weights and shuffles.
-        device: where SAEs are trained.
+        seed: seed of initial weights and shuffles.
+        device: device on which SAEs are trained.
         mesh: see its section.
         threads: processor threads; by default PyTorch's number. Equal numbers give equal bits.
         eval_batches: number of batches after training on which SAEs are measured.
-        checkpoint_every, log_every: steps.
+        checkpoint_every, log_every: number of steps between checkpoints, and between logged metrics.
         loggers: see their section.
     """
 
@@ -268,7 +267,9 @@ class SuiteConfig(Section):
         if len(sizes) > 1:
             problems.append(f"all SAEs of a run share its batches: one batch_size, not {sorted(sizes)}")
         elif self.source.bucket_rows % (size := sizes.pop()):
-            problems.append(f"source.bucket_rows, {self.source.bucket_rows}, is no multiple of the batch size, {size}")
+            problems.append(
+                f"source.bucket_rows, {self.source.bucket_rows}, must be a multiple of the batch size, {size}"
+            )
         problems += self._undivided()
         if problems:
             raise ValueError("; ".join(problems))
@@ -284,7 +285,7 @@ class SuiteConfig(Section):
 
     @property
     def recipes(self) -> list[Recipe]:
-        """The recipe of every entry of the grid, for no width in particular."""
+        """The recipe of every entry of the grid, without adaptation to the width of a place."""
         return [self.recipe_at(entry) for entry in self.grid]
 
     def recipe_at(self, entry: GridEntry, d_in: int | None = None) -> Recipe:
@@ -293,7 +294,7 @@ class SuiteConfig(Section):
 
     @property
     def batch_size(self) -> int:
-        """Activations a step."""
+        """Number of activations per step."""
         return self.recipes[0].batch_size
 
     @property
@@ -304,14 +305,14 @@ class SuiteConfig(Section):
 
 
 def merged_recipe(values: Mapping[str, Any], d_in: int | None = None) -> Recipe:
-    """The recipe that ``preset`` (the paper's unless given) and further values describe.
+    """The recipe that ``preset`` (by default the paper's) and further values describe.
 
     Args:
-        values: as in a configuration.
+        values: values of a recipe, as in a configuration.
         d_in: the width of the activations, for the preset ``fast``, which depends on it.
 
     Raises:
-        GemmaScopeError: no such preset or value, or a value out of range.
+        GemmaScopeError: the preset or a key is unknown, or a value is out of range.
     """
     rest = dict(values)
     preset = rest.pop("preset", "paper")
@@ -330,7 +331,7 @@ def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: S
             value in YAML.
 
     Raises:
-        TrainingStateError: with every problem.
+        TrainingStateError: the configuration has problems; the message lists all of them.
         RegistryError: the file cannot be read or is not plain YAML.
     """
     if isinstance(path, SuiteConfig):

@@ -39,10 +39,10 @@ _WORDS = {
 
 
 def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
-    """The content of a file and of the files that it extends. Only its being a mapping is checked.
+    """Read a file and the files that it extends. The only check is that each file holds a mapping.
 
     Raises:
-        TrainingStateError: it is not a mapping, or ``extends`` is not one file name, or too many files are nested.
+        TrainingStateError: a file holds no mapping, ``extends`` is not one file name, or too many files are nested.
         RegistryError: the file cannot be read or is not plain YAML.
     """
     data = load_yaml(read_text(path), str(path))
@@ -53,7 +53,7 @@ def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     if base is None:
         return found
     if not isinstance(base, str) or depth >= _MAX_EXTENDS:
-        raise TrainingStateError(f"{path}: extends names one file, and {_MAX_EXTENDS} may extend each other.")
+        raise TrainingStateError(f"{path}: extends names one file, and at most {_MAX_EXTENDS} may extend each other.")
     return _merged(read_config(path.parent / base, depth + 1), found)
 
 
@@ -61,12 +61,12 @@ def override_key(data: dict[str, Any], override: str) -> None:
     """Set ``key=value`` in ``data``; dots in the key lead into mappings, numbers into lists. The value is plain YAML.
 
     Raises:
-        TrainingStateError: not ``key=value``, or a number that the list does not have.
+        TrainingStateError: the override is not ``key=value``, or a list has no item of the given number.
         RegistryError: the value is not plain YAML.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise TrainingStateError(f"{override!r} is no override: write key=value, such as source.bucket_rows=65536.")
+        raise TrainingStateError(f"{override!r} is not an override: write key=value, such as source.bucket_rows=65536.")
     at: Any = data
     *path, last = key.split(".")
     for part in path:
@@ -85,7 +85,7 @@ def override_key(data: dict[str, Any], override: str) -> None:
 
 
 def number(value: object) -> object:
-    """Text that means a number, such as ``4e9``, as a number, and whole floats as integers; others unchanged."""
+    """Convert text that means a number, such as ``4e9``, and whole floats; return other values unchanged."""
     if isinstance(value, bool):
         raise ValueError(f"not a number: {value}")
     if isinstance(value, str):
@@ -118,7 +118,7 @@ def each_once(**lists: Sequence[object] | None) -> None:
 
 
 def problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
-    """One of pydantic's errors as a line: the path of the key, and what is wrong with its value.
+    """Word one of pydantic's errors as a line: the path of the key, and what is wrong with its value.
 
     Args:
         detail: the error.
@@ -147,12 +147,12 @@ def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 def _item(values: list[Any], part: str, override: str) -> Any:
     if not part.isdecimal() or int(part) >= len(values):
-        raise TrainingStateError(f"{override!r}: {part!r} is none of the list's numbers, 0 to {len(values) - 1}.")
+        raise TrainingStateError(f"{override!r}: {part!r} is not an index of the list, 0 to {len(values) - 1}.")
     return values[int(part)]
 
 
 def _known(loc: Sequence[int | str], root: type[BaseModel]) -> tuple[type[BaseModel], list[int | str]]:
-    """The section that a location leads into, and the location without the names that pydantic adds for types."""
+    """The section that a location points to, and the location without the names that pydantic adds for types."""
     section, keys = root, list[int | str]()
     for part in loc:
         if isinstance(part, int):

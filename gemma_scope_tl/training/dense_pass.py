@@ -1,14 +1,15 @@
 """Loss and gradients of one SAE where many latents are near their thresholds: dense products, block by block.
 
-The equations are those of ``sparse_pass.py``. Both halves go over blocks of latents. For a small SAE the first half
-keeps the pre-activations; for a large one the second half computes them again (one product in six), so that neither
-``[batch, latents]`` nor a full gradient ever exists. In a block where few latents are active although many are near
-their thresholds, the decoder's product and the gradients of both matrices are sums over the active ones, which on a CPU
-is many times faster than products. Early in training, and on a GPU, they are products.
+The equations are those of ``sparse_pass.py``. The forward and the backward half go over blocks of latents. For a small
+SAE the forward half keeps the pre-activations. For a large one the backward half computes them again (one product in
+six), so that neither a tensor ``[batch, latents]`` nor a full gradient ever exists. In a block where few latents are
+active although many are near their thresholds, the decoder's product and the gradients of both matrices are sums over
+the active latents, which on a CPU is many times faster than products. Early in training, and on a GPU, they are
+products.
 
-Active latents are found token by token, the order of the decoder's sums, and sorted latent by latent, the order of the
-gradients' sums. Finding them is expensive, because branches on them cannot be predicted, and sorting many at once is
-cheap, so those of all kept blocks are sorted together.
+Active latents are found token by token, the order of the decoder's sums, and sorted by latent, the order of the
+gradients' sums. Finding them is expensive, because the processor cannot predict the branches, while sorting many at
+once is cheap. The active latents of all kept blocks are therefore sorted together.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class DensePass:
         self.sums = shard.sum_data(torch.cat([squares[-1:], squares.mean().view(1), counts]).unsqueeze(0))
 
     def _block_size(self) -> int:
-        """Latents to a block."""
+        """Number of latents in a block."""
         x = self.batch.x
         most = BLOCK_BYTES["cuda"] if x.is_cuda else min(BLOCK_BYTES["cpu"], max(1 << 20, NARROW_BYTES * x.shape[1]))
         return min(max(1, most // (x.shape[0] * x.element_size())), len(self.theta))
@@ -111,7 +112,7 @@ class DensePass:
         return torch.addmm(self.bias[at], self.batch.x, self.enc[at].T, out=out)
 
     def backward(self, prices: Sequence[Prices]) -> None:
-        """Take the prices, and compute the direct part of the gradient of ``b_dec``; the blocks give the rest."""
+        """Keep the prices, and compute the direct part of the gradient of ``b_dec``; the blocks add the rest."""
         (self.prices,) = prices
         l0 = self.l0
         if self.prices.around is not None:
@@ -146,8 +147,10 @@ class DensePass:
         return not z.is_cuda and float(active) < ACTIVE_ENTRIES * z.numel()
 
     def _if_few(self, at: slice, z: Tensor, on: Tensor) -> tuple[_Active, Tensor] | None:
-        """The active entries of a block by latent, and where those of each latent begin, if they are few. If not, None,
-        and their mask is written to ``on``."""
+        """The active entries of a block by latent, and the offset at which those of each latent begin.
+
+        If the active entries are many, return None and write their mask to ``on``.
+        """
         if at.start in self.active:
             starts = self.starts[at.start : at.stop + 1]
             first, last = int(starts[0]), int(starts[-1])
@@ -201,7 +204,7 @@ class _Active(NamedTuple):
     """The active entries of a block, or of several one after the other."""
 
     flat: Tensor
-    """Their indices in the flattened block ``[batch, block]``."""
+    """Indices of the entries in the flattened block ``[batch, block]``."""
     token: Tensor
     latent: Tensor
     f: Tensor
@@ -218,6 +221,6 @@ class _Active(NamedTuple):
         return cls(*(torch.cat(parts) for parts in zip(*shifted, strict=True)))
 
     def by_latent(self, latents: int) -> tuple[_Active, Tensor]:
-        """The entries sorted by latent, then token, and where those of each latent begin, ``[latents + 1]``."""
+        """The entries sorted by latent, then token, and the offset of each latent's first entry, ``[latents + 1]``."""
         order, starts = ops.groups(self.latent, latents)
         return _Active(*(values.index_select(0, order) for values in self)), starts

@@ -19,11 +19,11 @@ from gemma_scope_tl.training.spec import SAESpec
 
 @dataclass(frozen=True)
 class Group:
-    """SAEs that are stepped together: one place, one length.
+    """SAEs of one place and one length of training, which are stepped together.
 
     Attributes:
-        place: the tensor that they read.
-        steps: length of their training.
+        place: the place that the SAEs read.
+        steps: length of the training in steps.
         specs: the SAEs.
     """
 
@@ -33,7 +33,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Unique in a run; also the name of files."""
+        """The name of the group, unique in a run, from which file names are made."""
         return f"{self.place.key.replace('/', '_')}_{self.steps}_steps"
 
 
@@ -41,14 +41,14 @@ def groups_of(config: SuiteConfig, dims: ModelDims, family: Family | None = None
     """The SAEs of a run, in groups, in the order of the grid.
 
     Args:
-        config: the run.
-        dims: sizes of its model.
+        config: the configuration of the run.
+        dims: the sizes of the model.
         family: the model's; None for the first family that has each site.
 
     Raises:
-        TrainingStateError: two SAEs with one name; ``only`` leaves none, or has a pattern that fits none.
-        SpliceError: a layer that the model does not have.
-        GemmaScopeError: a recipe that does not suit a width.
+        TrainingStateError: two SAEs have the same name, ``only`` leaves no SAE, or one of its patterns matches none.
+        SpliceError: the model does not have one of the layers.
+        GemmaScopeError: a recipe does not suit a width.
     """
     groups: dict[tuple[Place, int], list[SAESpec]] = {}
     names: list[str] = []
@@ -70,14 +70,14 @@ def groups_of(config: SuiteConfig, dims: ModelDims, family: Family | None = None
 
 
 def places_of(groups: Sequence[Group]) -> list[Place]:
-    """The places that groups read, each once."""
+    """The places that groups read, without repetition."""
     return list(dict.fromkeys(group.place for group in groups))
 
 
 def last_step(config: SuiteConfig) -> int:
     """Steps of the longest training in the whole grid, after which SAEs are measured.
 
-    SAEs that ``only`` leaves out count too, so that an SAE is measured on the same activations in either case.
+    SAEs that ``only`` leaves out count too, so that an SAE is measured on the same activations with and without it.
     """
     return max(_steps(config, entry, recipe) for entry, recipe in zip(config.grid, config.recipes, strict=True))
 

@@ -1,6 +1,6 @@
-"""Loggers of metrics: always a file of JSON lines; TensorBoard and W&B on request.
+"""Loggers of metrics: a file of JSON lines in every run, and TensorBoard and W&B on request.
 
-Loggers are given numbers only, so they cannot change what is trained. TensorBoard and W&B are imported on use:
+Loggers receive numbers only, so they cannot change the training. TensorBoard and W&B are imported on use:
 ``pip install 'gemma-scope-tl[tensorboard]'`` or ``'gemma-scope-tl[wandb]'``.
 """
 
@@ -18,19 +18,19 @@ from gemma_scope_tl.files import writing
 from gemma_scope_tl.training.config import LoggerSection, SuiteConfig, TrainingStateError
 
 Row = Mapping[str, Any]
-_GO_ON = "Make room and start the same run again: it goes on from its last checkpoint."
+_GO_ON = "Make room and start the same run again: it continues from its last checkpoint."
 _LABELS = ("name", "site", "layer", "width", "d_sae", "step")
 
 
 class Logger(Protocol):
-    """What takes metrics."""
+    """A receiver of metrics."""
 
     def log(self, step: int, rows: Sequence[Row]) -> None:
-        """Take a row for each SAE: ``name`` and numbers."""
+        """Log one row for each SAE: ``name`` and numbers."""
         ...
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is still buffered, and release resources."""
         ...
 
 
@@ -41,11 +41,11 @@ class MetricsFile:
         """Open the file and cut off what was written after the last checkpoint.
 
         Args:
-            path: created if it does not exist.
-            keep_bytes: its length at the checkpoint; 0 starts an empty file.
+            path: path of the file, which is created if it does not exist.
+            keep_bytes: length of the file at the checkpoint; 0 starts an empty file.
 
         Raises:
-            TrainingStateError: the file is shorter than that.
+            TrainingStateError: the file is shorter than ``keep_bytes``.
             WriteError: the file cannot be written.
         """
         self._path = path
@@ -54,7 +54,7 @@ class MetricsFile:
         size = path.stat().st_size
         if size < keep_bytes:
             raise TrainingStateError(
-                f"{path} has {size} bytes, and {keep_bytes} were there at the checkpoint: it was cut or replaced. "
+                f"{path} has {size} bytes, and had {keep_bytes} at the checkpoint: it was cut or replaced. "
                 "Restore it, or start the run over."
             )
         with writing(path):
@@ -84,7 +84,7 @@ class MetricsFile:
 
 
 class TensorBoardLogger:
-    """Scalars ``name/metric``. A resumed run hides what an earlier process logged of the same steps."""
+    """Log scalars ``name/metric`` to TensorBoard. A resumed run replaces what was logged after its checkpoint."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         try:
@@ -131,7 +131,7 @@ class WandbLogger:
 
 
 def open_loggers(config: SuiteConfig, folder: Path, first_step: int) -> list[Logger]:
-    """The loggers that a configuration asks for.
+    """Open the loggers that a configuration names.
 
     Raises:
         GemmaScopeError: a library is not installed.
@@ -157,5 +157,5 @@ def _numbers(row: Row) -> dict[str, float]:
 
 def _missing(extra: str, error: ImportError) -> GemmaScopeError:
     return GemmaScopeError(
-        f"The {extra} logger needs {extra} ({error}): pip install 'gemma-scope-tl[{extra}]', or take it out of loggers."
+        f"The {extra} logger needs {extra} ({error}): pip install 'gemma-scope-tl[{extra}]', or remove it from loggers."
     )

@@ -1,4 +1,4 @@
-"""What a step needs beside gradients: the penalties' prices, the sparsity coefficient, and Adam on some rows at a time.
+"""What a step needs besides gradients: penalties as prices, the sparsity coefficient, and Adam on a few rows at a time.
 
 With ``beta1 = 0`` (the paper's), step ``t`` (from 1) moves a parameter with gradient ``g`` by ::
 
@@ -33,10 +33,10 @@ class Prices:
         frequency   mu sum_i max(0, p_i - limit)               price of H_ti: mu / n where p_i > limit
 
     Attributes:
-        l0: lambda.
+        l0: lambda, the coefficient of the L0 penalty.
         around: ``L0*`` of the quadratic penalty; None for the linear one.
-        frequency: mu.
-        limit: the share above which a latent is charged for its frequency.
+        frequency: mu, the coefficient of the frequency penalty.
+        limit: the share of the batch above which a latent is penalised for its frequency.
     """
 
     l0: float
@@ -45,7 +45,7 @@ class Prices:
     limit: float = 1.0
 
     def of_rows(self, l0: Tensor, n: int) -> Tensor:
-        """The L0 penalty's price for each activation, given its L0."""
+        """The L0 penalty's price for each activation, given the activation's L0."""
         if self.around is None:
             return l0.new_full((), self.l0 / n).expand(l0.shape)
         return (l0 - self.around) * (4.0 * self.l0 / (self.around * n))
@@ -58,13 +58,13 @@ class Prices:
 class Lambda:
     """The sparsity coefficient of one SAE, with the recipe's warm-up.
 
-    Without a target, or with the quadratic penalty (which contains the target), it is the recipe's. Otherwise, with
+    Without a target, or with the quadratic penalty (which contains the target), lambda is the recipe's. Otherwise, with
     ``e = log(L0 / target)`` clipped to [-1, 1] and averaged exponentially, ``lambda = base exp(P e)``; after the
     warm-up ``base`` is multiplied by ``exp(I e)`` each step, so that the penalty rises as long as L0 is too high. This
     controller is not the paper's, which trains with fixed coefficients.
 
     Attributes:
-        base: the slowly moving part.
+        base: the slowly moving factor.
         error: the averaged ``e``.
     """
 
@@ -106,8 +106,8 @@ class Rate:
     """Adam's numbers at one step.
 
     Attributes:
-        lr, beta2, eps: the recipe's, the rate being this step's.
-        step: this step, from 1.
+        lr, beta2, eps: learning rate of this step, and the recipe's ``beta2`` and ``eps``.
+        step: number of this step, counted from 1.
     """
 
     lr: float
@@ -121,7 +121,7 @@ class Rate:
 
 
 def adam_(param: Tensor, second: Tensor, grad: Tensor, rate: Rate, decay: Tensor | None = None) -> None:
-    """One step of a parameter in place; ``grad`` may be overwritten.
+    """Step a parameter in place; ``grad`` may be overwritten.
 
     The bias correction ``c = sqrt(1 - beta2^t)`` is moved out of the root: ``lr c g / (sqrt(v) + eps c)``.
 
@@ -138,7 +138,7 @@ def adam_(param: Tensor, second: Tensor, grad: Tensor, rate: Rate, decay: Tensor
 def on_sphere_(rows: Tensor, second: Tensor, grad: Tensor, rate: Rate, decay: Tensor | None = None) -> None:
     """:func:`adam_` of rows that stay at unit length (paper, section 3.2).
 
-    The gradient first loses its part along each row; after the step the row is scaled to length 1.
+    The component of the gradient along each row is removed first; after the step each row is scaled to length 1.
     """
     project_out_rows_(grad, rows)
     adam_(rows, second, grad, rate, decay)

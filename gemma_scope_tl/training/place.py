@@ -17,7 +17,7 @@ from gemma_scope_tl.training.spec import SAESpec, check_one_place
 from gemma_scope_tl.training.stack import Batch, Chunk, Member, Pass, Weights, folded, initialize, members_of
 
 DEAD_STEPS = 1_000
-"""A latent is called dead when it was not active in any of this many batches. The paper resamples none."""
+"""A latent is dead if it was active in none of this many batches. As in the paper, dead latents are not resampled."""
 
 DENSE_ENTRIES = 0.06
 """Share of pre-activations above the kernel's lower end from which on dense products are faster."""
@@ -30,12 +30,12 @@ _STEPS, _STEERING = "steps_done", "steering"
 
 
 class Window:
-    """What is counted for one SAE between two reports, of the latents that this process has.
+    """Counts of one SAE between two reports, for the latents that this process has.
 
     Attributes:
         sums: ``[3]`` in float64: steps, and the sums of error and L0 over them.
-        fired: ``[latents]``, whether each was active since the last report.
-        last_fired: ``[latents]``, the last step (from 1) in which it was active; 0 for never.
+        fired: ``[latents]``, whether each latent was active since the last report.
+        last_fired: ``[latents]``, the last step (from 1) in which each latent was active; 0 for never.
     """
 
     def __init__(self, latents: int, device: torch.device) -> None:
@@ -66,7 +66,7 @@ class Window:
 
 
 class PlaceTrainer:
-    """Trains all SAEs of one place by the recipe of each; works in units of ``E ||x||^2 = 1``.
+    """Trains all SAEs of one place, each by its recipe, in units of ``E ||x||^2 = 1``.
 
     A step first computes the losses of all SAEs, then changes their parameters. The same batches give the same bits
     with the same number of threads. The other SAEs of a place change an SAE's numbers by rounding only, because the
@@ -74,13 +74,13 @@ class PlaceTrainer:
 
     Attributes:
         specs: the SAEs.
-        members: where each lies in the stack.
+        members: the position of each SAE in the stack.
         weights: the parameters.
         second: Adam's second moments. Rows of ``enc`` and ``dec`` are up to date as of the step in ``last``.
         last: ``[latents]``, the last step in which each latent had a gradient.
         lambdas: the sparsity coefficient of each SAE.
-        windows: what is counted for each SAE since the last report.
-        steps_done: how many steps were made.
+        windows: the counts of each SAE since the last report.
+        steps_done: number of steps done.
     """
 
     def __init__(
@@ -96,15 +96,15 @@ class PlaceTrainer:
     ) -> None:
         """
         Args:
-            d_in, d_out: widths of the input and of what is reconstructed; equal but for transcoders.
+            d_in, d_out: widths of the input and of the reconstruction; equal except for transcoders.
             specs: SAEs of one place with one batch size.
             total_steps: length of the run, for recipes that decay the learning rate.
-            device: where parameters and batches are.
+            device: device of parameters and batches.
             shard: this process's part of latents and batch.
             dtype: float32 as in the paper, or float64.
 
         Raises:
-            GemmaScopeError: SAEs that cannot be trained together, or a recipe with momentum.
+            GemmaScopeError: the SAEs cannot be trained together, or a recipe has momentum.
         """
         check_one_place(specs)
         _check(d_in, d_out, specs, total_steps, dtype)
@@ -123,21 +123,21 @@ class PlaceTrainer:
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether the SAEs reconstruct another tensor than they read."""
+        """Whether the SAEs reconstruct a tensor other than their input."""
         return self.specs[0].is_transcoder
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor | None = None) -> None:
-        """One step of all SAEs.
+        """Step all SAEs once.
 
         Args:
-            x: ``[rows, d_in]``, this process's rows of the batch divided by ``C``; left as it is.
+            x: ``[rows, d_in]``, this process's rows of the batch divided by ``C``; not changed.
             y: for transcoders the tensor that they reconstruct, ``[rows, d_out]``, divided by the input's ``C``
                 (appendix B).
 
         Raises:
-            GemmaScopeError: another shape, a target for SAEs or none for transcoders, or a loss that is not finite; no
-                parameter has changed then.
+            GemmaScopeError: a shape is wrong, SAEs were given a target or transcoders none, or a loss is not finite.
+                No parameter has changed in these cases.
         """
         batch = self._batch(x, y)
         passes = self._passes(batch)
@@ -241,11 +241,12 @@ class PlaceTrainer:
             whole[chunk.rows].index_copy_(0, at, array)
 
     def status(self) -> list[dict[str, float | int | str]]:
-        """One row for each SAE, and a new window: ``error`` and ``l0`` are means since the last call.
+        """Report one row for each SAE, and reset the counts of the window.
 
-        ``error`` is ``||y - y_hat||^2`` in scaled units (1 is the mean square of the input), ``lambda`` and ``lr`` are
-        those of the next step, ``threshold`` the geometric mean, ``silent`` the share of latents that were not active
-        since the last call, ``dead`` of those not active in the last 1,000 steps.
+        ``error`` and ``l0`` are means since the last call; ``error`` is ``||y - y_hat||^2`` in scaled units (1 is the
+        mean square of the input). ``lambda`` and ``lr`` are those of the next step, and ``threshold`` is the geometric
+        mean. ``silent`` is the share of latents that were not active since the last call, and ``dead`` the share of
+        those that were not active in the last 1,000 steps.
         """
         rows: list[dict[str, float | int | str]] = []
         for spec, member, steer, window in zip(self.specs, self.members, self.lambdas, self.windows, strict=True):
@@ -261,7 +262,7 @@ class PlaceTrainer:
     def state(self) -> dict[str, Tensor]:
         """Everything that a step reads or changes, as copies on the CPU, named ``<name of the SAE>/<what>``.
 
-        A run that loads it continues to the same bits. With a divided trainer, of this process's latents.
+        A run that loads it continues to the same bits. A divided trainer returns the tensors of this process's latents.
         """
         found = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in self._live().items()}
         for spec, steer, entries in zip(self.specs, self.lambdas, self.entries, strict=True):
@@ -270,11 +271,11 @@ class PlaceTrainer:
         return found
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from what :meth:`state` gave; everything is checked before anything is changed.
+        """Continue from what :meth:`state` returned; all tensors are checked before any is changed.
 
         Raises:
-            UnknownNameError: a tensor that this trainer does not have.
-            GemmaScopeError: a missing tensor, another shape or dtype, or a value that is not finite.
+            UnknownNameError: the state has a tensor that this trainer does not have.
+            GemmaScopeError: a tensor is missing, its shape or dtype is wrong, or a value is not finite.
         """
         live = self._live()
         expected = {name: (value.shape, value.dtype) for name, value in live.items()}
@@ -302,12 +303,12 @@ class PlaceTrainer:
         """An SAE for raw activations under Gemma Scope's names and layout; folded in float64 (appendix A).
 
         Args:
-            index: which of ``specs``.
-            scale: ``C``, what the (input) activations were divided by.
+            index: index of the SAE in ``specs``.
+            scale: ``C``, by which the (input) activations were divided.
 
         Returns:
             ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc``, ``b_dec`` and ``threshold`` in the trainer's
-            dtype on the CPU. With a divided trainer, of this process's latents.
+            dtype on the CPU. A divided trainer returns those of this process's latents.
         """
         return folded(self.weights.of(index, self.members[index].rows), scale, pre_encoder_bias=not self.is_transcoder)
 
@@ -339,4 +340,4 @@ def _check(d_in: int, d_out: int, specs: Sequence[SAESpec], total_steps: int, dt
         raise GemmaScopeError(f"Training is in float32 (the paper's) or float64, not {dtype}.")
     for spec in specs:
         if spec.recipe.betas[0] != 0.0:
-            raise GemmaScopeError(f"{spec.name}: no first moment is kept, so the first of betas must be 0.")
+            raise GemmaScopeError(f"{spec.name}: the trainer keeps no first moment, so the first of betas must be 0.")

@@ -29,7 +29,7 @@ SAE_LENS_NORM_BATCHES = 1_000
 GIB = 2.0**30
 _ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 STEP_PRODUCTS = 5.0
-"""A dense step is five products of the encoder's size: encode, decode, and the gradients of latents and matrices."""
+"""A dense step has five products of the encoder's size: encode, decode, and the gradients of latents and matrices."""
 _LATENTS, _ROWS, _WARM_UP, _RUNS = 1_024, 1_024, 2, 3
 
 
@@ -39,7 +39,7 @@ def parameters(d_in: int, d_out: int, d_sae: int) -> int:
 
 
 def state_bytes(d_in: int, d_out: int, widths: Sequence[int]) -> int:
-    """Weights and Adam's second moments of SAEs that are stepped together; also about the size of a checkpoint.
+    """Bytes of the weights and Adam's second moments of SAEs that are stepped together; about those of a checkpoint.
 
     Counters (when a latent last moved, whether it fired) take a few bytes a latent and are left out.
     """
@@ -47,18 +47,18 @@ def state_bytes(d_in: int, d_out: int, widths: Sequence[int]) -> int:
 
 
 def step_bytes(d_in: int, d_out: int, widths: Sequence[int], batch: int) -> int:
-    """What a step needs besides: gradients, a batch and its reconstructions, and the pre-activations of all latents."""
+    """Further bytes of a step: gradients, a batch and its reconstructions, and the pre-activations of all latents."""
     gradients = sum(parameters(d_in, d_out, d_sae) for d_sae in widths)
     return FLOAT32 * (gradients + batch * (2 * d_in + 2 * d_out * len(widths) + sum(widths)))
 
 
 def released_bytes(d_in: int, d_out: int, d_sae: int) -> int:
-    """One ``params.npz``, without its headers."""
+    """Bytes of one ``params.npz``, without its headers."""
     return FLOAT32 * parameters(d_in, d_out, d_sae)
 
 
 def bucket_bytes(widths: Iterable[int], rows: int, item_size: int) -> int:
-    """The buffers of a source, one for each place; there is no second copy."""
+    """Bytes of the buffers of a source, one for each place; there is no second copy."""
     return rows * sum(widths) * item_size
 
 
@@ -75,9 +75,9 @@ def largest_bucket(widths: Iterable[int], item_size: int, batch: int, budget: fl
 
 
 def sae_lens_bytes(widths: Iterable[int], rows: int, batch: int, item_size: int) -> int:
-    """Peak of SAELens's multi-SAE runner for the same: its mixing buffers, or the batches of its norm estimate.
+    """Peak bytes of SAELens's multi-SAE runner: its mixing buffers, or the batches of its norm estimate.
 
-    The residual stream of Gemma 2 2B in bfloat16, 4,096 a batch: 491 GB.
+    The residual stream of Gemma 2 2B in bfloat16, in batches of 4,096, takes 491 GB.
 
     >>> sae_lens_bytes([2304] * 26, 10**6, 4096, 2) / 1e9
     490.733568
@@ -87,7 +87,7 @@ def sae_lens_bytes(widths: Iterable[int], rows: int, batch: int, item_size: int)
 
 
 def store_bytes(width: int, rows: int, item_size: int) -> int:
-    """The activations of a place on disk, without the headers of shards."""
+    """Bytes of the activations of a place on disk, without the headers of shards."""
     return width * rows * item_size
 
 
@@ -96,9 +96,9 @@ class Speed:
     """The speed on which estimates of time are based.
 
     Attributes:
-        flops: floating-point operations a second in the model's products.
-        step_flops: the same of a training step, which is counted as one encoder product (``2 batch d d_sae``).
-        basis: how they were found, in words.
+        flops: floating-point operations per second in the model's products.
+        step_flops: those per second of a training step, which is counted as one encoder product (``2 batch d d_sae``).
+        basis: a description of how the two numbers were found.
     """
 
     flops: float
@@ -159,10 +159,11 @@ class Plan:
             ``place``, ``saes``, ``widths``, ``tokens``, ``steps``, ``parameters``, ``memory`` (weights, Adam, a step,
             and the place's own bucket), ``bucket``, ``store`` (its activations, if they were stored), ``checkpoint``,
             ``released``, ``seconds`` (of its steps; None where nothing was measured).
-        totals: of one process that does all: the same names, and ``model``, ``disk``, ``memory_budget``, ``disk_free``,
-            ``largest_bucket`` (rows that fit the budget beside all else), ``largest_bucket_alone`` (rows whose buffers
-            alone fill the budget), ``sae_lens`` (what SAELens's buffers would peak at), ``forward_seconds``.
-        basis: how the times were found.
+        totals: the same quantities of one process that does all jobs, and ``model``, ``disk``, ``memory_budget``,
+            ``disk_free``, ``largest_bucket`` (rows that fit the budget beside everything else),
+            ``largest_bucket_alone`` (rows whose buffers alone fill the budget), ``sae_lens`` (the peak of SAELens's
+            buffers), ``forward_seconds``.
+        basis: a description of how the times were found.
     """
 
     jobs: pd.DataFrame
@@ -171,13 +172,13 @@ class Plan:
 
     @property
     def refusals(self) -> list[str]:
-        """Why the run cannot be one process; empty if it can."""
+        """Reasons why the run does not fit in one process; empty if it fits."""
         t, found = self.totals, list[str]()
         if t["memory"] > t["memory_budget"]:
             most = t["largest_bucket"]
             hint = f"at most {most:,} bucket_rows fit" if most else "no bucket fits beside weights and model"
             found.append(
-                f"it needs {t['memory'] / GIB:,.1f} GiB of memory and {t['memory_budget'] / GIB:,.1f} GiB are there: "
+                f"it needs {t['memory'] / GIB:,.1f} GiB of memory and {t['memory_budget'] / GIB:,.1f} GiB are free: "
                 f"{hint}; or train fewer places at a time with only="
             )
         if t["disk"] > t["disk_free"]:
@@ -204,16 +205,16 @@ def plan_suite(
     device_flops: float | None = None,
     measure: bool = True,
 ) -> Plan:
-    """The resources that ``train_suite`` of the same configuration will take.
+    """Plan the resources that ``train_suite`` will take for a configuration.
 
     Args:
-        config, overrides: as there.
-        memory: bytes that may be used; by default all that the machine has.
-        device_flops: FLOP/s of the device, for the times; measured on this machine's processor unless given.
+        config, overrides: as for ``train_suite``.
+        memory: bytes that may be used; by default all memory of the machine.
+        device_flops: FLOP/s of the device, for the times; by default measured on this machine's processor.
         measure: False omits the times.
 
     Raises:
-        TrainingStateError: a wrong configuration.
+        TrainingStateError: the configuration has problems.
     """
     checked = load_config(config, overrides)
     family, sizes = family_and_sizes(checked.model.name)

@@ -34,33 +34,36 @@ class Recipe:
     :data:`GEMMA_SCOPE_2`.
 
     The defaults down to ``bandwidth`` are from the Gemma Scope paper (sections 3.1 and 3.2) or, where it refers to it,
-    the JumpReLU paper (appendix I). The options after it are known from reports of Gemma Scope 2 only; what the reports
-    leave open is said at each.
+    the JumpReLU paper (appendix I). The options after ``bandwidth`` are known only from reports on Gemma Scope 2; the
+    description of each states what the reports leave open.
 
     Attributes:
         lr: learning rate after the warm-up.
         lr_start: the warm-up is a half cosine from ``lr_start * lr`` to ``lr``.
-        lr_warm_up_steps: its length.
-        lr_decay: the share of the run, at its end, over which the rate falls linearly to 0. The paper has none.
-        betas, eps: Adam's. With the first beta 0 there is no momentum: a latent without a gradient does not move.
-        batch_size: activations a step.
-        l0_coefficient: lambda.
+        lr_warm_up_steps: length of the warm-up of the learning rate.
+        lr_decay: the share of the run, at its end, over which the learning rate falls linearly to 0. The paper has no
+            decay.
+        betas, eps: parameters of Adam. With a first beta of 0 there is no momentum: a latent without a gradient does
+            not move.
+        batch_size: number of activations per step.
+        l0_coefficient: lambda, the sparsity coefficient.
         l0_warm_up_steps: lambda rises linearly from 0 over these steps.
         init_threshold: theta of every latent at the start, for activations with ``E ||x||^2 = 1``.
         bandwidth: epsilon of the rectangle kernel, in the same units.
         l0_penalty: ``"linear"``, ``lambda ||f||_0``, is the paper's; ``"quadratic"`` is ``lambda (2 / L0*) (||f||_0 -
             L0*)^2`` around a target. It is computed for each activation and averaged, as the target-L0 loss in the
-            JumpReLU paper's appendix F; the reports do not say.
-        frequency_coefficient: of the penalty on latents that fire often, ``coefficient * sum_i max(0, p_i - limit)``,
-            where ``p_i`` is the share of the batch on which latent i is active, with the same straight-through
-            estimator and the same warm-up as lambda. Such a penalty is reported; its form and size are our choice.
+            JumpReLU paper's appendix F; the reports do not say how.
+        frequency_coefficient: coefficient of the penalty on latents that fire often, ``coefficient * sum_i max(0, p_i -
+            limit)``, where ``p_i`` is the share of the batch on which latent i is active, with the same
+            straight-through estimator and the same warm-up as lambda. Such a penalty is reported; its form and size are
+            our choice.
         frequency_limit: the share above which latents are penalised; 0.1 is reported.
         matryoshka: shares of the latents, empty for none. For each share, the first latents up to it must reconstruct
             the target by themselves; the error is the mean over these prefixes and the whole. Such prefixes are
             reported, but not their sizes. The mean (not the sum) is our choice, so that lambda keeps its meaning.
 
     Raises:
-        GemmaScopeError: a value out of range.
+        GemmaScopeError: a value is out of range.
     """
 
     lr: float = 7e-5
@@ -98,11 +101,11 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
-        """A recipe from plain data, such as ``dataclasses.asdict`` gives; missing values are the paper's.
+        """Make a recipe from plain data, such as ``dataclasses.asdict`` returns; missing values are the paper's.
 
         Raises:
-            UnknownNameError: a key that no field has.
-            GemmaScopeError: a bad value.
+            UnknownNameError: a key is not the name of a field.
+            GemmaScopeError: a value is invalid.
         """
         names = [field.name for field in fields(cls)]
         for key in data:
@@ -118,10 +121,10 @@ class Recipe:
         return cls(**values)
 
     def prefixes_of(self, d_sae: int) -> tuple[int, ...]:
-        """How many latents each Matryoshka prefix has; the last is all of them.
+        """The number of latents of each Matryoshka prefix; the last prefix has all latents.
 
         Raises:
-            GemmaScopeError: two prefixes of one size.
+            GemmaScopeError: two prefixes have the same size.
 
         >>> Recipe(matryoshka=(0.125, 0.5)).prefixes_of(64)
         (8, 32, 64)
@@ -129,7 +132,8 @@ class Recipe:
         sizes = (*(round(share * d_sae) for share in self.matryoshka), d_sae)
         if not all(a < b for a, b in itertools.pairwise((0, *sizes))):
             raise GemmaScopeError(
-                f"Matryoshka shares {self.matryoshka} of {d_sae} latents are {sizes}: no such prefixes."
+                f"Matryoshka shares {self.matryoshka} of {d_sae} latents give prefixes of {sizes} latents, which must "
+                "be 1 or more and different from each other."
             )
         return sizes
 
@@ -181,7 +185,7 @@ class Recipe:
         """Keyword arguments of :class:`~gemma_scope_tl.interop.training_sae.GemmaScopeTrainingSAEConfig`.
 
         Raises:
-            GemmaScopeError: penalties that the SAELens training class does not have.
+            GemmaScopeError: the recipe has penalties that the SAELens training class does not have.
         """
         if self.l0_penalty != "linear" or self.frequency_coefficient or self.matryoshka:
             raise GemmaScopeError("SAELens's runners train with the linear L0 penalty only: use a PlaceTrainer.")
@@ -192,9 +196,10 @@ class Recipe:
         """Keyword arguments of a SAELens runner's configuration, single or multi.
 
         Args:
-            context_size: tokens a sequence.
+            context_size: number of tokens in a sequence.
             shuffle_tokens: size of the shuffle buffer (about 1e6 in the paper). SAELens holds ``n_batches_in_buffer *
-                context_size`` activations, whatever its log says, and ``n_batches_in_buffer`` is set accordingly.
+                context_size`` activations, although its log says otherwise, and ``n_batches_in_buffer`` is set
+                accordingly.
         """
         return {
             "lr": self.lr,
@@ -221,20 +226,21 @@ FAST = Recipe(
     init_threshold=0.06,
     bandwidth=0.1,
 )
-"""For runs of some thousand steps on small models. What differs from the paper, and why:
+"""The values for runs of a few thousand steps on small models. The differences from the paper, and their reasons:
 
-- Adam moves log theta by at most about the learning rate a step. From 0.001 to 0.05, the final threshold of small SAEs,
-  is ln(50) = 3.9, which takes 56,000 steps at 7e-5. So the rate is higher, and thresholds start near their final value.
+- Adam moves log theta by at most about the learning rate in a step. The distance from 0.001 to 0.05, the final
+  threshold of small SAEs, is ln(50) = 3.9, which takes 56,000 steps at 7e-5. The learning rate is therefore higher, and
+  thresholds start near their final value.
 - The bandwidth is larger: with fewer activations, each must contribute to more of the kernel density estimate. It is
   about two thresholds, so that nearly all of the kernel lies on positive pre-activations.
 - Lambda is larger: with fewer latents and a lower L0, each active latent explains more of the error.
-- The warm-ups of learning rate and lambda are shorter, as the run is, and the batch is half as large.
+- The warm-ups of learning rate and lambda are shorter, because the run is, and the batch is half as large.
 - The learning rate falls linearly to 0 over the last half, since without a decay the higher rate leaves noise.
-- The second moment averages about 20 steps and not 1,000: the large gradients of the first steps would slow down a run
-  that is not much longer than that.
+- The second moment averages about 20 steps instead of 1,000: the large gradients of the first steps would slow down a
+  run that is not much longer than 1,000 steps.
 
-Loss, no momentum, Adam's epsilon, unit decoder rows, projection and initialisation are the paper's. Rate, threshold and
-bandwidth are for :data:`FAST_WIDTH` dimensions; :func:`fast` rescales them for others.
+Loss, the absence of momentum, Adam's epsilon, unit decoder rows, projection and initialisation are the paper's.
+Learning rate, threshold and bandwidth are for :data:`FAST_WIDTH` dimensions; :func:`fast` rescales them for others.
 """
 
 FAST_WIDTH = 128
@@ -242,8 +248,9 @@ FAST_WIDTH = 128
 
 
 def fast(d_in: int) -> Recipe:
-    """:data:`FAST` :meth:`~Recipe.rescaled` for another width: the projection of an activation of length 1 on a unit
-    direction is about ``1 / sqrt(d_in)``.
+    """Rescale :data:`FAST` for another width by :meth:`Recipe.rescaled`.
+
+    The projection of an activation of length 1 on a unit direction is about ``1 / sqrt(d_in)``.
 
     >>> round(fast(512).init_threshold, 3), fast(FAST_WIDTH) == FAST
     (0.03, True)
@@ -270,7 +277,7 @@ def adam(params: Iterable[Tensor], recipe: Recipe, *, fused: bool | None = None)
 def lr_schedule(
     optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int | None = None, *, steps_done: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """A scheduler that sets :meth:`Recipe.lr_at`; ``steps_done`` continues a run."""
+    """A scheduler of the learning rate :meth:`Recipe.lr_at`; ``steps_done`` continues a run."""
     for group in optimizer.param_groups:
         group["initial_lr"] = recipe.lr
     return torch.optim.lr_scheduler.LambdaLR(
@@ -307,8 +314,9 @@ def decoder_on_sphere(
 ) -> Generator[None, None, None]:
     """Within the context, every ``optimizer.step()`` keeps the decoder's rows at unit length (paper, section 3.2).
 
-    Before the update: gradients are divided by ``grad_scale``, then the decoder's loses its component along each row.
-    After it: rows are scaled to length 1. Both are hooks of the optimizer, removed on leaving.
+    Before the update, gradients are divided by ``grad_scale``, and the component of the decoder's gradient along each
+    row is removed. After the update, rows are scaled to length 1. Both are hooks of the optimizer, which are removed at
+    the end of the context.
 
     Args:
         decoder: returns ``W_dec [d_sae, d_in]``; called at every step.
@@ -340,7 +348,8 @@ def decoder_on_sphere(
 class StreamingRMS:
     """``C = sqrt(E ||x||^2)``, the scalar by which a site's activations are divided, from a stream of batches.
 
-    Only two numbers are kept. It is neither a mean of norms nor per token, and nothing is centred (section 3.1).
+    Only two numbers are kept. The scale is neither a mean of norms nor one per token, and activations are not centred
+    (section 3.1).
 
     >>> rms = StreamingRMS()
     >>> rms.update(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
@@ -361,11 +370,11 @@ class StreamingRMS:
 
     @property
     def scale(self) -> float:
-        """``C``.
+        """The scale ``C``.
 
         Raises:
-            GemmaScopeError: there were no activations, only zeros, or values that are not finite.
+            GemmaScopeError: there were no activations, or they are all zero or not all finite.
         """
         if not (self.count and 0.0 < self.total < float("inf")):
-            raise GemmaScopeError(f"No scale from {self.count} activations with a sum of squares of {self.total}.")
+            raise GemmaScopeError(f"{self.count} activations with a sum of squares of {self.total} give no scale.")
         return math.sqrt(self.total / self.count)

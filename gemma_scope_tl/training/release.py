@@ -1,4 +1,4 @@
-"""The release of a run: every SAE measured on activations after its training, and written in Gemma Scope's layout."""
+"""The release of a run: all SAEs are measured after training, and written in Gemma Scope's layout."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.spec import SAESpec
 
 STAGE = ".release"
-"""Hidden folder in which a release is written before it takes its place."""
+"""Hidden folder in which a release is written before it is moved to its final place."""
 _VALUES = 1 << 25  # pre-activations that are computed at a time while measuring
 _DECIMALS = 3
 
 
 @dataclass
 class TrainedSAE:
-    """One trained SAE, and what was measured of it.
+    """One trained SAE, and the sums of its measurement.
 
     Attributes:
-        spec: what was asked for.
-        steps: how long it was trained.
-        arrays: its weights for raw activations, Gemma Scope's names and layout; of this process's latents.
-        status: its last row of metrics.
-        shard: which latents these are. Where latents are divided, all processes must measure and write together.
-        rows, active, error, squares, total, fired: sums over the activations that it was measured on.
+        spec: the description of the SAE.
+        steps: number of steps of its training.
+        arrays: the weights for raw activations, in Gemma Scope's names and layout, of this process's latents.
+        status: the last row of metrics.
+        shard: the part of the latents that this process has. If latents are divided, all processes must measure and
+            write together.
+        rows, active, error, squares, total, fired: sums over the activations on which the SAE was measured.
     """
 
     spec: SAESpec
@@ -57,7 +58,7 @@ class TrainedSAE:
 
     @torch.no_grad()
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Measure on raw activations ``[n, d_in]`` and what they should become, ``[n, d_out]``."""
+        """Measure on raw activations ``[n, d_in]`` and their targets ``[n, d_out]``."""
         a = self.arrays
         part = max(1, _VALUES // a["W_enc"].shape[1])
         for inputs, targets in zip(x.float().cpu().split(part), y.float().cpu().split(part), strict=True):
@@ -125,11 +126,11 @@ def write_release(
 ) -> list[dict[str, Any]]:
     """Write ``<site>/layer_L/width_W/average_l0_N/params.npz`` of every SAE.
 
-    The remains of an interrupted call are replaced. Where processes divide the latents, all must call it. The leading
-    one writes, and holds no whole matrix in memory: a few columns at a time go to the disk.
+    Files of an interrupted call are replaced. Where processes divide the latents, all must call this function. The
+    leading process writes, a few columns at a time, and never holds a whole matrix in memory.
 
     Returns:
-        A row for each SAE, with the registry's columns and its metrics; none on the other processes.
+        A row for each SAE, with the registry's columns and its metrics; no rows on the other processes.
 
     Raises:
         WriteError: a file cannot be written; the folder has no release then.
@@ -182,7 +183,7 @@ def _whole_arrays(sae: TrainedSAE, family: Family, shard: Shard, parts: Path) ->
 
 
 def _gathered(local: Tensor, key: str, sae: TrainedSAE, shard: Shard, parts: Path) -> np.ndarray:
-    """A whole array, filled a few columns at a time and mapped from a file where it is a matrix."""
+    """A whole array, filled a few columns at a time; a matrix is mapped from a file."""
     if local.ndim == 1:
         return next(shard.whole(local)).numpy()
     shape = (sae.spec.d_sae, local.shape[1])
@@ -208,13 +209,13 @@ def _new_memmap(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _columns(sae: TrainedSAE) -> int:
-    """Columns of a matrix that are gathered at a time: 64 MiB of them."""
+    """Number of columns of a matrix that are gathered at a time, about 64 MiB."""
     return max(1, (1 << 24) // sae.spec.d_sae)
 
 
 @contextmanager
 def staged(folder: Path, specs: Sequence[SAESpec]) -> Generator[Path]:
-    """A hidden folder for the folders of all sites, which on leaving replace those in ``folder``."""
+    """A hidden folder for the folders of all sites, which replace those in ``folder`` at the end of the context."""
     stage = folder / STAGE
     for old in [stage, *(folder / site for site in {spec.place.site for spec in specs})]:
         shutil.rmtree(old, ignore_errors=True)

@@ -39,9 +39,9 @@ from gemma_scope_tl.training.source_factory import OpenSource
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 UpdateBar = Callable[[int, Sequence[Mapping[str, Any]]], None]
-"""Takes the steps done and the newest rows of metrics, if any."""
+"""A function of the number of steps done and the newest rows of metrics, if any."""
 ForEach = Callable[[Callable[[Group], None], Iterable[Group]], Any]
-"""Calls a function with every group."""
+"""A function that calls another with every group."""
 
 
 class TrainingStopped(GemmaScopeError):
@@ -58,7 +58,7 @@ class TrainingStopped(GemmaScopeError):
 
 @contextmanager
 def torch_threads(count: int) -> Generator[None]:
-    """Within the context PyTorch uses ``count`` processor threads; the caller's number is restored on leaving."""
+    """Use ``count`` processor threads in PyTorch within the context, and restore the caller's number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -71,7 +71,7 @@ class TrainingRun:
     """A run, from its last checkpoint (or its beginning) to its end.
 
     Attributes:
-        step: steps done.
+        step: number of steps done.
         scales: ``C`` of every place.
         threads: processor threads of PyTorch, on which the last bits of results depend.
     """
@@ -112,7 +112,7 @@ class TrainingRun:
         """Train all groups, then measure their SAEs on later batches.
 
         Raises:
-            TrainingStopped: after a signal.
+            TrainingStopped: a signal was received, and a checkpoint was written.
         """
         with StopSignals() as stop, suite_bar(self.ends[-1], self.step, self.config.batch_size, self.progress) as bar:
             for end in self.ends:
@@ -156,7 +156,7 @@ class TrainingRun:
                 stack.callback(logger.close)
 
     def _segment(self, end: int, stop: StopSignals, bar: UpdateBar) -> None:
-        """Steps up to ``end``, where some groups are done, with a source of the places that still train."""
+        """Train up to step ``end``, at which some groups are done, with a source of the places that still train."""
         active = [group for group in self.groups if group.steps >= end]
         if self._served_places() > set(places_of(active)):
             self._source = self._open(places_of(active))
@@ -174,14 +174,14 @@ class TrainingRun:
                         name = signal.Signals(seen).name
                         raise TrainingStopped(
                             f"Stopped by {name} after step {self.step} of {self.ends[-1]}; {folder} is written, and "
-                            "the same call goes on from there.",
+                            "the same call continues from there.",
                             seen,
                         )
                 bar(self.step, rows)
 
     @torch.no_grad()
     def _step(self, group: Group, batch: Mapping[Place, torch.Tensor]) -> None:
-        """One step of a group on its places' activations, each divided by the scale of the place that is read."""
+        """Step a group on the activations of its places, all divided by the scale of the place that is read."""
         scale, own = self.scales[group.place], self.shard.rows(self.config.batch_size)
         target = target_of(group.place)
         x = (batch[group.place][own] / scale).to(self.config.device)
@@ -198,8 +198,8 @@ class TrainingRun:
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
 
             def for_each(function: Callable[[Group], None], active: Iterable[Group]) -> None:
-                # Some of PyTorch's libraries have one number for all threads, so the caller's must be 1 too. Batches
-                # are made between the calls, with all threads.
+                # Some of PyTorch's libraries share one number of threads among all callers, so this thread's number
+                # must be 1, too. Batches are made between the calls, with all threads.
                 with torch_threads(1):
                     list(pool.map(function, active))
 
@@ -279,7 +279,7 @@ class StopSignals:
 
 
 class _Speed(TextColumn):
-    """Tokens a second."""
+    """Tokens per second."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__("")
@@ -309,5 +309,5 @@ def suite_bar(total: int, done: int, batch_size: int, shown: bool) -> Generator[
 def _scale(place: Place, squares: Mapping[Place, float]) -> float:
     square = squares[place]
     if not 0.0 < square < math.inf:
-        raise TrainingStateError(f"{place.key}: E ||x||^2 is {square}, so there is no scale to train in.")
+        raise TrainingStateError(f"{place.key}: E ||x||^2 is {square}, from which no scale can be computed.")
     return math.sqrt(square)

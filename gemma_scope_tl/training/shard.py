@@ -1,8 +1,8 @@
 """The part of the latents and of the batch that a process has, and the sums over all parts.
 
 Training is divided as in the paper's section 3.3: over latents (each process has some latents of every SAE and sees
-every row), over the batch (each has all latents and sees some rows), or both. :data:`WHOLE` is one process with
-everything. A distributed shard overrides the sums; nothing else in a training step communicates.
+every row), over the batch (each has all latents and sees some rows), or both. :data:`WHOLE` is a single process with
+all latents and rows. A distributed shard overrides the sums; no other part of a training step communicates.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Shard:
             if not 0 <= rank < ranks:
                 raise GemmaScopeError(f"{name}_rank must be 0 to {ranks - 1}, not {rank}.")
         if type(self) is Shard and self.latent_ranks * self.data_ranks > 1:
-            raise GemmaScopeError("A Shard of more than one process needs a subclass that adds their parts up.")
+            raise GemmaScopeError("A Shard of more than one process needs a subclass that sums over the processes.")
 
     def latents(self, d_sae: int) -> slice:
         """This process's latents of an SAE.
@@ -66,12 +66,12 @@ class Shard:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one process that writes what all of them have in common."""
+        """Whether this process writes the files that all processes have in common."""
         return self.latent_rank == 0 and self.data_rank == 0
 
     @property
     def part(self) -> str:
-        """The ending of the names of files with this process's latents."""
+        """The ending of the names of files that hold this process's latents."""
         return "" if self.latent_ranks == 1 else f".{self.latent_rank}_of_{self.latent_ranks}"
 
     def gather(self, value: Any) -> list[Any]:
@@ -113,7 +113,7 @@ WHOLE = Shard()
 
 AXES = ("data", "latents")
 SECONDS = 600.0
-"""How long a process waits for the others. Two exchanges are a step apart, or the writing of a checkpoint."""
+"""Seconds that a process waits for the others. Two exchanges are as far apart as a step, or as writing a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class MeshShard(Shard):
         return int(found)
 
     def whole(self, local: Tensor, chunk: int | None = None) -> Generator[Tensor, None, None]:
-        """As :meth:`Shard.whole`, by DTensor."""
+        """Like :meth:`Shard.whole`, by means of DTensor."""
         if self.mesh is None or self.latent_ranks == 1:
             yield from super().whole(local, chunk)
             return
@@ -171,13 +171,13 @@ class MeshShard(Shard):
 
 @contextmanager
 def _exchange() -> Generator[None, None, None]:
-    """Explain a failed exchange: messages of the backend are about sockets."""
+    """Explain a failed exchange, because the messages of the backend are about sockets."""
     try:
         yield
     except RuntimeError as error:
         raise GemmaScopeError(
             "Another process of this job ended, or did not answer in time; its own message says why. End what is left "
-            "of the job and start the same command again: the run goes on from its last checkpoint, to the same bits. "
+            "of the job and start the same command again: the run resumes from its last checkpoint, to the same bits. "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error
 
@@ -190,10 +190,10 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def led(shard: Shard, act: Callable[[], object]) -> None:
-    """Let the leading process ``act`` while all others wait. An error that it raises is raised by all.
+    """Call ``act`` on the leading process while all others wait. An error of ``act`` is raised on all processes.
 
     Raises:
-        GemmaScopeError: of the leading process.
+        GemmaScopeError: ``act`` failed on the leading process.
     """
     problem: GemmaScopeError | None = None
     if shard.leads:
@@ -220,21 +220,22 @@ def process_mesh(
     """This process's shard of ``latent_ranks * data_ranks`` processes; the group is closed on leaving.
 
     Args:
-        latent_ranks, data_ranks: how many parts the latents and the batch are cut into.
+        latent_ranks, data_ranks: number of parts into which the latents and the batch are divided.
         device: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL; each process takes the GPU of its local rank).
-        backend: another one.
-        seconds: how long a process waits for the others, :data:`SECONDS` unless given. If one ends, the others notice
-            at once; if one hangs or its machine is lost, after that time.
+        backend: a backend other than the device's default.
+        seconds: how long a process waits for the others, by default :data:`SECONDS`. If a process ends, the others
+            notice at once; if it hangs or its machine is lost, they notice after this time.
 
     Raises:
-        GemmaScopeError: the launcher started another number of processes; another process ended or did not answer.
+        GemmaScopeError: the launcher started a different number of processes, or another process ended or did not
+            answer.
     """
     wanted = latent_ranks * data_ranks
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != wanted:
         raise GemmaScopeError(
             f"{data_ranks} x {latent_ranks} (data x latents) needs {wanted} processes, this run has {world}: "
-            f"start it with torchrun --nproc-per-node {wanted}, or say in mesh how the processes divide the work."
+            f"start it with torchrun --nproc-per-node {wanted}, or state in mesh how the processes divide the work."
         )
     if wanted == 1:
         yield WHOLE
@@ -264,7 +265,7 @@ def process_mesh(
 
 
 def _mesh(kind: str, latent_ranks: int, data_ranks: int, limit: timedelta) -> DeviceMesh:
-    """A mesh whose groups have the time limit; ``init_device_mesh`` would give them the backend's, half an hour."""
+    """A mesh whose groups have this time limit; ``init_device_mesh`` would use the backend's limit of half an hour."""
     ranks = torch.arange(data_ranks * latent_ranks).reshape(data_ranks, latent_ranks)
     with _exchange():
         data, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=limit)
@@ -277,7 +278,7 @@ def agreed(values: Mapping[str, Any]) -> None:
     """Raise on every process unless all were given the same ``values``.
 
     Raises:
-        GemmaScopeError: naming the settings that differ between processes.
+        GemmaScopeError: the values differ; the message names the settings.
     """
     if not dist.is_initialized():
         return

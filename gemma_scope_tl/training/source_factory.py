@@ -1,4 +1,4 @@
-"""The activations that a configuration asks for."""
+"""The source of activations that a configuration describes: a store, or a model with packed text."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
 
 OpenSource = Callable[[Sequence[Place]], Source]
-"""Makes the source of some places; equal places give equal batches."""
+"""A function that makes the source of some places; equal places give equal batches."""
 
 
 def source_opener(config: SuiteConfig, model: GemmaModel | None = None, progress: bool = True) -> OpenSource:
     """A function that makes the sources of a run. A streaming run loads its model and packs its tokens here, once.
 
     Args:
-        config: the run.
-        model: a model from ``load_model``; loaded unless given.
-        progress: show bars.
+        config: the configuration of the run.
+        model: a model from ``load_model``; by default the configuration's model is loaded.
+        progress: show progress bars.
 
     Raises:
         GemmaScopeError: the model, the text or the store cannot be used.
@@ -39,7 +39,7 @@ def source_opener(config: SuiteConfig, model: GemmaModel | None = None, progress
         "device": section.device,
     }
     path = section.path
-    if path is not None:  # only a store has one: the configuration was checked
+    if path is not None:  # the configuration was checked, so the source is a store
         from gemma_scope_tl.activations.reader import StoreSource
 
         return lambda places: StoreSource(path, places, **shared)
@@ -50,7 +50,7 @@ def source_opener(config: SuiteConfig, model: GemmaModel | None = None, progress
 
 
 def load_data(config: SuiteConfig, model: GemmaModel | None = None, progress: bool = True) -> tuple[Any, TokenRows]:
-    """The model of a run and its packed tokens; the configuration must have ``data``.
+    """Load the model of a run and its packed tokens; the configuration must have ``data``.
 
     Raises:
         GemmaScopeError: the model or the text cannot be used.

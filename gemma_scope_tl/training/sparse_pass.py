@@ -1,12 +1,13 @@
 """Loss and gradients of several SAEs where few latents are active: only the encoder's product is dense.
 
-All other work is on *entries*: pre-activations above the lower end of the threshold's kernel, active or not, a few
-dozen among thousands for each token. The SAEs are one stack of latents that read one input, so they share the encoder's
-product and every operation after it. Entries are in the order (token, SAE, prefix segment, latent), so each token has a
-row for each segment of each SAE: decoding and the gradients of the values are sums over such rows.
+All other work is on *entries*: pre-activations above the lower end of the threshold's kernel, active or not. They are a
+few dozen among thousands for each token. The SAEs are one stack of latents that read one input, so they share the
+encoder's product and every operation after it. Entries are in the order (token, SAE, prefix segment, latent), so each
+token has a row for each segment of each SAE: decoding and the gradients of the values are sums over such rows.
 
-With ``G_t`` the error term's gradient at a row's reconstruction, ``g = G_t . d_i`` that of a latent, ``on`` its being
-active, ``K`` the kernel at its pre-activation and ``price`` the penalties', the sums running over the batch::
+Let ``G_t`` be the gradient of the squared error at a row's reconstruction and ``g = G_t . d_i`` that at a latent,
+``on`` 1 where the latent is active and 0 elsewhere, ``K`` the kernel at its pre-activation, and ``price`` the price of
+the penalties. Then, with sums over the batch::
 
     d W_dec_i = sum f_i G_t                        d b_dec = sum G_t - sum_i W_enc_i (sum on g)
     d W_enc_i = sum on g (x - b_dec)               d b_enc = sum on g
@@ -25,7 +26,7 @@ from gemma_scope_tl.training.optimizer import Prices, chunk_rows
 from gemma_scope_tl.training.stack import Batch, Chunk, Member, Vectors, Weights, residuals_
 
 WHOLE_CHUNK = 0.75
-"""Share of touched rows from which on a whole chunk is updated in place, instead of gathering and scattering rows."""
+"""If at least this share of a chunk's rows is touched, the whole chunk is updated in place, without gathering rows."""
 
 
 class SparsePass:
@@ -66,7 +67,7 @@ class SparsePass:
         return ops.starts_of(row.bincount(minlength=(starts.shape[0] - 1) * count)), row
 
     def _residuals(self) -> None:
-        """The error term, its gradient at each row's reconstruction, and the sums that a step reports."""
+        """Compute the errors, their gradient at each row's reconstruction, and the sums that a step reports."""
         batch, n = self.batch, self.batch.x.shape[0]
         count = len(self.segments)
         partial = ops.row_sums(self.offsets, self.latents, self.f, self.dec).view(n, count, -1)
@@ -87,7 +88,7 @@ class SparsePass:
         self.sums = batch.shard.sum_data(torch.stack(found))
 
     def backward(self, prices: Sequence[Prices]) -> None:
-        """The gradients of the entries' values, sorted by latent, and their sums for each latent."""
+        """Compute the gradients of the entries' values, sorted by latent, and their sums for each latent."""
         shard = self.batch.shard
         order, self.starts = by_latent = ops.groups(self.latents, self.theta.shape[0])
         g = ops.sampled(self.offsets, self.latents, self.g_out, self.dec, by_latent)

@@ -17,16 +17,16 @@ class SAESpec:
     """One SAE to train.
 
     Attributes:
-        name: unique in a suite, such as ``"res/layer_3/width_1k/target_l0_12"``.
-        place: the tensor it reads; transcoders reconstruct ``target_of(place)``.
-        d_sae: its latents.
-        recipe: its hyper-parameters. SAEs of one place share the batch size.
-        seed: of its initial weights.
+        name: name of the SAE, unique in a suite, such as ``"res/layer_3/width_1k/target_l0_12"``.
+        place: the place that the SAE reads; transcoders reconstruct ``target_of(place)``.
+        d_sae: number of latents.
+        recipe: hyper-parameters. SAEs of one place share the batch size.
+        seed: seed of the initial weights.
         target_l0: the wanted L0. With the linear penalty, lambda is steered towards it. With the quadratic penalty it
             is ``L0*``, and required. None keeps lambda fixed.
 
     Raises:
-        GemmaScopeError: a value out of range.
+        GemmaScopeError: a value is out of range.
     """
 
     name: str
@@ -49,20 +49,20 @@ class SAESpec:
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether it reads one tensor and reconstructs another."""
+        """Whether the SAE reconstructs a tensor other than its input."""
         return target_of(self.place) != self.place
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; :meth:`from_json` reads it."""
+        """The spec as plain data, which :meth:`from_json` reads."""
         return asdict(self) | {"place": self.place.key}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SAESpec:
-        """What :meth:`to_json` wrote.
+        """Make a spec from what :meth:`to_json` returned.
 
         Raises:
-            UnknownNameError: a key that no field has.
-            GemmaScopeError: a missing key, or a bad value.
+            UnknownNameError: a key is not the name of a field.
+            GemmaScopeError: a key is missing, or a value is invalid.
         """
         names = [field.name for field in fields(cls)]
         for key in data:
@@ -77,10 +77,10 @@ class SAESpec:
 
 
 def check_one_place(specs: Sequence[SAESpec]) -> None:
-    """Raise if SAEs cannot be stepped together.
+    """Check that SAEs can be stepped together.
 
     Raises:
-        GemmaScopeError: there are none, two have one name, or they have several places or batch sizes.
+        GemmaScopeError: there are no SAEs, two have one name, or they have several places or batch sizes.
     """
     if not specs:
         raise GemmaScopeError("A place needs at least one SAE.")

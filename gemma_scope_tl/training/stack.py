@@ -1,4 +1,4 @@
-"""The stack of latents of the SAEs of a place: parameters, initialisation, folding, and what passes are handed."""
+"""The stack of latents of the SAEs of a place: parameters, initialisation, folding, and the interface of passes."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class Weights:
 def initialize(weights: Weights, specs: Sequence[SAESpec], members: Sequence[Member], shard: Shard) -> None:
     """Fill ``weights`` with the initialisation of the paper (section 3.2; appendix B for transcoders).
 
-    Thresholds all equal, biases 0, ``W_dec`` He-uniform and then scaled to unit rows (which forgets He's bound).
-    ``W_enc`` of an SAE is ``W_dec^T``; that of a transcoder is independent of it. The paper does not say how the latter
-    is drawn; here He-uniform, ``U(-b, b)`` with ``b = sqrt(6 / d_in)``.
+    All thresholds are equal and biases are 0. ``W_dec`` is He-uniform and then scaled to unit rows, so the bound does
+    not matter. ``W_enc`` of an SAE is ``W_dec^T``; that of a transcoder is drawn independently. The paper does not say
+    how; here it is He-uniform, ``U(-b, b)`` with ``b = sqrt(6 / d_in)``.
     """
     weights.b_enc.zero_()
     weights.b_dec.zero_()
@@ -93,11 +93,11 @@ class Member:
     """One SAE of the stack.
 
     Attributes:
-        index: its number among the place's SAEs, and its row of ``b_dec``.
-        rows: the latents in the stack that this process has of it.
-        segments: ``rows`` cut where its Matryoshka prefixes end; some may be empty where latents are divided.
-        bandwidth: epsilon.
-        d_sae: the number of its latents on all processes together.
+        index: index of the SAE among those of the place, and of its row in ``b_dec``.
+        rows: rows of this process's latents of the SAE in the stack.
+        segments: ``rows`` cut where Matryoshka prefixes end; some may be empty where latents are divided.
+        bandwidth: epsilon, the width of the kernel.
+        d_sae: number of latents on all processes together.
     """
 
     index: int
@@ -170,14 +170,14 @@ def _own(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch, with what all passes of a step need to know.
+    """One batch, with the values that all passes of a step need.
 
     Attributes:
         x: ``[rows, d_in]``, this process's rows.
         y: the target ``[rows, d_out]``, the same tensor as ``x`` unless the SAEs are transcoders.
-        n: rows on all processes.
+        n: number of rows on all processes together.
         centred: whether ``b_dec`` is subtracted before the encoder.
-        shard: how sums over other processes are made.
+        shard: computes the sums over processes.
     """
 
     x: Tensor
@@ -192,7 +192,7 @@ class Chunk:
     """Gradients of the matrices for some neighbouring latents, summed over the batch and all processes.
 
     Attributes:
-        rows: where they lie in the stack.
+        rows: rows of these latents in the stack.
         touched: which of ``rows`` have gradients, ``[k]``, counted from ``rows.start``; None for all.
         enc, dec: ``[k, d_in]`` and ``[k, d_out]``, which the caller may overwrite.
     """
@@ -209,7 +209,7 @@ class Vectors:
 
     Attributes:
         b_enc, log_threshold: gradients.
-        fired: on how many activations of the batch each was active.
+        fired: number of activations of the batch on which each latent was active.
     """
 
     b_enc: Tensor
@@ -244,7 +244,7 @@ class Pass(Protocol):
 
 
 def residuals_(partial: Tensor, b_dec: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """From partial reconstructions to errors, and the gradients of the error term, which replace them.
+    """Replace partial reconstructions by the gradients of the squared error, and return these with the errors' squares.
 
     With ``P_j`` what segment ``j`` of ``k`` reconstructs, ``e_j = b_dec - y + P_1 + ... + P_j`` is the error of prefix
     ``j``, and the loss ``mean_j mean_t ||e_j||^2`` has the gradient ``(2 / (n k)) (e_j + ... + e_k)`` with respect to

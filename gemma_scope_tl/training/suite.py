@@ -63,29 +63,29 @@ def train_suite(
     a finished run is returned at once.
 
     The run's folder gets ``<site>/layer_L/width_W/average_l0_N/params.npz``, where N is the L0 on batches after
-    training; ``suite.json`` (configuration, scales, a row per SAE); ``metrics.jsonl``; and ``runs.jsonl``, which says
-    when each process ran.
+    training; ``suite.json`` (configuration, scales, a row per SAE); ``metrics.jsonl``; and ``runs.jsonl``, which
+    records when each process ran.
 
     With ``mesh`` in the configuration, several processes (started by ``torchrun``, with one folder that all see) divide
-    every SAE and every batch. Each calls this function, the first one writes, and the result is that of one process
-    within rounding. A run continues with the mesh that it was begun with. Its memory and disk are not planned.
+    every SAE and every batch. Each calls this function, the first one writes, and the result equals that of one process
+    up to rounding. A run must continue with the mesh with which it began. Its memory and disk are not planned.
 
     Args:
         config: a YAML file, its content, or a configuration.
         overrides: ``"key=value"``, as ``--set`` on the command line.
-        model: from ``load_model``; loaded by the configuration's name unless given.
-        source: makes the source of some places, instead of the configuration's.
+        model: a model from ``load_model``; by default the configuration's model is loaded.
+        source: a function that makes the source of some places, in place of the configuration's source.
         resume: continue an unfinished run; False starts it over.
         force: train even if the plan says that memory or disk do not suffice.
-        progress: show bars.
+        progress: show progress bars.
 
     Returns:
-        A row for each SAE: the registry's columns, ``l0``, ``fvu``, ``silent``, and how it was trained.
+        A row for each SAE: the registry's columns, ``l0``, ``fvu``, ``silent``, and how the SAE was trained.
 
     Raises:
-        TrainingStateError: a wrong configuration; a folder that holds another run or other things; a damaged
-            checkpoint; memory or disk that do not suffice.
-        TrainingStopped: SIGINT or SIGTERM came, and a checkpoint was written.
+        TrainingStateError: the configuration has problems, its folder holds another run or other files, a checkpoint is
+            damaged, or memory or disk do not suffice.
+        TrainingStopped: SIGINT or SIGTERM was received, and a checkpoint was written.
         GemmaScopeError: the model, the text or the store cannot be used.
     """
     checked = load_config(config, overrides)
@@ -142,7 +142,7 @@ def _train(
 
 @contextmanager
 def _closing(run: TrainingRun) -> Generator[None]:
-    """Close a run's loggers. If the run fails, errors of the loggers are suppressed, as they would hide its own."""
+    """Close a run's loggers. If the run fails, errors of the loggers are suppressed, as they would hide the run's."""
     try:
         yield
     except BaseException:
@@ -157,8 +157,8 @@ def _record_process(folder: Path, began: float, first: int, run: TrainingRun) ->
     facts = {"began": round(began), "seconds": round(time.time() - began, 1), "threads": run.threads}
     try:
         append_line(folder / "runs.jsonl", json.dumps({"from_step": first, "to_step": run.step, **facts}))
-    except WriteError as error:  # results do not depend on it, and raising would hide how the run ended
-        warnings.warn(f"This run is not noted: {error}", stacklevel=2)
+    except WriteError as error:  # results do not depend on the file, and raising would hide how the run ended
+        warnings.warn(f"The times of this run are not recorded: {error}", stacklevel=2)
 
 
 def _finished(folder: Path, config: SuiteConfig, shard: Shard) -> pd.DataFrame:
@@ -187,5 +187,5 @@ def _prepare(folder: Path, config: SuiteConfig, groups: Sequence[Group], resume:
             (folder / name).unlink(missing_ok=True)
     taken = [name for name in (*sites, CHECKPOINTS, SUITE_NAME, METRICS_NAME) if (folder / name).exists()]
     if taken:
-        raise TrainingStateError(f"{folder} holds {', '.join(taken)}, and no run: choose another output.")
+        raise TrainingStateError(f"{folder} holds {', '.join(taken)}, but no run: choose another output.")
     write_run(folder, config)

@@ -1,4 +1,4 @@
-"""Figures, and a latent's page."""
+"""Figures of evaluations, studies, training and circuits, and the HTML page of a latent."""
 
 from __future__ import annotations
 

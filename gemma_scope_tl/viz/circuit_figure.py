@@ -21,16 +21,16 @@ _BARE = 0.5  # width of the column of a token without nodes; a node takes 1
 def draw_circuit(ax: Axes, circuit: Circuit, title: str = "", labels: bool = True) -> None:
     """Draw ``circuit`` on ``ax``.
 
-    A node stands above its token at the height of its site, nodes that share both stand side by side, and a token is as
-    wide as its nodes need. A node's area grows with the size of its attribution, an edge's width with the size of its
-    effect; what raises the metric is red, what lowers it blue. Diamonds are errors, squares unspliced
-    places, triangles skip paths, and the star is the metric.
+    A node is drawn in the column of its token at the height of its site. Nodes that share both are drawn side by side,
+    in a column of sufficient width. A node's area grows with the absolute attribution, and an edge's width with the
+    absolute effect; red raises the metric, and blue lowers it. Diamonds are errors, squares are unspliced places,
+    triangles are skip paths, and the star is the metric.
 
     Args:
-        ax: where to draw.
-        circuit: from :func:`~gemma_scope_tl.circuit`.
-        title: above the plot.
-        labels: write the number of each latent next to its node.
+        ax: the axes to draw on.
+        circuit: a circuit from :func:`~gemma_scope_tl.circuit`.
+        title: title of the plot.
+        labels: write the index of each latent next to its node.
     """
     nodes, edges = circuit.nodes, circuit.edges
     places = node_places(nodes, len(circuit.tokens))
@@ -55,7 +55,7 @@ def draw_circuit(ax: Axes, circuit: Circuit, title: str = "", labels: bool = Tru
 
 
 def column_places(nodes: pd.DataFrame, tokens: int) -> list[tuple[float, float]]:
-    """``(centre, width)`` of each token's column: a unit per node where most nodes stand side by side."""
+    """``(centre, width)`` of each token's column, which is as wide as its largest number of nodes side by side."""
     counts = nodes.groupby(["position", "rank"]).size().groupby("position").max().to_dict()
     found: list[tuple[float, float]] = []
     left = 0.0
@@ -67,7 +67,7 @@ def column_places(nodes: pd.DataFrame, tokens: int) -> list[tuple[float, float]]
 
 
 def node_places(nodes: pd.DataFrame, tokens: int) -> dict[int, tuple[float, float]]:
-    """``x`` and ``y`` of each node by number: in its token's column, and on its site's line, counted from 0."""
+    """``x`` and ``y`` of each node by number: a position in the token's column, and the index of the site's line."""
     columns = column_places(nodes, tokens)
     lines = {rank: line for line, rank in enumerate(sorted(set(nodes["rank"])))}
     cells: list[tuple[Any, Any]] = list(zip(nodes["position"], nodes["rank"], strict=True))

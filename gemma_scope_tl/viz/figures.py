@@ -1,4 +1,4 @@
-"""What figures share: style, axes, legends and files, and two plots for scripts. Nothing here needs a display."""
+"""Style, axes, legends and files shared by all figures, and two plots for scripts. No display is needed."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _LOGARITHMIC = ("delta_loss", "error", "l0", "lambda", "threshold", "lr")
 
 @dataclass(frozen=True)
 class Style:
-    """How panels look.
+    """The style of panels.
 
     Attributes:
-        title, label, tick: sizes of text in points; legends have the size of ticks.
+        title, label, tick: text sizes in points; legends have the size of ticks.
         colors: number of colours in matplotlib's default cycle.
-        markers: one for each line of a colour.
+        markers: the markers of lines that share a colour.
     """
 
     title: float = 9
@@ -59,14 +59,14 @@ class Style:
         return self.markers[number % len(self.markers)]
 
     def axes(self, ax: Axes, x: str, y: str) -> None:
-        """Label both axes, each with its metric's label or with the given text, and draw a grid."""
+        """Label both axes with the label of a metric or with the given text, and draw a grid."""
         ax.set_xlabel(LABELS.get(x, x), fontsize=self.label)
         ax.set_ylabel(LABELS.get(y, y), fontsize=self.label)
         ax.tick_params(labelsize=self.tick)
         ax.grid(visible=True, alpha=0.25, lw=0.6)
 
     def legend(self, figure: Figure, ax: Axes, most: int) -> None:
-        """One legend below all panels, unless there are more than ``most`` names, or only one."""
+        """Draw one legend below all panels, unless there are more than ``most`` names, or only one."""
         handles, labels = ax.get_legend_handles_labels()
         if 1 < len(labels) <= most:
             figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=self.tick, frameon=False)
@@ -76,7 +76,7 @@ STYLE = Style()
 
 
 def check_columns(frame: pd.DataFrame, columns: Sequence[str], *, finite: bool = False) -> None:
-    """Raise :class:`GemmaScopeError` unless there are rows with these columns, with finite numbers if ``finite``."""
+    """Raise :class:`GemmaScopeError` unless there are rows with these columns (finite numbers, if ``finite``)."""
     import numpy as np
 
     missing = [column for column in columns if column not in frame.columns]
@@ -90,10 +90,10 @@ def check_columns(frame: pd.DataFrame, columns: Sequence[str], *, finite: bool =
 
 
 def named_groups(table: pd.DataFrame, by: list[str], words: Mapping[str, str]) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each combination of values in ``by``, in order of appearance, and the name of the combination.
+    """The name and the rows of each combination of values in ``by``, in order of appearance.
 
     Missing values (the layer of an embedding, the release of an unregistered SAE) form a group and are left out of
-    its name. ``words`` has formats of some columns' values, such as ``"layer {}"``.
+    its name. ``words`` holds formats for the values of columns, such as ``"layer {}"``.
     """
     if not by:
         return [("", table)]
@@ -113,7 +113,7 @@ def group_name(row: pd.Series[Any], by: list[str], words: Mapping[str, str]) -> 
 
 
 def scale(ax: Axes, which: Literal["x", "y"], frame: pd.DataFrame, metric: str) -> None:
-    """Make an axis logarithmic if its metric is drawn so and is positive: splicing may lower the loss."""
+    """Make an axis logarithmic for metrics drawn that way, if all values are positive (delta loss may be negative)."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if metric not in _LOGARITHMIC or not (frame[metric] > 0).all():
@@ -136,7 +136,7 @@ def grid(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, li
 
 
 def new_figure(rows: int, width: float = 9.0, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """A figure of panels below each other, each of this size in inches, and the panels."""
+    """A figure with a column of panels, each of this size in inches, and the panels."""
     figure, panels = grid(rows, 1, (width, height * rows))
     return figure, [line[0] for line in panels]
 
@@ -145,11 +145,11 @@ def latent_heatmap(ax: Axes, table: pd.DataFrame, tokens: list[str], title: str,
     """Draw which latents fire on which token.
 
     Args:
-        ax: where to draw.
+        ax: the axes to draw on.
         table: rows of :func:`~gemma_scope_tl.latents.table.features` of one SAE and one sequence.
         tokens: the sequence's tokens, for the horizontal axis; position 0 is the first.
-        title: above the plot.
-        latents: how many to show, by their strongest activation.
+        title: title of the plot.
+        latents: number of latents to show, those of strongest activation.
     """
     import numpy as np
 
@@ -169,7 +169,7 @@ def latent_heatmap(ax: Axes, table: pd.DataFrame, tokens: list[str], title: str,
 def metric_by_layer(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> None:
     """Draw a metric of :func:`~gemma_scope_tl.evals.suite.evaluate` by layer: a line per site, one panel.
 
-    Where a site has several SAEs in a layer, the denser is drawn solid and the sparser dashed.
+    If a site has several SAEs in a layer, the denser one is drawn solid and the sparser one dashed.
     """
     for number, (site, rows) in enumerate(table.groupby("site", sort=False)):
         order = rows.sort_values("l0").groupby("layer")
@@ -185,12 +185,12 @@ def metric_by_layer(ax: Axes, table: pd.DataFrame, metric: str, label: str) -> N
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write ``figure`` as PNG, whole or not at all. Folders are created."""
+    """Write ``figure`` as PNG, atomically. Missing folders are created."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return write_atomically(path, buffer.getvalue())
 
 
 def visible_token(token: str) -> str:
-    """A token as text of a figure, where ``$`` would begin a formula and spaces alone would be invisible."""
+    """A token as text for a figure, in which ``$`` would begin a formula and spaces would be invisible."""
     return token.replace("\n", "\\n").replace("$", r"\$").strip() or "·"

@@ -39,15 +39,15 @@ class PageText:
     While the activations of a place are held, further latents of it need no forward pass.
 
     Args:
-        model: from ``load_model``, with its hooks and attached SAEs.
+        model: a model from ``load_model``, with its hooks and attached SAEs.
         data: texts, token ids or conversations; None for the held-out text in the package.
-        rows: of tokens, at most.
-        context: tokens in a row, BOS included.
-        batch_size: rows in a forward pass.
-        memory: bytes of activations to hold. Those of one place are held even if they take more.
+        rows: maximum number of token rows.
+        context: number of tokens in a row, BOS included.
+        batch_size: number of rows in a forward pass.
+        memory: bytes of activations to hold. The activations of one place are held even if they take more.
 
     Raises:
-        GemmaScopeError: when the texts hold less than one row, or ``rows`` or ``batch_size`` is below 1.
+        GemmaScopeError: the texts hold less than one row, or ``rows`` or ``batch_size`` is below 1.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PageText:
         memory: int = 1 << 29,
     ) -> None:
         if rows < 1 or batch_size < 1:
-            raise GemmaScopeError(f"rows and batch_size are at least 1; given: {rows}, {batch_size}.")
+            raise GemmaScopeError(f"rows and batch_size must be 1 or more, not {rows} and {batch_size}.")
         batch = as_rows(model, read_texts() if data is None else data, context, limit=rows)
         self.model, self.tokens, self.batch_size, self.memory = model, batch.ids, batch_size, memory
         self.ordinary: Bool[torch.Tensor, "rows pos"] = batch.ordinary(special_token_ids(model.tokenizer))
@@ -68,7 +68,7 @@ class PageText:
 
     @torch.no_grad()
     def activations(self, sae: Any) -> Float[torch.Tensor, "rows pos d_in"]:
-        """What ``sae`` reads at every token, heads flattened, on the CPU."""
+        """The activations that ``sae`` reads at every token, with flattened heads, on the CPU."""
         site, layer = locate(sae)
         site.check_layer(layer, self.model.dims)
         place = Place(site.name, layer)
@@ -85,19 +85,19 @@ class PageText:
         return self._held[place]
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """Token ids as texts, one each."""
+        """The text of each token id."""
         tokenizer = self.model.tokenizer
         return [tokenizer.decode([i]) if tokenizer else str(i) for i in ids]
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A stretch of text around the token on which the latent fires strongest in its row.
+    """A window of text around the token on which the latent fires strongest in a row.
 
     Attributes:
-        row: of the page's text; ``start``: position of the first token shown.
-        tokens, activations: one each; BOS, EOS and padding count as 0.
-        peak: index of the strongest token among ``tokens``.
+        row: row of the page's text; ``start``: position of the first token shown.
+        tokens, activations: the tokens and their activations; BOS, EOS and padding count as 0.
+        peak: index of the strongest token in ``tokens``.
     """
 
     row: int
@@ -113,12 +113,12 @@ class LatentFacts:
 
     Attributes:
         latent: index of the latent; ``d_sae``: number of latents.
-        name: release and id of the SAE, or its site and layer outside the registry.
-        site, layer: the place that it reads.
-        tokens: number of tokens, without BOS, EOS and padding; ``fired``: on how many of them the latent is active.
-        maximum: the strongest activation, 0 where it never fires.
-        examples: strongest first, each from another row of the text.
-        edges, counts: histogram of the activations above 0; empty where there is none.
+        name: release and id of the SAE; site and layer if the SAE is not in the registry.
+        site, layer: the place that the SAE reads.
+        tokens: number of tokens, without BOS, EOS and padding; ``fired``: number of tokens on which the latent fires.
+        maximum: the strongest activation; 0 if the latent never fires.
+        examples: examples, strongest first, each from a different row of the text.
+        edges, counts: histogram of the activations above 0; empty if there are none.
         lens: rows of :func:`~gemma_scope_tl.latents.logit_lens.top_tokens`.
         neighbours: ``latent, cosine``: the nearest decoder rows, nearest first.
         neuronpedia: address of the latent's dashboard, if the registry has one.
@@ -155,24 +155,27 @@ def latent_facts(
     k: int = 10,
     neighbours: int = 8,
 ) -> LatentFacts:
-    """Compute a latent's page. BOS, EOS and padding are left out, as everywhere.
+    """Compute the numbers of a latent's page, without BOS, EOS and padding.
 
     Args:
         text: the text of the page.
         sae: a whole SAE or transcoder.
-        latent: index.
-        examples: number of examples at most; ``around``: tokens on each side of the strongest.
-        k: number of promoted, and of suppressed, tokens.
-        neighbours: number of similar latents at most.
+        latent: index of the latent.
+        examples: maximum number of examples; ``around``: number of tokens on each side of the strongest.
+        k: number of promoted tokens, and of suppressed tokens.
+        neighbours: maximum number of similar latents.
 
     Raises:
-        SpliceError: for a latent that does not exist, or an SAE of another model.
-        GemmaScopeError: for ``Latents``, which lack the other decoder rows, or a count below 1.
+        SpliceError: the latent does not exist, or the SAE does not fit the model.
+        GemmaScopeError: ``sae`` is a ``Latents``, which lacks the other decoder rows, or a number is below 1.
     """
     if isinstance(sae, Latents):
         raise GemmaScopeError("A latent's page compares it with all others: load the whole SAE with load_sae.")
     if min(examples, k, neighbours) < 1 or around < 0:
-        raise GemmaScopeError(f"Counts are at least 1; given: {examples}, {k}, {neighbours}, around {around}.")
+        raise GemmaScopeError(
+            f"examples, k and neighbours must be 1 or more, and around 0 or more, not {examples}, {k}, {neighbours} "
+            f"and {around}."
+        )
     (index,) = chosen_latents(sae, latent)
     site, layer = locate(sae)
     x = text.activations(sae).to(text.model.device_of(layer))
@@ -209,7 +212,7 @@ def similar_latents(sae: Any, latent: int, n: int = 8) -> pd.DataFrame:
         A row per latent, nearest first, without the latent itself: ``latent, cosine``.
 
     Raises:
-        SpliceError: for a latent that does not exist.
+        SpliceError: the latent does not exist.
     """
     import pandas as pd
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.viz.latent_facts import Excerpt
 
 COLOR = "#c2410c"
-# !important: the demo shows the page inside Gradio, which styles tables and colours by its own rules.
+# !important is needed because the demo shows the page inside Gradio, which has its own rules for tables and colours.
 STYLE = """
 .gs-latent { font: 15px/1.5 system-ui, sans-serif; color: #1c1917; background: #fff; padding: 1.2rem; max-width: 70rem;
   margin: 0 auto; border-radius: 8px; }
@@ -56,8 +56,11 @@ _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 
 
 def token_text(token: str) -> str:
-    """A token as visible text: line breaks and tabs as signs, and as numbers the control characters, marks of direction
-    and lone surrogates, which would be invisible or change the text around them."""
+    """A token as visible text.
+
+    Line breaks and tabs become symbols. Control characters, direction marks and lone surrogates become numbers, since
+    they would be invisible or change the text around them.
+    """
     return _UNSEEN.sub(lambda found: _SIGNS.get(found[0]) or f"\\u{ord(found[0]):04x}", token)
 
 
@@ -65,8 +68,8 @@ def token_spans(tokens: Sequence[str], values: Sequence[float], maximum: float, 
     """Tokens as HTML, coloured by their values.
 
     Args:
-        tokens, values: one each.
-        maximum: the value with the darkest colour; at 0 nothing is coloured.
+        tokens, values: tokens and their values.
+        maximum: the value with the darkest colour; at 0 no token is coloured.
         peak: index of a token to outline.
     """
     spans: list[str] = []
@@ -101,7 +104,7 @@ def latent_html(facts: LatentFacts) -> str:
 
 
 def document(title: str, body: str) -> str:
-    """A whole HTML file around ``body``, which may load nothing from elsewhere."""
+    """A complete HTML file around ``body``, which may not load external resources."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -171,7 +174,7 @@ class FeaturePage:
 
     Attributes:
         facts: the numbers on it.
-        html: a whole HTML document that loads nothing from elsewhere.
+        html: a complete HTML document without external resources.
     """
 
     facts: LatentFacts
@@ -181,7 +184,7 @@ class FeaturePage:
         return document(f"Latent {self.facts.latent} of {self.facts.name}", latent_html(self.facts))
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the document whole or not at all. Folders are created."""
+        """Write the document atomically. Missing folders are created."""
         return write_atomically(path, self.html)
 
     def _repr_html_(self) -> str:
@@ -201,20 +204,20 @@ def feature_page(
     """A latent's top activating examples, firing histogram, promoted and suppressed tokens, and similar latents.
 
     Args:
-        model: from ``load_model``.
+        model: a model from ``load_model``.
         sae: a whole SAE or transcoder.
-        latent: index.
-        text: texts or token ids to look at, by default the held-out text in the package; a :class:`PageText` keeps its
-            activations for further latents.
-        rows, context: rows of tokens at most, and tokens in a row, for texts or token ids.
+        latent: index of the latent.
+        text: texts or token ids, by default the held-out text in the package; a :class:`PageText` keeps its activations
+            for further latents.
+        rows, context: maximum number of rows, and number of tokens in a row, for texts or token ids.
         counts: ``examples``, ``around``, ``k``, ``neighbours`` of :func:`latent_facts`.
 
     Returns:
         A page that notebooks show, with ``.html`` and ``.save(path)``.
 
     Raises:
-        SpliceError: for a latent that does not exist, or an SAE of another model.
-        GemmaScopeError: for too little text, or an SAE of which only some latents are loaded.
+        SpliceError: the latent does not exist, or the SAE does not fit the model.
+        GemmaScopeError: there is too little text, or only some latents of the SAE are loaded.
     """
     page_text = text if isinstance(text, PageText) else PageText(model, text, rows, context)
     return FeaturePage(latent_facts(page_text, sae, latent, **counts))

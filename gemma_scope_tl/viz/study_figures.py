@@ -1,4 +1,7 @@
-"""Figures of the paper's studies and of explanations: each draws a table."""
+"""Figures of the paper's studies and of explanations. Each function draws the table of a study.
+
+Every function raises ``GemmaScopeError`` if a column is missing or there are no rows.
+"""
 
 from __future__ import annotations
 
@@ -23,31 +26,30 @@ def fidelity_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss",
     """Metrics over L0 (section 4.1): a row of panels per metric, a column per site, a line per layer and width.
 
     Args:
-        table: of :func:`~gemma_scope_tl.studies.sparsity_fidelity`.
+        table: the table of :func:`~gemma_scope_tl.studies.sparsity_fidelity`.
         metrics: columns to draw; lower and further left is better.
 
     Raises:
-        GemmaScopeError: when a column is missing, or there is no row. So for every figure in this module.
+        GemmaScopeError: a column is missing, or there are no rows.
     """
     return _over_l0(table, metrics, ["layer", "d_sae"])
 
 
 def transfer_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "fvu")) -> Figure:
-    """Base SAEs on the tuned model (section 4.5): as :func:`fidelity_figure`, a line per model and kind of SAE.
+    """Base SAEs on the tuned model (section 4.5): like :func:`fidelity_figure`, with a line per model and kind of SAE.
 
     Args:
-        table: of :func:`~gemma_scope_tl.studies.base_on_tuned`.
+        table: the table of :func:`~gemma_scope_tl.studies.base_on_tuned`.
         metrics: columns to draw.
     """
     return _over_l0(table, metrics, [*(["part"] if "part" in table else []), "model", "saes"])
 
 
 def uniformity_figure(table: pd.DataFrame) -> Figure:
-    """Uniformity of active latent importance over L0 (appendix C.3), with its intervals: a panel per site, a line per
-    layer and width.
+    """Uniformity of active latent importance over L0 (appendix C.3): a panel per site, a line per layer and width.
 
     Args:
-        table: of :func:`~gemma_scope_tl.studies.importance_uniformity`.
+        table: the table of :func:`~gemma_scope_tl.studies.importance_uniformity`, with its intervals.
     """
     return _over_l0(table, ["uniformity"], ["layer", "d_sae"], bounds=True)
 
@@ -56,7 +58,7 @@ def position_figure(table: pd.DataFrame, metrics: Sequence[str] = ("squared_erro
     """Metrics over the position in the sequence (section 4.2): a panel per metric, a line per SAE.
 
     Args:
-        table: of :func:`~gemma_scope_tl.studies.binned_by_position`.
+        table: the table of :func:`~gemma_scope_tl.studies.binned_by_position`.
         metrics: columns to draw.
     """
     check_columns(table, ["start", "stop", "site", "layer", "id", *metrics])
@@ -75,7 +77,7 @@ def frequency_figure(table: pd.DataFrame) -> Figure:
     """Histograms of how often latents fire (section 4.3): a panel per site, a line per SAE, a colour per width.
 
     Args:
-        table: of :func:`~gemma_scope_tl.studies.firing_frequencies`.
+        table: the table of :func:`~gemma_scope_tl.studies.firing_frequencies`.
     """
     check_columns(table, ["site", "layer", "id", "d_sae", "low", "high", "share", "dead"])
     sites = list(dict.fromkeys(table["site"]))
@@ -100,7 +102,7 @@ def domain_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "
     """Metrics by kind of text (section 4.6): a panel per metric, a point per SAE, domains from best to worst.
 
     Args:
-        table: of :func:`~gemma_scope_tl.studies.by_domain`.
+        table: the table of :func:`~gemma_scope_tl.studies.by_domain`.
         metrics: columns to draw.
     """
     check_columns(table, ["domain", "site", *metrics])
@@ -122,10 +124,10 @@ def domain_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "
 
 
 def precision_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "fvu", "l0")) -> Figure:
-    """Metrics in a dtype over those in the first one (section 4.7): on the diagonal nothing changed.
+    """Metrics in each dtype over those in the first dtype (section 4.7); points on the diagonal are unchanged.
 
     Args:
-        table: of :func:`~gemma_scope_tl.studies.by_dtype`.
+        table: the table of :func:`~gemma_scope_tl.studies.by_dtype`.
         metrics: columns to draw.
     """
     check_columns(table, ["dtype", *metrics])
@@ -147,11 +149,13 @@ def precision_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss"
 
 
 def probe_figure(table: pd.DataFrame) -> Figure:
-    """AUROC of probes by concept: a panel per k, for each concept the mean over SAEs of their latents, of random SAEs'
-    latents and of the raw activations, with a line from lowest to highest SAE.
+    """AUROC of probes by concept, with a panel per k.
+
+    For each concept a point shows the mean over SAEs for latents, random latents and raw activations each, and a line
+    extends from the lowest to the highest SAE.
 
     Args:
-        table: of :func:`~gemma_scope_tl.studies.probe_concepts`.
+        table: the table of :func:`~gemma_scope_tl.studies.probe_concepts`.
     """
     check_columns(table, ["concept", "features", "k", "auroc"])
     sparse = table[table["features"] != "dense"]
@@ -178,11 +182,11 @@ def scores_figure(table: pd.DataFrame) -> Figure:
     """Scores of explanations: a panel per method, a box and its points per SAE, a dashed line at chance.
 
     Args:
-        table: of :func:`~gemma_scope_tl.interp.detection_scores`, of :func:`~gemma_scope_tl.interp.simulation_scores`,
-            or of both.
+        table: the table of :func:`~gemma_scope_tl.interp.detection_scores` or
+            :func:`~gemma_scope_tl.interp.simulation_scores`, or both combined.
 
     Raises:
-        GemmaScopeError: when a column is missing, or there is no score to draw.
+        GemmaScopeError: a column is missing, or there is no score to draw.
     """
     check_columns(table, ["site", "layer", "id", "latent"])
     methods = [name for name in _SCORES if name in table.columns and table[name].notna().any()]
@@ -207,7 +211,7 @@ def scores_figure(table: pd.DataFrame) -> Figure:
 def _over_l0(table: pd.DataFrame, metrics: Sequence[str], by: list[str], bounds: bool = False) -> Figure:
     check_columns(table, ["site", "l0", *by, *metrics])
     sites = list(dict.fromkeys(table["site"]))
-    *head, last = by  # colours stand for the former, lines and markers for the latter
+    *head, last = by  # colours distinguish the values of head, lines and markers those of last
     first, second = ([name for name, _ in _groups(table, columns)] for columns in (head, [last]))
     figure, panels = _grid(len(metrics), len(sites))
     for line, metric in zip(panels, metrics, strict=True):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CURVES = ("error", "l0", "lambda", "threshold")
 SERIES = ("name", "site", "layer", "width", "d_sae", "target_l0", "seed")
-"""Columns of a training log that say which SAE a row belongs to."""
+"""Columns of a training log that identify the SAE of a row."""
 _MOST_NAMES = 24
 _STYLE = Style(title=10, label=9, tick=8)
 
@@ -31,11 +31,11 @@ def pareto(
         frame: a row per SAE with the columns ``l0``, ``by`` and ``metrics``, as
             :func:`~gemma_scope_tl.evals.suite.evaluate` names them.
         metrics: columns to draw.
-        by: the column whose values are compared: a line through the points of each, in the order of L0.
-        title: above the panels.
+        by: the column whose values are compared; the points of each value are connected in the order of L0.
+        title: title above the panels.
 
     Raises:
-        GemmaScopeError: when a column is missing, there is no row, or a value is not finite.
+        GemmaScopeError: a column is missing, there are no rows, or a value is not finite.
     """
     check_columns(frame, ["l0", by, *metrics], finite=True)
     figure, panels = _panels(len(metrics), columns=len(metrics))
@@ -61,12 +61,12 @@ def training_curves(
     """Curves of a run: a panel per metric over the steps, a line per SAE.
 
     Args:
-        log: a training log with one JSON object a line, or its rows as a frame. Rows without a ``step`` and all of
+        log: a training log with one JSON object per line, or its rows as a frame. Rows that lack ``step`` or one of
             ``metrics`` (events) are left out.
         metrics: columns to draw.
-        by: the columns that tell SAEs apart; by default those of ``name``, ``site``, ``layer``, ``target_l0`` ... that
+        by: the columns that distinguish SAEs; by default those of ``name``, ``site``, ``layer``, ``target_l0`` ... that
             exist.
-        title: above the panels.
+        title: title above the panels.
 
     Raises:
         GemmaScopeError: when the log cannot be read, or holds no row with these columns.

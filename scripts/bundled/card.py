@@ -1,4 +1,4 @@
-"""Write the model card and the files beside it, all from JSON that the runs wrote."""
+"""Write the model card and the files beside it from the JSON that the runs wrote."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LIMITS = """## Limits
 
 
 def sources_table(manifest: dict[str, Any]) -> str:
-    """Markdown: one row a domain with source, version, licence, credit, sizes and share of training."""
+    """A Markdown table of the domains: source, version, licence, credit, sizes and share of training."""
     lines = [
         "| domain | share | source | licence | credit | training MB (documents) |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -58,7 +58,7 @@ def sources_table(manifest: dict[str, Any]) -> str:
 
 
 def results_table(metrics: dict[str, Any]) -> str:
-    """Markdown: held-out bits per byte of each domain, with xz as a point of reference."""
+    """A Markdown table of held-out bits per byte of each domain, with xz for comparison."""
     lines = [
         "| domain | bits per byte | nats per token | tokens scored | bytes scored | xz, bits per byte | lines seen |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -73,7 +73,7 @@ def results_table(metrics: dict[str, Any]) -> str:
 
 
 def curve_table(log: list[dict[str, Any]]) -> str:
-    """Markdown: training loss and held-out bits per byte at each evaluation of the log."""
+    """A Markdown table of training loss and held-out bits per byte at each evaluation of the log."""
     lines = ["| step | tokens (M) | training loss, nats per token | held-out bits per byte (sample) |"]
     lines.append("| --- | --- | --- | --- |")
     recent: list[float] = []
@@ -89,7 +89,7 @@ def curve_table(log: list[dict[str, Any]]) -> str:
 
 
 def recipe_text(log: list[dict[str, Any]], metrics: dict[str, Any]) -> str:
-    """What was run, read from the log: settings, restarts, steps, tokens, speed."""
+    """A description of the run from the log: settings, restarts, steps, tokens, speed."""
     starts = [row for row in log if "event" in row]
     config = starts[-1]["config"]
     speeds = sorted(row["tokens_per_second"] for row in log if "tokens_per_second" in row)

@@ -24,7 +24,7 @@ def _bytes(documents: list[Document]) -> int:
 
 
 def _capped(documents: list[Document], cap: int) -> list[Document]:
-    """The first documents that fit into `cap` bytes; one that does not fit is passed over."""
+    """The documents that fit into `cap` bytes, in order; a document that does not fit is skipped."""
     kept, used = list[Document](), 0
     for document in documents:
         size = len(document[1].encode())

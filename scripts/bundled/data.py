@@ -13,7 +13,7 @@ from scripts.bundled.tokenizer import BOS
 
 
 class DomainStream:
-    """Endless sequence of contiguous pieces of one domain's token stream.
+    """An endless sequence of contiguous pieces of one domain's token stream.
 
     A pass cuts the stream at a random phase into pieces of `length` tokens and visits each piece once, shuffled.
     """
@@ -41,7 +41,7 @@ def load_token_batches(
 ) -> Iterator[torch.Tensor]:
     """Yield int64 [batch, context] from the weighted mixture without end; column 0 is BOS.
 
-    The sequence depends on `seed`, `batch` and `context` only; `skip` passes over that many batches (for a resume).
+    The sequence depends on `seed`, `batch` and `context` only; `skip` omits that many batches (for a resume).
     """
     weights = weights or WEIGHTS
     names = list(weights)

@@ -11,7 +11,7 @@ from gemma_scope_tl.files import replace_files
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary_path)` and put the result at `path`, whole or not at all."""
+    """Call `write(temporary_path)`, and move the result to `path` atomically."""
     replace_files(path.parent, {path.name: write})
 
 
@@ -26,12 +26,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line atomically."""
+    """Write one JSON object per line atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a file, one a line."""
+    """Yield the JSON objects of a file, one per line."""
     with path.open(encoding="utf-8") as handle:
         for line in handle:
             yield json.loads(line)

@@ -1,4 +1,4 @@
-"""Synthetic arithmetic text, written by a seeded function (ours; dedicated to the public domain)."""
+"""Synthetic arithmetic text from a seeded function of this package (dedicated to the public domain)."""
 
 from __future__ import annotations
 

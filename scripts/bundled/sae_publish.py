@@ -46,14 +46,14 @@ class Published:
 
     @property
     def id(self) -> str:
-        """The id in the registry: the folder below the site's; the embedding, in a release with others, keeps it."""
+        """The id in the registry: the path below the site's folder, or with it for the embedding beside other sites."""
         return self.folder if self.place.layer is None else self.folder.split("/", 1)[1]
 
 
 def publish_folder(root: Path, folder: Path, place: Place, row: dict[str, Any], metrics: dict[str, Any]) -> Published:
-    """Copy an SAE to `<site>/layer_L/width_W/average_l0_N` below `root`, N being the held-out L0.
+    """Copy an SAE to `<site>/layer_L/width_W/average_l0_N` below `root`, where N is the held-out L0.
 
-    A second one of that name gets a decimal.
+    A second SAE of that name gets a decimal.
     """
     head = f"{place.key}/width_{width_label(row['d_sae'])}/average_l0_"
     name = f"{head}{metrics['l0']:.0f}"
@@ -67,7 +67,7 @@ def publish_folder(root: Path, folder: Path, place: Place, row: dict[str, Any], 
 
 
 def write_registry(folder: Path, published: list[Published]) -> list[Path]:
-    """Write `bundled-*.yaml`; of the SAEs of one place and width the middle one is canonical."""
+    """Write `bundled-*.yaml`; the middle one of the SAEs of each place and width is canonical."""
     paths: list[Path] = []
     alike: dict[tuple[Place, int], list[Published]] = defaultdict(list)
     for p in published:

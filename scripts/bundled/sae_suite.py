@@ -1,4 +1,4 @@
-"""From the trained model to the published SAE suite: train, round, measure as shipped, register, describe."""
+"""Make the published SAE suite from the trained model: train, round, measure as shipped, register, describe."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ REGISTRY = REPO / "pretrained_yaml"
 CONFIG = REPO / "configs" / "bundled.yaml"
 SIGNIFICANT_BITS = {"W_enc": 5, "W_dec": 5}
 VECTOR_BITS = 8
-"""Bits that are kept of values: five of the matrices' (an error of 1.3 % of a weight, at random), of vectors bfloat16's
-eight. Zeros compress, and the suite has to stay small."""
+"""Significant bits that are kept: five for matrices (a random error of 1.3 % of a weight), and eight for vectors, as in
+bfloat16. Zeros compress well, and the suite must be small."""
 
 
 def train(work: Path, report: Callable[[str], object]) -> Path:
-    """Train the suite of ``configs/bundled.yaml``, or go on with it, and return its folder."""
+    """Train the suite of ``configs/bundled.yaml``, or continue its training, and return its folder."""
     config = load_config(CONFIG)
     mixture = work / "mixture.parquet"
     if not mixture.exists():
@@ -47,8 +47,8 @@ def publish(suite: Path, *, windows: int | None, report: Callable[[str], object]
 
     Args:
         suite: the folder that training wrote.
-        windows: held-out windows to measure on; None for all.
-        report: told a line for each SAE.
+        windows: number of held-out windows to measure on; None for all.
+        report: called with a line for each SAE.
     """
     facts = json.loads((suite / "suite.json").read_text(encoding="utf-8"))
     staging = suite / "staging"
@@ -105,7 +105,7 @@ def _round(path: Path, to: Path) -> None:
 
 
 def _measure(saes: list[tuple[dict, Path]], tokens: torch.Tensor, cache: Path) -> pd.DataFrame:
-    """A row for each SAE, read from the file that will ship; ``cache`` is where a run that was stopped goes on."""
+    """A row for each SAE, read from the file that will ship; ``cache`` is a folder for continuing a stopped run."""
     model = gs.load_model("bundled")
     loaded = []
     for row, folder in saes:
@@ -115,7 +115,7 @@ def _measure(saes: list[tuple[dict, Path]], tokens: torch.Tensor, cache: Path) -
 
 
 def _swap(staging: Path, root: Path) -> None:
-    """Put every site's folder in place of an earlier run's."""
+    """Replace the folders of an earlier run, for every site."""
     root.mkdir(parents=True, exist_ok=True)
     for folder in staging.iterdir():
         shutil.rmtree(root / folder.name, ignore_errors=True)

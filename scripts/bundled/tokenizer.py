@@ -116,6 +116,6 @@ def tokenize_corpus(work: Path) -> dict[str, dict[str, int]]:
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
-    """`numpy.save` without its habit of adding `.npy` to the name."""
+    """Save like `numpy.save`, which would add `.npy` to the name."""
     with path.open("wb") as handle:
         np.save(handle, array)

@@ -39,7 +39,7 @@ class TrainConfig:
     log_every: int = 20
     checkpoint_seconds: float = 200.0
     evaluations: int = 10
-    eval_windows: int = 48  # a domain, during training
+    eval_windows: int = 48  # per domain, during training
 
     @property
     def tokens_a_step(self) -> int:
@@ -53,7 +53,7 @@ class TrainConfig:
 
 
 def model_config() -> Gemma2Config:
-    """The bundled architecture: Gemma 2 in small, with n_heads * head_dim (96) different from the width (128)."""
+    """The bundled architecture, a small Gemma 2 with n_heads * head_dim (96) different from the width (128)."""
     layers = 4
     return Gemma2Config(
         vocab_size=VOCAB_SIZE,
@@ -128,7 +128,7 @@ class Trainer:
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     def train_step(self, tokens: Tensor) -> tuple[float, float]:
-        """One optimizer step on [batch, context]; returns loss (nats a token) and the learning-rate factor."""
+        """One optimizer step on [batch, context]; returns loss (nats per token) and the learning-rate factor."""
         factor = lr_factor(self.step * self.config.tokens_a_step, self.config)
         loss = self.loss_of(tokens)
         loss.backward()

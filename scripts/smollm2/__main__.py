@@ -1,9 +1,9 @@
-"""SAEs on SmolLM2-135M's middle residual stream: ours and SAELens's own recipe at several sparsities each.
+"""SAEs on SmolLM2-135M's middle residual stream, by this package's and SAELens's recipe at several sparsities each.
 
 ``python -m scripts.smollm2 all`` does everything: the model's folder (fetched, checked), activations (2.0M tokens, half
 an hour on one core), the search for the peer's settings, training, evaluation and the figure (about an hour on two idle
-cores). Each step keeps what it made and continues where it was stopped. The model's weights are 4-bit quantised, and
-none of this runs in CI.
+cores). Each step keeps its results, and continues after an interruption. The model's weights are 4-bit quantised. These
+steps do not run in CI.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ def _search_peer(log: Log, x: Tensor, held: Tensor) -> dict[str, Any]:
 
 
 def _search_ours(log: Log, x: Tensor, held: Tensor) -> Recipe:
-    """Our settings, from the bundled model's in this width's units, at the full budget: L0 is steered and needs it."""
+    """This package's settings, rescaled from those of the bundled model, at the full budget that steering L0 needs."""
     start = shortened(Recipe.from_json(chosen(BUNDLED)["ours"]), BUDGET).rescaled(WIDTHS**-0.5)
     return search_ours(log, x, held, MIDDLE, BUDGET, PLACE, start=start, stages=_stages(start), report=typer.echo)
 
 
 def _stages(start: Recipe) -> list[list[dict[str, Any]]]:
-    """What is tried for ours: each value of the start, and factors around it."""
+    """The changes tried for this package's recipe: factors around each value of the start."""
 
     def scaled(factors: tuple[float, ...], *names: str) -> list[dict[str, Any]]:
         return [{name: getattr(start, name) * factor for name in names} for factor in factors]
@@ -155,7 +155,7 @@ def everything(work: Work = DEFAULT_WORK, threads: Threads = 2) -> None:
 
 
 def _stored_peer(setting: dict[str, Any]) -> list[dict[str, Any]]:
-    """The peer's points of the stored results, which must be of the same data and budget."""
+    """The peer's points of the stored results, which must have the same data and budget."""
     stored = load_points(NAME)
     if stored["setting"] != setting:
         raise GemmaScopeError(f"The stored results are of {stored['setting']}, not {setting}: run without --keep-peer.")
@@ -163,14 +163,14 @@ def _stored_peer(setting: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def shortened(recipe: Recipe, budget: Budget) -> Recipe:
-    """The recipe found on the bundled model with warm-ups that are the same share of a run of another length."""
+    """The recipe found on the bundled model, with warm-ups scaled to the length of the run."""
     share = budget.steps / BUNDLED_BUDGET.steps
     warm_ups = {name: round(getattr(recipe, name) * share) for name in ("lr_warm_up_steps", "l0_warm_up_steps")}
     return replace(recipe, **warm_ups)
 
 
 def _activations(work: Path) -> tuple[Tensor, Tensor]:
-    """``(held, training)`` activations: the first stored ones choose settings, the rest train."""
+    """``(held, training)`` activations: the first stored ones are for choosing settings, the rest for training."""
     x = load_activations(work / "activations")
     return x[:HELD_ROWS], x[HELD_ROWS:]
 

@@ -1,4 +1,4 @@
-"""Text, tokens and stored activations: the residual stream behind one layer, in chunks that a killed run keeps.
+"""Text, tokens and stored activations: the residual stream after one layer, in chunks that survive a killed run.
 
 Text: WikiText-2, Python's standard library and its manual, from the pinned packages of ``scripts/bundled/sources.py``,
 with the same held-out split. Rows are ``<|endoftext|>`` and 255 consecutive tokens; documents are separated by
@@ -29,8 +29,8 @@ SHARES = {"wikipedia": 0.6, "code": 0.2, "docs": 0.2}
 """Domains and their share of the rows."""
 SEPARATOR, SEPARATOR_ID = "<|endoftext|>", 0
 SINKS = 8
-"""Positions left out at the start of each row: the model puts norms a hundred times the others' on the separator there
-and on the first comma, full stop or line break after it."""
+"""Positions left out at the start of each row, where activations of the separator, and of the first comma, full stop or
+line break after it, have norms a hundred times as large as others."""
 CONTEXT, CHUNK_ROWS, BATCH_ROWS, SEED = 256, 64, 8, 0
 
 
@@ -46,7 +46,7 @@ def token_rows(work: Path, split: str, tokens: int) -> Tensor:
         split: ``train`` or ``heldout``.
 
     Raises:
-        GemmaScopeError: the text holds fewer.
+        GemmaScopeError: the text holds fewer tokens.
     """
     rows = _all_rows(work, split)
     count = -(-tokens // CONTEXT)
@@ -76,7 +76,7 @@ def _texts(work: Path, name: str, split: str) -> list[str]:
 
 
 def kept(rows: Tensor) -> Tensor:
-    """The positions that are trained on, spliced and measured ``[n, 256]``: ordinary tokens behind the first few."""
+    """The positions for training, splicing and measuring, ``[n, 256]``: ordinary tokens after the first few."""
     mask = rows != SEPARATOR_ID
     mask[:, :SINKS] = False
     return mask
@@ -85,7 +85,7 @@ def kept(rows: Tensor) -> Tensor:
 def harvest(work: Path, tokens: int) -> Path:
     """Write the activations of about ``tokens`` training tokens, float16, ``work/activations/<chunk>.npy [kept, d]``.
 
-    Chunks that are there are kept, so a stopped run continues and a longer one adds to a shorter.
+    Existing chunks are kept, so a stopped run continues, and a longer run adds to a shorter one.
     """
     rows, folder = token_rows(work, "train", tokens), work / "activations"
     halves = Halves(load_model(work / "model"), LAYER)
@@ -102,7 +102,7 @@ def load_activations(folder: Path, limit: int | None = None) -> Tensor:
     """The stored activations ``[n, d]`` in float16, the first ``limit`` of them.
 
     Raises:
-        GemmaScopeError: fewer are stored.
+        GemmaScopeError: fewer activations are stored.
     """
     parts, found = [], 0
     for path in sorted(folder.glob("*.npy")):
@@ -116,7 +116,7 @@ def load_activations(folder: Path, limit: int | None = None) -> Tensor:
 
 
 def describe(x: Tensor) -> dict[str, float]:
-    """Norms of activations ``[n, d]``, so that outliers are seen."""
+    """Norms of activations ``[n, d]``, which show outliers."""
     norms = x.float().norm(dim=-1)
     found = {"median": norms.median(), "p99": norms.quantile(0.99), "max": norms.max()}
     return {name: value.item() for name, value in found.items()} | {"rms": norms.square().mean().sqrt().item()}

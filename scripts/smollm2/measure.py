@@ -1,4 +1,4 @@
-"""What SAEs of the middle residual stream cost the language model: held-out L0, FVU and delta loss."""
+"""Held-out L0, FVU and delta loss of SAEs of the middle residual stream."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def evaluated(folder: Path, rows: Tensor, trained: Sequence[Trained]) -> list[di
     A loss is the mean over predictions from such a position to an ordinary token; only these positions are replaced.
 
     Args:
-        folder: the model's.
+        folder: folder of the model.
         rows: held-out token ids ``[n, 256]``.
         trained: SAEs for raw activations.
     """
@@ -69,14 +69,14 @@ class _Losses:
         self.counts: dict[str, int] = {}
 
     def add(self, name: str, rows: Tensor, stream: Tensor) -> None:
-        """Take in the losses of ``rows`` when the residual stream is ``stream``."""
+        """Add the losses of ``rows`` for the residual stream ``stream``."""
         scored = kept(rows)[:, :-1] & (rows[:, 1:] != SEPARATOR_ID)
         found = next_token_losses(self.halves.logits(stream), rows)[scored]
         self.sums[name] = self.sums.get(name, 0.0) + float(found.double().sum())
         self.counts[name] = self.counts.get(name, 0) + int(scored.sum())
 
     def mean(self, name: str) -> float:
-        """Nats a prediction."""
+        """The mean loss in nats per prediction."""
         return self.sums[name] / self.counts[name]
 
 

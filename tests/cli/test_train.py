@@ -72,7 +72,7 @@ def test_ctrl_c_is_status_130_and_errors_are_one_line(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
     assert process.returncode == 130, error
-    assert "Stopped by SIGINT after step" in error and "the same call goes on" in error
+    assert "Stopped by SIGINT after step" in error and "the same call continues" in error
     bad = subprocess.run([*command, "--set", "sead=1"], env=env, capture_output=True, text=True, check=False)
     assert bad.returncode == 1
     assert "Unknown key 'sead'. Nearest: seed" in bad.stderr

@@ -117,9 +117,9 @@ def test_a_cfg_that_contradicts_its_row(draft: Draft) -> None:
     facts["metadata"]["model_name"] = "gpt2"
     cfg.write_text(json.dumps(facts))
     found = problems(path)
-    assert "reads blocks.2.hook_resid_post, the row says site mlp, layer 2" in found["shapes", "sae_0"]
+    assert "names hook blocks.2.hook_resid_post, but the row says site mlp, layer 2" in found["shapes", "sae_0"]
     assert "does not fit site 'transcoder'" in found["shapes", "sae_1"]
-    assert "of model gpt2, the row's is bundled" in found["shapes", "sae_2"]
+    assert "names model gpt2, but the row says bundled" in found["shapes", "sae_2"]
 
 
 def test_names_of_others(draft: Draft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_names_of_others(draft: Draft, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv(EXTRA_FOLDERS_VARIABLE)
     taken = path.rename(tmp_path / "gpt2-small-res-jb.yaml")
     edit(taken, ("release: my-saes", "release: gpt2-small-res-jb"))
-    assert "SAELens has a release 'gpt2-small-res-jb' of its own" in problems(taken)["names", ""]
+    assert "SAELens has its own release 'gpt2-small-res-jb'" in problems(taken)["names", ""]
 
 
 def test_files_that_are_no_registry_files(tmp_path: Path) -> None:

@@ -106,9 +106,9 @@ def test_everything_is_reported_at_once(tmp_path: Path) -> None:
         "--set 'nowhere:layer=3' names a folder without weights",
         "layer_2/x: layer is 2 according to the folder's name, 3 according to cfg.json. Give --set layer_2/x:layer=",
         "layer_2/x: site is res according to cfg.json, mlp according to --site",
-        "odd: cfg.json is of a 'topk' SAE",
-        "odd: cfg.json has d_in 8, the weights have 12",
-        "odd: cfg.json has d_sae 7, the weights have 24",
+        "odd: cfg.json describes a 'topk' SAE",
+        "odd: cfg.json has d_in 8, but the weights have 12",
+        "odd: cfg.json has d_sae 7, but the weights have 24",
         "cut: ",
     ]:
         assert part in text, (part, text)

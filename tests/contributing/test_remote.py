@@ -119,7 +119,7 @@ def test_repositories_that_cannot_be_read(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(GemmaScopeError, match="HF_HUB_OFFLINE") as caught:
         draft("me/open", tmp_path)
-    assert re.search("me/open cannot be had", str(caught.value))
+    assert re.search("me/open cannot be fetched", str(caught.value))
 
 
 def test_a_gated_repository_says_so(hub: LocalHub, made_up: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811

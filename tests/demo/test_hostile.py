@@ -336,7 +336,7 @@ def test_work_that_nobody_waits_for_ends(world: World) -> None:
     left = iter([True] * 4)
     token = wanted.set(lambda: next(left, False))
     try:
-        with pytest.raises(GemmaScopeError, match="Nobody waits"):
+        with pytest.raises(GemmaScopeError, match="No page waits"):
             logic.steer_text(world, "The king said", world.start(), 3, 1.0, 100)
     finally:
         wanted.reset(token)

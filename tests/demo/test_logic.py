@@ -137,7 +137,7 @@ def test_the_grid_holds_the_registry_s_metrics(world: World) -> None:
         (lambda w, n: logic.read_text(w, "   ", n), "Type some text"),
         (lambda w, n: logic.read_text(w, None, n), "Type some text"),
         (lambda w, n: logic.read_text(w, "a" * 4001, n), "4,000 are allowed"),
-        (lambda w, n: logic.read_text(w, "a\ud83d", n), "half of a character"),
+        (lambda w, n: logic.read_text(w, "a\ud83d", n), "incomplete character"),
         (lambda w, n: logic.read_text(w, "a b " * 500, n), "256 are allowed"),
         (lambda w, n: logic.read_text(w, TEXT, "no-such-sae"), "Nearest"),
         (lambda w, n: logic.read_text(w, TEXT, None), "Nearest"),

@@ -35,7 +35,7 @@ def test_a_fault_is_tried_again(endpoint: Endpoint, fault: int | str) -> None:
     ("fault", "match"),
     [
         (429, "status 429"),
-        ("garbled", "the answer is not what a chat endpoint gives"),
+        ("garbled", "the answer does not have the format of a chat endpoint"),
         ("slow", r"no answer within 0\.2 s"),
     ],
 )
@@ -118,7 +118,7 @@ def test_concurrency_is_bounded(endpoint: Endpoint) -> None:
 def test_bad_settings() -> None:
     with pytest.raises(GemmaScopeError, match="not the URL of an endpoint"):
         ChatClient("m", "file:///etc/passwd")
-    with pytest.raises(GemmaScopeError, match="concurrency is 1 or more"):
+    with pytest.raises(GemmaScopeError, match="concurrency must be 1 or more"):
         ChatClient("m", "http://127.0.0.1/v1", concurrency=0)
 
 

@@ -134,7 +134,7 @@ def test_what_is_wrong_is_said(model: Any, sae: Any, tokens: torch.Tensor) -> No
         Sampling(window=1)
     with pytest.raises(SpliceError, match="the SAE's are 0"):
         top_examples(model, sae, tokens, progress=False, latents=[10**6])
-    with pytest.raises(GemmaScopeError, match="None stands for all"):
+    with pytest.raises(GemmaScopeError, match="or None for all"):
         top_examples(model, sae, tokens, progress=False, latents=[])
     (found,) = top_examples(model, sae, tokens[:2], progress=False, latents=[3], sampling=SMALL)
     with pytest.raises(SpliceError, match="was not collected"):

@@ -146,15 +146,15 @@ def test_what_cannot_be_exported(saes: list[Any], trained: Path, tmp_path: Path)
         export_suite(saes, tmp_path / "a", ABOUT, layout="pickle")  # type: ignore[arg-type]
     with pytest.raises(GemmaScopeError, match="The model is not known"):
         export_suite(trained, tmp_path / "a", ABOUT, progress=False)
-    with pytest.raises(GemmaScopeError, match="lie in each other"):
+    with pytest.raises(GemmaScopeError, match="is inside the other"):
         export_suite(trained, trained / "out", ABOUT, model="tiny")
-    with pytest.raises(GemmaScopeError, match="would both be"):
+    with pytest.raises(GemmaScopeError, match="would both be in"):
         export_suite([saes[0], saes[0]], tmp_path / "a", ABOUT)
     with pytest.raises(GemmaScopeError, match="licence"):
         About(" ")
     export_suite(saes[:1], tmp_path / "a", ABOUT, progress=False)
     export_suite(saes[:1], tmp_path / "a", ABOUT, progress=False)  # again: the same files
-    with pytest.raises(GemmaScopeError, match="not of this export"):
+    with pytest.raises(GemmaScopeError, match="of another export"):
         export_suite(saes[1:], tmp_path / "a", ABOUT, progress=False)
     wrong = pd.DataFrame([{"site": "mlp", "layer": 0, "d_sae": 1024, "l0": 3.0}])
     with pytest.raises(GemmaScopeError, match="site mlp, layer 0"):

@@ -126,7 +126,7 @@ def test_frequency_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_probes_keep_nothing(tmp_path: Path) -> None:
-    with pytest.raises(GemmaScopeError, match="leave --resume out"):
+    with pytest.raises(GemmaScopeError, match="omit --resume"):
         _run("probes", *SMALL, "--resume", str(tmp_path))
 
 

@@ -71,5 +71,5 @@ def test_edges_that_make_no_sense() -> None:
     model = shared_model("grouped", "bridge")
     sae, tokens = random_sae(model.dims, "res", 1), random_tokens(model)
     for edges in ([3, 3], [0], [0, 25], [-1, 4], [5, 2]):
-        with pytest.raises(GemmaScopeError, match="Edges of bins increase from 0 or later to 24"):
+        with pytest.raises(GemmaScopeError, match="Edges of bins must increase and be between 0 and 24"):
             binned_by_position(model, sae, tokens, edges, progress=False)

@@ -211,5 +211,5 @@ def test_what_is_wrong_is_said(model: Any) -> None:
     data = bundled_concepts(model.tokenizer, 32, 1)
     with pytest.raises(UnknownNameError, match="Nearest: domain: code"):
         data.chosen(["domain: cod"])
-    with pytest.raises(GemmaScopeError, match="reads a latent or more"):
+    with pytest.raises(GemmaScopeError, match="reads 1 latent or more"):
         probe_concepts(model, sae, data, (0,), progress=False)

@@ -49,7 +49,7 @@ def test_all_problems_at_once_with_nearest_names(tmp_path: Path) -> None:
         ({"steps": None}, "say how long to train"),
         ({"source": {"kind": "streaming"}}, "data is missing"),
         ({"source": {"kind": "store"}}, "source.path"),
-        ({"source": {"kind": "store", "path": "x", "bucket_rows": 100}}, "no multiple of the batch size, 64"),
+        ({"source": {"kind": "store", "path": "x", "bucket_rows": 100}}, "must be a multiple of the batch size, 64"),
         ({"recipe": {"preset": "papr"}}, "Unknown recipe preset 'papr'. Nearest: paper"),
         ({"grid": []}, "at least 1 item"),
         ({"grid": [{"sites": ["res"], "widths": ["15k"], "lambdas": [1]}]}, "No power of two is written '15k'"),
@@ -99,8 +99,8 @@ def test_files_extend_each_other_and_are_overridden(tmp_path: Path) -> None:
     (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
     for path, overrides, message in (
         ("loop.yaml", [], "may extend each other"),
-        ("top.yaml", ["steps"], "no override"),
-        ("top.yaml", ["grid.3.widths=[1]"], "none of the list's numbers"),
+        ("top.yaml", ["steps"], "not an override"),
+        ("top.yaml", ["grid.3.widths=[1]"], "is not an index of the list"),
         ("none.yaml", [], "cannot be read"),
     ):
         with pytest.raises(GemmaScopeError, match=message):

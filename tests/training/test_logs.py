@@ -40,7 +40,7 @@ def test_metrics_file_is_cut_at_the_checkpoint(tmp_path: Path) -> None:
     log.log(2, [{"name": "a", "l0": 4.0}])
     log.close()
     assert [json.loads(line)["l0"] for line in path.read_text().splitlines()] == [2.0, 4.0]
-    with pytest.raises(TrainingStateError, match="were there at the checkpoint"):
+    with pytest.raises(TrainingStateError, match="at the checkpoint: it was cut"):
         MetricsFile(path, 10_000)
 
 

@@ -51,7 +51,7 @@ def test_all_sites_of_2b_fit_sixteen_gibibytes() -> None:
 
 def test_a_plan_that_cannot_fit_is_refused_with_the_number() -> None:
     plan = plan_suite(CONFIGS / "gemma-2-9b-paper.yaml", memory=2**34, device_flops=1e15)
-    assert "needs 11,9" in plan.refusals[0] and "16.0 GiB are there" in plan.refusals[0]
+    assert "needs 11,9" in plan.refusals[0] and "16.0 GiB are free" in plan.refusals[0]
     with pytest.raises(TrainingStateError, match="does not fit"):
         plan.check()
     assert plan.totals["seconds"] == pytest.approx(

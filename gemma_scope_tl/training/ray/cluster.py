@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster, or on a Ray that this process starts for itself. Nothing here knows of SAEs.
+"""Jobs on a Ray cluster, or on a Ray that this process starts. This module is independent of SAEs.
 
 Ray starts a job on a node that has its processors, GPUs and memory, after the jobs whose results it takes, and starts
 it again elsewhere when its worker or node is lost. An error that the job's own code raises is not retried, since it
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 Report = Callable[[int, int], None]
-"""What a job calls with the steps done and the steps in all."""
+"""A function that a job calls with the number of steps done and the total number of steps."""
 State = Literal["waiting", "running", "done", "failed", "left out"]
 
 _OBJECT_STORE = 128 * 2**20  # bytes; jobs exchange files, so Ray's own store holds only their arguments
@@ -47,10 +47,10 @@ class Job:
         function: an importable function, called as ``function(report, **arguments)`` in a worker process. It must be
             safe to run again after a lost attempt.
         arguments: small values that can be pickled.
-        num_cpus, num_gpus: processors and GPUs that Ray reserves for it.
-        memory: bytes that Ray reserves for it; 0 for no reservation.
-        after: names of the jobs that must be done before.
-        cost: any measure of its length; longer jobs start first.
+        num_cpus, num_gpus: numbers of processors and GPUs that Ray reserves for the job.
+        memory: bytes that Ray reserves for the job; 0 for no reservation.
+        after: names of the jobs that must be done before this one.
+        cost: any measure of the job's length; longer jobs start first.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Job:
 
     @property
     def resources(self) -> dict[str, float]:
-        """The resources that it needs, in Ray's names."""
+        """The resources that the job needs, under Ray's names."""
         wanted = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": float(self.memory)}
         return {name: amount for name, amount in wanted.items() if amount}
 
@@ -78,14 +78,14 @@ class JobStatus:
     """The state of a job.
 
     Attributes:
-        state: a job is ``left out`` if one that it needs failed.
-        step, steps: its own measure of progress; 0, 0 until it reports.
-        starts: how often it was started; more than 1 after a worker or node was lost.
-        node: where it was last started.
-        seconds: from its first start to its end, lost attempts included.
-        reason: why it waits, failed or was left out.
+        state: the state in words; a job is ``left out`` if a job that it needs failed.
+        step, steps: progress as the job reports it; 0, 0 before its first report.
+        starts: number of starts; more than 1 after a worker or node was lost.
+        node: the node on which the job was last started.
+        seconds: time from the first start to the end, including lost attempts.
+        reason: why the job waits, failed or was left out.
         trace: the traceback in the worker.
-        value: what its function returned.
+        value: the return value of the job's function.
     """
 
     name: str
@@ -108,20 +108,20 @@ def run_jobs(
     show: Callable[[Sequence[JobStatus]], None] = lambda statuses: None,
     poll: float = 0.5,
 ) -> list[JobStatus]:
-    """Run ``jobs`` to their end, even if some of them fail, and return a status for each, in their order.
+    """Run ``jobs`` to their end, even if some of them fail, and return a status for each, in the given order.
 
     Args:
-        jobs: any number; those that wait for others may come before them.
-        address: of a running cluster (``auto``, ``host:6379``, ``ray://host:10001``). None starts a Ray on this machine
-            and stops it at the end. A process that is connected to a cluster already uses that one.
+        jobs: the jobs; a job may come before those that it waits for.
+        address: address of a running cluster (``auto``, ``host:6379``, ``ray://host:10001``). None starts a Ray on this
+            machine and stops it at the end. A process that is already connected to a cluster uses that cluster.
         retries: how often a job is started again after its worker or node was lost.
         show: called with all statuses about every ``poll`` seconds and at the end.
-        poll: seconds.
+        poll: seconds between two calls of ``show``.
 
     Raises:
-        GemmaScopeError: Ray is missing or unreachable; two jobs have one name, or wait for an unknown one or for each
-            other; or a job is larger than this machine, where Ray runs on it alone. Failures of jobs are in the
-            statuses.
+        GemmaScopeError: Ray is missing or unreachable; two jobs have one name, or jobs wait for an unknown job or for
+            each other; or Ray runs on this machine alone and a job is too large for it. Failures of jobs do not raise,
+            but are in the statuses.
     """
     _check(jobs, retries)
     ray = import_ray()
@@ -142,10 +142,10 @@ def run_jobs(
 
 
 def import_ray() -> ModuleType:
-    """Ray, without its usage statistics.
+    """Import Ray with its usage statistics turned off.
 
     Raises:
-        GemmaScopeError: it is not installed.
+        GemmaScopeError: Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -156,7 +156,7 @@ def import_ray() -> ModuleType:
 
 
 class Progress(NamedTuple):
-    """How far a job is: how often it was started, on which node last, and its steps."""
+    """Progress of a job: number of starts, node of the last start, and steps."""
 
     starts: int = 0
     node: str = ""
@@ -171,11 +171,11 @@ class Board:
         self.rows: dict[str, Progress] = {}
 
     def started(self, name: str, node: str) -> None:
-        """A worker starts the job, perhaps again."""
+        """Record that a worker starts the job, for the first time or again."""
         self.rows[name] = Progress(self.rows.get(name, Progress()).starts + 1, node)
 
     def reached(self, name: str, step: int, steps: int) -> None:
-        """A worker is at this step. A board that was itself restarted does not know the job's earlier starts."""
+        """Record the step of a worker. A board that was itself restarted does not know the job's earlier starts."""
         self.rows[name] = self.rows.get(name, Progress(1))._replace(step=step, steps=steps)
 
     def read(self) -> dict[str, Progress]:
@@ -184,13 +184,13 @@ class Board:
 
 
 def _work(job: Job, board: Any, version: str, *needed: Any) -> Any:
-    """Run a job in a worker process. ``needed`` are the results of other jobs, for which Ray waits."""
+    """Run a job in a worker process. Ray waits for ``needed``, the results of other jobs."""
     if __version__ != version:
         raise GemmaScopeError(f"This worker has gemma-scope-tl {__version__}; the run was started with {version}.")
     ray = import_ray()
 
     def arrived(message: Any) -> None:
-        with suppress(ray.exceptions.RayError):  # the job itself needs no board
+        with suppress(ray.exceptions.RayError):  # the job runs without the board, too
             ray.get(message, timeout=10.0)
 
     arrived(board.started.remote(job.name, socket.gethostname()))  # so that a lost attempt is counted
@@ -202,7 +202,7 @@ def _work(job: Job, board: Any, version: str, *needed: Any) -> Any:
         if step >= steps or now - reported >= _SECONDS_BETWEEN_REPORTS:
             reported = now
             message = board.reached.remote(job.name, step, steps)
-            if step >= steps:  # before the result, which the driver may see first
+            if step >= steps:  # wait, since the driver might see the job's result before its last step
                 arrived(message)
 
     return job.function(report, **job.arguments)
@@ -217,13 +217,13 @@ class _SubmittedJobs:
         self.status = {job.name: JobStatus(job.name) for job in jobs}
         self.began: dict[str, float] = {}
         self._work = ray.remote(_work)
-        # On the head node, which outlives the others. A board that is lost loses the display only.
+        # On the head node, which outlives the others. Losing the board affects the display only.
         head = {"node:__internal_head__": 0.001}
         self.board = ray.remote(Board).options(num_cpus=0, resources=head, max_restarts=-1).remote()
         self.results: dict[str, Any] = {}
         for job in sorted(jobs, key=lambda job: -job.cost):
             self._submit(job)
-        self.pending = {result: name for name, result in self.results.items()}  # those that jobs need come first
+        self.pending = {result: name for name, result in self.results.items()}  # jobs that others need come first
 
     def _submit(self, job: Job) -> Any:
         """The reference to a job's result."""
@@ -256,7 +256,7 @@ class _SubmittedJobs:
             try:
                 status.value = self.ray.get(result)
             except self.ray.exceptions.RayError as error:
-                if lacking:  # Ray raises the other job's error here
+                if lacking:  # Ray raises the error of the job it needs
                     status.state, status.reason = "left out", f"needs {lacking[0]}"
                 else:
                     status.state, status.reason, status.trace = "failed", _reason(self.ray, error), str(error)
@@ -264,7 +264,7 @@ class _SubmittedJobs:
                 status.state, status.step, status.reason = "done", status.steps, ""
 
     def update(self, alone: bool) -> None:
-        """Bring progress, times and the reasons for waiting up to date."""
+        """Update progress, times and the reasons for waiting."""
         now = time.monotonic()
         rows: dict[str, Progress] = {}
         with suppress(self.ray.exceptions.RayError):
@@ -290,7 +290,7 @@ class _SubmittedJobs:
                 self.status[name].reason = "" if fits else f"no node has {_amounts(job.resources)}"
 
     def cancel(self) -> None:
-        """Stop what still runs when the driver was interrupted."""
+        """Stop the jobs that still run after the driver was interrupted."""
         for result in self.pending:
             with suppress(Exception):
                 self.ray.cancel(result, force=True)
@@ -313,7 +313,7 @@ def _check(jobs: Sequence[Job], retries: int) -> None:
 
 
 def _check_sizes(jobs: Sequence[Job], nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raise if a job fits no node: on one machine, which no node can join, Ray would wait for ever."""
+    """Raise if a job fits no node. On a single machine, which no node can join, Ray would wait forever."""
     for job in jobs:
         if not any(job.fits(node) for node in nodes):
             has = "; ".join(_amounts({name: node.get(name, 0.0) for name in job.resources}) for node in nodes)
@@ -322,7 +322,7 @@ def _check_sizes(jobs: Sequence[Job], nodes: Sequence[Mapping[str, float]]) -> N
 
 @contextmanager
 def _connection(ray: Any, address: str | None) -> Generator[None, None, None]:
-    """Within the context this process is connected to a cluster; a connection that was there before stays."""
+    """Connect this process to a cluster within the context; an earlier connection is kept afterwards."""
     if ray.is_initialized():
         yield
         return
@@ -339,7 +339,7 @@ def _connection(ray: Any, address: str | None) -> Generator[None, None, None]:
 
 
 def _nodes(ray: Any) -> list[dict[str, float]]:
-    """The resources of each live node, in Ray's names."""
+    """The resources of each live node, under Ray's names."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -352,7 +352,7 @@ def _amounts(resources: Mapping[str, float]) -> str:
 
 
 def _reason(ray: Any, error: Exception) -> str:
-    """One line for people: what the job raised, or how it was lost."""
+    """A line of text: the error that the job raised, or how it was lost."""
     if isinstance(error, ray.exceptions.RayTaskError):
         cause = getattr(error, "cause", None) or error
         lines = str(cause).strip().splitlines() or [""]

@@ -19,7 +19,7 @@ _ORDER = tuple(_STYLE)
 
 @contextmanager
 def shown_jobs(console: Console) -> Generator[Callable[[Sequence[JobStatus]], None], None, None]:
-    """The argument ``show`` of ``run_jobs``: a live table on a terminal, a line for each change in a log."""
+    """Yield an argument ``show`` for ``run_jobs``: a live table on a terminal, or a line per change in a log."""
     if not console.is_terminal:
         yield _Lines(console)
         return
@@ -28,7 +28,7 @@ def shown_jobs(console: Console) -> Generator[Callable[[Sequence[JobStatus]], No
 
 
 def job_table(statuses: Sequence[JobStatus], rows: int = 30) -> Table:
-    """The number of jobs in each state, and the first ``rows`` jobs: failed ones first, done ones last."""
+    """A table of the first ``rows`` jobs (failed ones first, done ones last), titled with the counts of all states."""
     table = Table("job", "state", "step", "time", "node", "", title=job_counts(statuses), title_justify="left")
     for status in sorted(statuses, key=lambda status: _ORDER.index(status.state))[:rows]:
         steps = f"{status.step:,}/{status.steps:,}" if status.steps else ""
@@ -45,7 +45,7 @@ def job_table(statuses: Sequence[JobStatus], rows: int = 30) -> Table:
 
 
 def job_counts(statuses: Sequence[JobStatus]) -> str:
-    """How many jobs are in each state.
+    """The number of jobs in each state.
 
     >>> job_counts([JobStatus("a", "done"), JobStatus("b"), JobStatus("c", "done")])
     '3 jobs: 1 waiting, 2 done'

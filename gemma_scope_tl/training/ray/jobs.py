@@ -1,9 +1,10 @@
 """The SAEs of a configuration as jobs on Ray: harvest the store, train the places, merge the suites.
 
-A job trains the SAEs of one place and length, by ``train_suite`` in a folder of its own, ``jobs/NAME`` in the run's.
-Its SAEs see the same batches as in one process with all the others, and the seeds of weights follow from names, so the
-suite is the same to the bit if a job has as many threads as that process. All nodes must see the run's folder (and the
-store) under the same path: a job that is started again finds its checkpoint there, and this process its results.
+A job trains the SAEs of one place and length with ``train_suite``, in its own folder ``jobs/NAME`` of the run's folder.
+The SAEs see the same batches as in one process that trains all of them, and the seeds of the weights follow from the
+names. The suite is therefore the same to the bit if a job has as many threads as that process. All nodes must see the
+run's folder (and the store) under the same path: a job that is started again finds its checkpoint there, and this
+process finds the results there.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ _PATIENCE = 120.0  # seconds within which the processes of a lost node should ha
 
 
 class JobsFailed(TrainingStateError):
-    """Some jobs failed; the others are done and stay done.
+    """Some jobs failed; the results of the others are kept.
 
     Attributes:
-        statuses: of all jobs.
+        statuses: the statuses of all jobs.
     """
 
     def __init__(self, message: str, statuses: Sequence[JobStatus]) -> None:
@@ -73,12 +74,12 @@ def train_on_ray(
 ) -> pd.DataFrame:
     """Train the SAEs of a configuration as jobs on Ray, with the folder and table of ``train_suite``, plus ``jobs/``.
 
-    If the configuration reads a store that is not there and has ``data``, the store is harvested first. Called again,
-    it does what is missing: finished jobs and harvested shards stay, others continue from their checkpoints.
+    If the configuration names a store that does not exist and has ``data``, the store is harvested first. A second call
+    does only what is missing: finished jobs and harvested shards are kept, others continue from their checkpoints.
 
     Args:
-        config, overrides: as for ``train_suite``. ``threads`` are a job's, 1 unless given.
-        address: of a cluster; None starts a Ray on this machine.
+        config, overrides: as for ``train_suite``. ``threads`` is the number of threads of a job, by default 1.
+        address: address of a cluster; None starts a Ray on this machine.
         by: one job for each place (and length), or for each place and width.
         harvesters: jobs that share the harvest, each with its own copy of the model.
         retries: how often a job is started again after its worker or node was lost.
@@ -86,14 +87,15 @@ def train_on_ray(
         show: called with the statuses of all jobs from time to time.
 
     Raises:
-        JobsFailed: naming each job and its reason; their tracebacks are in ``jobs/NAME.error.txt``.
-        TrainingStateError: a wrong configuration; a folder that holds another run, or that the nodes do not share.
-        GemmaScopeError: as :func:`~gemma_scope_tl.training.ray.cluster.run_jobs`.
+        JobsFailed: jobs failed. The message names each with its reason; tracebacks are in ``jobs/NAME.error.txt``.
+        TrainingStateError: the configuration has problems, or its folder holds another run or is not shared by the
+            nodes.
+        GemmaScopeError: as in :func:`~gemma_scope_tl.training.ray.cluster.run_jobs`.
     """
     checked = load_config(config, overrides)
     if checked.mesh.processes > 1:
         raise TrainingStateError(
-            "A job on Ray is one process, so mesh does not go with it: start the run with torchrun."
+            "A job on Ray is one process and cannot have a mesh: remove mesh, or start the run with torchrun."
         )
     folder = Path(checked.output).absolute()
     make_folder(folder / JOBS)
@@ -115,15 +117,15 @@ def jobs_of(
     """The jobs of a configuration, with the resources of each.
 
     Args:
-        config: the run.
-        groups: its SAEs, from ``groups_of``.
+        config: the configuration of the run.
+        groups: the SAEs of the run, from ``groups_of``.
         by, harvesters: as for :func:`train_on_ray`.
 
     Raises:
-        TrainingStateError: another ``by``, or fewer than one harvester.
+        TrainingStateError: ``by`` is unknown, or there is no harvester.
     """
     if by not in ("place", "width") or harvesters < 1:
-        raise TrainingStateError(f"Jobs are by place or width, with a harvester at least; not {by!r}, {harvesters}.")
+        raise TrainingStateError(f"by must be place or width, and harvesters 1 or more, not {by!r} and {harvesters}.")
     shared = _for_workers(config)
     jobs: list[Job] = []
     if config.source.kind == "store" and config.data is not None and not _is_store(str(config.source.path)):
@@ -143,7 +145,7 @@ def jobs_of(
 
 
 def train_job(report: Report, config: Mapping[str, Any]) -> str:
-    """A job: ``train_suite`` in a worker process. Returns the folder of its results."""
+    """Run ``train_suite`` in a worker process, and return the folder of the results."""
     import torch
 
     from gemma_scope_tl.training.source_factory import OpenSource, source_opener
@@ -155,7 +157,7 @@ def train_job(report: Report, config: Mapping[str, Any]) -> str:
     opener: list[OpenSource] = []
 
     def source(places: Sequence[Place]) -> Source:
-        if not opener:  # not before: a finished run needs no model
+        if not opener:  # opened late, because a finished run needs no model
             opener.append(source_opener(checked, None, progress=False))
         report(0, steps)
         return cast("Source", _ReportingSource(opener[0](places), report, steps))
@@ -169,7 +171,7 @@ def train_job(report: Report, config: Mapping[str, Any]) -> str:
 
 
 def harvest_job(report: Report, config: Mapping[str, Any], places: Sequence[str], part: tuple[int, int]) -> bool:
-    """A job: one part of the store. Returns whether the store is finished."""
+    """Write one part of the store in a worker process, and return whether the store is finished."""
     import torch
 
     from gemma_scope_tl.activations.writer import write_store
@@ -194,7 +196,7 @@ def harvest_job(report: Report, config: Mapping[str, Any], places: Sequence[str]
 
 
 class _ReportingSource:
-    """A source that reports how many batches were taken from it."""
+    """A source that reports the number of batches taken from it."""
 
     def __init__(self, source: Source, report: Report, steps: int) -> None:
         self._source, self._report, self._steps = source, report, steps
@@ -228,7 +230,7 @@ def _absolute(path: str) -> str:
 
 
 def _job(name: str, function: Callable[..., Any], config: SuiteConfig) -> Job:
-    """A job with the resources that the plan of its configuration says."""
+    """A job with the resources that the plan of its configuration names."""
     from gemma_scope_tl.training.plan import plan_suite
 
     totals = plan_suite(config, measure=False).totals
@@ -284,6 +286,6 @@ def _check_done(folder: Path, statuses: Sequence[JobStatus]) -> None:
         undone = sum(status.state != "done" for status in statuses)
         raise JobsFailed(
             f"{undone} of {len(statuses)} jobs are not done. " + " | ".join(failed) + f" | Tracebacks are in "
-            f"{folder / JOBS}. What is done stays done: run the same again after the cause is gone.",
+            f"{folder / JOBS}. Finished jobs are kept: run the same again after removing the cause.",
             statuses,
         )

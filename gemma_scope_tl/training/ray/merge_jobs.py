@@ -25,13 +25,13 @@ def merge_jobs(folder: Path, config: SuiteConfig, groups: Sequence[Group], parts
     lengths logs at the end of each.
 
     Args:
-        folder: of the run.
-        config: its configuration.
-        groups: its SAEs, in the order of the grid.
+        folder: folder of the run.
+        config: configuration of the run.
+        groups: the SAEs of the run, in the order of the grid.
         parts: folders of the jobs.
 
     Raises:
-        TrainingStateError: a job's suite is not there.
+        TrainingStateError: a job's suite is missing.
     """
     found, scales = _suites(parts)
     specs = [spec for group in groups for spec in group.specs]
@@ -48,13 +48,13 @@ def merge_jobs(folder: Path, config: SuiteConfig, groups: Sequence[Group], parts
 
 
 def _suites(parts: Sequence[Path]) -> tuple[dict[str, tuple[Path, dict[str, Any]]], dict[str, float]]:
-    """The job's folder and the row of every SAE, by its name; and all scales."""
+    """The folder and the row of every SAE, by the SAE's name, and the scales of all places."""
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     scales: dict[str, float] = {}
     for part in parts:
         if not (part / SUITE_NAME).exists():
             raise TrainingStateError(
-                f"A job is done, and {part / SUITE_NAME} is not there: output must be a folder that all nodes share, "
+                f"A job is done, but {part / SUITE_NAME} is missing: output must be a folder that all nodes share "
                 "under one path."
             )
         facts = read_record(part / SUITE_NAME)
