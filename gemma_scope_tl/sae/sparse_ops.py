@@ -191,8 +191,8 @@ def entries(values: Tensor, on: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def nonzero(mask: Tensor) -> Tensor:
     """Indices of the true bytes of ``mask [n]``.
 
-    NumPy finds them in a third to a half of PyTorch's time, in one thread. With more threads, the mask is first searched
-    in steps of eight bytes.
+    NumPy finds them in a third to a half of PyTorch's time, in one thread. With more threads, the mask is first
+    searched in steps of eight bytes.
     """
     here = mask.device.type == "cpu"
     if here and torch.get_num_threads() <= NUMPY_THREADS:
