@@ -22,7 +22,7 @@ from datasets.utils.logging import disable_progress_bar
 from benchmarks.timing import paired, save
 from gemma_scope_tl.activations.buckets import Bucket
 from gemma_scope_tl.activations.folder import open_folder
-from gemma_scope_tl.activations.manifest import Contents, tensor_bytes
+from gemma_scope_tl.activations.manifest import StoreContents, tensor_bytes
 from gemma_scope_tl.activations.reader import StoreSource
 from gemma_scope_tl.activations.writer import SHARD_BYTES, write_passes
 from gemma_scope_tl.sites import Place
@@ -40,7 +40,7 @@ def write_ours(folder: Path, rows: torch.Tensor, places: list[Place], dtype: str
     shares = dict(zip(places, rows.chunk(len(places)), strict=True))
     count = len(rows) // len(places)
     kept = [min(PASS_ROWS, count - at) for at in range(0, count, PASS_ROWS)]
-    contents = Contents(
+    contents = StoreContents(
         model="gemma-2-2b",
         backend="bridge",
         weights="random",

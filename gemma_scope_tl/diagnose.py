@@ -100,10 +100,10 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Check versions, registry, devices, the Hub and disk space, and run the bundled model on both backends."""
-    found = Diagnosis({"python": platform.python_version(), "platform": platform.platform()})
+    diagnosis = Diagnosis({"python": platform.python_version(), "platform": platform.platform()})
     installed = {name: installed_version(name) for name in PACKAGES}
-    found.facts.update({name: number or "not installed" for name, number in installed.items()})
-    found.advice += [*python_advice(sys.version_info[:2]), *version_advice(installed)]
+    diagnosis.facts.update({name: number or "not installed" for name, number in installed.items()})
+    diagnosis.advice += [*python_advice(sys.version_info[:2]), *version_advice(installed)]
     checks: tuple[tuple[str, Callable[[], tuple[str, list[Advice]]]], ...] = (
         ("registry", _registry),
         ("devices", _devices),
@@ -114,14 +114,14 @@ def diagnose() -> Diagnosis:
     )
     for name, check in checks:
         try:
-            found.facts[name], advice = check()
-            found.advice += advice
+            diagnosis.facts[name], advice = check()
+            diagnosis.advice += advice
         except Exception as error:  # a broken installation may fail in any way, and this shows how
-            found.facts[name] = f"FAILED: {type(error).__name__}: {error}"
+            diagnosis.facts[name] = f"FAILED: {type(error).__name__}: {error}"
             do = "install the package again in a new environment, with the versions in constraints.txt"
-            found.advice.append(Advice(f"the check of the {name} failed", do, serious=True))
-    found.advice.sort(key=lambda one: not one.serious)
-    return found
+            diagnosis.advice.append(Advice(f"the check of the {name} failed", do, serious=True))
+    diagnosis.advice.sort(key=lambda one: not one.serious)
+    return diagnosis
 
 
 def python_advice(running: tuple[int, ...]) -> Iterator[Advice]:

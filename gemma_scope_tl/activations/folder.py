@@ -32,7 +32,7 @@ def unfinished(name: str) -> str:
     return f"{name}.unfinished"
 
 
-class LocalFile:
+class LocalWriter:
     """A file that has another name until it is whole.
 
     A store is larger than memory, so its pages would evict everything else from the page cache: they are dropped as the
@@ -85,8 +85,8 @@ class LocalFile:
             self._handle = -1
 
 
-class RemoteFile:
-    """A file behind fsspec, with the methods of :class:`LocalFile`."""
+class RemoteWriter:
+    """A file behind fsspec, with the methods of :class:`LocalWriter`."""
 
     def __init__(self, file: Any, url: str, remove: Callable[[], None]) -> None:
         self._file, self._url, self._remove, self._digest = file, url, remove, hashlib.sha256()
@@ -153,9 +153,9 @@ class LocalFolder:
         """Write a small file, whole or not at all."""
         write_atomically(self.root / name, data)
 
-    def create(self, name: str) -> LocalFile:
+    def create(self, name: str) -> LocalWriter:
         """Begin a large file."""
-        return LocalFile(self.root / name)
+        return LocalWriter(self.root / name)
 
     def remove(self, name: str) -> None:
         """Delete a file or a folder if it is there."""
@@ -230,10 +230,10 @@ class RemoteFolder:
             self.fs.makedirs(self.fs._parent(self._path(name)), exist_ok=True)
             self.fs.pipe_file(self._path(name), data)
 
-    def create(self, name: str) -> RemoteFile:
+    def create(self, name: str) -> RemoteWriter:
         with writing(self.url(name), _REMEDY):
             self.fs.makedirs(self.fs._parent(self._path(name)), exist_ok=True)
-            return RemoteFile(self.fs.open(self._path(name), "wb"), self.url(name), lambda: self.remove(name))
+            return RemoteWriter(self.fs.open(self._path(name), "wb"), self.url(name), lambda: self.remove(name))
 
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
@@ -250,7 +250,7 @@ class RemoteFolder:
 
 
 Folder = LocalFolder | RemoteFolder
-OpenFile = LocalFile | RemoteFile
+OpenFile = LocalWriter | RemoteWriter
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:

@@ -20,12 +20,13 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from gemma_scope_tl.activations.folder import Folder
 from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sites import Place, parse_place
+from gemma_scope_tl.text.token_rows import Record, Sha256
 from gemma_scope_tl.weights.safetensors_file import safetensors_header
 
 STORE_NAME = "store.json"
@@ -37,17 +38,12 @@ HEADER_BYTES = 4096
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Size = Annotated[int, Field(ge=1, lt=1 << 62)]
 Text = Annotated[str, Field(max_length=1000)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+_R = TypeVar("_R", bound=Record)
 
 
-_R = TypeVar("_R", bound=_Record)
-
-
-class Contents(_Record):
+class StoreContents(Record):
     """What the activations of a store depend on: stores with equal contents are equal to the bit.
 
     Attributes:
@@ -75,7 +71,7 @@ class Contents(_Record):
     places: dict[str, Size]
 
     @model_validator(mode="after")
-    def _check_places(self) -> Contents:
+    def _check_places(self) -> StoreContents:
         if not self.places:
             raise ValueError("no places")
         for key in self.places:
@@ -108,7 +104,7 @@ class Contents(_Record):
         return self.places[key] * self.torch_dtype.itemsize
 
 
-class ShardSet(_Record):
+class ShardSet(Record):
     """The same rows of all places, a file for each.
 
     Attributes:
@@ -139,11 +135,11 @@ class ShardSet(_Record):
         """Name of the record that says that the set is whole."""
         return f"{UNFINISHED}/{self.stem}.json"
 
-    def bytes(self, contents: Contents, key: str) -> int:
+    def bytes(self, contents: StoreContents, key: str) -> int:
         """Exact size of a place's file."""
         return HEADER_BYTES + self.rows * contents.row_bytes(key)
 
-    def header(self, contents: Contents, key: str) -> bytes:
+    def header(self, contents: StoreContents, key: str) -> bytes:
         """The first block of a place's file: a safetensors header, padded with spaces."""
         metadata = {"store": contents.digest, "place": key, "shard": self.stem}
         tensors = {TENSOR: (contents.torch_dtype, (self.rows, contents.places[key]))}
@@ -166,16 +162,16 @@ class StoredSet(ShardSet):
         return ShardSet(**self.model_dump(exclude={"store", "sha256"}))
 
 
-class Manifest(_Record):
+class StoreManifest(Record):
     """All of a store: its contents and its shards, in the order of the rows."""
 
     format: Literal["gemma_scope_tl activations"] = "gemma_scope_tl activations"
     version: Literal[1] = 1
-    contents: Contents
+    contents: StoreContents
     shards: list[StoredSet]
 
     @model_validator(mode="after")
-    def _check_shards(self) -> Manifest:
+    def _check_shards(self) -> StoreManifest:
         at, seen = 0, set[str]()
         for shard in self.shards:
             if shard.first_row != at or shard.stem in seen:
@@ -196,17 +192,7 @@ def read_record(kind: type[_R], folder: Folder, name: str) -> _R | None:
         GemmaScopeError: the file is not such a record; the message names it and the first error.
     """
     data = folder.read(name)
-    if data is None:
-        return None
-    try:
-        return kind.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][:4])
-        raise GemmaScopeError(
-            f"{folder.url(name)} is corrupt, or not written by this version: {where + ': ' if where else ''}"
-            f"{first['msg']}."
-        ) from error
+    return None if data is None else kind.parse(data, folder.url(name))
 
 
 def to_json(record: BaseModel) -> bytes:

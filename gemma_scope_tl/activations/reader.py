@@ -20,9 +20,9 @@ from gemma_scope_tl.activations.manifest import (
     CONTENTS_NAME,
     HEADER_BYTES,
     STORE_NAME,
-    Contents,
-    Manifest,
+    StoreContents,
     StoredSet,
+    StoreManifest,
     read_record,
     tensor_bytes,
 )
@@ -67,7 +67,7 @@ class Store:
         widths: ``d`` of the places that were opened.
     """
 
-    def __init__(self, folder: Folder, manifest: Manifest, widths: Mapping[Place, int]) -> None:
+    def __init__(self, folder: Folder, manifest: StoreManifest, widths: Mapping[Place, int]) -> None:
         """Use :func:`open_store`."""
         self.folder, self.contents, self.shards, self.widths = folder, manifest.contents, manifest.shards, widths
         self._first_rows = [shard.first_row for shard in self.shards]
@@ -142,7 +142,7 @@ def open_store(path: str | os.PathLike[str], places: Sequence[Place] | None = No
             belongs to another store.
     """
     folder = open_folder(path)
-    manifest = read_record(Manifest, folder, STORE_NAME)
+    manifest = read_record(StoreManifest, folder, STORE_NAME)
     if manifest is None:
         raise _no_store(folder)
     widths = manifest.contents.widths
@@ -336,7 +336,7 @@ def _check(store: Store, place: Place, shard: StoredSet, sizes: Mapping[str, int
 
 
 def _no_store(folder: Folder) -> GemmaScopeError:
-    begun = read_record(Contents, folder, CONTENTS_NAME)
+    begun = read_record(StoreContents, folder, CONTENTS_NAME)
     if begun is None:
         return GemmaScopeError(f"{folder.url()} holds no store: there is no {STORE_NAME}. Write one with write_store.")
     return GemmaScopeError(

@@ -23,10 +23,10 @@ from gemma_scope_tl.activations.manifest import (
     HEADER_BYTES,
     STORE_NAME,
     UNFINISHED,
-    Contents,
-    Manifest,
     ShardSet,
+    StoreContents,
     StoredSet,
+    StoreManifest,
     cut,
     read_record,
     tensor_bytes,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 4 << 30
 """Size of a shard unless another is asked for."""
 
-Run = Callable[[int], Mapping[Place, torch.Tensor]]
+ReadPlaces = Callable[[int], Mapping[Place, torch.Tensor]]
 """Takes the number of a forward pass, and returns its activations ``[kept, d]`` at all places."""
 
 _DTYPES: Mapping[torch.dtype, Literal["float32", "bfloat16"]] = {
@@ -112,7 +112,13 @@ def write_store(
 
 
 def write_passes(
-    folder: Folder, contents: Contents, kept: Sequence[int], run: Run, *, part: int = 0, progress: bool = True
+    folder: Folder,
+    contents: StoreContents,
+    kept: Sequence[int],
+    run: ReadPlaces,
+    *,
+    part: int = 0,
+    progress: bool = True,
 ) -> bool:
     """Write one part of a store with the activations that ``run`` gives: :func:`write_store` without a model.
 
@@ -180,8 +186,8 @@ def _contents(
     rows: int,
     dtype: Literal["float32", "bfloat16"],
     cuts: Mapping[str, int],
-) -> Contents:
-    return Contents(
+) -> StoreContents:
+    return StoreContents(
         model=str(model.model_id or getattr(model.cfg, "model_name", "")),
         backend=model.backend,
         weights=sampled_fingerprint(model),
@@ -196,23 +202,23 @@ def _contents(
     )
 
 
-def _finished(folder: Folder, contents: Contents) -> bool:
-    manifest = read_record(Manifest, folder, STORE_NAME)
+def _finished(folder: Folder, contents: StoreContents) -> bool:
+    manifest = read_record(StoreManifest, folder, STORE_NAME)
     if manifest is not None:
         _refuse_others(folder, manifest.contents, contents)
     return manifest is not None
 
 
-def _claim(folder: Folder, contents: Contents) -> None:
+def _claim(folder: Folder, contents: StoreContents) -> None:
     """Record in the folder what it will hold; raise if it is meant to hold something else."""
-    there = read_record(Contents, folder, CONTENTS_NAME)
+    there = read_record(StoreContents, folder, CONTENTS_NAME)
     if there is None:
         folder.put(CONTENTS_NAME, to_json(contents))
     else:
         _refuse_others(folder, there, contents)
 
 
-def _refuse_others(folder: Folder, there: Contents, wanted: Contents) -> None:
+def _refuse_others(folder: Folder, there: StoreContents, wanted: StoreContents) -> None:
     old, new = there.model_dump(), wanted.model_dump()
     if differing := [f"{name} is {old[name]!r}, not {new[name]!r}" for name in old if old[name] != new[name]]:
         raise GemmaScopeError(
@@ -220,12 +226,12 @@ def _refuse_others(folder: Folder, there: Contents, wanted: Contents) -> None:
         )
 
 
-def _finish(folder: Folder, contents: Contents, sets: Sequence[ShardSet]) -> bool:
+def _finish(folder: Folder, contents: StoreContents, sets: Sequence[ShardSet]) -> bool:
     """Join the records of all sets into the manifest, if all are there. Two writers may do so at the same time."""
     whole = _stored_sets(folder, contents, sets)
     if len(whole) < len(sets):
         return _finished(folder, contents)  # another writer may have finished it just now
-    folder.put(STORE_NAME, to_json(Manifest(contents=contents, shards=[whole[one.stem] for one in sets])))
+    folder.put(STORE_NAME, to_json(StoreManifest(contents=contents, shards=[whole[one.stem] for one in sets])))
     folder.remove(UNFINISHED)
     return True
 
@@ -251,7 +257,7 @@ def _check_cuts(shard_bytes: int, part: tuple[int, int]) -> None:
         raise GemmaScopeError(f"Part {number} of {parts}: parts count from 0.")
 
 
-def _stored_sets(folder: Folder, contents: Contents, sets: Sequence[ShardSet]) -> dict[str, StoredSet]:
+def _stored_sets(folder: Folder, contents: StoreContents, sets: Sequence[ShardSet]) -> dict[str, StoredSet]:
     """The records of those of ``sets`` that were written completely and whose files have the right sizes, by stem."""
     sizes = {key: folder.sizes(key) for key in contents.places}
     recorded = folder.sizes(UNFINISHED)
@@ -266,7 +272,7 @@ def _stored_sets(folder: Folder, contents: Contents, sets: Sequence[ShardSet]) -
     return found
 
 
-def _check_room(folder: Folder, contents: Contents, missing: Sequence[ShardSet]) -> None:
+def _check_room(folder: Folder, contents: StoreContents, missing: Sequence[ShardSet]) -> None:
     """Raise if the disk has too little room for the sets that are missing, of all writers.
 
     The part of a missing set that another writer has written already needs no further room.
@@ -288,7 +294,12 @@ def _check_room(folder: Folder, contents: Contents, missing: Sequence[ShardSet])
 
 
 def _write_set(
-    folder: Folder, contents: Contents, planned: ShardSet, kept: Sequence[int], run: Run, done: Callable[[int], None]
+    folder: Folder,
+    contents: StoreContents,
+    planned: ShardSet,
+    kept: Sequence[int],
+    run: ReadPlaces,
+    done: Callable[[int], None],
 ) -> StoredSet:
     """Write one set of shards, a forward pass at a time: while one is written and hashed, the next one runs.
 
@@ -331,7 +342,7 @@ def _wait(waiting: Sequence[Future[None]]) -> None:
 
 
 def _as_stored(
-    values: Mapping[Place, torch.Tensor], contents: Contents, rows: int, number: int
+    values: Mapping[Place, torch.Tensor], contents: StoreContents, rows: int, number: int
 ) -> dict[Place, torch.Tensor]:
     """The values of a pass, checked, in the dtype of the store and in the memory of the CPU."""
     stored: dict[Place, torch.Tensor] = {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gemma_scope_tl.attributions.passes import PlacedSAE, Prompt
+from gemma_scope_tl.attributions.passes import PlacedSAE, SplicedPrompt
 from gemma_scope_tl.errors import unknown_name
 from gemma_scope_tl.sae.access import decode_with_skip, flat_heads
 from gemma_scope_tl.sae.choices import bring
@@ -16,6 +16,8 @@ from gemma_scope_tl.sites import flatten_heads
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 BASELINES = ("zero", "bias", "latents")
 COLUMNS = ["sequence", "position", "token", "site", "layer", "kind", "latent", "activation", "attribution"]
@@ -134,7 +136,9 @@ def change_from(terms: Terms, baseline: str, reference: Terms | None = None) -> 
     return Change(index, acts[at], acts[at] if before is None else acts[at] - before[at], vectors)
 
 
-def table_of(model: Any, prompt: Prompt, placed: PlacedSAE, change: Change, gradient: torch.Tensor) -> pd.DataFrame:
+def table_of(
+    model: GemmaModel, prompt: SplicedPrompt, placed: PlacedSAE, change: Change, gradient: torch.Tensor
+) -> pd.DataFrame:
     """The rows of one SAE, in the order of tokens: its latents, then the other terms.
 
     Args:
@@ -187,7 +191,7 @@ def strongest(table: pd.DataFrame, top: int | None) -> pd.DataFrame:
     return kept
 
 
-def token_names(model: Any, ids: torch.Tensor) -> list[list[str]]:
+def token_names(model: GemmaModel, ids: torch.Tensor) -> list[list[str]]:
     """The text of every token; its id where the model has no tokenizer."""
     names = {i: model.tokenizer.decode([i]) if model.tokenizer else str(i) for i in set(ids.flatten().tolist())}
     return [[names[i] for i in row] for row in ids.tolist()]

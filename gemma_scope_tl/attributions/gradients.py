@@ -37,9 +37,9 @@ from gemma_scope_tl.attributions.decomposition import (
     table_of,
 )
 from gemma_scope_tl.attributions.passes import (
-    Pass,
     PlacedSAE,
-    Prompt,
+    ProbedPass,
+    SplicedPrompt,
     differentiable,
     one_prompt,
     placed_saes,
@@ -57,11 +57,13 @@ from gemma_scope_tl.text.tokens import ExcludeTokens
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 METHODS = ("gradient", "integrated")
 
 
 def attribute(
-    model: Any,
+    model: GemmaModel,
     text: Text,
     saes: Any | Iterable[Any],
     metric: Metric | Tokens,
@@ -116,16 +118,18 @@ def attribute(
     metric = metric_on(model, metric, prompt)
     other = None if counterfactual is None else prompt_of(model, counterfactual, exclude_special_tokens)
     with differentiable(model, placed):
-        table = _attributions(model, prompt, other, placed, metric, chosen, steps if method == "integrated" else None)
+        nodes = steps if method == "integrated" else None
+        table = _attributions(model, prompt, other, placed, metric, baseline=chosen, steps=nodes)
     return strongest(table, top)
 
 
 def _attributions(
-    model: Any,
-    prompt: Prompt,
-    other: Prompt | None,
+    model: GemmaModel,
+    prompt: SplicedPrompt,
+    other: SplicedPrompt | None,
     placed: list[PlacedSAE],
     metric: Metric,
+    *,
     baseline: str,
     steps: int | None,
 ) -> pd.DataFrame:
@@ -137,13 +141,13 @@ def _attributions(
     changes = _changes(model, prompt, other, placed, clean, baseline)
     attrs: dict[str, Any] = {"metric": float(value.detach())}
     if steps is None:
-        found = clean.gradients(value)
-        gradients = [flatten_heads(found[one.write]) for one in placed]
+        at_hook = clean.gradients(value)
+        gradients = [flatten_heads(at_hook[one.write]) for one in placed]
     else:
         ends = [clean.values[one.write].detach() for one in placed]
         del clean, value  # and with them the graph, before others are made
         both = [
-            _mean_gradient(model, prompt, one, change, end, metric, steps)
+            _mean_gradient(model, prompt, one, change, end, metric=metric, steps=steps)
             for one, change, end in zip(placed, changes, ends, strict=True)
         ]
         gradients, attrs["baseline_metric"] = [mean for mean, _ in both], [start for _, start in both]
@@ -175,9 +179,14 @@ def _checked(method: str, baseline: str | None, counterfactual: Any, steps: int,
 
 
 def _changes(
-    model: Any, prompt: Prompt, other: Prompt | None, placed: list[PlacedSAE], clean: Pass, baseline: str
+    model: GemmaModel,
+    prompt: SplicedPrompt,
+    other: SplicedPrompt | None,
+    placed: list[PlacedSAE],
+    clean: ProbedPass,
+    baseline: str,
 ) -> list[Change]:
-    def terms(one: PlacedSAE, run: Pass) -> Terms:
+    def terms(one: PlacedSAE, run: ProbedPass) -> Terms:
         return decompose(one, run.values[one.read], run.values[one.write], prompt.spliced)
 
     with torch.no_grad():
@@ -188,7 +197,7 @@ def _changes(
         return [change_from(terms(one, clean), baseline, terms(one, reference)) for one in placed]
 
 
-def _check_alike(prompt: Prompt, other: Prompt) -> None:
+def _check_alike(prompt: SplicedPrompt, other: SplicedPrompt) -> None:
     if other.ids.shape != prompt.ids.shape:
         raise GemmaScopeError(
             f"The counterfactual's ids are {list(other.ids.shape)}, the text's {list(prompt.ids.shape)}: positions are "
@@ -199,7 +208,14 @@ def _check_alike(prompt: Prompt, other: Prompt) -> None:
 
 
 def _mean_gradient(
-    model: Any, prompt: Prompt, placed: PlacedSAE, change: Change, value: torch.Tensor, metric: Metric, steps: int
+    model: GemmaModel,
+    prompt: SplicedPrompt,
+    placed: PlacedSAE,
+    change: Change,
+    value: torch.Tensor,
+    *,
+    metric: Metric,
+    steps: int,
 ) -> tuple[torch.Tensor, float]:
     """The mean gradient on the path from the baseline to ``value``, and the metric at the baseline."""
     with torch.no_grad():
@@ -219,7 +235,7 @@ def _mean_gradient(
 
 @torch.no_grad()
 def ablation_effects(
-    model: Any,
+    model: GemmaModel,
     text: Text,
     sae: Any,
     metric: Metric | Tokens,
@@ -253,7 +269,7 @@ def ablation_effects(
         raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{sae.cfg.d_sae - 1}.")
     rows = [(token_row(prompt, position), latent) for position, latent in wanted]
     name = model.get_sae_hook_name(sae)
-    found: list[float] = []
+    effects: list[float] = []
     for start in range(0, len(rows), batch_size):
         some = torch.tensor(rows[start : start + batch_size], device=prompt.ids.device).T
         batch = some.shape[1] + 1  # the last row is left alone, so that clean and edited round alike
@@ -273,5 +289,5 @@ def ablation_effects(
         )
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         *edited, clean = [float(metric(row[None])) for row in wide]
-        found += [value - clean for value in edited]
-    return found
+        effects += [value - clean for value in edited]
+    return effects

@@ -33,9 +33,9 @@ from gemma_scope_tl.attributions.decomposition import (
     token_names,
 )
 from gemma_scope_tl.attributions.passes import (
-    Pass,
     PlacedSAE,
-    Prompt,
+    ProbedPass,
+    SplicedPrompt,
     differentiable,
     one_prompt,
     placed_saes,
@@ -51,6 +51,8 @@ from gemma_scope_tl.text.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,9 @@ class _CutPass:
         changes: the same, detached, from a baseline of zero.
     """
 
-    prompt: Prompt
+    prompt: SplicedPrompt
     placed: list[PlacedSAE]
-    run: Pass
+    run: ProbedPass
     terms: list[Terms]
     changes: list[Change]
 
@@ -98,7 +100,7 @@ class _CutPass:
 
 
 def circuit(
-    model: Any,
+    model: GemmaModel,
     text: Text,
     saes: Any | Iterable[Any],
     metric: Metric | Tokens,
@@ -154,7 +156,7 @@ def circuit(
 
 
 def latent_edges(
-    model: Any,
+    model: GemmaModel,
     text: Text,
     upstream: Any,
     downstream: Any,
@@ -209,8 +211,8 @@ def latent_edges(
 
 
 def _checked_inputs(
-    model: Any, text: Text, saes: Any, exclude: ExcludeTokens, attention_mask: Any
-) -> tuple[list[PlacedSAE], Prompt]:
+    model: GemmaModel, text: Text, saes: Any, exclude: ExcludeTokens, attention_mask: Any
+) -> tuple[list[PlacedSAE], SplicedPrompt]:
     placed = placed_saes(model, saes, exclude)
     prompt = one_prompt(model, text, exclude, attention_mask, "A circuit is of")
     writes = [one.write for one in placed]
@@ -226,7 +228,7 @@ def _checked_latent(sae: Any, latent: int) -> int:
     return latent
 
 
-def _cut_pass(model: Any, prompt: Prompt, placed: list[PlacedSAE]) -> _CutPass:
+def _cut_pass(model: GemmaModel, prompt: SplicedPrompt, placed: list[PlacedSAE]) -> _CutPass:
     run = run_probed(model, prompt, placed, cut=True)
     terms = [decompose(one, run.values[one.read], run.values[one.write], prompt.spliced) for one in placed]
     detached = [Terms(one.acts.detach(), {k: v.detach() for k, v in one.vectors.items()}) for one in terms]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool
@@ -24,6 +24,9 @@ from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 from gemma_scope_tl.weights.modes import make_ordinary
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class PlacedSAE:
 
 
 @dataclass
-class Pass:
+class ProbedPass:
     """A probed forward pass.
 
     Attributes:
@@ -68,7 +71,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Prompt(TokenBatch):
+class SplicedPrompt(TokenBatch):
     """Token ids, and where SAEs apply.
 
     Attributes:
@@ -78,7 +81,7 @@ class Prompt(TokenBatch):
     spliced: Bool[torch.Tensor, "batch pos"]
 
 
-def placed_saes(model: Any, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> list[PlacedSAE]:
+def placed_saes(model: GemmaModel, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> list[PlacedSAE]:
     """Where each SAE belongs in ``model``, after the checks that splicing makes.
 
     Raises:
@@ -99,7 +102,7 @@ def placed_saes(model: Any, saes: Any | Iterable[Any], exclude: ExcludeTokens) -
     return found
 
 
-def prompt_of(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: Any = None) -> Prompt:
+def prompt_of(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_mask: Any = None) -> SplicedPrompt:
     """Token ids of ``text`` on the model's device, and which positions are spliced.
 
     Metrics are about the token that comes next, so chat messages end where the model's answer begins, as for
@@ -111,10 +114,10 @@ def prompt_of(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: An
             batch.ids.clone(),
             batch.mask.clone(),
         )  # copies, because autograd refuses tensors made in inference mode
-        return Prompt(ids, mask, batch.ordinary(excluded_ids(model.tokenizer, exclude)).clone())
+        return SplicedPrompt(ids, mask, batch.ordinary(excluded_ids(model.tokenizer, exclude)).clone())
 
 
-def one_prompt(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: Any, what: str) -> Prompt:
+def one_prompt(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_mask: Any, what: str) -> SplicedPrompt:
     """The prompt of one text.
 
     Raises:
@@ -128,7 +131,7 @@ def one_prompt(model: Any, text: Text, exclude: ExcludeTokens, attention_mask: A
     return prompt
 
 
-def token_row(prompt: Prompt, position: int) -> int:
+def token_row(prompt: SplicedPrompt, position: int) -> int:
     """Index along the tensor of the ``position``-th token of a single prompt, which may be padded.
 
     Raises:
@@ -141,7 +144,7 @@ def token_row(prompt: Prompt, position: int) -> int:
 
 
 @contextmanager
-def differentiable(model: Any, placed: Sequence[PlacedSAE]) -> Generator[None]:
+def differentiable(model: GemmaModel, placed: Sequence[PlacedSAE]) -> Generator[None]:
     """Enable gradients, also inside ``no_grad`` and ``inference_mode``, and freeze the model's parameters meanwhile.
 
     The tensors of a model or an SAE that was made or moved in inference mode are replaced by ordinary ones.
@@ -160,12 +163,12 @@ def differentiable(model: Any, placed: Sequence[PlacedSAE]) -> Generator[None]:
 
 
 def run_probed(
-    model: Any,
+    model: GemmaModel,
     batch: TokenBatch,
     placed: Sequence[PlacedSAE],
     cut: bool = False,
     replaced: Mapping[str, torch.Tensor] | None = None,
-) -> Pass:
+) -> ProbedPass:
     """A forward pass with a probe where each SAE writes.
 
     Args:
@@ -193,4 +196,4 @@ def run_probed(
     names = dict.fromkeys(name for one in placed for name in (one.read, one.write))
     hooks = [(name, lambda value, hook, name=name: visit(value, name)) for name in names]
     logits = model.run_with_hooks(batch.ids, attention_mask=batch.attention_mask, fwd_hooks=hooks)
-    return Pass(logits, values, probes)
+    return ProbedPass(logits, values, probes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,9 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sae.arguments import as_indices, is_index
 from gemma_scope_tl.text.batch import TokenBatch
 from gemma_scope_tl.text.tokenizing import text_ids
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 Metric = Callable[[torch.Tensor], torch.Tensor]
 Tokens = int | str | Sequence[int] | Sequence[str]
@@ -40,7 +43,7 @@ class TargetMetric:
     position: int
     batch: TokenBatch | None = None
 
-    def bound_to(self, model: Any, batch: TokenBatch) -> TargetMetric:
+    def bound_to(self, model: GemmaModel, batch: TokenBatch) -> TargetMetric:
         """The same metric for the texts in ``batch``, with words as ids of the model's vocabulary.
 
         Raises:
@@ -76,7 +79,7 @@ def token_loss(token: Tokens, position: int = -1) -> TargetMetric:
     return TargetMetric(_loss, (token,), position)
 
 
-def single_token(model: Any, text: str) -> int:
+def single_token(model: GemmaModel, text: str) -> int:
     """The id of ``text``, which must be one token of the model's vocabulary.
 
     Raises:
@@ -94,7 +97,7 @@ def single_token(model: Any, text: str) -> int:
     return int(ids[0])
 
 
-def metric_on(model: Any, metric: Metric | Tokens, batch: TokenBatch) -> Metric:
+def metric_on(model: GemmaModel, metric: Metric | Tokens, batch: TokenBatch) -> Metric:
     """A metric of the logits of ``batch``; a word or an id means its logit.
 
     Raises:
@@ -139,7 +142,7 @@ def _loss(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     return -_logit(logits.log_softmax(-1), token)
 
 
-def _ids(model: Any, token: Tokens) -> list[int]:
+def _ids(model: GemmaModel, token: Tokens) -> list[int]:
     if isinstance(token, str):
         return [single_token(model, token)]
     if isinstance(token, (list, tuple)) and any(isinstance(one, str) for one in token):

@@ -221,15 +221,15 @@ def text(given: str) -> str:
     Raises:
         GemmaScopeError: for an empty text, or one that is not valid UTF-8.
     """
-    found = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape") if given == "-" else given
-    if found != given:
-        found = found.replace("\r\n", "\n").removesuffix("\n")
-    if not found.strip():
+    content = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape") if given == "-" else given
+    if content != given:
+        content = content.replace("\r\n", "\n").removesuffix("\n")
+    if not content.strip():
         where = "Standard input" if given == "-" else "The text"
         raise GemmaScopeError(f"{where} is empty: there is nothing to show.")
-    if not found.isascii() and any("\ud800" <= letter <= "\udfff" for letter in found):
+    if not content.isascii() and any("\ud800" <= letter <= "\udfff" for letter in content):
         raise GemmaScopeError("The text is not valid UTF-8.")
-    return found
+    return content
 
 
 def free_port(host: str, port: int | None) -> None:

@@ -23,16 +23,16 @@ def doctor(as_json: options.Json = False) -> None:
     from gemma_scope_tl.diagnose import diagnose
 
     with progress.status("checking"):
-        found = diagnose()
+        diagnosis = diagnose()
     if as_json:
-        say_json({**found.facts, "advice": [asdict(one) for one in found.advice]})
+        say_json({**diagnosis.facts, "advice": [asdict(one) for one in diagnosis.advice]})
     else:
-        print_facts(found.facts)
-        for one in found.advice:
+        print_facts(diagnosis.facts)
+        for one in diagnosis.advice:
             mark = typer.style("problem:", fg="red") if one.serious else typer.style("note:", fg="yellow")
             say(f"{mark} {one.what}\n  do: {one.do}")
-        say("all checks passed" if found.healthy else "a check failed")
-    if not found.healthy:
+        say("all checks passed" if diagnosis.healthy else "a check failed")
+    if not diagnosis.healthy:
         raise typer.Exit(1)
 
 

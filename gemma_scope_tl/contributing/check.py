@@ -194,8 +194,8 @@ def _needed(row: SAERow) -> list[str]:
 
 def _shapes(repository: Repository, row: SAERow) -> tuple[bool, str]:
     source = f"{repository.name}/{row.weights_path}"
-    is_transcoder = get_site(row.site).is_transcoder
-    expected = Expected(row.d_in, row.d_sae, row.d_in, is_transcoder, "the row")
+    is_transcoder = row.model_family.site(row.site).is_transcoder
+    expected = Expected(row.d_in, row.d_sae, row.d_out or row.d_in, is_transcoder, "the row")
     sizes_of(repository.shapes(row.weights_path), source, expected)
     texts = _cfg_problems(row, repository.cfg(row.path)) if row.format == "sae-lens" else []
     return not texts, " ".join(texts)

@@ -196,7 +196,9 @@ def _rows(folders: Sequence[FolderMetadata], options: Options, problems: list[st
             missing["l0"].append(folder.path)
         if folder.d_in and site is not None and folder.d_in != folder.d_out and not get_site(site).is_transcoder:
             folder.problems.append(f"The weights map {folder.d_in} to {folder.d_out} values, so site {site} is wrong.")
-        sizes = {"width": width_label(folder.d_sae or 1), "d_sae": folder.d_sae, "d_in": folder.d_in}
+        sizes: Row = {"width": width_label(folder.d_sae or 1), "d_sae": folder.d_sae, "d_in": folder.d_in}
+        if folder.d_out != folder.d_in:
+            sizes["d_out"] = folder.d_out
         where = {"site": site, "layer": layer if site is None or get_site(site).per_layer else None}
         rows.append({"id": folder.path, **where, **sizes, "l0": l0, "path": folder.path})
     if len(models) != 1:

@@ -59,37 +59,38 @@ def layout_of(repository: Repository, wanted: Format | None = None) -> tuple[For
     Raises:
         GemmaScopeError: when there are none, or both layouts.
     """
-    found: dict[Format, list[str]] = {}
+    by_format: dict[Format, list[str]] = {}
     for format_, weights in WEIGHTS_FILES.items():
         folders = [path.rpartition("/")[0] for path in repository.files if path.rpartition("/")[2] == weights]
         if folders and wanted in (None, format_):
-            found[format_] = folders
-    if not found:
+            by_format[format_] = folders
+    if not by_format:
         files = WEIGHTS_FILES[wanted] if wanted else " or ".join(WEIGHTS_FILES.values())
         raise GemmaScopeError(
             f"{repository.name} has no {files} in any folder. Write SAEs with gemma_scope_tl.save_sae."
         )
-    if len(found) > 1:
-        counts = " and ".join(f"{len(folders)} folders of {name}" for name, folders in found.items())
+    if len(by_format) > 1:
+        counts = " and ".join(f"{len(folders)} folders of {name}" for name, folders in by_format.items())
         raise GemmaScopeError(f"{repository.name} has {counts}: a release has one layout. Say which with --format.")
-    ((format_, folders),) = found.items()
+    ((format_, folders),) = by_format.items()
     return format_, folders
 
 
 def read_metadata(repository: Repository, folder: str, format_: Format) -> FolderMetadata:
     """Read the headers, the ``cfg.json`` and the name of a folder. Errors are added to the problems, not raised."""
-    found = FolderMetadata(folder)
+    metadata = FolderMetadata(folder)
     if not folder:
-        found.problems.append("The weights lie at the top: put them into a folder, whose name becomes the SAE's id.")
+        metadata.problems.append("The weights lie at the top: put them into a folder, whose name becomes the SAE's id.")
     weights = f"{folder}/{WEIGHTS_FILES[format_]}".lstrip("/")
     try:
-        found.d_in, found.d_sae, found.d_out = sizes_of(repository.shapes(weights), f"{repository.name}/{weights}")
-        _read_name(found)
+        sizes = sizes_of(repository.shapes(weights), f"{repository.name}/{weights}")
+        metadata.d_in, metadata.d_sae, metadata.d_out = sizes
+        _read_name(metadata)
         if format_ == "sae-lens":
-            _read_cfg(found, repository.cfg(folder))
+            _read_cfg(metadata, repository.cfg(folder))
     except GemmaScopeError as error:
-        found.problems.append(str(error))
-    return found
+        metadata.problems.append(str(error))
+    return metadata
 
 
 def flat_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,48 +99,49 @@ def flat_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {**cfg, **(inner if isinstance(inner, dict) else {})}
 
 
-def _read_name(found: FolderMetadata) -> None:
+def _read_name(metadata: FolderMetadata) -> None:
     """Read Gemma Scope's ``layer_L/width_W/average_l0_N``, which may be below a folder named after the site."""
     patterns: dict[str, tuple[str, Callable[[str], Any]]] = {
         r"layer_(\d{1,4})": ("layer", int),
         r"average_l0_(\d{1,9}(?:\.\d{1,9})?)": ("l0", float),
         rf"({'|'.join(SITES)})": ("site", str),
     }
-    for part in found.path.split("/"):
+    for part in metadata.path.split("/"):
         for pattern, (key, parse) in patterns.items():
             if match := re.fullmatch(pattern, part):
-                found.claims[key][NAME] = parse(match[1])
+                metadata.claims[key][NAME] = parse(match[1])
         if match := re.fullmatch(r"width_(\w+)", part):
             try:
-                found.width_label = parse_width(match[1])
+                metadata.width_label = parse_width(match[1])
             except RegistryError as error:
-                found.problems.append(str(error))
+                metadata.problems.append(str(error))
 
 
-def _read_cfg(found: FolderMetadata, cfg: Mapping[str, Any]) -> None:
+def _read_cfg(metadata: FolderMetadata, cfg: Mapping[str, Any]) -> None:
     """Read SAELens's configuration: hook names, and what this package's own metadata adds."""
     meta = flat_cfg(cfg)
-    if cfg.get("architecture") not in ARCHITECTURES:
-        found.problems.append(f"{CFG} is of a {cfg.get('architecture')!r} SAE: only {', '.join(ARCHITECTURES)} load.")
-    for key, value in (("d_in", found.d_in), ("d_sae", found.d_sae)):
+    architecture = cfg.get("architecture")
+    if architecture not in ARCHITECTURES:
+        metadata.problems.append(f"{CFG} is of a {architecture!r} SAE: only {', '.join(ARCHITECTURES)} load.")
+    for key, value in (("d_in", metadata.d_in), ("d_sae", metadata.d_sae)):
         if cfg.get(key) not in (None, value):
-            found.problems.append(f"{CFG} has {key} {cfg[key]}, the weights have {value}.")
+            metadata.problems.append(f"{CFG} has {key} {cfg[key]}, the weights have {value}.")
     if isinstance(hook := meta.get("hook_name"), str) and hook:
         try:
             site, layer = site_of_hook(hook, meta.get("hook_name_out"))
         except UnknownNameError as error:
-            found.problems.append(f"{CFG}: {error}")
+            metadata.problems.append(f"{CFG}: {error}")
         else:
-            found.claims["site"][CFG] = site.name
+            metadata.claims["site"][CFG] = site.name
             if layer is not None:
-                found.claims["layer"][CFG] = layer
+                metadata.claims["layer"][CFG] = layer
     if isinstance(model := meta.get("model_name"), str) and model:
-        found.claims["model"][CFG] = model.rpartition("/")[2]
+        metadata.claims["model"][CFG] = model.rpartition("/")[2]
     l0 = meta.get("l0")
     if isinstance(l0, (int, float)) and not isinstance(l0, bool) and math.isfinite(l0) and l0 > 0:
-        named = found.claims["l0"].get(NAME)
+        named = metadata.claims["l0"].get(NAME)
         if named is None or abs(named - l0) >= 1:  # names hold a rounded number
-            found.claims["l0"][CFG] = float(l0)
+            metadata.claims["l0"][CFG] = float(l0)
 
 
 def parse_setting(text: str) -> tuple[str, str, Any]:

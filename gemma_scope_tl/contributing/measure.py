@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ from gemma_scope_tl.registry.schema import SAERow
 
 if TYPE_CHECKING:
     import torch
+
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 TOLERANCE = 0.25
 """Tolerated difference between a measured L0 and the row's, as a share of the row's. :func:`tolerated` adds 1 to it,
@@ -122,7 +123,7 @@ def _results(path: Path) -> list[tuple[str, str, float]]:
 
 
 def l0_of(
-    model: Any, saes: Sequence[Any], tokens: torch.Tensor, progress: bool = False
+    model: GemmaModel, saes: Sequence[Any], tokens: torch.Tensor, progress: bool = False
 ) -> list[float | GemmaScopeError]:
     """Mean number of active latents of each SAE over the ordinary tokens, from one pass of the model for all.
 
@@ -131,37 +132,36 @@ def l0_of(
     """
     from gemma_scope_tl.evals.accumulators import Mean
     from gemma_scope_tl.evals.metrics import l0
+    from gemma_scope_tl.model.read import read_places
     from gemma_scope_tl.sae.access import locate
     from gemma_scope_tl.sae.choices import bring
-    from gemma_scope_tl.sites import flatten_heads
+    from gemma_scope_tl.sites import Place
     from gemma_scope_tl.text.tokens import special_mask, special_token_ids
 
     means = [Mean() for _ in saes]
-    hooks: dict[int, str] = {}
+    places: dict[int, Place] = {}
     errors: dict[int, GemmaScopeError] = {}
     for number, sae in enumerate(saes):
         try:
             site, layer = locate(sae)
             site.check_layer(layer, model.dims)
-            hooks[number] = model.family.site(site.name).hook_name(layer, model.backend)
+            places[number] = Place(model.family.site(site.name).name, layer)
         except GemmaScopeError as error:
             errors[number] = error
     batches = tokens.split(BATCH)
     for batch in track(batches, "measuring L0", disable=not progress, transient=True, console=Console(stderr=True)):
-        read: dict[str, torch.Tensor] = {}
-        reads = [(name, partial(_keep, read, name)) for name in sorted(set(hooks.values()))]
-        model.run_with_hooks(batch.to(model.cfg.device), fwd_hooks=reads)
+        tensors = read_places(model, batch.to(model.cfg.device), places.values())
         ordinary = ~special_mask(batch, special_token_ids(model.tokenizer))
-        for number in hooks.keys() - errors.keys():
+        for number in places.keys() - errors.keys():
             try:
-                x = flatten_heads(read[hooks[number]])[ordinary]
+                x = tensors[places[number]][ordinary]
                 means[number].update(l0(bring(saes[number], x.device).encode(x)))
             except GemmaScopeError as error:
                 errors[number] = error
     return [errors.get(number, mean.value) for number, mean in enumerate(means)]
 
 
-def held_out_tokens(model: Any) -> torch.Tensor:
+def held_out_tokens(model: GemmaModel) -> torch.Tensor:
     """Token ids of rows of held-out text that begin with BOS, ``[16, 256]``."""
     from gemma_scope_tl.text.rows import pack_texts
 
@@ -192,7 +192,3 @@ def _compared(row: SAERow, measured: float | GemmaScopeError) -> Finding:
     ok, limit = abs(measured - row.l0) <= tolerated(row.l0), tolerated(row.l0)
     text = f"measured {measured:.1f}, the row says {row.l0:g}" + ("" if ok else f"; {limit:g} off is tolerated.")
     return Finding("l0", row.id, ok, text)
-
-
-def _keep(read: dict[str, torch.Tensor], name: str, value: torch.Tensor, hook: Any) -> None:
-    read[name] = value

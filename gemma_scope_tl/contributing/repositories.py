@@ -76,7 +76,7 @@ class Repository(Protocol):
         ...
 
 
-class LocalFolder:
+class LocalRepository:
     """A folder on this machine. Hidden folders in it are left out, and links that lead out of it are not followed.
 
     Raises:
@@ -205,8 +205,8 @@ def open_repository(repo: str, revision: str | None = None) -> Repository:
     if repo == BUNDLED:
         from gemma_scope_tl.weights.fetch import bundled_root
 
-        return LocalFolder(bundled_root())
-    return HubRepository(repo, revision) if is_remote(repo) else LocalFolder(Path(repo))
+        return LocalRepository(bundled_root())
+    return HubRepository(repo, revision) if is_remote(repo) else LocalRepository(Path(repo))
 
 
 def open_source(source: str, revision: str | None = None) -> Repository:
@@ -217,7 +217,7 @@ def open_source(source: str, revision: str | None = None) -> Repository:
     """
     path = checked_path(source)
     if is_folder(path) or source.startswith(("/", ".", "~")) or source.count("/") != 1:
-        return LocalFolder(path)
+        return LocalRepository(path)
     return open_repository(source, revision)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from gemma_scope_tl.demo.world import World
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 SEEDS = 2**31 - 1
 
@@ -147,7 +148,7 @@ def steer_text(
 
 
 @torch.no_grad()
-def _continue(model: Any, tokens: Int[torch.Tensor, "1 pos"], count: int, temperature: float, seed: int) -> str:
+def _continue(model: GemmaModel, tokens: Int[torch.Tensor, "1 pos"], count: int, temperature: float, seed: int) -> str:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # keeps the process's random state
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -214,7 +215,7 @@ def splice_loss(world: World, text: object, saes: Sequence[str] | None, error_te
 
 
 @torch.no_grad()
-def _losses(model: Any, tokens: Int[torch.Tensor, "1 pos"]) -> Float[torch.Tensor, " pos_less_1"]:
+def _losses(model: GemmaModel, tokens: Int[torch.Tensor, "1 pos"]) -> Float[torch.Tensor, " pos_less_1"]:
     """Cross-entropy of each next token in nats, in float32 or wider."""
     logits = model(tokens)[0, :-1]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

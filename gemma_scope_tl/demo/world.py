@@ -19,6 +19,7 @@ from gemma_scope_tl.sites import SITES
 from gemma_scope_tl.viz.latent_facts import PageText
 
 if TYPE_CHECKING:
+    from gemma_scope_tl.model.hooked import GemmaModel
     from gemma_scope_tl.registry.schema import SAERow
 
 GIB = 1 << 30
@@ -50,7 +51,7 @@ class World:
 
     def __init__(
         self,
-        model: Any,
+        model: GemmaModel,
         rows: Sequence[SAERow],
         limits: Limits | None = None,
         text: PageText | None = None,

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +30,9 @@ from gemma_scope_tl.evals.metrics import scored_positions
 from gemma_scope_tl.families import Family
 from gemma_scope_tl.sites import Place, flatten_heads, unflatten_heads, with_targets
 from gemma_scope_tl.text.tokens import special_mask
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 MEMORY_BUDGET = 1 << 30
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -54,7 +57,7 @@ class CleanPass:
         final: the residual stream before the final norm, ``[batch, pos, d_model]``.
     """
 
-    model: Any
+    model: GemmaModel
     values: dict[Place, torch.Tensor] = field(default_factory=dict[Place, torch.Tensor])
     final: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     _calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(
@@ -64,7 +67,7 @@ class CleanPass:
     _before_mlp: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
 
     @classmethod
-    def run(cls, model: Any, tokens: Int[torch.Tensor, "batch pos"], places: Iterable[Place]) -> CleanPass:
+    def run(cls, model: GemmaModel, tokens: Int[torch.Tensor, "batch pos"], places: Iterable[Place]) -> CleanPass:
         """Run ``model`` up to its final norm and keep ``places``, ready to restart behind each."""
         kept, family = cls(model), model.family
         with removed_after() as handles:
@@ -154,7 +157,7 @@ class CleanPass:
 
 
 @dataclass
-class Batch:
+class CleanBatch:
     """Rows of the data and their clean pass.
 
     Attributes:
@@ -189,14 +192,14 @@ class Batch:
 
 @torch.no_grad()
 def clean_batches(
-    model: Any,
+    model: GemmaModel,
     tokens: Int[torch.Tensor, "rows pos"],
     places: Iterable[Place],
     special: Iterable[int],
     batch_size: int = 8,
     start: int = 0,
     mask: Bool[torch.Tensor, "rows pos"] | None = None,
-) -> Generator[Batch]:
+) -> Generator[CleanBatch]:
     """The clean pass of each batch of rows, from row ``start`` on. Targets of transcoders are kept too.
 
     Args:
@@ -214,10 +217,10 @@ def clean_batches(
         left_out = special_mask(rows, ids)
         if mask is not None:
             left_out |= ~mask[first : first + batch_size].to(rows.device)
-        yield Batch(first, rows, ~left_out, scored_positions(left_out), CleanPass.run(model, rows, kept))
+        yield CleanBatch(first, rows, ~left_out, scored_positions(left_out), CleanPass.run(model, rows, kept))
 
 
-def rows_that_fit(model: Any, places: Iterable[Place], context: int, batch_size: int, memory: int) -> int:
+def rows_that_fit(model: GemmaModel, places: Iterable[Place], context: int, batch_size: int, memory: int) -> int:
     """How many rows a pass may have so that the tensors that it keeps and computes take ``memory`` bytes; 1 or more.
 
     The estimate counts the tensors kept, twelve residual streams, and three of a layer's attention patterns.
@@ -232,7 +235,7 @@ def rows_that_fit(model: Any, places: Iterable[Place], context: int, batch_size:
     return max(1, min(batch_size, memory // (per_token * context * item)))
 
 
-def run_to_final_norm(model: Any, tokens: torch.Tensor) -> Float[torch.Tensor, "batch pos d_model"]:
+def run_to_final_norm(model: GemmaModel, tokens: torch.Tensor) -> Float[torch.Tensor, "batch pos d_model"]:
     """The residual stream before the final norm; the unembedding does not run."""
 
     def stop(_module: Any, args: tuple[Any, ...]) -> None:
@@ -248,7 +251,7 @@ def run_to_final_norm(model: Any, tokens: torch.Tensor) -> Float[torch.Tensor, "
     raise AdapterMismatch("The model's forward pass did not reach its final norm.")
 
 
-def hook_point(model: Any, place: Place) -> Any:
+def hook_point(model: GemmaModel, place: Place) -> Any:
     """The hook point whose tensor an SAE at ``place`` reads."""
     return model.site_hook_point(model.family.site(place.site).hook_name(place.layer, model.backend))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from jaxtyping import Bool, Float, Int
 
 from gemma_scope_tl.evals.clean_pass import hook_point, removed_after, run_to_final_norm
 from gemma_scope_tl.sites import Place
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 CACHED_BYTES = 2 << 20
 """Size of a chunk of logits that stays in a CPU's cache. Small vocabularies gain by it; others need larger chunks."""
@@ -43,7 +46,7 @@ class LogitHead:
         memory: bytes that logits may take at once.
     """
 
-    def __init__(self, model: Any, memory: int) -> None:
+    def __init__(self, model: GemmaModel, memory: int) -> None:
         self._norm = model.ln_final
         self.matrix: torch.Tensor = model.unembed.W_U.detach()  # [d_model, vocab], of any strides
         bias = getattr(model.unembed, "b_U", None)
@@ -147,7 +150,7 @@ def sampled_positions(
 
 
 def logit_gradients(
-    model: Any,
+    model: GemmaModel,
     head: LogitHead,
     tokens: Int[torch.Tensor, "batch pos"],
     places: Iterable[Place],

@@ -1,7 +1,7 @@
 """One evaluation: which pieces are missing, one loop over the data that measures all of them, and checkpoints.
 
-``Run.finish`` reads from top to bottom: find finished pieces in the cache, compute the mean activations, then
-for each batch a clean pass, and a :class:`Step` that measures every place and SAE on it.
+``EvaluationRun.finish`` reads from top to bottom: find finished pieces in the cache, compute the mean activations, then
+for each batch a clean pass, and a :class:`BatchMeasurements` that measures every place and SAE on it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.evals.accumulators import TokenMean
 from gemma_scope_tl.evals.cache import Checkpoint, MetricsCache, key_of
-from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
+from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, CleanBatch, clean_batches, rows_that_fit
 from gemma_scope_tl.evals.metrics import l0, latent_importance, squared_error, uniformity
 from gemma_scope_tl.evals.next_token import LogitHead, logit_gradients, sampled_positions
 from gemma_scope_tl.evals.saes import Subject, latents_and_output
@@ -26,6 +26,9 @@ from gemma_scope_tl.sites import Place, flatten_heads, target_of
 from gemma_scope_tl.text.batch import TokenBatch
 from gemma_scope_tl.weights.fingerprint import fingerprint
 from gemma_scope_tl.weights.modes import make_ordinary
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 ABLATIONS = ("zero", "mean")
 CONFIG_VALUES = ("output_logits_soft_cap", "attn_scores_soft_cap", "eps", "window_size", "attn_scale", "rotary_base")
@@ -70,10 +73,10 @@ class Settings:
 
 
 @dataclass
-class Run:
+class EvaluationRun:
     """One evaluation of ``subjects`` on ``rows``; :meth:`finish` completes ``sums``."""
 
-    model: Any
+    model: GemmaModel
     subjects: list[Subject]
     rows: TokenBatch
     special: tuple[int, ...]
@@ -154,7 +157,7 @@ class Run:
         for number, batch in enumerate(self._batches("evaluating", places, start), 1):
             if number == 1:
                 batch.clean.check(target_of(place) for place in places)
-            Step(self, head, batch).measure()
+            BatchMeasurements(self, head, batch).measure()
             done = batch.start + batch.tokens.shape[0]
             if number % self.settings.checkpoint_every == 0 and done < self.rows.ids.shape[0]:
                 checkpoint.save(done)
@@ -165,7 +168,7 @@ class Run:
         pieces = [*self.sums.of_sae(number), *(piece for kind, piece in of_place.items() if kind != "centre")]
         return not all(piece.done for piece in pieces)
 
-    def _batches(self, what: str, places: list[Place], start: int = 0) -> Iterator[Batch]:
+    def _batches(self, what: str, places: list[Place], start: int = 0) -> Iterator[CleanBatch]:
         from rich.progress import Progress
 
         ids, mask, rows = self.rows.ids, self.rows.mask, self._rows_per_batch
@@ -204,10 +207,10 @@ class Gradients:
     values: torch.Tensor
 
 
-class Step:
+class BatchMeasurements:
     """All that is measured on one batch. Residual streams are collected until several can share the clean logits."""
 
-    def __init__(self, run: Run, head: LogitHead, batch: Batch) -> None:
+    def __init__(self, run: EvaluationRun, head: LogitHead, batch: CleanBatch) -> None:
         self.run, self.sums, self.head, self.batch = run, run.sums, head, batch
         self._clean = head.normed(batch.clean.final)[:, :-1][batch.scored]
         self._unscored: list[_Unscored] = []
@@ -317,7 +320,7 @@ def _replacement(ablation: str, y: torch.Tensor, centre: Centre) -> torch.Tensor
             raise unknown_name("ablation", ablation, ABLATIONS)
 
 
-def facts_of(model: Any, rows: TokenBatch, special: tuple[int, ...]) -> dict[str, Any]:
+def facts_of(model: GemmaModel, rows: TokenBatch, special: tuple[int, ...]) -> dict[str, Any]:
     """What every number measured on a model and token rows depends on, SAEs aside: a part of each key in the cache.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,9 @@ from gemma_scope_tl.sae.sparse import SparseActs, decode_sparse, encode_sparse
 from gemma_scope_tl.sae.suite import SAESuite
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.weights.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Subject:
         return f"{type(sae).__name__} {fingerprint(sae)}"
 
 
-def subjects_of(model: Any, saes: Any) -> list[Subject]:
+def subjects_of(model: GemmaModel, saes: Any) -> list[Subject]:
     """An SAE, several, a mapping of them, or a suite (whose SAEs are loaded one at a time) as subjects.
 
     Raises:
@@ -60,13 +63,13 @@ def subjects_of(model: Any, saes: Any) -> list[Subject]:
     return [_of_module(model, sae) for sae in as_saes(saes, whole=True)]
 
 
-def _of_module(model: Any, sae: Any) -> Subject:
+def _of_module(model: GemmaModel, sae: Any) -> Subject:
     place, row = _checked_place(model, sae), getattr(sae, "row", None)
     names = getattr(row, "release", None), getattr(row, "id", None)
     return Subject(lambda: sae, place, int(sae.cfg.d_sae), *names)
 
 
-def _of_suite(model: Any, suite: SAESuite, key: tuple[str, int | None]) -> Subject:
+def _of_suite(model: GemmaModel, suite: SAESuite, key: tuple[str, int | None]) -> Subject:
     def get() -> Any:
         sae = suite[key]
         _checked_place(model, sae)
@@ -76,7 +79,7 @@ def _of_suite(model: Any, suite: SAESuite, key: tuple[str, int | None]) -> Subje
     return Subject(get, Place(row.site, row.layer), row.d_sae, row.release, row.id)
 
 
-def _checked_place(model: Any, sae: Any) -> Place:
+def _checked_place(model: GemmaModel, sae: Any) -> Place:
     """Where the SAE reads, after a check that it fits the model."""
     site, layer = locate(sae, model.family)
     model.check_fits(sae, site, layer)

@@ -16,7 +16,7 @@ from gemma_scope_tl.evals.accumulators import LatentCounts
 from gemma_scope_tl.evals.cache import MetricsCache
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET
 from gemma_scope_tl.evals.metrics import Bootstrap, fvu, loss_recovered
-from gemma_scope_tl.evals.run import ABLATIONS, Run, Settings
+from gemma_scope_tl.evals.run import ABLATIONS, EvaluationRun, Settings
 from gemma_scope_tl.evals.saes import Subject, subjects_of
 from gemma_scope_tl.evals.sums import Sums
 from gemma_scope_tl.text.batch import Text, TokenBatch
@@ -26,12 +26,14 @@ from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 RECOVERED = {"zero": "loss_recovered", "mean": "loss_recovered_mean"}
 WITH_INTERVAL = ("l0", "fvu", "delta_loss", "loss_recovered", "kl", "loss_recovered_mean", "uniformity")
 
 
 def evaluate(
-    model: Any,
+    model: GemmaModel,
     saes: Any | Iterable[Any],
     data: Text,
     context: int = 256,
@@ -93,7 +95,7 @@ def evaluate(
 
 
 def measure_suite(
-    model: Any,
+    model: GemmaModel,
     saes: Any | Iterable[Any],
     data: Text,
     context: int = 256,
@@ -121,7 +123,7 @@ def measure_suite(
             "There is nothing to measure: no row has an ordinary token that is predicted from an ordinary one. Give "
             "longer rows, or exclude fewer tokens with exclude_special_tokens=."
         )
-    sums = Run(model, subjects, rows, special, settings, MetricsCache(cache)).finish()
+    sums = EvaluationRun(model, subjects, rows, special, settings, MetricsCache(cache)).finish()
     return Evaluation(subjects, sums, len(rows.ids))
 
 

@@ -27,6 +27,8 @@ from gemma_scope_tl.sites import get_site
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 
 class FixedTokens:
     """An activation store for ``run_evals`` that serves the same rows of tokens in batches, again and again.
@@ -55,7 +57,7 @@ class FixedTokens:
 
 
 def run_sae_lens_evals(
-    model: Any, saes: Any, tokens: Int[torch.Tensor, "rows pos"], batch_size: int = 8
+    model: GemmaModel, saes: Any, tokens: Int[torch.Tensor, "rows pos"], batch_size: int = 8
 ) -> pd.DataFrame:
     """SAELens's ``run_evals`` on our SAEs and model, SAE by SAE.
 
@@ -85,7 +87,9 @@ def run_sae_lens_evals(
     return pd.DataFrame(rows)
 
 
-def sae_lens_metrics(model: Any, sae: Any, tokens: Int[torch.Tensor, "rows pos"], batch_size: int) -> dict[str, float]:
+def sae_lens_metrics(
+    model: GemmaModel, sae: Any, tokens: Int[torch.Tensor, "rows pos"], batch_size: int
+) -> dict[str, float]:
     """The metrics of one SAE by ``run_evals``, named as in :func:`run_sae_lens_evals`; the SAE says its hook."""
     from sae_lens.evals import EvalConfig, run_evals
     from sae_lens.training.activation_scaler import ActivationScaler
@@ -101,8 +105,8 @@ def sae_lens_metrics(model: Any, sae: Any, tokens: Int[torch.Tensor, "rows pos"]
         compute_sparsity_metrics=True,
         compute_variance_metrics=True,
     )
-    given: Any = store
-    found, _ = run_evals(sae, given, model, ActivationScaler(), config)
+    given: tuple[Any, Any] = store, model
+    found, _ = run_evals(sae, *given, ActivationScaler(), config)
     losses, quality = found["model_performance_preservation"], found["reconstruction_quality"]
     metrics = {
         "l0": found["sparsity"]["l0"],

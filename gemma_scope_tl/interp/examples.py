@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
+from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, CleanBatch, clean_batches, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.interp.sampling import Collector, Sampling
 from gemma_scope_tl.sae.arguments import as_indices
@@ -20,6 +20,8 @@ from gemma_scope_tl.text.rows import as_tokens, special_ids
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Examples:
         """Rows of the corpus that examples come from."""
         return set((self._slots[:, 1] // self._kept.windows_per_row).tolist())
 
-    def fill(self, start: int, acts: Any, batch: Batch) -> None:
+    def fill(self, start: int, acts: Any, batch: CleanBatch) -> None:
         """Take the activations in the windows from rows of the corpus, the first of which is number ``start``."""
         _, window, where, values = self._kept.entries(start, acts, batch.ordinary)
         positions = batch.ordinary.cpu().nonzero(as_tuple=True)[1].numpy()[acts.tokens().cpu().numpy()]
@@ -161,7 +163,7 @@ class Examples:
 
 
 def top_examples(
-    model: Any,
+    model: GemmaModel,
     saes: Any,
     data: Text,
     context: int = 256,
@@ -211,8 +213,8 @@ def top_examples(
 
 
 def passes(
-    model: Any, subjects: Sequence[Subject], tokens: torch.Tensor, rows: int, progress: bool, what: str
-) -> Iterator[tuple[int, Batch, dict[Any, torch.Tensor]]]:
+    model: GemmaModel, subjects: Sequence[Subject], tokens: torch.Tensor, rows: int, progress: bool, what: str
+) -> Iterator[tuple[int, CleanBatch, dict[Any, torch.Tensor]]]:
     """The number of the first row of each batch, the batch, and the activations at the places of all subjects."""
     from rich.progress import track
 
@@ -225,13 +227,13 @@ def passes(
 
 def _runs(rows: Sequence[int]) -> list[range]:
     """Ascending numbers as runs of consecutive ones."""
-    found: list[range] = []
+    runs: list[range] = []
     for row in rows:
-        if found and found[-1].stop == row:
-            found[-1] = range(found[-1].start, row + 1)
+        if runs and runs[-1].stop == row:
+            runs[-1] = range(runs[-1].start, row + 1)
         else:
-            found.append(range(row, row + 1))
-    return found
+            runs.append(range(row, row + 1))
+    return runs
 
 
 def chosen_latents(subject: Subject, latents: Iterable[int] | None) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,12 +33,15 @@ from gemma_scope_tl.latents.logit_lens import latent_logits
 from gemma_scope_tl.text.rows import as_tokens
 from gemma_scope_tl.weights.fingerprint import fingerprint
 
+if TYPE_CHECKING:
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 BINS = 50
 SETTINGS = "run_settings.json"
 
 
 def export_neuronpedia(
-    model: Any,
+    model: GemmaModel,
     sae: Any,
     data: Sequence[str] | torch.Tensor,
     folder: str | PathLike[str],
@@ -91,15 +94,16 @@ def export_neuronpedia(
     missing = {path: part for path, part in zip(paths, parts, strict=True) if not path.exists()}
     if missing:
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "memory_budget": memory_budget}
-        _write(model, subject, tokens, missing, drawn, head, facts, options)
+        _write(model, subject, tokens, missing, sampling=drawn, head=head, facts=facts, options=options)
     return paths
 
 
 def _write(
-    model: Any,
+    model: GemmaModel,
     subject: Subject,
     tokens: torch.Tensor,
     missing: dict[Path, NDArray[np.int64]],
+    *,
     sampling: Sampling,
     head: dict[str, Any],
     facts: dict[str, Any],
@@ -119,7 +123,7 @@ def _write(
 
 
 def _settings(
-    model: Any,
+    model: GemmaModel,
     subject: Subject,
     tokens: torch.Tensor,
     latents: NDArray[np.int64],
@@ -146,13 +150,13 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     write_atomically(path, text)
 
 
-def _model_name(model: Any, subject: Subject) -> str:
+def _model_name(model: GemmaModel, subject: Subject) -> str:
     row = getattr(subject.get(), "row", None)
     return str(getattr(row, "model", None) or getattr(model.cfg, "model_name", ""))
 
 
 def _histograms(
-    model: Any, subject: Subject, tokens: torch.Tensor, found: Examples, rows: int, progress: bool
+    model: GemmaModel, subject: Subject, tokens: torch.Tensor, found: Examples, rows: int, progress: bool
 ) -> NDArray[np.int64]:
     """Tokens by activation, in :data:`BINS` equal bins from 0 to each latent's largest, ``[n, BINS]``."""
     counts = np.zeros((len(found.latents), BINS), np.int64)
@@ -167,7 +171,9 @@ def _histograms(
     return counts
 
 
-def _decoder_facts(model: Any, sae: Any, latents: list[int], k: int = 10, near: int = 6) -> dict[int, dict[str, Any]]:
+def _decoder_facts(
+    model: GemmaModel, sae: Any, latents: list[int], k: int = 10, near: int = 6
+) -> dict[int, dict[str, Any]]:
     """Facts from each latent's decoder row: logits, nearest rows by cosine, largest entries."""
     logits = latent_logits(model, sae, latents)
     rows = torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1)
@@ -225,7 +231,7 @@ def _activations(found: Examples, latent: int, largest: float) -> list[dict[str,
     return listed
 
 
-def _words(model: Any, ids: torch.Tensor) -> list[str]:
+def _words(model: GemmaModel, ids: torch.Tensor) -> list[str]:
     return [model.tokenizer.decode([i]) if model.tokenizer else f"<{i}>" for i in ids.tolist()]
 
 

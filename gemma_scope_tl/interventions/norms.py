@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.model.read import visit_places
 from gemma_scope_tl.sae.arguments import as_indices
-from gemma_scope_tl.sites import Site, flatten_heads
+from gemma_scope_tl.sites import Place, target_of
 from gemma_scope_tl.text.batch import Text, as_batch
 from gemma_scope_tl.text.tokens import special_token_ids
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 
 @torch.no_grad()
 def mean_norms(
-    model: Any,
+    model: GemmaModel,
     text: Text,
     sites: str | Iterable[str] | None = None,
     layers: int | Iterable[int] | None = None,
@@ -53,42 +56,38 @@ def mean_norms(
 
     places = _places(model, sites, layers)
     given = as_batch(model, text, attention_mask)
-    hooks = {site.hook_name_out(layer, "hooked_transformer") for site, layer in places}
-    sums, count, counted = dict.fromkeys(hooks, 0.0), 0, given.ordinary(special_token_ids(model.tokenizer))
+    written = [target_of(place) for place in places]
+    sums, count, counted = dict.fromkeys(written, 0.0), 0, given.ordinary(special_token_ids(model.tokenizer))
     parts = (one.split(batch_size) for one in (given.ids, given.attention_mask, counted))
     for ids, mask, ordinary in zip(*parts, strict=True):
         count += int(ordinary.sum())
 
-        def add(value: torch.Tensor, hook: Any, name: str, ordinary: torch.Tensor = ordinary) -> None:
-            norms = flatten_heads(value)[ordinary.to(value.device)].float().norm(dim=-1)
-            sums[name] += norms.double().sum().item()
+        def add(place: Place, x: torch.Tensor, ordinary: torch.Tensor = ordinary) -> None:
+            norms = x[ordinary.to(x.device)].float().norm(dim=-1)
+            sums[place] += norms.double().sum().item()
 
-        pairs = [(name, lambda value, hook, name=name, add=add: add(value, hook, name)) for name in sorted(hooks)]
-        model.run_with_hooks(ids, attention_mask=mask, fwd_hooks=pairs)
+        visit_places(model, ids, written, add, mask)
     if count == 0:
         raise GemmaScopeError("The text has no tokens except BOS, EOS and padding: give more text.")
-    names = [site.hook_name_out(layer, "hooked_transformer") for site, layer in places]
     return pd.DataFrame(
         {
-            "site": [site.name for site, _ in places],
-            "layer": pd.array([layer for _, layer in places], dtype="Int64"),
-            "hook": names,
-            "mean_norm": [sums[name] / count for name in names],
+            "site": [place.site for place in places],
+            "layer": pd.array([place.layer for place in places], dtype="Int64"),
+            "hook": [model.family.site(site).hook_name(layer, "hooked_transformer") for site, layer in written],
+            "mean_norm": [sums[place] / count for place in written],
             "tokens": count,
         }
     )
 
 
-def _places(
-    model: Any, sites: str | Iterable[str] | None, layers: int | Iterable[int] | None
-) -> list[tuple[Site, int | None]]:
+def _places(model: GemmaModel, sites: str | Iterable[str] | None, layers: int | Iterable[int] | None) -> list[Place]:
     if sites is None:
         sites = [name for name, site in model.family.sites.items() if not site.is_transcoder]
     sites = [sites] if isinstance(sites, str) else sites
     chosen = list(range(model.dims.n_layers)) if layers is None else as_indices(layers)
-    places: list[tuple[Site, int | None]] = []
+    places: list[Place] = []
     for site in map(model.family.site, sites):
-        places += [(site, layer) for layer in chosen] if site.per_layer else [(site, None)]
-    for site, layer in places:
-        site.check_layer(layer, model.dims)
+        for layer in chosen if site.per_layer else [None]:
+            site.check_layer(layer, model.dims)
+            places.append(Place(site.name, layer))
     return places

@@ -10,10 +10,12 @@ from jaxtyping import Float
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.sae.access import chosen_latents, decoder_rows, locate
+from gemma_scope_tl.sites import Place, target_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
     from gemma_scope_tl.sae.access import SAEOrLatents
     from gemma_scope_tl.sites import Site
 
@@ -21,7 +23,7 @@ _CHUNK = 32768  # columns of the unembedding that are converted to float32 at a 
 
 
 @torch.no_grad()
-def top_tokens(model: Any, sae: SAEOrLatents, latent: int | Iterable[int], k: int = 10) -> pd.DataFrame:
+def top_tokens(model: GemmaModel, sae: SAEOrLatents, latent: int | Iterable[int], k: int = 10) -> pd.DataFrame:
     """The tokens that a latent promotes and suppresses most, along its direct path to the logits.
 
     For a decoder row v, with the gains g of the RMSNorms of the model::
@@ -78,7 +80,7 @@ def top_tokens(model: Any, sae: SAEOrLatents, latent: int | Iterable[int], k: in
 
 
 @torch.no_grad()
-def latent_logits(model: Any, sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "k d_vocab"]:
+def latent_logits(model: GemmaModel, sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "k d_vocab"]:
     """The change of the logits per unit of activation of each latent, in float32 (see :func:`top_tokens`).
 
     Raises:
@@ -89,8 +91,8 @@ def latent_logits(model: Any, sae: SAEOrLatents, latents: list[int]) -> Float[to
     return _logits(model, site, layer, decoder_rows(sae, latents))
 
 
-def _logits(model: Any, site: Site, layer: int | None, rows: torch.Tensor) -> Float[torch.Tensor, "k d_vocab"]:
-    written = model.family.site(site.writes[0])
+def _logits(model: GemmaModel, site: Site, layer: int | None, rows: torch.Tensor) -> Float[torch.Tensor, "k d_vocab"]:
+    written = model.family.site(target_of(Place(site.name, layer)).site)
     width = written.d_in(model.dims)
     if rows.shape[-1] != width:
         raise SpliceError(
@@ -110,13 +112,15 @@ def _logits(model: Any, site: Site, layer: int | None, rows: torch.Tensor) -> Fl
     return torch.cat([u @ columns.float() for columns in w_u.split(_CHUNK, dim=1)], dim=1)
 
 
-def _through_attention(model: Any, block: Any, u: Float[torch.Tensor, "k heads"]) -> Float[torch.Tensor, "k d_model"]:
+def _through_attention(
+    model: GemmaModel, block: Any, u: Float[torch.Tensor, "k heads"]
+) -> Float[torch.Tensor, "k d_model"]:
     """The contribution of concatenated heads to the residual stream: W_O, and the gain of a norm after it."""
     u = u @ block.attn.W_O.to(u).reshape(u.shape[-1], -1)  # the layer may be on another device than the unembedding
     norm = model.family.norm_after_attention
     return u if norm is None else u * _gain(model, getattr(block, norm)).to(u)
 
 
-def _gain(model: Any, norm: Any) -> Float[torch.Tensor, " d_model"]:
+def _gain(model: GemmaModel, norm: Any) -> Float[torch.Tensor, " d_model"]:
     """The gain of an RMSNorm, which some libraries store as the difference from 1."""
     return norm.w.float() + model.family.gain_offset[model.backend]

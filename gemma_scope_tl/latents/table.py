@@ -9,20 +9,23 @@ import torch
 from jaxtyping import Bool, Float
 
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.model.read import read_places
 from gemma_scope_tl.sae.access import encode_latents, locate
 from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sae.latents import Latents
-from gemma_scope_tl.sites import flatten_heads
-from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
+from gemma_scope_tl.sites import Place
+from gemma_scope_tl.text.batch import Text, as_batch
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 
 @torch.no_grad()
 def features(
-    model: Any,
+    model: GemmaModel,
     text: Text,
     saes: Any | Iterable[Any],
     top: int | None = None,
@@ -62,36 +65,24 @@ def features(
     if (top is not None and top < 1) or not min_activation >= 0:
         raise GemmaScopeError(f"top must be at least 1 and min_activation at least 0; given: {top}, {min_activation}.")
     several, batch = as_saes(saes), as_batch(model, text, attention_mask)
-    places = [locate(sae, model.family) for sae in several]
-    names = [site.hook_name(layer, "hooked_transformer") for site, layer in places]
-    seen = _activations(model, batch, names)
+    places = [Place(site.name, layer) for site, layer in (locate(sae, model.family) for sae in several)]
+    tensors = read_places(model, batch.ids, places, batch.attention_mask)
     counted = batch.ordinary(excluded_ids(model.tokenizer, exclude_special_tokens))
     frames: list[pd.DataFrame] = []
-    for i, (sae, name, (site, layer)) in enumerate(zip(several, names, places, strict=True)):
-        rows, columns, latents, values = _active(sae, seen[name], counted, top, min_activation)
+    for i, (sae, place) in enumerate(zip(several, places, strict=True)):
+        rows, columns, latents, values = _active(sae, tensors[place], counted, top, min_activation)
         listed = {
             "sequence": rows.tolist(),
             "position": batch.place[rows, columns].tolist(),
             "token": _texts(model.tokenizer, batch.ids[rows, columns].tolist()),
             "sae": i,
-            "site": site.name,
-            "layer": pd.array([layer] * len(latents), dtype="Int64"),
+            "site": place.site,
+            "layer": pd.array([place.layer] * len(latents), dtype="Int64"),
             "latent": latents.tolist(),
             "activation": values.tolist(),
         }
         frames.append(pd.DataFrame(listed))
     return pd.concat(frames, ignore_index=True)
-
-
-def _activations(model: Any, batch: TokenBatch, names: list[str]) -> dict[str, torch.Tensor]:
-    """The tensors at some hooks, heads flattened, from one pass."""
-    seen: dict[str, torch.Tensor] = {}
-    hooks = [
-        (name, lambda value, hook, name=name: seen.__setitem__(name, flatten_heads(value)))
-        for name in dict.fromkeys(names)
-    ]
-    model.run_with_hooks(batch.ids, attention_mask=batch.attention_mask, fwd_hooks=hooks)
-    return seen
 
 
 def _active(

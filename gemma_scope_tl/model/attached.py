@@ -38,6 +38,7 @@ class AttachedSAE:
         site: Site,
         layer: int | None,
         options: SpliceOptions,
+        *,
         excluded: tuple[int, ...],
         stage: int,
         owner: Owner,

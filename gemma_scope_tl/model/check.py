@@ -17,8 +17,8 @@ from gemma_scope_tl.model.hooked import GemmaModel
 from gemma_scope_tl.model.plain import (
     LOGITS,
     ROWS,
-    Pass,
     PlainModel,
+    PlainPass,
     cache_keyword,
     probe_tokens,
     row_difference,
@@ -77,7 +77,7 @@ def site_hooks(model: GemmaModel, places: Iterable[Place]) -> dict[Place, str]:
 class _Recorder:
     """Hooks that record the tensors of a pass of the hooked model, and edit its rows like those of the plain model."""
 
-    def __init__(self, model: GemmaModel, plain: Pass) -> None:
+    def __init__(self, model: GemmaModel, plain: PlainPass) -> None:
         self._plain, self._final = plain, FINAL[model.backend]
         self._names = site_hooks(model, plain.sites)
         self._layers = range(model.dims.n_layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,8 +33,11 @@ HookName = str | Callable[[str], bool]
 Hooks = Iterable[tuple[HookName, Callable[..., Any]]]
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
+# For type checkers GemmaModel is a module. At run time the backend's class, which it is mixed into, makes it one.
+_Module = torch.nn.Module if TYPE_CHECKING else object
 
-class GemmaModel(Generates, SpliceMixin):
+
+class GemmaModel(Generates, SpliceMixin, _Module):
     """A hooked model with the sites of its family, as a mixin for the model class of the backend.
 
     Attributes:
@@ -54,6 +57,12 @@ class GemmaModel(Generates, SpliceMixin):
     fixes: list[str]
     tokenizer: Any
     cfg: Any
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Blocks, norms and matrices, which the backend's class has."""
+            ...
 
     def prepare(self, dims: ModelDims, model_id: str | None, family: Family) -> None:
         """Set up the state of this class. The loader calls it once."""

@@ -128,7 +128,7 @@ LOUDER = 64.0  # a power of two, so that the product is exact
 
 
 @dataclass(frozen=True)
-class Pass:
+class PlainPass:
     """One pass with three rows: unchanged, with replaced tensors, and with replaced tensors and loud queries.
 
     Attributes:
@@ -156,9 +156,9 @@ class PlainModel:
     """
 
     tokens: Int[torch.Tensor, "3 pos"]
-    whole: Pass
-    prefix: Pass
-    cached: Pass
+    whole: PlainPass
+    prefix: PlainPass
+    cached: PlainPass
     dtype: torch.dtype
     eight_bits: bool
 
@@ -220,16 +220,20 @@ def run_plain(hf_model: Any, length: int = 12) -> PlainModel:
         with _rounding_noise(hf_model):
             noisy = _three_passes(hf_model, tokens.repeat(NOISY, 1), (whole, prefix, cached))
     passes = [
-        Pass(exact.sites, exact.replaced, {key: _spread(moved.sites[key], exact.sites[key]) for key in exact.sites})
+        PlainPass(
+            exact.sites, exact.replaced, {key: _spread(moved.sites[key], exact.sites[key]) for key in exact.sites}
+        )
         for exact, moved in zip((whole, prefix, cached), noisy, strict=True)
     ]
     return PlainModel(tokens, *passes, dtype=whole.sites[LOGITS].dtype, eight_bits=is_quantized(hf_model, family))
 
 
-def _three_passes(hf_model: Any, tokens: torch.Tensor, like: tuple[Pass, Pass, Pass] | None) -> tuple[Pass, Pass, Pass]:
+def _three_passes(
+    hf_model: Any, tokens: torch.Tensor, like: tuple[PlainPass, PlainPass, PlainPass] | None
+) -> tuple[PlainPass, PlainPass, PlainPass]:
     from transformers import DynamicCache
 
-    def run(part: torch.Tensor, index: int, **kwargs: Any) -> Pass:
+    def run(part: torch.Tensor, index: int, **kwargs: Any) -> PlainPass:
         replaced: dict[Place, torch.Tensor] = {} if like is None else like[index].replaced
 
         def change(key: Place, value: torch.Tensor) -> torch.Tensor:
@@ -238,7 +242,7 @@ def _three_passes(hf_model: Any, tokens: torch.Tensor, like: tuple[Pass, Pass, P
             return with_replaced(value, replaced[key])
 
         found: Reference = run_reference(hf_model, part, change=change, **kwargs)
-        return Pass({**found.sites, LOGITS: found.logits}, replaced, {})
+        return PlainPass({**found.sites, LOGITS: found.logits}, replaced, {})
 
     cache = {cache_keyword(hf_model): DynamicCache(config=hf_model.config), "use_cache": True}
     return run(tokens, 0), run(tokens[:, :-1], 1, **cache), run(tokens[:, -1:], 2, **cache)

@@ -1,4 +1,4 @@
-"""The sizes of a model that is not loaded, for estimates of memory and time."""
+"""The sizes and the family of a model that is not loaded, for the places of a run and estimates of memory and time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from gemma_scope_tl.errors import AdapterError, unknown_name
-from gemma_scope_tl.families import ModelSizes, families, family_of_config
+from gemma_scope_tl.families import Family, ModelSizes, families, family_of_config
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 
 
 def sizes_of(name: str) -> ModelSizes:
-    """Sizes of the model that ``load_model`` loads by this name.
+    """Sizes of the model that ``load_model`` loads by this name, with the errors of :func:`family_and_sizes`."""
+    return family_and_sizes(name)[1]
+
+
+def family_and_sizes(name: str) -> tuple[Family, ModelSizes]:
+    """Family and sizes of the model that ``load_model`` loads by this name.
 
     Weights are never loaded. For a Hugging Face id that is not a released model, the config is fetched.
 
@@ -29,7 +34,7 @@ def sizes_of(name: str) -> ModelSizes:
     if name.count("/") <= 1:
         for family in families():
             if family.base_name(last) in family.sizes:
-                return family.sizes[family.base_name(last)]
+                return family, family.sizes[family.base_name(last)]
     if name.count("/") != 1:
         known = [model for family in families() for model in family.sizes]
         raise unknown_name("model", name, ["bundled", *known], "A local folder or a Hugging Face id works too.")
@@ -41,7 +46,7 @@ def sizes_of(name: str) -> ModelSizes:
         raise AdapterError(f"Cannot read the config of {name}: {error}") from error
 
 
-def _from_folder(folder: Path) -> ModelSizes:
+def _from_folder(folder: Path) -> tuple[Family, ModelSizes]:
     path = folder / "config.json"
     try:
         return _from_config(json.loads(path.read_text(encoding="utf-8")), str(folder))
@@ -49,6 +54,5 @@ def _from_folder(folder: Path) -> ModelSizes:
         raise AdapterError(f"Cannot read the model's config {path}: {error}") from error
 
 
-def _from_config(config: Mapping[str, Any], name: str) -> ModelSizes:
-    family_of_config(config, name)
-    return ModelSizes.from_config(config)
+def _from_config(config: Mapping[str, Any], name: str) -> tuple[Family, ModelSizes]:
+    return family_of_config(config, name), ModelSizes.from_config(config)

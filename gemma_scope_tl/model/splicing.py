@@ -226,7 +226,7 @@ class SpliceMixin:
             stage = self._next_stage(site.hook_name_out(layer, "hooked_transformer"), options.chain, site.is_transcoder)
             if (device := self.device_of(layer)).type != "meta":  # offloaded weights have no device before a pass
                 bring(sae, device)
-            attached = AttachedSAE(sae, site, layer, options, excluded, stage, owner)
+            attached = AttachedSAE(sae, site, layer, options, excluded=excluded, stage=stage, owner=owner)
             try:
                 attached.attach(self)  # pyright: ignore[reportArgumentType]
             except BaseException:

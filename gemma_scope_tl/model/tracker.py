@@ -55,7 +55,7 @@ class Generation:
 
 
 @dataclass
-class Expected:
+class ExpectedPass:
     """The known properties of a pass before its ids enter the model.
 
     Attributes:
@@ -111,9 +111,9 @@ class TokenTracker:
         return getattr(self._here, "depth", 0)
 
     @property
-    def expected(self) -> Expected | None:
+    def expected(self) -> ExpectedPass | None:
         """The announcement of :meth:`expecting` for the next ids; None after they came, or without an announcement."""
-        found: Expected | None = getattr(self._here, "expected", None)
+        found: ExpectedPass | None = getattr(self._here, "expected", None)
         return None if found is None or found.came else found
 
     # -- what enters the model ----------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class TokenTracker:
             self.observe(ids, text_mask(ids, tokenizer))
         else:
             known = generation.read.ids if generation.entered else None
-            self._here.expected = Expected(None, None, 0, own=known is not None or self._owns(ids, False))
+            self._here.expected = ExpectedPass(None, None, 0, own=known is not None or self._owns(ids, False))
             try:
                 self.observe(ids, seen=0 if known is None else known.shape[1])
             finally:
@@ -189,7 +189,7 @@ class TokenTracker:
         """Announce the pass inside the block: its mask, its key-value cache, the number of positions in the cache, and
         whether the running generation makes the pass."""
         outer = getattr(self._here, "expected", None)
-        self._here.expected = Expected(mask, cache, seen, own)
+        self._here.expected = ExpectedPass(mask, cache, seen, own)
         try:
             with self.under_way():
                 yield

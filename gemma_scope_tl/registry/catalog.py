@@ -297,22 +297,22 @@ def _pick_l0(rows: Sequence[SAERow], l0: float | str) -> SAERow:
     """The row with this L0 among those of one site, layer and width."""
     closest = isinstance(l0, str) and l0.startswith(CLOSEST)
     if l0 == CANONICAL:
-        found = [row for row in rows if row.canonical]
+        fitting = [row for row in rows if row.canonical]
     else:
         target = _l0_number(l0)
         known = [(row, row.l0) for row in rows if row.l0 is not None]
         best = min(((abs(value - target), value) for _, value in known), default=None)
         wanted = target if not closest else best and best[1]
-        found = [row for row, value in known if value == wanted]
-    if not found:
+        fitting = [row for row, value in known if value == wanted]
+    if not fitting:
         raise _no_such_l0(rows, l0)
-    if len({row.release for row in found}) > 1:
-        names = ", ".join(f"{row.release} {row.id}" for row in found)
-        raise RegistryError(f"{len(found)} SAEs fit: {names}. Say which with release=.")
-    if len(found) > 1:
-        names = ", ".join(row.id for row in found)
-        raise RegistryError(f"{len(found)} SAEs of {found[0].release} have L0 {l0}: {names}. Name one by its id.")
-    return found[0]
+    if len({row.release for row in fitting}) > 1:
+        names = ", ".join(f"{row.release} {row.id}" for row in fitting)
+        raise RegistryError(f"{len(fitting)} SAEs fit: {names}. Say which with release=.")
+    if len(fitting) > 1:
+        names = ", ".join(row.id for row in fitting)
+        raise RegistryError(f"{len(fitting)} SAEs of {fitting[0].release} have L0 {l0}: {names}. Name one by its id.")
+    return fitting[0]
 
 
 def _l0_number(l0: float | str) -> float:

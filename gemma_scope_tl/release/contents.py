@@ -42,7 +42,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Contents:
+class ReleaseContents:
     """A release's folder.
 
     Attributes:
@@ -58,7 +58,7 @@ class Contents:
     left_out: tuple[str, ...]
 
 
-def read_contents(folder: str | os.PathLike[str], logs: bool = False) -> Contents:
+def read_contents(folder: str | os.PathLike[str], logs: bool = False) -> ReleaseContents:
     """The files that a release consists of.
 
     These are the registry file, ``README.md``, licence texts, the weights that the registry file names, the same SAEs
@@ -88,7 +88,7 @@ def read_contents(folder: str | os.PathLike[str], logs: bool = False) -> Content
     found = list(_walk(root))
     kept = sorted(name for name in found if name in names or name in optional or _TRANSCODER.fullmatch(name))
     parts = tuple(Part(name, inside(root, name).stat().st_size, rows.get(name)) for name in kept)
-    return Contents(root, release, parts, tuple(sorted(set(found) - set(kept))))
+    return ReleaseContents(root, release, parts, tuple(sorted(set(found) - set(kept))))
 
 
 def _mirrors(root: Path, rows: Iterable[SAERow]) -> set[str]:
@@ -97,7 +97,7 @@ def _mirrors(root: Path, rows: Iterable[SAERow]) -> set[str]:
     return {name for pair in pairs if any((root / one).is_file() for one in pair) for name in pair}
 
 
-def check_contents(contents: Contents, progress: bool = False) -> dict[str, str]:
+def check_contents(contents: ReleaseContents, progress: bool = False) -> dict[str, str]:
     """Load and check every weights file, and compare its hash with the registry file's.
 
     Returns:

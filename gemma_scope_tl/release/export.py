@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.families import family_of_model
 from gemma_scope_tl.files import checked_path, make_folder, replace_files, write_atomically
 from gemma_scope_tl.registry.schema import NAME
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER, render_card
 from gemma_scope_tl.release.metrics import match_metrics, with_l0
 from gemma_scope_tl.release.release_saes import DEAD, DECIMALS, About, ReleaseSAE, folder_of, l0_label, read_saes
 from gemma_scope_tl.sae.arguments import shown
-from gemma_scope_tl.sites import SITES, get_site
+from gemma_scope_tl.sites import get_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,9 +158,10 @@ def _groups(
     if repos == "one":
         return {title: (root, list(saes))}
     groups: dict[str, tuple[Path, list[ReleaseSAE]]] = {}
-    residual = next(site.name for site in SITES.values() if site.joins == "residual")
     for sae in saes:
-        site = sae.site if get_site(sae.site).per_layer else residual
+        family = family_of_model(sae.model, sae.site)
+        residual = next(site.name for site in family.sites.values() if site.joins == "residual")
+        site = sae.site if family.site(sae.site).per_layer else residual
         release = f"{title}-{site}"
         groups.setdefault(release, (root / release, []))[1].append(sae)
     return groups

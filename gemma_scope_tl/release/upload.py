@@ -14,7 +14,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import checked_path, write_atomically
 from gemma_scope_tl.registry.render import render_release
 from gemma_scope_tl.registry.schema import ReleaseFile, read_release
-from gemma_scope_tl.release.contents import Contents, Part, check_contents, read_contents
+from gemma_scope_tl.release.contents import Part, ReleaseContents, check_contents, read_contents
 from gemma_scope_tl.weights.hub_errors import upload_errors
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def upload_suite(
 
 
 def _plan(
-    contents: Contents, sums: Mapping[str, str], repo_id: str, branch: str, private: bool, there: _Remote | None
+    contents: ReleaseContents, sums: Mapping[str, str], repo_id: str, branch: str, private: bool, there: _Remote | None
 ) -> Upload:
     """Describe the upload, and refuse to send to a public repository what was meant to be private."""
     if there is not None and private and not there.private:
@@ -298,7 +298,7 @@ def _check_repo_id(repo_id: Any) -> None:
         raise GemmaScopeError(f"{repo_id!r} is not the name of a repository: give OWNER/NAME.")
 
 
-def _registry_target(contents: Contents, repo_id: str, out: str | os.PathLike[str] | None) -> Path:
+def _registry_target(contents: ReleaseContents, repo_id: str, out: str | os.PathLike[str] | None) -> Path:
     """The path of the registry file. An existing file is replaced only if it is of the same release and repository."""
     name = f"{contents.release.release}.yaml"
     place = checked_path(out) if out is not None else contents.folder.resolve().parent

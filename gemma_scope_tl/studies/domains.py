@@ -17,6 +17,8 @@ from gemma_scope_tl.text.rows import as_tokens
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 PILE = "ArmelR/the-pile-splitted"
 """The Pile with a configuration for each of its subsets, so that each can be streamed by itself."""
 PILE_SUBSETS: Mapping[str, str] = {
@@ -33,7 +35,7 @@ PILE_SUBSETS: Mapping[str, str] = {
 
 
 def by_domain(
-    model: Any,
+    model: GemmaModel,
     saes: Any,
     domains: Mapping[str, Text],
     rows: int | None = None,
@@ -108,7 +110,7 @@ def pile_texts(
     return {name: read_texts(f"{source}:{PILE_SUBSETS[name]}", column, split) for name in chosen}
 
 
-def _tokens(model: Any, name: str, data: Text, rows: int | None, context: int) -> torch.Tensor:
+def _tokens(model: GemmaModel, name: str, data: Text, rows: int | None, context: int) -> torch.Tensor:
     try:
         return as_tokens(model, data, context, limit=rows)
     except GemmaScopeError as error:

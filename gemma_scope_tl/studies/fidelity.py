@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 NAMES = ["release", "id", "site", "layer", "d_sae"]
 FIDELITY = ("delta_loss", "fvu")
 COMPARED = ("l0", "fvu", "delta_loss", "loss_clean")
 
 
-def sparsity_fidelity(model: Any, saes: Any, data: Sequence[str] | torch.Tensor, **options: Any) -> pd.DataFrame:
+def sparsity_fidelity(model: GemmaModel, saes: Any, data: Sequence[str] | torch.Tensor, **options: Any) -> pd.DataFrame:
     """L0 against delta loss and FVU of SAEs that see the same tokens, by site, layer and width (section 4.1).
 
     Args:
@@ -38,7 +40,7 @@ def sparsity_fidelity(model: Any, saes: Any, data: Sequence[str] | torch.Tensor,
 
 
 def importance_uniformity(
-    model: Any, saes: Any, data: Sequence[str] | torch.Tensor, positions: int = 8, **options: Any
+    model: GemmaModel, saes: Any, data: Sequence[str] | torch.Tensor, positions: int = 8, **options: Any
 ) -> pd.DataFrame:
     """The uniformity r_L0 of active latent importance against L0 (appendix C.3).
 

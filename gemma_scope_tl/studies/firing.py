@@ -21,11 +21,13 @@ from gemma_scope_tl.text.rows import as_rows, special_ids
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 CHECKPOINT = 16
 
 
 def firing_frequencies(
-    model: Any,
+    model: GemmaModel,
     saes: Any,
     data: Text,
     context: int = 256,
@@ -62,7 +64,7 @@ def firing_frequencies(
 
 @torch.no_grad()
 def count_firing(
-    model: Any,
+    model: GemmaModel,
     saes: Any,
     data: Text,
     context: int = 256,
@@ -108,7 +110,7 @@ def count_firing(
     return list(zip(subjects, counts, strict=True))
 
 
-def _keys(model: Any, rows: TokenBatch, special: tuple[int, ...], subjects: Sequence[Subject]) -> list[str]:
+def _keys(model: GemmaModel, rows: TokenBatch, special: tuple[int, ...], subjects: Sequence[Subject]) -> list[str]:
     common = facts_of(model, rows, special)
     return [key_of({**common, "unit": "fired", "place": s.place.key, "sae": s.fingerprint()}) for s in subjects]
 

@@ -16,6 +16,8 @@ from gemma_scope_tl.evals.suite import Evaluation, measure_suite
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 SINGLE = 16
 """Positions before this one have a bin each, because the error rises fast there."""
 GROWTH = 1.25
@@ -23,7 +25,7 @@ GROWTH = 1.25
 
 
 def binned_by_position(
-    model: Any,
+    model: GemmaModel,
     saes: Any,
     data: Sequence[str] | torch.Tensor,
     edges: Sequence[int] | None = None,
@@ -70,11 +72,11 @@ def position_edges(length: int, single: int = SINGLE, growth: float = GROWTH) ->
 def _checked(edges: Sequence[int] | None, length: int) -> list[int]:
     if edges is None:
         return position_edges(length)
-    found = list(edges)
-    increasing = all(a < b for a, b in itertools.pairwise(found))
-    if len(found) < 2 or not increasing or found[0] < 0 or found[-1] > length:
-        raise GemmaScopeError(f"Edges of bins increase from 0 or later to {length} or earlier, unlike {found}.")
-    return found
+    bounds = list(edges)
+    increasing = all(a < b for a, b in itertools.pairwise(bounds))
+    if len(bounds) < 2 or not increasing or bounds[0] < 0 or bounds[-1] > length:
+        raise GemmaScopeError(f"Edges of bins increase from 0 or later to {length} or earlier, unlike {bounds}.")
+    return bounds
 
 
 def _rows(found: Evaluation, number: int, edges: list[int]) -> list[dict[str, Any]]:

@@ -87,11 +87,11 @@ def bundled_concepts(tokenizer: Any, context: int = 64, rows: int = 64) -> Label
         "sentence: first word": (PROSE, lambda text: [m.span() for m in _FIRST.finditer(text)]),
         "sentence: last word": (PROSE, lambda text: [m.span() for m in _LAST.finditer(text)]),
     }
-    found = labelled_rows(tokenizer, pairs, context, rows, "domain", spans)
-    kinds = [found.kinds[number] for number in found.documents.tolist()]
+    labelled = labelled_rows(tokenizer, pairs, context, rows, "domain", spans)
+    kinds = [labelled.kinds[number] for number in labelled.documents.tolist()]
     spanish = torch.tensor([int(kind == "spanish") if kind in PROSE else -1 for kind in kinds])
-    concepts = (*found.concepts, Concept("language: Spanish among prose", spanish))
-    return LabelledRows(found.tokens, found.documents, found.kinds, concepts)
+    concepts = (*labelled.concepts, Concept("language: Spanish among prose", spanish))
+    return LabelledRows(labelled.tokens, labelled.documents, labelled.kinds, concepts)
 
 
 def read_labelled(

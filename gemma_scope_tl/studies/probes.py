@@ -19,7 +19,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, Batch, clean_batches, rows_that_fit
+from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, CleanBatch, clean_batches, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
@@ -31,6 +31,8 @@ from gemma_scope_tl.text.rows import special_ids
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 TEST = 0.3  # share of the documents of each label that test
 SAMPLE = 4096  # tokens from which the thresholds of a random twin are computed
 DENSE, LATENTS, RANDOM = "dense", "latents", "random"
@@ -38,7 +40,7 @@ _CHUNK = 1024  # latents whose pre-activations are sorted at once
 
 
 def probe_concepts(
-    model: Any,
+    model: GemmaModel,
     saes: Any,
     data: LabelledRows,
     k: Sequence[int] = (1, 2, 5, 20),
@@ -144,7 +146,7 @@ def _of_place(
     data: LabelledRows,
     asked: Sequence[_Asked],
     k: Sequence[int],
-    passes: Callable[..., Iterator[Batch]],
+    passes: Callable[..., Iterator[CleanBatch]],
     options: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """All probes of the SAEs of one place; ``passes(tokens=…)`` iterates over the clean batches of these rows."""
@@ -159,8 +161,8 @@ def _of_place(
         found = _features(encoders, passes(tokens=data.tokens), place, asked)
         dense = dense or [dense_probe(raw, **options) for raw in found[-1]]
         for kind, encoder, features in zip((LATENTS, RANDOM), encoders, found, strict=False):
-            rows += _rows(subject, kind, latents_of(encoder, sample).l0, asked, features, k, options)
-        rows += [_row(subject, DENSE, float("nan"), a, d, 0, None) for a, d in zip(asked, dense, strict=True)]
+            rows += _rows(subject, kind, latents_of(encoder, sample).l0, asked, features, k=k, options=options)
+        rows += [_row(subject, DENSE, float("nan"), a, d, k=0, best=None) for a, d in zip(asked, dense, strict=True)]
     return rows
 
 
@@ -169,19 +171,20 @@ def _rows(
     kind: str,
     l0: float,
     asked: Sequence[_Asked],
-    found: Sequence[Units],
+    units: Sequence[Units],
+    *,
     k: Sequence[int],
     options: dict[str, Any],
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for one, features in zip(asked, found, strict=True):
+    for one, features in zip(asked, units, strict=True):
         best = best_latent(features)
-        rows += [_row(subject, kind, l0, one, sparse_probe(features, n, **options), n, best) for n in k]
+        rows += [_row(subject, kind, l0, one, sparse_probe(features, n, **options), k=n, best=best) for n in k]
     return rows
 
 
 def _row(
-    subject: Subject, kind: str, l0: float, asked: _Asked, fitted: Fitted, k: int, best: tuple[int, float] | None
+    subject: Subject, kind: str, l0: float, asked: _Asked, fitted: Fitted, *, k: int, best: tuple[int, float] | None
 ) -> dict[str, Any]:
     return {
         **subject.columns,
@@ -202,7 +205,7 @@ def _row(
 
 def _is_test(data: LabelledRows, seed: int) -> NDArray[np.bool_]:
     """Which documents test: three tenths of each label's, and at least two."""
-    found = np.zeros(len(data.kinds), bool)
+    is_test = np.zeros(len(data.kinds), bool)
     kinds = np.asarray(data.kinds)
     generator = np.random.default_rng(seed)
     for kind in dict.fromkeys(data.kinds):
@@ -213,8 +216,8 @@ def _is_test(data: LabelledRows, seed: int) -> NDArray[np.bool_]:
                 "or leave the label out."
             )
         drawn = generator.permutation(members)
-        found[drawn[: max(2, round(TEST * len(members)))]] = True
-    return found
+        is_test[drawn[: max(2, round(TEST * len(members)))]] = True
+    return is_test
 
 
 def _units(concept: Concept, data: LabelledRows, special: Sequence[int], most: int, seed: int) -> _Asked:
@@ -246,7 +249,7 @@ def _balanced(label: NDArray[Any], most: int, seed: int) -> NDArray[np.int64]:
     return np.sort(np.concatenate([yes[:taken], no[: most - taken]]))
 
 
-def _sample(batches: Iterator[Batch], place: Place) -> torch.Tensor:
+def _sample(batches: Iterator[CleanBatch], place: Place) -> torch.Tensor:
     parts: list[torch.Tensor] = []
     held = 0
     for batch in batches:
@@ -259,7 +262,7 @@ def _sample(batches: Iterator[Batch], place: Place) -> torch.Tensor:
 
 @torch.no_grad()
 def _features(
-    encoders: Sequence[Any], batches: Iterator[Batch], place: Place, asked: Sequence[_Asked]
+    encoders: Sequence[Any], batches: Iterator[CleanBatch], place: Place, asked: Sequence[_Asked]
 ) -> list[list[Units]]:
     """For each encoder the latents (for None the raw activations) of each concept's units, from one pass."""
     held: list[list[list[NDArray[np.float32]]]] = [[[] for _ in asked] for _ in encoders]

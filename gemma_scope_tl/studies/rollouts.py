@@ -16,6 +16,8 @@ from gemma_scope_tl.text.tokenizing import chat_wrapping, text_ids, turn_end_id,
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -44,7 +46,7 @@ class Rollouts:
 
 @torch.no_grad()
 def roll_out(
-    model: Any,
+    model: GemmaModel,
     prompts: Sequence[str] | Int[torch.Tensor, "rows words"],
     prompt_tokens: int = 32,
     new_tokens: int = 128,

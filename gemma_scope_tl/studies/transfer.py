@@ -22,6 +22,8 @@ from gemma_scope_tl.text.rows import as_tokens, special_ids
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 
 def base_on_tuned(
     base: Any,
@@ -80,7 +82,12 @@ def base_on_tuned(
 
 
 def _measured(
-    model: Any, saes: Any, tokens: torch.Tensor, parts: Rollouts | None, batch_size: int, options: Mapping[str, Any]
+    model: GemmaModel,
+    saes: Any,
+    tokens: torch.Tensor,
+    parts: Rollouts | None,
+    batch_size: int,
+    options: Mapping[str, Any],
 ) -> pd.DataFrame:
     if parts is None:
         return evaluate(model, saes, tokens, batch_size=batch_size, by_position=False, **options)

@@ -261,25 +261,25 @@ def _checked_ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def _checked_mask(mask: Any, ids: torch.Tensor) -> torch.Tensor:
     try:
-        found = mask if isinstance(mask, torch.Tensor) else torch.as_tensor(mask)
+        tensor = mask if isinstance(mask, torch.Tensor) else torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
         raise GemmaScopeError(f"attention_mask is not an array of numbers: {shown(mask)}.") from error
-    found = found[None] if found.ndim == 1 else found
-    if found.shape != ids.shape:
+    tensor = tensor[None] if tensor.ndim == 1 else tensor
+    if tensor.shape != ids.shape:
         raise GemmaScopeError(
-            f"attention_mask has the shape {list(found.shape)}, but the token ids have {list(ids.shape)}."
+            f"attention_mask has the shape {list(tensor.shape)}, but the token ids have {list(ids.shape)}."
         )
-    if found.is_meta:
-        return found.bool()
-    if found.dtype != torch.bool and not bool(((found == 0) | (found == 1)).all()):
+    if tensor.is_meta:
+        return tensor.bool()
+    if tensor.dtype != torch.bool and not bool(((tensor == 0) | (tensor == 1)).all()):
         raise GemmaScopeError("attention_mask must be 1 at text and 0 at padding, but it has other values.")
-    found = found.bool()
-    begins = found.clone()
-    begins[:, 1:] &= ~found[:, :-1]
+    tensor = tensor.bool()
+    begins = tensor.clone()
+    begins[:, 1:] &= ~tensor[:, :-1]
     holes = begins.sum(-1) > 1
     if bool(holes.any()):
         raise GemmaScopeError(
             f"Row {int(holes.nonzero()[0])} of attention_mask has a hole: text must be one run of tokens, with padding "
             "before or after it."
         )
-    return found.to(ids.device)
+    return tensor.to(ids.device)

@@ -16,7 +16,7 @@ from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.files import is_file, is_folder
 from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 
-Batch = list[Any]
+DocumentBatch = list[Any]
 """Texts, or lists of token ids."""
 
 _BATCH = 128
@@ -41,7 +41,7 @@ class Documents:
     source: str | None
     tokenised: bool
     total: int | None
-    read: Callable[[int], Iterator[Batch]]
+    read: Callable[[int], Iterator[DocumentBatch]]
 
 
 def open_documents(
@@ -96,7 +96,7 @@ def _from_list(texts: Sequence[Any]) -> Documents:
         encoded = _checked([text])[0].encode(errors="surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
 
-    def read(start: int) -> Iterator[Batch]:
+    def read(start: int) -> Iterator[DocumentBatch]:
         for at in range(start, len(texts), _BATCH):
             yield list(texts[at : at + _BATCH])
 
@@ -106,7 +106,7 @@ def _from_list(texts: Sequence[Any]) -> Documents:
 def _from_iterator(texts: Iterable[Any]) -> Documents:
     iterator = iter(texts)
 
-    def read(start: int) -> Iterator[Batch]:
+    def read(start: int) -> Iterator[DocumentBatch]:
         while batch := list(islice(iterator, _BATCH)):
             yield _checked(batch)
 
@@ -126,7 +126,7 @@ def _from_dataset(dataset: Any, source: str | None, column: str | None) -> Docum
     tokenised = not isinstance(first[chosen], str)
     narrow = dataset.select_columns([chosen])
 
-    def read(start: int) -> Iterator[Batch]:
+    def read(start: int) -> Iterator[DocumentBatch]:
         try:
             for batch in (narrow.skip(start) if start else narrow).iter(batch_size=_BATCH):
                 yield list(batch[chosen]) if tokenised else _checked(list(batch[chosen]))
@@ -210,7 +210,7 @@ def _file_id(path: Path) -> str:
     return f"{path.name}:{size}:{digest[:32]}"
 
 
-def _checked(texts: Batch) -> Batch:
+def _checked(texts: DocumentBatch) -> DocumentBatch:
     wrong = next((text for text in texts if not isinstance(text, str)), None)
     if wrong is not None or None in texts:
         raise GemmaScopeError(f"Documents must be texts, not {type(wrong).__name__}: {str(wrong)[:80]!r}.")

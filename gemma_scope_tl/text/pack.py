@@ -22,17 +22,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import file_sha256, make_folder, write_atomically, writing
-from gemma_scope_tl.text.documents import Batch, Documents, open_documents
+from gemma_scope_tl.text.documents import DocumentBatch, Documents, open_documents
 from gemma_scope_tl.text.token_rows import (
     DATA_NAME,
     HEADER_BYTES,
     MANIFEST_NAME,
     Layout,
-    Manifest,
     Record,
     Request,
     TokenId,
     TokenRows,
+    TokensManifest,
     cut_rows,
     header,
     read_manifest,
@@ -70,7 +70,7 @@ class Packer:
         self.vocabulary = len(tokenizer)
         self.most = None if request.limit_tokens is None else request.limit_tokens // request.context
 
-    def run(self, documents: Documents, progress: bool) -> Manifest:
+    def run(self, documents: Documents, progress: bool) -> TokensManifest:
         """Pack, and write the manifest.
 
         Raises:
@@ -119,7 +119,7 @@ class Packer:
                     saved = time.monotonic()
         return reached
 
-    def _rows(self, batch: Batch, carry: Ids, read: int) -> tuple[Ids, Ids]:
+    def _rows(self, batch: DocumentBatch, carry: Ids, read: int) -> tuple[Ids, Ids]:
         """Rows of a batch of documents, and the remaining tokens for the next batch."""
         documents = self._encode(batch, read)
         request = self.request
@@ -138,7 +138,7 @@ class Packer:
         stream = np.concatenate([carry, *(part for ids in documents for part in (ids, ends))])
         return cut_rows(stream, request.context, bos)
 
-    def _encode(self, batch: Batch, read: int) -> list[Ids]:
+    def _encode(self, batch: DocumentBatch, read: int) -> list[Ids]:
         """Ids of each document, without a leading BOS unless the documents are tokenised rows."""
         if batch and isinstance(batch[0], str):
             found = text_ids(self.tokenizer, batch)
@@ -166,14 +166,14 @@ class Packer:
                 )
         return np.stack(documents)
 
-    def _finish(self, partial: Path, reached: Reached) -> Manifest:
+    def _finish(self, partial: Path, reached: Reached) -> TokensManifest:
         digest = file_sha256(partial)
         found = read_manifest(self.folder)
         if found is not None and (found.sha256 != digest or found.request != self.request):
             partial.unlink()
             (self.folder / PROGRESS_NAME).unlink()
             raise GemmaScopeError(f"{self.folder} has other token rows: choose another folder.")
-        manifest = Manifest(request=self.request, documents=reached.documents, rows=reached.rows, sha256=digest)
+        manifest = TokensManifest(request=self.request, documents=reached.documents, rows=reached.rows, sha256=digest)
         with writing(self.folder / DATA_NAME, _GO_ON):
             partial.replace(self.folder / DATA_NAME)
         write_atomically(self.folder / MANIFEST_NAME, manifest.model_dump_json(indent=1) + "\n")

@@ -82,15 +82,15 @@ def as_rows(model: Any, data: Text, context: int, attention_mask: Any = None, li
             raise GemmaScopeError(f"Rows of {context} tokens are longer than the model's context, {model.cfg.n_ctx}.")
         ids = pack_texts(model.tokenizer, texts, context, limit)
         return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))
-    found = as_batch(model, data, attention_mask)
-    ids, mask = found.ids[:limit].cpu(), found.mask[:limit].cpu()
-    found = TokenBatch(ids, mask)
-    width = int(found.length.max())
+    whole = as_batch(model, data, attention_mask)
+    ids, mask = whole.ids[:limit].cpu(), whole.mask[:limit].cpu()
+    given = TokenBatch(ids, mask)
+    width = int(given.length.max())
     if width < 2:
         raise GemmaScopeError(f"Rows need at least two tokens to predict one, but the longest row has {width}.")
     columns = torch.arange(width)
-    mask = columns < found.length[:, None]
-    ids = ids.gather(1, (found.start[:, None] + columns).clamp(max=ids.shape[1] - 1))
+    mask = columns < given.length[:, None]
+    ids = ids.gather(1, (given.start[:, None] + columns).clamp(max=ids.shape[1] - 1))
     return TokenBatch(ids.masked_fill(~mask, pad_id(model.tokenizer)), mask)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,22 @@ class Record(BaseModel):
     """Base of plain data in a JSON file, which is checked when it is read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @classmethod
+    def parse(cls, text: str | bytes, source: str) -> Self:
+        """The record in a file with this content.
+
+        Raises:
+            GemmaScopeError: it is not such a record; the message names ``source``, the file, and the first error.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"][:4])  # deeper parts are pydantic's own
+            raise GemmaScopeError(
+                f"{source} is corrupt, or not written by this version: {where + ': ' if where else ''}{first['msg']}."
+            ) from error
 
 
 class Request(Record):
@@ -64,7 +80,7 @@ class Request(Record):
     limit_tokens: int | None = None
 
 
-class Manifest(Record):
+class TokensManifest(Record):
     """The manifest of finished token rows."""
 
     format: Literal["gemma_scope_tl tokens"] = "gemma_scope_tl tokens"
@@ -92,7 +108,9 @@ class TokenRows:
     (2, [1, 2])
     """
 
-    def __init__(self, data: np.ndarray[Any, np.dtype[np.int32]], manifest: Manifest, folder: Path | None) -> None:
+    def __init__(
+        self, data: np.ndarray[Any, np.dtype[np.int32]], manifest: TokensManifest, folder: Path | None
+    ) -> None:
         """Use :meth:`open` or :meth:`from_ids`."""
         self._data, self.manifest, self.folder = data, manifest, folder
         request = manifest.request
@@ -156,7 +174,7 @@ class TokenRows:
         request = Request(
             source=None, tokenizer="0" * 64, context=data.shape[1], layout="rows", bos=bos, eos=eos, pad=pad
         )
-        return cls(data, Manifest(request=request, documents=len(data), rows=len(data), sha256=digest), None)
+        return cls(data, TokensManifest(request=request, documents=len(data), rows=len(data), sha256=digest), None)
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -235,7 +253,7 @@ def header(rows: int, context: int) -> bytes:
     return safetensors_header({TENSOR: (torch.int32, (rows, context))}, size=HEADER_BYTES)
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: Path) -> TokensManifest | None:
     """The manifest in ``folder``, or None without one.
 
     Raises:
@@ -248,11 +266,4 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise GemmaScopeError(f"{path} cannot be read: {error}.") from error
-    try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise GemmaScopeError(
-            f"{path} is corrupt, or not written by this version: {where + ': ' if where else ''}{first['msg']}."
-        ) from error
+    return TokensManifest.parse(text, str(path))

@@ -269,14 +269,14 @@ def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: 
         )
 
 
-def _differences(found: Any, wanted: Any, at: str) -> list[tuple[str, Any, Any]]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys: dict[str, None] = dict.fromkeys([*found, *wanted])
-        return [d for key in keys for d in _differences(found.get(key), wanted.get(key), f"{at}.{key}".lstrip("."))]
-    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
-        pairs = enumerate(zip(found, wanted, strict=True))
+def _differences(recorded: Any, wanted: Any, at: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(recorded, dict) and isinstance(wanted, dict):
+        keys: dict[str, None] = dict.fromkeys([*recorded, *wanted])
+        return [d for key in keys for d in _differences(recorded.get(key), wanted.get(key), f"{at}.{key}".lstrip("."))]
+    if isinstance(recorded, list) and isinstance(wanted, list) and len(recorded) == len(wanted):
+        pairs = enumerate(zip(recorded, wanted, strict=True))
         return [d for i, (old, new) in pairs for d in _differences(old, new, f"{at}.{i}")]
-    return [(at, found, wanted)]
+    return [(at, recorded, wanted)]
 
 
 def _short(value: Any) -> str:

@@ -22,7 +22,7 @@ from pydantic import (
 from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError, UnknownNameError, unknown_name
 from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.widths import parse_width
-from gemma_scope_tl.sites import SITES, Place, get_site
+from gemma_scope_tl.sites import SITES, get_site
 from gemma_scope_tl.training.config_file import device_name, each_once, number, override_key, problem, read_config
 from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER, Recipe, fast
 
@@ -350,8 +350,3 @@ def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: S
         shown.append(f"  and {len(problems) - len(shown)} more")
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     raise TrainingStateError(f"{source} has {count}:\n" + "\n".join(shown))
-
-
-def place_of(site: str, layer: int | None) -> Place:
-    """The place of a site, without a layer where the site exists once."""
-    return Place(site, layer if get_site(site).per_layer else None)

@@ -9,9 +9,10 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
+from gemma_scope_tl.families import Family
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.sites import ModelDims, Place, get_site
-from gemma_scope_tl.training.config import GridEntry, SuiteConfig, TrainingStateError, place_of
+from gemma_scope_tl.training.config import GridEntry, SuiteConfig, TrainingStateError
 from gemma_scope_tl.training.recipe import Recipe
 from gemma_scope_tl.training.spec import SAESpec
 
@@ -36,12 +37,13 @@ class Group:
         return f"{self.place.key.replace('/', '_')}_{self.steps}_steps"
 
 
-def groups_of(config: SuiteConfig, dims: ModelDims) -> list[Group]:
+def groups_of(config: SuiteConfig, dims: ModelDims, family: Family | None = None) -> list[Group]:
     """The SAEs of a run, in groups, in the order of the grid.
 
     Args:
         config: the run.
         dims: sizes of its model.
+        family: the model's; None for the first family that has each site.
 
     Raises:
         TrainingStateError: two SAEs with one name; ``only`` leaves none, or has a pattern that fits none.
@@ -52,8 +54,8 @@ def groups_of(config: SuiteConfig, dims: ModelDims) -> list[Group]:
     names: list[str] = []
     for entry, recipe in zip(config.grid, config.recipes, strict=True):
         steps = _steps(config, entry, recipe)
-        for place in _places(entry, dims):
-            own = config.recipe_at(entry, get_site(place.site).d_in(dims))
+        for place in _places(entry, dims, family):
+            own = config.recipe_at(entry, get_site(place.site, family).d_in(dims))
             for spec in _specs(entry, place, own, config.seed):
                 names.append(spec.name)
                 if not config.only or any(fnmatchcase(spec.name, pattern) for pattern in config.only):
@@ -89,13 +91,13 @@ def _steps(config: SuiteConfig, entry: GridEntry, recipe: Recipe) -> int:
     return -(-tokens // recipe.batch_size)
 
 
-def _places(entry: GridEntry, dims: ModelDims) -> list[Place]:
+def _places(entry: GridEntry, dims: ModelDims, family: Family | None) -> list[Place]:
     layers = range(dims.n_layers) if entry.layers == "all" else entry.layers
     places: dict[Place, None] = {}
-    for site in entry.sites:
-        for layer in layers if get_site(site).per_layer else [None]:
-            get_site(site).check_layer(layer, dims)
-            places[place_of(site, layer)] = None
+    for site in (get_site(name, family) for name in entry.sites):
+        for layer in layers if site.per_layer else [None]:
+            site.check_layer(layer, dims)
+            places[Place(site.name, layer)] = None
     return list(places)
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma_scope_tl.model.sizes import ModelSizes, sizes_of
-from gemma_scope_tl.sites import Place, get_site, target_of, with_targets
+from gemma_scope_tl.model.sizes import ModelSizes, family_and_sizes
+from gemma_scope_tl.sites import Place, target_of, with_targets
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
 
@@ -216,27 +216,30 @@ def plan_suite(
         TrainingStateError: a wrong configuration.
     """
     checked = load_config(config, overrides)
-    sizes = sizes_of(checked.model.name)
-    groups = groups_of(checked, sizes.dims)
+    family, sizes = family_and_sizes(checked.model.name)
+    groups = groups_of(checked, sizes.dims, family)
+    widths = {place: family.site(place.site).d_in(sizes.dims) for place in with_targets(places_of(groups))}
     speed = None
     if device_flops is not None:
         speed = stated(device_flops)
     elif measure:
         widest = max(groups, key=lambda group: sum(spec.d_sae for spec in group.specs))
-        d_in, d_out = _widths(widest.place, sizes)
+        d_in, d_out = widths[widest.place], widths[target_of(widest.place)]
         speed = measured(widest, d_in, d_out, sizes.dims.d_model, sizes.d_ff, checked.batch_size)
-    rows = [_job(group, checked, sizes, speed) for group in groups]
-    totals = _totals(rows, groups, checked, sizes, _machine_memory() if memory is None else memory, speed)
+    rows = [_job(group, checked, widths, speed) for group in groups]
+    totals = _totals(
+        rows, groups, checked, widths, sizes, budget=_machine_memory() if memory is None else memory, speed=speed
+    )
     import pandas as pd
 
     return Plan(pd.DataFrame(rows), totals, speed.basis if speed else "not estimated")
 
 
-def _job(group: Group, config: SuiteConfig, sizes: ModelSizes, speed: Speed | None) -> dict[str, Any]:
-    d_in, d_out = _widths(group.place, sizes)
+def _job(group: Group, config: SuiteConfig, dims: Mapping[Place, int], speed: Speed | None) -> dict[str, Any]:
+    d_in, d_out = dims[group.place], dims[target_of(group.place)]
     widths, batch, item = [spec.d_sae for spec in group.specs], config.batch_size, _ITEM[config.source.dtype]
     state = state_bytes(d_in, d_out, widths)
-    own = {place: _widths(place, sizes)[0] for place in with_targets([group.place])}
+    own = {place: dims[place] for place in with_targets([group.place])}
     bucket = bucket_bytes(own.values(), config.source.bucket_rows, item)
     flops = 2.0 * batch * sum(widths) * d_in * group.steps
     return {
@@ -259,12 +262,13 @@ def _totals(
     rows: Sequence[Mapping[str, Any]],
     groups: Sequence[Group],
     config: SuiteConfig,
+    widths: Mapping[Place, int],
     sizes: ModelSizes,
+    *,
     budget: float,
     speed: Speed | None,
 ) -> dict[str, Any]:
     batch, item = config.batch_size, _ITEM[config.source.dtype]
-    widths = {place: _widths(place, sizes)[0] for place in with_targets(places_of(groups))}
     streaming = config.source.kind == "streaming"
     bucket = bucket_bytes(widths.values(), config.source.bucket_rows, item)
     model = sizes.parameters * _ITEM[config.model.dtype] if streaming else 0
@@ -303,10 +307,6 @@ def _forward(groups: Sequence[Group], config: SuiteConfig, sizes: ModelSizes, sp
         seconds += tokens * sizes.flops_per_token(blocks, config.data.context) / speed.flops
         done = end
     return seconds
-
-
-def _widths(place: Place, sizes: ModelSizes) -> tuple[int, int]:
-    return get_site(place.site).d_in(sizes.dims), get_site(target_of(place).site).d_in(sizes.dims)
 
 
 def _machine_memory() -> int:

@@ -17,9 +17,10 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
+from gemma_scope_tl.families import Family
 from gemma_scope_tl.files import file_sha256, make_folder, replace_files, writing
 from gemma_scope_tl.registry.widths import width_label
-from gemma_scope_tl.sites import Place, get_site, target_of
+from gemma_scope_tl.sites import Place, target_of
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.spec import SAESpec
 
@@ -119,7 +120,9 @@ def folder_names(saes: Sequence[tuple[SAESpec, float]]) -> list[str]:
     return names
 
 
-def write_release(folder: Path, saes: Sequence[TrainedSAE], shard: Shard = WHOLE) -> list[dict[str, Any]]:
+def write_release(
+    folder: Path, saes: Sequence[TrainedSAE], family: Family, shard: Shard = WHOLE
+) -> list[dict[str, Any]]:
     """Write ``<site>/layer_L/width_W/average_l0_N/params.npz`` of every SAE.
 
     The remains of an interrupted call are replaced. Where processes divide the latents, all must call it. The leading
@@ -138,14 +141,14 @@ def write_release(folder: Path, saes: Sequence[TrainedSAE], shard: Shard = WHOLE
     names = folder_names([(sae.spec, row["l0"]) for sae, row in zip(saes, measured, strict=True)])
     if not shard.leads:
         for sae in saes:
-            for array in _divided(_release_arrays(sae)).values():
+            for array in _divided(_release_arrays(sae, family)).values():
                 deque(shard.whole(array, _columns(sae)), maxlen=0)
         return []
     rows: list[dict[str, Any]] = []
     with staged(folder, [sae.spec for sae in saes]) as stage:
         for sae, name, metrics in zip(saes, names, measured, strict=True):
             parts = stage / "parts"
-            found = _whole_arrays(sae, shard, parts)
+            found = _whole_arrays(sae, family, shard, parts)
             replace_files(stage / name, {PARAMS_NAME: lambda path, found=found: write_npz(path, found)})
             del found
             shutil.rmtree(parts, ignore_errors=True)
@@ -153,13 +156,13 @@ def write_release(folder: Path, saes: Sequence[TrainedSAE], shard: Shard = WHOLE
     return rows
 
 
-def _release_arrays(sae: TrainedSAE) -> dict[str, Tensor]:
+def _release_arrays(sae: TrainedSAE, family: Family) -> dict[str, Tensor]:
     """This process's part of the released arrays, in the file's order and layout."""
     from gemma_scope_tl.sae.units import scale_embedding
 
     arrays = {key: value.detach().cpu().float().contiguous() for key, value in sae.arrays.items()}
-    if get_site(sae.spec.place.site).joins == "embedding":  # released in the units of the embedding's rows
-        arrays = scale_embedding(arrays, inverse=True)
+    if family.site(sae.spec.place.site).joins == "embedding":  # released in the units of the embedding's rows
+        arrays = scale_embedding(arrays, inverse=True, family=family)
     return arrays
 
 
@@ -168,9 +171,9 @@ def _divided(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: arrays[key].T if key == "W_enc" else arrays[key] for key in sorted(arrays) if key != "b_dec"}
 
 
-def _whole_arrays(sae: TrainedSAE, shard: Shard, parts: Path) -> dict[str, np.ndarray]:
+def _whole_arrays(sae: TrainedSAE, family: Family, shard: Shard, parts: Path) -> dict[str, np.ndarray]:
     """The released arrays, gathered from all processes."""
-    own = _release_arrays(sae)
+    own = _release_arrays(sae, family)
     if shard.latent_ranks == 1:
         return {key: value.numpy() for key, value in own.items()}
     make_folder(parts)

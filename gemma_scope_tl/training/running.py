@@ -67,7 +67,7 @@ def torch_threads(count: int) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-class Run:
+class TrainingRun:
     """A run, from its last checkpoint (or its beginning) to its end.
 
     Attributes:
@@ -83,6 +83,7 @@ class Run:
         source: OpenSource,
         metrics: Path,
         checkpoints: Path,
+        *,
         progress: bool = True,
         shard: Shard = WHOLE,
     ) -> None:

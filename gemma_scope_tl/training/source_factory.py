@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.activations.source import Source
 from gemma_scope_tl.dtypes import parse_dtype
@@ -13,11 +13,14 @@ from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.token_rows import TokenRows
 from gemma_scope_tl.training.config import SuiteConfig
 
+if TYPE_CHECKING:
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 OpenSource = Callable[[Sequence[Place]], Source]
 """Makes the source of some places; equal places give equal batches."""
 
 
-def source_opener(config: SuiteConfig, model: Any = None, progress: bool = True) -> OpenSource:
+def source_opener(config: SuiteConfig, model: GemmaModel | None = None, progress: bool = True) -> OpenSource:
     """A function that makes the sources of a run. A streaming run loads its model and packs its tokens here, once.
 
     Args:
@@ -46,7 +49,7 @@ def source_opener(config: SuiteConfig, model: Any = None, progress: bool = True)
     return lambda places: StreamSource(loaded, rows, places, batch_rows=section.batch_rows, **shared)
 
 
-def load_data(config: SuiteConfig, model: Any = None, progress: bool = True) -> tuple[Any, TokenRows]:
+def load_data(config: SuiteConfig, model: GemmaModel | None = None, progress: bool = True) -> tuple[Any, TokenRows]:
     """The model of a run and its packed tokens; the configuration must have ``data``.
 
     Raises:

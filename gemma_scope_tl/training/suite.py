@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_scope_tl.errors import WriteError
+from gemma_scope_tl.families import Family, ModelDims
 from gemma_scope_tl.files import append_line, make_folder
-from gemma_scope_tl.model.sizes import sizes_of
+from gemma_scope_tl.model.sizes import family_and_sizes
 from gemma_scope_tl.training.checkpoint import (
     CHECKPOINTS,
     METRICS_NAME,
@@ -32,7 +33,7 @@ from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
 from gemma_scope_tl.training.plan import plan_suite
 from gemma_scope_tl.training.release import STAGE, write_release
-from gemma_scope_tl.training.running import Run, torch_threads
+from gemma_scope_tl.training.running import TrainingRun, torch_threads
 from gemma_scope_tl.training.shard import Shard, agreed, led, process_mesh
 from gemma_scope_tl.training.source_factory import OpenSource, source_opener
 from gemma_scope_tl.weights.modes import ordinary_tensors
@@ -40,13 +41,15 @@ from gemma_scope_tl.weights.modes import ordinary_tensors
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
+
 
 @ordinary_tensors()
 def train_suite(
     config: str | Path | Mapping[str, Any] | SuiteConfig,
     *,
     overrides: Sequence[str] = (),
-    model: Any = None,
+    model: GemmaModel | None = None,
     source: OpenSource | None = None,
     resume: bool = True,
     force: bool = False,
@@ -86,7 +89,8 @@ def train_suite(
         GemmaScopeError: the model, the text or the store cannot be used.
     """
     checked = load_config(config, overrides)
-    groups = groups_of(checked, sizes_of(checked.model.name).dims if model is None else model.dims)
+    family, dims = (model.family, model.dims) if model is not None else _family_and_dims(checked.model.name)
+    groups = groups_of(checked, dims, family)
     folder = Path(checked.output)
     make_folder(folder)
     mesh = checked.mesh
@@ -100,15 +104,29 @@ def train_suite(
                 plan_suite(checked, measure=False).check()
             led(shard, lambda: _prepare(folder, checked, groups, resume))
             opener = source or source_opener(checked, model, progress and shard.leads)
-            return _train(folder, checked, groups, opener, progress, shard)
+            return _train(folder, checked, groups, family, opener, progress=progress, shard=shard)
+
+
+def _family_and_dims(name: str) -> tuple[Family, ModelDims]:
+    family, sizes = family_and_sizes(name)
+    return family, sizes.dims
 
 
 def _train(
-    folder: Path, config: SuiteConfig, groups: Sequence[Group], source: OpenSource, progress: bool, shard: Shard
+    folder: Path,
+    config: SuiteConfig,
+    groups: Sequence[Group],
+    family: Family,
+    source: OpenSource,
+    *,
+    progress: bool,
+    shard: Shard,
 ) -> pd.DataFrame:
     began = time.time()
     with torch_threads(config.threads or torch.get_num_threads()):
-        run = Run(config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, progress, shard)
+        run = TrainingRun(
+            config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, progress=progress, shard=shard
+        )
         first = run.step
         try:
             with _closing(run):
@@ -116,14 +134,14 @@ def _train(
         finally:
             if shard.leads:
                 _record_process(folder, began, first, run)
-    rows = write_release(folder, saes, shard)
+    rows = write_release(folder, saes, family, shard)
     if shard.leads:
         write_suite(folder, config, run.scales, rows)
     return _finished(folder, config, shard)
 
 
 @contextmanager
-def _closing(run: Run) -> Generator[None]:
+def _closing(run: TrainingRun) -> Generator[None]:
     """Close a run's loggers. If the run fails, errors of the loggers are suppressed, as they would hide its own."""
     try:
         yield
@@ -134,7 +152,7 @@ def _closing(run: Run) -> Generator[None]:
     run.close()
 
 
-def _record_process(folder: Path, began: float, first: int, run: Run) -> None:
+def _record_process(folder: Path, began: float, first: int, run: TrainingRun) -> None:
     """Append to ``runs.jsonl`` which steps this process did, and when."""
     facts = {"began": round(began), "seconds": round(time.time() - began, 1), "threads": run.threads}
     try:

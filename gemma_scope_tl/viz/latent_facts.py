@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.latents.logit_lens import top_tokens
+from gemma_scope_tl.model.read import read_places
 from gemma_scope_tl.sae.access import chosen_latents, decoder_rows, encode_latents, locate
 from gemma_scope_tl.sae.latents import Latents
-from gemma_scope_tl.sites import flatten_heads
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.batch import Text
 from gemma_scope_tl.text.documents import read_texts
 from gemma_scope_tl.text.rows import as_rows
@@ -24,6 +25,7 @@ from gemma_scope_tl.text.tokens import special_token_ids
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.model.hooked import GemmaModel
     from gemma_scope_tl.registry.schema import SAERow
 
 NEURONPEDIA = "https://www.neuronpedia.org"
@@ -50,7 +52,7 @@ class PageText:
 
     def __init__(
         self,
-        model: Any,
+        model: GemmaModel,
         data: Text | None = None,
         rows: int = 64,
         context: int = 128,
@@ -59,31 +61,28 @@ class PageText:
     ) -> None:
         if rows < 1 or batch_size < 1:
             raise GemmaScopeError(f"rows and batch_size are at least 1; given: {rows}, {batch_size}.")
-        found = as_rows(model, read_texts() if data is None else data, context, limit=rows)
-        self.model, self.tokens, self.batch_size, self.memory = model, found.ids, batch_size, memory
-        self.ordinary: Bool[torch.Tensor, "rows pos"] = found.ordinary(special_token_ids(model.tokenizer))
-        self._held: OrderedDict[str, torch.Tensor] = OrderedDict()
+        batch = as_rows(model, read_texts() if data is None else data, context, limit=rows)
+        self.model, self.tokens, self.batch_size, self.memory = model, batch.ids, batch_size, memory
+        self.ordinary: Bool[torch.Tensor, "rows pos"] = batch.ordinary(special_token_ids(model.tokenizer))
+        self._held: OrderedDict[Place, torch.Tensor] = OrderedDict()
 
     @torch.no_grad()
     def activations(self, sae: Any) -> Float[torch.Tensor, "rows pos d_in"]:
         """What ``sae`` reads at every token, heads flattened, on the CPU."""
         site, layer = locate(sae)
         site.check_layer(layer, self.model.dims)
-        name = self.model.family.site(site.name).hook_name(layer, self.model.backend)
-        if name in self._held:
-            self._held.move_to_end(name)
-            return self._held[name]
-        parts: list[torch.Tensor] = []
-
-        def keep(value: torch.Tensor, hook: Any) -> None:
-            parts.append(flatten_heads(value).to("cpu", copy=True))
-
-        for batch in self.tokens.split(self.batch_size):
-            self.model.run_with_hooks(batch.to(self.model.cfg.device), fwd_hooks=[(name, keep)])
-        self._held[name] = torch.cat(parts)
+        place = Place(site.name, layer)
+        if place in self._held:
+            self._held.move_to_end(place)
+            return self._held[place]
+        parts = [
+            read_places(self.model, batch.to(self.model.cfg.device), [place])[place].to("cpu", copy=True)
+            for batch in self.tokens.split(self.batch_size)
+        ]
+        self._held[place] = torch.cat(parts)
         while len(self._held) > 1 and sum(x.nbytes for x in self._held.values()) > self.memory:
             self._held.popitem(last=False)
-        return self._held[name]
+        return self._held[place]
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         """Token ids as texts, one each."""
@@ -92,7 +91,7 @@ class PageText:
 
 
 @dataclass(frozen=True)
-class Example:
+class Excerpt:
     """A stretch of text around the token on which the latent fires strongest in its row.
 
     Attributes:
@@ -133,7 +132,7 @@ class LatentFacts:
     tokens: int
     fired: int
     maximum: float
-    examples: list[Example]
+    examples: list[Excerpt]
     edges: list[float]
     counts: list[int]
     lens: pd.DataFrame
@@ -230,15 +229,15 @@ def _histogram(active: torch.Tensor) -> tuple[list[int], list[float]]:
     return torch.histc(active, bins=_BINS, min=0.0, max=top).long().tolist(), torch.linspace(0, top, _BINS + 1).tolist()
 
 
-def _examples(text: PageText, acts: Float[torch.Tensor, "rows pos"], most: int, around: int) -> list[Example]:
+def _examples(text: PageText, acts: Float[torch.Tensor, "rows pos"], most: int, around: int) -> list[Excerpt]:
     strongest, where = acts.max(dim=1)
     order = strongest.argsort(descending=True, stable=True)[:most].tolist()
-    found: list[Example] = []
+    found: list[Excerpt] = []
     for row in order:
         if strongest[row] <= 0:
             break
         peak = int(where[row])
         start, end = max(0, peak - around), min(acts.shape[1], peak + around + 1)
         tokens = text.texts(text.tokens[row, start:end].tolist())
-        found.append(Example(row, start, tokens, acts[row, start:end].tolist(), peak - start))
+        found.append(Excerpt(row, start, tokens, acts[row, start:end].tolist(), peak - start))
     return found

@@ -21,7 +21,8 @@ from gemma_scope_tl.viz.latent_facts import LatentFacts, PageText, latent_facts
 if TYPE_CHECKING:
     import pandas as pd
 
-    from gemma_scope_tl.viz.latent_facts import Example
+    from gemma_scope_tl.model.hooked import GemmaModel
+    from gemma_scope_tl.viz.latent_facts import Excerpt
 
 COLOR = "#c2410c"
 # !important: the demo shows the page inside Gradio, which styles tables and colours by its own rules.
@@ -154,7 +155,7 @@ def _neighbour_rows(neighbours: pd.DataFrame) -> list[tuple[str, str]]:
     return [(str(latent), f"{cosine:.3f}") for latent, cosine in pairs]
 
 
-def _examples(examples: list[Example], maximum: float) -> str:
+def _examples(examples: list[Excerpt], maximum: float) -> str:
     if not examples:
         return ""
     lines: list[str] = []
@@ -188,7 +189,7 @@ class FeaturePage:
 
 
 def feature_page(
-    model: Any,
+    model: GemmaModel,
     sae: Any,
     latent: int,
     text: PageText | Text | None = None,

@@ -149,16 +149,16 @@ def canonical_names(names: Iterable[str], source: str) -> dict[str, str]:
     """
     given = list(names)
     renamed = {name: _CANONICAL.get(name.lower(), "") for name in given}
-    found = [new for new in renamed.values() if new]
-    have_threshold = "log_threshold" in found
+    canonical = [new for new in renamed.values() if new]
+    have_threshold = "log_threshold" in canonical
     problems = []
-    if missing := [n for n in REQUIRED if n not in found and not (n == "threshold" and have_threshold)]:
+    if missing := [n for n in REQUIRED if n not in canonical and not (n == "threshold" and have_threshold)]:
         problems.append(f"lacks {', '.join(missing)}")
     if extra := sorted(name for name, new in renamed.items() if not new):
         problems.append(f"has unknown arrays {', '.join(extra)}")
-    if doubled := sorted({new for new in found if found.count(new) > 1}):
+    if doubled := sorted({new for new in canonical if canonical.count(new) > 1}):
         problems.append(f"has {', '.join(doubled)} twice")
-    if sum(n in found for n in SKIP_KEYS) > 1 or {"threshold", "log_threshold"} <= set(found):
+    if sum(n in canonical for n in SKIP_KEYS) > 1 or {"threshold", "log_threshold"} <= set(canonical):
         problems.append("has two arrays for the same parameter")
     if problems:
         raise weights_error(source, f"{' and '.join(problems)}; it has {', '.join(sorted(given))}", _WRONG_SAE)

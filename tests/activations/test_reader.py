@@ -14,7 +14,7 @@ import torch
 from gemma_scope_tl.activations import folder as folder_module
 from gemma_scope_tl.activations import reader
 from gemma_scope_tl.activations.folder import open_folder
-from gemma_scope_tl.activations.manifest import Contents
+from gemma_scope_tl.activations.manifest import StoreContents
 from gemma_scope_tl.activations.reader import StoreSource
 from gemma_scope_tl.activations.streaming import StreamSource
 from gemma_scope_tl.activations.writer import write_passes, write_store
@@ -34,7 +34,7 @@ def write_random(path: Any, kept: list[int], dtype: str = "float32", shard_bytes
     names = {"model": "m", "backend": "bridge", "weights": "w", "tokens": "t", "tokenizer": "k"}
     counts = {"context": 4, "token_rows": len(kept), "batch_rows": 1, "rows": sum(kept)}
     places = {place.key: width for place, width in WIDTHS.items()}
-    contents = Contents(
+    contents = StoreContents(
         **names,
         **counts,
         dtype=dtype,

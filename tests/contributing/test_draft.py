@@ -13,10 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from gemma_scope_tl.cli.registry import registry_app
+from gemma_scope_tl.contributing.check import check_release
 from gemma_scope_tl.contributing.draft import Options, draft_release, mark_canonical, write_draft
 from gemma_scope_tl.contributing.folder_metadata import ARCHITECTURES, parse_setting
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError
 from gemma_scope_tl.registry import read_release
+from gemma_scope_tl.sae.loading import load_row
 from gemma_scope_tl.sae.sae_lens_config import ARCHITECTURES as LOADED
 from gemma_scope_tl.sae.save import save_sae
 from gemma_scope_tl.sites import ModelDims
@@ -122,6 +124,18 @@ def test_a_width_label_that_the_weights_contradict_is_reported_and_noted(tmp_pat
     assert draft.remarks and "16384" in draft.remarks[0]
     write_npz(tmp_path / "t" / "res" / "layer_0" / "width_17k" / "average_l0_5")
     assert "17k" in refused(tmp_path / "t", BASE)
+
+
+def test_a_transcoder_that_writes_another_width_than_it_reads(tmp_path: Path) -> None:
+    write_npz(tmp_path / "s" / "transcoder" / "layer_0" / "width_24" / "average_l0_5", d_out=10)
+    path = write_draft(draft_release(str(tmp_path / "s"), tmp_path, BASE), tmp_path)
+    (row,) = read_release(path).rows
+    assert (row.d_in, row.d_out) == (12, 10)
+    assert check_release(path).problems == []
+    assert load_row(row).W_dec.shape == (24, 10)
+    path.write_text(path.read_text().replace("d_out: 10", "d_out: 11"))
+    (problem,) = check_release(path).problems
+    assert problem.check == "shapes" and "d_out" in problem.text
 
 
 def test_models_and_places_that_cannot_be(tmp_path: Path) -> None:

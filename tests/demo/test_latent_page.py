@@ -15,7 +15,7 @@ import torch
 import gemma_scope_tl as gs
 from gemma_scope_tl.demo.world import World
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.viz.latent_facts import Example, LatentFacts, PageText, latent_facts, similar_latents
+from gemma_scope_tl.viz.latent_facts import Excerpt, LatentFacts, PageText, latent_facts, similar_latents
 from gemma_scope_tl.viz.latent_page import FeaturePage, document, latent_html, token_spans
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><b>", "'&amp;<!--", "a\nb\t\r"]
@@ -135,7 +135,7 @@ def test_hostile_tokens_stay_text() -> None:
     address = 'https://host/"><script>'
     facts = LatentFacts(
         *(0, 2, "<script>release/id", "res", 1, 10, 1, 1.0),
-        *([Example(0, 0, HOSTILE, values, 1)], [0.0, 1.0], [1], lens, neighbours, address),
+        *([Excerpt(0, 0, HOSTILE, values, 1)], [0.0, 1.0], [1], lens, neighbours, address),
     )
     parser = _Parser()
     parser.feed(FeaturePage(facts).html)
@@ -154,7 +154,7 @@ def test_links_lead_to_pages_and_tokens_turn_nothing_around() -> None:
     neighbours = pd.DataFrame({"latent": [1], "cosine": [0.5]})
     tokens = ["a\u202eb", "\x1b[2J", "\u2028", "\ud83d", "👩\u200d💻"]
     for address in ("javascript:alert(1)", "data:text/html,x", "https://host/a"):
-        example = [Example(0, 0, tokens, [1.0] * 5, 1)]
+        example = [Excerpt(0, 0, tokens, [1.0] * 5, 1)]
         facts = LatentFacts(*(0, 2, "n", "res", 1, 10, 1, 1.0), *(example, [0.0, 1.0], [1], lens, neighbours, address))
         html = FeaturePage(facts).html
         assert ("<a " in html) == address.startswith("https:")

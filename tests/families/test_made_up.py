@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,6 +18,7 @@ from gemma_scope_tl.model.plain import relative_difference, run_reference
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import get_site
 from tests.helpers import CharTokenizerFactory, random_tokens
+from tests.training import planted
 
 
 def _site(name: str, bridge: str, hooked_transformer: str, module: str, **facts: Any) -> Site:
@@ -217,3 +219,29 @@ def test_a_suite_is_trained_on_it(model: Any, tmp_path: Path) -> None:
     assert table["site"].tolist() == ["stream", "heads", "mlp"]
     assert table["d_in"].tolist() == [48, 64, 48]
     assert (table["fvu"] < 2).all()
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["model", "name"])
+def test_what_is_trained_is_released_in_the_familys_units(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    monkeypatch.setattr(planted, "DIMS", model.dims)
+    table = gs.train_suite(
+        {
+            "output": str(tmp_path / "run"),
+            "model": {"name": "elsewhere/something" if given else "made-up-1b"},
+            "source": {"kind": "store", "path": "planted", "bucket_rows": 64, "scale_rows": 64},
+            "steps": 2,
+            "recipe": {"batch_size": 32, "l0_warm_up_steps": 1, "lr_warm_up_steps": 1},
+            "grid": [{"sites": ["tokens", "heads"], "layers": [1], "widths": [64], "target_l0s": [4]}],
+            "eval_batches": 1,
+            "threads": 1,
+        },
+        model=model if given else None,
+        source=planted.PlantedSource,
+        progress=False,
+    )
+    assert table["d_in"].tolist() == [48, 64]
+    arrays = np.load(tmp_path / "run" / table["path"][0] / "params.npz")
+    # Trained decoder rows have norm 1; a family that does not scale its embedding releases them as they are.
+    assert np.linalg.norm(arrays["W_dec"], axis=1) == pytest.approx(np.ones(64), rel=1e-5)

@@ -129,7 +129,7 @@ def run_jobs(
     with _connection(ray, address):
         if alone:
             _check_sizes(jobs, _nodes(ray))
-        run = _Run(ray, jobs, retries)
+        run = _SubmittedJobs(ray, jobs, retries)
         try:
             while run.pending:
                 run.collect(poll)
@@ -208,7 +208,7 @@ def _work(job: Job, board: Any, version: str, *needed: Any) -> Any:
     return job.function(report, **job.arguments)
 
 
-class _Run:
+class _SubmittedJobs:
     """The jobs of one :func:`run_jobs`, each submitted as a task that takes the results of those before it."""
 
     def __init__(self, ray: Any, jobs: Sequence[Job], retries: int) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from filelock import FileLock
 
 from gemma_scope_tl.files import make_folder, write_atomically
-from gemma_scope_tl.model.sizes import sizes_of
+from gemma_scope_tl.model.sizes import family_and_sizes
 from gemma_scope_tl.sites import parse_place
 from gemma_scope_tl.training.checkpoint import (
     LOCK_NAME,
@@ -98,7 +98,8 @@ def train_on_ray(
     folder = Path(checked.output).absolute()
     make_folder(folder / JOBS)
     with alone(folder):
-        groups = groups_of(checked, sizes_of(checked.model.name).dims)
+        family, sizes = family_and_sizes(checked.model.name)
+        groups = groups_of(checked, sizes.dims, family)
         _begin(folder, checked, resume)
         if not (folder / SUITE_NAME).exists():
             jobs = jobs_of(checked, groups, by, harvesters)
@@ -149,7 +150,8 @@ def train_job(report: Report, config: Mapping[str, Any]) -> str:
 
     checked = load_config(config)
     torch.set_num_threads(checked.threads or 1)
-    steps = max(group.steps for group in groups_of(checked, sizes_of(checked.model.name).dims))
+    family, sizes = family_and_sizes(checked.model.name)
+    steps = max(group.steps for group in groups_of(checked, sizes.dims, family))
     opener: list[OpenSource] = []
 
     def source(places: Sequence[Place]) -> Source:
