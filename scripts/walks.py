@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import CO_OPTIMIZED
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,8 +46,10 @@ class Trace:
     def __call__(self, frame: FrameType, event: str, _arg: Any) -> None:
         """The callback for ``sys.setprofile``."""
         path = frame.f_code.co_filename
-        if not path.startswith(PACKAGE) or frame.f_code.co_name.startswith("<") or path.endswith("moved.py"):
+        if not path.startswith(PACKAGE) or path.endswith("moved.py"):
             return  # moved.py runs for every module that a library fails to find
+        if frame.f_code.co_name.startswith("<") or not frame.f_code.co_flags & CO_OPTIMIZED:
+            return  # expressions, and the bodies of modules and classes, which run on import
         if event == "return" and self._stack[-1][0] == id(frame):
             self._stack.pop()
         if event != "call":

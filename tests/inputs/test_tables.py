@@ -145,7 +145,7 @@ def test_words_and_ids_are_one_metric(model: Any, saes: list[Any]) -> None:
     for metric, message in ((2.5, "A metric is"), (None, "A metric is"), (logit(1.5), "integer"), ("", "0 tokens")):
         with pytest.raises(gs.GemmaScopeError, match=message):
             gs.attribute(model, TEXTS[0], saes, metric)
-    with pytest.raises(gs.GemmaScopeError, match="only attribute"):
+    with pytest.raises(gs.GemmaScopeError, match="has no tokenizer"):
         logit("a")(model(TEXTS[0]))
 
 

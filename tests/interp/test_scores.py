@@ -22,11 +22,9 @@ from gemma_scope_tl.interp import (
     Examples,
     Sampling,
     detection_scores,
+    explain,
     simulation_scores,
     top_examples,
-)
-from gemma_scope_tl.interp import (
-    explanations as explain,
 )
 from gemma_scope_tl.interp.explanations import marked, numbers, parsed
 from gemma_scope_tl.viz.study_figures import scores_figure
