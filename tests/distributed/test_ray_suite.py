@@ -194,7 +194,7 @@ def test_jobs_take_what_the_plan_says(tmp_path: Path) -> None:
     names = [job.name for job in _jobs(tmp_path, by="width")][2:]
     assert names[:2] == [f"{JOBS[0]}_width_64", f"{JOBS[0]}_width_128"]
     assert len(names) == 5
-    with pytest.raises(TrainingStateError, match="by place or width"):
+    with pytest.raises(TrainingStateError, match="must be place or width"):
         _jobs(tmp_path, by="site")
 
 
