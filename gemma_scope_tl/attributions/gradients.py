@@ -76,9 +76,7 @@ def attribute(
     exclude_special_tokens: ExcludeTokens = True,
     attention_mask: Any = None,
 ) -> pd.DataFrame:
-    """Attribute ``metric`` on ``text`` to the latents, the error and the bias of SAEs.
-
-    The attribution of a term of a site's tensor is its difference from a baseline times a gradient (see the module).
+    """Attribute ``metric`` on ``text`` to the latents, the error and the bias of SAEs, as the module explains.
 
     Args:
         model: a model from ``load_model``; it is not changed.

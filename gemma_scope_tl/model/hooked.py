@@ -26,7 +26,7 @@ from gemma_scope_tl.model.protocol import BindsToPass
 from gemma_scope_tl.model.splicing import SpliceMixin
 from gemma_scope_tl.model.tracker import TokenTracker
 from gemma_scope_tl.text.batch import as_batch
-from gemma_scope_tl.text.tokenizing import text_ids, tokenize
+from gemma_scope_tl.text.tokenizing import text_ids
 from gemma_scope_tl.text.tokens import TextRead, attendable, continued_mask, text_mask
 
 HookName = str | Callable[[str], bool]
@@ -320,24 +320,6 @@ class GemmaModel(Generates, SpliceMixin, _Module):
             self.token_tracker.clear()
             return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def to_string(self, tokens: Any) -> Any:
-        """Convert token ids to a text, or several rows to texts, as in TransformerLens.
-
-        Raises:
-            GemmaScopeError: without a tokenizer.
-        """
-        text_ids(self.tokenizer, [])
-        return super().to_string(tokens)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        """Convert an input to the text of each token, as in TransformerLens.
-
-        Raises:
-            GemmaScopeError: without a tokenizer.
-        """
-        text_ids(self.tokenizer, [])
-        return super().to_str_tokens(input, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-
     def loss_fn(
         self,
         logits: torch.Tensor,
@@ -378,28 +360,3 @@ class GemmaModel(Generates, SpliceMixin, _Module):
 
     def _both(self, logits: torch.Tensor, loss: torch.Tensor) -> Any:
         return logits, loss
-
-    def to_tokens(
-        self,
-        input: str | Sequence[str],
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-        move_to_device: bool = True,
-        truncate: bool | None = None,
-    ) -> torch.Tensor:
-        """Token ids ``[batch, pos]`` of a text or several, as in TransformerLens.
-
-        A text that begins with BOS, such as from a chat template, gets no second BOS.
-
-        Args:
-            input: a text or several.
-            prepend_bos: None for the model's default, which is True.
-            padding_side: ``"left"`` or ``"right"``, None for the tokenizer's.
-            move_to_device: whether to move the ids to the device of the model.
-            truncate: True cuts texts to the model's context, None cuts with a warning, False does not cut.
-
-        Raises:
-            GemmaScopeError: for no tokenizer, no text, or a text that is not valid Unicode.
-        """
-        ids, _ = tokenize(self, input, prepend_bos, padding_side, truncate)
-        return ids.to(self.cfg.device) if move_to_device else ids

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import heapq
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from gemma_scope_tl.errors import AdapterError
+from gemma_scope_tl.text.tokenizing import text_ids, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +85,9 @@ def _short_texts(tokenizer: Any) -> Iterator[str]:
 
 
 class HasTokenizer:
-    """The ``tokenizer`` of a hooked model. An assigned one is copied and prepared, never loaded again by its name.
+    """The ``tokenizer`` of a hooked model, and the conversions between texts and token ids.
+
+    An assigned tokenizer is copied and prepared, never loaded again by its name.
 
     Attributes:
         stop_token_ids: the ids that end a text (:func:`stop_token_ids`).
@@ -114,6 +119,49 @@ class HasTokenizer:
         self.tokenizer = tokenizer
         if default_padding_side is not None:
             self._tokenizer.padding_side = default_padding_side
+
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool | None = None,
+    ) -> torch.Tensor:
+        """Token ids ``[batch, pos]`` of a text or several, as in TransformerLens.
+
+        A text that begins with BOS, such as from a chat template, gets no second BOS.
+
+        Args:
+            input: a text or several.
+            prepend_bos: None for the model's default, which is True.
+            padding_side: ``"left"`` or ``"right"``, None for the tokenizer's.
+            move_to_device: whether to move the ids to the device of the model.
+            truncate: True cuts texts to the model's context, None cuts with a warning, False does not cut.
+
+        Raises:
+            GemmaScopeError: for no tokenizer, no text, or a text that is not valid Unicode.
+        """
+        ids, _ = tokenize(self, input, prepend_bos, padding_side, truncate)
+        return ids.to(self.cfg.device) if move_to_device else ids
+
+    def to_string(self, tokens: Any) -> Any:
+        """Convert token ids to a text, or several rows to texts, as in TransformerLens.
+
+        Raises:
+            GemmaScopeError: without a tokenizer.
+        """
+        text_ids(self.tokenizer, [])
+        return super().to_string(tokens)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """Convert an input to the text of each token, as in TransformerLens.
+
+        Raises:
+            GemmaScopeError: without a tokenizer.
+        """
+        text_ids(self.tokenizer, [])
+        return super().to_str_tokens(input, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def stop_token_ids(hf_model: Any, tokenizer: Any) -> tuple[int, ...]:
