@@ -83,7 +83,8 @@ class SpliceOptions:
             if name not in OPTIONS:
                 raise unknown_keyword(function, name, (*others, *OPTIONS))
         if len(by_position) >= len(OPTIONS):
-            raise TypeError(f"{function}() takes {len(OPTIONS) - 1} options by position at most.")
+            most = len(OPTIONS) - 1
+            raise TypeError(f"{function}() takes {most} options by position at most; given: {len(by_position)}.")
         given = dict(zip(OPTIONS, by_position, strict=False))
         if twice := given.keys() & keywords.keys():
             raise TypeError(f"{function}() got two values for {sorted(twice)[0]!r}.")

@@ -114,3 +114,12 @@ def test_positional_order_is_saelens(model: Any) -> None:
 
 def test_the_hint_without_a_near_name() -> None:
     assert str(unknown_keyword("f", "x", [])) == "f() takes no keyword 'x'."
+
+
+def test_too_many_options_by_position(model: Any) -> None:
+    sae = random_sae(model.dims, "res", 1, d_sae=64)
+    with pytest.raises(TypeError, match=r"add_sae\(\) takes 4 options by position at most; given: 5"):
+        model.add_sae(sae, True, False, [1], True, 9)
+    with pytest.raises(TypeError, match=r"add_sae\(\) got two values for 'error_term'"):
+        model.add_sae(sae, True, error_term=True)
+    assert not model.acts_to_saes
