@@ -263,14 +263,16 @@ def _checked_mask(mask: Any, ids: torch.Tensor) -> torch.Tensor:
     try:
         tensor = mask if isinstance(mask, torch.Tensor) else torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise GemmaScopeError(f"attention_mask is no array of numbers: {shown(mask)}.") from error
+        raise GemmaScopeError(f"attention_mask is not an array of numbers: {shown(mask)}.") from error
     tensor = tensor[None] if tensor.ndim == 1 else tensor
     if tensor.shape != ids.shape:
-        raise GemmaScopeError(f"attention_mask has the shape {list(tensor.shape)}, the token ids {list(ids.shape)}.")
+        raise GemmaScopeError(
+            f"attention_mask has the shape {list(tensor.shape)}, but the token ids have {list(ids.shape)}."
+        )
     if tensor.is_meta:
         return tensor.bool()
     if tensor.dtype != torch.bool and not bool(((tensor == 0) | (tensor == 1)).all()):
-        raise GemmaScopeError("attention_mask is 1 at text and 0 at padding; it has other values.")
+        raise GemmaScopeError("attention_mask must be 1 at text and 0 at padding, but it has other values.")
     tensor = tensor.bool()
     begins = tensor.clone()
     begins[:, 1:] &= ~tensor[:, :-1]
