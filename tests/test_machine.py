@@ -206,7 +206,10 @@ def test_a_user_without_a_home(tmp_path: Path) -> None:
         [sys.executable, "-c", NO_HOME], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "~/mine.yaml is in a home folder, and there is none: give the whole path, or set HOME." in done.stdout
+    assert (
+        "~/mine.yaml is in a home folder, and no home folder is known: give the absolute path, or set HOME."
+        in done.stdout
+    )
     assert [path.name for path in tmp_path.iterdir() if path.name != "~"] == ["saved"]  # the Hub's client makes a ~
 
 

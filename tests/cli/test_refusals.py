@@ -45,7 +45,7 @@ CALLS = {
     "features hi --backend foo": "Unknown backend 'foo'",
     "features hi --dtype float23": "Unknown dtype 'float23'. Nearest: float32",
     "features hi --device gpu": "Device 'gpu' is unknown",
-    "features hi --width 15k": "No power of two is written '15k'",
+    "features hi --width 15k": "'15k' is not the label of a power of two",
     "features hi --width 64": "Unknown width",
     "features hi --layer 99": "Unknown layer",
     "features hi --layer -1": "'--layer'",

@@ -41,7 +41,7 @@ def test_each_domain_is_measured_by_itself_and_read_no_further_than_needed() -> 
 def test_a_domain_that_is_too_short_is_named() -> None:
     model = shared_model("grouped", "bridge")
     sae = random_sae(model.dims, "res", 0)
-    with pytest.raises(GemmaScopeError, match=r"Domain 'tiny': The texts hold 3 tokens"):
+    with pytest.raises(GemmaScopeError, match=r"Domain 'tiny': The texts have 3 tokens"):
         by_domain(model, sae, {"tiny": ["ab"]}, context=12, progress=False)
     with pytest.raises(GemmaScopeError, match="No domain"):
         by_domain(model, sae, {}, progress=False)

@@ -52,7 +52,7 @@ def test_all_problems_at_once_with_nearest_names(tmp_path: Path) -> None:
         ({"source": {"kind": "store", "path": "x", "bucket_rows": 100}}, "must be a multiple of the batch size, 64"),
         ({"recipe": {"preset": "papr"}}, "Unknown recipe preset 'papr'. Nearest: paper"),
         ({"grid": []}, "at least 1 item"),
-        ({"grid": [{"sites": ["res"], "widths": ["15k"], "lambdas": [1]}]}, "No power of two is written '15k'"),
+        ({"grid": [{"sites": ["res"], "widths": ["15k"], "lambdas": [1]}]}, "'15k' is not the label of a power of two"),
         ({"grid": [{"sites": ["res"], "widths": [64]}]}, "one of lambdas and target_l0s"),
         ({"grid": [{"sites": ["res"], "widths": [64], "lambdas": [float("nan")]}]}, "finite number"),
         *(
