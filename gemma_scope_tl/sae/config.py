@@ -131,7 +131,7 @@ class Identity:
         }
         if self.model is not None:
             fields["model_name"] = self.model
-        if self.family is not self._family_of_name:
+        if self.family.name != self._family_of_name.name:
             fields[_FAMILY] = self.family.name
         if self.site is not None:
             site = self.family.site(self.site)

@@ -116,7 +116,7 @@ def test_memory_is_used_again_only_when_no_tensor_is_on_it() -> None:
 
 def test_bad_input_is_refused() -> None:
     for rows, widths, dtype in ((0, {A: 4}, torch.float32), (4, {}, torch.float32), (4, {A: 4}, torch.int32)):
-        with pytest.raises(GemmaScopeError, match="No bucket"):
+        with pytest.raises(GemmaScopeError, match="A bucket needs"):
             Bucket(rows, widths, dtype)
     with pytest.raises(GemmaScopeError, match="GiB"):
         Bucket(1 << 40, {A: 1 << 20})
@@ -159,7 +159,7 @@ def test_mean_squares_do_not_depend_on_the_cuts() -> None:
 
 
 def test_mean_squares_refuse_what_has_none() -> None:
-    with pytest.raises(GemmaScopeError, match="no rows"):
+    with pytest.raises(GemmaScopeError, match="at least one row"):
         MeanSquares(torch.float32).means()
     with pytest.raises(GemmaScopeError, match="not finite"):
         MeanSquares(torch.float16).update({A: torch.full((2, 3), 1e5)})

@@ -212,8 +212,8 @@ def test_cuts_cover_all_rows_once() -> None:
     ("change", "message"),
     [
         ({"dtype": "float16"}, "float16"),
-        ({"shard_bytes": 100}, "smallest"),
-        ({"part": (2, 2)}, "Part 2 of 2"),
+        ({"shard_bytes": 100}, "must be 8192 or more"),
+        ({"part": (2, 2)}, "no part 2 of 2"),
         ({"batch_rows": 0}, "one token row"),
     ],
 )

@@ -325,9 +325,9 @@ def test_what_cannot_be_attributed_raises() -> None:
         attribute(model, "hello", sae, logit(96))
     with pytest.raises(GemmaScopeError, match="2 tokens were given for 1"):
         attribute(model, "hello", sae, logit([3, 4]))
-    with pytest.raises(GemmaScopeError, match="steps=0"):
+    with pytest.raises(GemmaScopeError, match="steps must be 1 or more, not 0"):
         attribute(model, "hello", sae, METRIC, method="integrated", steps=0)
-    with pytest.raises(GemmaScopeError, match="top=0"):
+    with pytest.raises(GemmaScopeError, match="top must be 1 or more, .* not 0"):
         attribute(model, "hello", sae, METRIC, top=0)
     with pytest.raises(SpliceError, match="No SAE"):
         attribute(model, "hello", [], METRIC)

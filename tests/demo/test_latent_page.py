@@ -88,9 +88,9 @@ def test_bad_input(world: World) -> None:
     sae = world.sae(world.start())
     with pytest.raises(SpliceError, match="No latent"):
         gs.feature_page(world.model, sae, sae.cfg.d_sae, world.text)
-    with pytest.raises(GemmaScopeError, match="at least 1"):
+    with pytest.raises(GemmaScopeError, match="must be 1 or more"):
         gs.feature_page(world.model, sae, 0, world.text, examples=0)
-    with pytest.raises(GemmaScopeError, match="at least 1"):
+    with pytest.raises(GemmaScopeError, match="must be 1 or more"):
         gs.feature_page(world.model, sae, 0, rows=0)
     with pytest.raises(GemmaScopeError, match="whole SAE"):
         gs.feature_page(world.model, gs.load_latents(*world.start().split("/", 1), latents=[0]), 0, world.text)

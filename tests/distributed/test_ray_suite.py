@@ -159,7 +159,7 @@ def test_a_failed_job_leaves_the_others_and_is_done_later(cluster: Any, alone: P
     broken = tmp_path / "run" / "jobs" / JOBS[1]
     broken.mkdir(parents=True)
     (broken / "metrics.jsonl").write_text("not from a run\n")
-    with pytest.raises(JobsFailed, match=rf"1 of 3 jobs are not done. {JOBS[1]}: .*holds metrics.jsonl, and no run"):
+    with pytest.raises(JobsFailed, match=rf"1 of 3 jobs are not done. {JOBS[1]}: .*holds metrics.jsonl, but no run"):
         train_on_ray(given)
     trace = (broken.parent / f"{JOBS[1]}.error.txt").read_text()
     assert "Traceback" in trace or "train_job" in trace
@@ -194,7 +194,7 @@ def test_jobs_take_what_the_plan_says(tmp_path: Path) -> None:
     names = [job.name for job in _jobs(tmp_path, by="width")][2:]
     assert names[:2] == [f"{JOBS[0]}_width_64", f"{JOBS[0]}_width_128"]
     assert len(names) == 5
-    with pytest.raises(TrainingStateError, match="by place or width"):
+    with pytest.raises(TrainingStateError, match="must be place or width"):
         _jobs(tmp_path, by="site")
 
 

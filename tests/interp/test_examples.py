@@ -103,7 +103,7 @@ def test_merging_is_seeing_everything() -> None:
     assert [parts[0].chosen(i) for i in range(20)] == [whole.chosen(i) for i in range(20)]
     np.testing.assert_array_equal(parts[0].fired, whole.fired)
     assert parts[0].tokens == whole.tokens == 90 * 32
-    with pytest.raises(GemmaScopeError, match="cannot be merged"):
+    with pytest.raises(GemmaScopeError, match="can only be merged"):
         whole.merge(_collect({}, Sampling(seed=5)))
 
 

@@ -92,7 +92,7 @@ def test_it_goes_on(
     other = gs.load_sae("bundled", "res", 1, width="1k")
     with pytest.raises(GemmaScopeError, match="an export with other settings"):
         export_neuronpedia(model, other, tokens, folder, dataset="held out", **OPTIONS)
-    with pytest.raises(GemmaScopeError, match="of one SAE"):
+    with pytest.raises(GemmaScopeError, match="takes one SAE"):
         export_neuronpedia(model, [sae, other], tokens, folder, **OPTIONS)
 
 

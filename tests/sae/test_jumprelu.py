@@ -378,6 +378,17 @@ def test_from_folder_without_a_site_then_with_a_model(tmp_path: Path) -> None:
         JumpReLUSAE.from_folder(folder, site="res")
 
 
+def test_a_copy_of_a_model_is_of_the_same_family(tmp_path: Path) -> None:
+    cfg = SimpleNamespace(n_layers=4, d_model=D_IN, n_heads=2, d_head=16, model_name="tiny")
+    family = families()[0]
+    known, copied = (
+        JumpReLUSAE.from_folder(write(tmp_path), model=SimpleNamespace(cfg=cfg, family=one), site="res", layer=1)
+        for one in (family, copy.deepcopy(family))
+    )
+    assert copied.cfg.to_dict() == known.cfg.to_dict()
+    assert "family" not in known.cfg.metadata  # the model's name says it
+
+
 def test_folders_that_hold_nothing_or_too_much(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="has neither params"):
         JumpReLUSAE.from_folder(tmp_path)

@@ -106,6 +106,6 @@ def test_what_cannot_be_rolled_out(model: Any) -> None:
         roll_out(model, TEXTS, 8, 600, progress=False)
     with pytest.raises(GemmaScopeError, match="temperature above 0"):
         roll_out(model, TEXTS, 8, 8, temperature=0.0, progress=False)
-    with pytest.raises(GemmaScopeError, match=r"ids \[rows, words\]"):
+    with pytest.raises(GemmaScopeError, match=r"ids \[rows, pos\]"):
         roll_out(model, torch.zeros(3), progress=False)
     assert Rollouts(torch.zeros(1, 9, dtype=torch.int64), 4).edges == {"prompt": (0, 4), "rollout": (4, 9)}

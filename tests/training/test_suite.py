@@ -152,7 +152,7 @@ def test_refusals(tmp_path: Path, finished: Path) -> None:
     _train(tmp_path / "a")  # from step 5
     assert hashes(tmp_path / "a") == hashes(finished)
     (tmp_path / "b" / "res").mkdir(parents=True)
-    with pytest.raises(TrainingStateError, match="holds res, and no run"):
+    with pytest.raises(TrainingStateError, match="holds res, but no run"):
         _train(tmp_path / "b")
     assert (tmp_path / "b" / "res").exists()
 
