@@ -68,7 +68,7 @@ def mean_norms(
 
         visit_places(model, ids, written, add, mask)
     if count == 0:
-        raise GemmaScopeError("The text holds no token but BOS, EOS and padding: give more.")
+        raise GemmaScopeError("The text has no tokens except BOS, EOS and padding: give more text.")
     return pd.DataFrame(
         {
             "site": [place.site for place in places],

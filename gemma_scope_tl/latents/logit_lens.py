@@ -24,7 +24,7 @@ _CHUNK = 32768  # columns of the unembedding that are converted to float32 at a 
 
 @torch.no_grad()
 def top_tokens(model: GemmaModel, sae: SAEOrLatents, latent: int | Iterable[int], k: int = 10) -> pd.DataFrame:
-    """The tokens that a latent promotes and suppresses most, by its direct path to the logits.
+    """The tokens that a latent promotes and suppresses most, along its direct path to the logits.
 
     For a decoder row v, with the gains g of the RMSNorms of the model::
 
@@ -81,7 +81,7 @@ def top_tokens(model: GemmaModel, sae: SAEOrLatents, latent: int | Iterable[int]
 
 @torch.no_grad()
 def latent_logits(model: GemmaModel, sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "k d_vocab"]:
-    """What each latent adds to the logits per unit of activation, in float32 (see :func:`top_tokens`).
+    """The change of the logits per unit of activation of each latent, in float32 (see :func:`top_tokens`).
 
     Raises:
         SpliceError: for an SAE that does not match the layers and widths of the model.
@@ -115,12 +115,12 @@ def _logits(model: GemmaModel, site: Site, layer: int | None, rows: torch.Tensor
 def _through_attention(
     model: GemmaModel, block: Any, u: Float[torch.Tensor, "k heads"]
 ) -> Float[torch.Tensor, "k d_model"]:
-    """What concatenated heads add to the residual stream: W_O, and the gain of the norm behind it, if there is one."""
-    u = u @ block.attn.W_O.to(u).reshape(u.shape[-1], -1)  # the unembedding may be on another device than the layer
+    """The contribution of concatenated heads to the residual stream: W_O, and the gain of a norm after it."""
+    u = u @ block.attn.W_O.to(u).reshape(u.shape[-1], -1)  # the layer may be on another device than the unembedding
     norm = model.family.norm_after_attention
     return u if norm is None else u * _gain(model, getattr(block, norm)).to(u)
 
 
 def _gain(model: GemmaModel, norm: Any) -> Float[torch.Tensor, " d_model"]:
-    """The gain of an RMSNorm, which some libraries hold as a difference from 1."""
+    """The gain of an RMSNorm, which some libraries store as the difference from 1."""
     return norm.w.float() + model.family.gain_offset[model.backend]

@@ -38,7 +38,7 @@ _Module = torch.nn.Module if TYPE_CHECKING else object
 
 
 class GemmaModel(Generates, SpliceMixin, _Module):
-    """A hooked model with the sites of its family; mixed into the backend's own model class.
+    """A hooked model with the sites of its family, as a mixin for the model class of the backend.
 
     Attributes:
         backend: ``"bridge"`` or ``"hooked_transformer"``.

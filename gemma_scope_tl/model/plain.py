@@ -129,7 +129,7 @@ LOUDER = 64.0  # a power of two, so that the product is exact
 
 @dataclass(frozen=True)
 class PlainPass:
-    """One pass of the three rows: as it is, with replaced tensors, and with replaced tensors and loud queries.
+    """One pass with three rows: unchanged, with replaced tensors, and with replaced tensors and loud queries.
 
     Attributes:
         sites: ``[3, pos, …]`` by place, before the replacement, including :data:`LOGITS`.

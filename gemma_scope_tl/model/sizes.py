@@ -1,4 +1,4 @@
-"""The sizes and the family of a model without loading it, for the places of a run and for plans of memory and time."""
+"""The sizes and the family of a model that is not loaded, for the places of a run and estimates of memory and time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 
 
 def sizes_of(name: str) -> ModelSizes:
-    """Sizes of the model that ``load_model`` calls by this name; otherwise as :func:`family_and_sizes`."""
+    """Sizes of the model that ``load_model`` loads by this name, with the errors of :func:`family_and_sizes`."""
     return family_and_sizes(name)[1]
 
 
 def family_and_sizes(name: str) -> tuple[Family, ModelSizes]:
-    """Family and sizes of the model that ``load_model`` calls by this name.
+    """Family and sizes of the model that ``load_model`` loads by this name.
 
     Weights are never loaded. For a Hugging Face id that is not a released model, the config is fetched.
 

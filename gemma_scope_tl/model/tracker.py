@@ -56,7 +56,7 @@ class Generation:
 
 @dataclass
 class ExpectedPass:
-    """What is known of a pass before its ids enter the model.
+    """The known properties of a pass before its ids enter the model.
 
     Attributes:
         mask: mask over the whole text, None if unknown.
@@ -112,7 +112,7 @@ class TokenTracker:
 
     @property
     def expected(self) -> ExpectedPass | None:
-        """What :meth:`expecting` announced for the next ids; None once they came, or without an announcement."""
+        """The announcement of :meth:`expecting` for the next ids; None after they came, or without an announcement."""
         found: ExpectedPass | None = getattr(self._here, "expected", None)
         return None if found is None or found.came else found
 

@@ -263,7 +263,7 @@ def _checked_mask(mask: Any, ids: torch.Tensor) -> torch.Tensor:
     try:
         tensor = mask if isinstance(mask, torch.Tensor) else torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise GemmaScopeError(f"attention_mask is no array of numbers: {shown(mask)}.") from error
+        raise GemmaScopeError(f"attention_mask is not an array of numbers: {shown(mask)}.") from error
     tensor = tensor[None] if tensor.ndim == 1 else tensor
     if tensor.shape != ids.shape:
         raise GemmaScopeError(

@@ -120,7 +120,7 @@ class Packer:
         return reached
 
     def _rows(self, batch: DocumentBatch, carry: Ids, read: int) -> tuple[Ids, Ids]:
-        """Rows of a batch of documents, and the tokens that are left over for the next."""
+        """Rows of a batch of documents, and the remaining tokens for the next batch."""
         documents = self._encode(batch, read)
         request = self.request
         if request.layout == "rows":
@@ -139,7 +139,7 @@ class Packer:
         return cut_rows(stream, request.context, bos)
 
     def _encode(self, batch: DocumentBatch, read: int) -> list[Ids]:
-        """Ids of each document, without a leading BOS unless they came as ids and are rows."""
+        """Ids of each document, without a leading BOS unless the documents are tokenised rows."""
         if batch and isinstance(batch[0], str):
             found = text_ids(self.tokenizer, batch)
             return [np.array(without_bos(self.tokenizer, ids), np.int32) for ids in found]
@@ -172,7 +172,7 @@ class Packer:
         if found is not None and (found.sha256 != digest or found.request != self.request):
             partial.unlink()
             (self.folder / PROGRESS_NAME).unlink()
-            raise GemmaScopeError(f"{self.folder} holds other token rows: choose another folder.")
+            raise GemmaScopeError(f"{self.folder} has other token rows: choose another folder.")
         manifest = TokensManifest(request=self.request, documents=reached.documents, rows=reached.rows, sha256=digest)
         with writing(self.folder / DATA_NAME, _GO_ON):
             partial.replace(self.folder / DATA_NAME)

@@ -39,7 +39,7 @@ def pack_texts(
     if context < 2:
         raise GemmaScopeError(f"A row has BOS and at least one token, so context cannot be {context}.")
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise GemmaScopeError("Texts are packed between BOS and EOS, and this tokenizer lacks one: give token ids.")
+        raise GemmaScopeError("Texts are packed between BOS and EOS, but this tokenizer lacks one: give token ids.")
     stream: list[int] = []
     body = context - 1
     for text in texts:

@@ -81,7 +81,7 @@ class Request(Record):
 
 
 class TokensManifest(Record):
-    """What is recorded of finished token rows."""
+    """The manifest of finished token rows."""
 
     format: Literal["gemma_scope_tl tokens"] = "gemma_scope_tl tokens"
     version: Literal[1] = 1

@@ -88,7 +88,7 @@ def test_packing() -> None:
         pack_texts(tokenizer, ["abc"], context=100)
     without = copy.deepcopy(tokenizer)
     without.bos_token = None
-    with pytest.raises(GemmaScopeError, match="between BOS and EOS, and this tokenizer lacks one"):
+    with pytest.raises(GemmaScopeError, match="between BOS and EOS, but this tokenizer lacks one"):
         pack_texts(without, ["abc"], context=4)
 
 

@@ -124,7 +124,7 @@ def test_a_prompt_padded_on_either_side_has_one_circuit(model: Any, saes: list[A
         assert ablation_effects(model, other, saes[0], logit("a"), [(3, 5), (4, 6)]) == pytest.approx(
             effects, rel=1e-3, abs=1e-5
         )
-    with pytest.raises(gs.GemmaScopeError, match="nothing but padding"):
+    with pytest.raises(gs.GemmaScopeError, match="only padding"):
         circuit(model, torch.zeros(1, 4, dtype=torch.long), saes, "a")
 
 
