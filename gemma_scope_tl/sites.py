@@ -26,6 +26,7 @@ __all__ = [
     "ModelDims",
     "Place",
     "Site",
+    "SiteName",
     "flatten_heads",
     "get_site",
     "layer_of_hook",
@@ -35,6 +36,10 @@ __all__ = [
     "unflatten_heads",
     "with_targets",
 ]
+
+
+SiteName = str
+"""The name of a site, for annotations."""
 
 
 class _Sites(Mapping[str, Site]):

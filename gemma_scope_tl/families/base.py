@@ -245,6 +245,10 @@ class Family:
         turn_start, turn_end: special tokens at the start and end of a turn of a chat.
         answer_role: the name of the model's own turns in a chat.
         gated: whether downloading the weights from the Hub requires accepting a licence.
+
+    Raises:
+        UnknownNameError: for a site that writes a site which is not in the table.
+        SpliceError: for a site whose written hook is not the hook of the site that it writes.
     """
 
     name: str
@@ -272,6 +276,17 @@ class Family:
     )
     final_norm: str = "norm"
     gated: bool = True
+
+    def __post_init__(self) -> None:
+        for site in self.sites.values():
+            written = [self.site(name) for name in site.writes]  # raises for a site that is not in the table
+            for backend in BACKENDS:
+                hooks = [one.hook_name(0, backend) for one in written]
+                if len(written) == 1 and site.hook_name_out(0, backend) != hooks[0]:
+                    raise SpliceError(
+                        f"Coders at site {site.name!r} of {self.title} write {site.writes[0]!r}, whose hook on the "
+                        f"backend {backend!r} is {hooks[0]!r}, but the site names {site.hook_name_out(0, backend)!r}."
+                    )
 
     @property
     def hub_ids(self) -> dict[str, str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypedDict
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict, TypeVar
 
 from gemma_scope_tl.errors import KeywordError, unknown_keyword
 from gemma_scope_tl.model.positions import Positions
@@ -109,3 +110,27 @@ class SpliceOptions:
             if name not in OPTIONS and difflib.get_close_matches(name, _OF_METHODS, n=1, cutoff=0.8):
                 raise unknown_keyword(function, name, _OF_METHODS)
         return cls.of(function, {name: keywords.pop(name) for name in OPTIONS if name in keywords})
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def shows_options(function: F) -> F:
+    """Name the options of a splice in the run-time signature of ``function``, for ``help`` and notebooks.
+
+    The options replace ``*by_position`` and ``**options``. Type checkers read :class:`SpliceKeywords` instead.
+    """
+    signature = inspect.signature(function)
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind not in variable]
+    options = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=field.default, annotation=field.type
+        )
+        for field in fields(SpliceOptions)
+    ]
+    second_name = inspect.Parameter(
+        "use_error_term", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="bool | None"
+    )
+    function.__signature__ = signature.replace(parameters=[*own, *options, second_name])  # type: ignore[attr-defined]
+    return function

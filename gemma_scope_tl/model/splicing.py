@@ -13,7 +13,7 @@ from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.model import copies
 from gemma_scope_tl.model.attached import AttachedSAE
 from gemma_scope_tl.model.owners import ADVICE, Owner, Turns
-from gemma_scope_tl.model.splice_options import SpliceKeywords, SpliceOptions
+from gemma_scope_tl.model.splice_options import SpliceKeywords, SpliceOptions, shows_options
 from gemma_scope_tl.model.tracker import TokenTracker
 from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.choices import as_saes, bring
@@ -48,6 +48,7 @@ class SpliceMixin:
         named = ((one.read_name + (f".{one.stage}" if one.stage else ""), one.sae) for one in self._attached.values())
         return dict(named)
 
+    @shows_options
     def add_sae(self, sae: SAE[Any], *by_position: Any, **options: Unpack[SpliceKeywords]) -> None:
         """Attach ``sae`` until :meth:`reset_saes`, for passes of this thread.
 
@@ -124,6 +125,7 @@ class SpliceMixin:
         site, layer = locate(sae, self.family)
         return f"{site.hook_name_out(layer, 'hooked_transformer')}.{internal}"
 
+    @shows_options
     def saes(
         self,
         saes: SAE[Any] | Iterable[SAE[Any]] = (),
@@ -328,6 +330,7 @@ class SpliceMixin:
         """For a backend that keeps its hook points in a plain dict."""
 
 
+@shows_options
 def splice(
     model: Any, saes: SAE[Any] | Iterable[SAE[Any]], *by_position: Any, **options: Unpack[SpliceKeywords]
 ) -> AbstractContextManager[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,13 +193,22 @@ def test_it_is_evaluated(model: Any) -> None:
 
 
 def test_another_family_cannot_give_a_site_of_this_name_another_meaning() -> None:
-    from dataclasses import replace
-
-    site = replace(LLAMA.sites["mlp"], writes=("stream",))
+    stream = LLAMA.sites["stream"]
+    hooks = {"bridge_out": stream.bridge, "hooked_transformer_out": stream.hooked_transformer}
+    site = replace(LLAMA.sites["mlp"], writes=("stream",), **hooks)
     with pytest.raises(UnknownNameError, match="joins of site 'mlp'"):
         replace(site, joins="stream")  # pyright: ignore[reportArgumentType]
     with pytest.raises(GemmaScopeError, match="give it another name"):
-        register_family(replace(LLAMA, name="another", model_types=("another",), sites={"mlp": site}))
+        register_family(replace(LLAMA, name="another", model_types=("another",), sites={"mlp": site, "stream": stream}))
+
+
+def test_a_table_that_contradicts_itself_is_refused() -> None:
+    site = _site("in", "blocks.{layer}.ln2.hook_in", "blocks.{layer}.hook_mid", "layers.{layer}", joins="nowhere")
+    wrong = replace(site, writes=("mlp",), bridge_out="blocks.{layer}.mlp.hook_in")
+    with pytest.raises(SpliceError, match=r"site 'in' of Made-Up write 'mlp', whose hook on the backend 'bridge'"):
+        replace(LLAMA, sites={**LLAMA.sites, "in": wrong})
+    with pytest.raises(UnknownNameError, match="mpl"):
+        replace(LLAMA, sites={**LLAMA.sites, "in": replace(site, writes=("mpl",))})
 
 
 def test_a_suite_is_trained_on_it(model: Any, tmp_path: Path) -> None:

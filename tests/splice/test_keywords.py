@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, KeywordError, UnknownKeywordError, unknown_keyword
-from gemma_scope_tl.model.splicing import splice
+from gemma_scope_tl.model.splicing import SpliceMixin, splice
 from gemma_scope_tl.sites import BACKENDS
 from tests.helpers import random_sae, random_tokens, shared_model
 
@@ -123,3 +124,9 @@ def test_too_many_options_by_position(model: Any) -> None:
     with pytest.raises(TypeError, match=r"add_sae\(\) got two values for 'error_term'"):
         model.add_sae(sae, True, error_term=True)
     assert not model.acts_to_saes
+
+
+def test_help_names_the_options() -> None:
+    for function in (splice, SpliceMixin.add_sae, SpliceMixin.saes):
+        named = [*inspect.signature(function).parameters]
+        assert named[-5:] == ["error_term", "exclude_special_tokens", "positions", "chain", "use_error_term"]
