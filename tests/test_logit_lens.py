@@ -72,7 +72,7 @@ def test_decoder_rows_suffice(model: Any) -> None:
 def test_errors(model: Any) -> None:
     sae = random_sae(model.dims, "res", 1)
     for k in (0, 97):
-        with pytest.raises(GemmaScopeError, match="between 1 and the 96 tokens"):
+        with pytest.raises(GemmaScopeError, match="k must be between 1 and 96"):
             top_tokens(model, sae, 0, k=k)
     with pytest.raises(SpliceError, match="No latent 256"):
         top_tokens(model, sae, 256)

@@ -122,7 +122,7 @@ def _read_cfg(metadata: FolderMetadata, cfg: Mapping[str, Any]) -> None:
     meta = flat_cfg(cfg)
     architecture = cfg.get("architecture")
     if architecture not in ARCHITECTURES:
-        metadata.problems.append(f"{CFG} is of a {architecture!r} SAE: only {', '.join(ARCHITECTURES)} load.")
+        metadata.problems.append(f"{CFG} describes a {architecture!r} SAE: only {', '.join(ARCHITECTURES)} load.")
     for key, value in (("d_in", metadata.d_in), ("d_sae", metadata.d_sae)):
         if cfg.get(key) not in (None, value):
             metadata.problems.append(f"{CFG} has {key} {cfg[key]}, the weights have {value}.")

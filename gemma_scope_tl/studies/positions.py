@@ -75,7 +75,7 @@ def _checked(edges: Sequence[int] | None, length: int) -> list[int]:
     bounds = list(edges)
     increasing = all(a < b for a, b in itertools.pairwise(bounds))
     if len(bounds) < 2 or not increasing or bounds[0] < 0 or bounds[-1] > length:
-        raise GemmaScopeError(f"Edges of bins increase from 0 or later to {length} or earlier, unlike {bounds}.")
+        raise GemmaScopeError(f"Edges of bins must increase and be between 0 and {length}, but they are {bounds}.")
     return bounds
 
 

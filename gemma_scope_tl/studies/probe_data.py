@@ -116,7 +116,7 @@ def read_labelled(
                 raise unknown_name("column", name, record)
         text, kind = record[column], str(record[label])
         if not isinstance(text, str):
-            raise GemmaScopeError(f"Column {column!r} holds {type(text).__name__}, not text.")
+            raise GemmaScopeError(f"Column {column!r} contains {type(text).__name__}, not text.")
         kept = found.setdefault(kind, [])
         if len(kept) < documents:
             kept.append((text, kind))

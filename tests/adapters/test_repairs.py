@@ -56,7 +56,7 @@ def test_a_defect_that_stays_is_an_error_without_a_check_too(monkeypatch: pytest
     if attention_fills_cache(build_bridge(random_gemma(), None, None, GEMMA2)):
         pytest.skip("the installed transformer-lens reads transformers' cache: there is no defect to leave")
     monkeypatch.setattr(GemmaBridge, "read_cache_kwarg", lambda self: None)
-    with pytest.raises(AdapterMismatch, match="key-value cache"):
+    with pytest.raises(AdapterMismatch, match="cache argument of attention"):
         load_model(hf_model=random_gemma(), check=False)
 
 

@@ -56,7 +56,7 @@ def test_texts_of_files(tmp_path: Path) -> None:
     assert len(next(read_texts())) > 100
     with pytest.raises(GemmaScopeError, match="Unknown column of texts 'body'. Nearest: text"):
         list(read_texts(lines, column="body"))
-    with pytest.raises(GemmaScopeError, match="holds int, not text"):
+    with pytest.raises(GemmaScopeError, match="contains int, not text"):
         list(read_texts(lines, column="n"))
     lines.write_text('{"text": "a"}\n{', encoding="utf-8")
     with pytest.raises(GemmaScopeError, match="line 2, is not JSON"):

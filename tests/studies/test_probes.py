@@ -195,7 +195,7 @@ def test_a_file_with_numbers_as_labels(tmp_path: Path) -> None:
     assert len(pairs) == 9
     with pytest.raises(UnknownNameError, match="Nearest: sentence"):
         read_labelled(str(path), "sentences")
-    with pytest.raises(GemmaScopeError, match="holds int, not text"):
+    with pytest.raises(GemmaScopeError, match="contains int, not text"):
         read_labelled(str(path), "label")
 
 

@@ -136,7 +136,7 @@ def two_thresholds(a: Arrays) -> None:
         (short, r"threshold is \[9\], should be \[10\]"),
         (flat, "W_dec of shape .* not a matrix"),
         (integer, "b_enc of dtype .*int32, not a float"),
-        (scaled, "scaling_factor that is not 1"),
+        (scaled, "scaling_factor other than 1"),
         (two_thresholds, "two arrays for the same parameter"),
     ],
 )
