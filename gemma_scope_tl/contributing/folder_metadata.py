@@ -125,7 +125,7 @@ def _read_cfg(metadata: FolderMetadata, cfg: Mapping[str, Any]) -> None:
         metadata.problems.append(f"{CFG} describes a {architecture!r} SAE: only {', '.join(ARCHITECTURES)} load.")
     for key, value in (("d_in", metadata.d_in), ("d_sae", metadata.d_sae)):
         if cfg.get(key) not in (None, value):
-            metadata.problems.append(f"{CFG} has {key} {cfg[key]}, the weights have {value}.")
+            metadata.problems.append(f"{CFG} has {key} {cfg[key]}, but the weights have {value}.")
     if isinstance(hook := meta.get("hook_name"), str) and hook:
         try:
             site, layer = site_of_hook(hook, meta.get("hook_name_out"))
