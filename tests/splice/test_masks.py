@@ -91,7 +91,11 @@ def test_special_tokens_and_positions_together(model: Any) -> None:
 
 def test_what_does_not_exist_raises_and_nothing_stays_attached(model: Any) -> None:
     tokens = random_tokens(model, length=10)
-    for positions, match in ((10, "No position 10"), ([-11], "No position -11"), (torch.ones(3, 10) > 0, "batch of tokens is")):
+    for positions, match in (
+        (10, "No position 10"),
+        ([-11], "No position -11"),
+        (torch.ones(3, 10) > 0, "batch of tokens is"),
+    ):
         with pytest.raises(SpliceError, match=match):
             model.run_with_saes(tokens, saes=random_sae(model.dims, "res", 1), positions=positions)
         assert not model.acts_to_saes
