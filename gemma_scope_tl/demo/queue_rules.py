@@ -32,6 +32,7 @@ class QueueRules:
         self.queue = queue
         self.listening: Counter[str] = Counter()
         self._streams: set[asyncio.Future[None]] = set()
+        self._ended = False
         self._push, self._events = queue.push, queue.get_events
         queue.push, queue.get_events = self.push, self.events
 
@@ -41,10 +42,13 @@ class QueueRules:
         self._streams.add(stream)
         self.listening[session] += 1
         stream.add_done_callback(lambda done: self._left(done, session))
+        if self._ended:  # read after the stream is registered, so that either this or end() finishes it
+            _finish(stream)
         return stream
 
     def end(self) -> None:
-        """End all streams of answers, from any thread."""
+        """End all streams of answers, from any thread, and those that pages open later."""
+        self._ended = True
         for stream in list(self._streams):
             stream.get_loop().call_soon_threadsafe(_finish, stream)
 

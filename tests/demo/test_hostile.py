@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,8 +148,6 @@ def test_every_address_of_a_machine_that_listens_on_all(world: World) -> None:
 
 
 def _rules() -> queue_rules.QueueRules:
-    from types import SimpleNamespace
-
     return queue_rules.QueueRules(SimpleNamespace(push=None, get_events=None))
 
 
@@ -294,6 +294,20 @@ def test_a_visitor_has_few_places(client: Any, app: Any, world: World) -> None:
         assert found["success"]
 
 
+def test_a_stream_that_opens_after_the_stop_ends() -> None:
+    """A page may ask for its answers when the demo has just been closed: the stream must not keep the server alive."""
+
+    async def opened() -> bool:
+        rules = queue_rules.QueueRules(SimpleNamespace(push=None, get_events=None))
+        before = rules.came("before")
+        rules.end()
+        after = rules.came("after")
+        await asyncio.wait([before, after], timeout=5)
+        return before.done() and after.done() and not rules.listening
+
+    assert asyncio.run(opened())
+
+
 def test_a_stop_ends_what_runs(world: World) -> None:
     """Closing with questions pending: the pass in hand ends, nobody hangs, and the model can be used again."""
     from gemma_scope_tl.demo.app import build_app
@@ -310,12 +324,15 @@ def test_a_stop_ends_what_runs(world: World) -> None:
                 asked = question(app, f"stop{number}", "steer", data)
                 assert client.post(JOIN, json=asked).status_code == 200
             waiting_for = [pool.submit(_stream, client, f"stop{number}") for number in range(4)]
-            assert held.wait(20)
-            started = time.monotonic()
-            app.close(verbose=False)
-            assert time.monotonic() - started < 10
-            for one in waiting_for:
-                one.result(10)
+            try:
+                assert held.wait(20)
+                started = time.monotonic()
+                app.close(verbose=False)
+                assert time.monotonic() - started < 10
+                for one in waiting_for:
+                    one.result(10)
+            finally:
+                client.close()  # a stream that does not end would keep the pool, and this test, waiting
     finally:
         del world.tokens
     assert not world._users and world.lock.acquire(timeout=1)

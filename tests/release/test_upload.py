@@ -230,7 +230,7 @@ def test_broken_mirrors_are_refused(hub: LocalHub, token: str, folder: Path) -> 
         ("preupload", Fault(status=404, code="RepoNotFound"), r"HTTP 404\): it does not exist, or your token"),
         ("preupload", Fault(status=409, message="Busy"), r"HTTP 409\): it conflicts.*\(Busy\)"),
         ("commit", Fault(status=412, message="Changed"), r"HTTP 412\): main has changed since"),
-        ("batch", Fault(status=413, message="Too large"), r"HTTP 413\): a file or the whole.*\(Too large\)"),
+        ("batch", Fault(status=413, message="Too large"), r"HTTP 413\): a file or the upload exceeds.*\(Too large\)"),
         ("preupload", Fault(status=429, headers={"Retry-After": "7"}), r"HTTP 429\): too many requests. Wait 7 s"),
         ("lfs/*", Fault(status=503), r"HTTP 503\): the Hub has an internal error"),
         ("lfs/*", Fault(status=403), r"HTTP 403\)"),
