@@ -15,6 +15,8 @@ from benchmarks.sparse import D_IN, D_SAE, STOCK, TOKENS, case, stock_sae
 from benchmarks.timing import paired, save
 from gemma_scope_tl.model.attached import AttachedSAE
 from gemma_scope_tl.model.loading import load_model
+from gemma_scope_tl.model.owners import Owner
+from gemma_scope_tl.model.splice_options import SpliceOptions
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import get_site
 
@@ -45,7 +47,12 @@ def attached(d_sae: int, d_in: int) -> AttachedSAE:
     """A random SAE as a splice holds it, with the error term."""
     weights = dict(zip(NAMES, random_weights(d_sae, d_in), strict=True))
     sae = JumpReLUSAE.from_arrays(weights, site="res", layer=0)
-    return AttachedSAE(sae, get_site("res"), 0, error_term=True, excluded=())
+    return _attached(sae, error_term=True)
+
+
+def _attached(sae: Any, error_term: bool) -> AttachedSAE:
+    options = SpliceOptions(error_term=error_term, exclude_special_tokens=False)
+    return AttachedSAE(sae, get_site("res"), 0, options, excluded=(), stage=0, owner=Owner(thread=True))
 
 
 def random_weights(d_sae: int, d_in: int, seed: int = 0) -> list[torch.Tensor]:
@@ -69,7 +76,7 @@ def _true_size() -> list[dict[str, Any]]:
     stock = stock_sae(weights)
     rows: list[dict[str, Any]] = []
     for error_term in (False, True):
-        splice = AttachedSAE(sae, get_site("res"), 0, error_term, ())
+        splice = _attached(sae, error_term)
         stock.use_error_term = error_term
         what = "splice one SAE" + (" with error term" if error_term else "")
         shape = f" ({TOKENS} tokens, {D_IN} x {D_SAE})"
