@@ -54,7 +54,7 @@ class AttachedSAE:
         self._read: torch.Tensor | None = None
         self._hooks: list[tuple[Any, Callable[..., torch.Tensor | None], Any]] = []  # point, function, handle
         self._before: list[Any] = []  # handles that were on the SAE's hook points before
-        self._named = self._reshaping_off = False
+        self._named = self._reshaping_off = self._heads_apart = False
 
     def attach(self, model: HasSites) -> None:
         """Add the hooks to the hook points of ``model``. :meth:`detach` removes exactly these."""
