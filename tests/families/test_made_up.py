@@ -18,6 +18,7 @@ from gemma_scope_tl.families import Family, ModelDims, ModelSizes, Site, familie
 from gemma_scope_tl.model.plain import relative_difference, run_reference
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import get_site
+from tests.families.tiny import tiny_model
 from tests.helpers import CharTokenizerFactory, random_tokens
 from tests.training import planted
 
@@ -62,26 +63,7 @@ LLAMA = Family(
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config: Any = LlamaConfig(
-        vocab_size=96,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=64,
-        bos_token_id=2,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    config._attn_implementation = "eager"
-    config.model_type = "made_up"
-    model = LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.15)
-    return model.eval()
+    return tiny_model(LlamaConfig, LlamaForCausalLM, "made_up", head_dim=16)
 
 
 @pytest.fixture(autouse=True)

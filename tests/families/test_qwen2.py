@@ -21,6 +21,7 @@ from gemma_scope_tl.families import Family, ModelDims, ModelSizes, forget_family
 from gemma_scope_tl.families.gemma2 import GEMMA2
 from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.text.tokenizing import chat_wrapping
+from tests.families.tiny import tiny_model
 from tests.helpers import CharTokenizerFactory, random_tokens
 
 MLP = {"bridge": "blocks.{layer}.mlp.hook_out", "hooked_transformer": "blocks.{layer}.hook_mlp_out"}
@@ -67,24 +68,7 @@ QWEN2 = Family(
 
 
 def qwen2() -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config: Any = Qwen2Config(
-        vocab_size=96,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=2,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    config._attn_implementation = "eager"
-    model = Qwen2ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.15)
-    return model.eval()
+    return tiny_model(Qwen2Config, Qwen2ForCausalLM)
 
 
 @pytest.fixture(autouse=True)
