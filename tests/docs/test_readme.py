@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import gemma_scope_tl as gs
-from benchmarks.table import with_table
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,11 +22,6 @@ def test_the_python_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> No
     printed = capsys.readouterr().out
     assert "activation" in printed
     assert "The king said" in printed
-
-
-def test_the_benchmark_table_is_that_of_the_results() -> None:
-    assert with_table(README) == README
-    assert "peer / ours" in README
 
 
 def test_names_in_the_readme_exist() -> None:
