@@ -55,7 +55,7 @@ def compared(ours: Sequence[float], theirs: Sequence[float], unit: str, *, more_
 
 
 def paired(ours: Callable[[], Any], peer: Callable[[], Any], runs: int = 7, warmup: int = 1) -> dict[str, float]:
-    """Median seconds of both with their ranges, and those of the paired ratios peer/ours (above 1 if ours is faster)."""
+    """Medians and ranges of the seconds of both, and of the paired ratios peer/ours (above 1 if ours is faster)."""
     for _ in range(warmup):
         ours()
         peer()
