@@ -11,7 +11,7 @@ help:
 	@echo "make docs   the documentation as a site, in build/site"
 	@echo "make test-fast  tests of every part of the package, for each edit;  make test  all tests"
 	@echo "make lint   ruff;  make types  pyright;  make setup  only the environment"
-	@echo "make bench  benchmarks (bench-loading, bench-splice, bench-training, bench-evals: a part)"
+	@echo "make bench  benchmarks; a run that was stopped continues (bench-loading, bench-splice, bench-training, bench-evals: a part)"
 
 setup: $(READY)
 
@@ -47,13 +47,13 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 bench-loading: $(READY)
-	$(BIN)/python -m benchmarks loading remote
+	$(BIN)/python -m benchmarks first_feature loading remote
 
 bench-splice: $(READY)
 	$(BIN)/python -m benchmarks sparse splice
 
 bench-training: $(READY)
-	$(BIN)/python -m benchmarks buckets store training_step training_suite
+	$(BIN)/python -m benchmarks buckets mixing store training_step training_suite
 
 bench-evals: $(READY)
 	$(BIN)/python -m benchmarks evals

@@ -29,18 +29,19 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import gemma_scope_tl as gs
 from benchmarks.splice import random_weights
-from benchmarks.timing import paired, save
+from benchmarks.timing import child_flags, compared, main, paired
 from gemma_scope_tl.evals.suite import measure_suite
 from gemma_scope_tl.interop.run_evals import sae_lens_metrics
 from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
 from gemma_scope_tl.text.rows import pack_texts
 
 ROWS, CONTEXT, BATCH = 32, 256, 8
+RUNS, MEMORY_RUNS = 3, 3
 PEER = "SAELens run_evals, SAE by SAE"
-NAMES = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
+NAMES: tuple[str, ...] = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
 TOLERANCE = 1e-4
 HOOKS = {"res": "blocks.{}.hook_resid_post", "mlp": "blocks.{}.hook_mlp_out", "att": "blocks.{}.attn.hook_z"}
-VOCABULARY, LONG = 256_000, 1024
+VOCABULARY, LONG, QUICK_VOCABULARY = 256_000, 1024, 1_000
 
 
 def held_out(model: Any, rows: int = ROWS) -> torch.Tensor:
@@ -73,16 +74,18 @@ def evaluate_stock(peer: Any, sae: Any, tokens: torch.Tensor, batch: int) -> dic
     return {names.get(name, name): value for name, value in found.items() if name not in left_out}
 
 
-def run() -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[dict[str, Any]]:
     """Time and numbers on the bundled suite, and peak memory with Gemma's vocabulary."""
-    return [*_suite(), _memory()]
+    return [*_suite(quick), _memory(quick)]
 
 
-def _suite() -> list[dict[str, Any]]:
+def _suite(quick: bool) -> list[dict[str, Any]]:
+    runs, count, rows = (1, 2, 2) if quick else (RUNS, None, ROWS)
     model = gs.load_model("bundled")
-    rows = gs.list_saes(model="bundled", site=["res", "mlp", "att"])
-    saes = [gs.JumpReLUSAE.from_pretrained(row.release, row.id) for row in rows.itertuples()]
-    tokens = held_out(model)
+    table = gs.list_saes(model="bundled", site=["res", "mlp", "att"])[:count]
+    names = zip(table["release"], table["id"], strict=True)
+    saes = [gs.JumpReLUSAE.from_pretrained(str(release), str(name)) for release, name in names]
+    tokens = held_out(model, rows)
     peer = stock_model(gs.load_model("bundled", backend="hooked_transformer"))
     stock = [stock_copy(sae) for sae in saes]
     kept: dict[str, Any] = {}
@@ -94,12 +97,12 @@ def _suite() -> list[dict[str, Any]]:
         kept["theirs"] = [evaluate_stock(peer, sae, tokens, BATCH) for sae in stock]
 
     ours()  # warms up both: it runs every kernel of the model
-    alike = paired(lambda: ours(ablations=("zero",)), theirs, runs=1, warmup=0)
+    alike = paired(lambda: ours(ablations=("zero",)), theirs, runs=runs, warmup=0)
     worst = {name: _difference(kept["ours"][name], kept["theirs"], name) for name in kept["theirs"][0]}
     for name in ("l0", "fvu", "loss_clean", "loss_spliced"):
         assert worst[name] <= TOLERANCE, (name, worst[name])
-    everything = paired(ours, theirs, runs=1, warmup=0)
-    what = f"evaluate {len(saes)} SAEs on {ROWS} x {CONTEXT} tokens"
+    everything = paired(ours, theirs, runs=runs, warmup=0)
+    what = f"evaluate {len(saes)} SAEs on {rows} x {CONTEXT} tokens"
     explained = {
         "max_difference": worst,
         "why_not_compared": "loss_zero_ablated: BOS is ablated too there; kl: the last position counts there",
@@ -116,21 +119,20 @@ def _difference(ours: Any, theirs: list[dict[str, float]], name: str) -> float:
     return max(abs(a - b) / (abs(b) if name == "l0" else 1.0) for a, b in pairs)
 
 
-def _memory() -> dict[str, Any]:
+def _memory(quick: bool) -> dict[str, Any]:
     peer_rows = 8 if _total_memory() > 100 << 30 else 1
-    ours, theirs = _child("ours", 8), _child("peer", peer_rows)
+    runs = 1 if quick else MEMORY_RUNS
+    pairs = [(_child("ours", 8, quick), _child("peer", peer_rows, quick)) for _ in range(runs)]
     return {
         "what": f"peak memory of evaluating an SAE, 8 x {LONG} tokens, {VOCABULARY:,} words",
         "peer": PEER + ("" if peer_rows == 8 else f", on {peer_rows} x {LONG} tokens"),
-        "ours": f"{ours:,.0f} MiB",
-        "theirs": f"{theirs:,.0f} MiB",
-        "ratio": theirs / ours,
+        **compared([ours for ours, _ in pairs], [theirs for _, theirs in pairs], "MiB"),
     }
 
 
-def _child(side: str, rows: int) -> float:
+def _child(side: str, rows: int, quick: bool) -> float:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.evals", "memory", side, str(rows)],
+        [sys.executable, "-m", "benchmarks.evals", "memory", side, str(rows), *child_flags(quick)],
         check=True,
         capture_output=True,
         text=True,
@@ -138,25 +140,26 @@ def _child(side: str, rows: int) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def measure_memory(side: str, rows: int) -> float:
+def measure_memory(side: str, rows: int, vocabulary: int = VOCABULARY) -> float:
     """Peak memory of one evaluation in MiB, above the memory of the process before it; for the child processes."""
     torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=LONG,
-        attn_implementation="eager",
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": LONG,
+        "attn_implementation": "eager",
+    }
     tokenizer = gs.load_model("bundled").tokenizer  # for its special ids only
     backend = "bridge" if side == "ours" else "hooked_transformer"
-    model = gs.load_model(hf_model=Gemma2ForCausalLM(config).eval(), tokenizer=tokenizer, backend=backend, check=False)
+    hf_model = Gemma2ForCausalLM(Gemma2Config(**settings)).eval()
+    model = gs.load_model(hf_model=hf_model, tokenizer=tokenizer, backend=backend, check=False)
     sae = gs.JumpReLUSAE.from_arrays(dict(zip(NAMES, random_weights(1024, 64), strict=True)), site="res", layer=0)
-    tokens = torch.randint(3, VOCABULARY, (rows, LONG), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(3, vocabulary, (rows, LONG), generator=torch.Generator().manual_seed(1))
     tokens[:, 0] = 2
     peer = stock_model(model) if side == "peer" else None
     Path("/proc/self/clear_refs").write_text("5")
@@ -180,6 +183,6 @@ def _total_memory() -> int:
 
 if __name__ == "__main__":
     if "memory" in sys.argv:
-        print(measure_memory(sys.argv[2], int(sys.argv[3])))
+        print(measure_memory(sys.argv[2], int(sys.argv[3]), QUICK_VOCABULARY if "--quick" in sys.argv else VOCABULARY))
     else:
-        print(save("evals", run()))
+        main("evals", run)

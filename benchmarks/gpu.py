@@ -22,8 +22,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import gemma_scope_tl as gs
 from benchmarks import training_step
+from benchmarks.machine import describe
 from benchmarks.sparse import stock_sae
-from benchmarks.timing import PACKAGES
 from gemma_scope_tl.activations.harvest import Harvester
 from gemma_scope_tl.sae.sparse import reconstruct
 from gemma_scope_tl.sites import Place
@@ -99,7 +99,7 @@ class Bench:
             float(torch.special.ndtri(torch.tensor(1.0 - 70 / d_sae, dtype=torch.float64))) if not self.quick else 1.0
         )
         threshold = torch.full((d_sae,), level, device=self.device)
-        weights = [w_enc, zeros(d_sae), threshold, w_dec.to(self.device, dtype), zeros(d_in)]
+        weights: list[Any] = [w_enc, zeros(d_sae), threshold, w_dec.to(self.device, dtype), zeros(d_in)]
         stock = stock_sae(weights).to(self.device)
         found, acts = reconstruct(x, *weights)
         wide = [w.double() for w in weights]
@@ -122,13 +122,20 @@ class Bench:
     @torch.no_grad()
     def harvest(self) -> list[dict[str, Any]]:
         """All 78 sites of a model of Gemma 2 2B's shape with random weights, bfloat16, against its own forward pass."""
-        sizes = {"num_hidden_layers": 26} if not self.quick else {"num_hidden_layers": 2, "hidden_size": 64}
+        sizes: dict[str, Any] = {"num_hidden_layers": 2 if self.quick else 26}
         if self.quick:
-            sizes |= {"intermediate_size": 128, "vocab_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
-        config = Gemma2Config(**sizes, head_dim=256, query_pre_attn_scalar=256, attn_implementation="eager")
+            sizes |= {
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "vocab_size": 512,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+            }
+        sizes |= {"head_dim": 256, "query_pre_attn_scalar": 256, "attn_implementation": "eager"}
+        config = Gemma2Config(**sizes)
         torch.manual_seed(0)
         with torch.device(self.device):
-            plain = Gemma2ForCausalLM(config).to(torch.bfloat16).eval()
+            plain = Gemma2ForCausalLM(config).bfloat16().eval()
         tokens = torch.randint(5, config.vocab_size, (8, 64 if self.quick else 1024), device=self.device)
         forward = self.seconds(lambda: plain.model(tokens), 5)
         model = gs.load_model(hf_model=plain, check=False)
@@ -207,7 +214,7 @@ def main() -> None:
     bench, found = Bench(options.quick), dict[str, Any]()
     path = options.out / "gpu.json"
     name = "cpu" if options.quick else torch.cuda.get_device_name()
-    machine = {"device": name, **{package: _version(package) for package in PACKAGES}}
+    machine = {**describe(), "device": name}
     for part in options.only:
         started = time.perf_counter()
         try:
@@ -217,12 +224,6 @@ def main() -> None:
         print(part, f"{time.perf_counter() - started:.0f} s", json.dumps(found[part], indent=1), flush=True)
         if not options.quick:
             path.write_text(json.dumps({"machine": machine, **found}, indent=2) + "\n", encoding="utf-8")
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 if __name__ == "__main__":

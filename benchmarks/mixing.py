@@ -61,8 +61,8 @@ def mixing(order: np.ndarray, batch: int = BATCH, context: int = CONTEXT) -> dic
     """``distance`` and ``together`` of a stream of sequence numbers: see the module.
 
     ``distance`` is the mean over sequences of the mean distance of two different rows, from the sorted positions
-    ``p_0 < ... < p_(n-1)`` as ``2 sum_i (2 i - n + 1) p_i / (n (n - 1))``. Only sequences count of which all ``context``
-    rows are in the stream, and whose number is in the middle half of those.
+    ``p_0 < ... < p_(n-1)`` as ``2 sum_i (2 i - n + 1) p_i / (n (n - 1))``. Only sequences count whose ``context`` rows
+    are all in the stream, and of these the middle half, by number.
     """
     by_sequence = np.argsort(order, kind="stable")
     numbers, counts = np.unique(order, return_counts=True)

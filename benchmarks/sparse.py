@@ -15,24 +15,27 @@ import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from torch import Tensor
 
-from benchmarks.timing import paired, save
+from benchmarks.timing import main, paired
 from gemma_scope_tl.sae import sparse_ops as ops
 from gemma_scope_tl.sae.sparse import SparseActs, reconstruct
 
-TOKENS, D_IN, D_SAE = 512, 2304, 16384
+TOKENS, D_IN, D_SAE = SIZES = 512, 2304, 16384
+QUICK_SIZES = 32, 48, 256
+RUNS, QUICK_RUNS = 9, 1
 THRESHOLD = 2.63  # standard deviations of a pre-activation: 70 of 16384 latents are above
 BOS_SCALE = 5.15  # puts 5,000 latents of the first token above
 STOCK = "SAELens JumpReLUSAE"
 
 
-def case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
+def case(dtype: torch.dtype = torch.float32, sizes: tuple[int, int, int] = SIZES) -> tuple[Tensor, list[Any]]:
     """An input whose first token is like BOS, and W_enc, b_enc, threshold, W_dec, b_dec."""
+    tokens, d_in, d_sae = sizes
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(TOKENS, D_IN, generator=generator)
+    x = torch.randn(tokens, d_in, generator=generator)
     x[0] *= BOS_SCALE
-    w_enc = torch.randn(D_IN, D_SAE, generator=generator) / D_IN**0.5
-    w_dec = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, generator=generator), dim=1)
-    weights = [w_enc, torch.zeros(D_SAE), torch.full((D_SAE,), THRESHOLD), w_dec, torch.zeros(D_IN)]
+    w_enc = torch.randn(d_in, d_sae, generator=generator) / d_in**0.5
+    w_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+    weights = [w_enc, torch.zeros(d_sae), torch.full((d_sae,), THRESHOLD), w_dec, torch.zeros(d_in)]
     return x.to(dtype), [w if i == 2 else w.to(dtype) for i, w in enumerate(weights)]
 
 
@@ -54,33 +57,38 @@ def _input_gradient(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tenso
     return run_once
 
 
-def _row(what: str, peer: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], same: bool) -> dict[str, Any]:
+def _row(
+    what: str, peer: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], same: bool, runs: int
+) -> dict[str, Any]:
     difference = (ours() - theirs()).abs().max().item() if same else None
-    return {"what": what, "peer": peer, "max_difference": difference, **paired(ours, theirs, runs=9)}
+    return {"what": what, "peer": peer, "max_difference": difference, **paired(ours, theirs, runs=runs)}
 
 
-def run() -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[dict[str, Any]]:
     """Replacing an activation, and the gradient of the input through it, in float32; the first also in bfloat16."""
-    x, weights = case()
+    sizes, runs = (QUICK_SIZES, QUICK_RUNS) if quick else (SIZES, RUNS)
+    x, weights = case(sizes=sizes)
     stock = stock_sae(weights)
     latent_major = [weights[0].T.contiguous().T, *weights[1:]]
-    grad = torch.randn(TOKENS, D_IN, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
         _, acts = reconstruct(x, *weights)
-        shape = f"{TOKENS} tokens, {D_IN} x {D_SAE}, L0 {acts.l0:.0f}"
+        shape = f"{sizes[0]} tokens, {sizes[1]} x {sizes[2]}, L0 {acts.l0:.0f}"
         ours = lambda: reconstruct(x, *weights)[0]  # noqa: E731
-        rows.append(_row(f"sparse reconstruction ({shape})", "only x @ W_enc", ours, lambda: x @ weights[0], False))
-        rows.append(_row("sparse reconstruction", STOCK, ours, lambda: stock(x), True))
+        rows.append(
+            _row(f"sparse reconstruction ({shape})", "only x @ W_enc", ours, lambda: x @ weights[0], False, runs)
+        )
+        rows.append(_row("sparse reconstruction", STOCK, ours, lambda: stock(x), True, runs))
     theirs = _input_gradient(stock, x, grad)
     for label, tensors in (("", weights), (", latent-major W_enc", latent_major)):
         both = _input_gradient(lambda leaf, tensors=tensors: reconstruct(leaf, *tensors)[0], x, grad)
-        rows.append(_row(f"sparse reconstruction and input gradient{label}", STOCK, both, theirs, True))
+        rows.append(_row(f"sparse reconstruction and input gradient{label}", STOCK, both, theirs, True, runs))
     with torch.no_grad():
-        x, weights = case(torch.bfloat16)
+        x, weights = case(torch.bfloat16, sizes)
         stock = stock_sae(weights)
         ours = lambda: reconstruct(x, *weights)[0]  # noqa: E731
-        rows.append(_row("sparse reconstruction in bfloat16", STOCK, ours, lambda: stock(x), True))
+        rows.append(_row("sparse reconstruction in bfloat16", STOCK, ours, lambda: stock(x), True, runs))
     return rows
 
 
@@ -114,4 +122,4 @@ if __name__ == "__main__":
     if "crossover" in sys.argv:
         print("\n".join(crossover()))
     else:
-        print(save("sparse", run()))
+        main("sparse", run)

@@ -122,7 +122,7 @@ def theirs(shape: Shape, device: str) -> tuple[STEP, Callable[[], float], int]:
     last: list[Tensor] = []
 
     def step(x: Tensor) -> None:
-        out = trainer._train_step(sae, x)
+        out = trainer._train_step(sae, x)  # pyright: ignore[reportPrivateUsage]
         last[:] = [out.feature_acts.detach().bool().sum(1).float().mean()]
 
     # parameters, and both moments of Adam

@@ -41,7 +41,8 @@ def main() -> None:
     rows = gs.list_saes(model="bundled")
     console.print(f"{len(rows)} SAEs: " + ", ".join(f"{site} {len(part)}" for site, part in rows.groupby("site")))
     rows = rows[rows["canonical"] & (rows["width"] == "1k") & rows["site"].isin(["res", "mlp", "att"])].reset_index()
-    saes = [gs.JumpReLUSAE.from_pretrained(row.release, row.id) for row in rows.itertuples()]
+    names = zip(rows["release"], rows["id"], strict=True)
+    saes = [gs.JumpReLUSAE.from_pretrained(str(release), str(name)) for release, name in names]
     sae = gs.load_sae("bundled", "res", LAYER, width="1k")
 
     console.rule("3  which latents fire on which token")
@@ -103,7 +104,7 @@ def _specific_latent(table: pd.DataFrame) -> int:
     """The strongest latent among those that fire on at most two of the sentence's tokens."""
     counts = table.groupby("latent")["activation"].agg(["size", "max"])
     rare = counts[counts["size"] <= 2]
-    return int((rare if len(rare) else counts)["max"].idxmax())
+    return int(str((rare if len(rare) else counts)["max"].idxmax()))
 
 
 def _print_steering(model: Any, sae: Any, latent: int) -> None:
