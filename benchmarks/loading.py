@@ -133,7 +133,7 @@ def _wide(path: Path, small: Path, d_sae: int, runs: int, memory_runs: int) -> l
 
 def _processes(runs: int, peer_runs: int) -> list[dict[str, Any]]:
     listing = ["-m", "gemma_scope_tl.cli", "list", "--release", ROW[0]]
-    listed = paired(lambda: _python(*listing), lambda: _python("-c", LIST), runs=runs)
+    listed = paired(lambda: _python(*listing), lambda: _python("-c", LIST), runs=runs, warmup=0)
     pairs = [[float(_python("-c", code.format(row=ROW))) for code in (LOOK_UP, PEER_LOOK_UP)] for _ in range(peer_runs)]
     look_up = compared([ours for ours, _ in pairs], [theirs for _, theirs in pairs], "s")
     peer = "SAELens catalogue"

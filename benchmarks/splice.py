@@ -94,9 +94,9 @@ def _true_size(quick: bool) -> list[dict[str, Any]]:
 
 
 def _memory(quick: bool) -> dict[str, Any]:
-    latents = 4096 if quick else 131072
+    latents, count = (4096, 1) if quick else (131072, MEMORY_RUNS)
     command = [sys.executable, "-c", MEMORY, str(latents)]
-    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(MEMORY_RUNS)]
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(count)]
     whole = 512 * latents * 4 / 2**20
     found = [float(done.stdout) for done in runs]
     return {
