@@ -96,13 +96,13 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
 
 def _row(rows: int, width: int, runs: int) -> dict[str, Any]:
     pairs = [(_child("ours", rows, width), _child("theirs", rows, width)) for _ in range(runs)]
-    speeds = [[pair[side]["rows_per_s"] for pair in pairs] for side in (0, 1)]
+    mine, its = ([pair[side]["rows_per_s"] for pair in pairs] for side in (0, 1))
     size = rows * width * 4 / 2**20
     return {
         "id": f"{rows}-x-{width}",
         "what": f"shuffle buffer, {rows:,} rows of {width} ({size:.0f} MiB), batches of {BATCH}",
         "peer": PEER,
-        **compared(*speeds, "rows/s", more_is_better=True),
+        **compared(mine, its, "rows/s", more_is_better=True),
         **spread("ours_extra_mib", [pair[0]["mib"] for pair in pairs]),
         **spread("peer_extra_mib", [pair[1]["mib"] for pair in pairs]),
         "buffer_mib": size,

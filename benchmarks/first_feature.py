@@ -94,9 +94,9 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     kept = pairs[1:]  # the first pair reads the files
     rows: list[dict[str, Any]] = []
     for name, label, field in (("wall-clock", "by the clock", "wall_s"), ("cpu", "CPU time", "cpu_s")):
-        sides = [[float(getattr(pair[side], field)) for pair in kept] for side in (0, 1)]
+        mine, its = ([float(getattr(pair[side], field)) for pair in kept] for side in (0, 1))
         what = f"from the start of a process to the features of a text, bundled model, {label}"
-        rows.append({"id": name, "what": what, "peer": PEER, **compared(*sides, "s")})
+        rows.append({"id": name, "what": what, "peer": PEER, **compared(mine, its, "s")})
     return rows
 
 

@@ -199,7 +199,7 @@ class Bench:
     def steps(self) -> list[dict[str, Any]]:
         """One training step: :mod:`benchmarks.training_step`."""
         cases = (training_step.Shape(64, 256, 128, 8),) if self.quick else training_step.GPU_CASES
-        return training_step.run(self.device, cases)
+        return training_step.run(device=self.device, cases=cases)
 
 
 def main() -> None:

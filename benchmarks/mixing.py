@@ -91,9 +91,9 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
                 ("distance", "mean distance in the stream of two rows of one sequence", True),
                 ("together", f"other rows of its sequence in a row's batch of {BATCH}", False),
             ):
-                sides = [[one[name] for one in found] for found in (ours, theirs)]
+                mine, its = ([one[name] for one in found] for found in (ours, theirs))
                 row = {"id": f"{name}-{size}-{factor}", "what": f"{what}, {buffer}", "peer": PEER}
-                rows.append({**row, **compared(*sides, "rows", more_is_better=more), "context": CONTEXT})
+                rows.append({**row, **compared(mine, its, "rows", more_is_better=more), "context": CONTEXT})
     return rows
 
 

@@ -133,7 +133,7 @@ MAKERS = {"ours": ours, "theirs": theirs}
 
 
 def run(
-    device: str = "cpu", cases: tuple[Shape, ...] | None = None, rounds: int = 5, quick: bool = False
+    quick: bool = False, *, device: str = "cpu", cases: tuple[Shape, ...] | None = None, rounds: int = 5
 ) -> list[dict[str, Any]]:
     """A row for each shape."""
     if quick:
