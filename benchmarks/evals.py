@@ -80,7 +80,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
 
 
 def _suite(quick: bool) -> list[dict[str, Any]]:
-    runs, count, rows = (1, 2, 2) if quick else (RUNS, None, ROWS)
+    runs, count, rows = (1, 2, BATCH) if quick else (RUNS, None, ROWS)
     model = gs.load_model("bundled")
     table = gs.list_saes(model="bundled", site=["res", "mlp", "att"])[:count]
     names = zip(table["release"], table["id"], strict=True)

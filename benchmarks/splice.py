@@ -123,7 +123,7 @@ def _models(quick: bool) -> list[dict[str, Any]]:
             difference = (mine() - other()).abs().max().item()
             what = f"forward pass through {label}" + (" with error term" if error_term else "")
             rows.append({"what": what, "peer": PEER, "max_difference": difference, **paired(mine, other, runs=runs)})
-    chosen = everything[:: len(everything) // 12][:12]
+    chosen = [sae for sae in everything if sae.site == "res"][::2][:12]  # the peer cannot exclude tokens at hook_z here
     return rows + _generation(ours, peer, chosen, tokens[:1, :16], 4 if quick else NEW_TOKENS, runs)
 
 

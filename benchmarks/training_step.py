@@ -73,7 +73,7 @@ GPU_CASES = (*CASES, Shape(2_304, 65_536, 4_096, 64))
 QUICK_CASES = (Shape(64, 256, 128, 8), Shape(64, 256, 128, None))
 DENSE_FLOOR = 5
 """Encoder products of a step of dense products: see the module."""
-MEMORY_RUNS = 3
+MEMORY_RUNS = 2  # children of a minute each, whose peaks hardly differ
 
 
 def ours(shape: Shape, device: str) -> tuple[STEP, Callable[[], float], int]:
