@@ -185,7 +185,7 @@ def evaluated(trained: Sequence[Trained], held: Tensor, windows: int = 240) -> l
     return [
         {
             "recipe": one.recipe,
-            **{str(name): value for name, value in row.items()},
+            **row,
             "dense_share": measure(one.arrays, held)["dense_share"],
             "seconds": round(one.seconds, 1),
             "settings": one.settings,

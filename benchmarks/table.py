@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -37,8 +38,8 @@ def _cell(row: Row, who: str) -> str:
 
 
 def _ratio(row: Row) -> str:
-    low, high = row.get("ratio_min"), row.get("ratio_max")
-    decimals = 0 if row["ratio"] >= 20 else 1
+    low, high = row.get("ratio_min", row.get("ratio_low")), row.get("ratio_max", row.get("ratio_high"))
+    decimals = 0 if row["ratio"] >= 20 else 1 if row["ratio"] >= 2 else 2
     return f"**{row['ratio']:,.{decimals}f}**" + _range(row["ratio"], low, high, 1.0, decimals)
 
 
@@ -50,7 +51,7 @@ def ranged(value: float, low: float | None, high: float | None, unit: str) -> st
 
 def _range(value: float, low: float | None, high: float | None, factor: float, decimals: int) -> str:
     """The range in parentheses, unless it is not known or all is one number as it is shown."""
-    if low is None or high is None:
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
         return ""
     shown = [f"{number * factor:,.{decimals}f}" for number in (low, value, high)]
     return "" if len(set(shown)) == 1 else f" ({shown[0]}–{shown[2]})"

@@ -81,7 +81,7 @@ def ours(shape: Shape, device: str) -> tuple[STEP, Callable[[], float], int]:
     recipe = replace(PAPER, batch_size=shape.batch, init_threshold=shape.threshold, lr_warm_up_steps=1_000)
     spec = SAESpec("ours", Place("res", 0), shape.d_sae, recipe, 0)
     trainer = PlaceTrainer(shape.d_in, shape.d_in, [spec], total_steps=100_000, device=device)
-    kept = [*vars(trainer.weights).values(), *vars(trainer.second).values(), trainer.last]
+    kept = [value for part in (trainer.weights, trainer.second) for value in vars(part).values()] + [trainer.last]
     return trainer.step, lambda: float(trainer.status()[0]["l0"]), sum(t.numel() * t.element_size() for t in kept)
 
 
