@@ -130,13 +130,20 @@ def page_tables(results: Results) -> dict[str, str]:
     return made
 
 
-def pages(folder: Path = RESULTS) -> dict[Path, str]:
+def with_readme_table(text: str) -> str:
+    """The README's ``text`` with its table as the results say."""
+    return with_tables(text, {"benchmarks": readme_table(Results())})
+
+
+def with_page_tables(text: str) -> str:
+    """The ``text`` of docs/benchmarks.md with its tables as the results say."""
+    return with_tables(text, page_tables(Results()))
+
+
+def pages() -> dict[Path, str]:
     """Both pages as the results say."""
-    results = Results(folder)
-    return {
-        README: with_tables(README.read_text(encoding="utf-8"), {"benchmarks": readme_table(results)}),
-        PAGE: with_tables(PAGE.read_text(encoding="utf-8"), page_tables(results)),
-    }
+    makers = {README: with_readme_table, PAGE: with_page_tables}
+    return {path: made(path.read_text(encoding="utf-8")) for path, made in makers.items()}
 
 
 def update_pages() -> None:
