@@ -112,9 +112,8 @@ class Bench:
         exact = (z * (z > wide[2])) @ wide[3]
         ours, peer = self.seconds(lambda: sae(x)), self.seconds(lambda: stock(x))
         sparse = self.seconds(lambda: reconstruct(x, *weights))
-        with patch.object(base, "called_sparsely", lambda *_: False):
-            with patch.object(base, "decoded_sparsely", lambda *_: False):
-                dense = self.seconds(lambda: sae(x))
+        with patch.multiple(base, **dict.fromkeys(("called_sparsely", "decoded_sparsely"), lambda *_: False)):
+            dense = self.seconds(lambda: sae(x))
         product = self.seconds(lambda: x @ w_enc)
         scale = float(exact.abs().max())
         return {

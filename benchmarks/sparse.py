@@ -1,7 +1,8 @@
 """The sparse JumpReLU and calls of an SAE, against the bare encoder product and SAELens's JumpReLUSAE.
 
-``python -m benchmarks.sparse`` writes the rows; ``python -m benchmarks.sparse calls`` prints those of calls; ``python -m benchmarks.sparse crossover`` prints the time of each sum,
-sparse and dense, by density: the table in ``gemma_scope_tl/sae/sparse_ops.py``, from which the constants there follow.
+``python -m benchmarks.sparse`` writes the rows; ``python -m benchmarks.sparse calls`` prints those of calls;
+``python -m benchmarks.sparse crossover`` prints the time of each sum, sparse and dense, by density: the table in
+``gemma_scope_tl/sae/sparse_ops.py``, from which the constants there follow.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ SPARSE_FROM = 1 << 24
 # With few tokens, most of a backward pass is writing the gradient of every weight, which the sparse sums do latent by
 # latent: 1.3 times the dense time with 16 tokens of 2304 x 16384, 0.63 with 64 tokens of 256 x 4096.
 GRADIENT_TOKENS = 64
-# As SPARSE_FROM, on a GPU, by the bytes of a value: where an H100's times of both ways cross, if they are linear between
-# the measured 512 and 8,192 tokens of 2304 x 16384 (``benchmarks.sparse.gpu_crossovers``). The choice itself has not run
-# on a GPU.
+# As SPARSE_FROM, on a GPU, by the bytes of a value: where an H100's times of both ways cross, if they are linear
+# between the measured 512 and 8,192 tokens of 2304 x 16384 (``gpu_crossovers`` in ``benchmarks/sparse.py``). The choice
+# itself has not run on a GPU.
 GPU_SPARSE_FROM = {2: 4.0e10, 4: 2.9e9}
 SAMPLED_ROWS = 32
 
@@ -83,7 +83,7 @@ def decoded_sparsely(acts: Tensor, w_dec: Tensor, b_dec: Tensor) -> bool:
     if not (_callable_on(acts) and kernels_apply(acts, w_dec, b_dec)):
         return False
     rows = acts.detach().reshape(-1, d_sae)
-    step = -(-rows.shape[0] // SAMPLED_ROWS)
+    step = max(1, -(-rows.shape[0] // SAMPLED_ROWS))
     sample = rows[step // 2 :: step]
     return int(torch.count_nonzero(sample)) <= ops.DENSE_ROWS * sample.numel()
 

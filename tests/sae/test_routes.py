@@ -131,7 +131,7 @@ def test_a_call_is_stock_saelens(error_term: bool, grad: bool) -> None:
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("kind", ["res", "att", "transcoder", "skip"])
 def test_every_kind_and_dtype_is_its_dense_call(kind: str, dtype: torch.dtype) -> None:
-    """Latents switch alike, because both ways round the same numbers, so that outputs differ by their sums' rounding."""
+    """Latents switch alike, because both ways round the same numbers; outputs differ by their sums' rounding."""
     sae = make(kind, dtype)
     x = inputs(2, 6, HEADS, D_IN // HEADS, dtype=dtype) if kind == "att" else inputs(2, 6, D_IN, dtype=dtype)
     with torch.no_grad():
@@ -187,9 +187,13 @@ def test_second_derivatives_are_those_of_the_dense_call() -> None:
         first = torch.autograd.grad(out.pow(3).sum(), over, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), over)  # type: ignore[arg-type]
 
-    close(*both(lambda: norms(sae(x), [x, *weights])))
-    close(*both(lambda: norms(sae(x), [x])))
-    close(*both(lambda: norms(sae.decode(acts), [acts, *weights[2:]])))
+    for function in (
+        lambda: norms(sae(x), [x, *weights]),
+        lambda: norms(sae(x), [x]),
+        lambda: norms(sae.decode(acts), [acts, *weights[2:]]),
+    ):
+        for ours, theirs in zip(*both(function), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12 * float(theirs.abs().max()))
     with kernels(True):
         assert torch.autograd.gradgradcheck(sae, (x[:2].detach().requires_grad_(),))
 
@@ -247,8 +251,12 @@ def test_transforms_take_the_dense_products() -> None:
         del used[:]
         narrow = make(dtype=torch.float32)
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            out = narrow.decode(narrow.encode(x))
-        assert out.dtype == torch.bfloat16
+            acts = narrow.encode(x)
+            pre = (x.float() @ narrow.W_enc + narrow.b_enc).float()
+            assert torch.equal(acts, torch.where(pre <= narrow.threshold, 0.0, pre)), "a product of 16 bits"
+            expected = acts @ narrow.W_dec + narrow.b_dec
+            assert torch.equal(narrow.decode(acts), expected)
+            assert torch.equal(narrow(x), expected.to(x.dtype))
         assert not used
 
 
