@@ -54,17 +54,25 @@ def dense_is_faster(x: Tensor, dtype: torch.dtype, d_sae: int, d_out: int, track
     """
     tokens = x.numel() // max(1, x.shape[-1])
     if x.is_cuda:
-        return gpu_prefers_dense(dtype, tokens * d_sae * d_out)
+        fits = tokens * d_sae * dtype.itemsize <= ops.GPU_BLOCK_BYTES  # memory never holds more of the latents
+        return fits and gpu_prefers_dense(dtype, tokens * d_sae * d_out)
     return tokens * d_sae * d_out < SPARSE_FROM or (tracked and tokens < GRADIENT_TOKENS)
 
 
 def gpu_prefers_dense(dtype: torch.dtype, multiply_adds: int) -> bool:
     """Whether dense products are faster on a GPU when the decoder's product takes so many multiply-adds."""
-    size = dtype.itemsize
-    limit = GPU_SPARSE_FROM[2 if size == 2 else 4]
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    limit = GPU_SPARSE_FROM[2 if dtype.itemsize == 2 else 4]
+    if dtype == torch.float32 and _tf32():
         limit = GPU_SPARSE_FROM[2] / 2  # TF32 has half the rate of 16 bits; this is not measured
     return multiply_adds < limit
+
+
+def _tf32() -> bool:
+    """Whether float32 products run in TF32. Since PyTorch 2.9 the older getters raise after the newer setters."""
+    matmul: Any = torch.backends.cuda.matmul
+    if hasattr(torch.backends, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return bool(matmul.allow_tf32)
 
 
 def called_sparsely(sae: Any, x: Tensor) -> bool:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -354,6 +355,26 @@ def test_the_gpu_choice_follows_the_committed_times() -> None:
     for row in rows:
         multiply_adds, dtype, sparse, dense = gpu_times(row)
         assert routes.gpu_prefers_dense(dtype, multiply_adds) == (dense < sparse), row["what"]
+
+
+def test_a_gpu_never_holds_many_latents_and_knows_its_products() -> None:
+    def faster(tokens: int, dtype: torch.dtype, d_sae: int = 16_384, d_out: int = 2304) -> bool:
+        x: Any = SimpleNamespace(shape=(tokens, d_sae), numel=lambda: tokens * d_sae, is_cuda=True)
+        return routes.dense_is_faster(x, dtype, d_sae, d_out, tracked=False)
+
+    assert faster(512, torch.bfloat16)
+    assert not faster(512, torch.float32)
+    assert not faster(8192, torch.bfloat16)
+    assert faster(8192, torch.bfloat16, d_out=64)
+    assert not faster(8193, torch.bfloat16, d_out=64), "latents of more than 256 MiB"
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert faster(512, torch.float32)
+        assert not faster(512, torch.float64)
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("kind", ["res", "skip"])
