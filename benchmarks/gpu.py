@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -23,8 +24,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import gemma_scope_tl as gs
 from benchmarks import training_step
 from benchmarks.machine import describe
-from benchmarks.sparse import stock_sae
+from benchmarks.sparse import our_sae, stock_sae
 from gemma_scope_tl.activations.harvest import Harvester
+from gemma_scope_tl.sae import base
 from gemma_scope_tl.sae.sparse import reconstruct
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.place import PlaceTrainer
@@ -80,9 +82,12 @@ class Bench:
         return rows
 
     def splice(self) -> list[dict[str, Any]]:
-        """A reconstruction against SAELens's and the bare product: float32 and bfloat16, narrow and wide."""
+        """A call of an SAE against SAELens's and the bare product: float32 and bfloat16, narrow and wide.
+
+        Each row also has the times of the kernels and of the dense products alone, between which the call chooses.
+        """
         rows: list[dict[str, Any]] = []
-        cases = [(512, 2304, 16_384), (8_192, 2304, 16_384), (8_192, 2304, 65_536)]
+        cases = [(tokens, 2304, 16_384) for tokens in (64, 512, 2_048, 8_192)] + [(8_192, 2304, 65_536)]
         for tokens, d_in, d_sae in [(64, 48, 256)] if self.quick else cases:
             for dtype in (torch.float32, torch.bfloat16):
                 rows.append(self._splice_row(tokens, d_in, d_sae, dtype))
@@ -100,19 +105,24 @@ class Bench:
         )
         threshold = torch.full((d_sae,), level, device=self.device)
         weights: list[Any] = [w_enc, zeros(d_sae), threshold, w_dec.to(self.device, dtype), zeros(d_in)]
-        stock = stock_sae(weights).to(self.device)
-        found, acts = reconstruct(x, *weights)
+        stock, sae = stock_sae(weights).to(self.device), our_sae(weights).to(self.device)
+        found, acts = sae(x), reconstruct(x, *weights)[1]
         wide = [w.double() for w in weights]
         z = x[:64].double() @ wide[0]
         exact = (z * (z > wide[2])) @ wide[3]
-        ours, peer = self.seconds(lambda: reconstruct(x, *weights)), self.seconds(lambda: stock(x))
+        ours, peer = self.seconds(lambda: sae(x)), self.seconds(lambda: stock(x))
+        sparse = self.seconds(lambda: reconstruct(x, *weights))
+        with patch.multiple(base, **dict.fromkeys(("called_sparsely", "decoded_sparsely"), lambda *_: False)):
+            dense = self.seconds(lambda: sae(x))
         product = self.seconds(lambda: x @ w_enc)
         scale = float(exact.abs().max())
         return {
-            "what": f"sparse reconstruction, {tokens} tokens, {d_in} x {d_sae}, {str(dtype)[6:]}, L0 {acts.l0:.0f}",
+            "what": f"sae(x), {tokens} tokens, {d_in} x {d_sae}, {str(dtype)[6:]}, L0 {acts.l0:.0f}",
             "peer": "SAELens JumpReLUSAE",
             "ours_s": ours,
             "peer_s": peer,
+            "sparse_s": sparse,
+            "dense_s": dense,
             "ratio": peer / ours,
             "encoder_products": ours / product,
             "error": float((found[:64].double() - exact).abs().max()) / scale,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_scope_tl.sae.routes import dense_is_faster, kernels_apply
 from gemma_scope_tl.sae.sparse import SparseActs, compact, decode_sparse, encode_sparse
 
 
@@ -46,6 +47,8 @@ def hooked_pass(sae: Any, x: Tensor, need_clean: bool) -> HookedPass:
         ``out`` passes through the tensor that the hook received, so that its ``grad`` is available.
     """
     x_clean = x.to(sae.dtype)
+    if _goes_dense(sae, x_clean):
+        return _dense_pass(sae, x_clean)
     x_in, edited_input = _offer(sae.hook_sae_input, x_clean)
     given, acts, dense = _encode(sae, x_in)
     edited_acts = given is not acts and not _same(given, acts)
@@ -75,6 +78,26 @@ def is_hooked(point: torch.nn.Module) -> bool:
     """Whether a hook of any kind is attached to a hook point."""
     held = vars(point)  # torch has no public function for this
     return any(held[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+
+
+def _goes_dense(sae: Any, x: Tensor) -> bool:
+    """Whether a pass without hooks is dense: inside PyTorch's transforms, and with few tokens on a GPU.
+
+    On a processor the kernels' start costs little beside the model's pass, so that splices of all sizes take them.
+    """
+    if any(map(is_hooked, sae.hook_dict.values())):
+        return False
+    if x.is_cuda and dense_is_faster(x, sae.dtype, *sae.W_dec.shape, tracked=False):
+        return True
+    return not kernels_apply(x, sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec)
+
+
+def _dense_pass(sae: Any, x: Tensor) -> HookedPass:
+    pre = x @ sae.W_enc + sae.b_enc
+    out = torch.where(pre <= sae.threshold, 0.0, pre) @ sae.W_dec + sae.b_dec
+    skipped = sae.skip(x)
+    out = out if skipped is None else out + skipped
+    return HookedPass(out, out.detach())
 
 
 def _encode(sae: Any, x: Tensor) -> tuple[SparseActs, SparseActs, Tensor | None]:
