@@ -129,6 +129,10 @@ def test_errors(model: Any) -> None:
         features(model, "hello", rows)
 
 
+ENDS = [("embedding", None, 0), ("att", 1, 1), ("res", 1, 1), ("mlp", 3, 3)]
+"""Sites, layers, and the number of blocks that end: a hook on the residual stream behind a block runs inside it."""
+
+
 def _watched(model: Any, ran: list[str]) -> list[Any]:
     """Hooks that note the blocks that end and the unembedding."""
 
