@@ -104,16 +104,16 @@ class Case:
         self.prompt = torch.randint(3, 1024, (1, PROMPT), generator=torch.Generator().manual_seed(1))
         self.prompt[0, 0] = 2
         hf_model = _hf_model(dtype)
-        self.model = load_model(hf_model=hf_model, check=False)
-        self.saes, self.stock = _saes(self.model, self.prompt)
-        self.rows = [torch.randn(1, sae.cfg.d_in).to(dtype) for sae in self.saes]
         self.peer: Any = None
-        if peer:
+        if peer:  # before the bridge, which wraps the model in place
             ht = load_model(hf_model=hf_model, backend="hooked_transformer", check=False)
             share(ht.blocks)
             self.peer = HookedSAETransformer(ht.cfg)
             share(self.peer.blocks)
             self.peer.load_state_dict(ht.state_dict(), strict=False)
+        self.model = load_model(hf_model=hf_model, check=False)
+        self.saes, self.stock = _saes(self.model, self.prompt)
+        self.rows = [torch.randn(1, sae.cfg.d_in).to(dtype) for sae in self.saes]
 
     def generate(self, model: Any, saes: list[Any], **options: Any) -> Callable[[], torch.Tensor]:
         """A function that generates greedily from the prompt, with a cache."""

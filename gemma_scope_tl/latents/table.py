@@ -81,22 +81,41 @@ def features(
         )
     several, batch = as_saes(saes), as_batch(model, text, attention_mask)
     places = [Place(site.name, layer) for site, layer in (locate(sae, model.family) for sae in several)]
-    found: list[list[_Active]] = [[] for _ in several]
     special = excluded_ids(model.tokenizer, exclude_special_tokens)
+    found: list[list[_Active]] = [[] for _ in several]
     for rows, part in _parts(batch, batch_size):
-        counted = part.ordinary(special)
-
-        def visit(place: Place, x: torch.Tensor, rows: Any = rows, part: Any = part, counted: Any = counted) -> None:
-            for number, sae in enumerate(several):
-                if places[number] == place:
-                    found[number].append(_active(sae, x, rows, part, counted, top, min_activation))
-
-        visit_places(model, part.ids, places, visit, part.attention_mask)
+        for active, one in zip(
+            found, _read(model, several, places, rows, part, special, top, min_activation), strict=True
+        ):
+            active.append(one)
     frames = [
         _joined(active).frame(model.tokenizer, number, place)
         for number, (active, place) in enumerate(zip(found, places, strict=True))
     ]
     return pd.concat(frames, ignore_index=True)
+
+
+def _read(
+    model: GemmaModel,
+    saes: list[Any],
+    places: list[Place],
+    rows: Int[torch.Tensor, " batch"],
+    batch: TokenBatch,
+    special: tuple[int, ...],
+    top: int | None,
+    min_activation: float,
+) -> list[_Active]:
+    """The active latents of each SAE, from one pass. SAEs encode while it is at their place, so no tensor is kept."""
+    counted = batch.ordinary(special)
+    found: dict[int, _Active] = {}
+
+    def visit(place: Place, x: torch.Tensor) -> None:
+        for number, sae in enumerate(saes):
+            if places[number] == place:
+                found[number] = _active(sae, x, rows, batch, counted, top, min_activation)
+
+    visit_places(model, batch.ids, places, visit, batch.attention_mask)
+    return [found[number] for number in range(len(saes))]
 
 
 @dataclass(frozen=True)
