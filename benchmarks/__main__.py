@@ -8,7 +8,18 @@ from importlib import import_module
 from benchmarks.table import update_readme
 from benchmarks.timing import save
 
-NAMES = ("loading", "remote", "sparse", "splice", "generation", "buckets", "store", "training_step", "training_suite", "evals")
+NAMES = (
+    "loading",
+    "remote",
+    "sparse",
+    "splice",
+    "generation",
+    "buckets",
+    "store",
+    "training_step",
+    "training_suite",
+    "evals",
+)
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or NAMES:

@@ -81,41 +81,13 @@ def features(
         )
     several, batch = as_saes(saes), as_batch(model, text, attention_mask)
     places = [Place(site.name, layer) for site, layer in (locate(sae, model.family) for sae in several)]
-    special = excluded_ids(model.tokenizer, exclude_special_tokens)
-    found: list[list[_Active]] = [[] for _ in several]
-    for rows, part in _parts(batch, batch_size):
-        for active, one in zip(
-            found, _read(model, several, places, rows, part, special, top, min_activation), strict=True
-        ):
-            active.append(one)
+    reader = _Reader(several, places, excluded_ids(model.tokenizer, exclude_special_tokens), top, min_activation)
+    parts = [reader.read(model, rows, part) for rows, part in _parts(batch, batch_size)]
     frames = [
-        _joined(active).frame(model.tokenizer, number, place)
-        for number, (active, place) in enumerate(zip(found, places, strict=True))
+        _joined([part[number] for part in parts]).frame(model.tokenizer, number, place)
+        for number, place in enumerate(places)
     ]
     return pd.concat(frames, ignore_index=True)
-
-
-def _read(
-    model: GemmaModel,
-    saes: list[Any],
-    places: list[Place],
-    rows: Int[torch.Tensor, " batch"],
-    batch: TokenBatch,
-    special: tuple[int, ...],
-    top: int | None,
-    min_activation: float,
-) -> list[_Active]:
-    """The active latents of each SAE, from one pass. SAEs encode while it is at their place, so no tensor is kept."""
-    counted = batch.ordinary(special)
-    found: dict[int, _Active] = {}
-
-    def visit(place: Place, x: torch.Tensor) -> None:
-        for number, sae in enumerate(saes):
-            if places[number] == place:
-                found[number] = _active(sae, x, rows, batch, counted, top, min_activation)
-
-    visit_places(model, batch.ids, places, visit, batch.attention_mask)
-    return [found[number] for number in range(len(saes))]
 
 
 @dataclass(frozen=True)
@@ -160,30 +132,55 @@ def _parts(batch: TokenBatch, size: int) -> Iterator[tuple[torch.Tensor, TokenBa
             yield rows, TokenBatch(batch.ids[rows, columns], batch.mask[rows, columns])
 
 
-def _active(
-    sae: Any,
-    x: Float[torch.Tensor, "batch pos d_in"],
-    rows: Int[torch.Tensor, " batch"],
-    batch: TokenBatch,
-    counted: Bool[torch.Tensor, "batch pos"],
-    top: int | None,
-    min_activation: float,
-) -> _Active:
-    """The active latents on the counted tokens of ``batch``, by row and column, then strongest first."""
-    acts = _encoded(sae, x[counted.to(x.device)])
-    tokens, values = acts.tokens(), acts.values.float()
-    order = values.argsort(descending=True, stable=True)  # sort by value, then stably by token
-    order = order[tokens[order].argsort(stable=True)]
-    kept = (values > 0) & (values >= min_activation)
-    if top is not None:
-        kept &= torch.empty_like(tokens).scatter_(0, order, _ranks(acts)) < top
-    order = order[kept[order]].cpu()
-    tokens, latents, values = tokens.cpu()[order], acts.latents.cpu()[order], values.cpu()[order]
-    if isinstance(sae, Latents):
-        latents = torch.tensor(sae.latents)[latents]
-    row, column = (at.cpu()[tokens] for at in counted.nonzero(as_tuple=True))
-    ids, place = batch.ids.cpu(), batch.place.cpu()
-    return _Active(rows.cpu()[row], place[row, column], ids[row, column], latents, values)
+@dataclass(frozen=True)
+class _Reader:
+    """The SAEs of a table, the place that each reads, and what is listed."""
+
+    saes: list[Any]
+    places: list[Place]
+    special: tuple[int, ...]
+    top: int | None
+    min_activation: float
+
+    def read(self, model: GemmaModel, rows: Int[torch.Tensor, " batch"], batch: TokenBatch) -> list[_Active]:
+        """The active latents of each SAE, from one pass over rows of the text, whose numbers are ``rows``.
+
+        SAEs encode while the pass is at their place, so no tensor of the model is kept.
+        """
+        counted = batch.ordinary(self.special)
+        found: dict[int, _Active] = {}
+
+        def visit(place: Place, x: torch.Tensor) -> None:
+            for number, sae in enumerate(self.saes):
+                if self.places[number] == place:
+                    found[number] = self._active(sae, x, rows, batch, counted)
+
+        visit_places(model, batch.ids, self.places, visit, batch.attention_mask)
+        return [found[number] for number in range(len(self.saes))]
+
+    def _active(
+        self,
+        sae: Any,
+        x: Float[torch.Tensor, "batch pos d_in"],
+        rows: Int[torch.Tensor, " batch"],
+        batch: TokenBatch,
+        counted: Bool[torch.Tensor, "batch pos"],
+    ) -> _Active:
+        """The active latents on the counted tokens of ``batch``, by row and column, then strongest first."""
+        acts = _encoded(sae, x[counted.to(x.device)])
+        tokens, values = acts.tokens(), acts.values.float()
+        order = values.argsort(descending=True, stable=True)  # sort by value, then stably by token
+        order = order[tokens[order].argsort(stable=True)]
+        kept = (values > 0) & (values >= self.min_activation)
+        if self.top is not None:
+            kept &= torch.empty_like(tokens).scatter_(0, order, _ranks(acts)) < self.top
+        order = order[kept[order]].cpu()
+        tokens, latents, values = tokens.cpu()[order], acts.latents.cpu()[order], values.cpu()[order]
+        if isinstance(sae, Latents):
+            latents = torch.tensor(sae.latents)[latents]
+        row, column = (at.cpu()[tokens] for at in counted.nonzero(as_tuple=True))
+        ids, place = batch.ids.cpu(), batch.place.cpu()
+        return _Active(rows.cpu()[row], place[row, column], ids[row, column], latents, values)
 
 
 def _encoded(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> SparseActs:
