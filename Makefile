@@ -50,7 +50,7 @@ bench-loading: $(READY)
 	$(BIN)/python -m benchmarks first_feature loading remote
 
 bench-splice: $(READY)
-	$(BIN)/python -m benchmarks sparse splice
+	$(BIN)/python -m benchmarks sparse splice generation
 
 bench-training: $(READY)
 	$(BIN)/python -m benchmarks buckets mixing store training_step training_suite

@@ -25,6 +25,7 @@ NAMES = (
     "remote",
     "sparse",
     "splice",
+    "generation",
     "buckets",
     "mixing",
     "store",

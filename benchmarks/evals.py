@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ from sae_lens import HookedSAETransformer, JumpReLUSAE, JumpReLUSAEConfig
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import gemma_scope_tl as gs
+from benchmarks.generation import random_model, share
 from benchmarks.splice import random_weights
 from benchmarks.timing import child_flags, compared, main, paired
 from gemma_scope_tl.evals.suite import measure_suite
 from gemma_scope_tl.interop.run_evals import sae_lens_metrics
+from gemma_scope_tl.model.read import read_places
 from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.rows import pack_texts
 
 ROWS, CONTEXT, BATCH = 32, 256, 8
@@ -75,8 +79,8 @@ def evaluate_stock(peer: Any, sae: Any, tokens: torch.Tensor, batch: int) -> dic
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
-    """Time and numbers on the bundled suite, and peak memory with Gemma's vocabulary."""
-    return [*_suite(quick), _memory(quick)]
+    """Time and numbers on the bundled suite and at Gemma 2 2B's width, and peak memory with its vocabulary."""
+    return [*_suite(quick), _true_width(quick), _memory(quick)]
 
 
 def _suite(quick: bool) -> list[dict[str, Any]]:
@@ -111,6 +115,87 @@ def _suite(quick: bool) -> list[dict[str, Any]]:
         {"what": what, "peer": PEER, **alike, **explained},
         {"what": f"{what}, mean ablation too", "peer": PEER, **everything},
     ]
+
+
+@dataclass(frozen=True)
+class Wide:
+    """Sizes of the evaluation at true width: those of Gemma 2 2B with few layers."""
+
+    width: int = 2304
+    inner: int = 9216
+    heads: int = 8
+    head: int = 256
+    vocabulary: int = VOCABULARY
+    layers: int = 2
+    latents: int = 16384
+    l0: int = 70
+    context: int = 256
+
+
+QUICK_WIDE = Wide(64, 128, 2, 32, QUICK_VOCABULARY, 2, 512, 8, 64)
+
+
+def gemma_2b(sizes: Wide, tokenizer: Any) -> tuple[Any, Any]:
+    """A random Gemma 2 of 2B's width and vocabulary with few layers, on the bridge, and SAELens's model of it.
+
+    The layers of each share one set of weights, and both share the embedding, so that the model fits a small machine.
+    """
+    settings: dict[str, Any] = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.width,
+        "intermediate_size": sizes.inner,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.heads // 2,
+        "head_dim": sizes.head,
+        "max_position_embeddings": LONG,
+        "attn_implementation": "eager",
+    }
+    hf_model = random_model(Gemma2Config(**settings))
+    ht = gs.load_model(hf_model=hf_model, tokenizer=tokenizer, backend="hooked_transformer", check=False)
+    ht.embed.W_E.data = hf_model.model.embed_tokens.weight.data
+    share(ht.blocks)
+    peer = HookedSAETransformer(ht.cfg, tokenizer=tokenizer)
+    peer.load_state_dict(ht.state_dict(), strict=False, assign=True)
+    return gs.load_model(hf_model=hf_model, tokenizer=tokenizer, check=False), peer.eval()
+
+
+def wide_case(sizes: Wide, rows: int) -> tuple[Any, Any, Any, torch.Tensor]:
+    """Both models of :func:`gemma_2b`, an SAE at the residual stream after the first layer, and tokens."""
+    model, peer = gemma_2b(sizes, gs.load_model("bundled").tokenizer)
+    tokens = torch.randint(3, sizes.vocabulary, (rows, sizes.context), generator=torch.Generator().manual_seed(1))
+    tokens[:, 0] = 2
+    x = read_places(model, tokens[:1], [Place("res", 0)])[Place("res", 0)][0, 1:]
+    weights = random_weights(sizes.latents, sizes.width)
+    weights[2][:] = float((x @ weights[0]).topk(sizes.l0, dim=1).values[:, -1].mean())
+    sae = gs.JumpReLUSAE.from_arrays(dict(zip(NAMES, weights, strict=True)), site="res", layer=0)
+    return model, peer, sae, tokens
+
+
+def _true_width(quick: bool) -> dict[str, Any]:
+    sizes, rows, runs = (QUICK_WIDE, 2, 1) if quick else (Wide(), 2, 3)
+    model, peer, sae, tokens = wide_case(sizes, rows)
+    stock, kept = stock_copy(sae), dict[str, Any]()
+
+    def ours() -> None:
+        kept["ours"] = gs.evaluate(model, [sae], tokens, batch_size=rows, progress=False, ablations=("zero",))
+
+    def theirs() -> None:
+        kept["theirs"] = evaluate_stock(peer, stock, tokens, rows)
+
+    times = paired(ours, theirs, runs=runs, warmup=1)
+    worst = {name: _difference(kept["ours"][name], [kept["theirs"]], name) for name in kept["theirs"]}
+    for name in ("l0", "fvu", "loss_clean", "loss_spliced"):
+        assert worst[name] <= TOLERANCE, (name, worst[name])
+    what = f"evaluate an SAE of {sizes.latents:,} latents, width {sizes.width}, {sizes.vocabulary:,} words"
+    what += f", {sizes.layers} layers"
+    return {
+        "what": what,
+        "peer": PEER,
+        **times,
+        "max_difference": worst,
+        "tokens_per_s": rows * sizes.context / times["ours_s"],
+    }
 
 
 def _difference(ours: Any, theirs: list[dict[str, float]], name: str) -> float:

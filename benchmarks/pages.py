@@ -43,7 +43,7 @@ test asserts that nothing stays here which has some."""
 
 GROUPS = {
     "bench_loading": ("first_feature", "loading", "remote"),
-    "bench_splicing": ("sparse", "splice"),
+    "bench_splicing": ("sparse", "splice", "generation"),
     "bench_evaluating": ("evals",),
     "bench_steps": ("training_step",),
     "bench_suite": ("training_suite",),

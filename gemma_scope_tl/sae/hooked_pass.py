@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_scope_tl.sae.few_tokens import is_few, reconstruct_few
 from gemma_scope_tl.sae.routes import dense_is_faster, kernels_apply
 from gemma_scope_tl.sae.sparse import SparseActs, compact, decode_sparse, encode_sparse
 
@@ -46,6 +47,10 @@ def hooked_pass(sae: Any, x: Tensor, need_clean: bool) -> HookedPass:
         The output and the clean reconstruction. With gradients enabled and a hook on the activations, the gradient of
         ``out`` passes through the tensor that the hook received, so that its ``grad`` is available.
     """
+    if is_few(x, sae.W_enc.shape[0]) and not any(map(is_hooked, _points(sae))):
+        out, skipped = reconstruct_few(x, sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec), sae.skip(x)
+        out = out if skipped is None else out + skipped
+        return HookedPass(out, out)
     x_clean = x.to(sae.dtype)
     if _goes_dense(sae, x_clean):
         return _dense_pass(sae, x_clean)
@@ -72,6 +77,11 @@ def hooked_pass(sae: Any, x: Tensor, need_clean: bool) -> HookedPass:
         clean = decode_sparse(given, sae.W_dec, sae.b_dec) if edited_input or edited_acts else decoded
         skipped = sae.skip(x_clean)
         return HookedPass(out, clean.detach() if skipped is None else clean + skipped)
+
+
+def _points(sae: Any) -> tuple[torch.nn.Module, ...]:
+    """The hook points inside the pass."""
+    return sae.hook_sae_input, sae.hook_sae_acts_pre, sae.hook_sae_acts_post, sae.hook_sae_recons
 
 
 def is_hooked(point: torch.nn.Module) -> bool:
