@@ -185,13 +185,19 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     difference = (mine - other).abs().max().item()
     ours, theirs = case.ours(), case.generate(case.peer, case.stock)
     pairs = [
-        (what, PEER, ours, theirs),
-        ("generate through 12 SAEs", "the model alone, and 12 x W_enc once a token", ours, case.floor()),
-        ("generate through 12 SAEs at chosen positions", "at all positions", case.ours(positions=slice(0, None)), ours),
+        ("saelens", what, PEER, ours, theirs),
+        ("floor", "generate through 12 SAEs", "the model alone, and 12 x W_enc once a token", ours, case.floor()),
+        (
+            "positions",
+            "generate through 12 SAEs at chosen positions",
+            "at all positions",
+            case.ours(positions=slice(0, None)),
+            ours,
+        ),
     ]
     rows: list[dict[str, Any]] = [
-        {"what": title, "peer": peer, **paired(a, b, runs=runs), "max_difference": difference}
-        for title, peer, a, b in pairs
+        {"id": name, "what": title, "peer": peer, **paired(a, b, runs=runs), "max_difference": difference}
+        for name, title, peer, a, b in pairs
     ]
     half = Case(torch.bfloat16, peer=False, sizes=sizes)
     title = "generate through 12 SAEs in bfloat16"
