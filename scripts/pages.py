@@ -16,9 +16,9 @@ from pathlib import Path
 from benchmarks.table import with_table as with_benchmarks
 from gemma_scope_tl.files import write_atomically
 from scripts import hardware_table, paper_tables, plan_cluster, plan_tables, results_page, study_page
-from scripts.numbers import filled
-from scripts.numbers.registry import NUMBERS
-from scripts.numbers.sources import ROOT
+from scripts.page_numbers import filled
+from scripts.page_numbers.registry import NUMBERS
+from scripts.page_numbers.sources import ROOT
 from scripts.page_tables import with_tables
 
 

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from scripts.numbers.sources import ROOT
+from scripts.page_numbers.sources import ROOT
 from scripts.page_tables import table
 
 RESULTS = {"pareto": "pareto.json", "smollm2": "smollm2_pareto.json"}

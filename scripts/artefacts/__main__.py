@@ -60,7 +60,7 @@ def show(steps: list[Step]) -> None:
     for step in steps:
         why = records.left_behind(step, record, fingerprints)
         known = record.get(step.name, {})
-        seconds = f"{known['seconds']:6.0f} s" if "seconds" in known else f"{known.get('how', '?'):>8}"
+        seconds = f"{known['seconds'][0]:6.0f} s" if "seconds" in known else f"{known.get('how', '?'):>8}"
         state = "left behind" if why else "up to date"
         typer.echo(f"{step.name:26}{seconds}  {state}{f' ({step.note})' if step.note else ''}")
         for reason in why:
@@ -98,16 +98,19 @@ def run(steps: list[Step], *, force: bool) -> int:
             leave_out(step, record, fingerprints, lacking)
             continue
         last = record.get(step.name, {}).get("seconds")
-        typer.echo(f"{head}: {'; '.join(why) or 'forced'}{f' (took {last:.0f} s last time)' if last else ''}")
+        typer.echo(f"{head}: {'; '.join(why) or 'forced'}{f' (took {last[0]:.0f} s last time)' if last else ''}")
         inputs = fingerprints.of(step.inputs)
-        seconds = execute(step.commands)
-        if seconds is None:
+        took = execute(step.commands)
+        if took is None:
             typer.echo(f"{head}: failed")
             return 1
         fingerprints.forget()
-        record[step.name] = records.made(step, inputs, "run", seconds)
+        record = records.load()  # another process may have adopted files meanwhile
+        record[step.name] = records.made(step, inputs, "run", took)
         records.save(record)
-        typer.echo(f"{head}: {seconds:.0f} s, {time.perf_counter() - began:.0f} s in all")
+        typer.echo(
+            f"{head}: {took[0]:.0f} s ({took[1]:.0f} s of processors), {time.perf_counter() - began:.0f} s in all"
+        )
     if execute((PAGES,)) is None:
         return 1
     typer.echo(f"done{f'; {left_out} left behind: see above' if left_out else ''}")
@@ -121,16 +124,26 @@ def leave_out(step: Step, record: dict[str, Any], fingerprints: Fingerprints, la
     records.save(record)
 
 
-def execute(commands: tuple[str, ...]) -> float | None:
-    """Run commands of Python in the root of the repository; returns seconds, or None if one failed."""
+def execute(commands: tuple[str, ...]) -> tuple[float, float] | None:
+    """Run commands of Python in the root of the repository.
+
+    Returns:
+        Seconds that passed, and seconds of processors where the system counts them; None if a command failed.
+    """
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": paths}
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), _worked()
     for command in commands:
         typer.echo(f"    python {command}")
         if subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, env=env, check=False).returncode:
             return None
-    return time.perf_counter() - began
+    return time.perf_counter() - began, _worked() - worked
+
+
+def _worked() -> float:
+    """Seconds of processors that finished child processes have used."""
+    spent = os.times()
+    return spent.children_user + spent.children_system
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gemma_scope_tl.model.sizes import sizes_of
 from gemma_scope_tl.registry.listing import select_rows
 from gemma_scope_tl.training.config import load_config
+from gemma_scope_tl.training.grid import groups_of
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = "gemma_scope_tl/bundled"
@@ -22,9 +24,7 @@ MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "to
 ROW = ("release", "id", "site", "layer", "width", "l0", "path", "canonical")
 """What an artefact may depend on of a row of the registry."""
 TRAINED_BY = ("data", "source", "steps", "tokens", "grid", "seed")
-"""The keys of a configuration on which trained weights depend, beside its recipe."""
-WIDTHS_READ = (96, 128)
-"""The dimensions of the places of the bundled model, with which a recipe may change."""
+"""The keys of a configuration on which trained weights depend, beside the recipe of each SAE."""
 
 
 def sha256(path: Path) -> str:
@@ -57,8 +57,8 @@ def _suite() -> str:
 def _recipe() -> str:
     config = load_config(ROOT / "configs" / "bundled.yaml")
     shown = config.model_dump(mode="json", include=set(TRAINED_BY))
-    recipes = [asdict(config.recipe_at(entry, d_in)) for entry in config.grid for d_in in WIDTHS_READ]
-    return of_values([shown, recipes])
+    groups = groups_of(config, sizes_of("bundled").dims)
+    return of_values([shown, [[group.steps, *map(asdict, group.specs)] for group in groups]])
 
 
 def _documents(*keys: str) -> list[list[Any]]:
@@ -77,10 +77,9 @@ INPUTS: dict[str, Callable[[], str]] = {
     "notebook sources": lambda: of_files("tutorials/source/*.py"),
     "searched settings": lambda: of_files("benchmarks/results/search/pareto.json"),
 }
-"""Name to fingerprint: the bundled model, the held-out text and the groups of
-its documents, the configuration of the suite with its resolved recipe,
-the SAEs with their rows in the registry, the log of their training, their measured results, the notebooks' sources, and
-the settings that the search for the comparison of recipes chose."""
+"""Name to fingerprint: the bundled model, the held-out text and the groups of its documents, the configuration of the
+suite with the recipe of each SAE, the SAEs with their rows in the registry, the log of their training, their measured
+results, the notebooks' sources, and the settings that the search for the comparison of recipes chose."""
 
 
 class Fingerprints:

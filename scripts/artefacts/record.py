@@ -15,7 +15,8 @@ RECORD = ROOT / "docs" / "artefacts.json"
 
 
 def load(path: Path = RECORD) -> dict[str, Any]:
-    """Step name to its record: ``inputs`` and ``outputs`` with their fingerprints, ``how`` and ``seconds``.
+    """Step name to its record: ``inputs`` and ``outputs`` with their fingerprints, ``how`` and ``seconds``
+    (that passed, and of processors).
 
     ``how`` is ``run``, or ``adopted`` where somebody vouched that the files were made from these inputs. A record may
     have ``left_out``: the inputs from which the step was not made, because something was lacking, and what that was.
@@ -29,7 +30,7 @@ def save(record: dict[str, Any], path: Path = RECORD) -> None:
     write_atomically(path, json.dumps(ordered, indent=1) + "\n")
 
 
-def made(step: Step, inputs: dict[str, str], how: str, seconds: float | None) -> dict[str, Any]:
+def made(step: Step, inputs: dict[str, str], how: str, seconds: tuple[float, float] | None) -> dict[str, Any]:
     """The record of a step whose outputs are as they are now, made from ``inputs``.
 
     Raises:
@@ -40,7 +41,7 @@ def made(step: Step, inputs: dict[str, str], how: str, seconds: float | None) ->
             raise FileNotFoundError(f"The step {step.name!r} left no {pattern}.")
     outputs = {path.relative_to(ROOT).as_posix(): sha256(path) for path in outputs_of(step)}
     found: dict[str, Any] = {"how": how, "inputs": inputs, "outputs": outputs}
-    return found if seconds is None else {**found, "seconds": round(seconds, 1)}
+    return found if seconds is None else {**found, "seconds": [round(one, 1) for one in seconds]}
 
 
 def left_behind(step: Step, record: dict[str, Any], fingerprints: Fingerprints) -> list[str]:

@@ -85,7 +85,7 @@ STEPS = (
             f"study-{name}",
             (f"-m scripts.study_page {name}",),
             (*MEASURED, "grouping of the text") if name == "probes" else MEASURED,
-            (f"docs/studies/{name}.*",),
+            (f"docs/studies/{name}[._]*",),
         )
         for name in STUDIES
     ),

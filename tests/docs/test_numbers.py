@@ -14,16 +14,16 @@ import yaml
 from markdown_it import MarkdownIt
 
 from scripts import pages
-from scripts.numbers import Number, filled, names_in, without_marks
-from scripts.numbers.registry import NUMBERS
-from scripts.numbers.sources import ROOT
+from scripts.page_numbers import Number, filled, names_in, without_marks
+from scripts.page_numbers.registry import NUMBERS
+from scripts.page_numbers.sources import ROOT
 from tests.docs.prose import Found, numbers
 
 ALLOWED: list[dict[str, Any]] = yaml.safe_load(
     (Path(__file__).parent / "allowed_numbers.yaml").read_text(encoding="utf-8")
 )
 CHECKED = [*pages.all_pages(), ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
-HELP = "write it as <span data-n=...> (scripts/numbers), or say in allowed_numbers.yaml why it is no measurement"
+HELP = "write it as <span data-n=...> (scripts/page_numbers), or say in allowed_numbers.yaml why it is no measurement"
 
 
 def allowed_on(page: str) -> list[str]:

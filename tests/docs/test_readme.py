@@ -9,7 +9,7 @@ import pytest
 
 import gemma_scope_tl as gs
 from benchmarks.table import with_table
-from scripts.numbers import without_marks
+from scripts.page_numbers import without_marks
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.frontier import load_points
 from scripts import study_page
-from scripts.numbers.sources import ROOT
+from scripts.page_numbers.sources import ROOT
 from scripts.results_page import results
 
 SITES = ("res", "mlp", "att")

@@ -2,8 +2,8 @@
 
 In a page a number stands as ``<span data-n="attribution.res.gradient.pearson">0.94</span>``. GitHub, PyPI and MkDocs
 show the number alone. A span is inline wherever it stands, whereas a comment at the beginning of a line would begin a
-block of HTML. :data:`scripts.numbers.registry.NUMBERS` says which file each number comes from, and how it is shown;
-``make pages`` fills all pages, and a test asserts that they are filled.
+block of HTML. :data:`scripts.page_numbers.registry.NUMBERS` says which file each number comes from, and how it is
+shown; ``make pages`` fills all pages, and a test asserts that they are filled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from scripts.numbers.sources import read
+from scripts.page_numbers.sources import read
 
 _SPAN = re.compile(r'<span data-n="([^"]*)">([^<]*)</span>')
 _OPENING = "<span data-n"

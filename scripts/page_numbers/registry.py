@@ -12,7 +12,7 @@ import numpy as np
 
 from gemma_scope_tl.interp import Sampling
 from gemma_scope_tl.model.sizes import sizes_of
-from scripts.numbers import Number
+from scripts.page_numbers import Number
 
 ATTRIBUTION = "docs/attribution.json"
 HARDWARE, CLUSTERS = "docs/hardware.json", "docs/clusters.json"
@@ -132,10 +132,19 @@ def _unscaled(log: Any) -> float:
     return 1.0 - float(log[log["mode"] == "ours"].iloc[0]["alive"])
 
 
+def _released(rows: Any) -> int:
+    """The SAEs of the registry that are not bundled, without those that it marks as not verified yet."""
+    rows = rows[~rows["model"].str.startswith("bundled")]
+    return len(rows[~rows["unverified"]] if "unverified" in rows else rows)
+
+
+def _picture(record: Any) -> str:
+    """What the page of the demo says of its picture: nothing, unless the last run had to leave it as it was."""
+    return "The picture was made with an earlier suite." if "left_out" in record.get("demo-picture", {}) else ""
+
+
 NUMBERS: dict[str, Number] = {
-    "registry.released": Number(
-        "pretrained_yaml", lambda rows: int((~rows["model"].str.startswith("bundled")).sum()), "{:,}"
-    ),
+    "registry.released": Number("pretrained_yaml", _released, "{:,}"),
     "registry.bundled": Number("pretrained_yaml", lambda rows: int((rows["model"] == "bundled").sum())),
     "registry.canonical.lowest": Number("pretrained_yaml", _canonical(np.min), "{:.0f}"),
     "registry.canonical.highest": Number("pretrained_yaml", _canonical(np.max), "{:.0f}"),
@@ -248,6 +257,7 @@ NUMBERS: dict[str, Number] = {
         "{:.0f} GiB",
     ),
     "demo.body": Number("gemma_scope_tl/demo/guard.py", lambda m: m.BODY_BYTES / 1024, "{:.0f} KiB"),
+    "demo.picture": Number("docs/artefacts.json", _picture),
     "interp.bytes": Number(
         "gemma_scope_tl/interp/sampling.py", lambda _: Sampling().bytes_per_latent() / 1e3, "{:.1f} kB"
     ),
