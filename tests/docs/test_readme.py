@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import gemma_scope_tl as gs
+from scripts.page_numbers import without_marks
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,7 +32,7 @@ def test_names_in_the_readme_exist() -> None:
 
 def test_the_number_of_saes_is_that_of_the_registry() -> None:
     released = gs.list_saes()
-    assert f"{(released['model'] != 'bundled').sum():,} sparse autoencoders" in README
+    assert f"{(released['model'] != 'bundled').sum():,} sparse autoencoders" in without_marks(README)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
