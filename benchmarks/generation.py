@@ -25,7 +25,6 @@ from gemma_scope_tl.sae.jumprelu import JumpReLUSAE as OurSAE
 from gemma_scope_tl.sites import Place
 
 LAYERS, PROMPT = 4, 16
-ALL = slice(0, None)  # positions, given although it is all of them
 SITES = ("res", "mlp", "att")
 PEER = "SAELens HookedSAETransformer"
 NAMES: tuple[str, ...] = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
