@@ -33,7 +33,7 @@ def reconstruct_few(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, 
         W_enc, b_enc, threshold, W_dec, b_dec: as :func:`~gemma_scope_tl.sae.sparse.reconstruct` takes them.
     """
     rows = x.reshape(-1, x.shape[-1]).to(W_enc.dtype)
-    pre = ops.product(rows, W_enc, b_enc)
+    pre = ops.product(rows, W_enc).add_(b_enc)
     on = torch.le(pre, ops.floor_to(threshold, pre.dtype)).logical_not_()  # NaN compares false, so it is kept
     flat = ops.nonzero(on.view(-1))
     values = pre.view(-1).index_select(0, flat)

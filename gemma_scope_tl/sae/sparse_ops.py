@@ -83,7 +83,7 @@ def _triton(tensor: Tensor) -> ModuleType | None:
     return sparse_triton
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """``a @ b`` in the dtype of the arguments.
 
     16-bit matrices on a CPU without instructions for them are multiplied in float32, a block of ``b`` at a time, and
