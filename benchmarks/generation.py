@@ -73,6 +73,7 @@ def random_model(config: Gemma2Config, dtype: torch.dtype = torch.float32) -> An
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.02)
     torch.nn.init.zeros_(model.model.norm.weight)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers were made on the meta device
+    model.model.embed_tokens.embed_scale.fill_(config.hidden_size**0.5)  # another such buffer
     model.tie_weights()
     share(model.model.layers)
     return model.to(dtype).eval()
