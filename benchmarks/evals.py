@@ -152,9 +152,8 @@ def gemma_2b(sizes: Wide, tokenizer: Any) -> tuple[Any, Any]:
         "attn_implementation": "eager",
     }
     hf_model = random_model(Gemma2Config(**settings))
-    embed = hf_model.model.embed_tokens
-    embed.weight.data *= embed.embed_scale
-    embed.embed_scale.fill_(1.0)  # TransformerLens's matrix includes the scale, so both can share one only without it
+    # TransformerLens's embedding matrix includes the scale, so both models can share one only if it is 1.
+    hf_model.model.embed_tokens.embed_scale.fill_(1.0)
     ht = gs.load_model(hf_model=hf_model, tokenizer=tokenizer, backend="hooked_transformer", check=False)
     ht.embed.W_E.data = hf_model.model.embed_tokens.weight.data
     share(ht.blocks)
