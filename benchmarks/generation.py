@@ -64,7 +64,7 @@ def _hf_model(dtype: torch.dtype, sizes: Sizes) -> Any:
 def random_model(config: Gemma2Config, dtype: torch.dtype = torch.float32) -> Any:
     """A random Gemma 2 of which all layers share one set of weights."""
     with torch.device("meta"):
-        model = Gemma2ForCausalLM(config)
+        model: Any = Gemma2ForCausalLM(config)
     share(model.model.layers)
     model = model.to_empty(device="cpu")
     torch.manual_seed(0)
