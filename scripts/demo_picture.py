@@ -23,7 +23,7 @@ from scripts.artefacts.steps import CHROMIUM
 
 PICTURE = ROOT / "docs" / "demo-app.png"
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
-START_SECONDS = 120
+START_SECONDS = 900
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def _picture(address: str) -> bytes:
         browser: Any = playwright.chromium.launch(executable_path=str(Path(CHROMIUM)), args=list(FLAGS))
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.goto(address)
-        expect(page.locator("#gs-words")).to_contain_text(re.compile(r"Latent \d+ is active on"), timeout=60_000)
+        expect(page.locator("#gs-words")).to_contain_text(re.compile(r"Latent \d+ is active on"), timeout=300_000)
         page.mouse.move(0, 0)
         shot = page.screenshot()
         browser.close()

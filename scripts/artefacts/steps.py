@@ -84,7 +84,7 @@ STEPS = (
         Step(
             f"study-{name}",
             (f"-m scripts.study_page {name}",),
-            (*MEASURED, "grouping of the text") if name == "probes" else MEASURED,
+            (*MEASURED, "grouping of the text"),
             (f"docs/studies/{name}[._]*",),
         )
         for name in STUDIES

@@ -34,7 +34,11 @@ NAMES = {
     r"\b(?:16k|65k|131k|262k|524k|1m)\b": "a width's label, as in the folder names",
     r"\b(?:TransformerLens|SAELens|SAEBench|transformers|Python|PyTorch|NumPy|numpy|version|versions)"
     r"(?: below)? \d+(?:\.\d+)*(?: (?:to|and) \d+(?:\.\d+)*)?": "a version",
-    r"\b[Ss]ections? \d+(?:\.\d+)*|\b(?:Table|Figure|Tutorial|figure) \d+": "a part of a text",
+    r"\b[Ss]ections? \d+(?:\.\d+)*(?: and \d+(?:\.\d+)*)?": "a part of a text",
+    r"\b(?:Table|Figure|Tutorial|figure|equation) \d+": "a part of a text, by its number",
+    r"\bet al\. \d{4}\b": "a citation",
+    r"\b95 % intervals?\b": "a level of confidence, which the code sets",
+    r"\bexit status is \d(?:,| |\b)": "an exit status",
     r"\b[A-Z]\.\d\b|^4\.[1-7](?= [A-Za-z]{4}|,|$)": "an appendix or a section of the paper, in a cell",
     r"^\d\.? (?=[A-Z])": "the number of a step or of a tutorial",
     r"\b[Ll]ayers? \d+(?:(?:, \d+)* and \d+)?": "a layer, by its number",
