@@ -34,9 +34,9 @@ SAMPLED_ROWS = 32
 
 def kernels_apply(*tensors: Tensor) -> bool:
     """Whether the sparse kernels can take these tensors, which are the input and the weights, at this moment."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
-    if torch._C._are_functorch_transforms_active():  # torch has no public function for this
+    if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage]  # there is no public function
         return False
     if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return False
@@ -78,7 +78,7 @@ def _tf32() -> bool:
 def called_sparsely(sae: Any, x: Tensor) -> bool:
     """Whether ``sae(x)`` goes through the kernels."""
     weights = [sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec]
-    if dense_is_faster(x, sae.dtype, *sae.W_dec.shape, _tracked(x, *weights)):
+    if dense_is_faster(x, sae.dtype, *sae.W_dec.shape, tracked=_tracked(x, *weights)):
         return False
     return _callable_on(x) and kernels_apply(x, *weights)
 
