@@ -23,7 +23,7 @@ from gemma_scope_tl.sae import sparse_ops as ops
 # of 128 x 1024 0.3 and 0.7 ms.
 SPARSE_FROM = 1 << 24
 # With few tokens, most of a backward pass is writing the gradient of every weight, which the sparse sums do latent by
-# latent: 1.3 times the dense time with 16 tokens of 2304 x 16384, 0.63 with 64 tokens of 256 x 4096.
+# latent: 1.3 times the dense time with 16 tokens of 2304 x 16384, 0.8 with 64 tokens, 0.63 with 64 of 256 x 4096.
 GRADIENT_TOKENS = 64
 # As SPARSE_FROM, on a GPU, by the bytes of a value: where an H100's times of both ways cross, if they are linear
 # between the measured 512 and 8,192 tokens of 2304 x 16384 (``gpu_crossovers`` in ``benchmarks/sparse.py``). The choice
