@@ -23,7 +23,7 @@ from gemma_scope_tl.sae import sparse_ops as ops
 # of 128 x 1024 0.3 and 0.7 ms.
 SPARSE_FROM = 1 << 24
 # With few tokens, most of a backward pass is writing the gradient of every weight, which the sparse sums do latent by
-# latent: 1.3 times the dense time with 16 tokens of 2304 x 16384, 0.63 with 64 tokens of 256 x 4096.
+# latent: 1.3 times the dense time with 16 tokens of 2304 x 16384, 0.8 with 64 tokens, 0.63 with 64 of 256 x 4096.
 GRADIENT_TOKENS = 64
 # As SPARSE_FROM, on a GPU, by the bytes of a value: where an H100's times of both ways cross, if they are linear
 # between the measured 512 and 8,192 tokens of 2304 x 16384 (``gpu_crossovers`` in ``benchmarks/sparse.py``). The choice
@@ -34,9 +34,9 @@ SAMPLED_ROWS = 32
 
 def kernels_apply(*tensors: Tensor) -> bool:
     """Whether the sparse kernels can take these tensors, which are the input and the weights, at this moment."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
-    if torch._C._are_functorch_transforms_active():  # torch has no public function for this
+    if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage]  # there is no public function
         return False
     if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return False
@@ -78,7 +78,7 @@ def _tf32() -> bool:
 def called_sparsely(sae: Any, x: Tensor) -> bool:
     """Whether ``sae(x)`` goes through the kernels."""
     weights = [sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec]
-    if dense_is_faster(x, sae.dtype, *sae.W_dec.shape, _tracked(x, *weights)):
+    if dense_is_faster(x, sae.dtype, *sae.W_dec.shape, tracked=_tracked(x, *weights)):
         return False
     return _callable_on(x) and kernels_apply(x, *weights)
 

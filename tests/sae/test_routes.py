@@ -68,9 +68,9 @@ def kernels(on: bool) -> Generator[list[int]]:
 
         return run
 
-    limits = {"SPARSE_FROM": 0 if on else 1 << 60, "GRADIENT_TOKENS": 0}
     with (
-        patch.multiple(routes, **limits),
+        patch.object(routes, "SPARSE_FROM", 0 if on else 1 << 60),
+        patch.object(routes, "GRADIENT_TOKENS", 0),
         patch.multiple(ops, encode=counted(ops.encode), compact=counted(ops.compact)),
     ):
         yield used
@@ -234,8 +234,7 @@ def test_the_error_term_is_clean_of_edits() -> None:
 def test_transforms_take_the_dense_products() -> None:
     """Their results are those of the plain call, and the kernels, which they cannot look into, are not used."""
     sae, x = make(), inputs(6, D_IN)
-    plain, gradient = sae(x).detach(), None
-    leaf = x.clone().requires_grad_()
+    plain, leaf = sae(x).detach(), x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(sae(leaf).sum(), leaf)
     weights = {name: p.detach() for name, p in sae.named_parameters()}
     with kernels(True) as used:
@@ -245,6 +244,7 @@ def test_transforms_take_the_dense_products() -> None:
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
             tangent = torch.autograd.forward_ad.unpack_dual(sae(dual)).tangent
+        assert tangent is not None
         close(tangent.sum().detach(), gradient.sum())
         assert not used
         close(torch.func.functional_call(sae, weights, (x,)), plain)
