@@ -162,6 +162,7 @@ def gemma_2b(sizes: Wide, tokenizer: Any) -> tuple[Any, Any]:
     return gs.load_model(hf_model=hf_model, tokenizer=tokenizer, check=False), peer.eval()
 
 
+@torch.no_grad()
 def wide_case(sizes: Wide, rows: int) -> tuple[Any, Any, Any, torch.Tensor]:
     """Both models of :func:`gemma_2b`, an SAE at the residual stream after the first layer, and tokens."""
     model, peer = gemma_2b(sizes, gs.load_model("bundled").tokenizer)

@@ -63,18 +63,8 @@ def _hf_model(dtype: torch.dtype, sizes: Sizes) -> Any:
 
 def random_model(config: Gemma2Config, dtype: torch.dtype = torch.float32) -> Any:
     """A random Gemma 2 of which all layers share one set of weights."""
-    with torch.device("meta"):
-        model: Any = Gemma2ForCausalLM(config)
-    share(model.model.layers)
-    model = model.to_empty(device="cpu")
     torch.manual_seed(0)
-    for name, parameter in model.model.layers[0].named_parameters():
-        torch.nn.init.normal_(parameter, std=0.0 if "norm" in name else 0.02)
-    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.02)
-    torch.nn.init.zeros_(model.model.norm.weight)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers were made on the meta device
-    model.model.embed_tokens.embed_scale.fill_(config.hidden_size**0.5)  # another such buffer
-    model.tie_weights()
+    model: Any = Gemma2ForCausalLM(config)
     share(model.model.layers)
     return model.to(dtype).eval()
 
