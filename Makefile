@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo docs test test-fast lint types bench bench-loading bench-splice bench-training bench-evals clean
+.PHONY: help setup demo docs pages artefacts test test-fast lint types bench bench-loading bench-splice bench-training bench-evals clean
 help:
 	@echo "make demo   the main job, offline, on the bundled model"
 	@echo "make docs   the documentation as a site, in build/site"
+	@echo "make pages  the tables and numbers of the pages, from committed files"
+	@echo "make artefacts  everything that is made from the bundled model and suite, as far as it is left behind"
 	@echo "make test-fast  tests of every part of the package, for each edit;  make test  all tests"
 	@echo "make lint   ruff;  make types  pyright;  make setup  only the environment"
-	@echo "make bench  benchmarks (bench-loading, bench-splice, bench-training, bench-evals: a part)"
+	@echo "make bench  benchmarks; a run that was stopped continues (bench-loading, bench-splice, bench-training, bench-evals: a part)"
 
 setup: $(READY)
 
@@ -26,6 +28,13 @@ demo: $(READY)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+pages: $(READY)
+	$(BIN)/python -m scripts.pages
+
+# A stopped run goes on where it was; ARGS=--list only says what is left behind.
+artefacts: $(READY)
+	$(BIN)/python -m scripts.artefacts $(ARGS)
 
 # JOBS=4 runs four worker processes; JOBS=0 runs all tests in one process.
 test-fast test: export OMP_NUM_THREADS := 1
@@ -47,13 +56,13 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 bench-loading: $(READY)
-	$(BIN)/python -m benchmarks loading remote
+	$(BIN)/python -m benchmarks first_feature loading remote
 
 bench-splice: $(READY)
-	$(BIN)/python -m benchmarks sparse splice
+	$(BIN)/python -m benchmarks sparse splice generation
 
 bench-training: $(READY)
-	$(BIN)/python -m benchmarks buckets store training_step training_suite
+	$(BIN)/python -m benchmarks buckets mixing store training_step training_suite
 
 bench-evals: $(READY)
 	$(BIN)/python -m benchmarks evals

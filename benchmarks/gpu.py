@@ -16,15 +16,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import gemma_scope_tl as gs
 from benchmarks import training_step
-from benchmarks.sparse import stock_sae
-from benchmarks.timing import PACKAGES
+from benchmarks.machine import describe
+from benchmarks.sparse import our_sae, stock_sae
 from gemma_scope_tl.activations.harvest import Harvester
+from gemma_scope_tl.sae import base
 from gemma_scope_tl.sae.sparse import reconstruct
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.place import PlaceTrainer
@@ -80,9 +82,12 @@ class Bench:
         return rows
 
     def splice(self) -> list[dict[str, Any]]:
-        """A reconstruction against SAELens's and the bare product: float32 and bfloat16, narrow and wide."""
+        """A call of an SAE against SAELens's and the bare product: float32 and bfloat16, narrow and wide.
+
+        Each row also has the times of the kernels and of the dense products alone, between which the call chooses.
+        """
         rows: list[dict[str, Any]] = []
-        cases = [(512, 2304, 16_384), (8_192, 2304, 16_384), (8_192, 2304, 65_536)]
+        cases = [(tokens, 2304, 16_384) for tokens in (64, 512, 2_048, 8_192)] + [(8_192, 2304, 65_536)]
         for tokens, d_in, d_sae in [(64, 48, 256)] if self.quick else cases:
             for dtype in (torch.float32, torch.bfloat16):
                 rows.append(self._splice_row(tokens, d_in, d_sae, dtype))
@@ -99,20 +104,25 @@ class Bench:
             float(torch.special.ndtri(torch.tensor(1.0 - 70 / d_sae, dtype=torch.float64))) if not self.quick else 1.0
         )
         threshold = torch.full((d_sae,), level, device=self.device)
-        weights = [w_enc, zeros(d_sae), threshold, w_dec.to(self.device, dtype), zeros(d_in)]
-        stock = stock_sae(weights).to(self.device)
-        found, acts = reconstruct(x, *weights)
+        weights: list[Any] = [w_enc, zeros(d_sae), threshold, w_dec.to(self.device, dtype), zeros(d_in)]
+        stock, sae = stock_sae(weights).to(self.device), our_sae(weights).to(self.device)
+        found, acts = sae(x), reconstruct(x, *weights)[1]
         wide = [w.double() for w in weights]
         z = x[:64].double() @ wide[0]
         exact = (z * (z > wide[2])) @ wide[3]
-        ours, peer = self.seconds(lambda: reconstruct(x, *weights)), self.seconds(lambda: stock(x))
+        ours, peer = self.seconds(lambda: sae(x)), self.seconds(lambda: stock(x))
+        sparse = self.seconds(lambda: reconstruct(x, *weights))
+        with patch.multiple(base, **dict.fromkeys(("called_sparsely", "decoded_sparsely"), lambda *_: False)):
+            dense = self.seconds(lambda: sae(x))
         product = self.seconds(lambda: x @ w_enc)
         scale = float(exact.abs().max())
         return {
-            "what": f"sparse reconstruction, {tokens} tokens, {d_in} x {d_sae}, {str(dtype)[6:]}, L0 {acts.l0:.0f}",
+            "what": f"sae(x), {tokens} tokens, {d_in} x {d_sae}, {str(dtype)[6:]}, L0 {acts.l0:.0f}",
             "peer": "SAELens JumpReLUSAE",
             "ours_s": ours,
             "peer_s": peer,
+            "sparse_s": sparse,
+            "dense_s": dense,
             "ratio": peer / ours,
             "encoder_products": ours / product,
             "error": float((found[:64].double() - exact).abs().max()) / scale,
@@ -122,13 +132,20 @@ class Bench:
     @torch.no_grad()
     def harvest(self) -> list[dict[str, Any]]:
         """All 78 sites of a model of Gemma 2 2B's shape with random weights, bfloat16, against its own forward pass."""
-        sizes = {"num_hidden_layers": 26} if not self.quick else {"num_hidden_layers": 2, "hidden_size": 64}
+        sizes: dict[str, Any] = {"num_hidden_layers": 2 if self.quick else 26}
         if self.quick:
-            sizes |= {"intermediate_size": 128, "vocab_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
-        config = Gemma2Config(**sizes, head_dim=256, query_pre_attn_scalar=256, attn_implementation="eager")
+            sizes |= {
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "vocab_size": 512,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+            }
+        sizes |= {"head_dim": 256, "query_pre_attn_scalar": 256, "attn_implementation": "eager"}
+        config = Gemma2Config(**sizes)
         torch.manual_seed(0)
         with torch.device(self.device):
-            plain = Gemma2ForCausalLM(config).to(torch.bfloat16).eval()
+            plain = Gemma2ForCausalLM(config).bfloat16().eval()
         tokens = torch.randint(5, config.vocab_size, (8, 64 if self.quick else 1024), device=self.device)
         forward = self.seconds(lambda: plain.model(tokens), 5)
         model = gs.load_model(hf_model=plain, check=False)
@@ -192,7 +209,7 @@ class Bench:
     def steps(self) -> list[dict[str, Any]]:
         """One training step: :mod:`benchmarks.training_step`."""
         cases = (training_step.Shape(64, 256, 128, 8),) if self.quick else training_step.GPU_CASES
-        return training_step.run(self.device, cases)
+        return training_step.run(device=self.device, cases=cases)
 
 
 def main() -> None:
@@ -207,7 +224,7 @@ def main() -> None:
     bench, found = Bench(options.quick), dict[str, Any]()
     path = options.out / "gpu.json"
     name = "cpu" if options.quick else torch.cuda.get_device_name()
-    machine = {"device": name, **{package: _version(package) for package in PACKAGES}}
+    machine = {**describe(), "device": name}
     for part in options.only:
         started = time.perf_counter()
         try:
@@ -217,12 +234,6 @@ def main() -> None:
         print(part, f"{time.perf_counter() - started:.0f} s", json.dumps(found[part], indent=1), flush=True)
         if not options.quick:
             path.write_text(json.dumps({"machine": machine, **found}, indent=2) + "\n", encoding="utf-8")
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 if __name__ == "__main__":

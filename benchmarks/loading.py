@@ -1,6 +1,8 @@
-"""Loading: files of true size to SAE objects, first features and single rows, the registry, and the command line.
+"""Loading: files of true size to SAE objects and first features, the registry, and the command line.
 
-The peer is stock SAELens with the same files and ids. Files are in the page cache for both sides.
+The peer is stock SAELens with the same files and ids. Files are in the page cache for both sides. A file that this
+package has checked before is mapped and not read, so a time to the object alone would compare a map with a read. The
+row therefore ends with the features of a few tokens, for which both read all of the encoder; the decoder is not needed.
 """
 
 from __future__ import annotations
@@ -10,21 +12,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
 from benchmarks.saelens_loader import load_with_sae_lens
-from benchmarks.timing import paired, save
+from benchmarks.timing import compared, main, paired, spread
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
-from gemma_scope_tl.weights.stamp import cache_folder
+from gemma_scope_tl.weights.stamp import CACHE_VARIABLE
 
 D_IN = 2304
+NARROW, WIDE, QUICK_NARROW, QUICK_WIDE = 16_384, 65_536, 256, 512
+RUNS, SLOW_RUNS, QUICK_RUNS = 7, 5, 2
 ROW = ("gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71")
-OURS = "import gemma_scope_tl"
 LIST = """
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 for name in get_pretrained_saes_directory()["gemma-scope-2b-pt-res"].saes_map: print(name)
@@ -67,7 +70,8 @@ def write(path: Path, d_sae: int, d_in: int = D_IN) -> Path:
     w_dec /= np.linalg.norm(w_dec, axis=1, keepdims=True)
     vectors = {"b_enc": np.zeros(d_sae, np.float32), "b_dec": np.zeros(d_in, np.float32)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, W_dec=w_dec, W_enc=np.ascontiguousarray(w_dec.T), **vectors, threshold=np.ones(d_sae, np.float32))
+    arrays: dict[str, Any] = {"W_dec": w_dec, "W_enc": np.ascontiguousarray(w_dec.T), **vectors}
+    np.savez(path, **arrays, threshold=np.ones(d_sae, np.float32))
     path.chmod(0o444)  # read-only, like the files of the Hub's cache, so it may be mapped
     os.sync()  # so that writing it back does not disturb what follows
     return path
@@ -78,40 +82,39 @@ def load_ours(path: Path, dtype: str) -> Any:
     return JumpReLUSAE.from_folder(path, site="res", layer=20, dtype=dtype)
 
 
-def run() -> list[dict[str, Any]]:
-    """A row per number of the README."""
-    with tempfile.TemporaryDirectory() as folder:
-        small = write(Path(folder) / "small" / "params.npz", 16384, 64)
-        narrow = write(Path(folder) / "16k" / "params.npz", 16384)
-        rows = _narrow(narrow, small)
+def run(quick: bool = False) -> list[dict[str, Any]]:
+    """Rows for a narrow file in float32, a wide one in bfloat16, and the registry's processes."""
+    runs = (QUICK_RUNS, QUICK_RUNS) if quick else (RUNS, SLOW_RUNS)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {CACHE_VARIABLE: f"{folder}/cache"}):
+        small = write(Path(folder) / "small" / "params.npz", QUICK_NARROW if quick else NARROW, 64)
+        narrow = write(Path(folder) / "narrow" / "params.npz", QUICK_NARROW if quick else NARROW)
+        rows = _narrow(narrow, *runs)
         narrow.unlink()
-        wide = write(Path(folder) / "65k" / "params.npz", 65536)
-        rows += _wide(wide, small)
-    return rows + _processes()
+        wide = write(Path(folder) / "wide" / "params.npz", QUICK_WIDE if quick else WIDE)
+        rows += _wide(wide, small, QUICK_WIDE if quick else WIDE, *runs)
+    return rows + _processes(*(1, 1) if quick else (SLOW_RUNS, SLOW_RUNS))
 
 
-def _narrow(path: Path, small: Path) -> list[dict[str, Any]]:
+def _narrow(path: Path, runs: int, slow_runs: int) -> list[dict[str, Any]]:
     x = torch.randn(16, D_IN, generator=torch.Generator().manual_seed(0))
 
     def ours_first() -> Any:
-        shutil.rmtree(cache_folder() / "checked", ignore_errors=True)
+        shutil.rmtree(os.environ[CACHE_VARIABLE], ignore_errors=True)  # what is known of checked files
         return load_ours(path, "float32")
 
     def stock() -> Any:
         return load_with_sae_lens(path, "float32")
 
     with torch.no_grad():
-        first = paired(ours_first, stock, runs=5)
-        again = paired(lambda: load_ours(path, "float32"), stock, runs=7)
-        ours_features = load_ours(path, "float32").encode(x)
-        difference = (ours_features - stock().encode(x)).abs().max().item()
-        features = paired(lambda: load_ours(path, "float32").encode(x), lambda: stock().encode(x), runs=5)
-    what = "2B res 16k (302 MB) to SAE object"
+        first = paired(ours_first, stock, runs=slow_runs)
+        difference = (load_ours(path, "float32").encode(x) - stock().encode(x)).abs().max().item()
+        features = paired(lambda: load_ours(path, "float32").encode(x), lambda: stock().encode(x), runs=runs)
+    what = f"2B res 16k ({path.stat().st_size / 1e6:.0f} MB) to SAE object"
     return [
-        {"what": f"{what}, first time, check included", "peer": "SAELens", **first},
-        {"what": f"{what}, checked before", "peer": "SAELens", **again, **_memory(path, "float32", small)},
+        {"id": "first-16k", "what": f"{what}, first time, check included", "peer": "SAELens", **first},
         {
-            "what": f"{what} and the features of 16 tokens",
+            "id": "features-16k",
+            "what": f"{what} and the features of 16 tokens, file checked before",
             "peer": "SAELens",
             "max_difference": difference,
             **features,
@@ -119,41 +122,33 @@ def _narrow(path: Path, small: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _wide(path: Path, small: Path) -> list[dict[str, Any]]:
-    times = paired(lambda: load_ours(path, "bfloat16"), lambda: load_with_sae_lens(path, "bfloat16"), runs=7)
-    memory = _memory(path, "bfloat16", small)
-    result = 2 * 65536 * D_IN * 2 / 2**20
+def _wide(path: Path, small: Path, d_sae: int, runs: int, memory_runs: int) -> list[dict[str, Any]]:
+    times = paired(lambda: load_ours(path, "bfloat16"), lambda: load_with_sae_lens(path, "bfloat16"), runs=runs)
+    memory = _memory(path, "bfloat16", small, memory_runs)
+    result = 2 * d_sae * D_IN * 2 / 2**20
     shares = {"result_mib": result, "ours_peak_over_result": memory["ours_extra_mib"] / result}
-    return [{"what": "2B res 65k (1.2 GB) to bfloat16", "peer": "SAELens", **times, **memory, **shares}]
+    what = f"2B res 65k ({path.stat().st_size / 1e9:.1f} GB) to bfloat16"
+    return [{"id": "bfloat16-65k", "what": what, "peer": "SAELens", **times, **memory, **shares}]
 
 
-def _processes() -> list[dict[str, Any]]:
+def _processes(runs: int, peer_runs: int) -> list[dict[str, Any]]:
     listing = ["-m", "gemma_scope_tl.cli", "list", "--release", ROW[0]]
-    timed: list[tuple[str, str, Callable[[], Any], Callable[[], Any]]] = [
-        (
-            "import",
-            "import sae_lens",
-            lambda: _python("-c", "import gemma_scope_tl"),
-            lambda: _python("-c", "import sae_lens"),
-        ),
-        ("`gemma-scope list --release`", "SAELens catalogue", lambda: _python(*listing), lambda: _python("-c", LIST)),
+    listed = paired(lambda: _python(*listing), lambda: _python("-c", LIST), runs=runs, warmup=0)
+    pairs = [[float(_python("-c", code.format(row=ROW))) for code in (LOOK_UP, PEER_LOOK_UP)] for _ in range(peer_runs)]
+    look_up = compared([ours for ours, _ in pairs], [theirs for _, theirs in pairs], "s")
+    peer = "SAELens catalogue"
+    return [
+        {"id": "list", "what": "`gemma-scope list --release`, as a process", "peer": peer, **listed},
+        {"id": "look-up", "what": "look up one id, first call after the import", "peer": peer, **look_up},
     ]
-    rows = [
-        {"what": f"{what}, as a process", "peer": peer, **paired(ours, theirs, runs=3)}
-        for what, peer, ours, theirs in timed
-    ]
-    mine = [float(_python("-c", LOOK_UP.format(row=ROW))) for _ in range(5)]
-    theirs = [float(_python("-c", PEER_LOOK_UP.format(row=ROW))) for _ in range(2)]
-    best = {"ours_s": float(np.median(mine)), "peer_s": float(np.median(theirs))}
-    look_up = {"what": "look up one id, first call after the import", "peer": "SAELens catalogue", **best}
-    return [*rows, {**look_up, "ratio": best["peer_s"] / best["ours_s"]}]
 
 
-def _memory(path: Path, dtype: str, small: Path) -> dict[str, float]:
+def _memory(path: Path, dtype: str, small: Path, runs: int) -> dict[str, float]:
     """The largest growth of the process, after a small file of the same kind was loaded."""
     load_ours(path, dtype)  # checked before
     code = ["-c", MEMORY, str(path), dtype]
-    return {f"{who}_extra_mib": float(_python(*code, who, str(small))) for who in ("ours", "peer")}
+    measured = {who: [float(_python(*code, who, str(small))) for _ in range(runs)] for who in ("ours", "peer")}
+    return spread("ours_extra_mib", measured["ours"]) | spread("peer_extra_mib", measured["peer"])
 
 
 def _python(*arguments: str) -> str:
@@ -162,4 +157,4 @@ def _python(*arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    print(save("loading", run()))
+    main("loading", run)

@@ -17,7 +17,7 @@ import numpy as np
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-from benchmarks.timing import save
+from benchmarks.timing import main
 from gemma_scope_tl.registry.schema import SAERow
 from gemma_scope_tl.sae.partial import load_latents
 from gemma_scope_tl.weights.npz import inspect_npz
@@ -31,15 +31,18 @@ D_IN, D_SAE, LATENT = 2304, 1 << 20, 3124
 REPO, FOLDER = "someone/wide", "layer_5/width_1m/average_l0_100"
 
 
-def run() -> list[dict[str, Any]]:
-    """A row for the decoder row alone, and one for all arrays that ``load_latents`` reads."""
+def run(quick: bool = False) -> list[dict[str, Any]]:
+    """A row for the decoder row alone, and one for all arrays that ``load_latents`` reads.
+
+    Requests and bytes are the same in each run, so there is one; it takes a second, so ``quick`` changes nothing.
+    """
     row = np.random.default_rng(0).standard_normal(D_IN, dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder, LocalHub() as hub:
         path = Path(folder) / "params.npz"
         write_sparse_npz(path, D_IN, D_SAE, {LATENT: row})
         size = path.stat().st_size
         hub.repo(REPO).commit({f"{FOLDER}/params.npz": HubFile(path, lfs=True, sha256="0" * 64)})
-        settings = {
+        settings: dict[str, Any] = {
             "ENDPOINT": hub.url,
             "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_OFFLINE": False,
@@ -93,4 +96,4 @@ def _measured(hub: LocalHub, what: str, size: int, read: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(save("remote", run()))
+    main("remote", run)

@@ -18,7 +18,12 @@ def load_with_sae_lens(path: Path, dtype: str) -> Any:
             "google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71", device="cpu"
         )
     d_in, d_sae = state["W_enc"].shape
-    kept = {"d_in": d_in, "d_sae": d_sae, "apply_b_dec_to_input": cfg["apply_b_dec_to_input"], "dtype": dtype}
+    kept: dict[str, Any] = {
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "apply_b_dec_to_input": cfg["apply_b_dec_to_input"],
+        "dtype": dtype,
+    }
     sae = JumpReLUSAE(JumpReLUSAEConfig(**kept))
     sae.load_state_dict(state)
     return sae

@@ -2,24 +2,23 @@
 
 Writing includes fsync; before a cold read the files are dropped from the page cache. SAELens's CacheActivationsRunner
 builds a ``datasets`` shard from a buffer and saves it, and its ActivationsStore slices the loaded dataset. These calls
-are timed, without the model.
+are timed, without the model. The environment variable ``TMPDIR`` chooses the disk.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Array2D, Dataset, Features, load_from_disk
 from datasets.utils.logging import disable_progress_bar
 
-from benchmarks.timing import paired, save
+from benchmarks.timing import main, paired
 from gemma_scope_tl.activations.buckets import Bucket
 from gemma_scope_tl.activations.folder import open_folder
 from gemma_scope_tl.activations.manifest import StoreContents, tensor_bytes
@@ -30,7 +29,9 @@ from gemma_scope_tl.sites import Place
 D_IN, CONTEXT, PASS_ROWS, CACHED_BYTES = 2304, 1024, 8192, 1 << 28
 PLACES = [Place("res", 12), Place("mlp", 12)]
 CHUNK = 1 << 23
-RUNS = 5
+RUNS, QUICK_RUNS = 5, 1
+GIB, QUICK_GIB = 0.75, 0.15
+"""Size of the store; the quick one has one pass of rows at each of two places."""
 FILE, CACHED = "plain file", "SAELens cached activations"
 
 
@@ -99,7 +100,7 @@ def read_cached(folder: Path) -> None:
         dataset = load_from_disk(str(shard))
         dataset.set_format(type="torch", columns=["acts"], device="cpu", dtype=torch.float32)
         for at in range(0, len(dataset), 8):
-            _ = dataset[at : at + 8]["acts"].flatten(0, 1)
+            _ = cast(torch.Tensor, dataset[at : at + 8]["acts"]).flatten(0, 1)
 
 
 def _drop(place: Path) -> None:
@@ -110,12 +111,25 @@ def _drop(place: Path) -> None:
             os.close(handle)
 
 
-def _row(what: str, peer: str, size: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, Any]:
-    times = paired(ours, theirs, runs=RUNS)
-    speed = lambda seconds: f"{size / seconds / 1e9:.2f} GB/s"  # noqa: E731
+def _row(
+    what: str, peer: str, size: int, ours: Callable[[], Any], theirs: Callable[[], Any], runs: int
+) -> dict[str, Any]:
+    times = paired(ours, theirs, runs=runs)
     way = "write" if what.startswith("store: write") else "read"
-    measured = {f"{way}_bytes_per_s": size / times["ours_s"], **times}
-    return {"what": what, "peer": peer, "ours": speed(times["ours_s"]), "theirs": speed(times["peer_s"]), **measured}
+    speeds = {
+        f"{who}_value{end}": size / times[f"{who}_s{other}"]
+        for who in ("ours", "peer")
+        for end, other in (("", ""), ("_min", "_max"), ("_max", "_min"))
+    }
+    ratios = {name: times[name] for name in ("ratio", "ratio_min", "ratio_max", "runs")}
+    return {
+        "what": what,
+        "peer": peer,
+        "unit": "bytes/s",
+        f"{way}_bytes_per_s": speeds["ours_value"],
+        **speeds,
+        **ratios,
+    }
 
 
 def _cold(place: Path, read: Callable[[], Any]) -> Callable[[], None]:
@@ -126,13 +140,14 @@ def _cold(place: Path, read: Callable[[], Any]) -> Callable[[], None]:
     return run_once
 
 
-def run(gib: float = 0.75, folder: str | None = None) -> list[dict[str, Any]]:
+def run(quick: bool = False) -> list[dict[str, Any]]:
     """Write and read one place and two places, and read stored bfloat16 as float32."""
     disable_progress_bar()
-    count = int(gib * 2**30) // (D_IN * 4) // (2 * PASS_ROWS) * 2 * PASS_ROWS
+    runs = QUICK_RUNS if quick else RUNS
+    count = int((QUICK_GIB if quick else GIB) * 2**30) // (D_IN * 4) // (2 * PASS_ROWS) * 2 * PASS_ROWS
     rows = torch.randn(count, D_IN, generator=torch.Generator().manual_seed(0))
     label = f"{rows.nbytes / 1e9:.1f} GB"
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         store, plain, cached = (Path(scratch) / name for name in ("store", "plain", "cached"))
         result = [
             _row(
@@ -141,21 +156,22 @@ def run(gib: float = 0.75, folder: str | None = None) -> list[dict[str, Any]]:
                 rows.nbytes,
                 lambda: write_ours(store, rows, PLACES[:number]),
                 lambda: write_plain(plain, rows),
+                runs,
             )
             for number in (2, 1)
         ]
         write = lambda: write_ours(store, rows, PLACES[:1])  # noqa: E731
-        result.append(_row("store: write", CACHED, rows.nbytes, write, lambda: write_cached(cached, rows)))
+        result.append(_row("store: write", CACHED, rows.nbytes, write, lambda: write_cached(cached, rows), runs))
         source = StoreSource(store, bucket_rows=count)
         bucket = Bucket(count, source.widths)
         ours = lambda: source.fill(bucket, 0, 0, count)  # noqa: E731
         theirs = lambda: read_plain(plain, bucket.tensors[PLACES[0]])  # noqa: E731
         cold = _cold(store, ours), _cold(plain, theirs)
-        result.append(_row("store: read a bucket from disk", FILE, rows.nbytes, *cold))
-        result.append(_row("store: read a bucket from the page cache", FILE, rows.nbytes, ours, theirs))
+        result.append(_row("store: read a bucket from disk", FILE, rows.nbytes, *cold, runs))
+        result.append(_row("store: read a bucket from the page cache", FILE, rows.nbytes, ours, theirs, runs))
         assert torch.equal(bucket.tensors[PLACES[0]], rows)
         peer = _cold(cached, lambda: read_cached(cached))
-        result.append(_row("store: read a bucket from disk", CACHED, rows.nbytes, cold[0], peer))
+        result.append(_row("store: read a bucket from disk", CACHED, rows.nbytes, cold[0], peer, runs))
         write_ours(store, rows, PLACES[:1], "bfloat16")
         half = StoreSource(store, bucket_rows=count)
         ours = lambda: half.fill(bucket, 0, 0, count)  # noqa: E731
@@ -163,9 +179,9 @@ def run(gib: float = 0.75, folder: str | None = None) -> list[dict[str, Any]]:
         write_plain(plain, half_file)
         cold = _cold(store, ours), _cold(plain, lambda: read_plain(plain, half_file))
         what = "store: read bfloat16 as float32 from disk"
-        result.append(_row(what, f"{FILE}, as it is", half_file.nbytes, *cold))
+        result.append(_row(what, f"{FILE}, as it is", half_file.nbytes, *cold, runs))
     return result
 
 
 if __name__ == "__main__":
-    print(save("store", run(folder=sys.argv[1] if len(sys.argv) > 1 else None)))
+    main("store", run)

@@ -1,61 +1,71 @@
-"""The README's benchmark tables, made from results/*.json."""
+"""Rows of results as Markdown: medians with their ranges, in readable units."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.timing import RESULTS
-from gemma_scope_tl.files import write_atomically
-from scripts.page_tables import with_tables
-
-README = Path(__file__).parent.parent / "README.md"
-GPU = RESULTS / "gpu.json"
+HEAD = ("", "ours", "peer", "peer / ours")
+Row = dict[str, Any]
 
 
-def table() -> str:
-    """The table in Markdown, with one row per measurement."""
-    paths = [path for path in sorted(RESULTS.glob("*.json")) if path != GPU]
-    return _table([row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]])
+def table(rows: Sequence[Row]) -> str:
+    """The rows with a peer: what was measured, both results and their ratio (above 1 if ours is better)."""
+    lines = [[row["what"], _cell(row, "ours"), f"{_cell(row, 'peer')} ({row['peer']})", _ratio(row)] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [HEAD, ["---"] * len(HEAD), *lines])
 
 
-def gpu_table() -> str:
-    """The table of measurements with a peer in gpu.json, and the name of the GPU."""
-    found = json.loads(GPU.read_text(encoding="utf-8"))
-    rows = [row for part in found.values() if isinstance(part, list) for row in part if "peer" in row]
-    return f"{found['machine']['device']}, PyTorch {found['machine']['torch']}.\n\n{_table(rows)}"
+def identity(row: Row) -> str:
+    """The row's ``id``, or one made from its words: what was measured, and the peer."""
+    words = row.get("id") or f"{row['what']} vs {row['peer']}"
+    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| | ours | peer | peer / ours |", "|---|---|---|---|"]
-    for row in rows:
-        ours = (row.get("ours") or _seconds(row["ours_s"])) + _memory(row, "ours")
-        theirs = (row.get("theirs") or _seconds(row["peer_s"])) + _memory(row, "peer")
-        lines.append(f"| {row['what']} | {ours} | {theirs} ({row['peer']}) | **{_ratio(row['ratio'])}** |")
-    return "\n".join(lines)
+def _cell(row: Row, who: str) -> str:
+    """A side's value with its range, products and memory as far as they were measured."""
+    text = row.get("ours" if who == "ours" else "theirs")
+    if text is None:
+        name, unit = (f"{who}_s", "s") if f"{who}_s" in row else (f"{who}_value", row["unit"])
+        text = ranged(row[name], row.get(f"{name}_min"), row.get(f"{name}_max"), unit)
+    if f"{who}_products" in row:
+        text += f" = {row[f'{who}_products']:.1f} products"
+    extra = f"{who}_extra_mib"
+    if extra in row:
+        text += f", {ranged(row[extra], row.get(f'{extra}_min'), row.get(f'{extra}_max'), 'MiB')} more memory"
+    return text
 
 
-def with_table(text: str) -> str:
-    """``text`` with new tables between the pairs of markers."""
-    return with_tables(text, {"benchmarks": table(), "gpu": gpu_table()})
+def _ratio(row: Row) -> str:
+    low, high = row.get("ratio_min", row.get("ratio_low")), row.get("ratio_max", row.get("ratio_high"))
+    decimals = 0 if row["ratio"] >= 20 else 1 if row["ratio"] >= 2 else 2
+    return f"**{row['ratio']:,.{decimals}f}**" + _range(row["ratio"], low, high, 1.0, decimals)
 
 
-def update_readme() -> None:
-    """Rewrite the table in the README."""
-    write_atomically(README, with_table(README.read_text(encoding="utf-8")))
+def ranged(value: float, low: float | None, high: float | None, unit: str) -> str:
+    """``value`` with its unit, and the range behind it if there is one: ``3.00 s (2.95–3.10)``."""
+    factor, decimals, label = scale(value, unit)
+    return f"{value * factor:,.{decimals}f}{label}" + _range(value, low, high, factor, decimals)
 
 
-def _memory(row: dict[str, Any], who: str) -> str:
-    extra = row.get(f"{who}_extra_mib")
-    return "" if extra is None else f", {extra:.0f} MiB more memory"
+def _range(value: float, low: float | None, high: float | None, factor: float, decimals: int) -> str:
+    """The range in parentheses, unless it is not known or all is one number as it is shown."""
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return ""
+    shown = [f"{number * factor:,.{decimals}f}" for number in (low, value, high)]
+    return "" if len(set(shown)) == 1 else f" ({shown[0]}–{shown[2]})"
 
 
-def _ratio(value: float) -> str:
-    return f"{value:,.0f}" if value >= 20 else f"{value:.1f}"
-
-
-def _seconds(value: float) -> str:
-    if value >= 1:
-        return f"{value:.2f} s"
-    return f"{value * 1e3:.0f} ms" if value >= 0.01 else f"{value * 1e3:.1f} ms"
+def scale(value: float, unit: str) -> tuple[float, int, str]:
+    """The factor, decimals and unit with which ``value`` and its range are shown."""
+    if unit == "s":
+        return (1.0, 2, " s") if value >= 1 else (1e3, 0 if value >= 0.01 else 1, " ms")
+    if unit == "bytes/s":
+        return 1e-9, 2, " GB/s"
+    if unit == "rows/s" and value >= 1e4:
+        return 1e-6, 2 if value >= 1e5 else 3, " M rows/s"
+    if not unit:
+        return 1.0, 4, ""  # a loss or a share
+    label = f" {unit}"
+    return 1.0, 0 if value >= 100 else 1 if value >= 10 else 2, label

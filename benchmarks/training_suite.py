@@ -4,14 +4,14 @@ For speed, the peer trains its own JumpReLU class as its documentation recommend
 this package's class with its recipe (``GemmaScopeMultiTrainingRunner``), on the same rows of tokens, with three seeds
 each. All train on the same four fifths of the bundled text, and are measured on activations of the rest.
 
-``python -m benchmarks.training_suite`` takes about seven minutes on two idle cores; ``--quick`` is a short test run.
+``python -m benchmarks.training_suite`` takes about fourteen minutes on two idle cores; ``--quick`` is a short test run.
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +27,7 @@ from torch import Tensor
 import gemma_scope_tl as gs
 from benchmarks.frontier import Arrays, measure
 from benchmarks.pareto import HELDOUT, MODEL
-from benchmarks.timing import paired, save
+from benchmarks.timing import compared, main
 from gemma_scope_tl.activations.harvest import Harvester
 from gemma_scope_tl.activations.streaming import StreamSource
 from gemma_scope_tl.interop.runners import GemmaScopeMultiTrainingRunner
@@ -49,6 +49,7 @@ SITES = ("res", "mlp", "att")
 ALL = [Place(site, layer) for layer in range(4) for site in SITES]
 ONE_LAYER = [Place(site, 2) for site in SITES]
 SEEDS = (0, 1, 2)
+RUNS = 3
 PEER = "SAELens MultiSAETrainingRunner"
 
 
@@ -143,23 +144,22 @@ def train_peer(data: Data, job: Job, *, our_class: bool) -> dict[Place, Arrays]:
         saes = {key: _recommended(width, job.steps) for key, width in widths.items()}
         more = {"lr": 1e-3, "lr_decay_steps": job.steps // 5, "n_batches_in_buffer": job.bucket // CONTEXT}
         more |= {"train_batch_size_tokens": recipe.batch_size, "context_size": CONTEXT}
-    cfg = MultiSAETrainingRunnerConfig(
-        **{
-            **more,
-            "saes": saes,
-            "hook_names": hooks,
-            "model_name": "bundled",
-            "dataset_path": "bundled",
-            "training_tokens": job.tokens,
-            "store_batch_size_prompts": PEER_BATCH_ROWS,
-            "exclude_special_tokens": [PAD, EOS, BOS],
-            "n_batches_for_norm_estimate": job.norm_batches,
-            "seed": job.seed,
-            "checkpoint_path": None,
-            "output_path": None,
-            "logger": LoggingConfig(log_to_wandb=False),
-        }
-    )
+    settings: dict[str, Any] = {
+        **more,
+        "saes": saes,
+        "hook_names": hooks,
+        "model_name": "bundled",
+        "dataset_path": "bundled",
+        "training_tokens": job.tokens,
+        "store_batch_size_prompts": PEER_BATCH_ROWS,
+        "exclude_special_tokens": [PAD, EOS, BOS],
+        "n_batches_for_norm_estimate": job.norm_batches,
+        "seed": job.seed,
+        "checkpoint_path": None,
+        "output_path": None,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+    cfg = MultiSAETrainingRunnerConfig(**settings)
     given: dict[str, Any] = {"override_model": data.peer_model, "override_dataset": data.dataset}
     if not our_class:
         torch.manual_seed(job.seed)
@@ -216,14 +216,19 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
 
 def _speed(data: Data, quick: bool) -> dict[str, Any]:
     job = Job(ALL, replace(FAST, batch_size=2_048), steps=4 if quick else 200, bucket=8_192 if quick else 32_768)
-    row = paired(lambda: train_ours(data, job), lambda: train_peer(data, job, our_class=False), runs=1, warmup=0)
+    sides = (lambda: train_ours(data, job), lambda: train_peer(data, job, our_class=False))
+    speeds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(1 if quick else RUNS):
+        for train, found in zip(sides, speeds, strict=True):
+            started = time.perf_counter()
+            train()
+            found.append(job.tokens / (time.perf_counter() - started))
     return {
+        "id": "speed",
         "what": f"train {len(ALL)} SAEs of the bundled model (res, mlp, att; {D_SAE} latents), model included",
         "peer": PEER,
-        "ours": f"{job.tokens / row['ours_s']:,.0f} tokens/s",
-        "theirs": f"{job.tokens / row['peer_s']:,.0f} tokens/s",
         "tokens": job.tokens,
-        **row,
+        **compared(*speeds, "tokens/s", more_is_better=True),
     }
 
 
@@ -233,30 +238,18 @@ def _equal_loss(data: Data, quick: bool) -> list[dict[str, Any]]:
     jobs = [Job(ONE_LAYER, recipe, steps, bucket, seed) for seed in seeds]
     mine = [losses(data, job, train_ours(data, job)) for job in jobs]
     theirs = [losses(data, job, train_peer(data, job, our_class=True)) for job in jobs]
-    shown: dict[str, Callable[[float], str]] = {"loss": "{:.4f}".format, "fvu": "{:.4f}".format, "l0": "{:.2f}".format}
-    labels = {"loss": "loss", "fvu": "FVU", "l0": "L0"}
     return [
         {
-            "what": f"held-out {labels[name]}, equal recipe and {jobs[0].tokens:,} tokens, {len(seeds)} seeds, 3 SAEs",
+            "id": f"held-out-{name}",
+            "what": f"held-out {label}, equal recipe and {jobs[0].tokens:,} tokens, {len(seeds)} seeds, 3 SAEs",
             "peer": f"{PEER}, our class",
-            "ours": _spread([row[name] for row in mine], show),
-            "theirs": _spread([row[name] for row in theirs], show),
-            "ratio": statistics.mean(row[name] for row in theirs) / statistics.mean(row[name] for row in mine),
+            **compared([row[name] for row in mine], [row[name] for row in theirs], unit),
             "ours_seeds": [row[name] for row in mine],
             "peer_seeds": [row[name] for row in theirs],
         }
-        for name, show in shown.items()
+        for name, label, unit in (("loss", "loss", ""), ("fvu", "FVU", ""), ("l0", "L0", "latents"))
     ]
 
 
-def _spread(values: list[float], show: Callable[[float], str]) -> str:
-    """Mean and standard deviation over seeds."""
-    return f"{show(statistics.mean(values))} ± {show(statistics.stdev(values))}"
-
-
 if __name__ == "__main__":
-    if "--quick" in sys.argv[1:]:
-        for result in run(quick=True):
-            print(result)
-    else:
-        print(save("training_suite", run()))
+    main("training_suite", run)

@@ -5,8 +5,10 @@ Public names are imported when they are first used: ``import gemma_scope_tl`` lo
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.moved import NAMES as _MOVED
@@ -78,10 +80,25 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
-        return getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
+        return getattr(_imported(_NAMES[name]), name)
     if name in _MODULES or name in _MOVED:
-        return import_module(f"{__name__}.{name}")
+        return _imported(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _imported(module: str) -> ModuleType:
+    """Import a module of this package without the cyclic garbage collector.
+
+    The libraries below make many objects while they are imported, hardly any of them garbage, which the collector
+    would traverse again and again; without it their import takes a tenth to a fifth less time.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return import_module(f"{__name__}.{module}")
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
 from pathlib import Path
@@ -22,13 +23,15 @@ from gemma_scope_tl.viz.figures import latent_heatmap, metric_by_layer, new_figu
 
 SENTENCE = "In the beginning God created the heaven and the earth. And the earth was without form."
 PROMPT = "In the beginning God created the heaven and the"
-OUTPUT = Path("demo-output")
 LAYER = 2
 console = Console(width=110)
 
 
 def main() -> None:
     """Run the tour."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of demo.png and circuit.png")
+    out: Path = parser.parse_args().out
     started = time.perf_counter()
     console.rule("1  a really trained small Gemma 2, as a TransformerLens hooked model")
     model = gs.load_model("bundled")
@@ -41,7 +44,8 @@ def main() -> None:
     rows = gs.list_saes(model="bundled")
     console.print(f"{len(rows)} SAEs: " + ", ".join(f"{site} {len(part)}" for site, part in rows.groupby("site")))
     rows = rows[rows["canonical"] & (rows["width"] == "1k") & rows["site"].isin(["res", "mlp", "att"])].reset_index()
-    saes = [gs.JumpReLUSAE.from_pretrained(row.release, row.id) for row in rows.itertuples()]
+    names = zip(rows["release"], rows["id"], strict=True)
+    saes = [gs.JumpReLUSAE.from_pretrained(str(release), str(name)) for release, name in names]
     sae = gs.load_sae("bundled", "res", LAYER, width="1k")
 
     console.rule("3  which latents fire on which token")
@@ -59,9 +63,9 @@ def main() -> None:
     _print_steering(model, sae, latent)
 
     console.rule("6  which latents make the next token")
-    circuit_path = _print_circuit(model)
+    circuit_path = _print_circuit(model, out)
 
-    path = _draw(model, table, metrics)
+    path = _draw(model, table, metrics, out)
     console.print(f"\nfigures: {path}, {circuit_path}   ({time.perf_counter() - started:.0f} s)")
 
 
@@ -103,7 +107,7 @@ def _specific_latent(table: pd.DataFrame) -> int:
     """The strongest latent among those that fire on at most two of the sentence's tokens."""
     counts = table.groupby("latent")["activation"].agg(["size", "max"])
     rare = counts[counts["size"] <= 2]
-    return int((rare if len(rare) else counts)["max"].idxmax())
+    return int(str((rare if len(rare) else counts)["max"].idxmax()))
 
 
 def _print_steering(model: Any, sae: Any, latent: int) -> None:
@@ -117,7 +121,7 @@ def _print_steering(model: Any, sae: Any, latent: int) -> None:
     console.print(shown)
 
 
-def _print_circuit(model: Any) -> Path:
+def _print_circuit(model: Any, out: Path) -> Path:
     saes = list(gs.load_suite("bundled", "res", layers=[0, 1, 2], width="1k").values())
     with torch.no_grad():
         likeliest, second = model(model.to_tokens(PROMPT))[0, -1].topk(2).indices.tolist()
@@ -132,16 +136,16 @@ def _print_circuit(model: Any) -> Path:
         console.print(f"  layer {node.layer}, latent {node.latent}, at {node.token!r}: {node.attribution:+.2f}")
     figure, axes = new_figure(1)
     draw_circuit(axes[0], found, f"what makes the logit difference of {PROMPT!r}")
-    return save_figure(figure, OUTPUT / "circuit.png")
+    return save_figure(figure, out / "circuit.png")
 
 
-def _draw(model: Any, table: pd.DataFrame, metrics: pd.DataFrame) -> Path:
+def _draw(model: Any, table: pd.DataFrame, metrics: pd.DataFrame, out: Path) -> Path:
     figure, axes = new_figure(3)
     tokens = [model.tokenizer.decode([int(i)]) for i in model.to_tokens(SENTENCE)[0]]
     latent_heatmap(axes[0], table, tokens, f"residual stream after layer {LAYER}: the ten strongest latents")
     metric_by_layer(axes[1], metrics, "delta_loss", "delta loss (nats)")
     metric_by_layer(axes[2], metrics, "fvu", "FVU")
-    return save_figure(figure, OUTPUT / "demo.png")
+    return save_figure(figure, out / "demo.png")
 
 
 if __name__ == "__main__":

@@ -205,7 +205,8 @@ def paper_checks() -> list[dict[str, Any]]:
     stored = sum(model.dims.n_layers * store_bytes(model, site, 8e9) for model, site in places)
     released = list_saes()
     released = released[~released["model"].str.startswith("bundled")]
-    flops = sum(12.0 * row.d_in * row.d_sae * TOKENS[int(row.d_sae)] for row in released.itertuples())
+    sizes = zip(released["d_in"].tolist(), released["d_sae"].tolist(), strict=True)
+    flops = sum(12.0 * d_in * d_sae * TOKENS[d_sae] for d_in, d_sae in sizes)
     step = 12.0 * BATCH * GEMMA_9B.dims.d_model * 2**17
     return [
         {

@@ -35,11 +35,12 @@ class Measured:
 def measured(results: Path) -> Measured:
     """The measurements in gpu.json and store.json of the folder ``results``.
 
-    ``encoder_products`` of a training step at the paper's batch, the largest (the least favourable shape measured);
+    A training step's encoder products at the paper's batch, once few latents are active, as they are for most of a run:
+    the largest (the least favourable shape measured);
     ``ratio`` of a harvest; ``read_bytes_per_s`` and ``write_bytes_per_s`` of a store, the least.
     """
     gpu = json.loads((results / "gpu.json").read_text(encoding="utf-8")) if (results / "gpu.json").exists() else {}
-    products = [row["encoder_products"] for row in gpu.get("steps", []) if "batch 4096" in row["what"]]
+    products = [_products(row) for row in gpu.get("steps", []) if "batch 4096" in row["what"] and not row.get("start")]
     reads = [row["read_bytes_per_s"] for row in _rows(results / "store.json", "read_bytes_per_s")]
     writes = [row["write_bytes_per_s"] for row in _rows(results / "store.json", "write_bytes_per_s")]
     found = Measured()
@@ -51,6 +52,11 @@ def measured(results: Path) -> Measured:
         speeds = {"store_read": min(reads, default=None), "store_write": min(writes, default=None)}
         found = replace(found, **speeds, store_source="benchmarks/results/store.json")
     return found
+
+
+def _products(row: dict[str, Any]) -> float:
+    """The encoder products of a step under the present name or the earlier one."""
+    return row["ours_products"] if "ours_products" in row else row["encoder_products"]
 
 
 def _rows(path: Path, key: str) -> list[dict[str, Any]]:

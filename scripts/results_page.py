@@ -6,6 +6,7 @@ python -m scripts.results_page
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 
@@ -43,7 +44,8 @@ def markdown(table: pd.DataFrame) -> str:
     lines = ["| site | latents | " + " | ".join(name for name, _ in COLUMNS.values()) + " |"]
     lines.append("|---|---:|" + "---:|" * len(COLUMNS))
     for site in SITES:
-        for (d_sae, _), row in means.loc[site].iterrows():
+        for at, row in means.loc[site].iterrows():
+            d_sae, _ = cast("tuple[int, int]", at)
             numbers = (form.format(row[key]) for key, (_, form) in COLUMNS.items())
             lines.append(f"| {site} | {d_sae} | " + " | ".join(numbers) + " |")
     return "\n".join(lines)

@@ -24,8 +24,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sae_bench.evals.core.eval_config import CoreEvalConfig
-from sae_bench.evals.core.main import run_evals
+from sae_bench.evals.core.eval_config import CoreEvalConfig  # pyright: ignore[reportMissingImports] (not a dependency)
+from sae_bench.evals.core.main import run_evals  # pyright: ignore[reportMissingImports]
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.files import write_atomically

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = ROOT / "tutorials"
 LARGEST = 700_000  # bytes of a notebook
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-SECONDS = 300
+SECONDS = 1200
 
 
 def sources() -> list[Path]:

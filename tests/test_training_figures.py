@@ -168,3 +168,16 @@ def test_a_model_cut_in_two_is_the_model() -> None:
     torch.testing.assert_close(stream, whole.hidden_states[3], rtol=0, atol=0)
     torch.testing.assert_close(halves.logits(stream), whole.logits, rtol=0, atol=0)
     assert not torch.equal(halves.logits(2 * stream), whole.logits)
+
+
+def test_a_legend_of_long_names_stays_within_the_figure() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    names = [f"transcoder/layer_{number}/width_16k/target_l0_100" for number in range(6)]
+    rows = [{"name": name, "step": step, "l0": step, "fvu": 1.0} for name in names for step in (1, 2)]
+    figure = training_curves(pd.DataFrame(rows), metrics=("l0", "fvu"))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (legend,) = figure.legends
+    extent = legend.get_window_extent(canvas.get_renderer())
+    assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width

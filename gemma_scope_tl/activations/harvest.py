@@ -2,7 +2,7 @@
 
 The tensors are read at the hook points of the site table by plain PyTorch hooks. On the bridge the decoder itself is
 called, which computes no logits and skips TransformerLens's handling of inputs and outputs. After the last place
-has been read, an exception ends the pass, and is caught here; ``stop_at_layer`` would run to the end of the block.
+has been read, the pass ends as in :mod:`gemma_scope_tl.model.read`.
 
 Users' own hooks on the model act on the tensors. Attached SAEs are refused, because their reconstructions would be
 harvested.
@@ -18,15 +18,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, unknown_name
+from gemma_scope_tl.model.read import EndOfPass
 from gemma_scope_tl.model.splicing import SpliceMixin
 from gemma_scope_tl.sites import BACKENDS, Place, flatten_heads
 
 if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
-
-
-class _AllRead(Exception):
-    """Ends a forward pass after the last place has been read."""
 
 
 class Harvester:
@@ -84,7 +81,7 @@ class Harvester:
         self._check(tokens, keep)
         kept = keep.reshape(-1).nonzero().squeeze(1).to(self.device)
         found: dict[Place, torch.Tensor] = {}
-        with self._reading(kept, found), suppress(_AllRead):
+        with self._reading(kept, found), suppress(EndOfPass):
             self._forward(tokens.to(self.device).long())
         missing = [place.key for place in self._points if place not in found]
         if missing:
@@ -97,7 +94,7 @@ class Harvester:
             flat = flatten_heads(value).reshape(-1, self.widths[place])
             found[place] = flat.index_select(0, kept)  # a copy, because the model may change its tensor in place
             if len(found) == len(self._points):
-                raise _AllRead
+                raise EndOfPass
 
         handles: list[Any] = []
         try:

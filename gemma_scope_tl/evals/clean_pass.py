@@ -12,13 +12,14 @@ The blocks are called with the arguments that the model gave them, so masks, rot
 model's own. A restart from the clean tensor gives the clean pass, to the bit where the device's kernels are
 deterministic. Hooks on the final norm see a restart's tensors; hooks on the unembedding do not run here.
 
-One loop over :func:`clean_batches` can share the pass among any number of statistics.
+One loop over :func:`clean_batches` can share the pass among any number of statistics. Statistics of activations alone
+need no restart: the passes of :func:`read_batches` end at the last place that is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from gemma_scope_tl.errors import AdapterMismatch, unknown_name
 from gemma_scope_tl.evals.metrics import scored_positions
 from gemma_scope_tl.families import Family
+from gemma_scope_tl.model.read import EndOfPass, read_places
 from gemma_scope_tl.sites import Place, flatten_heads, unflatten_heads, with_targets
 from gemma_scope_tl.text.tokens import special_mask
 
@@ -37,14 +39,6 @@ if TYPE_CHECKING:
 MEMORY_BUDGET = 1 << 30
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Relative differences up to these are attributed to rounding; 1e-2 for other dtypes."""
-
-
-class _Reached(Exception):
-    """Carries the final norm's input out of the forward pass, so that the unembedding does not run."""
-
-    def __init__(self, residual: torch.Tensor) -> None:
-        super().__init__()
-        self.residual = residual
 
 
 @dataclass
@@ -157,26 +151,37 @@ class CleanPass:
 
 
 @dataclass
-class CleanBatch:
-    """Rows of the data and their clean pass.
+class ReadBatch:
+    """Rows of the data and their activations.
 
     Attributes:
         start: number of the first row.
         tokens: token ids ``[batch, pos]``, on the model's device.
         ordinary: ``[batch, pos]``, True at tokens that are measured and spliced: not BOS, EOS or padding.
-        scored: ``[batch, pos - 1]``, True at predictions that count.
-        clean: the clean pass of the rows.
+        values: the tensor at each place, with heads flattened or not.
     """
 
     start: int
     tokens: Int[torch.Tensor, "batch pos"]
     ordinary: Bool[torch.Tensor, "batch pos"]
-    scored: Bool[torch.Tensor, "batch pos-1"]
-    clean: CleanPass
+    values: dict[Place, torch.Tensor]
 
     def activations(self, place: Place) -> Float[torch.Tensor, "n d"]:
         """The ordinary tokens' activations at a place, with heads flattened."""
-        return flatten_heads(self.clean.values[place])[self.ordinary]
+        return flatten_heads(self.values[place])[self.ordinary]
+
+
+@dataclass
+class CleanBatch(ReadBatch):
+    """Rows of the data and their clean pass.
+
+    Attributes:
+        scored: ``[batch, pos - 1]``, True at predictions that count.
+        clean: the clean pass of the rows, whose ``values`` are those of the batch.
+    """
+
+    scored: Bool[torch.Tensor, "batch pos-1"]
+    clean: CleanPass
 
     def spliced(self, place: Place, rows: Float[torch.Tensor, "n d"]) -> Float[torch.Tensor, "batch pos d_model"]:
         """The residual stream before the final norm with ``rows`` at the ordinary tokens of a place."""
@@ -211,13 +216,47 @@ def clean_batches(
         start: number of the first row.
         mask: True at text, for padding whose id is not among ``special``.
     """
-    kept, ids = with_targets(list(places)), tuple(special)
+    kept = with_targets(list(places))
+    for first, rows, left_out in _rows(model, tokens, special, batch_size, start, mask):
+        clean = CleanPass.run(model, rows, kept)
+        yield CleanBatch(first, rows, ~left_out, clean.values, scored_positions(left_out), clean)
+
+
+@torch.no_grad()
+def read_batches(
+    model: GemmaModel,
+    tokens: Int[torch.Tensor, "rows pos"],
+    places: Iterable[Place],
+    special: Iterable[int],
+    batch_size: int = 8,
+    start: int = 0,
+    mask: Bool[torch.Tensor, "rows pos"] | None = None,
+) -> Generator[ReadBatch]:
+    """The activations of each batch of rows, to the bit as in :func:`clean_batches`, which takes the same arguments.
+
+    A pass ends at the last of ``places``, and targets of transcoders are not added to these.
+    """
+    kept = list(places)
+    for first, rows, left_out in _rows(model, tokens, special, batch_size, start, mask):
+        yield ReadBatch(first, rows, ~left_out, read_places(model, rows, kept))
+
+
+def _rows(
+    model: GemmaModel,
+    tokens: torch.Tensor,
+    special: Iterable[int],
+    batch_size: int,
+    start: int,
+    mask: torch.Tensor | None,
+) -> Generator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The number of each batch's first row, its ids on the model's device, and True at tokens that do not count."""
+    ids = tuple(special)
     for first in range(start, tokens.shape[0], batch_size):
         rows = tokens[first : first + batch_size].to(model.cfg.device)
         left_out = special_mask(rows, ids)
         if mask is not None:
             left_out |= ~mask[first : first + batch_size].to(rows.device)
-        yield CleanBatch(first, rows, ~left_out, scored_positions(left_out), CleanPass.run(model, rows, kept))
+        yield first, rows, left_out
 
 
 def rows_that_fit(model: GemmaModel, places: Iterable[Place], context: int, batch_size: int, memory: int) -> int:
@@ -238,17 +277,19 @@ def rows_that_fit(model: GemmaModel, places: Iterable[Place], context: int, batc
 def run_to_final_norm(model: GemmaModel, tokens: torch.Tensor) -> Float[torch.Tensor, "batch pos d_model"]:
     """The residual stream before the final norm; the unembedding does not run."""
 
+    reached: list[torch.Tensor] = []
+
     def stop(_module: Any, args: tuple[Any, ...]) -> None:
-        raise _Reached(args[0])
+        reached.append(args[0])
+        raise EndOfPass
 
     options = {"use_cache": False} if model.backend == "bridge" else {}
-    with removed_after() as handles:
+    with removed_after() as handles, suppress(EndOfPass):
         handles.append(model.ln_final.register_forward_pre_hook(stop))
-        try:
-            model(tokens, **options)
-        except _Reached as reached:
-            return reached.residual
-    raise AdapterMismatch("The model's forward pass did not reach its final norm.")
+        model(tokens, **options)
+    if not reached:
+        raise AdapterMismatch("The model's forward pass did not reach its final norm.")
+    return reached[0]
 
 
 def hook_point(model: GemmaModel, place: Place) -> Any:

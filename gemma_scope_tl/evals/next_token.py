@@ -1,8 +1,10 @@
 """Predictions of the next token: losses and KL divergences of many residual streams, and gradients of logits.
 
-With a vocabulary of 256,000 tokens, the logits of 8 rows of 1,024 tokens take 8.4 GB in float32. :class:`LogitHead`
-therefore computes the clean logits of a chunk of tokens once, compares them with those of every splice, and reuses
-their memory for the next chunk. The gradients are for the uniformity of active latent importance (appendix C.3).
+With a vocabulary of 256,000 tokens, the logits of 8 rows of 1,024 tokens take 8.4 GB in float32, and the unembedding
+2.4 GB. :class:`LogitHead` therefore never holds the logits of a token: it runs over the vocabulary in blocks that stay
+in a processor's cache, and keeps running sums for the clean pass and every splice. So a block of the unembedding is
+read, and converted if it has 16 bits, once for hundreds of tokens of all passes.
+The gradients are for the uniformity of active latent importance (appendix C.3).
 """
 
 from __future__ import annotations
@@ -22,9 +24,16 @@ if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
 
 CACHED_BYTES = 2 << 20
-"""Bytes of a chunk of logits that stays in a CPU's cache. It suits small vocabularies; others need larger chunks."""
-MIN_TOKENS = 64
-"""Smallest number of tokens in a chunk that is cut to the cache's size, because products of fewer rows are slow."""
+"""Bytes of a block of logits that stays in a CPU's cache."""
+BLOCK = 1024
+"""Columns of the vocabulary in a block on a CPU: 512 tokens fit then, for which the product is fast."""
+GPU_BLOCK = 32768
+"""Columns in a block on a GPU, where a few large kernels are fastest."""
+BOUNDED = 60.0
+"""Logits up to this size need no shift: the sum of their exponentials stays finite in float32."""
+
+
+_BUFFERS = 4  # blocks of logits that are held at once
 
 
 @dataclass
@@ -54,29 +63,24 @@ class LogitHead:
         cap = getattr(model.cfg, "output_logits_soft_cap", None)
         self.cap = float(cap) if cap and cap > 0 else None
         self.dtype = torch.promote_types(self.matrix.dtype, torch.float32)
-        row = self.matrix.shape[1] * self.dtype.itemsize
-        most, cached = memory // (3 * row), max(MIN_TOKENS, CACHED_BYTES // row)
-        self.chunk = max(1, min(most, cached) if cached > MIN_TOKENS else most)
+        vocabulary, most = self.matrix.shape[1], memory // (_BUFFERS * self.dtype.itemsize)
+        if self.matrix.is_cuda:
+            self.block = min(vocabulary, GPU_BLOCK)
+            self.chunk = max(1, most // self.block)
+        else:
+            self.block = min(vocabulary, BLOCK)
+            self.chunk = max(1, min(most, CACHED_BYTES // self.dtype.itemsize) // self.block)
 
     def normed(self, final: Float[torch.Tensor, "batch pos d_model"]) -> Float[torch.Tensor, "batch pos d_model"]:
         """The residual stream after the final norm."""
         return self._norm(final)
 
-    def logits(
-        self, x: Float[torch.Tensor, "n d_model"], out: Float[torch.Tensor, "n vocab"] | None = None
-    ) -> Float[torch.Tensor, "n vocab"]:
-        """Logits ``cap · tanh(x W_U / cap)`` of what :meth:`normed` returns; differentiable without ``out``."""
-        if self.matrix.dtype == self.dtype:
-            made = torch.mm(x, self.matrix, out=out)
-        else:
-            made = self._widened(x.to(self.dtype), out)
+    def logits(self, x: Float[torch.Tensor, "n d_model"]) -> Float[torch.Tensor, "n vocab"]:
+        """Logits ``cap · tanh(x W_U / cap)`` of what :meth:`normed` returns, differentiable."""
+        made = x @ self.matrix if self.matrix.dtype == self.dtype else self._widened(x.to(self.dtype))
         if self.bias is not None:
-            made = made.add_(self.bias.to(self.dtype)) if out is not None else made + self.bias.to(self.dtype)
-        if self.cap is None:
-            return made
-        if out is None:
-            return torch.tanh(made / self.cap) * self.cap
-        return made.div_(self.cap).tanh_().mul_(self.cap)
+            made = made + self.bias.to(self.dtype)
+        return made if self.cap is None else torch.tanh(made / self.cap) * self.cap
 
     @torch.no_grad()
     def score(
@@ -89,48 +93,111 @@ class LogitHead:
 
         ``KL = Σ p (l - l') + log Z' - log Z``, with the clean pass's probabilities p.
         """
-        n, vocabulary = clean.shape[0], self.matrix.shape[1]
+        n = clean.shape[0]
 
-        def new(size: int) -> torch.Tensor:
-            return torch.empty(size, dtype=self.dtype, device=clean.device)
+        def new() -> torch.Tensor:
+            return torch.empty(n, dtype=self.dtype, device=clean.device)
 
-        clean_losses = new(n)
-        scores = [Scores(new(n), new(n) if wanted else None) for _, wanted in others]
-        space = [new(min(self.chunk, n) * vocabulary).view(-1, vocabulary) for _ in range(3)]
+        clean_losses, scores = new(), [Scores(new(), new() if wanted else None) for _, wanted in others]
         for start in range(0, n, self.chunk):
             at = slice(start, min(start + self.chunk, n))
-            first, p, scratch = (buffer[: at.stop - at.start] for buffer in space)
-            chosen = targets[at].unsqueeze(1)
-            logits = self.logits(clean[at], first)
-            z = self._log_sums(logits, p)
-            clean_losses[at] = z - logits.gather(1, chosen).squeeze(1)
-            p.div_(p.sum(1, keepdim=True))
-            expected = torch.mul(p, logits, out=scratch).sum(1)
-            for (other, _), score in zip(others, scores, strict=True):
-                logits = self.logits(other[at], first)
-                z_other = self._log_sums(logits, scratch)
-                score.losses[at] = z_other - logits.gather(1, chosen).squeeze(1)
+            first, *rest = self._sums([clean[at], *(other[at] for other, _ in others)], others, targets[at])
+            clean_losses[at] = first.log_total() - first.target
+            for sums, score in zip(rest, scores, strict=True):
+                score.losses[at] = sums.log_total() - sums.target
                 if score.divergences is not None:
-                    score.divergences[at] = expected - torch.mul(p, logits, out=scratch).sum(1) + z_other - z
+                    drift = sums.drift / first.total
+                    score.divergences[at] = drift + sums.log_total() - first.log_total()
         return clean_losses, scores
 
-    def _log_sums(self, logits: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-        """``log Σ exp`` of each row; ``scratch`` receives the exponentials up to a factor for each row."""
-        top = logits.amax(1, keepdim=True)
-        torch.sub(logits, top, out=scratch).exp_()
-        return scratch.sum(1).log_().add_(top.squeeze(1))
+    def _sums(
+        self, passes: list[torch.Tensor], others: Sequence[tuple[Any, bool]], targets: torch.Tensor
+    ) -> list[_Sums]:
+        """The sums over the vocabulary of a chunk of tokens in the clean pass, which is the first, and the others."""
+        rows, vocabulary = targets.shape[0], self.matrix.shape[1]
+        bounded = self.cap is not None and self.cap <= BOUNDED
+        passes = [x.to(self.dtype) for x in passes]
+        sums = [_Sums.empty(rows, targets.device, self.dtype, bounded) for _ in passes]
+        size = rows * min(self.block, vocabulary)
+        space = [torch.empty(size, dtype=self.dtype, device=targets.device) for _ in range(_BUFFERS)]
+        for start in range(0, vocabulary, self.block):
+            columns = slice(start, min(start + self.block, vocabulary))
+            matrix, width = self.matrix[:, columns].to(self.dtype), columns.stop - columns.start
+            clean, weights, logits, scratch = (buffer[: rows * width].view(rows, width) for buffer in space)
+            self._block(passes[0], matrix, columns, clean)
+            scale = sums[0].add(clean, columns, targets, weights)
+            for x, one, (_, compared) in zip(passes[1:], sums[1:], others, strict=True):
+                self._block(x, matrix, columns, logits)
+                one.add(logits, columns, targets, scratch)
+                if compared:
+                    drift = torch.sub(clean, logits, out=scratch).mul_(weights).sum(1)
+                    one.drift = one.drift * scale + drift if scale is not None else one.drift + drift
+        return sums
 
-    def _widened(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    def _block(self, x: torch.Tensor, matrix: torch.Tensor, columns: slice, out: torch.Tensor) -> None:
+        """Write the logits of a block of the vocabulary to ``out``."""
+        scale = 1.0 if self.cap is None else 1 / self.cap
+        if self.bias is None:
+            torch.addmm(out, x, matrix, beta=0, alpha=scale, out=out)  # the old content of out is ignored
+        else:
+            torch.addmm(self.bias[columns].to(self.dtype), x, matrix, beta=scale, alpha=scale, out=out)
+        if self.cap is not None:
+            out.tanh_().mul_(self.cap)
+
+    def _widened(self, x: torch.Tensor) -> torch.Tensor:
         """``x W_U`` with a few of the matrix's columns at a time in float32."""
         step = max(256, CACHED_BYTES // self.matrix.shape[0])
-        parts: list[torch.Tensor] = []
-        for start in range(0, self.matrix.shape[1], step):
-            columns = self.matrix[:, start : start + step].to(self.dtype)
-            if out is None:
-                parts.append(x @ columns)
-            else:
-                out[:, start : start + step] = x @ columns
-        return torch.cat(parts, dim=1) if out is None else out
+        starts = range(0, self.matrix.shape[1], step)
+        return torch.cat([x @ self.matrix[:, i : i + step].to(self.dtype) for i in starts], dim=1)
+
+
+@dataclass
+class _Sums:
+    """Running sums over the vocabulary for the tokens of a chunk, in float64: ``Σ exp(l - shift)`` and others.
+
+    Attributes:
+        shift: the largest logit so far, which is subtracted from the exponents; None for bounded logits.
+        total: ``Σ exp(l - shift)``.
+        target: the logit of the next token.
+        drift: ``Σ exp(c - shift_c) (c - l)``, with the logits c and the shift of the clean pass.
+    """
+
+    shift: torch.Tensor | None
+    total: torch.Tensor
+    target: torch.Tensor
+    drift: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device, dtype: torch.dtype, bounded: bool) -> _Sums:
+        """Sums without any column."""
+        zeros = torch.zeros(rows, dtype=torch.float64, device=device)
+        lowest = None if bounded else torch.full((rows,), -torch.inf, dtype=dtype, device=device)
+        return cls(lowest, zeros, zeros.clone(), zeros.clone())
+
+    def add(
+        self, logits: torch.Tensor, columns: slice, targets: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Add a block of columns, and write ``exp(l - shift)`` to ``weights``.
+
+        Returns:
+            The factor by which a new shift scales earlier sums, or None for no change.
+        """
+        inside = (targets >= columns.start) & (targets < columns.stop)
+        at = (targets - columns.start).clamp(0, logits.shape[1] - 1).unsqueeze(1)
+        self.target = torch.where(inside, logits.gather(1, at).squeeze(1).double(), self.target)
+        if self.shift is None:
+            self.total += torch.exp(logits, out=weights).sum(1)
+            return None
+        top = torch.maximum(self.shift, logits.amax(1))
+        scale = (self.shift - top).double().exp()
+        self.shift = top
+        torch.sub(logits, top.unsqueeze(1), out=weights).exp_()
+        self.total = self.total * scale + weights.sum(1)
+        return scale
+
+    def log_total(self) -> torch.Tensor:
+        """``log Σ exp(l)``."""
+        return self.total.log() if self.shift is None else self.total.log() + self.shift
 
 
 def sampled_positions(

@@ -7,17 +7,24 @@ for each batch a clean pass, and a :class:`BatchMeasurements` that measures ever
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.evals.accumulators import TokenMean
 from gemma_scope_tl.evals.cache import Checkpoint, MetricsCache, key_of
-from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, CleanBatch, clean_batches, rows_that_fit
+from gemma_scope_tl.evals.clean_pass import (
+    MEMORY_BUDGET,
+    CleanBatch,
+    ReadBatch,
+    clean_batches,
+    read_batches,
+    rows_that_fit,
+)
 from gemma_scope_tl.evals.metrics import l0, latent_importance, squared_error, uniformity
 from gemma_scope_tl.evals.next_token import LogitHead, logit_gradients, sampled_positions
 from gemma_scope_tl.evals.saes import Subject, latents_and_output
@@ -29,6 +36,8 @@ from gemma_scope_tl.weights.modes import make_ordinary
 
 if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
+
+Batch = TypeVar("Batch", bound=ReadBatch)
 
 ABLATIONS = ("zero", "mean")
 CONFIG_VALUES = ("output_logits_soft_cap", "attn_scores_soft_cap", "eps", "window_size", "attn_scale", "rotary_base")
@@ -145,7 +154,7 @@ class EvaluationRun:
         centres = {place: sums.centre for place, sums in self.sums.places.items() if sums.needs_centre}
         if not centres:
             return
-        for batch in self._batches("means", list(centres)):
+        for batch in self._batches("means", read_batches, list(centres)):
             for place, centre in centres.items():
                 centre.mean.update(batch.activations(place))
         for centre in centres.values():
@@ -155,7 +164,7 @@ class EvaluationRun:
         start = checkpoint.restore()
         head = LogitHead(self.model, self.settings.memory_budget // 4)
         places = list(dict.fromkeys(subject.place for n, subject in enumerate(self.subjects) if self._is_needed(n)))
-        for number, batch in enumerate(self._batches("evaluating", places, start), 1):
+        for number, batch in enumerate(self._batches("evaluating", clean_batches, places, start), 1):
             if number == 1:
                 batch.clean.check(target_of(place) for place in places)
             BatchMeasurements(self, head, batch).measure()
@@ -169,13 +178,15 @@ class EvaluationRun:
         pieces = [*self.sums.of_sae(number), *(piece for kind, piece in of_place.items() if kind != "centre")]
         return not all(piece.done for piece in pieces)
 
-    def _batches(self, what: str, places: list[Place], start: int = 0) -> Iterator[CleanBatch]:
+    def _batches(
+        self, what: str, passes: Callable[..., Iterator[Batch]], places: list[Place], start: int = 0
+    ) -> Iterator[Batch]:
         from rich.progress import Progress
 
         ids, mask, rows = self.rows.ids, self.rows.mask, self._rows_per_batch
         with Progress(transient=True, disable=not self.settings.progress) as bar:
             task = bar.add_task(what, total=ids.shape[0], completed=start)
-            for batch in clean_batches(self.model, ids, places, self.special, rows, start, mask):
+            for batch in passes(self.model, ids, places, self.special, rows, start, mask):
                 yield batch
                 bar.advance(task, batch.tokens.shape[0])
 

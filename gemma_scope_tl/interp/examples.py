@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
-from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, CleanBatch, clean_batches, rows_that_fit
+from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, ReadBatch, read_batches, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.interp.sampling import Collector, Sampling
 from gemma_scope_tl.sae.arguments import as_indices
@@ -95,7 +95,7 @@ class Examples:
         """The rows of the corpus that examples come from."""
         return set((self._slots[:, 1] // self._kept.windows_per_row).tolist())
 
-    def fill(self, start: int, acts: Any, batch: CleanBatch) -> None:
+    def fill(self, start: int, acts: Any, batch: ReadBatch) -> None:
         """Fill in the activations of windows in consecutive rows of the corpus, which begin with row ``start``."""
         _, window, where, values = self._kept.entries(start, acts, batch.ordinary)
         positions = batch.ordinary.cpu().nonzero(as_tuple=True)[1].numpy()[acts.tokens().cpu().numpy()]
@@ -216,13 +216,13 @@ def top_examples(
 
 def passes(
     model: GemmaModel, subjects: Sequence[Subject], tokens: torch.Tensor, rows: int, progress: bool, what: str
-) -> Iterator[tuple[int, CleanBatch, dict[Any, torch.Tensor]]]:
+) -> Iterator[tuple[int, ReadBatch, dict[Any, torch.Tensor]]]:
     """Yield the number of each batch's first row, the batch, and the activations at the places of all subjects."""
     from rich.progress import track
 
     places = list(dict.fromkeys(subject.place for subject in subjects))
     total = -(-tokens.shape[0] // rows)
-    batches = clean_batches(model, tokens, places, special_ids(model), rows)
+    batches = read_batches(model, tokens, places, special_ids(model), rows)
     for batch in track(batches, what, total, transient=True, disable=not progress):
         yield batch.start, batch, {place: batch.activations(place) for place in places}
 

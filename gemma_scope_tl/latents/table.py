@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.model.read import read_places
+from gemma_scope_tl.model.read import visit_places
 from gemma_scope_tl.sae.access import encode_latents, locate
-from gemma_scope_tl.sae.choices import as_saes
+from gemma_scope_tl.sae.base import GemmaScopeMixin
+from gemma_scope_tl.sae.choices import as_saes, bring
 from gemma_scope_tl.sae.latents import Latents
+from gemma_scope_tl.sae.sparse import SparseActs, encode_sparse
+from gemma_scope_tl.sae.sparse_ops import starts_of
 from gemma_scope_tl.sites import Place
-from gemma_scope_tl.text.batch import Text, as_batch
+from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from gemma_scope_tl.model.hooked import GemmaModel
+
+
+_CHUNK = 128  # tokens whose dense activations are held, for SAEs that cannot encode sparsely
 
 
 @torch.no_grad()
@@ -32,10 +39,12 @@ def features(
     exclude_special_tokens: ExcludeTokens = True,
     min_activation: float = 0.0,
     attention_mask: Any = None,
+    batch_size: int = 8,
 ) -> pd.DataFrame:
-    """The active latents of ``saes`` on ``text``, from one forward pass for all SAEs.
+    """The active latents of ``saes`` on ``text``, from one forward pass over each text for all SAEs.
 
-    The pass includes the hooks and SAEs that are attached to the model. SAEs read hooks and not Hugging Face's
+    A pass ends at the last place that an SAE reads: later layers and the unembedding do not run. It includes the hooks
+    and SAEs that are attached to the model up to there, and none behind. SAEs read hooks and not Hugging Face's
     ``hidden_states``, whose last entry is after the final norm and thus not the residual stream of the last layer.
 
     Args:
@@ -49,6 +58,8 @@ def features(
             trained on these tokens, and thousands of latents may be active on BOS. Padding is never listed.
         min_activation: the smallest activation to list, in units of the latent.
         attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
+        batch_size: number of texts in a forward pass. Of more texts, those of similar length share a pass, without the
+            padding of longer ones.
 
     Returns:
         A table with a row per active latent, strongest first within a token: ``sequence, position, token, sae, site,
@@ -57,55 +68,147 @@ def features(
         rows.
 
     Raises:
-        GemmaScopeError: for ``top`` below 1, ``min_activation`` below 0, no text, or a text that is too long.
+        GemmaScopeError: for ``top`` or ``batch_size`` below 1, ``min_activation`` below 0, no text, or a text that is
+            too long.
         SpliceError: for no SAE, or an SAE of unknown site.
     """
     import pandas as pd
 
-    if (top is not None and top < 1) or not min_activation >= 0:
-        raise GemmaScopeError(f"top must be at least 1 and min_activation at least 0; given: {top}, {min_activation}.")
+    if (top is not None and top < 1) or batch_size < 1 or not min_activation >= 0:
+        raise GemmaScopeError(
+            f"top and batch_size must be at least 1 and min_activation at least 0; given: {top}, {batch_size}, "
+            f"{min_activation}."
+        )
     several, batch = as_saes(saes), as_batch(model, text, attention_mask)
     places = [Place(site.name, layer) for site, layer in (locate(sae, model.family) for sae in several)]
-    tensors = read_places(model, batch.ids, places, batch.attention_mask)
-    counted = batch.ordinary(excluded_ids(model.tokenizer, exclude_special_tokens))
-    frames: list[pd.DataFrame] = []
-    for i, (sae, place) in enumerate(zip(several, places, strict=True)):
-        rows, columns, latents, values = _active(sae, tensors[place], counted, top, min_activation)
-        listed = {
-            "sequence": rows.tolist(),
-            "position": batch.place[rows, columns].tolist(),
-            "token": _texts(model.tokenizer, batch.ids[rows, columns].tolist()),
-            "sae": i,
-            "site": place.site,
-            "layer": pd.array([place.layer] * len(latents), dtype="Int64"),
-            "latent": latents.tolist(),
-            "activation": values.tolist(),
-        }
-        frames.append(pd.DataFrame(listed))
+    reader = _Reader(several, places, excluded_ids(model.tokenizer, exclude_special_tokens), top, min_activation)
+    parts = [reader.read(model, rows, part) for rows, part in _parts(batch, batch_size)]
+    frames = [
+        _joined([part[number] for part in parts]).frame(model.tokenizer, number, place)
+        for number, place in enumerate(places)
+    ]
     return pd.concat(frames, ignore_index=True)
 
 
-def _active(
-    sae: Any,
-    x: Float[torch.Tensor, "batch pos d_in"],
-    counted: Bool[torch.Tensor, "batch pos"],
-    top: int | None,
-    min_activation: float,
-) -> tuple[torch.Tensor, ...]:
-    """Row, column, latent and value of each active latent, ordered by row and column, then strongest first."""
-    acts = encode_latents(sae, x)
-    counted = counted.to(acts.device)[..., None]
-    if top is None:
-        rows, columns, latents = ((acts > 0) & (acts >= min_activation) & counted).nonzero(as_tuple=True)
-        values = acts[rows, columns, latents].float()
-    else:
-        strongest, which = acts.topk(min(top, acts.shape[-1]), dim=-1)
-        rows, columns, rank = ((strongest > 0) & (strongest >= min_activation) & counted).nonzero(as_tuple=True)
-        latents, values = which[rows, columns, rank], strongest[rows, columns, rank].float()
-    order = values.argsort(descending=True, stable=True)  # sort by value, then stably by position
-    order = order[(rows * x.shape[1] + columns)[order].argsort(stable=True)]
-    names = latents if not isinstance(sae, Latents) else torch.tensor(sae.latents, device=acts.device)[latents]
-    return rows[order].cpu(), columns[order].cpu(), names[order].cpu(), values[order].cpu()
+@dataclass(frozen=True)
+class _Active:
+    """The active latents of one SAE, a row per token and latent, with the columns of the table."""
+
+    sequence: torch.Tensor
+    position: torch.Tensor
+    token: torch.Tensor
+    latent: torch.Tensor
+    activation: torch.Tensor
+
+    def frame(self, tokenizer: Any, number: int, place: Place) -> pd.DataFrame:
+        """The rows of the table for SAE ``number``."""
+        import pandas as pd
+
+        listed = {
+            "sequence": self.sequence.numpy(),
+            "position": self.position.numpy(),
+            "token": _texts(tokenizer, self.token.tolist()),
+            "sae": number,
+            "site": place.site,
+            "layer": pd.array([place.layer] * len(self.latent), dtype="Int64"),
+            "latent": self.latent.numpy(),
+            "activation": self.activation.double().numpy(),
+        }
+        return pd.DataFrame(listed)
+
+
+def _parts(batch: TokenBatch, size: int) -> Iterator[tuple[torch.Tensor, TokenBatch]]:
+    """The numbers of the rows of each part of a batch, and these rows without columns that are padding in all of them.
+
+    Rows are sorted by length if there are several parts. Parts that are padding alone have no tokens to list.
+    """
+    order = torch.arange(len(batch.ids), device=batch.ids.device)
+    if len(order) > size:
+        order = batch.length.argsort(stable=True)
+    for rows in order.split(size):
+        used = batch.mask[rows].any(0).nonzero()
+        if len(used):
+            columns = slice(int(used[0]), int(used[-1]) + 1)
+            yield rows, TokenBatch(batch.ids[rows, columns], batch.mask[rows, columns])
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The SAEs of a table, the place that each reads, and what is listed."""
+
+    saes: list[Any]
+    places: list[Place]
+    special: tuple[int, ...]
+    top: int | None
+    min_activation: float
+
+    def read(self, model: GemmaModel, rows: Int[torch.Tensor, " batch"], batch: TokenBatch) -> list[_Active]:
+        """The active latents of each SAE, from one pass over rows of the text, whose numbers are ``rows``.
+
+        SAEs encode while the pass is at their place, so no tensor of the model is kept.
+        """
+        counted = batch.ordinary(self.special)
+        found: dict[int, _Active] = {}
+
+        def visit(place: Place, x: torch.Tensor) -> None:
+            for number, sae in enumerate(self.saes):
+                if self.places[number] == place:
+                    found[number] = self._active(sae, x, rows, batch, counted)
+
+        visit_places(model, batch.ids, self.places, visit, batch.attention_mask)
+        return [found[number] for number in range(len(self.saes))]
+
+    def _active(
+        self,
+        sae: Any,
+        x: Float[torch.Tensor, "batch pos d_in"],
+        rows: Int[torch.Tensor, " batch"],
+        batch: TokenBatch,
+        counted: Bool[torch.Tensor, "batch pos"],
+    ) -> _Active:
+        """The active latents on the counted tokens of ``batch``, by row and column, then strongest first."""
+        acts = _encoded(sae, x[counted.to(x.device)])
+        tokens, values = acts.tokens(), acts.values.float()
+        order = values.argsort(descending=True, stable=True)  # sort by value, then stably by token
+        order = order[tokens[order].argsort(stable=True)]
+        kept = (values > 0) & (values >= self.min_activation)
+        if self.top is not None:
+            kept &= torch.empty_like(tokens).scatter_(0, order, _ranks(acts)) < self.top
+        order = order[kept[order]].cpu()
+        tokens, latents, values = tokens.cpu()[order], acts.latents.cpu()[order], values.cpu()[order]
+        if isinstance(sae, Latents):
+            latents = torch.tensor(sae.latents)[latents]
+        row, column = (at.cpu()[tokens] for at in counted.nonzero(as_tuple=True))
+        ids, place = batch.ids.cpu(), batch.place.cpu()
+        return _Active(rows.cpu()[row], place[row, column], ids[row, column], latents, values)
+
+
+def _encoded(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> SparseActs:
+    """The latents of ``x`` without dense activations, where the class of the SAE allows it; otherwise a few tokens at a
+    time. Hooks on the SAE do not run (:func:`~gemma_scope_tl.sae.access.encode_latents`)."""
+    if isinstance(sae, GemmaScopeMixin) and x.shape[-1] == sae.cfg.d_in:  # encode raises for another width
+        bring(sae, x.device)
+        return encode_sparse(x, sae.W_enc, sae.b_enc, sae.threshold)
+    parts = [SparseActs.from_dense(encode_latents(sae, part)) for part in x.split(_CHUNK)]
+    counts = torch.cat([part.offsets.diff() for part in parts])
+    latents, values = torch.cat([part.latents for part in parts]), torch.cat([part.values for part in parts])
+    return SparseActs(starts_of(counts), latents, values, (x.shape[0], parts[0].d_sae))
+
+
+def _ranks(acts: SparseActs) -> Int[torch.Tensor, " nnz"]:
+    """The place of each entry within its token, from 0."""
+    entries = torch.arange(acts.latents.shape[0], device=acts.latents.device)
+    return entries - acts.offsets[acts.tokens()]
+
+
+def _joined(parts: list[_Active]) -> _Active:
+    """Parts in one, by sequence."""
+    if not parts:
+        none = torch.zeros(0, dtype=torch.long)
+        return _Active(none, none, none, none, none.float())
+    columns = [torch.cat([getattr(part, column.name) for part in parts]) for column in fields(_Active)]
+    order = columns[0].argsort(stable=True)
+    return _Active(*(column[order] for column in columns))
 
 
 def _texts(tokenizer: Any, ids: list[int]) -> list[str]:

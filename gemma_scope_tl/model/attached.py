@@ -125,14 +125,23 @@ class AttachedSAE:
         return self.replace(source, value, self._untouched(value))
 
     def _untouched(self, value: torch.Tensor) -> torch.Tensor | None:
-        """True at positions (``[batch, pos]``) that keep the model's activation; None if there are none."""
+        """True at positions (``[batch, pos]``) that keep the model's activation; None if there are none.
+
+        It is computed once in a pass for all SAEs that were attached with the same options.
+        """
         padding = self.options.exclude_special_tokens is True
         keep = self._tracker.mask(value, self.excluded, padding) if self.excluded else None
-        if self.positions is None:
+        positions = self.positions
+        if positions is None:
             return keep
-        chosen = chosen_columns(self.positions, rows_of(value, self._tracker))
-        outside = ~chosen[:, -value.shape[1] :]
-        return outside if keep is None else keep | outside
+
+        def outside() -> torch.Tensor:
+            chosen = chosen_columns(positions, rows_of(value, self._tracker))
+            beyond = ~chosen[:, -value.shape[1] :]
+            return beyond if keep is None else keep | beyond
+
+        key = (id(positions), self.excluded, padding, value.shape[:2], value.device)
+        return self._tracker.once(key, positions, outside)
 
     def replace(self, source: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Reconstruct ``target`` from ``source``, but keep ``target`` where ``mask`` (``[batch, pos]``) is True.

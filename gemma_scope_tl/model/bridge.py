@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.families import Backend, Family, ModelDims
 from gemma_scope_tl.model.generation import TrackedGenerate, fill_id, prompts_of, stop_ids
 from gemma_scope_tl.model.hooked import GemmaModel, HookName
-from gemma_scope_tl.model.keywords import named
+from gemma_scope_tl.model.keywords import cache_name, named
 from gemma_scope_tl.model.tokenizer import HasTokenizer
 from gemma_scope_tl.text.tokens import attendable
 
@@ -90,8 +89,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
     def _named_cache(self, call: dict[str, Any]) -> dict[str, Any]:
         cache = call.pop("past_key_values", None)
         if cache is not None:
-            parameters = inspect.signature(type(self.original_model).forward).parameters
-            call["cache" if "cache" in parameters else "past_key_values"] = cache
+            call[cache_name(type(self.original_model))] = cache
         return call
 
     def _cache_of(self, call: dict[str, Any]) -> tuple[Any, int]:

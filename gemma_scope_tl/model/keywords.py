@@ -97,6 +97,13 @@ def _parameter_names(model_class: type, method: str) -> tuple[str, ...]:
 
 
 @cache
+def cache_name(hf_class: type) -> str:
+    """The name of the key-value cache among the arguments of a Hugging Face forward pass."""
+    parameters = inspect.signature(hf_class.forward).parameters  # pyright: ignore[reportAttributeAccessIssue]
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+@cache
 def _hf_forward(hf_class: type) -> set[str]:
     """Keywords of a Hugging Face forward pass, including those that it declares as a typed dict."""
     parameters = inspect.signature(hf_class.forward).parameters  # pyright: ignore[reportAttributeAccessIssue]

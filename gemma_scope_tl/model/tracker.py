@@ -8,7 +8,7 @@ contains.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -333,13 +333,28 @@ class TokenTracker:
             SpliceError: as :meth:`tokens`.
         """
         tokens = self.tokens(like)
-        masks: dict[Any, torch.Tensor] = self._here.masks
+        masks: dict[Any, Any] = self._here.masks
         key = (ids, padding, like.shape[:2], like.device)
         if key not in masks:
             masks[key] = special_mask(tokens, ids)
             if padding and self.read.mask is not None:
                 masks[key] |= ~self.read.mask[:, -like.shape[1] :].to(like.device)
         return masks[key]
+
+    def once(self, key: Any, holder: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What ``make`` returns, computed once for a ``key`` in a pass over known ids.
+
+        Args:
+            key: hashable; it may have the id of ``holder``, which is kept alive for as long as the key.
+            holder: any object.
+            make: a function of the text that the pass has read.
+        """
+        if self.read.ids is None:
+            return make()
+        masks: dict[Any, Any] = self._here.masks
+        if key not in masks:
+            masks[key] = make(), holder
+        return masks[key][0]
 
     def tokens(self, like: torch.Tensor) -> Int[torch.Tensor, "batch pos"]:
         """The ids at the positions of ``like`` (``[batch, pos, …]``).

@@ -6,7 +6,8 @@ It changes four properties of SAELens's inference classes:
 - local functions that SAELens stores on the object are methods, so SAEs can be pickled and deep-copied;
 - activations with a dimension of heads (``[..., n_heads, d_head]``) and flat ones (``[..., d_in]``) are distinguished
   at every call instead of once for the lifetime of the object;
-- ``forward`` returns the dtype and the shape of its input (the SAE's dtype for an input of integers).
+- ``forward`` returns the dtype and the shape of its input (the SAE's dtype for an input of integers);
+- ``forward`` and ``decode`` compute the decoder from the active latents alone, where that is faster (``routes.py``).
 
 Parameters require gradients, as in SAELens, so an optimiser can train them through a splice. Inference is not slower
 for that (``sparse.py``): a pass takes the same time with gradients of the weights, without, and under
@@ -26,8 +27,11 @@ from torch import nn
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.sae.arguments import checked_latents, checked_tensor
+from gemma_scope_tl.sae.hooked_pass import hooked_pass, is_hooked
 from gemma_scope_tl.sae.provenance import Marks, config_of, facts_of, marks_of
+from gemma_scope_tl.sae.routes import called_sparsely, decoded_sparsely
 from gemma_scope_tl.sae.sae_lens_methods import LoadingMixin, SavingMixin
+from gemma_scope_tl.sae.sparse import decode_sparse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -190,6 +194,10 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
     def decode(self, feature_acts: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
         """Reconstruction from latents, in the SAE's dtype.
 
+        If few latents are not 0, only their decoder rows are read (``routes.py``). The other terms of the dense product
+        are exact zeros, unless ``W_dec`` has infinities or NaN, which weights files may not have. NaN and infinities
+        in the latents give what the dense product gives.
+
         Args:
             feature_acts: ``[..., d_sae]``.
             like: a tensor of the site, with or without a dimension of heads, whose layout the result gets. Without it,
@@ -203,7 +211,10 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
             DeviceError: for latents on another device.
         """
         feature_acts = checked_tensor(feature_acts, self.get_name(), self.W_dec.device)
-        recons = self.hook_sae_recons(feature_acts.to(self.dtype) @ self.W_dec + self.b_dec)
+        acts = feature_acts.to(self.dtype)
+        sparse = decoded_sparsely(acts, self.W_dec, self.b_dec)
+        recons = decode_sparse(acts, self.W_dec, self.b_dec) if sparse else acts @ self.W_dec + self.b_dec
+        recons = self.hook_sae_recons(recons)
         if like is None:
             return self.reshape_fn_out(recons, self.d_head)
         return self.reshape_fn_out(recons, like.shape[-1] if like.shape[-1] != self.cfg.d_in else None)
@@ -218,23 +229,48 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
         For an ``x`` of integers the result has the SAE's dtype. With SAELens's error term, the error is computed and
         added back in the wider of the two dtypes.
 
+        The latents are not made dense, except for hooks on them (``hooked_pass.py``).
+
         Raises:
             SpliceError, DeviceError: as :meth:`encode`.
         """
         x = self._floating(x)
-        out = self._reconstruct(x)
+        if self.use_error_term and self.is_transcoder:
+            raise SpliceError("A transcoder's error needs the MLP's output: splice it into a model instead.")
+        out, clean = self._sparse_pass(x) if self._runs_sparsely(x) else self._dense_pass(x)
         if self.use_error_term:
-            if self.is_transcoder:
-                raise SpliceError("A transcoder's error needs the MLP's output: splice it into a model instead.")
-            with torch.no_grad(), _disable_hooks(self):
-                clean = self._reconstruct(x)
-            out = out + self.hook_sae_error(x - clean)
+            with torch.no_grad():
+                error = self.hook_sae_error(x - clean)
+            out = out + error
         return self.hook_sae_output(out.to(x.dtype))
 
     def _floating(self, x: torch.Tensor) -> torch.Tensor:
         """``x``, with integers converted to the SAE's dtype, since a result of integers would be truncated."""
         x = checked_tensor(x, self.get_name(), self.W_enc.device)
         return x if x.is_floating_point() else x.to(self.dtype)
+
+    def _runs_sparsely(self, x: torch.Tensor) -> bool:
+        """Whether :meth:`forward` goes through the kernels: not if a subclass or the object has steps of its own."""
+        steps = ("process_sae_in", "encode", "decode")
+        ours = all(getattr(type(self), name) is getattr(GemmaScopeMixin, name) for name in steps)
+        if not ours or any(name in self.__dict__ for name in steps):
+            return False
+        if type(self).skip is not GemmaScopeMixin.skip and is_hooked(self.hook_sae_input):
+            return False  # an edit of the input changes the latents alone here, and the skip path too in a splice
+        return called_sparsely(self, x)
+
+    def _sparse_pass(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output for ``x``, and the output without hooks if the error term needs it."""
+        done = hooked_pass(self, self.reshape_fn_in(x), need_clean=self.use_error_term)
+        return self.reshape_fn_out(done.out, self.d_head), self.reshape_fn_out(done.clean, self.d_head)
+
+    def _dense_pass(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`_sparse_pass`."""
+        out = self._reconstruct(x)
+        if not (self.use_error_term and any(map(is_hooked, self.hook_dict.values()))):
+            return out, out
+        with torch.no_grad(), _disable_hooks(self):
+            return out, self._reconstruct(x)
 
     def _reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         out = self.decode(self.encode(x), like=x)

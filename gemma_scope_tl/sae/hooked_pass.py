@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_scope_tl.sae.few_tokens import is_few, reconstruct_few
+from gemma_scope_tl.sae.routes import dense_is_faster, kernels_apply
 from gemma_scope_tl.sae.sparse import SparseActs, compact, decode_sparse, encode_sparse
 
 
@@ -45,7 +47,13 @@ def hooked_pass(sae: Any, x: Tensor, need_clean: bool) -> HookedPass:
         The output and the clean reconstruction. With gradients enabled and a hook on the activations, the gradient of
         ``out`` passes through the tensor that the hook received, so that its ``grad`` is available.
     """
+    if is_few(x, sae.W_enc.shape[0]) and not any(map(is_hooked, _points(sae))):
+        out, skipped = reconstruct_few(x, sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec), sae.skip(x)
+        out = out if skipped is None else out + skipped
+        return HookedPass(out, out)
     x_clean = x.to(sae.dtype)
+    if _goes_dense(sae, x_clean):
+        return _dense_pass(sae, x_clean)
     x_in, edited_input = _offer(sae.hook_sae_input, x_clean)
     given, acts, dense = _encode(sae, x_in)
     edited_acts = given is not acts and not _same(given, acts)
@@ -71,10 +79,35 @@ def hooked_pass(sae: Any, x: Tensor, need_clean: bool) -> HookedPass:
         return HookedPass(out, clean.detach() if skipped is None else clean + skipped)
 
 
+def _points(sae: Any) -> tuple[torch.nn.Module, ...]:
+    """The hook points inside the pass."""
+    return sae.hook_sae_input, sae.hook_sae_acts_pre, sae.hook_sae_acts_post, sae.hook_sae_recons
+
+
 def is_hooked(point: torch.nn.Module) -> bool:
     """Whether a hook of any kind is attached to a hook point."""
     held = vars(point)  # torch has no public function for this
     return any(held[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+
+
+def _goes_dense(sae: Any, x: Tensor) -> bool:
+    """Whether a pass without hooks is dense: inside PyTorch's transforms, and with few tokens on a GPU.
+
+    On a processor the kernels' start costs little beside the model's pass, so that splices of all sizes take them.
+    """
+    if any(map(is_hooked, sae.hook_dict.values())):
+        return False
+    if x.is_cuda and dense_is_faster(x, sae.dtype, *sae.W_dec.shape, tracked=False):
+        return True
+    return not kernels_apply(x, sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec)
+
+
+def _dense_pass(sae: Any, x: Tensor) -> HookedPass:
+    pre = x @ sae.W_enc + sae.b_enc
+    out = torch.where(pre <= sae.threshold, 0.0, pre) @ sae.W_dec + sae.b_dec
+    skipped = sae.skip(x)
+    out = out if skipped is None else out + skipped
+    return HookedPass(out, out.detach())
 
 
 def _encode(sae: Any, x: Tensor) -> tuple[SparseActs, SparseActs, Tensor | None]:

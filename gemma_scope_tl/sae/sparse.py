@@ -23,7 +23,11 @@ terms is at most n u times the sum of their absolute values, with u = 2^-53 or 2
 within 1e-12 in float64 and 1e-5 in float32 at Gemma's widths. The order is fixed, so repeated passes give identical
 bits. A pre-activation that rounds to the other side of its threshold switches a latent, as between two BLAS libraries.
 
-SAEs of 16 bits return their dtype. The bias is added before the product is rounded, once; ``base.py`` rounds twice.
+SAEs of 16 bits return their dtype. The product is rounded to it before the bias is added, as ``base.py`` and SAELens
+do, so that all of them gate the same numbers.
+
+Second derivatives (``create_graph=True``) are computed with dense products, from the formulas above. With a bandwidth
+there are none, because the pseudo-derivative of the threshold has none.
 """
 
 from __future__ import annotations
@@ -34,11 +38,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sae import sparse_ops as ops
-from gemma_scope_tl.sae.ste import rectangle
+from gemma_scope_tl.sae.sparse_autograd import Decode, DecodeDense, DecodeWeights, Encode, EncodeWeights, spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +100,7 @@ class SparseActs:
 
     def to_dense(self) -> Tensor:
         """``[..., d_sae]``, differentiable with respect to ``values``."""
-        flat = self.tokens() * self.d_sae + self.latents
-        return self.values.new_zeros(self.n_tokens * self.d_sae).index_copy(0, flat, self.values).view(self.shape)
+        return spread(self.offsets, self.latents, self.values, self.d_sae).view(self.shape)
 
     @classmethod
     def from_dense(cls, acts: Tensor) -> SparseActs:
@@ -150,9 +152,10 @@ def encode_sparse(
     flat = x.reshape(-1, d_in).to(W_enc.dtype)
     weights = (W_enc, b_enc) if bandwidth is None else (W_enc, b_enc, threshold)
     fixed = W_enc.detach(), b_enc.detach(), threshold.detach(), bandwidth
-    values, *entries = _Encode.apply(flat, *fixed)  # type: ignore[misc]
+    values, *entries = Encode.apply(flat, *fixed, lambda: W_enc)  # type: ignore[misc]
     if _tracked(*weights):
-        values = values + _EncodeWeights.apply(W_enc, b_enc, threshold, flat.detach(), bandwidth, *entries)
+        inputs = flat.detach(), lambda: flat, bandwidth
+        values = values + EncodeWeights.apply(W_enc, b_enc, threshold, *inputs, *entries)
     return SparseActs(entries[0], entries[1], values, (*x.shape[:-1], d_sae))
 
 
@@ -177,13 +180,16 @@ def decode_sparse(acts: SparseActs | Tensor, W_dec: Tensor, b_dec: Tensor) -> Te
     out: Any
     fixed = W_dec.detach(), b_dec.detach()
     if isinstance(acts, Tensor):
-        out, *entries = _DecodeDense.apply(acts.reshape(-1, d_sae).to(W_dec.dtype), *fixed)  # type: ignore[misc]
+        flat = acts.reshape(-1, d_sae).to(W_dec.dtype)
+        out, *entries = DecodeDense.apply(flat, *fixed, lambda: W_dec)  # type: ignore[misc]
+        dense = lambda: flat  # noqa: E731
     else:
         values = acts.values.to(W_dec.dtype)
         entries = [acts.offsets, acts.latents, values.detach()]
-        out = _Decode.apply(values, *fixed, acts.offsets, acts.latents)
+        out = Decode.apply(values, *fixed, acts.offsets, acts.latents, lambda: W_dec)
+        dense = lambda: spread(acts.offsets, acts.latents, values, d_sae)  # noqa: E731
     if _tracked(W_dec, b_dec):
-        out = out + _DecodeWeights.apply(W_dec, b_dec, *entries)
+        out = out + DecodeWeights.apply(W_dec, b_dec, *entries, dense)
     return out.view(*acts.shape[:-1], d_out)
 
 
@@ -207,135 +213,3 @@ def reconstruct(
 
 def _tracked(*weights: Tensor) -> bool:
     return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-
-
-class _Encode(torch.autograd.Function):
-    """Values, offsets and latents of ``x [n, d_in]``, differentiable only with respect to ``x``.
-
-    With a bandwidth it also returns which entries are active and which are near their threshold. Use
-    :func:`encode_sparse`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None
-    ) -> tuple[Tensor | None, ...]:
-        # The limit is slightly low, so that rounding in theta - epsilon / 2 loses no entry that the kernel counts.
-        limit = threshold if bandwidth is None else threshold - 0.51 * bandwidth
-        offsets, latents, values = ops.encode(x, w_enc, b_enc, limit)
-        on = near = None
-        if bandwidth is not None:
-            theta = threshold.index_select(0, latents)
-            on, near = ~(values <= theta), rectangle((values - theta) / bandwidth)
-            kept = (on | (near > 0)).nonzero().squeeze(1)
-            rows = ops.rows_of(offsets, latents.shape[0]).index_select(0, kept)
-            offsets = ops.starts_of(rows.bincount(minlength=x.shape[0]))
-            latents, values, on, near = (t.index_select(0, kept) for t in (latents, values, on, near))
-            values = torch.where(on, values, 0.0)
-            ctx.mark_non_differentiable(on, near)
-        ctx.save_for_backward(w_enc, offsets, latents, on)
-        ctx.mark_non_differentiable(offsets, latents)
-        return values, offsets, latents, on, near
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        w_enc, offsets, latents, on = ctx.saved_tensors
-        grad_pre = grads[0].contiguous() if on is None else grads[0] * on
-        return ops.column_sums(offsets, latents, grad_pre, w_enc), None, None, None, None
-
-
-class _EncodeWeights(torch.autograd.Function):
-    """Zeros ``[nnz]`` to add to the values of :class:`_Encode`. They carry the gradients of the encoder weights."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        w_enc: Tensor,
-        b_enc: Tensor,
-        threshold: Tensor,
-        x: Tensor,
-        bandwidth: float | None,
-        offsets: Tensor,
-        latents: Tensor,
-        on: Tensor | None,
-        near: Tensor | None,
-    ) -> Tensor:
-        ctx.bandwidth, ctx.like = bandwidth, w_enc.dtype
-        ctx.save_for_backward(x, threshold, offsets, latents, on, near)
-        return x.new_zeros(latents.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        x, threshold, offsets, latents, on, near = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        need_w, need_b, need_threshold = ctx.needs_input_grad[:3]
-        grad_pre, d_sae = grad if on is None else grad * on, threshold.shape[0]
-        grad_w = ops.latent_sums(offsets, latents, grad_pre, d_sae, x).T if need_w else None
-        grad_b = ops.bias_sums(offsets, latents, grad_pre, d_sae).to(ctx.like) if need_b else None
-        grad_threshold = None
-        if need_threshold and near is not None:  # near is None without a bandwidth
-            total = ops.bias_sums(offsets, latents, near * grad, d_sae)
-            grad_threshold = -(threshold / ctx.bandwidth) * total.to(threshold.dtype)
-        return grad_w, grad_b, grad_threshold, None, None, None, None, None, None
-
-
-class _Decode(torch.autograd.Function):
-    """``f W_dec + b_dec`` of CSR values, differentiable only with respect to these. Use :func:`decode_sparse`."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, w_dec: Tensor, b_dec: Tensor, offsets: Tensor, latents: Tensor) -> Tensor:
-        ctx.save_for_backward(w_dec, offsets, latents)
-        return ops.row_sums(offsets, latents, values, w_dec).add_(b_dec)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        w_dec, offsets, latents = ctx.saved_tensors
-        return ops.sampled(offsets, latents, grads[0].contiguous(), w_dec), None, None, None, None
-
-
-class _DecodeDense(torch.autograd.Function):
-    """``f W_dec + b_dec`` of a dense ``f [n, d_sae]`` that is mostly 0, with a dense gradient, and the entries of f."""
-
-    @staticmethod
-    def forward(ctx: Any, acts: Tensor, w_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, ...]:
-        offsets, latents, values = ops.compact(acts, None)
-        ctx.save_for_backward(w_dec)
-        ctx.mark_non_differentiable(offsets, latents, values)
-        return ops.row_sums(offsets, latents, values, w_dec).add_(b_dec), offsets, latents, values
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        (w_dec,) = ctx.saved_tensors
-        return ops.product(grads[0].contiguous(), w_dec.T), None, None
-
-
-class _DecodeWeights(torch.autograd.Function):
-    """A zero to add to the output of a decoder. It carries the gradients of the decoder weights."""
-
-    @staticmethod
-    def forward(ctx: Any, w_dec: Tensor, b_dec: Tensor, offsets: Tensor, latents: Tensor, values: Tensor) -> Tensor:
-        ctx.d_sae = w_dec.shape[0]
-        ctx.save_for_backward(offsets, latents, values)
-        return b_dec.new_zeros(1).expand(offsets.shape[0] - 1, w_dec.shape[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        offsets, latents, values = ctx.saved_tensors
-        grad, (need_w, need_b) = grads[0].contiguous(), ctx.needs_input_grad[:2]
-        grad_w = ops.latent_sums(offsets, latents, values, ctx.d_sae, grad) if need_w else None
-        return grad_w, grad.sum(0) if need_b else None, None, None, None

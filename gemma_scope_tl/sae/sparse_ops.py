@@ -83,18 +83,16 @@ def _triton(tensor: Tensor) -> ModuleType | None:
     return sparse_triton
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """``a @ b (+ bias)`` in the dtype of the arguments.
+def product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``a @ b`` in the dtype of the arguments.
 
     16-bit matrices on a CPU without instructions for them are multiplied in float32, a block of ``b`` at a time, and
     rounded once. This is as accurate as the 16-bit product, which also accumulates in float32.
     """
     if a.is_cuda or native_half(a.dtype):
-        if bias is None:
-            return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
-        return torch.addmm(bias, a, b) if out is None else torch.addmm(bias, a, b, out=out)
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     wide = a.float()
-    result = torch.zeros(a.shape[0], b.shape[1]) if bias is None else bias.float().repeat(a.shape[0], 1)
+    result = torch.zeros(a.shape[0], b.shape[1])
     step = max(1, BLOCK_BYTES // (4 * min(b.shape)))
     if b.shape[1] >= b.shape[0]:
         for j in range(0, b.shape[1], step):
@@ -108,7 +106,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
 def encode(x: Tensor, w_enc: Tensor, b_enc: Tensor, limit: Tensor) -> Entries:
     """Pre-activations ``x W_enc + b_enc`` of ``x [n, d_in]`` above ``limit [d_sae]``, or NaN.
 
-    They are computed in blocks of :data:`BLOCK_BYTES`, so memory never holds all of ``[n, d_sae]``.
+    They are computed in blocks of :data:`BLOCK_BYTES`, so memory never holds all of ``[n, d_sae]``. The bias is added
+    to the rounded product, because the dense ``encode`` does so and must agree about every gate.
 
     Returns:
         offsets ``[n + 1]``, latents ``[nnz]``, pre-activations ``[nnz]``.
@@ -118,7 +117,7 @@ def encode(x: Tensor, w_enc: Tensor, b_enc: Tensor, limit: Tensor) -> Entries:
     kernels = _triton(x)
     if kernels is not None:
         step = max(1, GPU_BLOCK_BYTES // (d_sae * x.element_size()))
-        blocks = (torch.addmm(b_enc, x[i : i + step], w_enc) for i in range(0, n, step))
+        blocks = (torch.mm(x[i : i + step], w_enc).add_(b_enc) for i in range(0, n, step))
         return _stack([kernels.compact(pre, limit) for pre in blocks], x)
     tokens, width = _block_shape(x, d_sae)
     buffer = torch.empty(tokens * width, dtype=x.dtype, device=x.device)
@@ -130,7 +129,7 @@ def encode(x: Tensor, w_enc: Tensor, b_enc: Tensor, limit: Tensor) -> Entries:
         for j in range(0, d_sae, width):
             at = slice(j, min(j + width, d_sae))
             shape = rows.shape[0], at.stop - at.start
-            pre = product(rows, w_enc[:, at], b_enc[at], out=buffer[: shape[0] * shape[1]].view(shape))
+            pre = product(rows, w_enc[:, at], out=buffer[: shape[0] * shape[1]].view(shape)).add_(b_enc[at])
             row, column, value = _select(pre, limit[at], mask)
             found.append((row, column + j, value))
         parts.append(_by_row(found, rows.shape[0]))
@@ -249,7 +248,7 @@ def rows_of(offsets: Tensor, nnz: int) -> Tensor:
 
 def row_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor) -> Tensor:
     """``F @ matrix`` for the sparse ``F [n, d_sae]`` and ``matrix [d_sae, d]``: a sum of rows for each token."""
-    if _dense(offsets, latents, matrix.shape[0], DENSE_ROWS):
+    if dense_wins(offsets, latents, matrix.shape[0], DENSE_ROWS):
         return _dense_rows(offsets, latents, values, matrix)
     return weighted_rows(offsets, latents, values, matrix)
 
@@ -274,7 +273,7 @@ def column_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor
         return row_sums(offsets, latents, values, matrix.T)
     n, d_sae = offsets.shape[0] - 1, matrix.shape[1]
     narrow = values.dtype not in (torch.float32, torch.float64)  # no sparse product for these
-    if narrow or _dense(offsets, latents, d_sae, DENSE_COLUMNS):
+    if narrow or dense_wins(offsets, latents, d_sae, DENSE_COLUMNS):
         return _dense_rows(offsets, latents, values, matrix.T)
     if latents.shape[0] == 0:
         return matrix.new_zeros(n, matrix.shape[0])
@@ -288,7 +287,7 @@ def column_sums(offsets: Tensor, latents: Tensor, values: Tensor, matrix: Tensor
 
 def latent_sums(offsets: Tensor, latents: Tensor, values: Tensor, d_sae: int, x: Tensor) -> Tensor:
     """``F^T @ x`` for the sparse ``F [n, d_sae]`` and ``x [n, d]``: for each latent, a sum of rows of ``x``."""
-    if x.shape[1] > 1 and _dense(offsets, latents, d_sae, DENSE_LATENTS):
+    if x.shape[1] > 1 and dense_wins(offsets, latents, d_sae, DENSE_LATENTS):
         total = torch.zeros(d_sae, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         for at, chunk in _dense_chunks(offsets, latents, values, d_sae):
             total += product(chunk.T, x[at])
@@ -317,7 +316,7 @@ def sampled(
     if nnz == 0:
         return left.new_zeros(0)
     in_order = not matrix.is_cuda and matrix.nbytes > CACHED_BYTES and 2 * nnz >= d_sae
-    dense = _dense(offsets, latents, d_sae, DENSE_IN_ORDER if in_order else DENSE_ROWS)
+    dense = dense_wins(offsets, latents, d_sae, DENSE_IN_ORDER if in_order else DENSE_ROWS)
     kernels = _triton(matrix)
     if kernels is not None and not dense:
         return kernels.sampled(offsets, latents, left, matrix)
@@ -355,7 +354,8 @@ def _silence_beta_warning() -> None:
         torch.sparse_csr_tensor(offsets, none, none, (0, 0))
 
 
-def _dense(offsets: Tensor, latents: Tensor, d_sae: int, above: float) -> bool:
+def dense_wins(offsets: Tensor, latents: Tensor, d_sae: int, above: float) -> bool:
+    """Whether the entries are denser than ``above``, one of the constants of this module."""
     return latents.shape[0] > above * (offsets.shape[0] - 1) * d_sae
 
 

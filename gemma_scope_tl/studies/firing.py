@@ -12,7 +12,7 @@ from rich.progress import track
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import LatentCounts
 from gemma_scope_tl.evals.cache import Checkpoint, MetricsCache, key_of
-from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, clean_batches, rows_that_fit
+from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, read_batches, rows_that_fit
 from gemma_scope_tl.evals.run import facts_of
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.text.batch import Text, TokenBatch
@@ -96,7 +96,7 @@ def count_firing(
         places = list(dict.fromkeys(subjects[number].place for number in pending))
         fitting = rows_that_fit(model, places, rows.ids.shape[1], batch_size, memory_budget)
         start = checkpoint.restore()
-        batches = clean_batches(model, rows.ids, places, special, fitting, start, rows.mask)
+        batches = read_batches(model, rows.ids, places, special, fitting, start, rows.mask)
         total = -(-(rows.ids.shape[0] - start) // fitting)
         for done, batch in enumerate(track(batches, "counting", total, transient=True, disable=not progress), 1):
             inputs = {place: batch.activations(place) for place in places}

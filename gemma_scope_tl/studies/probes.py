@@ -20,7 +20,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, CleanBatch, clean_batches, rows_that_fit
+from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, ReadBatch, read_batches, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
@@ -90,7 +90,7 @@ def probe_concepts(
     rows: list[dict[str, Any]] = []
     for place in _shown(list(dict.fromkeys(subject.place for subject in subjects)), progress):
         fit = rows_that_fit(model, [place], data.tokens.shape[1], batch_size, memory_budget)
-        passes = partial(clean_batches, model, places=[place], special=special, batch_size=fit)
+        passes = partial(read_batches, model, places=[place], special=special, batch_size=fit)
         rows += _of_place([one for one in subjects if one.place == place], data, asked, k, passes, options)
     return pd.DataFrame(rows)
 
@@ -148,7 +148,7 @@ def _of_place(
     data: LabelledRows,
     asked: Sequence[_Asked],
     k: Sequence[int],
-    passes: Callable[..., Iterator[CleanBatch]],
+    passes: Callable[..., Iterator[ReadBatch]],
     options: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """All probes of the SAEs of one place; ``passes(tokens=…)`` iterates over the clean batches of the tokens."""
@@ -251,7 +251,7 @@ def _balanced(label: NDArray[Any], most: int, seed: int) -> NDArray[np.int64]:
     return np.sort(np.concatenate([yes[:taken], no[: most - taken]]))
 
 
-def _sample(batches: Iterator[CleanBatch], place: Place) -> torch.Tensor:
+def _sample(batches: Iterator[ReadBatch], place: Place) -> torch.Tensor:
     parts: list[torch.Tensor] = []
     held = 0
     for batch in batches:
@@ -264,7 +264,7 @@ def _sample(batches: Iterator[CleanBatch], place: Place) -> torch.Tensor:
 
 @torch.no_grad()
 def _features(
-    encoders: Sequence[Any], batches: Iterator[CleanBatch], place: Place, asked: Sequence[_Asked]
+    encoders: Sequence[Any], batches: Iterator[ReadBatch], place: Place, asked: Sequence[_Asked]
 ) -> list[list[Units]]:
     """For each encoder, the latents (for None, the raw activations) of each concept's units, from one pass."""
     held: list[list[list[NDArray[np.float32]]]] = [[[] for _ in asked] for _ in encoders]

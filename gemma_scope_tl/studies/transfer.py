@@ -9,7 +9,7 @@ import torch
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import Mean
-from gemma_scope_tl.evals.clean_pass import clean_batches
+from gemma_scope_tl.evals.clean_pass import read_batches
 from gemma_scope_tl.evals.saes import Subject, subjects_of
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
@@ -112,7 +112,7 @@ def norm_ratios(
     means: list[dict[Place, Mean]] = []
     for model in (base, tuned):
         found = {place: Mean() for place in kept}
-        for batch in clean_batches(model, tokens, kept, special_ids(model), batch_size):
+        for batch in read_batches(model, tokens, kept, special_ids(model), batch_size):
             for place, mean in found.items():
                 mean.update(batch.activations(place).double().norm(dim=1))
         means.append(found)

@@ -66,10 +66,18 @@ class Style:
         ax.grid(visible=True, alpha=0.25, lw=0.6)
 
     def legend(self, figure: Figure, ax: Axes, most: int) -> None:
-        """Draw one legend below all panels, unless there are more than ``most`` names, or only one."""
+        """Draw one legend below all panels, unless there are more than ``most`` names, or only one.
+
+        It has up to four columns, fewer where long names would not fit.
+        """
+        from matplotlib.textpath import TextPath
+
         handles, labels = ax.get_legend_handles_labels()
         if 1 < len(labels) <= most:
-            figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=self.tick, frameon=False)
+            longest = max(TextPath((0, 0), label, size=self.tick).get_extents().width for label in labels)
+            column = longest + 5.0 * self.tick  # the line beside a name, and the space between columns
+            columns = max(1, min(4, int(72 * figure.get_figwidth() / column)))
+            figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=self.tick, frameon=False)
 
 
 STYLE = Style()

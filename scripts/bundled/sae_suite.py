@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,6 +61,7 @@ def publish(suite: Path, *, windows: int | None, report: Callable[[str], object]
     table = _measure(pairs, tokens, suite / "measured")
     published: list[Published] = []
     for row, metrics in zip(facts["saes"], table.to_dict("records"), strict=True):
+        metrics = {str(name): value for name, value in metrics.items()}
         place = Place(row["site"], row["layer"])
         published.append(publish_folder(staging, staging / "rounded" / row["path"], place, row, metrics))
         report(f"{published[-1].folder}: FVU {metrics['fvu']:.4f}, delta loss {metrics['delta_loss']:.4f}")
@@ -104,7 +106,7 @@ def _round(path: Path, to: Path) -> None:
     write_atomic(to, lambda temporary: write_npz(temporary, arrays, compress=True))
 
 
-def _measure(saes: list[tuple[dict, Path]], tokens: torch.Tensor, cache: Path) -> pd.DataFrame:
+def _measure(saes: list[tuple[dict[str, Any], Path]], tokens: torch.Tensor, cache: Path) -> pd.DataFrame:
     """A row for each SAE, read from the file that will ship; ``cache`` is a folder for continuing a stopped run."""
     model = gs.load_model("bundled")
     loaded = []

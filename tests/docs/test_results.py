@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pandas as pd
+import json
 
-from scripts import results_page, study_page
+import pandas as pd
+import pytest
+
+from benchmarks.frontier import load_points
+from scripts import study_page
+from scripts.page_numbers.sources import ROOT
 from scripts.results_page import results
 
 SITES = ("res", "mlp", "att")
@@ -14,16 +19,6 @@ def layered() -> pd.DataFrame:
     """The SAEs that are there at two widths."""
     table = results()
     return table[table["site"].isin(SITES)]
-
-
-def test_the_tables_are_those_of_the_results() -> None:
-    for page, made in ((results_page.PAGE, results_page.with_table), (study_page.PAGE, study_page.with_all_tables)):
-        text = page.read_text(encoding="utf-8")
-        assert made(text) == text
-
-
-def test_the_suite_is_that_of_the_page() -> None:
-    assert f"{len(results())} SAEs" in results_page.PAGE.read_text(encoding="utf-8")
 
 
 def test_more_latents_and_more_active_ones_reconstruct_better() -> None:
@@ -52,6 +47,21 @@ def test_which_latents_are_dense_or_dead() -> None:
     assert last["dead"].between(0.45, 0.6).all()
     table = results()
     assert 26 < table[table["site"] == "embedding"]["l0"].max() < 28
+
+
+def test_what_is_said_of_attributions() -> None:
+    """README.md: integrated gradients predict single ablations less well."""
+    facts = json.loads((ROOT / "docs" / "attribution.json").read_text(encoding="utf-8"))["results"]
+    r = {(row["site"], row["method"]): row["pearson"] for row in facts}
+    assert all(r[site, "integrated"] < r[site, "gradient"] - 0.02 for site in ("res", "mlp"))
+
+
+@pytest.mark.parametrize("name", ["pareto", "smollm2_pareto"])
+def test_what_is_said_of_the_comparisons(name: str) -> None:
+    """docs/paper.md: both metrics are lower for this package's recipe, except FVU at the largest L0."""
+    rows = load_points(name)["rows"]
+    ratios = [row["ratio"] for row in rows]
+    assert all(ratio > 1 for ratio in ratios[:-2]) and ratios[-2] < 1
 
 
 def test_what_is_said_of_the_studies() -> None:

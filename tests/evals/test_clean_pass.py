@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from gemma_scope_tl.errors import AdapterMismatch
-from gemma_scope_tl.evals.clean_pass import CleanPass, clean_batches, rows_that_fit, run_to_final_norm
+from gemma_scope_tl.evals.clean_pass import (
+    CleanPass,
+    clean_batches,
+    read_batches,
+    rows_that_fit,
+    run_to_final_norm,
+)
 from gemma_scope_tl.evals.next_token import LogitHead
 from gemma_scope_tl.sites import BACKENDS, Place, get_site
 from tests.helpers import hooked, random_gemma, random_tokens, shared_model
@@ -103,3 +109,26 @@ def test_rows_that_fit_grow_with_the_budget_and_stop_at_the_batch() -> None:
     assert fitting[0] == 1
     assert fitting[-1] == 8
     assert fitting[0] < fitting[1] < fitting[2] < fitting[3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_that_are_only_read_have_the_same_bits_and_end_at_the_last_place(backend: str) -> None:
+    model, ran = shared_model("grouped", backend), list[int]()
+    tokens, places = _padded_tokens(model), [Place("transcoder", 1), Place("att", 2), Place("embedding", None)]
+    whole = list(clean_batches(model, tokens, places, (0, 1, 2), batch_size=2))
+    handles = [
+        block.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+        for layer, block in enumerate(model.blocks)
+    ]
+    unembed = model.unembed.register_forward_hook(lambda *_: ran.append(-1))
+    try:
+        read = list(read_batches(model, tokens, places, (0, 1, 2), batch_size=2))
+    finally:
+        for handle in (*handles, unembed):
+            handle.remove()
+    assert ran == [0, 1, 0, 1]  # two batches, and the heads of layer 2 are inside it
+    for one, other in zip(read, whole, strict=True):
+        assert one.start == other.start and torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.ordinary, other.ordinary)
+        for place in places:
+            assert torch.equal(one.activations(place), other.activations(place)), place

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -43,7 +45,58 @@ def test_chunks_keep_to_the_budget() -> None:
     row = 96 * 4
     assert LogitHead(model, 1).chunk == 1
     for tokens in (1, 5, 40):
-        assert LogitHead(model, 3 * row * tokens).chunk == tokens
+        assert LogitHead(model, 4 * row * tokens).chunk == tokens
+
+
+class _Head:
+    """What :class:`LogitHead` reads of a model, with a matrix of any shape."""
+
+    def __init__(self, matrix: torch.Tensor, cap: float | None, bias: torch.Tensor | None = None) -> None:
+        self.ln_final = torch.nn.Identity()
+        self.unembed = SimpleNamespace(W_U=matrix, b_U=bias)
+        self.cfg = SimpleNamespace(output_logits_soft_cap=cap)
+
+
+@pytest.mark.parametrize("layout", ["vocabulary-major", "row-major"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("cap", "bias", "scale"), [(30.0, False, 1.0), (None, True, 1.0), (None, False, 40.0), (90.0, True, 4.0)]
+)
+@torch.no_grad()
+def test_blocks_of_the_vocabulary_sum_to_the_whole(
+    layout: str, dtype: torch.dtype, cap: float | None, bias: bool, scale: float
+) -> None:
+    """Three blocks of columns and three chunks of tokens, the last ones incomplete, against float64 in one piece.
+
+    Logits are up to ``5 * scale``. Their rounding in float32 is 6e-8 of that, for losses as for the terms of KL; with
+    ``scale`` 40 the maximum of the row moves by hundreds from block to block.
+    """
+    generator = torch.Generator().manual_seed(0)
+    d, vocabulary, n = 48, 2 * 1024 + 333, 1300
+    matrix = torch.randn(vocabulary, d, generator=generator).mul_(scale / d**0.5).to(dtype).T
+    matrix = matrix if layout == "vocabulary-major" else matrix.contiguous()
+    b = torch.randn(vocabulary, generator=generator).to(dtype) if bias else None
+    head = LogitHead(_Head(matrix, cap, b), 1 << 26)  # pyright: ignore[reportArgumentType]
+    x = torch.randn(n, d, generator=generator).to(dtype)
+    others = [(x + 0.1 * torch.randn(n, d, generator=generator).to(dtype)).to(dtype) for _ in range(2)]
+    targets = torch.randint(vocabulary, (n,), generator=generator)
+    assert head.block < vocabulary and head.chunk < n
+    losses, scores = head.score(x, [(others[0], True), (others[1], False)], targets)
+
+    def exact(rows: torch.Tensor) -> torch.Tensor:
+        logits = rows.double() @ matrix.double() + (0 if b is None else b.double())
+        return (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
+
+    p, q = exact(x), exact(others[0])
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5 * max(1.0, scale)
+    at = targets.unsqueeze(1)
+    torch.testing.assert_close(losses.double(), -p.gather(1, at).squeeze(1), rtol=0, atol=tolerance)
+    torch.testing.assert_close(scores[0].losses.double(), -q.gather(1, at).squeeze(1), rtol=0, atol=tolerance)
+    wanted = -exact(others[1]).gather(1, at).squeeze(1)
+    torch.testing.assert_close(scores[1].losses.double(), wanted, rtol=0, atol=tolerance)
+    assert scores[0].divergences is not None and scores[1].divergences is None
+    kl = (p.exp() * (p - q)).sum(-1)
+    torch.testing.assert_close(scores[0].divergences.double(), kl, rtol=1e-5, atol=tolerance)
 
 
 @torch.no_grad()

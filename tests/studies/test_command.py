@@ -119,7 +119,7 @@ def test_frequency_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a pass was made")
 
-    monkeypatch.setattr("gemma_scope_tl.studies.firing.clean_batches", refuse)
+    monkeypatch.setattr("gemma_scope_tl.studies.firing.read_batches", refuse)
     assert _run(*args) == first
     with pytest.raises(AssertionError, match="a pass was made"):
         _run(*args, "--context", "16")

@@ -20,7 +20,7 @@ def test_a_stopped_count_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     options: dict[str, Any] = {"batch_size": 1, "progress": False, "bins": 4}
     wanted = firing_frequencies(model, saes, tokens, **options)
     monkeypatch.setattr(firing, "CHECKPOINT", 3)
-    real, seen = firing.clean_batches, []
+    real, seen = firing.read_batches, []
 
     def stopping(*args: Any) -> Any:
         for batch in real(*args):
@@ -29,7 +29,7 @@ def test_a_stopped_count_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             seen.append(batch.start)
             yield batch
 
-    monkeypatch.setattr(firing, "clean_batches", stopping)
+    monkeypatch.setattr(firing, "read_batches", stopping)
     with pytest.raises(KeyboardInterrupt):
         firing_frequencies(model, saes, tokens, cache=tmp_path, **options)
     seen[:] = []

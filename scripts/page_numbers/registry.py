@@ -1,0 +1,264 @@
+"""Every number in the prose of the pages: its name there, the file it comes from, and how it is shown."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_tl.interp import Sampling
+from gemma_scope_tl.model.sizes import sizes_of
+from scripts.page_numbers import Number
+
+ATTRIBUTION = "docs/attribution.json"
+HARDWARE, CLUSTERS = "docs/hardware.json", "docs/clusters.json"
+RESULTS, LOG = "gemma_scope_tl/bundled/results", "gemma_scope_tl/bundled/saes/training.jsonl"
+MODEL, METRICS = "gemma_scope_tl/bundled/model/config.json", "gemma_scope_tl/bundled/model/metrics.json"
+CONFIG = "configs/bundled.yaml"
+PARETO, SMOLLM2 = "benchmarks/results/pareto.json", "benchmarks/results/smollm2_pareto.json"
+SEARCH, SMOLLM2_SEARCH = "benchmarks/results/search/pareto.jsonl", "benchmarks/results/search/smollm2_pareto.jsonl"
+LAYERED = ("res", "mlp", "att")
+"""The sites whose SAEs have two widths."""
+
+
+def _attribution(site: str, method: str) -> Callable[[Any], float]:
+    def value(facts: Any) -> float:
+        (row,) = [row for row in facts["results"] if (row["site"], row["method"]) == (site, method)]
+        return row["pearson"]
+
+    return value
+
+
+def _gigabytes(model: str, **wanted: Any) -> Callable[[Any], float]:
+    def value(data: Any) -> float:
+        rows = data["saes"] if wanted else data["models"]
+        (row,) = [r for r in rows if r["model"] == model and all(r[key] == item for key, item in wanted.items())]
+        return row["bytes_float32"] / 1e9
+
+    return value
+
+
+def _canonical(pick: Callable[[Any], Any]) -> Callable[[Any], float]:
+    def value(rows: Any) -> float:
+        return float(pick(rows[rows["canonical"] & ~rows["model"].str.startswith("bundled")]["l0"]))
+
+    return value
+
+
+def _ranked(table: Any) -> Any:
+    """The results with ``rank``: the number, from 0, of an SAE among those of its place and width by L0."""
+    keys = ["site", "layer", "d_sae"]
+    return table.assign(rank=table.groupby(keys, dropna=False)["l0"].rank().astype(int) - 1)
+
+
+def _widths(table: Any) -> list[int]:
+    return sorted(table[table["site"].isin(LAYERED)]["d_sae"].unique())
+
+
+def _at(pick: int, **wanted: Any) -> Callable[[Any], Any]:
+    """The rows of the narrow (0) or wide (1) SAEs with these values; ``rank=2`` are the densest."""
+
+    def rows(table: Any) -> Any:
+        table = _ranked(table)
+        table = table[table["d_sae"] == _widths(table)[pick]]
+        for key, value in wanted.items():
+            table = table[table[key].isin(value if isinstance(value, tuple) else (value,))]
+        return table
+
+    return rows
+
+
+def _mean(pick: int, column: str, **wanted: Any) -> Callable[[Any], float]:
+    return lambda table: float(_at(pick, **wanted)(table)[column].mean())
+
+
+def _largest_mean(pick: int, column: str, sites: tuple[str, ...], **wanted: Any) -> Callable[[Any], float]:
+    """The largest of the means over layers, of each site and sparsity."""
+    return lambda table: float(_at(pick, site=sites, **wanted)(table).groupby(["site", "rank"])[column].mean().max())
+
+
+def _embedding_end(log: Any) -> Any:
+    """The last row of the log of the embedding SAE with the largest target."""
+    rows = log[log["site"] == "embedding"]
+    return rows[rows["target_l0"] == rows["target_l0"].max()].sort_values("step").iloc[-1]
+
+
+def _trained(config: Any) -> float:
+    """Activations that each SAE of the suite was trained on, in millions."""
+    return config["steps"] * config["recipe"]["batch_size"] / 1e6
+
+
+def _labels(data: Any) -> list[str]:
+    """The L0s at which two recipes are compared, as the rows name them."""
+    found = [re.search(r"at L0 (\d+)", row["what"]) for row in data["rows"]]
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _share_of_dense(low: float, high: float, pick: Callable[[Any], Any]) -> Callable[[Any], float]:
+    """Of the peer's SAEs with penalties tanh and step and an L0 between two bounds."""
+
+    def value(data: Any) -> float:
+        points = [p for p in data["points"] if p["recipe"].endswith(("tanh", "step")) and low < p["l0"] < high]
+        return float(pick(points))
+
+    return value
+
+
+def _densest(data: Any, recipe: str = "ours") -> Any:
+    return max((p for p in data["points"] if p["recipe"] == recipe), key=lambda point: point["l0"])
+
+
+def _best(beta2: float, steps: int = 1000) -> Callable[[Any], float]:
+    """The lowest FVU of this package's runs in the search with an L0 within a tenth of its target."""
+
+    def value(log: Any) -> float:
+        rows = log[(log["mode"] == "ours") & (log["steps"] == steps)]
+        rows = rows[[betas[1] == beta2 for betas in rows["betas"]]]
+        return float(rows[(rows["l0"] / rows["target"] - 1).abs() < 0.1]["fvu"].min())
+
+    return value
+
+
+def _unscaled(log: Any) -> float:
+    """The share of dead latents of the run with the settings of the bundled model as they are."""
+    return 1.0 - float(log[log["mode"] == "ours"].iloc[0]["alive"])
+
+
+def _released(rows: Any) -> int:
+    """The SAEs of the registry that are not bundled, without those that it marks as not verified yet."""
+    rows = rows[~rows["model"].str.startswith("bundled")]
+    return len(rows[~rows["unverified"]] if "unverified" in rows else rows)
+
+
+def _picture(record: Any) -> str:
+    """What the page of the demo says of its picture: nothing, unless the last run had to leave it as it was."""
+    return "The picture was made with an earlier suite." if "left_out" in record.get("demo-picture", {}) else ""
+
+
+NUMBERS: dict[str, Number] = {
+    "registry.released": Number("pretrained_yaml", _released, "{:,}"),
+    "registry.bundled": Number("pretrained_yaml", lambda rows: int((rows["model"] == "bundled").sum())),
+    "registry.canonical.lowest": Number("pretrained_yaml", _canonical(np.min), "{:.0f}"),
+    "registry.canonical.highest": Number("pretrained_yaml", _canonical(np.max), "{:.0f}"),
+    **{
+        f"attribution.{site}.{method}": Number(ATTRIBUTION, _attribution(site, method), "{:.2f}")
+        for site in ("res", "mlp")
+        for method in ("gradient", "integrated")
+    },
+    "attribution.pairs": Number(ATTRIBUTION, lambda facts: sum(r["pairs"] for r in facts["results"]) // 2),
+    # Memory and disk, computed from shapes.
+    "size.2b": Number(HARDWARE, _gigabytes("gemma-2-2b"), "{:.0f} GB"),
+    "size.2b.16k": Number(HARDWARE, lambda d: 1e3 * _gigabytes("gemma-2-2b", site="res", width="16k")(d), "{:.0f} MB"),
+    "size.2b.1m": Number(HARDWARE, _gigabytes("gemma-2-2b", site="res", width="1m"), "{:.0f} GB"),
+    "hardware.reserve": Number("scripts/hardware_table.py", lambda m: m.RESERVE / 1e9, "{:.0f} GB"),
+    "hardware.batch": Number("scripts/hardware_table.py", lambda m: m.BATCH, "{:,}"),
+    "hardware.bucket": Number("scripts/hardware_table.py", lambda m: m.BUCKET, "{:,}"),
+    "hardware.float32": Number(CLUSTERS, lambda plan: plan["hardware"]["fp32_flops"] / 1e12, "{:.0f} TFLOP/s"),
+    "hardware.places.2b": Number(HARDWARE, lambda data: data["buffers"][1]["places"]),
+    "plan.layers": Number(CLUSTERS, lambda plan: plan["model"]["layers"]),
+    "plan.places": Number(CLUSTERS, lambda plan: plan["model"]["places"]),
+    "plan.products": Number(CLUSTERS, lambda plan: plan["measured"]["products"], "{:.1f}"),
+    # The shape of Gemma 2 2B.
+    "shape.2b.d_model": Number("gemma_scope_tl/model/sizes.py", lambda _: sizes_of("gemma-2-2b").dims.d_model, "{:,}"),
+    "shape.2b.heads": Number(
+        "gemma_scope_tl/model/sizes.py",
+        lambda _: sizes_of("gemma-2-2b").dims.n_heads * sizes_of("gemma-2-2b").dims.d_head,
+        "{:,}",
+    ),
+    "shape.2b.scale": Number(
+        "gemma_scope_tl/model/sizes.py", lambda _: sizes_of("gemma-2-2b").dims.d_model ** 0.5, "{:.0f}"
+    ),
+    "shape.vocabulary": Number("gemma_scope_tl/model/sizes.py", lambda _: sizes_of("gemma-2-2b").d_vocab, "{:,}"),
+    # The bundled model and suite.
+    "model.parameters": Number(METRICS, lambda data: data["parameters"] / 1e6, "{:.1f} million"),
+    "model.d_model": Number(MODEL, lambda config: config["hidden_size"]),
+    "suite.activations": Number(CONFIG, _trained, "{:.1f} million"),
+    "suite.shorter": Number(CONFIG, lambda config: 4e9 / (1e6 * _trained(config)), "{:,.0f}"),
+    "suite.narrow": Number(RESULTS, lambda table: _widths(table)[0], "{:,}"),
+    "suite.wide": Number(RESULTS, lambda table: _widths(table)[1], "{:,}"),
+    "suite.densest": Number(RESULTS, _mean(0, "l0", site=("res", "mlp"), rank=2), "{:.0f}"),
+    "suite.dense.res": Number(RESULTS, _mean(0, "dense", site="res", rank=2), "{:.0%}"),
+    "suite.dense.mlp": Number(RESULTS, _mean(0, "dense", site="mlp", rank=2), "{:.0%}"),
+    "suite.dense.wide": Number(RESULTS, _largest_mean(1, "dense", ("res", "mlp"), rank=2), "{:.1%}"),
+    "suite.dead.att": Number(RESULTS, _mean(1, "dead", site="att"), "{:.0%}"),
+    "suite.dead.att.last": Number(RESULTS, _mean(1, "dead", site="att", layer=3), "{:.0%}"),
+    "suite.dead.others": Number(RESULTS, _largest_mean(1, "dead", ("res", "mlp")), "{:.1%}"),
+    "suite.dead.narrow": Number(RESULTS, _largest_mean(0, "dead", LAYERED), "{:.1%}"),
+    "suite.embedding.l0": Number(RESULTS, lambda t: t[t["site"] == "embedding"]["l0"].max(), "{:.0f}"),
+    "suite.embedding.target": Number(LOG, lambda log: _embedding_end(log)["target_l0"], "{:.0f}"),
+    "suite.embedding.lambda": Number(LOG, lambda log: _embedding_end(log)["lambda"], "{:.1g}"),
+    # The comparisons of recipes.
+    **{
+        f"{name}.{key}": Number(source, value, form)
+        for name, source in (("pareto", PARETO), ("smollm2", SMOLLM2))
+        for key, value, form in (
+            ("sparser", lambda data: _listed(_labels(data)[:-1]), "{}"),
+            ("densest", lambda data: _labels(data)[-1], "{}"),
+            ("latents", lambda data: data["setting"]["budget"]["d_sae"], "{:,}"),
+            ("ours.dense", lambda data: _densest(data)["dense_share"], "{:.0%}"),
+        )
+    },
+    "pareto.tokens": Number(PARETO, lambda data: data["setting"]["tokens"] / 1e6, "{:.1f} million"),
+    "smollm2.steps": Number(SMOLLM2, lambda data: data["setting"]["budget"]["steps"], "{:,}"),
+    "smollm2.batch": Number(SMOLLM2, lambda data: data["setting"]["budget"]["batch_size"], "{:,}"),
+    "pareto.share.low": Number(PARETO, lambda data: int(_labels(data)[0]) / 128, "{:.0%}"),
+    "pareto.share.high": Number(PARETO, lambda data: int(_labels(data)[-2]) / 128, "{:.0%}"),
+    "pareto.peer.l0": Number(
+        PARETO,
+        lambda data: tuple(_share_of_dense(35, 45, lambda ps, f=f: f(p["l0"] for p in ps))(data) for f in (min, max)),
+        "{:.0f} to {:.0f}",
+    ),
+    "pareto.peer.dense": Number(
+        PARETO,
+        lambda data: tuple(
+            _share_of_dense(35, 45, lambda ps, f=f: f(p["dense_share"] for p in ps))(data) for f in (min, max)
+        ),
+        "{:.0%} to {:.0%}",
+    ),
+    "pareto.peer.denser.l0": Number(PARETO, _share_of_dense(60, 80, lambda ps: min(p["l0"] for p in ps)), "{:.0f}"),
+    "pareto.peer.denser": Number(
+        PARETO, _share_of_dense(60, 80, lambda ps: min(p["dense_share"] for p in ps)), "{:.0%}"
+    ),
+    "search.slow": Number(SEARCH, _best(0.999), "{:.3f}"),
+    "search.fast": Number(SEARCH, _best(0.95), "{:.3f}"),
+    "smollm2.peer.dense": Number(
+        SMOLLM2,
+        lambda data: min(
+            (p for p in data["points"] if p["recipe"].endswith("tanh")),
+            key=lambda p: abs(p["l0"] - int(_labels(data)[-1])),
+        )["dense_share"],
+        "{:.0%}",
+    ),
+    "smollm2.unscaled.dead": Number(SMOLLM2_SEARCH, _unscaled, "{:.0%}"),
+    # Limits and sizes that the code states.
+    **{
+        f"demo.{name}": Number("gemma_scope_tl/demo/limits.py", lambda m, n=name: asdict(m.Limits())[n], form)
+        for name, form in (
+            ("characters", "{:,}"),
+            ("tokens", "{}"),
+            ("new_tokens", "{}"),
+            ("strength", "{:g}"),
+            ("spliced", "{}"),
+        )
+    },
+    "demo.waiting": Number("gemma_scope_tl/demo/queue_rules.py", lambda m: m.WAITING),
+    "demo.waiting_of_a_page": Number("gemma_scope_tl/demo/queue_rules.py", lambda m: m.WAITING_OF_A_PAGE),
+    "demo.memory": Number(
+        "gemma_scope_tl/demo/world.py",
+        lambda m: inspect.signature(m.World).parameters["sae_memory"].default / 2**30,
+        "{:.0f} GiB",
+    ),
+    "demo.body": Number("gemma_scope_tl/demo/guard.py", lambda m: m.BODY_BYTES / 1024, "{:.0f} KiB"),
+    "demo.picture": Number("docs/artefacts.json", _picture),
+    "interp.bytes": Number(
+        "gemma_scope_tl/interp/sampling.py", lambda _: Sampling().bytes_per_latent() / 1e3, "{:.1f} kB"
+    ),
+}
