@@ -1,4 +1,4 @@
-"""What a step of a cached generation costs through spliced SAEs, in operations: a count does not depend on the machine."""
+"""What a step of a cached generation costs through spliced SAEs, counted in operations: so on every machine alike."""
 
 from __future__ import annotations
 
