@@ -116,7 +116,7 @@ def _suite() -> list[dict[str, Any]]:
 def gemma_2b(layers: int, tokenizer: Any) -> tuple[Any, Any]:
     """A random Gemma 2 of 2B's width and vocabulary with few layers, on the bridge, and SAELens's model of it.
 
-    The layers of each share one set of weights, and both share the embedding, so that the model fits a small machine.
+    The layers of each share one set of weights, so that both models fit a small machine.
     """
     config = Gemma2Config(
         vocab_size=VOCABULARY,
@@ -131,7 +131,6 @@ def gemma_2b(layers: int, tokenizer: Any) -> tuple[Any, Any]:
     )
     hf_model = random_model(config)
     ht = gs.load_model(hf_model=hf_model, tokenizer=tokenizer, backend="hooked_transformer", check=False)
-    ht.embed.W_E.data = hf_model.model.embed_tokens.weight.data
     share(ht.blocks)
     peer = HookedSAETransformer(ht.cfg, tokenizer=tokenizer)
     peer.load_state_dict(ht.state_dict(), strict=False, assign=True)
