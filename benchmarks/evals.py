@@ -138,7 +138,7 @@ QUICK_WIDE = Wide(64, 128, 2, 32, QUICK_VOCABULARY, 2, 512, 8, 64)
 def gemma_2b(sizes: Wide, tokenizer: Any) -> tuple[Any, Any]:
     """A random Gemma 2 of 2B's width and vocabulary with few layers, on the bridge, and SAELens's model of it.
 
-    The layers of each share one set of weights, and both share the embedding, so that the model fits a small machine.
+    The layers of each share one set of weights, so that both models fit a small machine.
     """
     settings: dict[str, Any] = {
         "vocab_size": sizes.vocabulary,
@@ -155,7 +155,6 @@ def gemma_2b(sizes: Wide, tokenizer: Any) -> tuple[Any, Any]:
     # TransformerLens's embedding matrix includes the scale, so both models can share one only if it is 1.
     hf_model.model.embed_tokens.embed_scale.fill_(1.0)
     ht = gs.load_model(hf_model=hf_model, tokenizer=tokenizer, backend="hooked_transformer", check=False)
-    ht.embed.W_E.data = hf_model.model.embed_tokens.weight.data
     share(ht.blocks)
     peer = HookedSAETransformer(ht.cfg, tokenizer=tokenizer)
     peer.load_state_dict(ht.state_dict(), strict=False, assign=True)
