@@ -1,0 +1,103 @@
+"""Random SAEs as controls: the same shape and L0 as a trained SAE, with directions that were not trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.evals.saes import latents_of
+from gemma_scope_tl.sae.access import locate
+from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
+
+FREQUENCIES = ("equal", "matched")
+L0_BAND = 0.1
+"""Largest difference of the control's L0 from that of the SAE, as a share of the latter."""
+_CHUNK = 1024  # latents whose pre-activations are sorted at once
+_LEAST = 1e-6  # smallest threshold
+
+
+@torch.no_grad()
+def random_twin(sae: Any, x: Float[torch.Tensor, "n d_in"], seed: int = 0, frequency: str = "equal") -> Any:
+    """An SAE of the same shape with random weights, whose thresholds give the same L0 on ``x``.
+
+    Encoder columns and decoder rows are random unit vectors; ``b_enc`` subtracts the mean of ``x``. The threshold of a
+    latent is the quantile of its pre-activations above which it fires on the wanted share of the tokens. A quantile
+    below zero is moved to zero by the latent's bias, because thresholds are positive.
+
+    Args:
+        sae: an SAE or transcoder.
+        x: activations that the SAE reads, of a few thousand tokens drawn at random from the text. The L0 is equal on
+            these; :func:`checked_l0` compares it on other tokens.
+        seed: seed of the weights.
+        frequency: ``"equal"``: every latent fires on a share ``L0 / d_sae`` of the tokens; ``"matched"``: latent ``i``
+            fires as often as latent ``i`` of the SAE, so that the twin also has its dead and its dense latents.
+
+    Raises:
+        UnknownNameError: ``frequency`` is unknown.
+        GemmaScopeError: ``x`` is empty.
+    """
+    if frequency not in FREQUENCIES:
+        raise unknown_name("frequency of a random SAE", frequency, FREQUENCIES)
+    if not x.shape[0]:
+        raise GemmaScopeError("A random twin needs activations, from which its thresholds are computed.")
+    site, layer = locate(sae)
+    generator = torch.Generator().manual_seed(seed)
+    d_sae, d_out = sae.W_dec.shape
+    x = x.float().cpu()
+    w_enc = torch.nn.functional.normalize(torch.randn(x.shape[1], d_sae, generator=generator), dim=0)
+    w_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_out, generator=generator), dim=1)
+    b_enc = -x.mean(0) @ w_enc
+    fires = _wanted(sae, x, frequency)
+    thresholds: list[torch.Tensor] = []
+    for columns, bias, count in zip(w_enc.split(_CHUNK, 1), b_enc.split(_CHUNK), fires.split(_CHUNK), strict=True):
+        z = (x @ columns + bias).sort(dim=0, descending=True).values
+        at = count.clamp_max(x.shape[0] - 1)
+        quantile = z.gather(0, at[None]).squeeze(0)
+        thresholds.append(torch.where(count < x.shape[0], quantile, z[-1] - 1.0))
+    quantiles = torch.cat(thresholds)
+    arrays = {"W_enc": w_enc, "W_dec": w_dec, "b_dec": torch.zeros(d_out)}
+    arrays["b_enc"] = b_enc + (_LEAST - quantiles).clamp_min(0)
+    arrays["threshold"] = quantiles.clamp_min(_LEAST)
+    return JumpReLUSAE.from_arrays(arrays, site=site.name, layer=layer, device=sae.device)
+
+
+@torch.no_grad()
+def checked_l0(
+    sae: Any, twin: Any, x: Float[torch.Tensor, "n d_in"], band: float = L0_BAND, name: str = "the SAE"
+) -> tuple[float, float]:
+    """The L0 of an SAE and of its twin on tokens from which the twin's thresholds were not computed.
+
+    Args:
+        sae, twin: an SAE and what :func:`random_twin` made of it.
+        x: activations of other tokens than those that ``random_twin`` was given, of all kinds of text.
+        band: largest difference, as a share of the SAE's L0.
+        name: name of the SAE in the error.
+
+    Raises:
+        GemmaScopeError: there are no tokens, or the two differ by more than ``band``, and by more than three standard
+            errors of their difference.
+    """
+    if not x.shape[0]:
+        raise GemmaScopeError("The L0 of a random twin is checked on other tokens than those it was made from: none.")
+    x = x.to(sae.device)
+    mine, its = (latents_of(one, x) for one in (sae, twin))
+    difference = (its.offsets.diff() - mine.offsets.diff()).double()
+    error = float(difference.std() / x.shape[0] ** 0.5) if x.shape[0] > 1 else float("inf")
+    if abs(its.l0 - mine.l0) > max(band * mine.l0, 3 * error):
+        raise GemmaScopeError(
+            f"The random SAE beside {name} has L0 {its.l0:.2f} in place of {mine.l0:.2f} on {x.shape[0]:,} tokens that "
+            f"its thresholds were not computed from; {band:.0%} is tolerated. Give more text, of which the training "
+            "documents hold every kind, or a wider l0_band."
+        )
+    return mine.l0, its.l0
+
+
+def _wanted(sae: Any, x: torch.Tensor, frequency: str) -> torch.Tensor:
+    """Number of the tokens ``x`` on which each latent of the twin is to fire, int64 ``[d_sae]``."""
+    acts, d_sae = latents_of(sae, x.to(sae.device)), sae.W_dec.shape[0]
+    if frequency == "matched":
+        return acts.latents[acts.values != 0].bincount(minlength=d_sae).cpu()
+    return torch.full((d_sae,), round(min(1.0, acts.l0 / d_sae) * x.shape[0]))
