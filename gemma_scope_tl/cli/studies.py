@@ -7,6 +7,7 @@ import typer
 
 from gemma_scope_tl.cli import checks, options
 from gemma_scope_tl.cli.command import add
+from gemma_scope_tl.cli.interp import Explain
 from gemma_scope_tl.cli.options import SeveralSAEs, write_table
 from gemma_scope_tl.cli.output import print_frame
 from gemma_scope_tl.errors import unknown_name
@@ -308,5 +309,22 @@ class Probes(Study):
         return probe_concepts(model, self.suite(model), data, self.k or (1, 2, 5, 20), **chosen, **self.settings())
 
 
-for study in (Fidelity, Position, Frequency, Domains, Precision, Transfer, Uniformity, Probes):
+@dataclass(kw_only=True)
+class Explanations(Explain):
+    """Scores of explanations of latents, beside those of a random SAE of the same L0 and frequencies (section 4.4).
+
+    Like `gemma-scope explain --control`.
+
+    Examples:
+
+        gemma-scope study explanations --site res --layer 2 --canonical --llm qwen --base-url http://127.0.0.1:8000/v1
+
+        gemma-scope study explanations --model gemma-2-2b --layer 12 --canonical --count 100 --method detection
+        --data monology/pile-uncopyrighted --rows 2048 --llm gpt-4o-mini --base-url https://api.openai.com/v1
+    """
+
+    control: Annotated[bool, typer.Option(help="Score the random SAE; it takes half of the requests.")] = True
+
+
+for study in (Fidelity, Position, Frequency, Domains, Precision, Transfer, Uniformity, Probes, Explanations):
     add(studies_app, study, study.__name__.lower())

@@ -29,7 +29,14 @@ from gemma_scope_tl.sites import Place
 from gemma_scope_tl.studies.probe_data import Concept, LabelledRows
 from gemma_scope_tl.studies.probe_fits import SELECT, Resamples, Units, best_latent, dense_probe, ranked, sparse_probe
 from gemma_scope_tl.studies.probe_results import DENSE, LATENTS, RANDOM, Probes
-from gemma_scope_tl.studies.random_saes import FREQUENCIES, L0_BAND, checked_l0, random_twin
+from gemma_scope_tl.studies.random_saes import (
+    FREQUENCIES,
+    L0_BAND,
+    checked_l0,
+    drawn_tokens,
+    random_twin,
+    sampled_activations,
+)
 from gemma_scope_tl.studies.splits import Split, split_documents
 from gemma_scope_tl.text.rows import special_ids
 
@@ -37,8 +44,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from gemma_scope_tl.model.hooked import GemmaModel
-
-SAMPLE = 8192  # tokens from which the thresholds of a random twin are computed, and as many to check its L0
 
 
 def probe_concepts(model: GemmaModel, saes: Any, data: LabelledRows, *args: Any, **options: Any) -> pd.DataFrame:
@@ -164,8 +169,8 @@ class _Run:
         """Fit all probes of the SAEs of one place; each SAE's number seeds its random twin."""
         place = subjects[0][1].place
         training = ~self.split.test[self.data.documents.numpy()]
-        marks = [_drawn(self.data.tokens, part, special, self.seed) for part in (training, ~training)]
-        sample, other = _sample(passes(), place, marks)
+        marks = [drawn_tokens(self.data.tokens, part, special, self.seed) for part in (training, ~training)]
+        sample, other = sampled_activations(passes(), place, marks)
         dense: list[Any] = []
         for number, subject in subjects:
             sae = subject.get()
@@ -246,26 +251,6 @@ def _balanced(label: NDArray[Any], most: int, seed: int) -> NDArray[np.int64]:
     half = most // 2
     taken = min(len(yes), max(half, most - len(no)))
     return np.sort(np.concatenate([yes[:taken], no[: most - taken]]))
-
-
-def _drawn(tokens: torch.Tensor, rows: NDArray[np.bool_], special: Sequence[int], seed: int) -> torch.Tensor:
-    """Mark at most :data:`SAMPLE` ordinary tokens of the chosen rows, drawn at random from all of them."""
-    ordinary = ~np.isin(tokens.numpy(), list(special)) & rows[:, None]
-    places = np.flatnonzero(ordinary)
-    drawn = np.random.default_rng(seed).permutation(places)[:SAMPLE]
-    marks = np.zeros(ordinary.size, bool)
-    marks[drawn] = True
-    return torch.from_numpy(marks.reshape(ordinary.shape))
-
-
-def _sample(batches: Iterator[CleanBatch], place: Place, marks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The activations of the tokens of each mark, from one pass."""
-    parts: list[list[torch.Tensor]] = [[] for _ in marks]
-    for batch in batches:
-        values, rows = batch.activations(place), slice(batch.start, batch.start + batch.tokens.shape[0])
-        for mark, part in zip(marks, parts, strict=True):
-            part.append(values[mark[rows].to(batch.ordinary.device)[batch.ordinary]].cpu())
-    return [torch.cat(part) for part in parts]
 
 
 @torch.no_grad()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.evals.clean_pass import CleanBatch
 from gemma_scope_tl.evals.saes import latents_of
 from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
+from gemma_scope_tl.sites import Place
 
 FREQUENCIES = ("equal", "matched")
+SAMPLE = 8192
+"""Tokens from which the thresholds of a control are computed, and as many on which its L0 is checked."""
 L0_BAND = 0.1
 """Largest difference of the control's L0 from that of the SAE, as a share of the latter."""
 _CHUNK = 1024  # latents whose pre-activations are sorted at once
@@ -93,6 +99,29 @@ def checked_l0(
             "documents hold every kind, or a wider l0_band."
         )
     return mine.l0, its.l0
+
+
+def drawn_tokens(
+    tokens: Int[torch.Tensor, "rows pos"], rows: Bool[np.ndarray, " rows"], special: Iterable[int], seed: int
+) -> Bool[torch.Tensor, "rows pos"]:
+    """Mark at most :data:`SAMPLE` ordinary tokens of the chosen rows, drawn at random from all of them."""
+    ordinary = ~np.isin(tokens.cpu().numpy(), list(special)) & rows[:, None]
+    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(ordinary))[:SAMPLE]
+    marks = np.zeros(ordinary.size, bool)
+    marks[drawn] = True
+    return torch.from_numpy(marks.reshape(ordinary.shape))
+
+
+def sampled_activations(
+    batches: Iterable[CleanBatch], place: Place, marks: Sequence[Bool[torch.Tensor, "rows pos"]]
+) -> list[Float[torch.Tensor, "n d"]]:
+    """The activations at the tokens of each mark, from one pass, on the CPU."""
+    parts: list[list[torch.Tensor]] = [[] for _ in marks]
+    for batch in batches:
+        values, rows = batch.activations(place), slice(batch.start, batch.start + batch.tokens.shape[0])
+        for mark, part in zip(marks, parts, strict=True):
+            part.append(values[mark[rows].to(batch.ordinary.device)[batch.ordinary]].cpu())
+    return [torch.cat(part) for part in parts]
 
 
 def _wanted(sae: Any, x: torch.Tensor, frequency: str) -> torch.Tensor:
