@@ -23,6 +23,7 @@ L0_BAND = 0.1
 """Largest difference of the control's L0 from that of the SAE, as a share of the latter."""
 _CHUNK = 1024  # latents whose pre-activations are sorted at once
 _LEAST = 1e-6  # smallest threshold
+_SHARE = 0.9  # where a threshold lies between two pre-activations of the sample
 
 
 @torch.no_grad()
@@ -59,10 +60,7 @@ def random_twin(sae: Any, x: Float[torch.Tensor, "n d_in"], seed: int = 0, frequ
     fires = _wanted(sae, x, frequency)
     thresholds: list[torch.Tensor] = []
     for columns, bias, count in zip(w_enc.split(_CHUNK, 1), b_enc.split(_CHUNK), fires.split(_CHUNK), strict=True):
-        z = (x @ columns + bias).sort(dim=0, descending=True).values
-        at = count.clamp_max(x.shape[0] - 1)
-        quantile = z.gather(0, at[None]).squeeze(0)
-        thresholds.append(torch.where(count < x.shape[0], quantile, z[-1] - 1.0))
+        thresholds.append(_quantiles(x @ columns + bias, count))
     quantiles = torch.cat(thresholds)
     arrays = {"W_enc": w_enc, "W_dec": w_dec, "b_dec": torch.zeros(d_out)}
     arrays["b_enc"] = b_enc + (_LEAST - quantiles).clamp_min(0)
@@ -122,6 +120,21 @@ def sampled_activations(
         for mark, part in zip(marks, parts, strict=True):
             part.append(values[mark[rows].to(batch.ordinary.device)[batch.ordinary]].cpu())
     return [torch.cat(part) for part in parts]
+
+
+def _quantiles(z: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """For each column of ``z``, a number that exactly ``count`` of its ``n`` values exceed.
+
+    It lies near the upper end of the gap between two values, because ``(count + 1 - w) / (n + 1)`` of other values are
+    expected to exceed a point at the share ``w`` of the gap: at the lower end, a thousand latents would together fire
+    once too often in every ``n / 1000`` tokens. A count of 0 puts it far above all values, a count of ``n`` below them.
+    """
+    ordered = z.sort(dim=0, descending=True).values
+    reach = ordered[:1] - ordered[-1:] + 1.0
+    ordered = torch.cat([ordered[:1] + reach, ordered, ordered[-1:] - reach])
+    above, below = (ordered.gather(0, at[None]).squeeze(0) for at in (count, count + 1))
+    between = below + _SHARE * (above - below)
+    return torch.where(count == 0, above, between)
 
 
 def _wanted(sae: Any, x: torch.Tensor, frequency: str) -> torch.Tensor:

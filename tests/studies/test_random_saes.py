@@ -49,6 +49,24 @@ def test_matched_frequencies_are_those_of_each_latent() -> None:
     assert (twin.threshold > 0).all()
 
 
+@pytest.mark.parametrize("frequency", ["equal", "matched"])
+def test_few_tokens_do_not_raise_the_l0_of_other_tokens(frequency: str) -> None:
+    """1,000 latents from 300 tokens: thresholds at the lower end of their gaps would add 1000 / 301 to an L0 of 8."""
+    d = 32
+    encoder = torch.nn.functional.normalize(torch.randn(d, 1000, generator=torch.Generator().manual_seed(1)), dim=0)
+    arrays = {"W_enc": encoder, "W_dec": encoder.T.contiguous(), "b_enc": torch.zeros(1000), "b_dec": torch.zeros(d)}
+    sae = gs.JumpReLUSAE.from_arrays({**arrays, "threshold": torch.full((1000,), 2.6)}, site="res", layer=1)
+    x = _inputs(20_000, d) - 1.0
+    differences = []
+    for start in range(0, 3000, 300):
+        mine, its = checked_l0(sae, random_twin(sae, x[start : start + 300], frequency=frequency), x[4000:], band=1.0)
+        differences.append(its - mine)
+    assert 3 < mine < 8
+    # The mean over ten samples; rounding a share of 300 tokens to whole ones moves the L0 by at most half of 1000 / 300
+    # for equal frequencies, and by nothing on average for matched ones.
+    assert abs(sum(differences) / 10) < (1.0 if frequency == "matched" else 1.7)
+
+
 def test_the_l0_is_checked_on_other_tokens() -> None:
     """Thresholds from a random part of the text give the SAE's L0 on the rest; from one kind of text they give another
     L0 on another kind, which is an error."""
