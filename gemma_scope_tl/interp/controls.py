@@ -133,6 +133,9 @@ def compare_explanations(
 ) -> pd.DataFrame:
     """Mean scores of an SAE's explanations and of its random SAE's, and the difference, with intervals over latents.
 
+    A simulation that predicts the same on every token has no correlation, and counts as 0, which is chance: without it,
+    the mean of an SAE whose explanations predict nothing would be that of its luckier latents.
+
     Args:
         table: of :func:`explanation_study`, with the control.
         confidence, resamples, seed: parameters of the intervals, which resample latents; latent ``i`` of the SAE and
@@ -154,6 +157,9 @@ def compare_explanations(
     keys = ["release", "id", "site", "layer"]
     by_sae = table.groupby(keys, dropna=False, sort=False)
     numbered = table.assign(sae=by_sae.ngroup())
+    if "simulation_constant" in table.columns:
+        constant = table["simulation_constant"].fillna(False).astype(bool)
+        numbered["simulation"] = numbered["simulation"].mask(constant, 0.0)
     groups = [(dict(zip(keys, name, strict=True)), numbered.loc[part.index]) for name, part in by_sae]
     if len(groups) > 1:
         groups.append(({"release": "all", "id": "all", "site": "all", "layer": None}, numbered))

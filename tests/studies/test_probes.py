@@ -258,10 +258,10 @@ def _stories(count: int, seed: int = 0) -> list[tuple[str, str]]:
 def test_what_only_a_source_tells_is_not_found_in_other_sources() -> None:
     """Each source has a feature of its own, and a label that nothing else tells. A split by documents finds the label;
     a split by sources is at chance, on average over splits."""
-    kinds, groups = ["a", "b"] * 60, [number % 20 for number in range(120)]
+    kinds, groups = ["a", "b"] * 200, [number % 20 for number in range(400)]
     draws = np.random.default_rng(0)
-    features = draws.normal(size=(120, 30)).astype(np.float32)
-    features[np.arange(120), groups] += 5.0
+    features = draws.normal(size=(400, 30)).astype(np.float32)
+    features[np.arange(400), groups] += 10.0
     label = (np.asarray(kinds) == "b").astype(np.int64)
     found: dict[str, list[float]] = {"sources": [], "documents": []}
     for seed in range(12):
