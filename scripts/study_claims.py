@@ -108,8 +108,8 @@ def uniformity_claims(sums: pd.DataFrame) -> str:
     draws, lines = Resampled(sums), list[str]()
     for site, rows in sums.groupby("site", sort=False):
         values = {
-            int(width): [draws.ratio(part, "uniformity", "tokens") for _, part in group.groupby("l0")]
-            for width, group in rows.groupby("d_sae")
+            width: [draws.ratio(part, "uniformity", "tokens") for _, part in rows[rows["d_sae"] == width].groupby("l0")]
+            for width in sorted(set(rows["d_sae"].tolist()))
         }
         steps = [draws.value(two - one) for parts in values.values() for one, two in pairwise(parts)]
         fewer, more = min(values), max(values)
@@ -125,8 +125,8 @@ def probe_table(contrasts: pd.DataFrame, counts: pd.DataFrame) -> str:
     """AUROC of latents and of raw activations, and the latents' difference from random ones, by concept and k."""
     sizes, lines = sorted(set(contrasts["k"])), list[list[str]]()
     for part, rows in contrasts[contrasts["part"].isin(counts.index)].groupby("part", sort=False):
-        count = counts.loc[part]
-        cells = [f"{count.positive_sources}{'†' if count.positive_sources < FEW else ''}", f"{count.positive:,}"]
+        sources, positive = (int(counts[name][part]) for name in ("positive_sources", "positive"))
+        cells = [f"{sources}{'†' if sources < FEW else ''}", f"{positive:,}"]
         for row in (rows[rows["k"] == k].iloc[0] for k in sizes):
             cells += [f"{row.latents:.3f}", _difference(row).text(signed=True)]
         lines.append([str(part), *cells, f"{rows['dense'].iloc[0]:.3f}"])
@@ -142,7 +142,7 @@ def probe_claims(contrasts: pd.DataFrame, parts: dict[str, list[str]]) -> str:
         for row in contrasts[contrasts["part"] == part].itertuples():
             single = contrasts[contrasts["part"].isin(concepts) & (contrasts["k"] == row.k)]
             found = [_difference(one) for one in single.itertuples()]
-            over, dense = _difference(row), Value(row.over_dense, row.over_dense_low, row.over_dense_high)
+            over, dense = _difference(row), _difference(row, "over_dense")
             lines.append(
                 f"- **{part}, k = {row.k}**: latents {row.latents:.3f}, random {row.random:.3f}, raw activations "
                 f"{row.dense:.3f}. Latents against random: {judged(over)}; concept by concept, higher for "
@@ -177,8 +177,8 @@ def judged(value: Value, more: str = "higher", less: str = "lower") -> str:
     return f"{word}, {value.text(signed=True)}"
 
 
-def _difference(row: object) -> Value:
-    return Value(*(float(getattr(row, f"over_random{end}")) for end in ("", "_low", "_high")))
+def _difference(row: object, name: str = "over_random") -> Value:
+    return Value(*(float(getattr(row, f"{name}{end}")) for end in ("", "_low", "_high")))
 
 
 def _directions(values: Sequence[Value]) -> str:

@@ -2,7 +2,7 @@
 
     python -m scripts.study_page              # all, some ten minutes on one core
     python -m scripts.study_page probes       # one or several
-    python -m scripts.study_page tables       # none: only write the page from the stored rows
+    python -m scripts.study_page tables       # none: only draw the figures and write the page from the stored rows
 
 A study's rows are kept in ``docs/studies/NAME.csv``, what its conclusions are made from in ``docs/studies/NAME_*.csv``,
 its figure in ``docs/studies/NAME.png``.
@@ -152,7 +152,7 @@ def _position(tables: Tables) -> dict[str, str]:
 def _frequency(tables: Tables) -> dict[str, str]:
     first = tables[""].groupby(["site", "id"], sort=False).first().reset_index()
     lines = [
-        [f"{r.site} {r.id}", f"{r.l0:.1f}", f"{r.dead:.1%}", f"{r.dense:.1%}", f"{10.0**r.median:.2%}"]
+        [f"{r.site} {r.id}", f"{r.l0:.1f}", f"{r.dead:.1%}", f"{r.dense:.1%}", f"{10.0 ** float(r.median):.2%}"]  # type: ignore[arg-type]
         for r in first.itertuples()
     ]
     shown = markdown(["SAE", "L0", "dead", "on more than 10 % of tokens", "median latent"], lines)
@@ -161,7 +161,7 @@ def _frequency(tables: Tables) -> dict[str, str]:
 
 def _domains(tables: Tables) -> dict[str, str]:
     means = tables[""].groupby(["domain", "site"])[["delta_loss", "fvu"]].mean().unstack()
-    order = means["delta_loss"].mean(axis=1).sort_values().index
+    order = means["delta_loss"].mean(axis="columns").sort_values().index
     columns = [(metric, site) for site in SITES for metric in ("delta_loss", "fvu")]
     lines = [[str(name), *(f"{means.loc[name, column]:.3f}" for column in columns)] for name in order]
     head = ["text", *(f"{site} {word}" for site in SITES for word in ("delta loss", "FVU"))]
@@ -245,12 +245,14 @@ def main(names: list[str]) -> None:
     """Run the named studies, or all, and write the figures and the page."""
     model = None
     for name, study in STUDIES.items():
-        if names and name not in names:
+        if not names or name in names:
+            model = model or gs.load_model(MODEL)
+            for more, found in study.run(model).items():
+                text = found.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+                write_atomically(file_of(name, more), text)
+                print(name, more, len(found), "rows", flush=True)
+        elif names != ["tables"]:
             continue
-        model = model or gs.load_model(MODEL)
-        for more, found in study.run(model).items():
-            write_atomically(file_of(name, more), found.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-            print(name, more, len(found), "rows", flush=True)
         save_figure(getattr(study_figures, study.figure)(stored(name)), FOLDER / f"{name}.png")
     write_atomically(PAGE, with_all_tables(PAGE.read_text(encoding="utf-8")))
 

@@ -109,8 +109,8 @@ def fidelity_sums(found: Evaluation, domain: str, sources: Sequence[str]) -> lis
                 "predictions": clean.counts.numpy(),
             }
         )
-        for source, sums in frame.groupby("source", sort=False).sum().iterrows():
-            out.append({"domain": domain, "source": source, **subject.columns, **sums.to_dict()})
+        for sums in frame.groupby("source", sort=False).sum().reset_index().to_dict("records"):
+            out.append({"domain": domain, **subject.columns, **{str(name): value for name, value in sums.items()}})
     return out
 
 
@@ -127,9 +127,9 @@ def uniformity_sums(found: Evaluation, rows: SourceRows) -> pd.DataFrame:
                 "tokens": mean.counts.numpy(),
             }
         )
-        for keys, sums in frame.groupby(KEYS, sort=False).sum().iterrows():
-            l0 = found.sums.saes[number].l0.value
-            out.append({**dict(zip(KEYS, keys, strict=True)), **subject.columns, "l0": l0, **sums.to_dict()})
+        l0 = found.sums.saes[number].l0.value
+        for sums in frame.groupby(KEYS, sort=False).sum().reset_index().to_dict("records"):
+            out.append({**subject.columns, "l0": l0, **{str(name): value for name, value in sums.items()}})
     return pd.DataFrame(out)
 
 

@@ -1,5 +1,6 @@
 """``gemma-scope explain`` and ``gemma-scope neuronpedia``: explanations of latents, and files for Neuronpedia."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -138,7 +139,7 @@ class Explain(SampledLatents):
         )
 
 
-def compared(row: dict[str, Any]) -> str:
+def compared(row: Mapping[Any, Any]) -> str:
     """A line with the mean scores of an SAE and its random SAE, and their difference."""
     parts = [
         f"{name} {row[column]:.3f} ({row[f'{column}_low']:.3f} to {row[f'{column}_high']:.3f})"

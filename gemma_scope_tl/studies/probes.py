@@ -178,8 +178,7 @@ class _Run:
             l0 = checked_l0(sae, twin, other, self.l0_band, f"{subject.release} {subject.id}")
             encoders = [sae, twin, *([] if dense else [None])]
             features = _features(encoders, passes(), place, self.asked)
-            options = {"resamples": self.found.resamples, "seed": self.seed}
-            dense = dense or [dense_probe(raw, **options) for raw in features[-1]]
+            dense = dense or [dense_probe(raw, self.found.resamples, self.seed) for raw in features[-1]]
             for kind, own, units in zip((LATENTS, RANDOM), l0, features, strict=False):
                 self._sparse({**subject.columns, "l0": own, "features": kind}, units)
             for asked, fitted in zip(self.asked, dense, strict=True):
