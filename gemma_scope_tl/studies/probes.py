@@ -68,7 +68,7 @@ def probe_concepts(model: GemmaModel, saes: Any, data: LabelledRows, *args: Any,
         - ``best_latent, best_auroc``: the latent that best orders the training units, and its AUROC on the test units.
 
     Raises:
-        The errors of :func:`measure_probes`.
+        GemmaScopeError: as for :func:`measure_probes`.
     """
     return measure_probes(model, saes, data, *args, **options).table()
 
