@@ -155,7 +155,7 @@ class Value(NamedTuple):
     def text(self, digits: int = 3, signed: bool = False) -> str:
         """``0.123 (0.120 to 0.130)``."""
         sign = "+" if signed else ""
-        value, low, high = (f"{number:{sign}.{digits}f}" for number in self)
+        value, low, high = (f"{round(number, digits) + 0.0:{sign}.{digits}f}" for number in self)  # no minus zero
         return f"{value} ({low} to {high})".replace("-", "\u2212")
 
 

@@ -70,6 +70,7 @@ def test_words_follow_the_interval() -> None:
     assert study_claims.judged(Value(0.2, 0.1, 0.3)) == "higher, +0.200 (+0.100 to +0.300)"
     assert study_claims.judged(Value(-0.2, -0.3, -0.1)) == "lower, \u22120.200 (\u22120.300 to \u22120.100)"
     assert study_claims.judged(Value(0.2, -0.1, 0.3)).startswith("no difference is resolved")
+    assert Value(-0.0001, -0.0004, 0.2).text(signed=True) == "+0.000 (+0.000 to +0.200)"
     missing = study_claims.judged(Value(0.2, float("nan"), float("nan")))
     assert missing.startswith("no difference is resolved")
 
