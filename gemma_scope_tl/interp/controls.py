@@ -67,10 +67,9 @@ def explanation_study(
         client: the language model.
         model, saes, data, context, batch_size, progress, memory_budget: as
             :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
-        latents: indices of latents of every SAE; by default ``count`` of each, drawn among those that fire.
-        count: number of latents of an SAE, and as many of its random SAE: the same indices.
+        latents, count: indices of latents of every SAE; by default ``count`` of each, drawn among those that fire.
         methods: ``"detection"``, ``"simulation"`` or both.
-        control: also score a random SAE, which takes as many requests again, and two more passes over the text.
+        control: also score the same latents of a random SAE, which takes as many requests again, and three more passes.
         l0_band: largest difference of the random SAE's L0, as a share. Its thresholds are computed on every other row
             of the text and checked on the rest.
         sampling: number of examples of each kind, length of a window, and seed.
@@ -87,20 +86,17 @@ def explanation_study(
     """
     import pandas as pd
 
-    for name in methods:
-        if name not in SCORES:
-            raise unknown_name("method of scoring", name, SCORES)
+    _check(methods)
     subjects, tokens = subjects_of(model, saes), as_tokens(model, data, context)
-    settings, given = sampling or Sampling(seed=seed), None if latents is None else as_indices(latents)
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "sampling": settings}
-    options["memory_budget"] = memory_budget
+    given = None if latents is None else as_indices(latents)
+    options: dict[str, Any] = {"sampling": sampling or Sampling(seed=seed), "memory_budget": memory_budget}
+    options |= {"batch_size": batch_size, "progress": progress}
     parts: list[pd.DataFrame] = []
     for subject, found in zip(subjects, top_examples(model, saes, tokens, latents=given, **options), strict=True):
         chosen = drawn_latents(found, count, seed) if given is None else given
         l0, compared = (np.nan, np.nan), [(LATENTS, found)]
-        if control:  # before any request is made, because it may fail
-            fit = rows_that_fit(model, [subject.place], tokens.shape[1], batch_size, memory_budget)
-            twin, l0 = _twin(model, subject, tokens, fit, l0_band, seed)
+        if control and chosen:  # before any request is made, because it may fail
+            twin, l0 = _twin(model, subject, tokens, (batch_size, memory_budget), l0_band, seed)
             compared.append((RANDOM, top_examples(model, twin, tokens, latents=chosen, **options)[0]))
         for (features, examples), own in zip(compared, l0, strict=False):
             table = scored_explanations(client, examples, chosen, methods, seed)
@@ -180,10 +176,19 @@ def compare_explanations(
     return pd.DataFrame(rows)
 
 
+def _check(methods: Sequence[str]) -> None:
+    for name in methods:
+        if name not in SCORES:
+            raise unknown_name("method of scoring", name, SCORES)
+
+
 def _twin(
-    model: GemmaModel, subject: Subject, tokens: torch.Tensor, rows: int, band: float, seed: int
+    model: GemmaModel, subject: Subject, tokens: torch.Tensor, limits: tuple[int, int], band: float, seed: int
 ) -> tuple[Any, tuple[float, float]]:
-    """A random SAE with the frequencies of the subject, and the L0 of both on the rows that it was not made from."""
+    """A random SAE with the frequencies of the subject, and the L0 of both on the rows that it was not made from.
+
+    ``limits`` are the largest number of rows in a pass and the memory budget.
+    """
     if tokens.shape[0] < 2:
         raise GemmaScopeError(
             "A random SAE needs two rows of text: one to compute its thresholds, one to check its L0."
@@ -191,6 +196,7 @@ def _twin(
     special = special_ids(model)
     even = np.arange(tokens.shape[0]) % 2 == 0
     marks = [drawn_tokens(tokens, part, special, seed) for part in (even, ~even)]
+    rows = rows_that_fit(model, [subject.place], tokens.shape[1], *limits)
     batches = clean_batches(model, tokens, [subject.place], special, rows)
     sample, other = sampled_activations(batches, subject.place, marks)
     sae = subject.get()
