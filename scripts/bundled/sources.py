@@ -109,13 +109,22 @@ def fetch(package: Package, downloads: Path) -> Path:
     downloads.mkdir(parents=True, exist_ok=True)
     target = downloads / package.filename
     if not target.exists():
-        subprocess.run(_command(package), cwd=downloads, check=True, stdout=sys.stderr)
+        _download(package, downloads)
     if not target.exists():
         raise FileNotFoundError(f"{package.client} did not write {package.filename} for {package.name}")
     found = sha256_of(target)
     if found != package.sha256:
         raise ValueError(f"{target.name}: sha256 {found}, expected {package.sha256}. Delete the file and fetch again.")
     return target
+
+
+def _download(package: Package, downloads: Path) -> None:
+    """Call the client; apt may not know the pinned version until its lists of packages are updated."""
+    command = _command(package)
+    found = subprocess.run(command, cwd=downloads, check=package.client != "apt", stdout=sys.stderr)
+    if found.returncode:
+        subprocess.run(["apt-get", "update"], check=True, stdout=sys.stderr)
+        subprocess.run(command, cwd=downloads, check=True, stdout=sys.stderr)
 
 
 def _command(package: Package) -> list[str]:
