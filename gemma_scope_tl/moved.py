@@ -98,7 +98,7 @@ NAMES = {
     "splicing.mixin": "model.splicing",
     "splicing.names": "model.hook_names",
     "studies.precision": "studies.fidelity",
-    "studies.random_twin": "studies.probes",
+    "studies.random_twin": "studies.random_saes",
     "text_read": "text.tokens",
     "tokens": "text.tokens",
     "tracker": "model.tracker",

@@ -1,6 +1,6 @@
 """``gemma-scope explain`` and ``gemma-scope neuronpedia``: explanations of latents, and files for Neuronpedia."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from gemma_scope_tl.interp.client import Answerer
-    from gemma_scope_tl.interp.examples import Examples
 
-SHOWN = ("site", "layer", "id", "latent", "explanation", "detection", "simulation")
+SHOWN = ("site", "layer", "id", "latent", "features", "explanation", "detection", "simulation")
 
 
 @dataclass(kw_only=True)
@@ -45,6 +44,8 @@ class Explain(SampledLatents):
         gemma-scope explain --site res --layer 2 --canonical --llm gpt-4o-mini --base-url https://api.openai.com/v1
 
         gemma-scope explain --latent 12 --latent 40 --llm qwen --base-url http://127.0.0.1:8000/v1 --answers a.jsonl
+
+        gemma-scope explain --site res --canonical --count 50 --control --llm qwen --base-url http://127.0.0.1:8000/v1
     """
 
     llm: Annotated[str, typer.Option(help="The model at the endpoint, or without --base-url a local one.")] = ""
@@ -62,6 +63,12 @@ class Explain(SampledLatents):
             help="detection, simulation (default: both).", callback=checks.one_of("method of scoring", checks.SCORES)
         ),
     ] = None
+    control: Annotated[
+        bool,
+        typer.Option(
+            help="Also score a random SAE of the same shape, L0 and frequencies; it takes as many requests again."
+        ),
+    ] = False
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 8
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 60.0
     retries: Annotated[int, typer.Option(min=0, help="Further attempts.")] = 5
@@ -79,10 +86,9 @@ class Explain(SampledLatents):
             raise GemmaScopeError("Name the language model that explains: --llm NAME, with --base-url for an endpoint.")
 
     def run(self) -> None:
-        import pandas as pd
+        from gemma_scope_tl.interp.controls import compare_explanations
 
-        client = self.client()
-        table = pd.concat([self.scored(client, found) for found in self.examples()], ignore_index=True)
+        table = self.measure()
         if self.out is not None:
             write_table(table, self.out)
         if self.figure is not None:
@@ -90,8 +96,11 @@ class Explain(SampledLatents):
             from gemma_scope_tl.viz.study_figures import scores_figure
 
             save_figure(scores_figure(table), self.figure)
-        columns = [name for name in SHOWN if name in table.columns]
+        columns = [name for name in SHOWN if name in table.columns and (self.control or name != "features")]
         print_frame(table, f"{len(table)} latents", self.as_json, columns)
+        if self.control:
+            for row in compare_explanations(table, seed=self.seed).to_dict("records"):
+                note(compared(row))
 
     def client(self) -> "Answerer":
         """The language model: at an endpoint if one is given, otherwise a local one."""
@@ -109,35 +118,35 @@ class Explain(SampledLatents):
             concurrency=self.concurrency,
         )
 
-    def examples(self) -> "Sequence[Examples]":
-        """Examples of every SAE's latents."""
-        from gemma_scope_tl.interp.examples import top_examples
+    def measure(self) -> "pd.DataFrame":
+        """Explanations of every SAE's latents, with scores."""
+        from gemma_scope_tl.interp.controls import explanation_study
         from gemma_scope_tl.interp.sampling import Sampling
 
-        model = self.load_model()
-        sampling = Sampling(window=self.window, seed=self.seed)
-        tokens = self.tokens(model)
-        return top_examples(model, self.suite(model), tokens, latents=self.latent, sampling=sampling, **self.settings())
+        client, model = self.client(), self.load_model()
+        return explanation_study(
+            client,
+            model,
+            self.suite(model),
+            self.tokens(model),
+            latents=self.latent or None,
+            count=self.count,
+            methods=self.method or checks.SCORES,
+            control=self.control,
+            sampling=Sampling(window=self.window, seed=self.seed),
+            seed=self.seed,
+            **self.settings(),
+        )
 
-    def scored(self, client: "Answerer", found: "Examples") -> "pd.DataFrame":
-        """Explanations of one SAE's latents, with scores."""
-        import numpy as np
 
-        from gemma_scope_tl.interp.explanations import detection_scores, explain, simulation_scores
-
-        latents = self.latent
-        if not latents:
-            firing = found.latents[found.fired > 0]
-            drawn = np.random.default_rng(self.seed).permutation(len(firing))[: self.count]
-            latents = sorted(int(i) for i in firing[drawn])
-        table = explain(client, found, latents)
-        words = dict(zip(table["latent"].tolist(), table["explanation"].tolist(), strict=True))
-        scorers = {"detection": detection_scores, "simulation": simulation_scores}
-        for name in (self.method or checks.SCORES) if words else ():
-            scores = scorers[name](client, found, words, seed=self.seed)
-            own = [column for column in scores.columns if column not in table.columns]
-            table = table.merge(scores[["latent", *own]], on="latent", how="left")
-        return table
+def compared(row: Mapping[Any, Any]) -> str:
+    """A line with the mean scores of an SAE and its random SAE, and their difference."""
+    parts = [
+        f"{name} {row[column]:.3f} ({row[f'{column}_low']:.3f} to {row[f'{column}_high']:.3f})"
+        for name, column in (("latents", "latents"), ("random SAE", "random"), ("difference", "difference"))
+    ]
+    name = row["id"] if row["id"] == "all" else f"{row['site']} {row['id']}"
+    return f"{row['method']}, {name}, {row['pairs']} pairs of latents: {', '.join(parts)}"
 
 
 @dataclass

@@ -7,6 +7,7 @@ import typer
 
 from gemma_scope_tl.cli import checks, options
 from gemma_scope_tl.cli.command import add
+from gemma_scope_tl.cli.interp import Explain
 from gemma_scope_tl.cli.options import SeveralSAEs, write_table
 from gemma_scope_tl.cli.output import print_frame
 from gemma_scope_tl.errors import unknown_name
@@ -249,42 +250,81 @@ class Probes(Study):
 
         gemma-scope study probes --site res --layer 2 --width 1k --canonical --figure probes.png
 
+        gemma-scope study probes --layer 2 --canonical --data reviews.jsonl --label stars --group author --select auroc
+
         gemma-scope study probes --model gemma-2-2b --layer 12 --canonical --data ag_news --split test
     """
 
     drawn_by = "probe_figure"
-    shown = ("site", "layer", "id", "concept", "features", "k", "auroc")
+    shown = ("site", "layer", "id", "concept", "features", "k", "l0", "auroc", "over_random")
 
     label: Annotated[str, typer.Option(help="Column of the label, in a file or data set given by --data.")] = "label"
+    group: Annotated[
+        str | None, typer.Option(help="Column of each document's source (book, author), kept on one side of the split.")
+    ] = None
     documents: Annotated[int, typer.Option(min=4, help="Maximum number of documents of each label.")] = 200
     concept: Annotated[list[str] | None, typer.Option(help="Only this concept; several times.")] = None
     k: Annotated[list[int] | None, typer.Option(min=1, help="Latents that a probe reads; several times.")] = None
+    select: Annotated[
+        str,
+        typer.Option(
+            help=f"Score by which latents are selected: {', '.join(checks.SELECTIONS)} (raw, depends on scale).",
+            callback=checks.one_of("way to select latents", checks.SELECTIONS),
+        ),
+    ] = checks.SELECTIONS[0]
+    l0_band: Annotated[
+        float, typer.Option(min=0.0, help="Largest difference of the random SAE's L0, as a share, on test documents.")
+    ] = 0.1
     seed: options.Seed = 0
     context: options.Context = field(default=64, kw_only=True)
     batch_size: options.BatchSize = field(default=32, kw_only=True)
 
     def check(self) -> None:
-        """Also check that no cache folder is given."""
+        """Also check that no cache folder is given, and that --group has data."""
         super().check()
         self.refuse_cache("probes")
+        if self.group is not None and self.data is None:
+            raise typer.BadParameter("The bundled text has its own sources: give --data.", param_hint="'--group'")
 
     def measure(self) -> "pd.DataFrame":
         least = min(self.sae_rows(), key=lambda row: row.d_sae)
         if max(self.k or [1]) > least.d_sae:
             raise typer.BadParameter(f"{least.release} {least.id} has {least.d_sae:,} latents.", param_hint="'--k'")
-        from gemma_scope_tl.studies.probe_data import bundled_concepts, labelled_rows, read_labelled
+        from gemma_scope_tl.studies.probe_data import bundled_concepts, labelled_rows, read_grouped, read_labelled
         from gemma_scope_tl.studies.probes import probe_concepts
 
-        given = self.data and read_labelled(self.data, self.column, self.label, self.split or "train", self.documents)
+        given, groups = None, None
+        if self.data and self.group:
+            columns = (self.group, self.column, self.label, self.split or "train", self.documents)
+            given, groups = read_grouped(self.data, *columns)
+        elif self.data:
+            given = read_labelled(self.data, self.column, self.label, self.split or "train", self.documents)
         model = self.load_model()
         if given:
-            data = labelled_rows(model.tokenizer, given, self.context, self.rows, self.label)
+            data = labelled_rows(model.tokenizer, given, self.context, self.rows, self.label, groups=groups)
         else:
             data = bundled_concepts(model.tokenizer, self.context, self.rows)
         data = data.chosen(self.concept) if self.concept else data
-        sizes = self.k or (1, 2, 5, 20)
-        return probe_concepts(model, self.suite(model), data, sizes, seed=self.seed, **self.settings())
+        chosen: dict[str, Any] = {"select": self.select, "l0_band": self.l0_band, "seed": self.seed}
+        return probe_concepts(model, self.suite(model), data, self.k or (1, 2, 5, 20), **chosen, **self.settings())
 
 
-for study in (Fidelity, Position, Frequency, Domains, Precision, Transfer, Uniformity, Probes):
+@dataclass(kw_only=True)
+class Explanations(Explain):
+    """Scores of explanations of latents, beside those of a random SAE of the same L0 and frequencies (section 4.4).
+
+    Like `gemma-scope explain --control`.
+
+    Examples:
+
+        gemma-scope study explanations --site res --layer 2 --canonical --llm qwen --base-url http://127.0.0.1:8000/v1
+
+        gemma-scope study explanations --model gemma-2-2b --layer 12 --canonical --count 100 --method detection
+        --data monology/pile-uncopyrighted --rows 2048 --llm gpt-4o-mini --base-url https://api.openai.com/v1
+    """
+
+    control: Annotated[bool, typer.Option(help="Score the random SAE; it takes half of the requests.")] = True
+
+
+for study in (Fidelity, Position, Frequency, Domains, Precision, Transfer, Uniformity, Probes, Explanations):
     add(studies_app, study, study.__name__.lower())

@@ -163,7 +163,9 @@ def simulation_scores(
 
     Returns:
         A row per latent: ``release, id, site, layer, latent, explanation, simulation, simulation_low, simulation_high,
-        simulation_examples, simulation_unread``. Scores are NaN where all predictions, or all activations, are equal.
+        simulation_examples, simulation_unread, simulation_constant``. Scores are NaN where all predictions, or all
+        activations, are equal; ``simulation_constant`` is True where the predictions are equal and the activations are
+        not, which predicts no better than chance.
     """
     import pandas as pd
 
@@ -182,6 +184,7 @@ def simulation_scores(
     for latent, explanation in explanations.items():
         table = torch.tensor(sums[latent], dtype=torch.float64).reshape(-1, 6)
         bounds = Bootstrap(len(table), resamples, confidence, seed).interval(correlation, *table.T)
+        n, x, y, xx, yy, _ = table.sum(0).tolist()
         rows.append(
             {
                 **examples.sae_columns,
@@ -192,6 +195,7 @@ def simulation_scores(
                 "simulation_high": bounds[1],
                 "simulation_examples": len(table),
                 "simulation_unread": unread[latent],
+                "simulation_constant": n * xx <= x * x and n * yy > y * y,
             }
         )
     return pd.DataFrame(rows)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,12 +48,14 @@ class LabelledRows:
         documents: number of each row's document, ``[rows]``.
         kinds: label of each document.
         concepts: the properties to probe.
+        groups: source of each document, such as its book or author; empty if each document is a source of its own.
     """
 
     tokens: Int[torch.Tensor, "rows pos"]
     documents: Int[torch.Tensor, " rows"]
     kinds: tuple[str, ...]
     concepts: tuple[Concept, ...]
+    groups: tuple[Hashable, ...] = ()
 
     def chosen(self, names: Sequence[str]) -> LabelledRows:
         """The same rows with only the named concepts.
@@ -65,11 +67,11 @@ class LabelledRows:
         for name in names:
             if name not in known:
                 raise unknown_name("concept", name, known)
-        return LabelledRows(self.tokens, self.documents, self.kinds, tuple(known[name] for name in names))
+        return replace(self, concepts=tuple(known[name] for name in names))
 
 
 def bundled_concepts(tokenizer: Any, context: int = 64, rows: int = 64) -> LabelledRows:
-    """The bundled held-out text with concepts of several kinds.
+    """The bundled held-out text with concepts of several kinds, and the source of each document.
 
     Concepts of rows are each domain against all others, and Spanish against other prose. Concepts of tokens are, in
     code, whether the token is in a string or in a comment (found by a regular expression, which misreads a piece of a
@@ -80,18 +82,20 @@ def bundled_concepts(tokenizer: Any, context: int = 64, rows: int = 64) -> Label
         context: number of tokens in a row, BOS included.
         rows: maximum number of rows of a document.
     """
-    pairs = [(str(record["text"]), str(record["domain"])) for record in read_records()]
+    records = list(read_records())
+    pairs = [(str(record["text"]), str(record["domain"])) for record in records]
+    sources = [f"{record['domain']}: {record['source']}" for record in records]
     spans = {
         "code: in a string": (("code",), lambda text: _named(text, "string")),
         "code: in a comment": (("code",), lambda text: _named(text, "comment")),
         "sentence: first word": (PROSE, lambda text: [m.span() for m in _FIRST.finditer(text)]),
         "sentence: last word": (PROSE, lambda text: [m.span() for m in _LAST.finditer(text)]),
     }
-    labelled = labelled_rows(tokenizer, pairs, context, rows, "domain", spans)
+    labelled = labelled_rows(tokenizer, pairs, context, rows, "domain", spans, groups=sources)
     kinds = [labelled.kinds[number] for number in labelled.documents.tolist()]
     spanish = torch.tensor([int(kind == "spanish") if kind in PROSE else -1 for kind in kinds])
     concepts = (*labelled.concepts, Concept("language: Spanish among prose", spanish))
-    return LabelledRows(labelled.tokens, labelled.documents, labelled.kinds, concepts)
+    return replace(labelled, concepts=concepts)
 
 
 def read_labelled(
@@ -109,18 +113,38 @@ def read_labelled(
         UnknownNameError: a column does not exist.
         GemmaScopeError: a value is not text.
     """
-    found: dict[str, list[tuple[str, str]]] = {}
+    return [(text, kind) for text, kind, _ in _first_of_each(source, split, (column, label), documents)]
+
+
+def read_grouped(
+    source: str | None,
+    group: str,
+    column: str = "text",
+    label: str = "label",
+    split: str = "train",
+    documents: int = 200,
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """As :func:`read_labelled`, and the column ``group`` of each document: its source, for :func:`labelled_rows`."""
+    found = _first_of_each(source, split, (column, label, group), documents)
+    return [(text, kind) for text, kind, _ in found], [name for *_, name in found]
+
+
+def _first_of_each(
+    source: str | None, split: str, columns: tuple[str, ...], documents: int
+) -> list[tuple[str, str, str]]:
+    """Text, label and last column of the first documents of each label."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
     for record in read_records(source, split):
-        for name in (column, label):
+        for name in columns:
             if name not in record:
                 raise unknown_name("column", name, record)
-        text, kind = record[column], str(record[label])
+        text, kind = record[columns[0]], str(record[columns[1]])
         if not isinstance(text, str):
-            raise GemmaScopeError(f"Column {column!r} contains {type(text).__name__}, not text.")
+            raise GemmaScopeError(f"Column {columns[0]!r} contains {type(text).__name__}, not text.")
         kept = found.setdefault(kind, [])
         if len(kept) < documents:
-            kept.append((text, kind))
-    return [pair for kept in found.values() for pair in kept]
+            kept.append((text, kind, str(record[columns[-1]])))
+    return [entry for kept in found.values() for entry in kept]
 
 
 def labelled_rows(
@@ -130,6 +154,7 @@ def labelled_rows(
     rows: int = 64,
     what: str = "label",
     spans: Mapping[str, tuple[Sequence[str], Callable[[str], list[tuple[int, int]]]]] | None = None,
+    groups: Sequence[Hashable] | None = None,
 ) -> LabelledRows:
     """Labelled documents as rows of tokens; each label against all others is a concept.
 
@@ -141,44 +166,63 @@ def labelled_rows(
         what: kind of the labels, such as ``"domain"``, which is a part of the concepts' names.
         spans: concepts of tokens by name: the labels for which each is defined, and a function that finds the spans of
             characters that have the property. A token is in a span if its first non-blank character is.
+        groups: source of each document, such as its book, article or author. Documents of one source are all training
+            or all test documents, and are resampled together; by default each document is a source of its own.
 
     Raises:
-        GemmaScopeError: there is no tokenizer, there are fewer than two labels, or the context is too small.
+        GemmaScopeError: there is no tokenizer, there are fewer than two labels, the context is too small, or there are
+            not as many groups as documents.
     """
     if tokenizer is None:
         raise GemmaScopeError("The model has no tokenizer.")
     if context <= SHORTEST:
         raise GemmaScopeError(f"A row needs BOS and {SHORTEST} tokens or more, so context cannot be {context}.")
-    asked = spans or {}
-    ids: list[list[int]] = []
-    documents: list[int] = []
+    lines = _Lines(context - 1, rows, {name: [] for name in spans or {}})
     kinds: list[str] = []
-    marks: dict[str, list[list[int]]] = {name: [] for name in asked}
-    body = context - 1
     for given, kind in pairs:
         text = given.removeprefix(tokenizer.bos_token or "")  # the row has its own
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(asked))
-        for start in range(0, min(len(encoded["input_ids"]), rows * body), body):
-            part = encoded["input_ids"][start : start + body]
-            if len(part) < SHORTEST:
-                continue
-            ids.append([tokenizer.bos_token_id, *part, *[tokenizer.pad_token_id] * (body - len(part))])
-            documents.append(len(kinds))
-            for name, (where, find) in asked.items():
-                if kind in where:
-                    inside = _inside(text, encoded["offset_mapping"][start : start + body], find(text))
-                    marks[name].append([-1, *inside, *[-1] * (body - len(part))])
-                else:
-                    marks[name].append([-1] * context)
+        lines.add(tokenizer, len(kinds), text, kind, spans or {})
         kinds.append(kind)
     labels = list(dict.fromkeys(kinds))
     if len(labels) < 2:
         raise GemmaScopeError(f"A probe needs two labels or more, and the labels are {labels}.")
-    of_row = [kinds[number] for number in documents]
+    if groups is not None and len(groups) != len(kinds):
+        raise GemmaScopeError(
+            f"There are {len(kinds)} documents, but {len(groups)} groups: give one for each document."
+        )
+    of_row = [kinds[number] for number in lines.documents]
     concepts = [Concept(f"{what}: {name}", torch.tensor([int(kind == name) for kind in of_row])) for name in labels]
     concepts = concepts[:1] if len(labels) == 2 else concepts  # the second is the negation of the first
-    concepts += [Concept(name, torch.tensor(lines)) for name, lines in marks.items()]
-    return LabelledRows(torch.tensor(ids), torch.tensor(documents), tuple(kinds), tuple(concepts))
+    concepts += [Concept(name, torch.tensor(marks)) for name, marks in lines.marks.items()]
+    found = (torch.tensor(lines.ids), torch.tensor(lines.documents), tuple(kinds), tuple(concepts))
+    return LabelledRows(*found, groups=() if groups is None else tuple(groups))
+
+
+@dataclass
+class _Lines:
+    """Rows of token ids as they are made from documents, with the marks of concepts of tokens."""
+
+    body: int
+    rows: int
+    marks: dict[str, list[list[int]]]
+    ids: list[list[int]] = field(default_factory=list[list[int]])
+    documents: list[int] = field(default_factory=list[int])
+
+    def add(self, tokenizer: Any, number: int, text: str, kind: str, spans: Mapping[str, Any]) -> None:
+        """Add the rows of one document."""
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(spans))
+        for start in range(0, min(len(encoded["input_ids"]), self.rows * self.body), self.body):
+            part = encoded["input_ids"][start : start + self.body]
+            if len(part) < SHORTEST:
+                continue
+            padding = self.body - len(part)
+            self.ids.append([tokenizer.bos_token_id, *part, *[tokenizer.pad_token_id] * padding])
+            self.documents.append(number)
+            for name, (where, find) in spans.items():
+                inside = [-1] * len(part)
+                if kind in where:
+                    inside = _inside(text, encoded["offset_mapping"][start : start + self.body], find(text))
+                self.marks[name].append([-1, *inside, *[-1] * padding])
 
 
 def _named(text: str, group: str) -> list[tuple[int, int]]:

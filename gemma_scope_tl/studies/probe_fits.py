@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_scope_tl.errors import unknown_name
+
 Floats = NDArray[Any]
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the penalty from which a dense probe chooses
-CANDIDATES = 50  # number of latents of largest difference of means among which the best is searched
+CANDIDATES = 50  # number of best features among which the one of best AUROC is searched
+_CHUNK = 1024  # features that are ranked at once
+_ROUNDING = 1e-12  # differences and deviations below this share of a feature's largest value are rounding
 
 
 @dataclass(frozen=True)
@@ -21,40 +26,66 @@ class Units:
     Attributes:
         features: features of each unit, ``[n, d]``.
         label: 0 or 1, ``[n]``.
-        document: number of each unit's document, ``[n]``.
+        source: number of the source of each unit's document, ``[n]``.
         test: True for units of test documents, ``[n]``.
     """
 
     features: Floats
     label: NDArray[np.int64]
-    document: NDArray[np.int64]
+    source: NDArray[np.int64]
     test: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
+class Resamples:
+    """Resamples of sources, the same for all probes, so that differences between probes are paired.
+
+    Attributes:
+        weights: how often each source occurs in each resample, ``[resamples, sources]``.
+        confidence: confidence level of the intervals.
+    """
+
+    weights: NDArray[np.int64]
+    confidence: float = 0.95
+
+    def interval(self, values: Floats) -> tuple[float, float]:
+        """Bounds of a number from its values in the resamples; NaN if all are NaN."""
+        finite = values[np.isfinite(values)]
+        if not len(finite):
+            return math.nan, math.nan
+        low, high = np.quantile(finite, ((1 - self.confidence) / 2, (1 + self.confidence) / 2))
+        return float(low), float(high)
+
+
+@dataclass(frozen=True)
 class Fitted:
-    """The result of a probe on the test units: AUROC with its interval, balanced accuracy, and the features used."""
+    """The result of a probe on the test units.
+
+    Attributes:
+        auroc, accuracy: AUROC, and balanced accuracy.
+        read: features that the probe reads, best first; empty for all.
+        areas: AUROC in each resample, NaN where a label is missing, ``[resamples]``.
+    """
 
     auroc: float
-    low: float
-    high: float
     accuracy: float
     read: tuple[int, ...] = ()
+    areas: Floats = field(default_factory=lambda: np.zeros(0), repr=False)
 
 
-def sparse_probe(units: Units, k: int, *, seed: int, confidence: float, resamples: int) -> Fitted:
-    """Fit a logistic regression on the ``k`` features of largest absolute difference of means on the training units."""
-    chosen = by_difference(units)[:k]
+def sparse_probe(units: Units, order: NDArray[np.int64], k: int, resamples: Resamples) -> Fitted:
+    """Fit a logistic regression on the first ``k`` features of ``order``, which :func:`ranked` returns."""
+    chosen = order[:k]
     fitted = _logistic(1.0).fit(units.features[~units.test][:, chosen], units.label[~units.test])
     scores = fitted.decision_function(units.features[units.test][:, chosen])
-    return _scored(units, scores, tuple(int(i) for i in chosen), seed, confidence, resamples)
+    return _scored(units, scores, tuple(int(i) for i in chosen), resamples)
 
 
-def dense_probe(units: Units, *, seed: int, confidence: float, resamples: int) -> Fitted:
-    """Fit a logistic regression on all features, with a penalty chosen on a quarter of the training documents."""
+def dense_probe(units: Units, resamples: Resamples, seed: int) -> Fitted:
+    """Fit a logistic regression on all features, with a penalty chosen on a quarter of the training sources."""
     train = ~units.test
-    documents = np.random.default_rng(seed).permutation(np.unique(units.document[train]))
-    held = train & np.isin(units.document, documents[: max(1, len(documents) // 4)])
+    sources = np.random.default_rng(seed).permutation(np.unique(units.source[train]))
+    held = train & np.isin(units.source, sources[: max(1, len(sources) // 4)])
     inner = train & ~held
     strength = PENALTIES[1]
     if min(len(np.unique(units.label[part])) for part in (held, inner)) == 2:
@@ -68,24 +99,90 @@ def dense_probe(units: Units, *, seed: int, confidence: float, resamples: int) -
         strength = max(trials, key=lambda c: trials[c])
     fitted = _logistic(strength).fit(units.features[train], units.label[train])
     scores = fitted.decision_function(units.features[units.test])
-    return _scored(units, scores, (), seed, confidence, resamples)
+    return _scored(units, scores, (), resamples)
 
 
-def by_difference(units: Units) -> NDArray[np.int64]:
-    """Features sorted by the absolute difference of means between the labels on the training units, largest first."""
-    features, label = units.features[~units.test], units.label[~units.test]
-    difference = np.abs(features[label == 1].mean(0, dtype=np.float64) - features[label == 0].mean(0, dtype=np.float64))
-    return np.argsort(-difference, kind="stable")
+def ranked(units: Units, select: str) -> NDArray[np.int64]:
+    """Features sorted by how well each alone tells the labels of the training units apart, best first.
+
+    Args:
+        units: only the training units are read.
+        select: a key of :data:`SELECT`. Equal scores are in the order of the features.
+
+    Raises:
+        UnknownNameError: ``select`` is unknown.
+    """
+    if select not in SELECT:
+        raise unknown_name("way to select latents", select, SELECT)
+    return np.argsort(-np.abs(SELECT[select](units.features[~units.test], units.label[~units.test])), kind="stable")
 
 
-def best_latent(units: Units) -> tuple[int, float]:
-    """The feature that best orders the training units, ascending or descending, and its AUROC on the test units."""
-    train = ~units.test
-    candidates = by_difference(units)[:CANDIDATES]
-    trials = [auroc(units.features[train][:, i], units.label[train]) for i in candidates]
-    at = int(np.argmax([abs(value - 0.5) for value in trials]))
+def differences(features: Floats, label: NDArray[Any]) -> Floats:
+    """Difference of the means of the two labels, ``[d]``; it has the features' units."""
+    return features[label == 1].mean(0, dtype=np.float64) - features[label == 0].mean(0, dtype=np.float64)
+
+
+def standardised_differences(features: Floats, label: NDArray[Any]) -> Floats:
+    """Difference of means over the pooled standard deviation within the labels, ``[d]``.
+
+    Its square is the F statistic of a one-way analysis of variance, up to a factor that all features share. It does not
+    change when a feature is multiplied by a positive number. A feature that is constant within both labels has an
+    infinite score if the two constants differ, otherwise 0.
+    """
+    positive = label == 1
+
+    def score(part: Floats) -> Floats:
+        wide = part.astype(np.float64)
+        size = np.abs(wide).max(0)
+        wide /= np.where(size > 0, size, 1.0)
+        one, other = wide[positive], wide[~positive]
+        apart = one.mean(0) - other.mean(0)
+        squares = ((one - one.mean(0)) ** 2).sum(0) + ((other - other.mean(0)) ** 2).sum(0)
+        spread = np.sqrt(squares / max(len(wide) - 2, 1))
+        spread[spread < _ROUNDING] = 0.0
+        with np.errstate(all="ignore"):
+            return np.where(np.abs(apart) < _ROUNDING, 0.0, apart / spread)
+
+    return _by_parts(score, features)
+
+
+def areas_over_chance(features: Floats, label: NDArray[Any]) -> Floats:
+    """AUROC of each feature alone, minus 0.5, ``[d]``: negative where the feature is smaller for label 1.
+
+    It depends on the order of each feature's values alone.
+    """
+    from scipy.stats import rankdata
+
+    positive = label == 1
+    ones, zeros = int(positive.sum()), int((~positive).sum())
+    ranks = _by_parts(lambda part: rankdata(part, axis=0)[positive].sum(0), features)
+    return (ranks - ones * (ones + 1) / 2) / (ones * zeros) - 0.5
+
+
+def _by_parts(score: Callable[[Floats], Floats], features: Floats) -> Floats:
+    starts = range(0, features.shape[1], _CHUNK)
+    return np.concatenate([score(features[:, start : start + _CHUNK]) for start in starts])
+
+
+SELECT: dict[str, Callable[[Floats, NDArray[Any]], Floats]] = {
+    "standardised": standardised_differences,
+    "auroc": areas_over_chance,
+    "difference": differences,
+}
+"""Scores by which latents are selected. The first two are free of scale; ``"difference"`` is not: it prefers latents
+with large activations, which differ between SAEs."""
+
+
+def best_latent(units: Units, order: NDArray[np.int64]) -> tuple[int, float]:
+    """The feature that best orders the training units, ascending or descending, and its AUROC on the test units.
+
+    It is searched among the first :data:`CANDIDATES` features of ``order``, which :func:`ranked` returns.
+    """
+    candidates = order[:CANDIDATES]
+    scores = areas_over_chance(units.features[~units.test][:, candidates], units.label[~units.test])
+    at = int(np.argmax(np.abs(scores)))
     found = auroc(units.features[units.test][:, candidates[at]], units.label[units.test])
-    return int(candidates[at]), found if trials[at] >= 0.5 else 1 - found
+    return int(candidates[at]), found if scores[at] >= 0 else 1 - found
 
 
 def auroc(scores: Floats, label: NDArray[Any], weights: Floats | None = None) -> Any:
@@ -112,21 +209,12 @@ def auroc(scores: Floats, label: NDArray[Any], weights: Floats | None = None) ->
     return float(area[0]) if single else area
 
 
-def _scored(
-    units: Units, scores: Floats, read: tuple[int, ...], seed: int, confidence: float, resamples: int
-) -> Fitted:
+def _scored(units: Units, scores: Floats, read: tuple[int, ...], resamples: Resamples) -> Fitted:
     from sklearn.metrics import balanced_accuracy_score
 
-    label, document = units.label[units.test], units.document[units.test]
-    _, where = np.unique(document, return_inverse=True)
-    count = int(where.max()) + 1
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
-    areas = auroc(scores, label, draws[:, where].astype(float))
-    areas = areas[np.isfinite(areas)]
-    ends = ((1 - confidence) / 2, (1 + confidence) / 2)
-    low, high = np.quantile(areas, ends) if len(areas) else (math.nan, math.nan)
-    accuracy = float(balanced_accuracy_score(label, scores > 0))
-    return Fitted(auroc(scores, label), float(low), float(high), accuracy, read)
+    label, source = units.label[units.test], units.source[units.test]
+    areas = auroc(scores, label, resamples.weights[:, source].astype(float))
+    return Fitted(auroc(scores, label), float(balanced_accuracy_score(label, scores > 0)), read, areas)
 
 
 def _logistic(c: float) -> Any:

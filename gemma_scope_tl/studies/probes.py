@@ -1,10 +1,14 @@
 """Probes that measure how well single latents distinguish concepts, compared with random directions and activations.
 
-The probes are k-sparse (Gurnee et al. 2023, arXiv 2305.01610, as SAEBench uses them on SAEs): on the training documents
-the k latents of largest difference of means are chosen, and a logistic regression is fitted on them. There are two
-controls: the same probe on a random SAE of equal shape and L0 (:func:`random_twin`), and a logistic regression on all
-raw activations, with an L2 penalty chosen on a part of the training documents. The module needs scikit-learn (the extra
-``probes``).
+The probes are k-sparse (Gurnee et al. 2023, arXiv 2305.01610): on the training documents, k latents are selected by a
+score of each alone, and a logistic regression is fitted on them. The score has no scale, because latents of different
+SAEs differ in size and frequency: selecting by the raw difference of means, as SAEBench does, prefers the latents of
+largest activation and handicaps one of two SAEs that are compared.
+
+There are two controls: the same probe on a random SAE of equal shape and L0
+(:func:`~gemma_scope_tl.studies.random_saes.random_twin`), and a logistic regression on all raw activations, with an L2
+penalty chosen on a part of the training documents. No source of documents is on both sides of the split
+(:mod:`~gemma_scope_tl.studies.splits`). The module needs scikit-learn (the extra ``probes``).
 """
 
 from __future__ import annotations
@@ -16,17 +20,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, ReadBatch, read_batches, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
-from gemma_scope_tl.sae.access import locate
-from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.studies.probe_data import Concept, LabelledRows
-from gemma_scope_tl.studies.probe_fits import Fitted, Units, best_latent, dense_probe, sparse_probe
+from gemma_scope_tl.studies.probe_fits import SELECT, Resamples, Units, best_latent, dense_probe, ranked, sparse_probe
+from gemma_scope_tl.studies.probe_results import DENSE, LATENTS, RANDOM, Probes
+from gemma_scope_tl.studies.random_saes import (
+    FREQUENCIES,
+    L0_BAND,
+    checked_l0,
+    drawn_tokens,
+    random_twin,
+    sampled_activations,
+)
+from gemma_scope_tl.studies.splits import Split, split_documents
 from gemma_scope_tl.text.rows import special_ids
 
 if TYPE_CHECKING:
@@ -34,13 +45,35 @@ if TYPE_CHECKING:
 
     from gemma_scope_tl.model.hooked import GemmaModel
 
-TEST = 0.3  # share of the documents of each label that are test documents
-SAMPLE = 4096  # tokens from which the thresholds of a random twin are computed
-DENSE, LATENTS, RANDOM = "dense", "latents", "random"
-_CHUNK = 1024  # latents whose pre-activations are sorted at once
+
+def probe_concepts(model: GemmaModel, saes: Any, data: LabelledRows, *args: Any, **options: Any) -> pd.DataFrame:
+    """Probe each SAE's latents, a random SAE's and the raw activations for each concept.
+
+    Args:
+        model, saes, data, args, options: as :func:`measure_probes` takes them.
+
+    Returns:
+        A row per SAE, concept, kind of features (``latents``, ``random``, ``dense``) and k (0 for dense):
+
+        - ``release, id, site, layer, d_sae``; ``l0`` of the SAE or of its random twin on the same test tokens;
+        - ``concept, features, k, auroc, auroc_low, auroc_high, accuracy`` (balanced);
+        - for latents, ``over_random`` with ``_low`` and ``_high``: AUROC minus that of the random twin, and the
+          interval of this difference;
+        - ``select``; ``train, test`` (numbers of units), ``positive`` (test units with the property),
+          ``positive_sources`` and ``negative_sources`` (test sources with units that have it, and that lack it);
+        - ``split``: by ``sources`` or ``documents``; ``within one source`` where all documents of a label come from one
+          source, so that training and test documents share it; ``interval``: what is resampled, ``sources`` or
+          ``documents``, or ``documents of one source`` where only one test source has the label, so that the interval
+          does not hold the difference between sources;
+        - ``best_latent, best_auroc``: the latent that best orders the training units, and its AUROC on the test units.
+
+    Raises:
+        GemmaScopeError: as for :func:`measure_probes`.
+    """
+    return measure_probes(model, saes, data, *args, **options).table()
 
 
-def probe_concepts(
+def measure_probes(
     model: GemmaModel,
     saes: Any,
     data: LabelledRows,
@@ -48,182 +81,121 @@ def probe_concepts(
     batch_size: int = 8,
     progress: bool = True,
     *,
+    select: str = "standardised",
+    frequency: str = "equal",
     most: int = 2000,
+    l0_band: float = L0_BAND,
     confidence: float = 0.95,
     resamples: int = 500,
     seed: int = 0,
     memory_budget: int = MEMORY_BUDGET,
-) -> pd.DataFrame:
-    """Probe each SAE's latents, a random twin's and the raw activations for each concept.
+) -> Probes:
+    """Probe as :func:`probe_concepts` does, and return all probes with their resamples instead of one table.
 
     A probe of rows reads the mean over the ordinary tokens of a row; a probe of tokens reads the activations of each
-    token. No document is in both training and test data; three tenths of each label's documents are test documents.
+    token. About three tenths of each label's documents, in whole sources, are test documents.
 
     Args:
         model, saes, batch_size, progress, memory_budget: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
         data: :func:`~gemma_scope_tl.studies.bundled_concepts`, or
-            :func:`~gemma_scope_tl.studies.probe_data.labelled_rows`.
+            :func:`~gemma_scope_tl.studies.probe_data.labelled_rows`, whose ``groups`` are the sources of documents.
         k: numbers of latents that a probe reads.
+        select: score by which latents are selected on the training units: ``"standardised"`` (difference of means over
+            the pooled standard deviation, the F statistic of Gurnee et al.), ``"auroc"``, or ``"difference"`` (the raw
+            difference of means, which depends on scale).
+        frequency: how often the random twin's latents fire (:func:`~gemma_scope_tl.studies.random_twin`).
         most: maximum number of tokens for a concept of tokens, half of them of each label if there are enough.
             Memory: ``8 * d_sae`` bytes for each row and each such token, for an SAE and its twin.
-        confidence, resamples, seed: parameters of the confidence intervals, which resample test documents. The seed
-            also determines the split.
-
-    Returns:
-        A row per SAE, concept, kind of features (``latents``, ``random``, ``dense``) and k (0 for dense): ``release,
-        id, site, layer, d_sae, l0, concept, features, k, auroc, auroc_low, auroc_high, accuracy`` (balanced),
-        ``train, test`` (numbers of units), ``best_latent`` and ``best_auroc``: the latent that best orders the training
-        units, and its AUROC on the test units.
+        l0_band: largest difference of the twin's L0 from the SAE's, as a share, on test documents.
+        confidence, resamples, seed: parameters of the confidence intervals, which resample test sources. The seed
+            also determines the split and the random SAEs.
 
     Raises:
-        GemmaScopeError: scikit-learn is not installed, or a label has fewer than four documents.
+        UnknownNameError: ``select`` or ``frequency`` is unknown.
+        GemmaScopeError: scikit-learn is not installed, a label has fewer than four documents, no split by groups has
+            every label on both sides, or the L0 of a random twin is outside the band.
     """
-    import pandas as pd
-
     _need_sklearn()
     if not k or min(k) < 1:
         raise GemmaScopeError(f"A probe reads 1 latent or more, not {list(k)}.")
-    special = special_ids(model)
-    asked = [_units(concept, data, special, most, seed) for concept in data.concepts]
+    for kind, name, known in (("way to select latents", select, SELECT), ("frequency", frequency, FREQUENCIES)):
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    special, split = special_ids(model), split_documents(data.kinds, data.groups or None, seed=seed)
+    asked = [_units(concept, data, split, special, most, seed) for concept in data.concepts]
     subjects = subjects_of(model, saes)
-    options: dict[str, Any] = {"seed": seed, "confidence": confidence, "resamples": resamples}
-    rows: list[dict[str, Any]] = []
+    found = Probes(Resamples(split.weights(resamples, seed), confidence))
+    run = _Run(data, split, asked, tuple(k), select, frequency, l0_band, seed, found)
     for place in _shown(list(dict.fromkeys(subject.place for subject in subjects)), progress):
         fit = rows_that_fit(model, [place], data.tokens.shape[1], batch_size, memory_budget)
-        passes = partial(read_batches, model, places=[place], special=special, batch_size=fit)
-        rows += _of_place([one for one in subjects if one.place == place], data, asked, k, passes, options)
-    return pd.DataFrame(rows)
-
-
-@torch.no_grad()
-def random_twin(sae: Any, x: Float[torch.Tensor, "n d_in"], seed: int = 0) -> Any:
-    """An SAE of the same shape with random weights, whose thresholds give the same L0 on ``x``.
-
-    Encoder columns and decoder rows are random unit vectors; ``b_enc`` subtracts the mean of ``x``; each latent's
-    threshold is the quantile of its pre-activations above which it fires on a share ``L0 / d_sae`` of the tokens. All
-    latents of the twin therefore fire equally often, unlike those of the SAE.
-
-    Args:
-        sae: an SAE or transcoder.
-        x: activations that the SAE reads, of a few thousand tokens.
-        seed: seed of the weights.
-
-    Raises:
-        GemmaScopeError: ``x`` is empty.
-    """
-    if not x.shape[0]:
-        raise GemmaScopeError("A random twin needs activations, from which its thresholds are computed.")
-    site, layer = locate(sae)
-    generator = torch.Generator().manual_seed(seed)
-    d_sae, d_out = sae.W_dec.shape
-    x = x.float().cpu()
-    w_enc = torch.nn.functional.normalize(torch.randn(x.shape[1], d_sae, generator=generator), dim=0)
-    w_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_out, generator=generator), dim=1)
-    b_enc = -x.mean(0) @ w_enc
-    share = min(1.0, latents_of(sae, x.to(sae.device)).l0 / d_sae)
-    fires = round(share * x.shape[0])
-    thresholds: list[torch.Tensor] = []
-    for columns, bias in zip(w_enc.split(_CHUNK, dim=1), b_enc.split(_CHUNK), strict=True):
-        z = (x @ columns + bias).sort(dim=0, descending=True).values
-        thresholds.append(z[min(fires, x.shape[0] - 1)].clamp_min(1e-6))
-    arrays = {"W_enc": w_enc, "W_dec": w_dec, "b_enc": b_enc, "b_dec": torch.zeros(d_out)}
-    arrays["threshold"] = torch.cat(thresholds)
-    return JumpReLUSAE.from_arrays(arrays, site=site.name, layer=layer, device=sae.device)
+        passes = partial(read_batches, model, data.tokens, [place], special, fit)
+        run.probe([(n, one) for n, one in enumerate(subjects) if one.place == place], passes, special)
+    return found
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """The rows or tokens of a concept: row, position, label and document of each, and whether it is a test unit."""
+    """The rows or tokens of a concept: row, position, label and source of each, and whether it is a test unit."""
 
     concept: Concept
     row: NDArray[np.int64]
     position: NDArray[np.int64]
     label: NDArray[np.int64]
-    document: NDArray[np.int64]
+    source: NDArray[np.int64]
     test: NDArray[np.bool_]
+    columns: dict[str, Any]
 
 
-def _of_place(
-    subjects: Sequence[Subject],
-    data: LabelledRows,
-    asked: Sequence[_Asked],
-    k: Sequence[int],
-    passes: Callable[..., Iterator[ReadBatch]],
-    options: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """All probes of the SAEs of one place; ``passes(tokens=…)`` iterates over the clean batches of the tokens."""
-    place, seed = subjects[0].place, options["seed"]
-    training = torch.from_numpy(~_is_test(data, seed)[data.documents.numpy()])
-    sample = _sample(passes(tokens=data.tokens[training]), place)
-    rows: list[dict[str, Any]] = []
-    dense: list[Fitted] = []
-    for subject in subjects:
-        sae = subject.get()
-        encoders = [sae, random_twin(sae, sample, seed), *([] if dense else [None])]
-        found = _features(encoders, passes(tokens=data.tokens), place, asked)
-        dense = dense or [dense_probe(raw, **options) for raw in found[-1]]
-        for kind, encoder, features in zip((LATENTS, RANDOM), encoders, found, strict=False):
-            rows += _rows(subject, kind, latents_of(encoder, sample).l0, asked, features, k=k, options=options)
-        rows += [_row(subject, DENSE, float("nan"), a, d, k=0, best=None) for a, d in zip(asked, dense, strict=True)]
-    return rows
+@dataclass(frozen=True)
+class _Run:
+    """The settings of a study of probes, and where its results are collected."""
+
+    data: LabelledRows
+    split: Split
+    asked: list[_Asked]
+    k: tuple[int, ...]
+    select: str
+    frequency: str
+    l0_band: float
+    seed: int
+    found: Probes
+
+    def probe(
+        self,
+        subjects: Sequence[tuple[int, Subject]],
+        passes: Callable[[], Iterator[ReadBatch]],
+        special: Sequence[int],
+    ) -> None:
+        """Fit all probes of the SAEs of one place; each SAE's number seeds its random twin."""
+        place = subjects[0][1].place
+        training = ~self.split.test[self.data.documents.numpy()]
+        marks = [drawn_tokens(self.data.tokens, part, special, self.seed) for part in (training, ~training)]
+        sample, other = sampled_activations(passes(), place, marks)
+        dense: list[Any] = []
+        for number, subject in subjects:
+            sae = subject.get()
+            twin = random_twin(sae, sample, self.seed + number, self.frequency)
+            l0 = checked_l0(sae, twin, other, self.l0_band, f"{subject.release} {subject.id}")
+            encoders = [sae, twin, *([] if dense else [None])]
+            features = _features(encoders, passes(), place, self.asked)
+            dense = dense or [dense_probe(raw, self.found.resamples, self.seed) for raw in features[-1]]
+            for kind, own, units in zip((LATENTS, RANDOM), l0, features, strict=False):
+                self._sparse({**subject.columns, "l0": own, "features": kind}, units)
+            for asked, fitted in zip(self.asked, dense, strict=True):
+                columns = {**subject.columns, "l0": float("nan"), "features": DENSE, "k": 0, **asked.columns}
+                self.found.add({**columns, "select": "", "best_latent": None, "best_auroc": float("nan")}, fitted)
+
+    def _sparse(self, columns: dict[str, Any], units: Sequence[Units]) -> None:
+        for asked, features in zip(self.asked, units, strict=True):
+            order = ranked(features, self.select)
+            best, area = best_latent(features, order)
+            more = {**asked.columns, "select": self.select, "best_latent": best, "best_auroc": area}
+            for k in self.k:
+                fitted = sparse_probe(features, order, k, self.found.resamples)
+                self.found.add({**columns, "k": k, **more}, fitted)
 
 
-def _rows(
-    subject: Subject,
-    kind: str,
-    l0: float,
-    asked: Sequence[_Asked],
-    units: Sequence[Units],
-    *,
-    k: Sequence[int],
-    options: dict[str, Any],
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for one, features in zip(asked, units, strict=True):
-        best = best_latent(features)
-        rows += [_row(subject, kind, l0, one, sparse_probe(features, n, **options), k=n, best=best) for n in k]
-    return rows
-
-
-def _row(
-    subject: Subject, kind: str, l0: float, asked: _Asked, fitted: Fitted, *, k: int, best: tuple[int, float] | None
-) -> dict[str, Any]:
-    return {
-        **subject.columns,
-        "l0": l0,
-        "concept": asked.concept.name,
-        "features": kind,
-        "k": k,
-        "auroc": fitted.auroc,
-        "auroc_low": fitted.low,
-        "auroc_high": fitted.high,
-        "accuracy": fitted.accuracy,
-        "train": int((~asked.test).sum()),
-        "test": int(asked.test.sum()),
-        "best_latent": best[0] if best else None,
-        "best_auroc": best[1] if best else float("nan"),
-    }
-
-
-def _is_test(data: LabelledRows, seed: int) -> NDArray[np.bool_]:
-    """Choose the test documents: three tenths of each label's documents, and at least two."""
-    is_test = np.zeros(len(data.kinds), bool)
-    kinds = np.asarray(data.kinds)
-    generator = np.random.default_rng(seed)
-    for kind in dict.fromkeys(data.kinds):
-        members = np.flatnonzero(kinds == kind)
-        if len(members) < 4:
-            raise GemmaScopeError(
-                f"Label {kind!r} has {len(members)} documents; a probe needs four, two of them to test it. Give more, "
-                "or leave the label out."
-            )
-        drawn = generator.permutation(members)
-        is_test[drawn[: max(2, round(TEST * len(members)))]] = True
-    return is_test
-
-
-def _units(concept: Concept, data: LabelledRows, special: Sequence[int], most: int, seed: int) -> _Asked:
-    is_test = _is_test(data, seed)
+def _units(concept: Concept, data: LabelledRows, split: Split, special: Sequence[int], most: int, seed: int) -> _Asked:
     documents = data.documents.numpy()
     labels = concept.labels.numpy()
     if concept.of_tokens:
@@ -235,11 +207,40 @@ def _units(concept: Concept, data: LabelledRows, special: Sequence[int], most: i
     else:
         row = np.flatnonzero(labels >= 0)
         position, label = np.zeros(len(row), np.int64), labels[row]
-    test = is_test[documents[row]]
+    test = split.test[documents[row]]
     for part, name in ((~test, "train on"), (test, "test")):
         if len(np.unique(label[part])) < 2:
             raise GemmaScopeError(f"Concept {concept.name!r} has only one label in the documents to {name}.")
-    return _Asked(concept, row, position, label.astype(np.int64), documents[row], test)
+    columns = _counts(concept, data, split, documents[row], label, test)
+    return _Asked(concept, row, position, label.astype(np.int64), split.source[documents[row]], test, columns)
+
+
+def _counts(
+    concept: Concept, data: LabelledRows, split: Split, document: NDArray[Any], label: NDArray[Any], test: NDArray[Any]
+) -> dict[str, Any]:
+    """The columns that say on what a concept's probes were fitted and tested."""
+    whole = np.asarray(_group_numbers(data))
+    having = set(whole[document[test & (label == 1)]].tolist())
+    lacking = set(whole[document[test & (label == 0)]].tolist())
+    kinds = dict.fromkeys(data.kinds[number] for number in np.unique(document[label == 1]).tolist())
+    how = {split.kind(kind) for kind in kinds}
+    one = any(kind in split.alone for kind in kinds) and len(having) == 1
+    return {
+        "concept": concept.name,
+        "train": int((~test).sum()),
+        "test": int(test.sum()),
+        "positive": int((label[test] == 1).sum()),
+        "positive_sources": len(having),
+        "negative_sources": len(lacking),
+        "split": "within one source" if "within one source" in how else how.pop(),
+        "interval": "documents of one source" if one else "sources" if split.grouped else "documents",
+    }
+
+
+def _group_numbers(data: LabelledRows) -> list[int]:
+    groups = data.groups or tuple(range(len(data.kinds)))
+    numbers: dict[Any, int] = {}
+    return [numbers.setdefault(group, len(numbers)) for group in groups]
 
 
 def _balanced(label: NDArray[Any], most: int, seed: int) -> NDArray[np.int64]:
@@ -249,17 +250,6 @@ def _balanced(label: NDArray[Any], most: int, seed: int) -> NDArray[np.int64]:
     half = most // 2
     taken = min(len(yes), max(half, most - len(no)))
     return np.sort(np.concatenate([yes[:taken], no[: most - taken]]))
-
-
-def _sample(batches: Iterator[ReadBatch], place: Place) -> torch.Tensor:
-    parts: list[torch.Tensor] = []
-    held = 0
-    for batch in batches:
-        parts.append(batch.activations(place))
-        held += parts[-1].shape[0]
-        if held >= SAMPLE:
-            break
-    return torch.cat(parts)[:SAMPLE]
 
 
 @torch.no_grad()
@@ -282,7 +272,7 @@ def _features(
                 at = torch.from_numpy(rows), torch.from_numpy(one.position[mine])
                 kept.append(full[at].cpu().numpy() if one.concept.of_tokens else means[rows])
     return [
-        [Units(np.concatenate(k), one.label, one.document, one.test) for one, k in zip(asked, parts, strict=True)]
+        [Units(np.concatenate(k), one.label, one.source, one.test) for one, k in zip(asked, parts, strict=True)]
         for parts in held
     ]
 

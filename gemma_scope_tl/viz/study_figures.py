@@ -183,7 +183,8 @@ def scores_figure(table: pd.DataFrame) -> Figure:
 
     Args:
         table: the table of :func:`~gemma_scope_tl.interp.detection_scores` or
-            :func:`~gemma_scope_tl.interp.simulation_scores`, or both combined.
+            :func:`~gemma_scope_tl.interp.simulation_scores`, or both combined; or that of
+            :func:`~gemma_scope_tl.interp.explanation_study`, whose random SAEs have boxes of their own.
 
     Raises:
         GemmaScopeError: a column is missing, or there is no score to draw.
@@ -192,7 +193,11 @@ def scores_figure(table: pd.DataFrame) -> Figure:
     methods = [name for name in _SCORES if name in table.columns and table[name].notna().any()]
     if not methods:
         raise GemmaScopeError(f"There is no score to draw: none of {', '.join(_SCORES)} has a value.")
-    groups = [(str(name[0]), rows) for name, rows in table.groupby(["id"], sort=False, dropna=False)]
+    by = ["id", *(["features"] if "features" in table else [])]
+    groups = [
+        (" ".join(str(part) for part in name if part != "latents"), rows)
+        for name, rows in table.groupby(by, sort=False, dropna=False)
+    ]
     figure, panels = grid(1, len(methods), (max(5.0, 1.2 * len(groups) * len(methods) + 2), 3.6))
     for ax, method in zip(panels[0], methods, strict=True):
         label, chance = _SCORES[method]

@@ -78,8 +78,9 @@ def licences_text(work: Path, chosen: dict[str, list[tuple[str, str]]]) -> str:
     files = sorted({f"{d}: {group}" for d in ("code", "docs") for group, _ in chosen[d]})
     sections = [
         "# Licences of the held-out text",
-        "`heldout.jsonl` holds pieces of documents the bundled model was not trained on. "
-        "Each row keeps the licence of its domain.",
+        "`heldout.jsonl` holds pieces of documents the bundled model was not trained on, and the source of each: the "
+        "article, play, book of the Bible, psalm, file, country, or set of sentences or exercises. The model was "
+        "trained on no other part of these sources either. Each row keeps the licence of its domain.",
         f"| domain | licence | source |\n| --- | --- | --- |\n{table}",
         "## wikipedia",
         "Text of Wikipedia articles by their contributors, under CC BY-SA 3.0 "
@@ -101,10 +102,27 @@ def licences_text(work: Path, chosen: dict[str, list[tuple[str, str]]]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def source_name(domain: str, group: str) -> str:
+    """The name of the work that a held-out piece comes from, from the group that its reader gave it."""
+    if domain == "wikipedia":
+        return group.split(":", 1)[1].strip("= ")
+    if domain == "shakespeare":
+        return group.removesuffix("_gut")
+    if domain == "commentary":
+        return f"psalm {int(group) - 1}"  # the module's first block is an introduction
+    if domain in ("spanish", "maths"):
+        return f"{'sentences from' if domain == 'spanish' else 'exercises'} {group}"
+    return group
+
+
 def write_heldout_text(work: Path, folder: Path = TEXT_FOLDER) -> dict[str, int]:
     """Write `heldout.jsonl` and `LICENSES.md`; returns bytes per domain."""
     chosen = {domain: choose_pieces(work, domain) for domain in WEIGHTS}
-    rows = [{"domain": domain, "text": piece} for domain, pieces in chosen.items() for _, piece in pieces]
+    rows = [
+        {"domain": domain, "source": source_name(domain, group), "text": piece}
+        for domain, pieces in chosen.items()
+        for group, piece in pieces
+    ]
     write_jsonl(folder / "heldout.jsonl", rows)
     write_text(folder / "LICENSES.md", licences_text(work, chosen))
     return {domain: sum(len(piece.encode()) for _, piece in pieces) for domain, pieces in chosen.items()}

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 
 from benchmarks.frontier import load_points
-from scripts import study_page
 from scripts.page_numbers.sources import ROOT
 from scripts.results_page import results
 
@@ -62,20 +61,3 @@ def test_what_is_said_of_the_comparisons(name: str) -> None:
     rows = load_points(name)["rows"]
     ratios = [row["ratio"] for row in rows]
     assert all(ratio > 1 for ratio in ratios[:-2]) and ratios[-2] < 1
-
-
-def test_what_is_said_of_the_studies() -> None:
-    probes = study_page.stored("probes").groupby(["concept", "features", "k"])["auroc"].mean()
-    of_tokens = [name for name in probes.index.unique("concept") if study_page.of_tokens(name)]
-    assert len(of_tokens) == 4
-    for concept in of_tokens:
-        assert all(probes[concept, "latents", k] > probes[concept, "random", k] for k in study_page.PROBE_K)
-        assert probes[concept, "latents", 1] < probes[concept, "dense", 0] - 0.05
-    assert sum(probes[name, "latents", 20] > probes[name, "dense", 0] - 0.01 for name in of_tokens) == 3
-    domains = study_page.stored("domains").groupby("domain")["delta_loss"].mean().sort_values()
-    assert (domains.index[0], domains.index[-1]) == ("maths", "factbook")
-    uniformity = study_page.stored("uniformity")
-    for _, rows in uniformity.groupby(["site", "d_sae"]):
-        assert rows.sort_values("l0")["uniformity"].is_monotonic_decreasing
-    precision = study_page.stored("precision").query("dtype == 'bfloat16'")
-    assert (precision["l0_change"] < 0).all() and precision["delta_loss_change"].abs().max() < 0.002

@@ -99,9 +99,11 @@ def test_unreadable_answers_are_counted_and_left_out(found: Examples) -> None:
     assert (row["detection_examples"], row["detection_unread"]) == (8, 8)
     (row,) = simulation_scores(Canned("[1, 2]"), found, {0: "x"}).to_dict("records")
     assert row["simulation_unread"] == 16
-    assert np.isnan(row["simulation"])
+    assert np.isnan(row["simulation"]) and not row["simulation_constant"]
     (row,) = simulation_scores(Canned(json.dumps([0] * 16)), found, {0: "x"}).to_dict("records")
-    assert np.isnan(row["simulation"])
+    assert np.isnan(row["simulation"]) and row["simulation_constant"]
+    (row,) = simulation_scores(Canned(json.dumps([0] * 15 + [1])), found, {0: "x"}).to_dict("records")
+    assert not row["simulation_constant"]
 
 
 @pytest.mark.parametrize(
