@@ -9,9 +9,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.errors import AdapterMismatch, GemmaScopeError
 from gemma_scope_tl.registry.catalog import checked_model
 from gemma_scope_tl.registry.schema import SAERow
+from gemma_scope_tl.sites import Place
 from gemma_scope_tl.verification.diagnosis import Fault
 from gemma_scope_tl.verification.downloads import Plan, offline_hub, plan_downloads
 from gemma_scope_tl.verification.examine import Examiner, Settings, shared_faults, skipped
@@ -147,7 +149,8 @@ def verify(
             loaded = _load(ready.model, backend, device, dtype)
         except AdapterMismatch as error:
             facts |= surroundings(device or "cpu")
-            return make_report(facts, [Fault("model", str(error))], [], [], [], folder)
+            fault = _refusal(ready.model, backend, device, dtype, texts, context, str(error))
+            return make_report(facts, [fault], [], [], [], folder)
         rows, special = token_rows(loaded, texts, tokens, context, _is_tuned(loaded, ready.registry_model))
         probe = Probe(loaded, rows, special)
         checks = check_model(loaded, probe)
@@ -181,6 +184,22 @@ def _load(model: Any, backend: str, device: str | None, dtype: str) -> GemmaMode
     from gemma_scope_tl.model.loading import load_model
 
     return load_model(model, backend=backend, device=device, dtype=dtype)
+
+
+def _refusal(model: Any, backend: str, device: str | None, dtype: str, texts: Any, context: int, said: str) -> Fault:
+    """The fault behind a failed check. Activations that overflow look like a difference, so they are looked for."""
+    from gemma_scope_tl.model.loading import load_model
+
+    if parse_dtype(dtype).itemsize == 2 and isinstance(model, str):
+        loaded = load_model(model, backend=backend, device=device, dtype=dtype, check=False)
+        rows, _ = token_rows(loaded, texts, context, context, tuned=False)
+        probe = Probe(loaded, rows, ())
+        streams = [site.name for site in loaded.family.sites.values() if site.joins == "residual"]
+        for place in (Place(name, layer) for name in streams for layer in range(loaded.dims.n_layers)):
+            if not bool(probe.at(place).isfinite().all()):
+                what = f"The model's activations at {place.key} are not finite in {dtype}"
+                return Fault("not-finite", f"{what}: load it in bfloat16 or float32.")
+    return Fault("model", said)
 
 
 def _name_of(model: Any) -> str | None:

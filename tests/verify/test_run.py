@@ -198,7 +198,7 @@ def test_the_command(published: LocalHub, text: Path, tmp_path: Path, monkeypatc
     saes = [f for f in plan["files"] if f["kind"] == "SAE"]
     assert len(saes) == 4 and not any(f["here"] or f["estimated"] for f in plan["files"])
     assert all(f["bytes"] == (tmp_path / "saes" / f["path"]).stat().st_size for f in saes)
-    assert not list(tmp_path.rglob("verify-small")) and not [e for e in published.requests("GET", "cdn")]
+    assert not list(tmp_path.rglob("verify-small")) and not published.requests("GET", "cdn")
     with pytest.raises(GemmaScopeError, match="Nothing was downloaded: add --yes"):
         CliRunner().invoke(app, [*ARGUMENTS, *common], catch_exceptions=False)
     assert not published.requests("GET", "cdn")
@@ -262,6 +262,19 @@ def test_a_model_that_the_check_refuses(
     report = verify("me/small", sae_model="small", texts=text, download=True, progress=False)
     (fault,) = report.faults
     assert fault.kind == "model" and "blocks.0.mlp.hook_out" in fault.text and report.saes == []
+
+
+def test_a_model_that_overflows_in_float16(hub: LocalHub, text: Path, tmp_path: Path, small: World) -> None:  # noqa: F811
+    """The check refuses NaN as a difference; the verification says where they come from."""
+    hf_model = small_gemma()
+    with torch.no_grad():
+        hf_model.get_input_embeddings().weight *= 3e4
+    hf_model.save_pretrained(tmp_path / "large")
+    CharTokenizerFactory.get().save_pretrained(tmp_path / "large")
+    register_release(write_release(tmp_path, entries(small)))
+    options = {"sae_model": "small", "texts": text, "context": CONTEXT, "progress": False}
+    (fault,) = verify(tmp_path / "large", dtype="float16", **options).faults
+    assert fault.kind == "not-finite" and "res/layer_0" in fault.text and "bfloat16" in fault.text
 
 
 def _with(site: Any, **changes: Any) -> Any:
