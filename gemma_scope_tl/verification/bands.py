@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gemma_scope_tl.registry.schema import SAERow
 from gemma_scope_tl.verification.diagnosis import Fault
@@ -28,6 +29,15 @@ FVU_BOUND = 0.9
 FVU_BOUNDS = {"transcoder": 0.97, "embedding": 1.0}
 BFLOAT16_FVU = 0.02
 BFLOAT16_L0 = 0.05
+
+
+def bounds() -> dict[str, Any]:
+    """All bounds, for the report."""
+    return {
+        "l0_factor": {"default": L0_FACTOR, **L0_FACTORS},
+        "fvu": {"default": FVU_BOUND, **FVU_BOUNDS},
+        "bfloat16": {"fvu": BFLOAT16_FVU, "l0": BFLOAT16_L0},
+    }
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,10 @@ class Examiner:
         result["fit"] = _fit_facts(diagnosis)
         result["weights"] = fingerprint(sae)
         if not any(fault.kind == "not-finite" for fault in faults):
-            measured, bfloat16 = self._measured(sae, chosen)
+            try:
+                measured, bfloat16 = self._measured(sae, chosen)
+            except GemmaScopeError as error:
+                return result | failed(Fault("model", f"{row.release}/{row.id} cannot be measured: {error}"))
             verdict = judge(row, measured, bfloat16, others)
             named = bool(faults)
             faults += [fault for fault in verdict.faults if not (named and fault.kind in ("l0", "fvu", "label"))]

@@ -14,6 +14,7 @@ from gemma_scope_tl.errors import AdapterMismatch, GemmaScopeError
 from gemma_scope_tl.registry.catalog import checked_model
 from gemma_scope_tl.registry.schema import SAERow
 from gemma_scope_tl.sites import Place
+from gemma_scope_tl.verification.bands import bounds
 from gemma_scope_tl.verification.diagnosis import Fault
 from gemma_scope_tl.verification.downloads import Plan, offline_hub, plan_downloads
 from gemma_scope_tl.verification.examine import Examiner, Settings, shared_faults, skipped
@@ -231,7 +232,7 @@ def _facts(facts: dict[str, Any], model: GemmaModel, rows: Any, special: Any, te
         "sha256": hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest(),
         "left_out_ids": list(special),
     }
-    return {**facts, "model": described, "text": text, **surroundings(device)}
+    return {**facts, "model": described, "text": text, "bounds": bounds(), **surroundings(device)}
 
 
 def _examine_all(
