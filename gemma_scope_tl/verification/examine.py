@@ -87,19 +87,22 @@ class Examiner:
         faults, notes = list(diagnosis.faults), list(diagnosis.notes)
         result["fit"] = _fit_facts(diagnosis)
         result["weights"] = fingerprint(sae)
+        result["measured"] = None
         if not any(fault.kind == "not-finite" for fault in faults):
             try:
                 measured, bfloat16 = self._measured(sae, chosen)
             except GemmaScopeError as error:
-                return result | failed(Fault("model", f"{row.release}/{row.id} cannot be measured: {error}"))
-            verdict = judge(row, measured, bfloat16, others)
-            named = bool(faults)
-            faults += [fault for fault in verdict.faults if not (named and fault.kind in ("l0", "fvu", "label"))]
-            notes += [*verdict.notes, *(fault.text for fault in verdict.faults if fault not in faults)]
-            result |= {"measured": measured, "bfloat16": bfloat16}
-            beside = compare(self.model, sae, row, self._fired(sae, row), self.settings.seed, self.settings.neuronpedia)
-            faults += beside.faults
-            result["neuronpedia"] = {"skipped": beside.skipped, "latents": list(beside.latents)}
+                faults.append(Fault("model", f"{row.release}/{row.id} cannot be measured: {error}"))
+            else:
+                named, verdict = bool(faults), judge(row, measured, bfloat16, others)
+                explained = [fault for fault in verdict.faults if named and fault.kind in ("l0", "fvu", "label")]
+                faults += [fault for fault in verdict.faults if fault not in explained]
+                notes += [*verdict.notes, *(fault.text for fault in explained)]
+                result |= {"measured": measured, "bfloat16": bfloat16}
+                wanted = self.settings.neuronpedia
+                beside = compare(self.model, sae, row, self._fired(sae, row), self.settings.seed, wanted)
+                faults += beside.faults
+                result["neuronpedia"] = {"skipped": beside.skipped, "latents": list(beside.latents)}
         status = "fail" if faults else "pass"
         seconds = round(time.perf_counter() - start, 2)
         return result | {
