@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
 
 
+UNITS = {"not-folded", "folded-twice", "bias-not-folded"}
+"""The kinds of faults about the units of the weights."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How SAEs are examined.
@@ -94,9 +98,8 @@ class Examiner:
             except GemmaScopeError as error:
                 faults.append(Fault("model", f"{row.release}/{row.id} cannot be measured: {error}"))
             else:
-                named, verdict = bool(faults), judge(row, measured, bfloat16, others)
-                explained = [fault for fault in verdict.faults if named and fault.kind in ("l0", "fvu", "label")]
-                faults += [fault for fault in verdict.faults if fault not in explained]
+                verdict = judge(row, measured, bfloat16, others)
+                faults, explained = combined(faults, verdict.faults)
                 notes += [*verdict.notes, *(fault.text for fault in explained)]
                 result |= {"measured": measured, "bfloat16": bfloat16}
                 wanted = self.settings.neuronpedia
@@ -143,6 +146,19 @@ class Examiner:
         from gemma_scope_tl.evals.saes import latents_of
 
         return latents_of(sae, self.probe.at(Place(row.site, row.layer))).latents.unique().tolist()
+
+
+def combined(fits: Sequence[Fault], bands: Sequence[Fault]) -> tuple[list[Fault], list[Fault]]:
+    """The faults that count, and those that another one explains.
+
+    A number outside its band is explained by an alternative that fits better. An L0 that is exactly another row's is
+    the simpler explanation, if the reconstruction is good: other units change L0 and FVU as well.
+    """
+    kinds = {fault.kind for fault in bands}
+    if "label" in kinds and "fvu" not in kinds and {fault.kind for fault in fits} <= UNITS:
+        return list(bands), list(fits)
+    explained = [fault for fault in bands if fits and fault.kind in ("l0", "fvu", "label")]
+    return [*fits, *(fault for fault in bands if fault not in explained)], explained
 
 
 def described(row: SAERow) -> dict[str, Any]:

@@ -33,11 +33,13 @@ class ModelChecks:
         facts: what was measured, for the report.
         faults: what is wrong.
         embedding_factor: the number by which the embedding would have to be multiplied; 1 if it is right.
+        finite: whether all residual streams are finite; otherwise nothing else was checked.
     """
 
     facts: dict[str, Any]
     faults: tuple[Fault, ...]
     embedding_factor: float = 1.0
+    finite: bool = True
 
 
 def check_model(model: GemmaModel, probe: Probe) -> ModelChecks:
@@ -47,8 +49,11 @@ def check_model(model: GemmaModel, probe: Probe) -> ModelChecks:
         model: from ``load_model``.
         probe: a short pass of it.
     """
+    overflow = not_finite(model, probe)
+    if overflow is not None:
+        return ModelChecks({"finite": False}, (overflow,), finite=False)
     faults: list[Fault] = []
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"finite": True}
     factor = 1.0
     wanted = model.family.embedding_scale(model.dims.d_model)
     scale = embedding_scale(model, probe)
@@ -69,6 +74,18 @@ def check_model(model: GemmaModel, probe: Probe) -> ModelChecks:
         more = f", and {len(norms[1]) - 1} norms more" if len(norms[1]) > 1 else ""
         faults.append(Fault("norm", f"The norm {name} {text}{more}. Another version of transformers may be right."))
     return ModelChecks(facts, tuple(faults), factor)
+
+
+def not_finite(model: GemmaModel, probe: Probe) -> Fault | None:
+    """The fault of the first residual stream with an infinity or NaN at a counted token; None if all are finite."""
+    streams = [site.name for site in model.family.sites.values() if site.joins == "residual"]
+    for place in (Place(name, layer) for name in streams for layer in range(model.dims.n_layers)):
+        value = probe.at(place)
+        if not bool(value.isfinite().all()):
+            dtype = str(value.dtype).removeprefix("torch.")
+            what = f"The model's activations at {place.key} are not finite in {dtype}"
+            return Fault("not-finite", f"{what}: load it in bfloat16 or float32.")
+    return None
 
 
 def embedding_scale(model: GemmaModel, probe: Probe) -> float | None:

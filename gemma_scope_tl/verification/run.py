@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.errors import AdapterMismatch, GemmaScopeError
 from gemma_scope_tl.registry.catalog import checked_model
 from gemma_scope_tl.registry.schema import SAERow
-from gemma_scope_tl.sites import Place
 from gemma_scope_tl.verification.bands import bounds
 from gemma_scope_tl.verification.diagnosis import Fault
 from gemma_scope_tl.verification.downloads import Plan, offline_hub, plan_downloads
 from gemma_scope_tl.verification.examine import Examiner, Settings, shared_faults, skipped
 from gemma_scope_tl.verification.measure import token_rows
-from gemma_scope_tl.verification.model_checks import check_model
+from gemma_scope_tl.verification.model_checks import check_model, not_finite
 from gemma_scope_tl.verification.ordering import orderings
 from gemma_scope_tl.verification.probe import Probe
 from gemma_scope_tl.verification.report import CACHE_FOLDER, Report, Store, make_report, surroundings
@@ -55,6 +54,27 @@ class Prepared:
     rows: tuple[SAERow, ...]
 
 
+class Conditions(TypedDict, total=False):
+    """What is sampled; the keywords of :func:`prepare`.
+
+    Attributes:
+        sample: number of SAEs, 12 by default.
+        seed: seed of the sample, 0 by default.
+        sites, layers, widths, releases: conditions on the rows; all by default.
+        sae_model: the registry's model, if it is not that of the model.
+        largest: rows whose arrays take more than so many GiB in float32 are left out; 4 by default.
+    """
+
+    sample: int
+    seed: int
+    sites: Sequence[str] | None
+    layers: Sequence[int] | None
+    widths: Sequence[str | int] | None
+    releases: Sequence[str] | None
+    sae_model: str | None
+    largest: float
+
+
 def prepare(
     model: str | PathLike[str] | GemmaModel,
     *,
@@ -68,7 +88,16 @@ def prepare(
     largest: float = 4.0,
     offline: bool = False,
 ) -> Prepared:
-    """Draw the sample and list the files that it needs; the arguments are those of :func:`verify`."""
+    """Draw the sample and list the files that it needs. Nothing is downloaded.
+
+    Args:
+        model: a name, folder or id as for ``load_model``, or a loaded model.
+        sample, seed, sites, layers, widths, releases, sae_model, largest: :class:`Conditions`.
+        offline: whether to send no request at all.
+
+    Raises:
+        GemmaScopeError: the registry has no such SAEs.
+    """
     named = isinstance(model, (str, PathLike))
     name = str(model) if named else str(getattr(model, "model_id", None))
     registry_model = checked_model(sae_model or Path(name).name)
@@ -81,14 +110,6 @@ def prepare(
 def verify(
     model: str | PathLike[str] | GemmaModel = "gemma-2-2b",
     *,
-    sample: int = 12,
-    seed: int = 0,
-    sites: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
-    widths: Sequence[str | int] | None = None,
-    releases: Sequence[str] | None = None,
-    sae_model: str | None = None,
-    largest: float = 4.0,
     texts: str | PathLike[str] | None = None,
     tokens: int = 8192,
     context: int = 256,
@@ -103,23 +124,16 @@ def verify(
     neuronpedia: bool = False,
     progress: bool = True,
     prepared: Prepared | None = None,
+    **conditions: Unpack[Conditions],
 ) -> Report:
-    """Measure a sample of released SAEs on their model, and compare them with what is known of them.
+    """Measure a sample of released SAEs on their model, compare them with what is known, and name what is wrong.
 
-    The model is loaded with the check against plain Hugging Face; its embedding and norms are compared with its own
-    weights. Each SAE of the sample is compared with its row (L0), with the mean of the activations (FVU), with the
-    removal of its tensor (delta loss), and with the alternatives that name a fault: other layers, other tensors of the
-    block, other units, and the first token. Then the SAEs are compared with each other, as in the paper's figures.
+    docs/how-to/verify.md lists what is compared, with the bounds and their reasons.
 
     Args:
         model: a name, folder or id as for ``load_model``, or a loaded model.
-        sample: number of SAEs.
-        seed: seed of the sample.
-        sites, layers, widths, releases: conditions on the rows; all by default.
-        sae_model: the registry's model, if it is not that of ``model``.
-        largest: rows whose arrays take more than so many GiB in float32 are left out.
         texts: a file or a data set (``read_texts``); the bundled held-out text by default.
-        tokens: number of tokens of the text; ``context`` tokens in a row.
+        tokens, context: tokens of the text, and of one row.
         out: folder for the report and the results of single SAEs, from which an interrupted run continues.
         backend, device, dtype: as for ``load_model``. SAEs are in float32, some in bfloat16 too.
         batch_size, memory_budget: as for ``evaluate``.
@@ -127,47 +141,63 @@ def verify(
         offline: whether to send no request at all.
         neuronpedia: whether to compare latents with Neuronpedia's stored examples, which sends requests to it.
         progress: show a progress bar.
-        prepared: what :func:`prepare` returned, in place of all arguments that choose the sample.
+        prepared: what :func:`prepare` returned, in place of ``conditions``.
+        **conditions: what is sampled (:class:`Conditions`).
 
     Raises:
         GemmaScopeError: files are missing and ``download`` is False; the model or the text cannot be loaded.
     """
-    ready = prepared or prepare(
-        model, sample=sample, seed=seed, sites=sites, layers=layers, widths=widths, releases=releases,
-        sae_model=sae_model, largest=largest, offline=offline,
-    )  # fmt: skip
+    ready = prepared or prepare(model, offline=offline, **conditions)
     if ready.plan.to_download and (offline or not download):
         advice = "Leave offline out and allow downloads." if offline else "Allow it with download=True."
         raise GemmaScopeError(f"{summary(ready.plan)} {advice}")
     folder = None if out is None else Path(out).expanduser()
-    store = Store(folder)
+    loading = {"backend": backend, "device": device, "dtype": dtype}
+    settings = Settings(batch_size, memory_budget, folder and folder / CACHE_FOLDER, neuronpedia, ready.seed)
+    with offline_hub(offline):
+        return _run(ready, loading, _Text(texts, tokens, context), settings, folder, progress)
+
+
+@dataclass(frozen=True)
+class _Text:
+    source: str | PathLike[str] | None
+    tokens: int
+    context: int
+
+    def rows(self, model: GemmaModel, tuned: bool) -> tuple[Any, tuple[int, ...]]:
+        return token_rows(model, self.source, self.tokens, self.context, tuned)
+
+
+def _run(
+    ready: Prepared, loading: dict[str, Any], text: _Text, settings: Settings, folder: Path | None, progress: bool
+) -> Report:
+    """Load, check the model, examine the sample, compare the SAEs with each other, and write the report."""
     facts: dict[str, Any] = {
-        "model": {"name": _name_of(ready.model), "registry_model": ready.registry_model, "backend": backend},
+        "model": {"name": _name_of(ready.model), "registry_model": ready.registry_model, **loading},
         "sample": {"number": len(ready.sample), "seed": ready.seed, "too_large": ready.left_out},
     }
-    with offline_hub(offline):
-        try:
-            loaded = _load(ready.model, backend, device, dtype)
-        except AdapterMismatch as error:
-            facts |= surroundings(device or "cpu")
-            fault = _refusal(ready.model, backend, device, dtype, texts, context, str(error))
-            return make_report(facts, [fault], [], [], [], folder)
-        rows, special = token_rows(loaded, texts, tokens, context, _is_tuned(loaded, ready.registry_model))
-        probe = Probe(loaded, rows, special)
-        checks = check_model(loaded, probe)
-        facts = _facts(facts, loaded, rows, special, texts) | {"model_checks": checks.facts}
-        corrected = None
-        if checks.embedding_factor != 1.0:
-            corrected = Probe(loaded, rows, special, embedding_factor=checks.embedding_factor)
-        cache = None if folder is None else folder / CACHE_FOLDER
-        settings = Settings(batch_size, memory_budget, cache, neuronpedia, ready.seed)
-        examiner = Examiner(loaded, rows, special, probe, corrected, settings)
-        results = _examine_all(examiner, ready, store, facts, progress)
+    try:
+        model = _load(ready.model, loading)
+    except AdapterMismatch as error:
+        fault = _refusal(ready.model, loading, text, str(error))
+        facts |= surroundings(loading["device"] or "cpu")
+        return make_report(facts, [fault], [], [], [], folder)
+    rows, special = text.rows(model, _is_tuned(model, ready.registry_model))
+    probe = Probe(model, rows, special)
+    checks = check_model(model, probe)
+    facts = _facts(facts, model, rows, special, text.source) | {"model_checks": checks.facts}
+    if not checks.finite:
+        results = [skipped(one.row, "the model's activations are not finite") for one in ready.sample]
+        return make_report(facts, checks.faults, results, [], [], folder)
+    corrected = None
+    if checks.embedding_factor != 1.0:
+        corrected = Probe(model, rows, special, embedding_factor=checks.embedding_factor)
+    examiner = Examiner(model, rows, special, probe, corrected, settings)
+    results = _examine_all(examiner, ready, Store(folder), facts, progress)
     compared = orderings([one | one["measured"] for one in results if one["measured"] and not one["faults"]])
     found = [fault for one in compared if (fault := one.fault) is not None]
-    return make_report(
-        facts, checks.faults, results, [*shared_faults(results), *found], [asdict(one) for one in compared], folder
-    )
+    shared = [*shared_faults(results), *found]
+    return make_report(facts, checks.faults, results, shared, [asdict(one) for one in compared], folder)
 
 
 def summary(plan: Plan) -> str:
@@ -179,27 +209,21 @@ def summary(plan: Plan) -> str:
     return f"{len(files)} files, {plan.bytes / 1e9:.2f} GB{unknown}, are not on this machine: {listed}{more}."
 
 
-def _load(model: Any, backend: str, device: str | None, dtype: str) -> GemmaModel:
+def _load(model: Any, loading: dict[str, Any], check: bool = True) -> GemmaModel:
     if not isinstance(model, str):
         return model
     from gemma_scope_tl.model.loading import load_model
 
-    return load_model(model, backend=backend, device=device, dtype=dtype)
+    return load_model(model, check=check, **loading)
 
 
-def _refusal(model: Any, backend: str, device: str | None, dtype: str, texts: Any, context: int, said: str) -> Fault:
+def _refusal(model: Any, loading: dict[str, Any], text: _Text, said: str) -> Fault:
     """The fault behind a failed check. Activations that overflow look like a difference, so they are looked for."""
-    from gemma_scope_tl.model.loading import load_model
-
-    if parse_dtype(dtype).itemsize == 2 and isinstance(model, str):
-        loaded = load_model(model, backend=backend, device=device, dtype=dtype, check=False)
-        rows, _ = token_rows(loaded, texts, context, context, tuned=False)
-        probe = Probe(loaded, rows, ())
-        streams = [site.name for site in loaded.family.sites.values() if site.joins == "residual"]
-        for place in (Place(name, layer) for name in streams for layer in range(loaded.dims.n_layers)):
-            if not bool(probe.at(place).isfinite().all()):
-                what = f"The model's activations at {place.key} are not finite in {dtype}"
-                return Fault("not-finite", f"{what}: load it in bfloat16 or float32.")
+    if parse_dtype(loading["dtype"]).itemsize == 2:
+        loaded = _load(model, loading, check=False)
+        overflow = not_finite(loaded, Probe(loaded, *text.rows(loaded, tuned=False)))
+        if overflow is not None:
+            return overflow
     return Fault("model", said)
 
 

@@ -18,6 +18,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.registry import clear_cache, locate, register_release
 from gemma_scope_tl.verification import examine
 from gemma_scope_tl.verification import measure as measuring
+from gemma_scope_tl.verification.examine import combined
 from gemma_scope_tl.verification.run import prepare, verify
 from tests.helpers import CharTokenizerFactory
 from tests.hub.conftest import hub  # noqa: F401
@@ -275,6 +276,16 @@ def test_a_model_that_overflows_in_float16(hub: LocalHub, text: Path, tmp_path: 
     options = {"sae_model": "small", "texts": text, "context": CONTEXT, "progress": False}
     (fault,) = verify(tmp_path / "large", dtype="float16", **options).faults
     assert fault.kind == "not-finite" and "res/layer_0" in fault.text and "bfloat16" in fault.text
+
+
+def test_what_explains_what() -> None:
+    from gemma_scope_tl.verification.diagnosis import Fault
+
+    layer, unit, label, fvu, loss = (Fault(kind, kind) for kind in ("layer", "folded-twice", "label", "fvu", "loss"))
+    assert combined([], [label, loss]) == ([label, loss], [])
+    assert combined([layer], [label, fvu, loss]) == ([layer, loss], [label, fvu])
+    assert combined([unit], [label]) == ([label], [unit])
+    assert combined([unit], [label, fvu]) == ([unit], [label, fvu])
 
 
 def _with(site: Any, **changes: Any) -> Any:
