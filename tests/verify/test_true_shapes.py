@@ -46,7 +46,7 @@ PLACES = [Place(site, layer) for site in ("res", "mlp", "transcoder") for layer 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model's folder ``model``, and ``saes`` of a short training, with the registry file ``true.yaml``."""
+    """The model's folder ``model``, and ``saes`` of a short training, with the registry file ``shapes.yaml``."""
     root = tmp_path_factory.mktemp("true")
     torch.manual_seed(0)
     hf_model = Gemma2ForCausalLM(Gemma2Config(**{**DEFAULT, **TRUE}, attn_implementation="eager"))
@@ -75,7 +75,7 @@ def _train(root: Path) -> None:
         "eval_batches": 2,
     }
     train_suite(config, force=True, progress=False)
-    rows = ["release: true\nrepo: me/true-saes\nmodel: true\nlicense: MIT\ndescription: d\nsaes:"]
+    rows = ["release: shapes\nrepo: me/shapes-saes\nmodel: shapes\nlicense: MIT\ndescription: d\nsaes:"]
     for file in sorted((root / "run").rglob("params.npz")):
         path = file.parent.relative_to(root / "run").as_posix()
         site, layer, _, l0 = path.split("/")
@@ -84,7 +84,7 @@ def _train(root: Path) -> None:
             f"  - {{id: {path}, site: {site}, layer: {layer.removeprefix('layer_')}, width: '{WIDTH}', d_sae: {WIDTH}, "
             f"d_in: {2048 if site == 'att' else 2304}, l0: {l0.removeprefix('average_l0_')}, path: {path}}}"
         )
-    (root / "true.yaml").write_text("\n".join([*rows, ""]))
+    (root / "shapes.yaml").write_text("\n".join([*rows, ""]))
 
 
 @pytest.fixture
@@ -99,16 +99,16 @@ def run(
     monkeypatch.setattr(locate, "_registered", dict(locate._registered))
     (tmp_path / "text.txt").write_text(plain_text()[-4000:])
     shutil.copytree(made / "saes", tmp_path / "saes")
-    register_release(made / "true.yaml")
-    hub.repo("me/true").commit_folder(made / "model")
+    register_release(made / "shapes.yaml")
+    hub.repo("me/shapes").commit_folder(made / "model")
 
     def go(*arguments: str) -> dict[str, Any]:
-        hub.repo("me/true-saes").commit_folder(tmp_path / "saes")
-        common = ["verify", "me/true", "--sae-model", "true", "--texts", "text.txt", "--context", str(CONTEXT)]
+        hub.repo("me/shapes-saes").commit_folder(tmp_path / "saes")
+        common = ["verify", "me/shapes", "--sae-model", "shapes", "--texts", "text.txt", "--context", str(CONTEXT)]
         result = CliRunner().invoke(app, [*common, "--tokens", "128", "--yes", "--json", *arguments])
         report = json.loads(result.stdout)
         assert result.exit_code == (0 if report["verdict"] == "pass" else 1), result.output
-        assert report == json.loads((tmp_path / "verify-true" / "report.json").read_text())
+        assert report == json.loads((tmp_path / "verify-shapes" / "report.json").read_text())
         return report
 
     yield go
