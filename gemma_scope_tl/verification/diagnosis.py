@@ -223,7 +223,7 @@ def _first_token(probe: Probe, own: Fit, trimmed: Fit) -> str:
 
 
 def _sentence(row: SAERow, place: Place, own: Fit, best: Fit) -> str:
-    numbers = f"(there {best}; {own.what if own.what != place.key else 'at its own place'}: {own})"
+    numbers = f"(there {best}; at its own place {own})"
     match best.kind:
         case "layer":
             return f"{row.id} fits {best.what} better than {place.key} {numbers}: the file of another layer."
