@@ -9,7 +9,7 @@ The paper prints no table of numbers, so the bounds are wide and come from its a
   the mean of the activations. A transcoder predicts another tensor, and late ones of L0 5 are very sparse: 0.97. The
   embedding SAEs were not trained on all tokens: 1.
 - **delta loss**: splicing an SAE must not harm the model more than removing the tensor altogether, beyond the 95 %
-  interval of the loss recovered.
+  intervals of the loss recovered and of the delta loss.
 - **bfloat16**: the paper finds that it changes next to nothing (section 4.7).
 """
 
@@ -102,7 +102,7 @@ def _loss(row: SAERow, measured: Mapping[str, float], notes: list[str]) -> Itera
         notes.append(f"setting the tensor to zero does not raise the loss ({removal:+.3g} nats)")
         return
     high = measured["loss_recovered_high"]
-    if math.isfinite(high) and high < 0:
+    if math.isfinite(high) and high < 0 and measured["delta_loss_low"] > removal:
         text = f"{row.id}: splicing it raises the loss by {_number(measured, 'delta_loss')} nats, and removing the "
         yield Fault("loss", f"{text}tensor by {removal:.3g}.")
     elif measured["loss_recovered"] < 0:
@@ -112,7 +112,7 @@ def _loss(row: SAERow, measured: Mapping[str, float], notes: list[str]) -> Itera
 def _precision(row: SAERow, measured: Mapping[str, float], bfloat16: Mapping[str, float]) -> Iterable[Fault]:
     moved = abs(bfloat16["fvu"] - measured["fvu"])
     ratio = bfloat16["l0"] / measured["l0"] if measured["l0"] else math.inf
-    if not (moved <= BFLOAT16_FVU and abs(ratio - 1) <= BFLOAT16_L0):
+    if not (moved <= BFLOAT16_FVU * max(1.0, measured["fvu"]) and abs(ratio - 1) <= BFLOAT16_L0):
         text = f"{row.id}: in bfloat16 FVU is {bfloat16['fvu']:.4g} and L0 {bfloat16['l0']:.4g}, in float32"
         yield Fault("precision", f"{text} {measured['fvu']:.4g} and {measured['l0']:.4g}.")
 

@@ -151,14 +151,13 @@ class Examiner:
 def combined(fits: Sequence[Fault], bands: Sequence[Fault]) -> tuple[list[Fault], list[Fault]]:
     """The faults that count, and those that another one explains.
 
-    A number outside its band is explained by an alternative that fits better. An L0 that is exactly another row's is
+    Numbers outside their bands are explained by an alternative that fits better. An L0 that is exactly another row's is
     the simpler explanation, if the reconstruction is good: other units change L0 and FVU as well.
     """
     kinds = {fault.kind for fault in bands}
     if "label" in kinds and "fvu" not in kinds and {fault.kind for fault in fits} <= UNITS:
         return list(bands), list(fits)
-    explained = [fault for fault in bands if fits and fault.kind in ("l0", "fvu", "label")]
-    return [*fits, *(fault for fault in bands if fault not in explained)], explained
+    return (list(fits), list(bands)) if fits else (list(bands), [])
 
 
 def described(row: SAERow) -> dict[str, Any]:

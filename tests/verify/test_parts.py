@@ -80,6 +80,7 @@ def numbers(**given: float) -> dict[str, float]:
         ({"fvu": float("nan")}, ["fvu"]),
         ({"delta_loss": 11.0, "loss_recovered": -0.1}, ["loss"]),
         ({"delta_loss": float("nan")}, ["loss"]),
+        ({"delta_loss": 10.0, "loss_recovered": -0.1}, []),  # 10.01 is needed, which is within the interval
     ],
 )
 def test_the_bands(given: dict[str, float], kinds: list[str]) -> None:
@@ -94,6 +95,7 @@ def test_what_cannot_be_decided_is_a_note() -> None:
 
 def test_bfloat16() -> None:
     assert judge(ROW, numbers(), numbers(fvu=0.209, l0=75.0)).faults == ()
+    assert judge(ROW, numbers(fvu=0.2), numbers(fvu=0.2 + 0.0199)).faults == ()
     for changed in ({"fvu": 0.24}, {"l0": 60.0}, {"fvu": float("nan")}):
         (fault,) = judge(ROW, numbers(), numbers(**changed)).faults
         assert fault.kind == "precision" and "in float32 0.208" in fault.text

@@ -283,7 +283,7 @@ def test_what_explains_what() -> None:
 
     layer, unit, label, fvu, loss = (Fault(kind, kind) for kind in ("layer", "folded-twice", "label", "fvu", "loss"))
     assert combined([], [label, loss]) == ([label, loss], [])
-    assert combined([layer], [label, fvu, loss]) == ([layer, loss], [label, fvu])
+    assert combined([layer], [label, fvu, loss]) == ([layer], [label, fvu, loss])
     assert combined([unit], [label]) == ([label], [unit])
     assert combined([unit], [label, fvu]) == ([unit], [label, fvu])
 

@@ -52,7 +52,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf_model = Gemma2ForCausalLM(Gemma2Config(**{**DEFAULT, **TRUE}, attn_implementation="eager"))
     with torch.no_grad():
         for name, parameter in hf_model.named_parameters():
-            parameter.normal_(std=0.6 if "norm" in name else 0.02)
+            parameter.normal_(std=0.3 if "norm" in name else 0.02)
+            if "norm" in name:
+                parameter.clamp_(-0.6, 0.6)  # a gain near 0 would hide its dimension
         hf_model.get_input_embeddings().weight[BOS] *= 30
     hf_model.save_pretrained(root / "model")
     CharTokenizerFactory.get().save_pretrained(root / "model")
@@ -138,36 +140,34 @@ def test_the_right_files_pass(run: Callable[..., dict[str, Any]]) -> None:
 
 
 def test_faults_of_files_are_named(run: Callable[..., dict[str, Any]], made: Path, tmp_path: Path) -> None:
-    """Swapped layers, a hook after the norm without its gain, a scale that is not folded, and another target."""
-    files = {path.parent.relative_to(tmp_path / "saes").as_posix().rpartition("/width")[0]: path
-             for path in (tmp_path / "saes").rglob("params.npz")}  # fmt: skip
-    first, second = files["res/layer_0"], files["res/layer_1"]
-    first_bytes = first.read_bytes()
-    first.write_bytes(second.read_bytes())
-    second.write_bytes(first_bytes)
+    """Swapped layers, an SAE of another hook, a scale that is not folded, and a transcoder of another target."""
+    files = {
+        path.parent.relative_to(tmp_path / "saes").as_posix().rpartition("/width")[0]: path
+        for path in (tmp_path / "saes").rglob("params.npz")
+    }
+    first, second = (files[f"res/layer_{layer}"].read_bytes() for layer in (0, 1))
+    files["res/layer_0"].write_bytes(second)
+    files["res/layer_1"].write_bytes(first)
+    files["mlp/layer_0"].write_bytes(first)  # an SAE of the residual stream
+    scale = json.loads((made / "run" / "suite.json").read_text())["scales"]["mlp/layer_1"]
+    _edit(files["mlp/layer_1"], lambda a: {name: a[name] / scale for name in ("b_enc", "b_dec", "threshold")})
     weights = Gemma2ForCausalLM.from_pretrained(made / "model").model
     gain = 1 + weights.layers[0].post_feedforward_layernorm.weight.detach().numpy()
-    other = 1 + weights.layers[1].post_feedforward_layernorm.weight.detach().numpy()
-    _edit(files["mlp/layer_0"], lambda a: {"W_enc": a["W_enc"] * gain[:, None], "W_dec": a["W_dec"] / gain,
-                                           "b_dec": a["b_dec"] / gain})  # fmt: skip
-    suite = json.loads((made / "run" / "suite.json").read_text())
-    scale = suite["scales"]["mlp/layer_1"]
-    _edit(files["mlp/layer_1"], lambda a: {name: a[name] / scale for name in ("b_enc", "b_dec", "threshold")})
-    _edit(files["transcoder/layer_1"], lambda a: {"W_dec": a["W_dec"] / other, "b_dec": a["b_dec"] / other})
+    _edit(files["transcoder/layer_0"], lambda a: {name: a[name] / gain for name in ("W_dec", "b_dec")})
     report = run()
     assert faults(report) == {
         "res 0": ["layer"],
         "res 1": ["layer"],
         "mlp 0": ["hook"],
         "mlp 1": ["not-folded"],
-        "transcoder 0": [],
-        "transcoder 1": ["target"],
+        "transcoder 0": ["target"],
+        "transcoder 1": [],
         "att 1": [],
     }
     said = " ".join(fault["text"] for fault in report["faults"])
-    for hook in ("fits res/layer_1 better than res/layer_0", "blocks.0.ln2_post.hook_normalized"):
-        assert hook in said
-    assert "fits the target blocks.1.ln2_post.hook_normalized better than mlp/layer_1" in said
+    assert "fits res/layer_1 better than res/layer_0" in said and "fits res/layer_0 better than res/layer_1" in said
+    assert "fits site 'res' (blocks.0.hook_out) better than mlp/layer_0" in said
+    assert "fits the target blocks.0.ln2_post.hook_normalized better than mlp/layer_0" in said
 
 
 def _edit(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
