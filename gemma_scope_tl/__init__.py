@@ -47,6 +47,7 @@ _NAMES = {
     "top_tokens": "latents.logit_lens",
     "train_suite": "training.suite",
     "upload_suite": "release.upload",
+    "verify": "verification.run",
 }
 _MODULES = ("attributions", "errors", "evals", "model", "registry", "sae", "sites", "training", "viz", "weights")
 
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.sae.save import save_sae
     from gemma_scope_tl.sae.suite import load_suite
     from gemma_scope_tl.training.suite import train_suite
+    from gemma_scope_tl.verification.run import verify
     from gemma_scope_tl.viz.latent_page import feature_page
 
 

@@ -48,6 +48,8 @@ class Spec:
     description: str
     notes: tuple[str, ...] = ()
     row_notes: Mapping[str, str] | None = None
+    unregistered: Mapping[int, tuple[int, ...]] | None = None  # L0s by layer of 16k files that SAELens does not list
+    neuronpedia_warning: str | None = None
 
     @property
     def repo(self) -> str:
@@ -55,6 +57,36 @@ class Spec:
         return f"google/{self.release}"
 
 
+# L0s of the files of google/gemma-scope-2b-pt-transcoders by layer, from stored pages of the Hub's file tree (October
+# 2024 to the end of 2025). In layers 5, 6, 10 and 25 a page dates from the upload, and there may be more files; no page
+# of layers 9, 13, 16, 19 and 20 was found.
+TRANSCODER_L0S = {
+    0: (76, 115, 165, 221, 288),
+    1: (65, 104, 173, 274, 409),
+    2: (49, 87, 155, 271, 444),
+    3: (54, 96, 167, 285, 460),
+    4: (88, 157, 282, 486, 780),
+    5: (87, 153, 272),
+    6: (95, 176, 329),
+    7: (70, 130, 245, 426, 709),
+    8: (52, 92, 168, 314, 549),
+    10: (88, 159, 820),
+    11: (5, 10, 17, 32, 58, 108, 199, 354, 599, 954),
+    12: (6, 10, 18, 32, 60, 111, 204, 359, 604, 955),
+    14: (8, 14, 24, 44, 81, 196, 348, 585, 970, 1474),
+    15: (8, 14, 25, 43, 78, 186, 334, 569, 928, 1417),
+    17: (12, 20, 34, 60, 112, 272, 481, 797, 1246, 1665),
+    18: (13, 21, 34, 57, 99, 232, 400, 699, 1060, 1433),
+    21: (13, 22, 36, 60, 102, 217, 372, 630, 988, 1411),
+    22: (15, 24, 40, 68, 117, 245, 408, 644, 1000, 1413),
+    23: (25, 41, 69, 116, 303, 498, 765, 1132, 1557),
+    24: (37, 59, 96, 161, 398, 634, 932, 1286, 1674),
+    25: (41, 427, 660, 989, 1373, 1797),
+}
+_WRONG_DASHBOARDS = (
+    "Neuronpedia computed this dashboard on the residual stream before the pre-MLP norm, and not on the transcoder's "
+    "input, so that for most latents another token comes first"
+)
 _EMBEDDING = "The embedding SAEs' L0 is read from the folder name; SAELens lists none. Not trained on all tokens."
 SPECS = (
     Spec(
@@ -77,9 +109,16 @@ SPECS = (
         "transcoder",
         "Transcoders of Gemma 2 2B in every layer: MLP input to MLP output",
         (
-            "The repository holds more L0s; these are the 26 that SAELens lists and Neuronpedia shows.",
-            "No row is canonical, as in SAELens; the L0s run from 49 to 95 in layers 0-10 and from 5 to 41 above.",
+            "SAELens lists, and Neuronpedia shows, one L0 of each layer. The other rows are unverified: their names "
+            "are from stored pages of the repository's file tree, and there may be more files in layers 5, 6, 9, 10, "
+            "13, 16, 19, 20 and 25.",
+            "No row is canonical, as in SAELens, whose L0s run from 49 to 95 in layers 0-10 and from 5 to 41 above.",
+            "Neuronpedia's transcoder dashboards were computed on the wrong tensor. Its own audit (scripts/"
+            "gemma_transcoder_hook_check.py, August 2026) found an FVU of 6.8e4, an L0 of 664 in place of 12, and the "
+            "same top token for 39 % of the latents.",
         ),
+        unregistered=TRANSCODER_L0S,
+        neuronpedia_warning=_WRONG_DASHBOARDS,
     ),
     Spec(
         "gemma-scope-9b-pt-res",
@@ -168,6 +207,7 @@ def derive(spec: Spec, catalogue: Mapping[str, Any]) -> Derived:
     _mark_canonical(twin["saes"] if twin else [], rows, differs)
     _check_ties(rows, differs)
     _neuronpedia(spec, base["saes"], twin["saes"] if twin else [], rows, differs)
+    _unregistered(spec, rows, differs)
     _notes(spec, rows, differs)
     data: dict[str, object] = {
         "release": spec.release,
@@ -292,6 +332,22 @@ def _neuronpedia(
     repeated = [id_ for id_, n in Counter(row.get("neuronpedia") for row in rows.values()).items() if id_ and n > 1]
     if repeated:
         raise RegistryError(f"Two rows of {spec.release} share a Neuronpedia id: {repeated}.")
+
+
+def _unregistered(spec: Spec, rows: dict[str, Row], differs: Differs) -> None:
+    """Add the files that SAELens does not list, and warn of dashboards that show other activations."""
+    paths = [
+        f"layer_{layer}/width_16k/average_l0_{l0}" for layer, l0s in (spec.unregistered or {}).items() for l0 in l0s
+    ]
+    new = [path for path in paths if path not in rows]
+    rows.update({path: {**_row(spec, {"id": path, "path": path}), "unverified": True} for path in new})
+    if new:
+        differs(f"{len(new)} rows added, unverified", "not in SAELens; named on stored pages of the repository")
+    linked = [row for row in rows.values() if row.get("neuronpedia") and spec.neuronpedia_warning]
+    for row in linked:
+        row["neuronpedia_warning"] = spec.neuronpedia_warning
+    if linked:
+        differs(f"{len(linked)} Neuronpedia ids carry a warning", "their dashboards were computed on the wrong tensor")
 
 
 def _notes(spec: Spec, rows: Mapping[str, Row], differs: Differs) -> None:

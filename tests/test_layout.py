@@ -46,6 +46,7 @@ ORDER = [
     "viz",
     "demo",
     "diagnose",
+    "verification",
     "cli",
 ]
 # fmt: on

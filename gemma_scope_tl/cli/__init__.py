@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_scope_tl.cli import catalogue, evals, interp, models, publish, studies, tools, train
+from gemma_scope_tl.cli import catalogue, evals, interp, models, publish, studies, tools, train, verify
 from gemma_scope_tl.cli.command import Root, add
 from gemma_scope_tl.cli.failures import run
 from gemma_scope_tl.cli.output import say
@@ -36,6 +36,7 @@ add(app, tools.demo)
 add(app, publish.export)
 add(app, publish.upload)
 add(app, tools.doctor)
+add(app, verify.Verify, "verify")
 app.add_typer(studies.studies_app, name="study")
 app.add_typer(registry_app, name="registry")
 

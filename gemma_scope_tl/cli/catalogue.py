@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -34,12 +35,17 @@ def list_command(
         gemma-scope list --site att --layer 12 --json
     """
     from gemma_scope_tl.registry.listing import COLUMNS, select_rows
+    from gemma_scope_tl.weights.seen import unverified_among
 
     found = select_rows(model=model, site=site, layer=layer, width=width, release=release, pattern=pattern)
     shown = ("release", "id", "model", "site", "layer", "width", "l0", "canonical")
     columns = tuple(COLUMNS) if as_json else shown
-    rows = _summary(found) if summary else [{name: getattr(row, name) for name in columns} for row in found]
-    print_rows(rows, f"{len(found):,} SAEs", as_json)
+    unverified = unverified_among(found)
+    if unverified and not as_json:
+        columns = (*columns, "unverified")
+    rows = _summary(found, unverified) if summary else [_row(row, columns, unverified) for row in found]
+    note = f", {len(unverified)} of them unverified" if unverified else ""
+    print_rows(rows, f"{len(found):,} SAEs{note}", as_json)
 
 
 def show(
@@ -57,10 +63,11 @@ def show(
     """
     from gemma_scope_tl.registry import resolve
     from gemma_scope_tl.sites import BACKENDS, get_site
+    from gemma_scope_tl.weights.seen import is_unverified
 
     row = resolve(release, sae_id)
     site = get_site(row.site)
-    facts: dict[str, Any] = row.model_dump()
+    facts: dict[str, Any] = row.model_dump() | {"unverified": is_unverified(row)}
     for backend in BACKENDS:
         facts[f"hook_{backend}"] = site.hook_name(row.layer, backend)
         if site.is_transcoder:
@@ -69,7 +76,12 @@ def show(
     print_facts(facts, as_json)
 
 
-def _summary(found: list[SAERow]) -> list[dict[str, Any]]:
+def _row(row: SAERow, columns: Sequence[str], unverified: set[tuple[str, str]]) -> dict[str, Any]:
+    values = {name: getattr(row, name) for name in columns}
+    return values | ({"unverified": (row.release, row.id) in unverified} if "unverified" in values else {})
+
+
+def _summary(found: list[SAERow], unverified: set[tuple[str, str]]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str, int], list[SAERow]] = {}
     for row in found:
         groups.setdefault((row.model, row.site, row.d_sae), []).append(row)
@@ -78,5 +90,7 @@ def _summary(found: list[SAERow]) -> list[dict[str, Any]]:
         l0s = [row.l0 for row in rows if row.l0 is not None]
         counts = {"SAEs": len(rows), "layers": len({row.layer for row in rows if row.layer is not None})}
         bounds = {"l0_min": min(l0s, default=None), "l0_max": max(l0s, default=None)}
-        counted.append({"model": model, "site": site, "width": rows[0].width, **counts, **bounds})
+        marked = sum((row.release, row.id) in unverified for row in rows)
+        extra = {"unverified": marked} if unverified else {}
+        counted.append({"model": model, "site": site, "width": rows[0].width, **counts, **bounds, **extra})
     return counted

@@ -177,6 +177,20 @@ def readable(path: Path) -> None:
         raise GemmaScopeError(f"{path} is empty.")
 
 
+def release_file(path: Path) -> Path:
+    """The registry file itself, or that of a release with this name.
+
+    Raises:
+        GemmaScopeError: the path is neither a file that can be read nor a known release.
+    """
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        from gemma_scope_tl.registry.catalog import header_of
+
+        return header_of(str(path)).path
+    readable(path)
+    return path
+
+
 def url(given: str) -> None:
     """Raise unless the text is the address of a server."""
     if not re.fullmatch(r"https?://[^\s/]+\S*", given):

@@ -90,7 +90,7 @@ def new(
 
 
 def check(
-    file: Annotated[Path, typer.Argument(help="The registry file.", callback=checks.each(checks.readable))],
+    file: Annotated[Path, typer.Argument(help="The registry file, or a known release.", callback=checks.release_file)],
     remote: Annotated[bool, typer.Option("--remote", help="Ask the Hub about files in its repositories.")] = False,
     run: Annotated[int, typer.Option(min=0, help="Number of SAEs to run, to compare their L0.")] = 0,
     model: options.OtherModel = None,
@@ -113,6 +113,8 @@ def check(
         gemma-scope registry check my-saes.yaml --run 2
 
         gemma-scope registry check my-saes.yaml --remote --json
+
+        gemma-scope registry check gemma-scope-2b-pt-transcoders --remote
     """
     if run:
         checks.available(device)

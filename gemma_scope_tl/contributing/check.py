@@ -22,6 +22,7 @@ from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.schema import CFG_FILE, ReleaseFile, SAERow, escaping_rows, validate_release
 from gemma_scope_tl.sites import get_site, site_of_hook
 from gemma_scope_tl.weights.checks import Expected
+from gemma_scope_tl.weights.seen import mark_seen
 
 CHECKS = ("schema", "names", "files", "shapes", "sha256", "l0")
 """The names of the checks, in the order in which they are made; ``l0`` is made by ``measure.py``."""
@@ -68,7 +69,7 @@ def check_release(path: str | Path, remote: bool = False, progress: bool = False
     Args:
         path: the YAML file. If it violates the schema, its valid rows are still checked further.
         remote: ask the Hub about files in repositories. No weights are downloaded: headers are read by range, and
-            hashes are taken from the listing.
+            hashes are taken from the listing. Unverified rows whose file has the row's shapes are recorded as seen.
         progress: show progress bars on standard error.
 
     Returns:
@@ -84,6 +85,9 @@ def check_release(path: str | Path, remote: bool = False, progress: bool = False
     for repo, revision in dict.fromkeys((row.repo, row.revision) for row in rows):
         here = [row for row in rows if (row.repo, row.revision) == (repo, revision)]
         findings += _files(here, repo, revision, remote, progress)
+    wrong = {finding.row for finding in findings if finding.ok is False}
+    measured = {finding.row for finding in findings if finding.check == "shapes" and finding.ok}
+    mark_seen(row for row in rows if row.id in measured - wrong)
     return Report(path, rows, tuple(findings))
 
 

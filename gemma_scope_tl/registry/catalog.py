@@ -120,7 +120,8 @@ def find(
         layer: counts from 0; None for the embedding.
         width: ``"16k"``, or the number of latents; None for ``"16k"``.
         l0: ``"canonical"`` (SAELens's choice, nearest to 100), a number (exactly that L0), or ``"closest:50"`` (the
-            sparser of two at the same distance).
+            sparser of two at the same distance). Where no SAE is canonical but only one exists, ``"canonical"`` is
+            that one. Rows that are marked ``unverified`` are not counted for that.
         release: the only release to search.
 
     Raises:
@@ -297,7 +298,8 @@ def _pick_l0(rows: Sequence[SAERow], l0: float | str) -> SAERow:
     """The row with this L0 among those of one site, layer and width."""
     closest = isinstance(l0, str) and l0.startswith(CLOSEST)
     if l0 == CANONICAL:
-        fitting = [row for row in rows if row.canonical]
+        confirmed = [row for row in rows if not row.unverified]
+        fitting = [row for row in rows if row.canonical] or (confirmed if len(confirmed) == 1 else [])
     else:
         target = _l0_number(l0)
         known = [(row, row.l0) for row in rows if row.l0 is not None]

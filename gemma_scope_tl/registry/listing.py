@@ -37,6 +37,8 @@ COLUMNS = {
     "revision": "string",
     "sha256": "string",
     "note": "string",
+    "neuronpedia_warning": "string",
+    "unverified": "bool",
 }
 """The columns of the table and their dtypes, which an empty table has too."""
 

@@ -79,10 +79,13 @@ class SAEEntry(BaseModel):
         l0: mean number of active latents, from the folder name; null when it is not known.
         path: folder inside the repository that holds the weights file.
         neuronpedia: ``model/layer-source`` where Neuronpedia has a dashboard.
+        neuronpedia_warning: why that dashboard does not show this SAE's latents correctly. It is shown with every link.
         canonical: whether ``…/canonical`` names this row. At most one for each site, layer and width.
         revision: commit of the repository to read; null for its main branch.
         sha256: hash of the weights file.
         note: a remark about this SAE.
+        unverified: whether the file is known by name only, from a listing that may be out of date. ``gemma-scope
+            verify`` and ``gemma-scope registry check --remote`` look for it (:mod:`gemma_scope_tl.weights.seen`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -97,10 +100,12 @@ class SAEEntry(BaseModel):
     l0: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     path: RelativePath
     neuronpedia: RelativePath | None = None
+    neuronpedia_warning: Annotated[str, Field(min_length=1)] | None = None
     canonical: bool = False
     revision: Name | None = None
     sha256: Sha256 | None = None
     note: Annotated[str, Field(min_length=1)] | None = None
+    unverified: bool = False
 
     @property
     def canonical_id(self) -> str | None:
@@ -114,6 +119,13 @@ class SAEEntry(BaseModel):
             return get_site(str(site)).name
         except UnknownNameError as error:
             raise ValueError(str(error)) from None
+
+    @field_validator("neuronpedia_warning", mode="after")
+    @classmethod
+    def _warning_has_a_link(cls, warning: str | None, info: ValidationInfo) -> str | None:
+        if warning is not None and info.data.get("neuronpedia") is None:
+            raise ValueError("a warning about a dashboard needs the dashboard: give neuronpedia too")
+        return warning
 
     @field_validator("layer", mode="after")
     @classmethod

@@ -31,7 +31,8 @@ def load_sae(
         site: ``res``, ``mlp``, ``att``, ``embedding`` or ``transcoder``.
         layer: counts from 0; None for the embedding.
         width: a label such as ``"65k"``, or the number of latents; by default ``"16k"``.
-        l0: ``"canonical"`` (nearest to 100), an existing L0, or ``"closest:50"``.
+        l0: ``"canonical"`` (nearest to 100, or the only one where only one is confirmed), an existing L0, or
+            ``"closest:50"``.
         device, dtype: as for :meth:`JumpReLUSAE.from_pretrained`.
         release: the only release to search; needed if two releases have such an SAE.
 

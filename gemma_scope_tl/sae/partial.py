@@ -20,6 +20,7 @@ from gemma_scope_tl.weights.fetch import find_local
 from gemma_scope_tl.weights.modes import ordinary_tensors
 from gemma_scope_tl.weights.partial import Arrays, read_cached, read_local, read_remote
 from gemma_scope_tl.weights.remote import RemoteFile
+from gemma_scope_tl.weights.seen import warn_if_unverified
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -60,6 +61,7 @@ def load_latents(
     row, chosen = catalog.resolve(release, sae_id), as_indices(latents)
     if not chosen:
         raise GemmaScopeError("No latents were given: name at least one.")
+    warn_if_unverified(row)
     path = find_local(row)
     arrays = _read(row, path, chosen, encoder if encoder is not None else path is not None, cache_rows)
     units = site_units(row.site, row.d_in, row.model_family)

@@ -27,6 +27,7 @@ from gemma_scope_tl.weights.hub_cache import known_sha256
 from gemma_scope_tl.weights.load import canonical_arrays, inspect, load_arrays
 from gemma_scope_tl.weights.npz import read_errors
 from gemma_scope_tl.weights.safetensors_file import read_cfg
+from gemma_scope_tl.weights.seen import warn_if_unverified
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -46,7 +47,11 @@ def read_row(row: SAERow, device: torch.device, dtype: torch.dtype, force_downlo
 
     Raises:
         WeightsError: when the file cannot be obtained or fails a check.
+
+    Warns:
+        UnverifiedSAEWarning: once, for a row whose file nobody has confirmed.
     """
+    warn_if_unverified(row)
     file = fetch(row, force_download=force_download)
     return _read_file(file, Identity.of(row, str(file)), expected_of_row(row), device, dtype)
 

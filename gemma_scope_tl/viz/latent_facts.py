@@ -122,6 +122,7 @@ class LatentFacts:
         lens: rows of :func:`~gemma_scope_tl.latents.logit_lens.top_tokens`.
         neighbours: ``latent, cosine``: the nearest decoder rows, nearest first.
         neuronpedia: address of the latent's dashboard, if the registry has one.
+        neuronpedia_warning: why the dashboard does not show this latent correctly, if the registry says so.
     """
 
     latent: int
@@ -138,6 +139,7 @@ class LatentFacts:
     lens: pd.DataFrame
     neighbours: pd.DataFrame
     neuronpedia: str | None
+    neuronpedia_warning: str | None = None
 
     @property
     def density(self) -> float:
@@ -199,6 +201,7 @@ def latent_facts(
         lens=top_tokens(text.model, sae, index, k=k),
         neighbours=similar_latents(sae, index, neighbours),
         neuronpedia=f"{NEURONPEDIA}/{row.neuronpedia}/{index}" if row and row.neuronpedia else None,
+        neuronpedia_warning=row.neuronpedia_warning if row else None,
     )
 
 

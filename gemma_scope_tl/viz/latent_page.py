@@ -89,6 +89,7 @@ def latent_html(facts: LatentFacts) -> str:
     if facts.neuronpedia and facts.neuronpedia.startswith("https://"):
         address = escape(facts.neuronpedia)
         link = f' <a href="{address}" target="_blank" rel="noopener noreferrer">Neuronpedia</a>'
+        link += f" ({escape(facts.neuronpedia_warning)})" if facts.neuronpedia_warning else ""
     lens = {str(kind): rows for kind, rows in facts.lens.groupby("kind")}
     sides = [
         _table("Promoted tokens", _token_rows(lens["promoted"]), ("token", "logit")),

@@ -26,6 +26,7 @@ SMALL = {
     "study": ["--rows", "1", "--context", "16"],
     "neuronpedia": ["--rows", "2", "--context", "32", "--latent", "3"],
     "steer": ["--tokens", "3"],
+    "verify": ["--sample", "2", "--tokens", "128", "--context", "32"],
     "probes": ["--documents", "8", "--k", "1", "--l0-band", "2"],
 }
 

@@ -100,6 +100,12 @@ CALLS = {
     "explain --llm x --timeout nan": "'--timeout'",
     "explain --llm x --answers folder.csv": "is a folder: name a file",
     "neuronpedia --latent 99999": "and not 99,999",
+    "verify nowhere": "Unknown model",
+    "verify bundled --sample 0": "0 is not in the range",
+    "verify bundled --site ress": "Nearest: res",
+    "verify bundled --texts absent.txt": "does not exist",
+    "verify bundled --offline --neuronpedia": "leave out --offline",
+    "verify me/unknown": "--sae-model names the model",
     "neuronpedia --out empty.txt": "is not a folder",
     "train missing.yaml": "missing.yaml does not exist",
     "train empty.txt": "empty.txt is empty",
@@ -245,6 +251,7 @@ def test_a_reader_that_leaves_and_a_disk_that_is_full() -> None:
 def test_every_verb_is_guarded_and_reports_alike() -> None:
     """JSON of all that reports; device and dtype wherever a model is loaded; the checks of numbers everywhere."""
     loads = {"features", "steer", "top-tokens", "attribute", "eval", "explain", "neuronpedia", "demo", "study", "check"}
+    loads.add("verify")
     for words, command in verbs():
         assert isinstance(command, Verb), words
         names = {name for param in command.params for name in param.opts}

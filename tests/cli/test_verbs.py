@@ -33,7 +33,7 @@ def test_list_and_summary() -> None:
     counts = {(row["site"], row["width"]): row["SAEs"] for row in summary}
     assert counts["mlp", "16k"] == 130
     assert counts["att", "65k"] == 130
-    assert sum(row["SAEs"] for row in summary) == 316 + 260 + 260 + 26
+    assert sum(row["SAEs"] for row in summary) == 316 + 260 + 260 + 153
     assert "SAEs" in _run("list", "--summary")
 
 
@@ -44,6 +44,18 @@ def test_show() -> None:
     assert facts["hook_hooked_transformer"] == "blocks.20.hook_resid_post"
     transcoder = _json("show", "gemma-scope-2b-pt-transcoders", "layer_0/width_16k/average_l0_76")
     assert transcoder["hook_bridge_out"] == "blocks.0.ln2_post.hook_out"
+    assert "residual stream" in transcoder["neuronpedia_warning"] and transcoder["unverified"] is False
+    assert "neuronpedia_warning" in _run("show", "gemma-scope-2b-pt-transcoders", "layer_0/width_16k/average_l0_76")
+    assert _json("show", "gemma-scope-2b-pt-transcoders", "layer_0/width_16k/average_l0_288")["unverified"] is True
+
+
+def test_unverified_saes_are_listed_as_such() -> None:
+    place = ("--model", "gemma-2-2b", "--site", "transcoder", "--layer", "5")
+    assert [(row["l0"], row["unverified"]) for row in _json("list", *place)] == [(87, False), (153, True), (272, True)]
+    assert "3 SAEs, 2 of them unverified" in _run("list", *place)
+    assert "unverified" not in _run("list", "--model", "gemma-2-2b", "--site", "mlp")
+    (row,) = _json("list", "--summary", *place)
+    assert row["unverified"] == 2
 
 
 @pytest.mark.slow

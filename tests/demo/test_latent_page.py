@@ -66,7 +66,10 @@ def test_neuronpedia_where_the_registry_knows_it(world: World) -> None:
     sae.row = sae.row.model_copy(update={"neuronpedia": known.neuronpedia})
     facts = latent_facts(world.text, sae, 3)
     assert facts.neuronpedia == "https://www.neuronpedia.org/gemma-2-2b/20-gemmascope-res-16k/3"
-    assert f'href="{facts.neuronpedia}"' in latent_html(facts)
+    assert f'href="{facts.neuronpedia}"' in latent_html(facts) and facts.neuronpedia_warning is None
+    wrong = gs.registry.resolve("gemma-scope-2b-pt-transcoders", "layer_0/width_16k/average_l0_76")
+    sae.row = sae.row.model_copy(update={name: getattr(wrong, name) for name in ("neuronpedia", "neuronpedia_warning")})
+    assert "on the residual stream" in latent_html(latent_facts(world.text, sae, 3))
 
 
 def test_a_second_latent_of_a_place_costs_no_pass(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ COUNTS = {
     "2b-pt-res": 316,
     "2b-pt-mlp": 260,
     "2b-pt-att": 260,
-    "2b-pt-transcoders": 26,
+    "2b-pt-transcoders": 153,
     "9b-pt-res": 536,
     "9b-pt-mlp": 492,
     "9b-pt-att": 492,
@@ -105,12 +105,33 @@ def test_known_oddities_are_corrected_and_noted(derived: list[Any]) -> None:
         "neuronpedia id of layer_2/width_16k/average_l0_8 dropped: gemma-2-9b/20-gemmascope-res-131k__l0-10",
         "layer_12/width_131k: none of 6 is canonical",
         "l0 of 4 rows added",
+        "127 rows added, unverified",
+        "26 Neuronpedia ids carry a warning",
     ):
         assert expected in said
     assert load_release("gemma-scope-9b-it-res").model == "gemma-2-9b-it"
     assert resolve("gemma-scope-9b-pt-res-canonical", "layer_20/width_524k/canonical").l0 == 48
     doubtful = resolve("gemma-scope-2b-pt-res", "layer_21/width_16k/average_l0_70").note
     assert doubtful and "doubts" in doubtful
+
+
+def test_unregistered_transcoders_are_marked(build: ModuleType, catalogue: dict[str, Any]) -> None:
+    """148 files are known by name in 21 layers; 21 of them are among SAELens's 26, one a layer."""
+    rows = load_release("gemma-scope-2b-pt-transcoders").rows
+    listed = {sae["path"] for sae in catalogue["gemma-scope-2b-pt-transcoders"]["saes"]}
+    known = {f"layer_{layer}/width_16k/average_l0_{l0}" for layer, l0s in build.TRANSCODER_L0S.items() for l0 in l0s}
+    assert (len(listed), len(known), len(listed & known)) == (26, 148, 21)
+    assert {row.path for row in rows} == listed | known
+    assert {row.path for row in rows if row.unverified} == known - listed
+    others = [row for name in COUNTS for row in load_release(f"gemma-scope-{name}").rows if "transcoders" not in name]
+    assert not any(row.unverified or row.neuronpedia_warning for row in others)
+
+
+def test_dashboards_of_the_wrong_tensor_carry_a_warning() -> None:
+    rows = load_release("gemma-scope-2b-pt-transcoders").rows
+    linked = [row for row in rows if row.neuronpedia]
+    assert len(linked) == 26 and all("residual stream" in str(row.neuronpedia_warning) for row in linked)
+    assert not any(row.neuronpedia_warning for row in rows if not row.neuronpedia)
 
 
 def test_near_duplicates_are_exactly_the_known_ones() -> None:

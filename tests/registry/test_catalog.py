@@ -104,9 +104,20 @@ def test_closest_takes_the_sparser_of_two_as_close() -> None:
 def test_a_wrong_l0_names_those_that_exist_and_the_closest() -> None:
     text = message(find, "gemma-2-2b", "res", 20, "16k", 70)
     assert "22, 38, 71, 139, 294" in text and "l0='closest:70' takes 71" in text
-    assert "closest:100" in message(find, "gemma-2-2b", "transcoder", 20, "16k")
+    assert "closest:100" in message(find, "gemma-2-2b", "embedding", None, "4k")
     for wrong in ("near:70", "closest:", "closest:nan", -1, 0, True, float("inf"), None):
         assert "canonical" in message(find, "gemma-2-2b", "res", 20, "16k", wrong)
+
+
+def test_the_only_confirmed_sae_of_a_place_needs_no_l0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find("gemma-2-2b", "transcoder", 20).l0 == 11  # the only row
+    assert find("gemma-2-2b", "transcoder", 5).l0 == 87  # 153 and 272 are unverified
+    assert find("gemma-2-2b", "transcoder", 5, l0=153).unverified
+    assert "6, 21, 44, 111" in message(find, "gemma-2-2b", "embedding", None, "4k")
+    rows = [one_row("one"), one_row("two", l0="60"), *(one_row(i, layer="1", more=", unverified: true") for i in "ab")]
+    add_release(tmp_path, monkeypatch, rows)
+    assert "no canonical SAE. L0s: 50, 60" in message(find, "tiny", "res", 0, "1k")  # two are confirmed
+    assert "no canonical SAE" in message(find, "tiny", "res", 1, "1k")  # none is
 
 
 def test_each_part_of_a_place_is_checked() -> None:
