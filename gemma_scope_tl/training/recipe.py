@@ -24,8 +24,13 @@ from torch import Tensor
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 
 PENALTIES = ("linear", "quadratic")
-INTEGERS = ("lr_warm_up_steps", "batch_size", "l0_warm_up_steps")
-TUPLES = ("betas", "matryoshka")
+KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("lr_warm_up_steps", "batch_size", "l0_warm_up_steps"), (int,)),
+    **dict.fromkeys(("betas", "matryoshka"), (tuple,)),
+    "l0_penalty": (str,),
+    "ste_to_input": (bool,),
+}
+"""The types of values that are not any number."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Recipe:
     frequency_coefficient: float = 0.0
     frequency_limit: float = 0.1
     matryoshka: tuple[float, ...] = ()
+    ste_to_input: bool = False
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "batch_size", "init_threshold", "bandwidth", "frequency_limit"):
@@ -115,8 +121,8 @@ class Recipe:
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
         for key, value in values.items():
-            expected = (int,) if key in INTEGERS else (tuple,) if key in TUPLES else (int, float)
-            if key != "l0_penalty" and (isinstance(value, bool) or not isinstance(value, expected)):
+            expected = KINDS.get(key, (int, float))
+            if not isinstance(value, expected) or (isinstance(value, bool) and expected != (bool,)):
                 raise GemmaScopeError(f"recipe.{key} cannot be {value!r}.")
         return cls(**values)
 

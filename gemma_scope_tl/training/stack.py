@@ -98,6 +98,8 @@ class Member:
         segments: ``rows`` cut where Matryoshka prefixes end; some may be empty where latents are divided.
         bandwidth: epsilon, the width of the kernel.
         d_sae: number of latents on all processes together.
+        ste_to_input: whether the threshold's estimator also passes a gradient to the pre-activations.
+        momentum: whether Adam has momentum, for which :attr:`Vectors.near` is needed.
     """
 
     index: int
@@ -105,6 +107,8 @@ class Member:
     segments: tuple[slice, ...]
     bandwidth: float
     d_sae: int
+    ste_to_input: bool = False
+    momentum: bool = False
 
 
 def members_of(specs: Sequence[SAESpec], shard: Shard) -> list[Member]:
@@ -116,7 +120,8 @@ def members_of(specs: Sequence[SAESpec], shard: Shard) -> list[Member]:
         ends = [min(max(size, own.start), own.stop) - own.start for size in spec.recipe.prefixes_of(spec.d_sae)]
         segments = tuple(slice(at + a, at + b) for a, b in zip([0, *ends[:-1]], ends, strict=True))
         rows = slice(at, at + own.stop - own.start)
-        members.append(Member(index, rows, segments, spec.recipe.bandwidth, spec.d_sae))
+        recipe = spec.recipe
+        members.append(Member(index, rows, segments, recipe.bandwidth, spec.d_sae, recipe.ste_to_input, recipe.betas[0] > 0.0))
         at = rows.stop
     return members
 
@@ -210,11 +215,14 @@ class Vectors:
     Attributes:
         b_enc, log_threshold: gradients.
         fired: number of activations of the batch on which each latent was active.
+        near: number of those on which its pre-activation was within the threshold's kernel; 0 if neither momentum nor
+            a frequency penalty needs it.
     """
 
     b_enc: Tensor
     log_threshold: Tensor
     fired: Tensor
+    near: Tensor
 
 
 class Pass(Protocol):
