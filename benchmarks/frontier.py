@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -60,9 +60,11 @@ class PeerSettings:
     bandwidth: float = 2.0
     init_threshold: float = 0.1
     beta1: float = 0.9
+    beta2: float = 0.999
     pre_act_loss: float | None = 3e-6
     ste_to_input: bool = True
     l0_warm_up: float = 1.0
+    lr_warm_up: float = 0.0
     lr_decay: float = 0.2
     decoder_init_norm: float = 0.1
 
@@ -89,17 +91,14 @@ def batches(x: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
             yield x.index_select(0, rows).float()
 
 
-def ours(
-    x: Tensor, recipe: Recipe, targets: Sequence[float], budget: Budget, place: Place, name: str = "ours"
-) -> list[Trained]:
-    """An SAE per target L0, all trained together by ``PlaceTrainer``."""
+def ours(x: Tensor, recipes: Mapping[float, Recipe], budget: Budget, place: Place, name: str = "ours") -> list[Trained]:
+    """An SAE per target L0, each by its recipe, all trained together by ``PlaceTrainer``."""
     from gemma_scope_tl.training.place import PlaceTrainer
 
-    recipe = replace(recipe, batch_size=budget.batch_size)
-    names = [f"{place.key}/width_{budget.d_sae}/target_l0_{target:g}" for target in targets]
+    recipes = {target: replace(recipe, batch_size=budget.batch_size) for target, recipe in recipes.items()}
     specs = [
-        SAESpec(name, place, budget.d_sae, recipe, budget.seed, target)
-        for name, target in zip(names, targets, strict=True)
+        SAESpec(f"{place.key}/width_{budget.d_sae}/target_l0_{target:g}", place, budget.d_sae, one, budget.seed, target)
+        for target, one in recipes.items()
     ]
     rms, stream = StreamingRMS(), batches(x, budget.batch_size, budget.seed)
     for _ in range(NORM_BATCHES):
@@ -109,10 +108,10 @@ def ours(
     stream = batches(x, budget.batch_size, budget.seed)
     for _ in range(budget.steps):
         trainer.step(next(stream).div_(rms.scale))
-    seconds = (time.perf_counter() - began) / len(targets)
+    seconds = (time.perf_counter() - began) / len(recipes)
     return [
-        Trained(name, trainer.released(i, rms.scale), {"target_l0": t, **asdict(recipe)}, seconds)
-        for i, t in enumerate(targets)
+        Trained(name, trainer.released(i, rms.scale), {"target_l0": target, **asdict(one)}, seconds)
+        for i, (target, one) in enumerate(recipes.items())
     ]
 
 
@@ -143,7 +142,9 @@ def theirs(
         lr=settings.lr,
         lr_end=settings.lr / 10,
         lr_decay_steps=int(settings.lr_decay * budget.steps),
+        lr_warm_up_steps=int(settings.lr_warm_up * budget.steps),
         adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
         n_batches_for_norm_estimate=NORM_BATCHES,
     )
     trainer: SAETrainer[Any, Any] = SAETrainer(cfg, sae, _norm_batches_first(x, budget))

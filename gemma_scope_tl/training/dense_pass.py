@@ -166,7 +166,7 @@ class DensePass:
         z = self._pre(at, own) if kept is None else kept
         ones = z.new_ones(z.shape[0])
         torch.gt(z, theta - half, out=near).mul_(torch.lt(z, theta + half, out=work))
-        few, to_input = self._if_few(at, z, on), self.member.ste_to_input
+        few, to_input = self._if_few(at, z, on), self.prices.to_input
         if few is not None:
             active, starts = few
             fired = starts.diff().to(z.dtype)
@@ -191,7 +191,7 @@ class DensePass:
         often = self._store(at, torch.stack([b_enc, charge, fired, close]))
         if enc is None:
             if to_input:
-                g.add_(work if often is None else work.addcmul_(near, often), alpha=1.0 / self.member.bandwidth)
+                g.add_(work if often is None else work.addcmul_(near, often), alpha=to_input / self.member.bandwidth)
             enc = g.T @ self.batch.x
         return enc, dec
 
@@ -210,8 +210,8 @@ class DensePass:
         if self.prices.frequency:
             often = self.prices.of_latents(fired, self.batch.n)
             charge = charge + close * often
-        if self.member.ste_to_input:
-            b_enc = b_enc + charge / self.member.bandwidth
+        if self.prices.to_input:
+            b_enc = b_enc + charge * (self.prices.to_input / self.member.bandwidth)
         self.vectors.b_enc[at], self.vectors.fired[at], self.vectors.near[at] = b_enc, fired, close
         self.vectors.log_threshold[at] = charge * (-self.theta[at] / self.member.bandwidth)
         return often

@@ -47,12 +47,14 @@ class Prices:
         around: ``L0*`` of the quadratic penalty; None for the linear one.
         frequency: mu, the coefficient of the frequency penalty.
         limit: the share of the batch above which a latent is penalised for its frequency.
+        to_input: the factor with which the threshold's estimator also passes a gradient to the pre-activations.
     """
 
     l0: float
     around: float | None = None
     frequency: float = 0.0
     limit: float = 1.0
+    to_input: float = 0.0
 
     def of_rows(self, l0: Tensor, n: int) -> Tensor:
         """The L0 penalty's price for each activation, given the activation's L0."""

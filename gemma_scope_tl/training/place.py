@@ -199,7 +199,8 @@ class PlaceTrainer:
         recipe = spec.recipe
         around = spec.target_l0 if recipe.l0_penalty == "quadratic" else None
         frequency = recipe.frequency_coefficient * recipe.warm_up_at(step)
-        return Prices(self.lambdas[member.index].at(step), around, frequency, recipe.frequency_limit)
+        to_input = recipe.ste_to_input_at(step, self.total_steps)
+        return Prices(self.lambdas[member.index].at(step), around, frequency, recipe.frequency_limit, to_input)
 
     def _update(self, each: Pass, found: Sequence[Sequence[float]], n: int) -> None:
         """The backward half of a pass, and Adam."""

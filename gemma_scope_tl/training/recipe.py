@@ -28,19 +28,18 @@ KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("lr_warm_up_steps", "batch_size", "l0_warm_up_steps"), (int,)),
     **dict.fromkeys(("betas", "matryoshka"), (tuple,)),
     "l0_penalty": (str,),
-    "ste_to_input": (bool,),
 }
 """The types of values that are not any number."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters of one training run; the defaults are Gemma Scope's. See :data:`PAPER`, :data:`FAST` and
+    """Hyper-parameters of one training run; the defaults are Gemma Scope's. See :data:`PAPER`, :func:`fast` and
     :data:`GEMMA_SCOPE_2`.
 
     The defaults down to ``bandwidth`` are from the Gemma Scope paper (sections 3.1 and 3.2) or, where it refers to it,
-    the JumpReLU paper (appendix I). The options after ``bandwidth`` are known only from reports on Gemma Scope 2; the
-    description of each states what the reports leave open.
+    the JumpReLU paper (appendix I). The options from ``l0_penalty`` to ``matryoshka`` are Gemma Scope 2's (its report,
+    section 3); the description of each states what the report does not print. The last two are for short runs.
 
     Attributes:
         lr: learning rate after the warm-up.
@@ -48,8 +47,8 @@ class Recipe:
         lr_warm_up_steps: length of the warm-up of the learning rate.
         lr_decay: the share of the run, at its end, over which the learning rate falls linearly to 0. The paper has no
             decay.
-        betas, eps: parameters of Adam. With a first beta of 0 there is no momentum: a latent without a gradient does
-            not move.
+        betas, eps: parameters of Adam. The paper's first beta is 0, no momentum. With and without momentum a latent
+            does not move in a step whose batch does not reach its threshold's kernel.
         batch_size: number of activations per step.
         l0_coefficient: lambda, the sparsity coefficient.
         l0_warm_up_steps: lambda rises linearly from 0 over these steps.
@@ -66,6 +65,10 @@ class Recipe:
         matryoshka: shares of the latents, empty for none. For each share, the first latents up to it must reconstruct
             the target by themselves; the error is the mean over these prefixes and the whole. Such prefixes are
             reported, but not their sizes. The mean (not the sum) is our choice, so that lambda keeps its meaning.
+        ste_to_input: the factor, at the start of the run, with which the straight-through estimator passes a gradient
+            to the pre-activations too, and so to the encoder. It is 0 in the paper; SAELens's ``jumprelu_ste_to_input``
+            is 1.
+        ste_to_input_fade: the share of the run, from its start, over which this factor falls linearly to 0; 0 keeps it.
 
     Raises:
         GemmaScopeError: a value is out of range.
@@ -86,17 +89,20 @@ class Recipe:
     frequency_coefficient: float = 0.0
     frequency_limit: float = 0.1
     matryoshka: tuple[float, ...] = ()
-    ste_to_input: bool = False
+    ste_to_input: float = 0.0
+    ste_to_input_fade: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "batch_size", "init_threshold", "bandwidth", "frequency_limit"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise GemmaScopeError(f"{name} must be greater than 0, not {getattr(self, name)!r}.")
-        for name in ("lr_start", "lr_warm_up_steps", "l0_coefficient", "l0_warm_up_steps", "frequency_coefficient"):
+        free = ("lr_start", "lr_warm_up_steps", "l0_coefficient", "l0_warm_up_steps", "frequency_coefficient")
+        for name in (*free, "ste_to_input"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise GemmaScopeError(f"{name} must be 0 or greater, not {getattr(self, name)!r}.")
-        if not 0.0 <= self.lr_decay <= 1.0:
-            raise GemmaScopeError(f"lr_decay is a share of the run, 0 to 1, not {self.lr_decay!r}.")
+        for name in ("lr_decay", "ste_to_input_fade"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise GemmaScopeError(f"{name} is a share of the run, 0 to 1, not {getattr(self, name)!r}.")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise GemmaScopeError(f"betas must be two numbers from 0 to below 1, not {self.betas!r}.")
         if self.l0_penalty not in PENALTIES:
@@ -122,7 +128,7 @@ class Recipe:
         }
         for key, value in values.items():
             expected = KINDS.get(key, (int, float))
-            if not isinstance(value, expected) or (isinstance(value, bool) and expected != (bool,)):
+            if not isinstance(value, expected) or isinstance(value, bool):
                 raise GemmaScopeError(f"recipe.{key} cannot be {value!r}.")
         return cls(**values)
 
@@ -177,6 +183,19 @@ class Recipe:
         [0.0, 0.25, 1.0, 1.0]
         """
         return 1.0 if step >= self.l0_warm_up_steps else step / self.l0_warm_up_steps
+
+    def ste_to_input_at(self, step: int, total_steps: int | None = None) -> float:
+        """The factor of the estimator's gradient to the pre-activations at step ``step`` (from 0).
+
+        >>> one = Recipe(ste_to_input=1.0, ste_to_input_fade=0.5)
+        >>> [one.ste_to_input_at(t, 100) for t in (0, 25, 50, 99)]
+        [1.0, 0.5, 0.0, 0.0]
+        """
+        if not (self.ste_to_input and self.ste_to_input_fade):
+            return self.ste_to_input
+        if total_steps is None:
+            raise GemmaScopeError("This recipe fades the estimator's gradient to the input: give total_steps.")
+        return self.ste_to_input * max(0.0, 1.0 - step / (self.ste_to_input_fade * total_steps))
 
     def rescaled(self, factor: float) -> Recipe:
         """The recipe for activations whose projections on a unit direction are ``factor`` times as large.

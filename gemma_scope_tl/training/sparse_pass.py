@@ -13,8 +13,9 @@ the penalties. Then, with sums over the batch::
     d W_enc_i = sum on g (x - b_dec)               d b_enc = sum on g
     d log theta_i = -(theta_i / epsilon) sum K (theta_i g + price)
 
-With a gradient of the estimator to the input, ``on g`` becomes ``on g + K (theta_i g + price) / epsilon``: the jump
-depends on ``pre - theta`` only, so its gradient at the pre-activation is minus that at the threshold.
+With the estimator's gradient to the input, ``on g`` becomes ``on g + c K (theta_i g + price) / epsilon``: the jump
+depends on ``pre - theta`` only, so its gradient at the pre-activation is minus that at the threshold. The factor ``c``
+is ``Prices.to_input``.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class SparsePass:
                 own = self._own(member)
                 often[own] = p.of_latents(fired[own], self.batch.n)
         charged = torch.addcmul(charged, close, often)
-        share = self._input_share()
+        share = self._input_share(prices)
         if share is not None:
             b_enc = torch.addcmul(b_enc, charged, share)
         self.vectors = Vectors(b_enc, charged * (-self.theta / self.bandwidth), fired, close)
@@ -124,14 +125,13 @@ class SparsePass:
         by_segment = self.g_out.view(-1, count, self.g_out.shape[1])
         self.b_dec = shard.sum_data(torch.stack([by_segment[:, first].sum(0) for first in firsts]))
 
-    def _input_share(self) -> Tensor | None:
-        """``1 / epsilon`` for latents whose estimator has a gradient to the input, 0 for others; None if none has."""
-        if not any(member.ste_to_input for member in self.members):
+    def _input_share(self, prices: Sequence[Prices]) -> Tensor | None:
+        """For each latent ``to_input / epsilon``; None if all are 0."""
+        if not any(p.to_input for p in prices):
             return None
         share = 1.0 / self.bandwidth
-        for member in self.members:
-            if not member.ste_to_input:
-                share[self._own(member)] = 0.0
+        for member, p in zip(self.members, prices, strict=True):
+            share[self._own(member)] *= p.to_input
         return share
 
     def _row_prices(self, prices: Sequence[Prices]) -> Tensor:

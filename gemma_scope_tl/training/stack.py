@@ -98,7 +98,6 @@ class Member:
         segments: ``rows`` cut where Matryoshka prefixes end; some may be empty where latents are divided.
         bandwidth: epsilon, the width of the kernel.
         d_sae: number of latents on all processes together.
-        ste_to_input: whether the threshold's estimator also passes a gradient to the pre-activations.
         momentum: whether Adam has momentum, for which :attr:`Vectors.near` is needed.
     """
 
@@ -107,7 +106,6 @@ class Member:
     segments: tuple[slice, ...]
     bandwidth: float
     d_sae: int
-    ste_to_input: bool = False
     momentum: bool = False
 
 
@@ -121,7 +119,7 @@ def members_of(specs: Sequence[SAESpec], shard: Shard) -> list[Member]:
         segments = tuple(slice(at + a, at + b) for a, b in zip([0, *ends[:-1]], ends, strict=True))
         rows = slice(at, at + own.stop - own.start)
         recipe = spec.recipe
-        members.append(Member(index, rows, segments, recipe.bandwidth, spec.d_sae, recipe.ste_to_input, recipe.betas[0] > 0.0))
+        members.append(Member(index, rows, segments, recipe.bandwidth, spec.d_sae, recipe.betas[0] > 0.0))
         at = rows.stop
     return members
 

@@ -36,7 +36,8 @@ SECOND = replace(
     frequency_limit=0.15,
     matryoshka=(0.2, 0.5),
 )
-MOMENTUM = replace(PLAIN, betas=(0.9, 0.95), ste_to_input=True, init_threshold=0.7)
+MOMENTUM = replace(PLAIN, betas=(0.9, 0.95), ste_to_input=0.8, ste_to_input_fade=0.9, init_threshold=0.7)
+TOGETHER = replace(SECOND, betas=(0.9, 0.99), ste_to_input=0.8, ste_to_input_fade=0.9)
 Arrays = dict[str, np.ndarray]
 
 
@@ -85,7 +86,8 @@ class Oracle:
         grads["log_threshold"] = d_theta * theta
         d_pre = d_f * on
         if r.ste_to_input:
-            d_pre = d_pre + kernel * (theta * d_f + d_on) / r.bandwidth
+            factor = r.ste_to_input * max(0.0, 1.0 - self.t / (r.ste_to_input_fade * STEPS))
+            d_pre = d_pre + factor * kernel * (theta * d_f + d_on) / r.bandwidth
         self.touched = (on + kernel).any(0)
         self.idle += int((~self.touched).sum())
         shift = 0.0 if self.transcoder else p["b_dec"]
@@ -149,8 +151,10 @@ CASES: list[Any] = [
     pytest.param(SECOND, 3.0, False, id="gemma-scope-2"),
     pytest.param(SECOND, 3.0, True, id="gemma-scope-2 transcoder"),
     pytest.param(MOMENTUM, None, False, id="momentum, gradient to the input"),
-    pytest.param(replace(MOMENTUM, ste_to_input=False), None, True, id="momentum, transcoder"),
-    pytest.param(replace(SECOND, betas=(0.9, 0.99), ste_to_input=True), 3.0, False, id="all together"),
+    pytest.param(replace(MOMENTUM, ste_to_input=0.0), None, True, id="momentum, transcoder"),
+    pytest.param(
+        replace(SECOND, betas=(0.9, 0.99), ste_to_input=0.8, ste_to_input_fade=0.9), 3.0, False, id="all together"
+    ),
 ]
 
 
