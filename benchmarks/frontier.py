@@ -26,7 +26,8 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.metrics import DENSE_FREQUENCY
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.sites import Place
-from gemma_scope_tl.training.recipe import Recipe, StreamingRMS
+from gemma_scope_tl.training.loop import StreamingRMS
+from gemma_scope_tl.training.recipe import Recipe
 from gemma_scope_tl.training.spec import SAESpec
 from gemma_scope_tl.viz.figures import save_figure
 from gemma_scope_tl.viz.training_figures import pareto

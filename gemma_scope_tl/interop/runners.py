@@ -48,7 +48,8 @@ from torch.optim.lr_scheduler import SequentialLR
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE
-from gemma_scope_tl.training.recipe import PAPER, Recipe, StreamingRMS, decoder_on_sphere, lr_schedule
+from gemma_scope_tl.training.loop import StreamingRMS, decoder_on_sphere, lr_schedule
+from gemma_scope_tl.training.recipe import PAPER, Recipe
 
 NO_CLIP = 2.0**-20
 """Factor of the gradients, so that clipping to norm 1 would need a norm of a million. A power of two is exact."""

@@ -28,7 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemma_scope_tl.training.recipe import Recipe, project_out_rows_, unit_rows_
+from gemma_scope_tl.training.loop import project_out_rows_, unit_rows_
+from gemma_scope_tl.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,15 @@
-"""The paper's optimisation details (section 3.2 and the JumpReLU paper's appendix I), for any training loop.
-
-A loop that follows them looks like this, for an SAE with ``W_dec [d_sae, d_in]`` of unit rows::
-
-    rms = StreamingRMS()                        # a pass over some batches: rms.update(x); then x / rms.scale
-    optimizer = adam(sae.parameters(), recipe)
-    schedule = lr_schedule(optimizer, recipe, total_steps)
-    with decoder_on_sphere(optimizer, lambda: sae.W_dec):
-        ...                                     # loss.backward(); optimizer.step(); schedule.step()
-"""
+"""Recipes: the hyper-parameters of a training run, and the presets ``paper``, ``fast`` and ``gemma_scope_2``."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from importlib import import_module
+from statistics import NormalDist
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 
@@ -240,48 +230,60 @@ class Recipe:
 PAPER = Recipe()
 """The values of the paper, for runs of a million steps and more."""
 
-FAST = Recipe(
-    lr=6e-3,
-    lr_warm_up_steps=100,
-    lr_decay=0.5,
-    betas=(0.0, 0.95),
-    batch_size=2_048,
-    l0_coefficient=2e-3,
-    l0_warm_up_steps=200,
-    init_threshold=0.06,
-    bandwidth=0.1,
-)
-"""The values for runs of a few thousand steps on small models. The differences from the paper, and their reasons:
-
-- Adam moves log theta by at most about the learning rate in a step. The distance from 0.001 to 0.05, the final
-  threshold of small SAEs, is ln(50) = 3.9, which takes 56,000 steps at 7e-5. The learning rate is therefore higher, and
-  thresholds start near their final value.
-- The bandwidth is larger: with fewer activations, each must contribute to more of the kernel density estimate. It is
-  about two thresholds, so that nearly all of the kernel lies on positive pre-activations.
-- Lambda is larger: with fewer latents and a lower L0, each active latent explains more of the error.
-- The warm-ups of learning rate and lambda are shorter, because the run is, and the batch is half as large.
-- The learning rate falls linearly to 0 over the last half, since without a decay the higher rate leaves noise.
-- The second moment averages about 20 steps instead of 1,000: the large gradients of the first steps would slow down a
-  run that is not much longer than 1,000 steps.
-
-Loss, the absence of momentum, Adam's epsilon, unit decoder rows, projection and initialisation are the paper's.
-Learning rate, threshold and bandwidth are for :data:`FAST_WIDTH` dimensions; :func:`fast` rescales them for others.
-"""
-
 FAST_WIDTH = 128
-"""The width of the activations for which the values of :data:`FAST` were found."""
+"""The width of the activations for which the values of :func:`fast` were found."""
 
 
-def fast(d_in: int) -> Recipe:
-    """Rescale :data:`FAST` for another width by :meth:`Recipe.rescaled`.
+def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int = 2_000) -> Recipe:
+    """The preset for runs of a few hundred to a few thousand steps on small models.
 
-    The projection of an activation of length 1 on a unit direction is about ``1 / sqrt(d_in)``.
+    Loss, initialisation, unit decoder rows, projection and Adam's epsilon are the paper's. What differs, and why:
 
-    >>> round(fast(512).init_threshold, 3), fast(FAST_WIDTH) == FAST
-    (0.03, True)
+    - **Rates.** In a step Adam moves a coordinate, or log theta, by about the learning rate. The run is a thousandth of
+      the paper's, so the rate is higher, with momentum, and falls to 0 over the last half. Entries of unit vectors are
+      about ``1 / sqrt(d_in)``, and so is the rate's scale. The second moment averages about 20 steps: the large
+      gradients of the first steps would slow down a short run.
+    - **Thresholds** start where twice the target is active at the start: projections of activations with ``E ||x||^2 =
+      1`` on random directions have a standard deviation of ``1 / sqrt(d_in)``, so ``theta = u / sqrt(d_in)`` with the
+      normal quantile ``u`` of ``1 - 2 L0 / d_sae``. From 0.001, the paper's start, log theta could not reach its final
+      value in time.
+    - **The bandwidth** is as large as the threshold at the start: each of the few activations of a batch contributes to
+      more of the kernel density estimate.
+    - **Lambda** starts at ``2e-3 (16 / L0)^1.4``, near its value at the end, so that L0 reaches its target from above
+      and not from below. It rises over the first quarter.
+    - **The estimator passes a gradient to the input** at first, so that latents below their thresholds learn to become
+      active. This fades, because it is biased: with it to the end, the error at a given L0 is higher.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        target_l0: the wanted L0.
+        steps: length of the run.
+
+    >>> sparse, dense = fast(128, target_l0=8), fast(128, target_l0=32)
+    >>> sparse.init_threshold > dense.init_threshold, sparse.l0_coefficient > dense.l0_coefficient
+    (True, True)
     """
-    return FAST.rescaled(math.sqrt(FAST_WIDTH / d_in))
+    scale = math.sqrt(FAST_WIDTH / d_in)
+    active = min(0.3, 2.0 * target_l0 / d_sae)
+    threshold = NormalDist().inv_cdf(1.0 - active) / math.sqrt(d_in)
+    return Recipe(
+        lr=1.5e-2 * scale,
+        lr_warm_up_steps=round(0.1 * steps),
+        lr_decay=0.5,
+        betas=(0.9, 0.95),
+        batch_size=2_048,
+        l0_coefficient=2e-3 * (16.0 / target_l0) ** 1.4,
+        l0_warm_up_steps=round(0.25 * steps),
+        init_threshold=threshold,
+        bandwidth=threshold,
+        ste_to_input=1.0,
+        ste_to_input_fade=0.35,
+    )
 
+
+FAST = fast(FAST_WIDTH)
+""":func:`fast` for activations of 128 dimensions, 1,024 latents, an L0 of 16 and 2,000 steps."""
 
 GEMMA_SCOPE_2 = Recipe(l0_penalty="quadratic", l0_warm_up_steps=50_000, frequency_coefficient=1e-2)
 """Gemma Scope 2's changes to the paper's recipe, as far as they are reported.
@@ -294,112 +296,21 @@ no prefixes unless ``matryoshka`` names them.
 """
 
 
-def adam(params: Iterable[Tensor], recipe: Recipe, *, fused: bool | None = None) -> torch.optim.Adam:
-    """Adam with the recipe's learning rate, betas and epsilon, without weight decay."""
-    return torch.optim.Adam(params, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
+_MOVED = (
+    "adam",
+    "lr_schedule",
+    "project_out_rows",
+    "project_out_rows_",
+    "unit_rows_",
+    "decoder_on_sphere",
+    "StreamingRMS",
+)
 
 
-def lr_schedule(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int | None = None, *, steps_done: int = 0
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """A scheduler of the learning rate :meth:`Recipe.lr_at`; ``steps_done`` continues a run."""
-    for group in optimizer.param_groups:
-        group["initial_lr"] = recipe.lr
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: recipe.lr_at(step, total_steps) / recipe.lr, last_epoch=steps_done - 1
-    )
-
-
-def project_out_rows(grad: Tensor, rows: Tensor) -> Tensor:
-    """The part of a gradient that is orthogonal to each row: ``g - (g.d / d.d) d``.
-
-    Args:
-        grad, rows: ``[d_sae, d_in]``.
-
-    >>> project_out_rows(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]])).tolist()
-    [[3.0, 0.0]]
-    """
-    return project_out_rows_(grad.clone(), rows)
-
-
-def project_out_rows_(grad: Tensor, rows: Tensor) -> Tensor:
-    """:func:`project_out_rows` in place."""
-    along = torch.linalg.vecdot(grad, rows) / torch.linalg.vecdot(rows, rows).clamp_min(1e-30)
-    return grad.addcmul_(rows, along.unsqueeze(-1), value=-1.0)
-
-
-def unit_rows_(rows: Tensor) -> Tensor:
-    """Scale each row of ``[d_sae, d_in]`` to length 1, in place."""
-    return rows.div_(torch.linalg.vecdot(rows, rows).sqrt_().clamp_min(1e-30).unsqueeze(-1))
-
-
-@contextmanager
-def decoder_on_sphere(
-    optimizer: torch.optim.Optimizer, decoder: Callable[[], Tensor], *, grad_scale: float = 1.0
-) -> Generator[None, None, None]:
-    """Within the context, every ``optimizer.step()`` keeps the decoder's rows at unit length (paper, section 3.2).
-
-    Before the update, gradients are divided by ``grad_scale``, and the component of the decoder's gradient along each
-    row is removed. After the update, rows are scaled to length 1. Both are hooks of the optimizer, which are removed at
-    the end of the context.
-
-    Args:
-        decoder: returns ``W_dec [d_sae, d_in]``; called at every step.
-        grad_scale: the factor by which the gradients of the loss were multiplied; a power of two is exact.
-    """
-
-    @torch.no_grad()
-    def before(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if grad_scale != 1.0:
-            for grad in (p.grad for group in opt.param_groups for p in group["params"]):
-                if grad is not None:
-                    grad.div_(grad_scale)
-        rows = decoder()
-        if rows.grad is not None:
-            project_out_rows_(rows.grad, rows)
-
-    @torch.no_grad()
-    def after(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        unit_rows_(decoder())
-
-    handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class StreamingRMS:
-    """``C = sqrt(E ||x||^2)``, the scalar by which a site's activations are divided, from a stream of batches.
-
-    Only two numbers are kept. The scale is neither a mean of norms nor one per token, and activations are not centred
-    (section 3.1).
-
-    >>> rms = StreamingRMS()
-    >>> rms.update(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    >>> round(rms.scale, 4)
-    3.5355
-    """
-
-    def __init__(self) -> None:
-        self.total = 0.0
-        self.count = 0
-
-    def update(self, activations: Tensor) -> None:
-        """Add a batch ``[..., d_in]`` of any dtype; the sum is kept in float64."""
-        rows = activations.detach().reshape(-1, activations.shape[-1])
-        norms = rows.to(torch.promote_types(rows.dtype, torch.float32)).square().sum(-1)
-        self.total += norms.double().sum().item()
-        self.count += rows.shape[0]
-
-    @property
-    def scale(self) -> float:
-        """The scale ``C``.
-
-        Raises:
-            GemmaScopeError: there were no activations, or they are all zero or not all finite.
-        """
-        if not (self.count and 0.0 < self.total < float("inf")):
-            raise GemmaScopeError(f"{self.count} activations with a sum of squares of {self.total} give no scale.")
-        return math.sqrt(self.total / self.count)
+def __getattr__(name: str) -> Any:
+    """The tools of a training loop, which were in this module in the previous release."""
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    message = f"gemma_scope_tl.training.recipe.{name} is now gemma_scope_tl.training.loop.{name}."
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return getattr(import_module("gemma_scope_tl.training.loop"), name)

@@ -19,9 +19,10 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training import optimizer, place
+from gemma_scope_tl.training.loop import adam, decoder_on_sphere, lr_schedule
 from gemma_scope_tl.training.optimizer import Lambda
 from gemma_scope_tl.training.place import PlaceTrainer
-from gemma_scope_tl.training.recipe import GEMMA_SCOPE_2, Recipe, adam, decoder_on_sphere, lr_schedule
+from gemma_scope_tl.training.recipe import GEMMA_SCOPE_2, Recipe
 from gemma_scope_tl.training.shard import Shard
 from gemma_scope_tl.training.spec import SAESpec, check_one_place
 
