@@ -73,18 +73,27 @@ class Lambda:
 
     Without a target, or with the quadratic penalty (which contains the target), lambda is the recipe's. Otherwise, with
     ``e = log(L0 / target)`` clipped to [-1, 1] and averaged exponentially, ``lambda = base exp(P e)``; after the
-    warm-up ``base`` is multiplied by ``exp(I e)`` each step, so that the penalty rises as long as L0 is too high. This
-    controller is not the paper's, which trains with fixed coefficients.
+    warm-up ``base`` is multiplied by ``exp(I e)`` each step, so that the penalty rises as long as L0 is too high. In a
+    run of fewer than 2,000 steps I is larger, because a miss must be corrected in fewer steps. This controller is not
+    the paper's, which trains with fixed coefficients.
 
     Attributes:
         base: the slowly moving factor.
         error: the averaged ``e``.
     """
 
-    PROPORTIONAL, INTEGRAL, SMOOTHING = 1.0, 0.005, 0.1
+    PROPORTIONAL, INTEGRAL, SMOOTHING, FULL_LENGTH = 1.0, 0.005, 0.1, 2_000
 
-    def __init__(self, recipe: Recipe, target: float | None) -> None:
+    def __init__(self, recipe: Recipe, target: float | None, total_steps: int | None = None) -> None:
+        """
+        Args:
+            recipe: the recipe.
+            target: the wanted L0; None keeps lambda fixed.
+            total_steps: length of the run; None for a long one.
+        """
         self.recipe = recipe
+        length = self.FULL_LENGTH if total_steps is None else min(total_steps, self.FULL_LENGTH)
+        self.integral = self.INTEGRAL * self.FULL_LENGTH / length
         self.target = target if recipe.l0_penalty == "linear" else None
         self.base = recipe.l0_coefficient
         self.error = 0.0
@@ -100,7 +109,7 @@ class Lambda:
         error = max(-1.0, min(1.0, math.log(max(l0, 1e-3) / self.target)))
         self.error += self.SMOOTHING * (error - self.error)
         if step >= self.recipe.l0_warm_up_steps:
-            self.base *= math.exp(self.INTEGRAL * self.error)
+            self.base *= math.exp(self.integral * self.error)
 
 
 CHUNK_BYTES = {"cpu": 512 << 10, "cuda": 64 << 20}

@@ -119,7 +119,7 @@ class PlaceTrainer:
         self.first = Weights.zeros(latents, len(specs), d_in, d_out, dtype, self.device) if momentum else None
         initialize(self.weights, specs, self.members, shard)
         self.last = torch.zeros(latents, dtype=torch.int64, device=self.device)
-        self.lambdas = [Lambda(spec.recipe, spec.target_l0) for spec in specs]
+        self.lambdas = [Lambda(spec.recipe, spec.target_l0, total_steps) for spec in specs]
         self.windows = [Window(m.rows.stop - m.rows.start, self.device) for m in self.members]
         self.entries = [1.0] * len(specs)  # share of pre-activations above the kernel's lower end in the last step
         self.steps_done = 0

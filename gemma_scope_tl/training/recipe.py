@@ -185,7 +185,7 @@ class Recipe:
             return self.ste_to_input
         if total_steps is None:
             raise GemmaScopeError("This recipe fades the estimator's gradient to the input: give total_steps.")
-        return self.ste_to_input * max(0.0, 1.0 - step / (self.ste_to_input_fade * total_steps))
+        return self.ste_to_input * max(0.0, 1.0 - step / max(1, round(self.ste_to_input_fade * total_steps)))
 
     def rescaled(self, factor: float) -> Recipe:
         """The recipe for activations whose projections on a unit direction are ``factor`` times as large.
@@ -196,16 +196,28 @@ class Recipe:
         names = ("lr", "init_threshold", "bandwidth")
         return replace(self, **{name: getattr(self, name) * factor for name in names})
 
-    def sae_settings(self) -> dict[str, Any]:
+    def sae_settings(self, total_steps: int | None = None) -> dict[str, Any]:
         """Keyword arguments of :class:`~gemma_scope_tl.interop.training_sae.GemmaScopeTrainingSAEConfig`.
 
+        SAELens's runners use PyTorch's Adam. With momentum it goes on moving latents that a batch does not reach,
+        unlike this package's trainers.
+
+        Args:
+            total_steps: length of the run, for recipes that fade ``ste_to_input``.
+
         Raises:
-            GemmaScopeError: the recipe has penalties that the SAELens training class does not have.
+            GemmaScopeError: the recipe has penalties that the SAELens training class does not have, or ``total_steps``
+                is missing.
         """
         if self.l0_penalty != "linear" or self.frequency_coefficient or self.matryoshka:
             raise GemmaScopeError("SAELens's runners train with the linear L0 penalty only: use a PlaceTrainer.")
-        names = ("l0_coefficient", "l0_warm_up_steps", "init_threshold", "bandwidth")
-        return {name: value for name, value in asdict(self).items() if name in names}
+        names = ("l0_coefficient", "l0_warm_up_steps", "init_threshold", "bandwidth", "ste_to_input")
+        found = {name: value for name, value in asdict(self).items() if name in names}
+        if self.ste_to_input and self.ste_to_input_fade:
+            if total_steps is None:
+                raise GemmaScopeError("This recipe fades the estimator's gradient to the input: give total_steps.")
+            found["ste_to_input_steps"] = max(1, round(self.ste_to_input_fade * total_steps))
+        return found
 
     def runner_settings(self, context_size: int, shuffle_tokens: int = 1_000_000) -> dict[str, Any]:
         """Keyword arguments of a SAELens runner's configuration, single or multi.
