@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.frontier import STEP, Budget, PeerSettings, coefficient_for, measure, ours, theirs
+from benchmarks.frontier import STEP, Budget, PeerSettings, Trained, coefficient_for, measure, ours, theirs
 from benchmarks.timing import RESULTS
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import write_atomically
@@ -108,6 +108,12 @@ class OurSettings:
     l0_warm_up: float | None = None
     ste_to_input: bool | None = None
     lr_warm_up: float | None = None
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> OurSettings:
+        """What ``asdict`` returned, after JSON."""
+        betas = data.get("betas")
+        return cls(**{**data, "betas": tuple(betas) if betas is not None else None})
 
     def recipe(self, d_in: int, budget: Budget, target: float) -> Recipe:
         """The recipe for a target L0."""
@@ -237,6 +243,54 @@ def run_peer(data: Data, settings: PeerSettings, coefficient: float) -> dict[str
         return {**measure(trained.arrays, data.held), "seconds": round(trained.seconds, 1)}
 
     return data.log.run(key, train)
+
+
+def settled(data: Data) -> dict[str, Any]:
+    """The result of a finished search, from its log: our settings, and SAELens's best at every L0 of :data:`CURVE`.
+
+    At an L0 between two searched ones, the settings found at both are tried.
+    """
+    found: dict[str, Any] = {"ours": asdict(search_ours(data, report=_quiet)), "peer": {}}
+    searched = {(mode, t): search_peer(data, mode, t, report=_quiet) for mode in PEERS for t in TARGETS}
+    for target in CURVE:
+        nearest = sorted(TARGETS, key=lambda t, target=target: abs(math.log(t / target)))[:2]
+        near = [t for t in nearest if abs(math.log(t / target)) < math.log(2.5)]
+        tried: list[tuple[float, float, PeerSettings]] = []
+        for settings, guess in (searched[mode, t] for mode in PEERS for t in near):
+            value, coefficient = score_peer(data, settings, guess, target)
+            tried.append((value, coefficient, settings))
+        value, coefficient, settings = min(tried, key=lambda one: one[0])
+        found["peer"][f"{target:g}"] = {"settings": asdict(settings), "coefficient": coefficient, "fvu": value}
+    return found
+
+
+def train_all(data: Data, best: dict[str, Any]) -> list[Trained]:
+    """Both recipes with the settings of a search, at every L0 of :data:`CURVE`, with the budget's seed.
+
+    SAELens's coefficients are adjusted with seed 0, to an L0 below and one above each target, so that nothing is
+    extrapolated.
+    """
+    found = [OurSettings.from_json(best["ours"])]
+    found += [OurSettings()] if found[0] != OurSettings() else []  # the preset as it is
+    trained: list[Trained] = []
+    for settings, name in zip(found, ("ours", "ours, preset fast"), strict=False):
+        recipes = {t: settings.recipe(data.x.shape[1], data.budget, t) for t in CURVE}
+        trained += ours(data.x, recipes, data.budget, data.place, name)
+    first = replace(data, budget=replace(data.budget, seed=0))
+    for target, entry in ((float(key), entry) for key, entry in best["peer"].items()):
+        settings, guess = PeerSettings(**entry["settings"]), float(entry["coefficient"])
+        for goal in (0.85 * target, 1.15 * target):
+
+            def train(coefficient: float, settings: PeerSettings = settings) -> float:
+                return run_peer(first, settings, coefficient)["l0"]
+
+            guess = coefficient_for(train, goal, guess, tries=3, close=0.08)
+            trained.append(theirs(data.x, settings, guess, data.budget))
+    return trained
+
+
+def _quiet(line: str) -> None:
+    """Nothing to report: all runs are in the log already."""
 
 
 def fvu_at(points: Sequence[tuple[float, float]], target: float, slope: float = -0.5) -> float:
