@@ -87,7 +87,7 @@ def recipe_applied(
         sae.grad_scale = 1.0
 
 
-SAE_SETTINGS = ("bandwidth", "l0_warm_up_steps", "ste_to_input")
+SAE_SETTINGS = ("bandwidth", "l0_warm_up_steps", "ste_to_input", "b_dec_start")
 """Settings of an SAE that must be the recipe's; lambda and the initial threshold may differ between SAEs."""
 
 

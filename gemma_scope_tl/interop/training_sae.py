@@ -29,6 +29,7 @@ from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.sae.config import UNFINISHED
 from gemma_scope_tl.sae.sae_lens_methods import SavingMixin, write_sae_lens_files
 from gemma_scope_tl.sae.ste import jumprelu, step
+from gemma_scope_tl.training.recipe import STARTS
 from gemma_scope_tl.weights.fold import fold
 from gemma_scope_tl.weights.modes import ordinary_tensors
 
@@ -52,6 +53,7 @@ class GemmaScopeTrainingSAEConfig(TrainingSAEConfig):
         bandwidth: epsilon of the rectangle kernel.
         ste_to_input: the factor with which the estimator passes a gradient to the pre-activations too.
         ste_to_input_steps: number of steps over which this factor falls linearly to 0; 0 keeps it.
+        b_dec_start: ``"zero"``, or ``"mean"``: ``b_dec`` starts at the mean of the first batch.
         decoder_init_norm: the length of decoder rows; the recipe keeps it at 1.
         apply_b_dec_to_input: subtract ``b_dec`` before the encoder while training; saving folds it into ``b_enc``.
     """
@@ -62,6 +64,7 @@ class GemmaScopeTrainingSAEConfig(TrainingSAEConfig):
     bandwidth: float = 1e-3
     ste_to_input: float = 0.0
     ste_to_input_steps: int = 0
+    b_dec_start: str = "zero"
     decoder_init_norm: float | None = 1.0
 
     @classmethod
@@ -76,6 +79,8 @@ class GemmaScopeTrainingSAEConfig(TrainingSAEConfig):
         if self.dtype not in DTYPES:
             hint = "The paper trains in float32 throughout: steps on log thresholds are lost in 16 bits."
             raise unknown_name("training dtype", self.dtype, DTYPES, hint)
+        if self.b_dec_start not in STARTS:
+            raise unknown_name("b_dec_start", self.b_dec_start, STARTS)
         if not (self.ste_to_input >= 0.0 and self.ste_to_input_steps >= 0):
             raise GemmaScopeError("ste_to_input and ste_to_input_steps must be 0 or greater.")
         wrong = [f"{k}={v}" for k, v in self._positive().items() if not (v is not None and v > 0)]
@@ -175,6 +180,9 @@ class GemmaScopeTrainingSAE(SavingMixin, TrainingSAE[GemmaScopeTrainingSAEConfig
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """The loss of one batch; its gradients are scaled by ``grad_scale``."""
+        if self.cfg.b_dec_start == "mean" and step_input.n_training_steps == 0:
+            with torch.no_grad():
+                self.b_dec.copy_(self.reshape_fn_in(step_input.sae_in.to(self.dtype)).mean(0))
         self._to_input = self.cfg.ste_to_input * (1.0 - step_input.coefficients.get(FADE, 0.0))
         try:
             output = super().training_forward_pass(step_input)

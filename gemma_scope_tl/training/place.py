@@ -143,6 +143,7 @@ class PlaceTrainer:
                 No parameter has changed in these cases.
         """
         batch = self._batch(x, y)
+        self._start(batch)
         passes = self._passes(batch)
         found = [row for each in passes for row in each.sums.tolist()]
         self._check_finite(found)
@@ -160,6 +161,17 @@ class PlaceTrainer:
         x = x.to(self.device, self.dtype).contiguous()
         target = x if y is None else y.to(self.device, self.dtype)
         return Batch(x, target, x.shape[0] * self.shard.data_ranks, not self.is_transcoder, self.shard)
+
+    def _start(self, batch: Batch) -> None:
+        """Before the first step, set the ``b_dec`` that start at the mean of the target."""
+        if self.steps_done or all(spec.recipe.b_dec_start == "zero" for spec in self.specs):
+            return
+        mean = batch.shard.sum_data(batch.y.sum(0)) / batch.n
+        if not bool(torch.isfinite(mean).all()):
+            return  # the loss is not finite either, and the step will say so
+        for member, spec in zip(self.members, self.specs, strict=True):
+            if spec.recipe.b_dec_start == "mean":
+                self.weights.b_dec[member.index] = mean
 
     def _passes(self, batch: Batch) -> list[Pass]:
         """The forward half: a pass for each dense SAE, and one for neighbouring sparse SAEs together."""

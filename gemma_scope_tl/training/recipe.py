@@ -14,10 +14,11 @@ from typing import Any, Literal
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 
 PENALTIES = ("linear", "quadratic")
+STARTS = ("zero", "mean")
 KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("lr_warm_up_steps", "batch_size", "l0_warm_up_steps"), (int,)),
     **dict.fromkeys(("betas", "matryoshka"), (tuple,)),
-    "l0_penalty": (str,),
+    **dict.fromkeys(("l0_penalty", "b_dec_start"), (str,)),
 }
 """The types of values that are not any number."""
 
@@ -29,7 +30,7 @@ class Recipe:
 
     The defaults down to ``bandwidth`` are from the Gemma Scope paper (sections 3.1 and 3.2) or, where it refers to it,
     the JumpReLU paper (appendix I). The options from ``l0_penalty`` to ``matryoshka`` are Gemma Scope 2's (its report,
-    section 3); the description of each states what the report does not print. The last two are for short runs.
+    section 3); the description of each states what the report does not print. Those after it are for short runs.
 
     Attributes:
         lr: learning rate after the warm-up.
@@ -59,6 +60,8 @@ class Recipe:
             to the pre-activations too, and so to the encoder. It is 0 in the paper; SAELens's ``jumprelu_ste_to_input``
             is 1.
         ste_to_input_fade: the share of the run, from its start, over which this factor falls linearly to 0; 0 keeps it.
+        b_dec_start: ``"zero"``, the paper's, or ``"mean"``: ``b_dec`` starts at the mean of the first batch's targets.
+            Projections on the mean otherwise decide at first which latents are active.
 
     Raises:
         GemmaScopeError: a value is out of range.
@@ -81,6 +84,7 @@ class Recipe:
     matryoshka: tuple[float, ...] = ()
     ste_to_input: float = 0.0
     ste_to_input_fade: float = 0.0
+    b_dec_start: Literal["zero", "mean"] = "zero"
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "batch_size", "init_threshold", "bandwidth", "frequency_limit"):
@@ -95,8 +99,9 @@ class Recipe:
                 raise GemmaScopeError(f"{name} is a share of the run, 0 to 1, not {getattr(self, name)!r}.")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise GemmaScopeError(f"betas must be two numbers from 0 to below 1, not {self.betas!r}.")
-        if self.l0_penalty not in PENALTIES:
-            raise unknown_name("l0_penalty", self.l0_penalty, PENALTIES)
+        for name, known in (("l0_penalty", PENALTIES), ("b_dec_start", STARTS)):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
         ends = (0.0, *self.matryoshka, 1.0)
         if not all(a < b for a, b in itertools.pairwise(ends)):
             raise GemmaScopeError(f"matryoshka must be rising shares between 0 and 1, not {self.matryoshka!r}.")
@@ -211,7 +216,7 @@ class Recipe:
         """
         if self.l0_penalty != "linear" or self.frequency_coefficient or self.matryoshka:
             raise GemmaScopeError("SAELens's runners train with the linear L0 penalty only: use a PlaceTrainer.")
-        names = ("l0_coefficient", "l0_warm_up_steps", "init_threshold", "bandwidth", "ste_to_input")
+        names = ("l0_coefficient", "l0_warm_up_steps", "init_threshold", "bandwidth", "ste_to_input", "b_dec_start")
         found = {name: value for name, value in asdict(self).items() if name in names}
         if self.ste_to_input and self.ste_to_input_fade:
             if total_steps is None:

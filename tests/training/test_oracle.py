@@ -36,7 +36,9 @@ SECOND = replace(
     frequency_limit=0.15,
     matryoshka=(0.2, 0.5),
 )
-MOMENTUM = replace(PLAIN, betas=(0.9, 0.95), ste_to_input=0.8, ste_to_input_fade=0.9, init_threshold=0.7)
+MOMENTUM = replace(
+    PLAIN, betas=(0.9, 0.95), ste_to_input=0.8, ste_to_input_fade=0.9, init_threshold=0.7, b_dec_start="mean"
+)
 TOGETHER = replace(SECOND, betas=(0.9, 0.99), ste_to_input=0.8, ste_to_input_fade=0.9)
 Arrays = dict[str, np.ndarray]
 
@@ -99,6 +101,8 @@ class Oracle:
 
     def step(self, x: np.ndarray, y: np.ndarray) -> None:
         r = self.recipe
+        if self.t == 0 and r.b_dec_start == "mean":
+            self.p["b_dec"] = y.mean(0)
         grads = self.gradients(x, y)
         d = self.p["W_dec"]
         grads["W_dec"] = grads["W_dec"] - (grads["W_dec"] * d).sum(1, keepdims=True) * d

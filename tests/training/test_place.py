@@ -94,7 +94,9 @@ def _autograd(trainer: PlaceTrainer, index: int, batches: list[Tensor]) -> list[
 def test_any_shape_agrees_with_autograd(
     seed: int, rows: int, d: int, widths: list[int], eps: float, sparse: bool, ste: tuple[float, float]
 ) -> None:
-    recipe = replace(RECIPE, bandwidth=eps, ste_to_input=ste[0], ste_to_input_fade=ste[1])
+    recipe = replace(
+        RECIPE, bandwidth=eps, ste_to_input=ste[0], ste_to_input_fade=ste[1], b_dec_start="mean" if ste[1] else "zero"
+    )
     specs = [replace(s, d_sae=w, seed=seed) for s, w in zip(_specs(len(widths), recipe), widths, strict=True)]
     trainer = _trainer(specs, torch.float64, d=d)
     batches = _batches(4, torch.float64, d, rows, seed)
