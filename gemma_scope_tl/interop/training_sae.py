@@ -53,6 +53,7 @@ class GemmaScopeTrainingSAEConfig(TrainingSAEConfig):
         bandwidth: epsilon of the rectangle kernel.
         ste_to_input: the factor with which the estimator passes a gradient to the pre-activations too.
         ste_to_input_steps: number of steps over which this factor falls linearly to 0; 0 keeps it.
+        init_encoder_scale: the factor with which the initial encoder, the decoder's transpose, is multiplied.
         b_dec_start: ``"zero"``, or ``"mean"``: ``b_dec`` starts at the mean of the first batch.
         decoder_init_norm: the length of decoder rows; the recipe keeps it at 1.
         apply_b_dec_to_input: subtract ``b_dec`` before the encoder while training; saving folds it into ``b_enc``.
@@ -65,6 +66,7 @@ class GemmaScopeTrainingSAEConfig(TrainingSAEConfig):
     ste_to_input: float = 0.0
     ste_to_input_steps: int = 0
     b_dec_start: str = "zero"
+    init_encoder_scale: float = 1.0
     decoder_init_norm: float | None = 1.0
 
     @classmethod
@@ -88,7 +90,7 @@ class GemmaScopeTrainingSAEConfig(TrainingSAEConfig):
             raise GemmaScopeError(f"These must be greater than 0: {', '.join(wrong)}.")
 
     def _positive(self) -> dict[str, float | None]:
-        names = ("init_threshold", "bandwidth", "decoder_init_norm")
+        names = ("init_threshold", "bandwidth", "decoder_init_norm", "init_encoder_scale")
         return {name: getattr(self, name) for name in names}
 
     def get_inference_config_class(self) -> type[SAEConfig]:
@@ -149,6 +151,8 @@ class GemmaScopeTrainingSAE(SavingMixin, TrainingSAE[GemmaScopeTrainingSAEConfig
     def initialize_weights(self) -> None:
         """Initialise the parameters: unit decoder rows, transposed encoder, zero biases, and equal thresholds."""
         super().initialize_weights()
+        with torch.no_grad():
+            self.W_enc.mul_(self.cfg.init_encoder_scale)
         empty = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
         self.b_enc = nn.Parameter(empty)
         self.log_threshold = nn.Parameter(torch.full_like(empty, self.cfg.init_threshold).log())

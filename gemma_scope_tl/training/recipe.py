@@ -56,6 +56,7 @@ class Recipe:
         matryoshka: shares of the latents, empty for none. For each share, the first latents up to it must reconstruct
             the target by themselves; the error is the mean over these prefixes and the whole. Such prefixes are
             reported, but not their sizes. The mean (not the sum) is our choice, so that lambda keeps its meaning.
+        init_encoder_scale: the factor with which the initial ``W_enc``, in the paper ``W_dec^T``, is multiplied.
         ste_to_input: the factor, at the start of the run, with which the straight-through estimator passes a gradient
             to the pre-activations too, and so to the encoder. It is 0 in the paper; SAELens's ``jumprelu_ste_to_input``
             is 1.
@@ -82,12 +83,13 @@ class Recipe:
     frequency_coefficient: float = 0.0
     frequency_limit: float = 0.1
     matryoshka: tuple[float, ...] = ()
+    init_encoder_scale: float = 1.0
     ste_to_input: float = 0.0
     ste_to_input_fade: float = 0.0
     b_dec_start: Literal["zero", "mean"] = "zero"
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "batch_size", "init_threshold", "bandwidth", "frequency_limit"):
+        for name in ("lr", "eps", "batch_size", "init_threshold", "bandwidth", "frequency_limit", "init_encoder_scale"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise GemmaScopeError(f"{name} must be greater than 0, not {getattr(self, name)!r}.")
         free = ("lr_start", "lr_warm_up_steps", "l0_coefficient", "l0_warm_up_steps", "frequency_coefficient")
@@ -216,7 +218,8 @@ class Recipe:
         """
         if self.l0_penalty != "linear" or self.frequency_coefficient or self.matryoshka:
             raise GemmaScopeError("SAELens's runners train with the linear L0 penalty only: use a PlaceTrainer.")
-        names = ("l0_coefficient", "l0_warm_up_steps", "init_threshold", "bandwidth", "ste_to_input", "b_dec_start")
+        names = ("l0_coefficient", "l0_warm_up_steps", "init_threshold", "bandwidth", "init_encoder_scale")
+        names += ("ste_to_input", "b_dec_start")
         found = {name: value for name, value in asdict(self).items() if name in names}
         if self.ste_to_input and self.ste_to_input_fade:
             if total_steps is None:
@@ -260,10 +263,14 @@ def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int =
       the paper's, so the rate is higher, with momentum, and falls to 0 over the last half. Entries of unit vectors are
       about ``1 / sqrt(d_in)``, and so is the rate's scale. The second moment averages about 20 steps: the large
       gradients of the first steps would slow down a short run.
-    - **Thresholds** start where twice the target is active at the start: projections of activations with ``E ||x||^2 =
-      1`` on random directions have a standard deviation of ``1 / sqrt(d_in)``, so ``theta = u / sqrt(d_in)`` with the
-      normal quantile ``u`` of ``1 - 2 L0 / d_sae``. From 0.001, the paper's start, log theta could not reach its final
-      value in time.
+    - **The first reconstruction is of the right size.** ``b_dec`` starts at the mean, and about three quarters of
+      ``E ||x||^2 = 1`` are left around it. Projections on random directions have a standard deviation of ``sqrt(0.75 /
+      d_in)``; with the normal quantile of ``1 - n / d_sae`` as threshold, n latents are active, twice the target. Their
+      sum is too long, since active directions are similar to the activation and so to each other: with ``s`` the sum of
+      the squared projections, by about ``1 + 1.5 s`` (three quarters and 1.5 are measured). Encoder and thresholds
+      start divided by this. Otherwise the first steps push nearly all latents below their thresholds, many for ever.
+    - **Thresholds** therefore start near their final value. From 0.001, the paper's start, log theta could not reach it
+      in time.
     - **The bandwidth** is as large as the threshold at the start: each of the few activations of a batch contributes to
       more of the kernel density estimate.
     - **Lambda** starts at ``2e-3 (16 / L0)^1.4``, near its value at the end, so that L0 reaches its target from above
@@ -281,11 +288,15 @@ def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int =
     >>> sparse.init_threshold > dense.init_threshold, sparse.l0_coefficient > dense.l0_coefficient
     (True, True)
     """
-    scale = math.sqrt(FAST_WIDTH / d_in)
-    active = min(0.3, 2.0 * target_l0 / d_sae)
-    threshold = NormalDist().inv_cdf(1.0 - active) / math.sqrt(d_in)
+    share = min(0.3, 2.0 * target_l0 / d_sae)  # of the latents that are active at the start
+    normal = NormalDist()
+    quantile = normal.inv_cdf(1.0 - share)
+    spread = math.sqrt(0.75 / d_in)
+    square = spread**2 * (1.0 + quantile * normal.pdf(quantile) / share)  # the mean above the threshold
+    scale = 1.0 / (1.0 + 1.5 * share * d_sae * square)
+    threshold = scale * quantile * spread
     return Recipe(
-        lr=1.5e-2 * scale,
+        lr=1.5e-2 * math.sqrt(FAST_WIDTH / d_in),
         lr_warm_up_steps=round(0.1 * steps),
         lr_decay=0.5,
         betas=(0.9, 0.95),
@@ -294,8 +305,10 @@ def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int =
         l0_warm_up_steps=round(0.25 * steps),
         init_threshold=threshold,
         bandwidth=threshold,
+        init_encoder_scale=scale,
         ste_to_input=1.0,
         ste_to_input_fade=0.35,
+        b_dec_start="mean",
     )
 
 

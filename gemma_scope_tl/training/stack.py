@@ -59,7 +59,8 @@ def initialize(weights: Weights, specs: Sequence[SAESpec], members: Sequence[Mem
 
     All thresholds are equal and biases are 0. ``W_dec`` is He-uniform and then scaled to unit rows, so the bound does
     not matter. ``W_enc`` of an SAE is ``W_dec^T``; that of a transcoder is drawn independently. The paper does not say
-    how; here it is He-uniform, ``U(-b, b)`` with ``b = sqrt(6 / d_in)``.
+    how; here it is He-uniform, ``U(-b, b)`` with ``b = sqrt(6 / d_in)``. Either is multiplied by the recipe's
+    ``init_encoder_scale``.
     """
     weights.b_enc.zero_()
     weights.b_dec.zero_()
@@ -72,7 +73,7 @@ def initialize(weights: Weights, specs: Sequence[SAESpec], members: Sequence[Mem
             here = slice(at.start + first - own.start, at.start + last - own.start)
             inside = slice(first - block * BLOCK, last - block * BLOCK)
             enc, dec = _draw(spec, block, weights.enc.shape[1], weights.dec.shape[1])
-            weights.enc[here] = enc[inside].to(weights.enc)
+            weights.enc[here] = (enc[inside] * spec.recipe.init_encoder_scale).to(weights.enc)
             weights.dec[here] = dec[inside].to(weights.dec)
 
 

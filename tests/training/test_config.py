@@ -173,12 +173,11 @@ def test_fast_is_in_the_units_of_each_sae(tmp_path: Path) -> None:
     config = load_config(tiny_config(tmp_path, recipe=recipe, grid=grid))
     dims = ModelDims(n_layers=1, d_model=512, n_heads=4, d_head=8)
     res, att = (group.specs[0].recipe for group in groups_of(config, dims))
-    base = fast(128, d_sae=1024, target_l0=8, steps=config.steps or 0)
-    unchanged = replace(base, batch_size=64, bandwidth=0.3)  # what is given is taken as it is
-    for found, factor in ((res, 0.5), (att, 2.0)):
-        assert found.lr == pytest.approx(factor * base.lr, rel=1e-12)
-        assert found.init_threshold == pytest.approx(factor * base.init_threshold, rel=1e-12)
-        assert replace(found, lr=base.lr, init_threshold=base.init_threshold) == unchanged
+    for found, d_in in ((res, 512), (att, 32)):
+        base = fast(d_in, d_sae=1024, target_l0=8, steps=config.steps or 0)
+        assert found == replace(base, batch_size=64, bandwidth=0.3)  # what is given is taken as it is
+    assert res.lr == pytest.approx(att.lr / 4, rel=1e-12)
+    assert res.init_threshold < att.init_threshold and res.init_encoder_scale > att.init_encoder_scale
 
 
 @pytest.mark.parametrize(
