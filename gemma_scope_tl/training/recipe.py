@@ -260,9 +260,9 @@ def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int =
     Loss, initialisation, unit decoder rows, projection and Adam's epsilon are the paper's. What differs, and why:
 
     - **Rates.** In a step Adam moves a coordinate, or log theta, by about the learning rate. The run is a thousandth of
-      the paper's, so the rate is higher, with momentum, and falls to 0 over the last half. Entries of unit vectors are
-      about ``1 / sqrt(d_in)``, and so is the rate's scale. The second moment averages about 20 steps: the large
-      gradients of the first steps would slow down a short run.
+      the paper's, so the rate is higher, with momentum, and falls to 0 over the last half. It falls with the square root
+      of the length of the run, and, as entries of unit vectors do, with that of the width. The second moment averages
+      about 20 steps: the large gradients of the first steps would slow down a short run.
     - **The first reconstruction is of the right size.** ``b_dec`` starts at the mean, and about three quarters of
       ``E ||x||^2 = 1`` are left around it. Projections on random directions have a standard deviation of ``sqrt(0.75 /
       d_in)``; with the normal quantile of ``1 - n / d_sae`` as threshold, n latents are active, twice the target. Their
@@ -271,12 +271,12 @@ def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int =
       start divided by this. Otherwise the first steps push nearly all latents below their thresholds, many for ever.
     - **Thresholds** therefore start near their final value. From 0.001, the paper's start, log theta could not reach it
       in time.
-    - **The bandwidth** is as large as the threshold at the start: each of the few activations of a batch contributes to
-      more of the kernel density estimate.
+    - **The bandwidth** is 2.5 thresholds at the start: each of the few activations of a batch contributes to more of the
+      kernel density estimate. The kernel then reaches below 0.
     - **Lambda** starts at ``2e-3 (16 / L0)^1.4``, near its value at the end, so that L0 reaches its target from above
       and not from below. It rises over the first quarter.
-    - **The estimator passes a gradient to the input** at first, so that latents below their thresholds learn to become
-      active. This fades, because it is biased: with it to the end, the error at a given L0 is higher.
+    - **The estimator passes a gradient to the input**, so that latents below their thresholds learn to become active:
+      fewer are dead at the end.
 
     Args:
         d_in: width of the activations.
@@ -296,7 +296,7 @@ def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int =
     scale = 1.0 / (1.0 + 1.5 * share * d_sae * square)
     threshold = scale * quantile * spread
     return Recipe(
-        lr=1.5e-2 * math.sqrt(FAST_WIDTH / d_in),
+        lr=2e-2 * math.sqrt(FAST_WIDTH / d_in) * min(1.0, math.sqrt(400 / steps)),
         lr_warm_up_steps=round(0.1 * steps),
         lr_decay=0.5,
         betas=(0.9, 0.95),
@@ -304,10 +304,9 @@ def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int =
         l0_coefficient=2e-3 * (16.0 / target_l0) ** 1.4,
         l0_warm_up_steps=round(0.25 * steps),
         init_threshold=threshold,
-        bandwidth=threshold,
+        bandwidth=2.5 * threshold,
         init_encoder_scale=scale,
         ste_to_input=1.0,
-        ste_to_input_fade=0.35,
         b_dec_start="mean",
     )
 
