@@ -260,9 +260,9 @@ def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int =
     Loss, initialisation, unit decoder rows, projection and Adam's epsilon are the paper's. What differs, and why:
 
     - **Rates.** In a step Adam moves a coordinate, or log theta, by about the learning rate. The run is a thousandth of
-      the paper's, so the rate is higher, with momentum, and falls to 0 over the last half. It falls with the square root
-      of the length of the run, and, as entries of unit vectors do, with that of the width. The second moment averages
-      about 20 steps: the large gradients of the first steps would slow down a short run.
+      the paper's, so the rate is higher, with momentum, and falls to 0 over the last half. It falls with the square
+      root of the length of the run, and, as entries of unit vectors do, with that of the width. The second moment
+      averages about 20 steps: the large gradients of the first steps would slow down a short run.
     - **The first reconstruction is of the right size.** ``b_dec`` starts at the mean, and about three quarters of
       ``E ||x||^2 = 1`` are left around it. Projections on random directions have a standard deviation of ``sqrt(0.75 /
       d_in)``; with the normal quantile of ``1 - n / d_sae`` as threshold, n latents are active, twice the target. Their
@@ -271,8 +271,8 @@ def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int =
       start divided by this. Otherwise the first steps push nearly all latents below their thresholds, many for ever.
     - **Thresholds** therefore start near their final value. From 0.001, the paper's start, log theta could not reach it
       in time.
-    - **The bandwidth** is 2.5 thresholds at the start: each of the few activations of a batch contributes to more of the
-      kernel density estimate. The kernel then reaches below 0.
+    - **The bandwidth** is 2.5 thresholds at the start: each of the few activations of a batch contributes to more of
+      the kernel density estimate. The kernel then reaches below 0.
     - **Lambda** starts at ``2e-3 (16 / L0)^1.4``, near its value at the end, so that L0 reaches its target from above
       and not from below. It rises over the first quarter.
     - **The estimator passes a gradient to the input**, so that latents below their thresholds learn to become active:
