@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
+from scipy import stats
 from torch import Tensor
 
 from benchmarks.timing import RESULTS, save
@@ -26,13 +28,15 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.metrics import DENSE_FREQUENCY
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.sites import Place
-from gemma_scope_tl.training.recipe import Recipe, StreamingRMS
+from gemma_scope_tl.training.loop import StreamingRMS
+from gemma_scope_tl.training.recipe import Recipe
 from gemma_scope_tl.training.spec import SAESpec
 from gemma_scope_tl.viz.figures import save_figure
 from gemma_scope_tl.viz.training_figures import pareto
 
 Arrays = dict[str, Tensor]
 NORM_BATCHES = 32
+SEEDS = (0, 1, 2)
 PEER = "SAELens JumpReLU"
 
 
@@ -60,9 +64,11 @@ class PeerSettings:
     bandwidth: float = 2.0
     init_threshold: float = 0.1
     beta1: float = 0.9
+    beta2: float = 0.999
     pre_act_loss: float | None = 3e-6
     ste_to_input: bool = True
     l0_warm_up: float = 1.0
+    lr_warm_up: float = 0.0
     lr_decay: float = 0.2
     decoder_init_norm: float = 0.1
 
@@ -78,6 +84,7 @@ class Trained:
     arrays: Arrays
     settings: dict[str, Any]
     seconds: float
+    seed: int = 0
 
 
 def batches(x: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -89,17 +96,14 @@ def batches(x: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
             yield x.index_select(0, rows).float()
 
 
-def ours(
-    x: Tensor, recipe: Recipe, targets: Sequence[float], budget: Budget, place: Place, name: str = "ours"
-) -> list[Trained]:
-    """An SAE per target L0, all trained together by ``PlaceTrainer``."""
+def ours(x: Tensor, recipes: Mapping[float, Recipe], budget: Budget, place: Place, name: str = "ours") -> list[Trained]:
+    """An SAE per target L0, each by its recipe, all trained together by ``PlaceTrainer``."""
     from gemma_scope_tl.training.place import PlaceTrainer
 
-    recipe = replace(recipe, batch_size=budget.batch_size)
-    names = [f"{place.key}/width_{budget.d_sae}/target_l0_{target:g}" for target in targets]
+    recipes = {target: replace(recipe, batch_size=budget.batch_size) for target, recipe in recipes.items()}
     specs = [
-        SAESpec(name, place, budget.d_sae, recipe, budget.seed, target)
-        for name, target in zip(names, targets, strict=True)
+        SAESpec(f"{place.key}/width_{budget.d_sae}/target_l0_{target:g}", place, budget.d_sae, one, budget.seed, target)
+        for target, one in recipes.items()
     ]
     rms, stream = StreamingRMS(), batches(x, budget.batch_size, budget.seed)
     for _ in range(NORM_BATCHES):
@@ -109,10 +113,10 @@ def ours(
     stream = batches(x, budget.batch_size, budget.seed)
     for _ in range(budget.steps):
         trainer.step(next(stream).div_(rms.scale))
-    seconds = (time.perf_counter() - began) / len(targets)
+    seconds = (time.perf_counter() - began) / len(recipes)
     return [
-        Trained(name, trainer.released(i, rms.scale), {"target_l0": t, **asdict(recipe)}, seconds)
-        for i, t in enumerate(targets)
+        Trained(name, trainer.released(i, rms.scale), {"target_l0": target, **asdict(one)}, seconds, budget.seed)
+        for i, (target, one) in enumerate(recipes.items())
     ]
 
 
@@ -143,7 +147,9 @@ def theirs(
         lr=settings.lr,
         lr_end=settings.lr / 10,
         lr_decay_steps=int(settings.lr_decay * budget.steps),
+        lr_warm_up_steps=int(settings.lr_warm_up * budget.steps),
         adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
         n_batches_for_norm_estimate=NORM_BATCHES,
     )
     trainer: SAETrainer[Any, Any] = SAETrainer(cfg, sae, _norm_batches_first(x, budget))
@@ -153,7 +159,7 @@ def theirs(
     chosen = {"l0_coefficient": coefficient, "target_l0": target_l0, **asdict(settings)}
     arrays = peer_arrays(sae)
     _check_same(sae, arrays, x[:256].float())
-    return Trained(f"{PEER}, {settings.mode}", arrays, chosen, seconds)
+    return Trained(f"{PEER}, {settings.mode}", arrays, chosen, seconds, budget.seed)
 
 
 def _norm_batches_first(x: Tensor, budget: Budget) -> Iterator[Tensor]:
@@ -258,22 +264,52 @@ def peer_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def comparison(points: Sequence[dict[str, Any]], what: str) -> list[dict[str, Any]]:
-    """Rows for the README's table: FVU and delta loss of this package and of the peer, interpolated to the same L0."""
+    """Rows of the table: FVU and delta loss of this package and of the peer, interpolated to the same L0.
+
+    A value is compared with the peer's of the same seed. Intervals are Student's 95 % intervals over the seeds.
+    """
     rows: list[dict[str, Any]] = []
-    peers = peer_points(points)
-    for point in (point for point in points if point["recipe"] == "ours"):
+    own = [point for point in points if point["recipe"] == "ours"]
+    for target in sorted({point["settings"]["target_l0"] for point in own}):
+        same = [point for point in own if point["settings"]["target_l0"] == target]
         for metric, label in (("fvu", "FVU"), ("delta_loss", "delta loss")):
-            other = interpolated([(p["l0"], p[metric]) for p in peers], point["l0"])
+            values = [point[metric] for point in same]
+            others = [_peer_at(points, metric, point) for point in same]
+            ratios = [other / value for value, other in zip(values, others, strict=True)]
+            low, high = interval(ratios)
             rows.append(
                 {
-                    "what": f"{label} at L0 {point['l0']:.0f}, {what}",
-                    "peer": f"{PEER}, interpolated",
-                    "ours": f"{point[metric]:.3f}",
-                    "theirs": f"{other:.3f}",
-                    "ratio": other / point[metric],
+                    "what": f"{label} at L0 {target:g}, {what}",
+                    "peer": f"{PEER}, best found, interpolated",
+                    "ours": _shown(values),
+                    "theirs": _shown(others),
+                    "ratio": sum(ratios) / len(ratios),
+                    "ratio_low": low,
+                    "ratio_high": high,
+                    "seeds": len(same),
                 }
             )
     return rows
+
+
+def _peer_at(points: Sequence[dict[str, Any]], metric: str, point: dict[str, Any]) -> float:
+    """The peer's value at the L0 of one of our points, by the SAEs of its seed."""
+    near = [(p["l0"], p[metric]) for p in peer_points(points) if p["seed"] == point["seed"]]
+    return interpolated(near, point["l0"])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval of the mean; a single value has no interval, which is shown as NaN."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    mean = sum(values) / len(values)
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def _shown(values: Sequence[float]) -> str:
+    low, high = interval(values)
+    return f"{sum(values) / len(values):.4f}" + ("" if math.isnan(low) else f" ± {(high - low) / 2:.4f}")
 
 
 def save_points(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:

@@ -1,70 +1,65 @@
-"""The search for the best settings of both recipes, one setting at a time, at one L0.
+"""The search for the best settings of both recipes: the same knobs, in the same order, with the same number of trials.
 
-The search for SAELens starts from the values of its documentation, once for each penalty. The search for this package
-starts from ``FAST`` and keeps the paper's loss and Adam without momentum.
+A search starts from good values and goes through :data:`STAGES`. Each stage tries the values of one
+knob; the best value is kept for the stages after it. Values of rates, bandwidths and thresholds are factors of what the
+settings have, so that they mean the same for both recipes, which measure activations in different units.
 
-Every run of the search is kept in ``results/search/<name>.jsonl``, and no run is repeated. A candidate's coefficient is
-adjusted so that its L0 comes near the target. Its FVU at the target is interpolated from the runs on both sides (or the
-two nearest), on activations that no training run sees and that the final evaluation does not use.
+- This package's preset ``fast`` follows the target L0 by a rule, so one set of knobs must serve all targets: the score
+  of a trial is the geometric mean of the FVU at :data:`TARGETS`.
+- SAELens's recipe has no such rule. It is searched at each of the targets by itself, for each of its penalties, and
+  may end with other settings at each.
+
+A trial's FVU at a target is interpolated from runs on both sides of it (or the two nearest), on activations that no run
+trains on and that the final evaluation does not use. Coefficients of SAELens are adjusted for this; this package steers
+L0 to targets. Every run is kept in ``results/search/<name>.jsonl``, and no run is repeated.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from benchmarks.frontier import STEP, Budget, PeerSettings, coefficient_for, measure, ours, theirs
+from benchmarks.frontier import STEP, Budget, PeerSettings, Trained, coefficient_for, measure, ours, theirs
 from benchmarks.timing import RESULTS
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.sites import Place
-from gemma_scope_tl.training.recipe import FAST, Recipe
+from gemma_scope_tl.training.recipe import Recipe, fast
 
 FOLDER = RESULTS / "search"
-RATES = ({"lr": 1e-3}, {"lr": 3e-3}, {"lr": 1e-2}, {"lr": 3e-2})
-Stages = tuple[PeerSettings, Sequence[Sequence[dict[str, Any]]]]
-GUESSES = {"tanh": 1.0, "step": 0.3, "quadratic": 0.5}
-STAGES: dict[str, Stages] = {
-    "tanh": (
-        PeerSettings(),
-        (
-            RATES,
-            ({"bandwidth": 0.5}, {"bandwidth": 1.0, "init_threshold": 0.5}),
-            ({"l0_warm_up": 0.1},),
-            ({"ste_to_input": False, "pre_act_loss": None},),
-            ({"beta1": 0.0},),
-            ({"decoder_init_norm": 1.0},),
-        ),
-    ),
-    "step": (
-        replace(STEP, bandwidth=0.5, init_threshold=0.1),  # at its defaults L0 does not fall in runs of this length
-        (
-            RATES,
-            ({"bandwidth": 1.0, "init_threshold": 0.5}, {"bandwidth": 2.0, "init_threshold": 0.1}, {"bandwidth": 0.1}),
-            ({"l0_warm_up": 1.0},),
-            ({"beta1": 0.0},),
-            ({"decoder_init_norm": 1.0},),
-            ({"ste_to_input": True, "pre_act_loss": 3e-6},),
-        ),
-    ),
-}
-"""The start of each penalty's search, and the changes tried one after the other; a change that helps is kept."""
-
-
-OUR_STAGES: Sequence[Sequence[dict[str, Any]]] = (
-    ({"betas": (0.0, 0.999)}, {"betas": (0.0, 0.99)}, {"betas": (0.0, 0.95)}),
-    ({"lr": 4e-3}, {"lr": 1e-2}, {"lr": 1.5e-2}),
-    ({"bandwidth": 0.05}, {"bandwidth": 0.2}),
-    ({"init_threshold": 0.03}, {"init_threshold": 0.1}),
-    ({"l0_warm_up_steps": 500},),
-    ({"lr_decay": 0.5},),
+TARGETS, CURVE = (4.0, 16.0, 64.0), (4.0, 8.0, 16.0, 32.0, 64.0)
+Values = Sequence[Any]
+STAGES: Sequence[tuple[str, Values]] = (
+    ("lr", (1 / 3, 3.0)),
+    ("betas", ((0.0, 0.95), (0.0, 0.999), (0.9, 0.95), (0.9, 0.999))),
+    ("lr_decay", (0.2, 0.5, 1.0)),
+    ("scale", (1 / 2, 2.0)),
+    ("bandwidth", (1 / 2, 2.0)),
+    ("threshold", (1 / 2, 2.0)),
+    ("l0_warm_up", (0.1, 0.25, 1.0)),
+    ("ste_to_input", (False, True)),
+    ("lr_warm_up", (0.0, 0.05)),
+    ("lr", (0.6, 1.7)),
 )
-"""The changes tried for this package's recipe, as above."""
+"""``scale`` is a factor of bandwidth and threshold together; ``lr_decay`` and the warm-ups are shares of the run."""
+
+PEERS: dict[str, tuple[PeerSettings, float]] = {
+    "tanh": (PeerSettings(lr=5e-3, bandwidth=1.0, init_threshold=0.5, l0_warm_up=0.1), 0.23),
+    "step": (replace(STEP, lr=5e-3, bandwidth=0.1, init_threshold=0.1), 0.28),
+}
+"""The start of the search for each penalty of SAELens, and a coefficient to start from, at an L0 of 16.
+
+They are what an earlier search of this kind found, from the values of SAELens's documentation (:class:`PeerSettings`).
+With those values, runs of this length end far from the best error.
+"""
+
+Report = Callable[[str], Any]
 
 
 @dataclass
@@ -83,6 +78,7 @@ class Log:
 
     def run(self, key: dict[str, Any], train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result for ``key``: from the file, or from ``train()``, whose result is then added to the file."""
+        key = json.loads(json.dumps(key))
         for row in self.runs():
             if all(row.get(name) == value for name, value in key.items()):
                 return row
@@ -93,149 +89,212 @@ class Log:
         return row
 
 
-def run_peer(
-    log: Log, x: Tensor, held: Tensor, settings: PeerSettings, coefficient: float, budget: Budget
-) -> dict[str, Any]:
-    """One short run of SAELens's trainer: ``l0``, ``fvu``, ``alive`` on ``held`` and the seconds it took."""
-    key = {**asdict(settings), **asdict(budget), "coefficient": float(f"{coefficient:.4g}")}
+@dataclass(frozen=True)
+class Data:
+    """Activations for training and for comparing, ``[n, d]`` each, the budget of a run, and the log."""
 
-    def train() -> dict[str, Any]:
-        trained = theirs(x, settings, key["coefficient"], budget)
-        return {**measure(trained.arrays, held), "seconds": round(trained.seconds, 1)}
-
-    return log.run(key, train)
+    x: Tensor
+    held: Tensor
+    budget: Budget
+    place: Place
+    log: Log
 
 
-def search(
-    log: Log,
-    x: Tensor,
-    held: Tensor,
-    target: float,
-    budget: Budget,
-    *,
-    stages: Mapping[str, Stages] = STAGES,
-    guesses: Mapping[str, float] = GUESSES,
-    report: Callable[[str], Any] = print,
-) -> dict[str, tuple[PeerSettings, float]]:
-    """The best settings of each penalty and their coefficient at the target L0.
+@dataclass(frozen=True)
+class OurSettings:
+    """Changes to the rule of the preset ``fast``; the names are the knobs'. None and factors of 1 change nothing."""
 
-    Args:
-        log: the log of runs.
-        x: training activations ``[n, d]``.
-        held: activations on which candidates are compared.
-        target: the L0 at which candidates are compared.
-        budget: budget of each run.
-        stages: start and changes of each penalty; the quadratic penalty takes over the settings of ``step``.
-        guesses: coefficients to start from.
-        report: called with a line for every candidate.
-    """
-    found: dict[str, tuple[PeerSettings, float]] = {}
-    for mode, (start, changes) in stages.items():
-        best, (score, coefficient) = start, _score(log, x, held, start, guesses[mode], target, budget)
-        report(f"{mode}: FVU {score:.4f} with {start}")
-        for stage in changes:
-            scored: list[tuple[tuple[float, float], PeerSettings]] = []
-            guess = coefficient
-            for one in (replace(best, **change) for change in stage):
-                value, guess = _score(log, x, held, one, guess, target, budget)
-                scored.append(((value, guess), one))
-                report(f"{mode}: FVU {value:.4f} with {one}")
-            (value, at), one = min(scored, key=lambda pair: pair[0][0])
-            if value < score:
-                best, score, coefficient = one, value, at
-        found[mode] = (best, coefficient)
-    best, _ = found["step"]
-    found["quadratic"] = (replace(best, mode="quadratic"), guesses["quadratic"])
-    return found
+    lr: float = 1.0
+    bandwidth: float = 1.0
+    threshold: float = 1.0
+    betas: tuple[float, float] | None = None
+    lr_decay: float | None = None
+    l0_warm_up: float | None = None
+    ste_to_input: bool | None = None
+    lr_warm_up: float | None = None
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> OurSettings:
+        """What ``asdict`` returned, after JSON."""
+        betas = data.get("betas")
+        return cls(**{**data, "betas": tuple(betas) if betas is not None else None})
+
+    def recipe(self, d_in: int, budget: Budget, target: float) -> Recipe:
+        """The recipe for a target L0."""
+        base = fast(d_in, d_sae=budget.d_sae, target_l0=target, steps=budget.steps)
+        changes: dict[str, Any] = {
+            "lr": base.lr * self.lr,
+            "bandwidth": base.bandwidth * self.bandwidth,
+            "init_threshold": base.init_threshold * self.threshold,
+        }
+        if self.betas is not None:
+            changes["betas"] = self.betas
+        if self.lr_decay is not None:
+            changes["lr_decay"] = self.lr_decay
+        if self.ste_to_input is not None:
+            changes["ste_to_input"] = float(self.ste_to_input)
+        for name in ("l0_warm_up", "lr_warm_up"):
+            share = getattr(self, name)
+            if share is not None:
+                changes[f"{name}_steps"] = round(share * budget.steps)
+        return replace(base, batch_size=budget.batch_size, **changes)
 
 
-def slower_too(
-    log: Log,
-    x: Tensor,
-    held: Tensor,
-    target: float,
-    budget: Budget,
-    found: Mapping[str, tuple[PeerSettings, float]],
-    *,
-    report: Callable[[str], Any] = print,
-) -> dict[str, tuple[PeerSettings, float]]:
-    """Run the best settings again at the full budget, for which half the learning rate may be better."""
-    settled: dict[str, tuple[PeerSettings, float]] = {}
-    for mode, (best, guess) in found.items():
-        if mode == "quadratic":  # takes over the settings of ``step``
-            settled[mode] = (replace(settled["step"][0], mode=mode), guess)
-            continue
-        scored = [
-            (_score(log, x, held, one, guess, target, budget), one) for one in (best, replace(best, lr=best.lr / 2))
-        ]
-        for (value, _), one in scored:
-            report(f"{mode}, {budget.steps} steps: FVU {value:.4f} with {one}")
-        (_, at), one = min(scored, key=lambda pair: pair[0][0])
-        settled[mode] = (one, at)
-    return settled
+def changed_ours(settings: OurSettings, knob: str, value: Any) -> OurSettings:
+    """Our settings with another value of a knob."""
+    if knob == "scale":
+        return replace(settings, bandwidth=settings.bandwidth * value, threshold=settings.threshold * value)
+    if knob in ("lr", "bandwidth", "threshold"):
+        return replace(settings, **{knob: getattr(settings, knob) * value})
+    return replace(settings, **{knob: value})
 
 
-def search_ours(
-    log: Log,
-    x: Tensor,
-    held: Tensor,
-    target: float,
-    budget: Budget,
-    place: Place,
-    *,
-    start: Recipe = FAST,
-    stages: Sequence[Sequence[dict[str, Any]]] = OUR_STAGES,
-    report: Callable[[str], Any] = print,
-) -> Recipe:
-    """This package's best settings at the target L0, to which L0 is steered. Arguments are as for :func:`search`."""
+def changed_peer(settings: PeerSettings, knob: str, value: Any) -> PeerSettings:
+    """SAELens's settings with another value of a knob."""
+    if knob == "scale":
+        return changed_peer(changed_peer(settings, "bandwidth", value), "threshold", value)
+    if knob == "threshold":
+        return replace(settings, init_threshold=settings.init_threshold * value)
+    if knob in ("lr", "bandwidth"):
+        return replace(settings, **{knob: getattr(settings, knob) * value})
+    if knob == "betas":
+        return replace(settings, beta1=value[0], beta2=value[1])
+    return replace(settings, **{knob: value})
 
-    best = replace(start, batch_size=budget.batch_size)
-    lowest = score_ours(log, x, held, best, target, budget, place, report=report)
-    for stage in stages:
-        tried = [replace(best, **change) for change in stage]
-        scored = [(score_ours(log, x, held, one, target, budget, place, report=report), one) for one in tried]
+
+def climb(start: Any, change: Callable[[Any, str, Any], Any], score: Callable[[Any], float]) -> tuple[Any, float]:
+    """Go through the stages from ``start``; returns the best settings and their score."""
+    best, lowest = start, score(start)
+    for knob, values in STAGES:
+        tried = [change(best, knob, value) for value in values]
+        scored = [(score(one), one) for one in tried if one != best]
         value, one = min(scored, key=lambda pair: pair[0])
         if value < lowest:
             best, lowest = one, value
-    return best
+    return best, lowest
 
 
-def score_ours(
-    log: Log,
-    x: Tensor,
-    held: Tensor,
-    recipe: Recipe,
-    target: float,
-    budget: Budget,
-    place: Place,
-    *,
-    report: Callable[[str], Any] = print,
-) -> float:
-    """FVU of this package's recipe at the target L0; infinite if L0 did not come within a factor of two."""
-    key = {"mode": "ours", **json.loads(json.dumps(asdict(recipe))), **asdict(budget), "target": target}
+def search_ours(data: Data, *, targets: Sequence[float] = TARGETS, report: Report = print) -> OurSettings:
+    """The changes to ``fast`` that give the lowest geometric mean of the FVU at all targets."""
+
+    def score(settings: OurSettings) -> float:
+        points = curve_ours(data, settings)
+        values = [fvu_at(points, target) for target in targets]
+        mean = math.exp(sum(math.log(value) for value in values) / len(values))
+        report(f"ours: FVU {mean:.4f} ({', '.join(f'{value:.4f}' for value in values)}) with {settings}")
+        return mean
+
+    return climb(OurSettings(), changed_ours, score)[0]
+
+
+def curve_ours(data: Data, settings: OurSettings) -> list[tuple[float, float]]:
+    """L0 and FVU of SAEs for all of :data:`CURVE`, trained together."""
+    recipes = {target: settings.recipe(data.x.shape[1], data.budget, target) for target in CURVE}
+    key = {"mode": "ours", "recipes": {f"{t:g}": asdict(one) for t, one in recipes.items()}, **asdict(data.budget)}
 
     def train() -> dict[str, Any]:
-        (trained,) = ours(x, recipe, [target], budget, place)
-        return {**measure(trained.arrays, held), "seconds": round(trained.seconds, 1)}
+        trained = ours(data.x, recipes, data.budget, data.place)
+        found = [measure(one.arrays, data.held) for one in trained]
+        columns = {name: [row[name] for row in found] for name in found[0]}
+        return {**columns, "seconds": round(sum(one.seconds for one in trained), 1)}
 
-    row = log.run(key, train)
-    found = fvu_at([(row["l0"], row["fvu"])], target)
-    report(f"ours, {budget.steps} steps: FVU {found:.4f} with {recipe}")
-    return found
+    row = data.log.run(key, train)
+    return list(zip(row["l0"], row["fvu"], strict=True))
 
 
-def _score(
-    log: Log, x: Tensor, held: Tensor, settings: PeerSettings, guess: float, target: float, budget: Budget
-) -> tuple[float, float]:
+def search_peer(
+    data: Data, mode: str, target: float, *, start: PeerSettings | None = None, report: Report = print
+) -> tuple[PeerSettings, float]:
+    """SAELens's best settings of a penalty at a target L0, and the coefficient nearest to it.
+
+    Args:
+        start: settings to start from; by default those of :data:`PEERS`.
+    """
+    begin, guess = PEERS[mode]
+    coefficients: dict[PeerSettings, float] = {}
+
+    def score(settings: PeerSettings) -> float:
+        near = coefficients.get(best_so_far[0], guess * (16.0 / target) ** 1.4)
+        value, coefficients[settings] = score_peer(data, settings, near, target)
+        report(f"{mode} at {target:g}: FVU {value:.4f} with {settings}")
+        if value < best_so_far[1]:
+            best_so_far[:] = [settings, value]
+        return value
+
+    best_so_far: list[Any] = [None, math.inf]
+    best, _ = climb(start or begin, changed_peer, score)
+    return best, coefficients[best]
+
+
+def score_peer(data: Data, settings: PeerSettings, guess: float, target: float) -> tuple[float, float]:
     """FVU at the target L0, and the coefficient nearest to it; infinite if no run came within a factor of two."""
     rows: list[dict[str, Any]] = []
 
     def train(coefficient: float) -> float:
-        rows.append(run_peer(log, x, held, settings, coefficient, budget))
+        rows.append(run_peer(data, settings, coefficient))
         return rows[-1]["l0"]
 
     best = coefficient_for(train, target, guess, tries=3, close=0.15)
     return fvu_at([(row["l0"], row["fvu"]) for row in rows], target), best
+
+
+def run_peer(data: Data, settings: PeerSettings, coefficient: float) -> dict[str, Any]:
+    """One run of SAELens's trainer: ``l0``, ``fvu``, ``alive`` on the held-out activations and its seconds."""
+    key = {**asdict(settings), **asdict(data.budget), "coefficient": float(f"{coefficient:.4g}")}
+
+    def train() -> dict[str, Any]:
+        trained = theirs(data.x, settings, key["coefficient"], data.budget)
+        return {**measure(trained.arrays, data.held), "seconds": round(trained.seconds, 1)}
+
+    return data.log.run(key, train)
+
+
+def settled(data: Data) -> dict[str, Any]:
+    """The result of a finished search, from its log: our settings, and SAELens's best at every L0 of :data:`CURVE`.
+
+    At an L0 between two searched ones, the settings found at both are tried.
+    """
+    found: dict[str, Any] = {"ours": asdict(search_ours(data, report=_quiet)), "peer": {}}
+    searched = {(mode, t): search_peer(data, mode, t, report=_quiet) for mode in PEERS for t in TARGETS}
+    for target in CURVE:
+        nearest = sorted(TARGETS, key=lambda t, target=target: abs(math.log(t / target)))[:2]
+        near = [t for t in nearest if abs(math.log(t / target)) < math.log(2.5)]
+        tried: list[tuple[float, float, PeerSettings]] = []
+        for settings, guess in (searched[mode, t] for mode in PEERS for t in near):
+            value, coefficient = score_peer(data, settings, guess, target)
+            tried.append((value, coefficient, settings))
+        value, coefficient, settings = min(tried, key=lambda one: one[0])
+        found["peer"][f"{target:g}"] = {"settings": asdict(settings), "coefficient": coefficient, "fvu": value}
+    return found
+
+
+def train_all(data: Data, best: dict[str, Any]) -> list[Trained]:
+    """Both recipes with the settings of a search, at every L0 of :data:`CURVE`, with the budget's seed.
+
+    SAELens's coefficients are adjusted with seed 0, to an L0 below and one above each target, so that nothing is
+    extrapolated.
+    """
+    found = [OurSettings.from_json(best["ours"])]
+    found += [OurSettings()] if found[0] != OurSettings() else []  # the preset as it is
+    trained: list[Trained] = []
+    for settings, name in zip(found, ("ours", "ours, preset fast"), strict=False):
+        recipes = {t: settings.recipe(data.x.shape[1], data.budget, t) for t in CURVE}
+        trained += ours(data.x, recipes, data.budget, data.place, name)
+    first = replace(data, budget=replace(data.budget, seed=0))
+    for target, entry in ((float(key), entry) for key, entry in best["peer"].items()):
+        settings, guess = PeerSettings(**entry["settings"]), float(entry["coefficient"])
+        for goal in (0.85 * target, 1.15 * target):
+
+            def train(coefficient: float, settings: PeerSettings = settings) -> float:
+                return run_peer(first, settings, coefficient)["l0"]
+
+            guess = coefficient_for(train, goal, guess, tries=3, close=0.08)
+            trained.append(theirs(data.x, settings, guess, data.budget))
+    return trained
+
+
+def _quiet(line: str) -> None:
+    """Nothing to report: all runs are in the log already."""
 
 
 def fvu_at(points: Sequence[tuple[float, float]], target: float, slope: float = -0.5) -> float:
@@ -248,6 +307,11 @@ def fvu_at(points: Sequence[tuple[float, float]], target: float, slope: float = 
         measured = math.log(near[1][1] / value) / math.log(near[1][0] / at)
         slope = min(-0.1, max(-1.5, measured))
     return value * (target / at) ** slope
+
+
+def store(name: str, found: dict[str, Any]) -> Path:
+    """Write the result of a search, which :func:`chosen` reads."""
+    return write_atomically(FOLDER / f"{name}.json", json.dumps(found, indent=2) + "\n")
 
 
 def chosen(name: str) -> dict[str, Any]:

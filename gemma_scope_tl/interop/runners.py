@@ -48,7 +48,8 @@ from torch.optim.lr_scheduler import SequentialLR
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE
-from gemma_scope_tl.training.recipe import PAPER, Recipe, StreamingRMS, decoder_on_sphere, lr_schedule
+from gemma_scope_tl.training.loop import StreamingRMS, decoder_on_sphere, lr_schedule
+from gemma_scope_tl.training.recipe import PAPER, Recipe
 
 NO_CLIP = 2.0**-20
 """Factor of the gradients, so that clipping to norm 1 would need a norm of a million. A power of two is exact."""
@@ -86,6 +87,10 @@ def recipe_applied(
         sae.grad_scale = 1.0
 
 
+SAE_SETTINGS = ("bandwidth", "l0_warm_up_steps", "ste_to_input", "b_dec_start")
+"""Settings of an SAE that must be the recipe's; lambda and the initial threshold may differ between SAEs."""
+
+
 def check_settings(cfg: Any, recipe: Recipe, saes: Mapping[str, TrainingSAE[Any]]) -> None:
     """Compare a runner's configuration with the recipe.
 
@@ -99,7 +104,7 @@ def check_settings(cfg: Any, recipe: Recipe, saes: Mapping[str, TrainingSAE[Any]
     wrong = [f"{n}={getattr(cfg, n)!r} (recipe: {value!r})" for n, value in wanted.items() if getattr(cfg, n) != value]
     for name, sae in saes.items():
         _checked_class(sae)
-        for key in ("bandwidth", "l0_warm_up_steps"):  # lambda and the initial threshold may differ between SAEs
+        for key in SAE_SETTINGS:
             given, value = getattr(sae.cfg, key, None), getattr(recipe, key)
             if given != value:
                 wrong.append(f"{name + '.' if name else ''}{key}={given!r} (recipe: {value!r})")

@@ -29,12 +29,15 @@ from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.sae.config import UNFINISHED
 from gemma_scope_tl.sae.sae_lens_methods import SavingMixin, write_sae_lens_files
 from gemma_scope_tl.sae.ste import jumprelu, step
+from gemma_scope_tl.training.recipe import STARTS
 from gemma_scope_tl.weights.fold import fold
 from gemma_scope_tl.weights.modes import ordinary_tensors
 
 ARCHITECTURE = UNFINISHED
 SCALINGS = ("none", "expected_average_only_in")
 DTYPES = ("float32", "float64")
+FADE = "ste_to_input_fade"
+"""The coefficient that SAELens's schedule raises from 0 to 1 while ``ste_to_input`` fades."""
 
 
 @dataclass
@@ -48,6 +51,10 @@ class GemmaScopeTrainingSAEConfig(TrainingSAEConfig):
         l0_warm_up_steps: number of steps over which lambda rises linearly from 0.
         init_threshold: theta of every latent at the start.
         bandwidth: epsilon of the rectangle kernel.
+        ste_to_input: the factor with which the estimator passes a gradient to the pre-activations too.
+        ste_to_input_steps: number of steps over which this factor falls linearly to 0; 0 keeps it.
+        init_encoder_scale: the factor with which the initial encoder, the decoder's transpose, is multiplied.
+        b_dec_start: ``"zero"``, or ``"mean"``: ``b_dec`` starts at the mean of the first batch.
         decoder_init_norm: the length of decoder rows; the recipe keeps it at 1.
         apply_b_dec_to_input: subtract ``b_dec`` before the encoder while training; saving folds it into ``b_enc``.
     """
@@ -56,6 +63,10 @@ class GemmaScopeTrainingSAEConfig(TrainingSAEConfig):
     l0_warm_up_steps: int = 10_000
     init_threshold: float = 1e-3
     bandwidth: float = 1e-3
+    ste_to_input: float = 0.0
+    ste_to_input_steps: int = 0
+    b_dec_start: str = "zero"
+    init_encoder_scale: float = 1.0
     decoder_init_norm: float | None = 1.0
 
     @classmethod
@@ -70,12 +81,16 @@ class GemmaScopeTrainingSAEConfig(TrainingSAEConfig):
         if self.dtype not in DTYPES:
             hint = "The paper trains in float32 throughout: steps on log thresholds are lost in 16 bits."
             raise unknown_name("training dtype", self.dtype, DTYPES, hint)
+        if self.b_dec_start not in STARTS:
+            raise unknown_name("b_dec_start", self.b_dec_start, STARTS)
+        if not (self.ste_to_input >= 0.0 and self.ste_to_input_steps >= 0):
+            raise GemmaScopeError("ste_to_input and ste_to_input_steps must be 0 or greater.")
         wrong = [f"{k}={v}" for k, v in self._positive().items() if not (v is not None and v > 0)]
         if wrong:
             raise GemmaScopeError(f"These must be greater than 0: {', '.join(wrong)}.")
 
     def _positive(self) -> dict[str, float | None]:
-        names = ("init_threshold", "bandwidth", "decoder_init_norm")
+        names = ("init_threshold", "bandwidth", "decoder_init_norm", "init_encoder_scale")
         return {name: getattr(self, name) for name in names}
 
     def get_inference_config_class(self) -> type[SAEConfig]:
@@ -131,10 +146,13 @@ class GemmaScopeTrainingSAE(SavingMixin, TrainingSAE[GemmaScopeTrainingSAEConfig
     def __init__(self, cfg: GemmaScopeTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self.grad_scale = 1.0
+        self._to_input = 0.0  # other than 0 during a training step only
 
     def initialize_weights(self) -> None:
         """Initialise the parameters: unit decoder rows, transposed encoder, zero biases, and equal thresholds."""
         super().initialize_weights()
+        with torch.no_grad():
+            self.W_enc.mul_(self.cfg.init_encoder_scale)
         empty = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
         self.b_enc = nn.Parameter(empty)
         self.log_threshold = nn.Parameter(torch.full_like(empty, self.cfg.init_threshold).log())
@@ -155,25 +173,37 @@ class GemmaScopeTrainingSAE(SavingMixin, TrainingSAE[GemmaScopeTrainingSAEConfig
         if self.cfg.apply_b_dec_to_input:
             bias = bias - self.b_dec @ self.W_enc
         pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + bias)
-        return self.hook_sae_acts_post(jumprelu(pre, self.threshold, self.cfg.bandwidth)), pre
+        return self.hook_sae_acts_post(jumprelu(pre, self.threshold, self.cfg.bandwidth, self._to_input)), pre
 
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
         """``lambda`` times the mean L0 of the batch."""
-        l0 = step(hidden_pre, self.threshold, self.cfg.bandwidth).sum(-1).mean()
+        l0 = step(hidden_pre, self.threshold, self.cfg.bandwidth, self._to_input).sum(-1).mean()
         return {"l0_loss": step_input.coefficients["l0"] * l0}
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """The loss of one batch; its gradients are scaled by ``grad_scale``."""
-        output = super().training_forward_pass(step_input)
+        if self.cfg.b_dec_start == "mean" and step_input.n_training_steps == 0:
+            with torch.no_grad():
+                self.b_dec.copy_(self.reshape_fn_in(step_input.sae_in.to(self.dtype)).mean(0))
+        self._to_input = self.cfg.ste_to_input * (1.0 - step_input.coefficients.get(FADE, 0.0))
+        try:
+            output = super().training_forward_pass(step_input)
+        finally:
+            self._to_input = 0.0
         if self.grad_scale != 1.0:
             output.loss = _ScaleGradient.apply(output.loss, self.grad_scale)  # type: ignore[assignment]
         return output
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        """``lambda`` and its linear warm-up."""
-        return {"l0": TrainCoefficientConfig(self.cfg.l0_coefficient, self.cfg.l0_warm_up_steps)}
+        """``lambda`` and its linear warm-up, and the share by which ``ste_to_input`` has faded."""
+        found: dict[str, float | TrainCoefficientConfig] = {
+            "l0": TrainCoefficientConfig(self.cfg.l0_coefficient, self.cfg.l0_warm_up_steps)
+        }
+        if self.cfg.ste_to_input and self.cfg.ste_to_input_steps:
+            found[FADE] = TrainCoefficientConfig(1.0, self.cfg.ste_to_input_steps)
+        return found
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:

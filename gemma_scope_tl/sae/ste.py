@@ -12,6 +12,12 @@ kernel density estimate, with kernel K and bandwidth epsilon, of the pre-activat
     d JumpReLU / d z  = H(z - theta)            the jump itself has no gradient for z
     d H        / d z := 0
 
+The jump depends on ``z - theta`` only. With ``to_input`` (c) the estimate is therefore also passed to z, as SAELens's
+``jumprelu_ste_to_input`` does; the paper's c is 0::
+
+    d JumpReLU / d z := H(z - theta) + c (theta / epsilon) K((z - theta) / epsilon)
+    d H        / d z := c (1 / epsilon) K((z - theta) / epsilon)
+
     K(u) = 1 if |u| < 1/2 else 0                the rectangle
 
 Shapes: ``z [..., d_sae]`` and ``threshold [d_sae]``; the gradient of the threshold is summed over the leading axes.
@@ -38,52 +44,57 @@ class JumpReLU(torch.autograd.Function):
     """``z H(z - theta)``; use :func:`jumprelu`."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float, to_input: float) -> Tensor:
         ctx.save_for_backward(z, threshold)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth, ctx.to_input = bandwidth, to_input
         return z * (z > threshold)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grad_outputs
         z, threshold = ctx.saved_tensors
-        near = rectangle((z - threshold) / ctx.bandwidth)
-        grad_threshold = -(threshold / ctx.bandwidth) * _sum_leading(near * grad)
-        return grad * (z > threshold), grad_threshold, None
+        near = rectangle((z - threshold) / ctx.bandwidth) * grad
+        grad_threshold = -(threshold / ctx.bandwidth) * _sum_leading(near)
+        grad_z = grad * (z > threshold)
+        if ctx.to_input:
+            grad_z = grad_z + near * (threshold * (ctx.to_input / ctx.bandwidth))
+        return grad_z, grad_threshold, None, None
 
 
 class Step(torch.autograd.Function):
     """``H(z - theta)``; use :func:`step`."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float, to_input: float) -> Tensor:
         ctx.save_for_backward(z, threshold)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth, ctx.to_input = bandwidth, to_input
         return (z > threshold).to(z.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         (grad,) = grad_outputs
         z, threshold = ctx.saved_tensors
-        near = rectangle((z - threshold) / ctx.bandwidth)
-        return None, -_sum_leading(near * grad) / ctx.bandwidth, None
+        near = rectangle((z - threshold) / ctx.bandwidth) * grad
+        grad_z = near * (ctx.to_input / ctx.bandwidth) if ctx.to_input else None
+        return grad_z, -_sum_leading(near) / ctx.bandwidth, None, None
 
 
-def jumprelu(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+def jumprelu(z: Tensor, threshold: Tensor, bandwidth: float, to_input: float = 0.0) -> Tensor:
     """JumpReLU with the pseudo-derivative for its threshold.
 
     Args:
         z: pre-activations ``[..., d_sae]``.
         threshold: ``[d_sae]``, positive.
         bandwidth: epsilon, in the units of ``z``.
+        to_input: the factor of the estimate's gradient to ``z``.
 
     >>> jumprelu(torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1.0, 1.0, 1.0]), 0.1).tolist()
     [0.0, 0.0, 2.0]
     """
-    return JumpReLU.apply(z, threshold, bandwidth)  # type: ignore[return-value]
+    return JumpReLU.apply(z, threshold, bandwidth, to_input)  # type: ignore[return-value]
 
 
-def step(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+def step(z: Tensor, threshold: Tensor, bandwidth: float, to_input: float = 0.0) -> Tensor:
     """The Heaviside step ``H(z - theta)``, 0 at the threshold, whose sum over latents is L0.
 
     The arguments are those of :func:`jumprelu`.
@@ -91,7 +102,7 @@ def step(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     >>> step(torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1.0, 1.0, 1.0]), 0.1).tolist()
     [0.0, 0.0, 1.0]
     """
-    return Step.apply(z, threshold, bandwidth)  # type: ignore[return-value]
+    return Step.apply(z, threshold, bandwidth, to_input)  # type: ignore[return-value]
 
 
 def _sum_leading(values: Tensor) -> Tensor:

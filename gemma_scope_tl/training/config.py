@@ -220,8 +220,9 @@ class SuiteConfig(Section):
         output: folder of the run, for checkpoints, metrics and the finished suite.
         model, data, source: see their sections. Without ``data`` the source must be a store.
         steps, tokens: length of the training; give one of the two, unless every entry of the grid has its own.
-        recipe: ``preset`` (paper, fast, gemma_scope_2) and values that differ from it. ``fast`` adapts learning rate,
-            threshold and bandwidth to the width of each place (:func:`~gemma_scope_tl.training.recipe.fast`).
+        recipe: ``preset`` (paper, fast, gemma_scope_2) and values that differ from it. ``fast`` adapts its values to
+            each SAE's place, width and target L0, and to the length of its training
+            (:func:`~gemma_scope_tl.training.recipe.fast`).
         grid: the SAEs.
         only: patterns of names; SAEs of the grid that match none of them are left out. Empty for all.
         seed: seed of initial weights and shuffles.
@@ -285,12 +286,12 @@ class SuiteConfig(Section):
 
     @property
     def recipes(self) -> list[Recipe]:
-        """The recipe of every entry of the grid, without adaptation to the width of a place."""
+        """The recipe of every entry of the grid, without adaptation to an SAE."""
         return [self.recipe_at(entry) for entry in self.grid]
 
-    def recipe_at(self, entry: GridEntry, d_in: int | None = None) -> Recipe:
-        """The recipe of an entry, for activations of ``d_in`` dimensions."""
-        return merged_recipe({**self.recipe, **entry.recipe}, d_in)
+    def recipe_at(self, entry: GridEntry, d_in: int | None = None, **sae: Any) -> Recipe:
+        """The recipe of an entry, for activations of ``d_in`` dimensions; ``sae`` as for :func:`merged_recipe`."""
+        return merged_recipe({**self.recipe, **entry.recipe}, d_in, **sae)
 
     @property
     def batch_size(self) -> int:
@@ -304,12 +305,13 @@ class SuiteConfig(Section):
         return self.model_dump(mode="json", exclude=left_out)
 
 
-def merged_recipe(values: Mapping[str, Any], d_in: int | None = None) -> Recipe:
+def merged_recipe(values: Mapping[str, Any], d_in: int | None = None, **sae: Any) -> Recipe:
     """The recipe that ``preset`` (by default the paper's) and further values describe.
 
     Args:
         values: values of a recipe, as in a configuration.
         d_in: the width of the activations, for the preset ``fast``, which depends on it.
+        sae: what else :func:`~gemma_scope_tl.training.recipe.fast` depends on: ``d_sae``, ``target_l0``, ``steps``.
 
     Raises:
         GemmaScopeError: the preset or a key is unknown, or a value is out of range.
@@ -318,7 +320,7 @@ def merged_recipe(values: Mapping[str, Any], d_in: int | None = None) -> Recipe:
     preset = rest.pop("preset", "paper")
     if preset not in PRESETS:
         raise unknown_name("recipe preset", preset, PRESETS)
-    recipe = fast(d_in) if preset == "fast" and d_in is not None else PRESETS[preset]
+    recipe = fast(d_in, **sae) if preset == "fast" and d_in is not None else PRESETS[preset]
     return Recipe.from_json({**asdict(recipe), **rest})
 
 

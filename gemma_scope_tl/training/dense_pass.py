@@ -120,7 +120,7 @@ class DensePass:
         self.row_prices = self.prices.of_rows(l0, self.batch.n)
         self.b_dec = self.batch.shard.sum_data(self.g_out[:, 0].sum(0, keepdim=True))
         zeros = torch.zeros_like(self.theta)
-        self.vectors = Vectors(zeros, zeros.clone(), zeros.clone())
+        self.vectors = Vectors(zeros, zeros.clone(), zeros.clone(), zeros.clone())
         if self.active:
             self.sorted, self.starts = _Active.join(self.active).by_latent(len(self.theta))
 
@@ -166,32 +166,55 @@ class DensePass:
         z = self._pre(at, own) if kept is None else kept
         ones = z.new_ones(z.shape[0])
         torch.gt(z, theta - half, out=near).mul_(torch.lt(z, theta + half, out=work))
-        few = self._if_few(at, z, on)
+        few, to_input = self._if_few(at, z, on), self.prices.to_input
         if few is not None:
             active, starts = few
             fired = starts.diff().to(z.dtype)
-            g = torch.mm(g_out, self.dec[at].T, out=z)
-            g_pre = g.view(-1).index_select(0, active.flat)
+            if to_input:
+                torch.gt(z, theta, out=on)
             dec = ops.weighted_rows(starts, active.token, active.f, g_out)
-            enc = ops.weighted_rows(starts, active.token, g_pre, self.batch.x)
-            b_enc = torch.segment_reduce(g_pre, "sum", offsets=starts, initial=0)
-            charge = (ones @ g.mul_(near)) * theta
         else:
             fired = ones @ on
             dec = z.mul_(on).T @ g_out
-            g = torch.mm(g_out, self.dec[at].T, out=z)
-            charge = (ones @ torch.mul(g, near, out=work)) * theta
+        g = torch.mm(g_out, self.dec[at].T, out=z)
+        charge = (ones @ torch.mul(g, near, out=work)) * theta + self.row_prices @ near
+        if few is not None and not to_input:
+            g_pre = g.view(-1).index_select(0, active.flat)
+            enc = ops.weighted_rows(starts, active.token, g_pre, self.batch.x)
+            b_enc = torch.segment_reduce(g_pre, "sum", offsets=starts, initial=0)
+        else:
+            if to_input:
+                work.mul_(theta).addcmul_(near, self.row_prices.unsqueeze(1))
             b_enc = ones @ g.mul_(on)
+            enc = None
+        close = ones @ near if self.prices.frequency or self.member.momentum else torch.zeros_like(fired)
+        often = self._store(at, torch.stack([b_enc, charge, fired, close]))
+        if enc is None:
+            if to_input:
+                g.add_(work if often is None else work.addcmul_(near, often), alpha=to_input / self.member.bandwidth)
             enc = g.T @ self.batch.x
-        close = ones @ near if self.prices.frequency else torch.zeros_like(fired)
-        sums = torch.stack([b_enc, charge + self.row_prices @ near, fired, close])
-        b_enc, charge, fired, close = self.batch.shard.sum_data(sums).unbind()
-        if self.prices.frequency:
-            charge = charge + close * self.prices.of_latents(fired, self.batch.n)
-        self.vectors.b_enc[at] = b_enc
-        self.vectors.log_threshold[at] = charge * (-theta / self.member.bandwidth)
-        self.vectors.fired[at] = fired
         return enc, dec
+
+    def _store(self, at: slice, sums: Tensor) -> Tensor | None:
+        """Sum a block's four vectors over processes, and store what they say: gradients and counts.
+
+        Args:
+            sums: ``[4, block]``: gradient of ``b_enc`` by active latents, charge of the threshold without the
+                frequency penalty, and how often each latent was active and near its threshold.
+
+        Returns:
+            The frequency penalty's price for each latent of the block; None if there is none.
+        """
+        b_enc, charge, fired, close = self.batch.shard.sum_data(sums).unbind()
+        often = None
+        if self.prices.frequency:
+            often = self.prices.of_latents(fired, self.batch.n)
+            charge = charge + close * often
+        if self.prices.to_input:
+            b_enc = b_enc + charge * (self.prices.to_input / self.member.bandwidth)
+        self.vectors.b_enc[at], self.vectors.fired[at], self.vectors.near[at] = b_enc, fired, close
+        self.vectors.log_threshold[at] = charge * (-self.theta[at] / self.member.bandwidth)
+        return often
 
 
 def _cut(space: Tensor, n: int, at: slice, count: int) -> list[Tensor]:

@@ -55,8 +55,7 @@ def groups_of(config: SuiteConfig, dims: ModelDims, family: Family | None = None
     for entry, recipe in zip(config.grid, config.recipes, strict=True):
         steps = _steps(config, entry, recipe)
         for place in _places(entry, dims, family):
-            own = config.recipe_at(entry, get_site(place.site, family).d_in(dims))
-            for spec in _specs(entry, place, own, config.seed):
+            for spec in _specs(config, entry, place, get_site(place.site, family).d_in(dims), steps):
                 names.append(spec.name)
                 if not config.only or any(fnmatchcase(spec.name, pattern) for pattern in config.only):
                     groups.setdefault((place, steps), []).append(spec)
@@ -101,17 +100,18 @@ def _places(entry: GridEntry, dims: ModelDims, family: Family | None) -> list[Pl
     return list(places)
 
 
-def _specs(entry: GridEntry, place: Place, recipe: Recipe, seed: int) -> list[SAESpec]:
+def _specs(config: SuiteConfig, entry: GridEntry, place: Place, d_in: int, steps: int) -> list[SAESpec]:
     specs: list[SAESpec] = []
     for d_sae in entry.widths:
         head = f"{place.key}/width_{width_label(d_sae)}"
         for value in entry.lambdas or ():
             name = f"{head}/lambda_{value:g}"
-            own = replace(recipe, l0_coefficient=value)
-            specs.append(SAESpec(name, place, d_sae, own, _seed(seed, name)))
+            recipe = replace(config.recipe_at(entry, d_in, d_sae=d_sae, steps=steps), l0_coefficient=value)
+            specs.append(SAESpec(name, place, d_sae, recipe, _seed(config.seed, name)))
         for value in entry.target_l0s or ():
             name = f"{head}/target_l0_{value:g}"
-            specs.append(SAESpec(name, place, d_sae, recipe, _seed(seed, name), target_l0=value))
+            recipe = config.recipe_at(entry, d_in, d_sae=d_sae, target_l0=value, steps=steps)
+            specs.append(SAESpec(name, place, d_sae, recipe, _seed(config.seed, name), target_l0=value))
     return specs
 
 

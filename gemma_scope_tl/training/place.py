@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.training.dense_pass import DensePass
-from gemma_scope_tl.training.optimizer import Lambda, Prices, Rate, adam_, on_sphere_
+from gemma_scope_tl.training.optimizer import Lambda, Moments, Prices, Rate, adam_, on_sphere_
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.sparse_pass import SparsePass
 from gemma_scope_tl.training.spec import SAESpec, check_one_place
@@ -76,8 +76,9 @@ class PlaceTrainer:
         specs: the SAEs.
         members: the position of each SAE in the stack.
         weights: the parameters.
-        second: Adam's second moments. Rows of ``enc`` and ``dec`` are up to date as of the step in ``last``.
-        last: ``[latents]``, the last step in which each latent had a gradient.
+        first, second: Adam's moments; ``first`` is None if no recipe has momentum. Rows of ``enc`` and ``dec`` are up
+            to date as of the step in ``last``.
+        last: ``[latents]``, the last step in which the rows of each latent were read.
         lambdas: the sparsity coefficient of each SAE.
         windows: the counts of each SAE since the last report.
         steps_done: number of steps done.
@@ -104,7 +105,7 @@ class PlaceTrainer:
             dtype: float32 as in the paper, or float64.
 
         Raises:
-            GemmaScopeError: the SAEs cannot be trained together, or a recipe has momentum.
+            GemmaScopeError: the SAEs cannot be trained together.
         """
         check_one_place(specs)
         _check(d_in, d_out, specs, total_steps, dtype)
@@ -114,9 +115,11 @@ class PlaceTrainer:
         latents = self.members[-1].rows.stop
         self.weights = Weights.zeros(latents, len(specs), d_in, d_out, dtype, self.device)
         self.second = Weights.zeros(latents, len(specs), d_in, d_out, dtype, self.device)
+        momentum = any(member.momentum for member in self.members)
+        self.first = Weights.zeros(latents, len(specs), d_in, d_out, dtype, self.device) if momentum else None
         initialize(self.weights, specs, self.members, shard)
         self.last = torch.zeros(latents, dtype=torch.int64, device=self.device)
-        self.lambdas = [Lambda(spec.recipe, spec.target_l0) for spec in specs]
+        self.lambdas = [Lambda(spec.recipe, spec.target_l0, total_steps) for spec in specs]
         self.windows = [Window(m.rows.stop - m.rows.start, self.device) for m in self.members]
         self.entries = [1.0] * len(specs)  # share of pre-activations above the kernel's lower end in the last step
         self.steps_done = 0
@@ -140,6 +143,7 @@ class PlaceTrainer:
                 No parameter has changed in these cases.
         """
         batch = self._batch(x, y)
+        self._start(batch)
         passes = self._passes(batch)
         found = [row for each in passes for row in each.sums.tolist()]
         self._check_finite(found)
@@ -157,6 +161,17 @@ class PlaceTrainer:
         x = x.to(self.device, self.dtype).contiguous()
         target = x if y is None else y.to(self.device, self.dtype)
         return Batch(x, target, x.shape[0] * self.shard.data_ranks, not self.is_transcoder, self.shard)
+
+    def _start(self, batch: Batch) -> None:
+        """Before the first step, set the ``b_dec`` that start at the mean of the target."""
+        if self.steps_done or all(spec.recipe.b_dec_start == "zero" for spec in self.specs):
+            return
+        mean = batch.shard.sum_data(batch.y.sum(0)) / batch.n
+        if not bool(torch.isfinite(mean).all()):
+            return  # the loss is not finite either, and the step will say so
+        for member, spec in zip(self.members, self.specs, strict=True):
+            if spec.recipe.b_dec_start == "mean":
+                self.weights.b_dec[member.index] = mean
 
     def _passes(self, batch: Batch) -> list[Pass]:
         """The forward half: a pass for each dense SAE, and one for neighbouring sparse SAEs together."""
@@ -196,7 +211,8 @@ class PlaceTrainer:
         recipe = spec.recipe
         around = spec.target_l0 if recipe.l0_penalty == "quadratic" else None
         frequency = recipe.frequency_coefficient * recipe.warm_up_at(step)
-        return Prices(self.lambdas[member.index].at(step), around, frequency, recipe.frequency_limit)
+        to_input = recipe.ste_to_input_at(step, self.total_steps)
+        return Prices(self.lambdas[member.index].at(step), around, frequency, recipe.frequency_limit, to_input)
 
     def _update(self, each: Pass, found: Sequence[Sequence[float]], n: int) -> None:
         """The backward half of a pass, and Adam."""
@@ -205,12 +221,14 @@ class PlaceTrainer:
         for number, member in enumerate(each.members):
             rate = self._rate(member)
             for chunk in each.chunks(number):
-                self._update_rows(chunk, rate)
+                self._update_rows(chunk, rate, _moved(member, each, chunk.rows, first))
             own, index = slice(member.rows.start - first, member.rows.stop - first), member.index
+            moved = _moved(member, each, member.rows, first)
             for name in ("b_enc", "log_threshold"):
                 grad = getattr(each.vectors, name)[own]
-                adam_(getattr(self.weights, name)[member.rows], getattr(self.second, name)[member.rows], grad, rate)
-            adam_(self.weights.b_dec[index], self.second.b_dec[index], each.b_dec[number], rate)
+                moments = self._moments(name, member.rows)
+                adam_(getattr(self.weights, name)[member.rows], moments, grad, rate, moved=moved)
+            adam_(self.weights.b_dec[index], self._moments("b_dec", index), each.b_dec[number], rate)
             squares, _, active, entries = found[index]
             self.entries[index] = entries / (n * member.d_sae)
             self.lambdas[index].update(self.steps_done, active / n)
@@ -219,26 +237,35 @@ class PlaceTrainer:
     def _rate(self, member: Member) -> Rate:
         recipe = self.specs[member.index].recipe
         lr = recipe.lr_at(self.steps_done, self.total_steps)
-        return Rate(lr, recipe.betas[1], recipe.eps, self.steps_done + 1)
+        return Rate(lr, *recipe.betas, recipe.eps, self.steps_done + 1)
 
-    def _update_rows(self, chunk: Chunk, rate: Rate) -> None:
-        """Adam on both matrices where a chunk has gradients."""
-        last = self.last[chunk.rows]
-        arrays = [w[chunk.rows] for w in (self.weights.enc, self.second.enc, self.weights.dec, self.second.dec)]
-        at = chunk.touched
+    def _moments(self, name: str, at: slice | int) -> Moments:
+        """Views of a parameter's moments."""
+        return Moments(None if self.first is None else getattr(self.first, name)[at], getattr(self.second, name)[at])
+
+    def _update_rows(self, chunk: Chunk, rate: Rate, moved: Tensor | None) -> None:
+        """Adam on both matrices where a chunk has gradients; ``moved [rows of the chunk]`` as for :func:`adam_`."""
+        last, at = self.last[chunk.rows], chunk.touched
         if at is not None:
-            arrays, last = [array.index_select(0, at) for array in arrays], last.index_select(0, at)
-        decay = None if bool((last == self.steps_done).all()) else rate.decay(last)
-        enc, enc_second, dec, dec_second = arrays
-        adam_(enc, enc_second, chunk.enc, rate, decay)
-        on_sphere_(dec, dec_second, chunk.dec, rate, decay)
+            last, moved = last.index_select(0, at), None  # touched rows move, all of them
+        stale = rate.stale(last)
+        column = None if moved is None else moved.unsqueeze(1)
+        for name, grad, update in (("enc", chunk.enc, adam_), ("dec", chunk.dec, on_sphere_)):
+            whole = getattr(self.weights, name)[chunk.rows]
+            moments = self._moments(name, chunk.rows)
+            if at is None:
+                update(whole, moments, grad, rate, stale=stale, moved=column)
+                continue
+            rows = [None if w is None else w.index_select(0, at) for w in (whole, *moments)]
+            assert rows[0] is not None and rows[2] is not None
+            update(rows[0], Moments(rows[1], rows[2]), grad, rate, stale=stale)
+            for target, array in zip((whole, *moments), rows, strict=True):
+                if target is not None and array is not None:
+                    target.index_copy_(0, at, array)
         if at is None:
             last.fill_(rate.step)
-            return
-        self.last[chunk.rows].index_fill_(0, at, rate.step)
-        wholes = (self.weights.enc, self.second.enc, self.weights.dec, self.second.dec)
-        for whole, array in zip(wholes, arrays, strict=True):
-            whole[chunk.rows].index_copy_(0, at, array)
+        else:
+            self.last[chunk.rows].index_fill_(0, at, rate.step)
 
     def status(self) -> list[dict[str, float | int | str]]:
         """Report one row for each SAE, and reset the counts of the window.
@@ -295,6 +322,8 @@ class PlaceTrainer:
         for spec, member, window in zip(self.specs, self.members, self.windows, strict=True):
             parts = self.weights.of(member.index, member.rows)
             parts |= {f"second.{name}": value for name, value in self.second.of(member.index, member.rows).items()}
+            if self.first is not None:
+                parts |= {f"first.{name}": value for name, value in self.first.of(member.index, member.rows).items()}
             parts |= {"last": self.last[member.rows], **window.tensors()}
             found |= {f"{spec.name}/{name}": value for name, value in parts.items()}
         return found
@@ -311,6 +340,20 @@ class PlaceTrainer:
             dtype on the CPU. A divided trainer returns those of this process's latents.
         """
         return folded(self.weights.of(index, self.members[index].rows), scale, pre_encoder_bias=not self.is_transcoder)
+
+
+def _moved(member: Member, each: Pass, rows: slice, first: int) -> Tensor | None:
+    """1 for latents of ``rows`` that are active or near their thresholds, else 0; None if all are, or no momentum.
+
+    Args:
+        rows: rows of the stack, of this member.
+        first: the first row of the pass.
+    """
+    if not member.momentum:
+        return None
+    at = slice(rows.start - first, rows.stop - first)
+    touched = (each.vectors.fired[at] + each.vectors.near[at]) > 0
+    return None if bool(touched.all()) else touched.to(each.vectors.b_enc.dtype)
 
 
 def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
@@ -338,6 +381,3 @@ def _check(d_in: int, d_out: int, specs: Sequence[SAESpec], total_steps: int, dt
         )
     if dtype not in (torch.float32, torch.float64):
         raise GemmaScopeError(f"Training is in float32 (the paper's) or float64, not {dtype}.")
-    for spec in specs:
-        if spec.recipe.betas[0] != 0.0:
-            raise GemmaScopeError(f"{spec.name}: the trainer keeps no first moment, so the first of betas must be 0.")

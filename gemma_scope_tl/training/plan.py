@@ -38,12 +38,14 @@ def parameters(d_in: int, d_out: int, d_sae: int) -> int:
     return d_sae * (d_in + d_out + 2) + d_out
 
 
-def state_bytes(d_in: int, d_out: int, widths: Sequence[int]) -> int:
-    """Bytes of the weights and Adam's second moments of SAEs that are stepped together; about those of a checkpoint.
+def state_bytes(d_in: int, d_out: int, widths: Sequence[int], *, momentum: bool = False) -> int:
+    """Bytes of the weights and Adam's moments of SAEs that are stepped together; about those of a checkpoint.
 
-    Counters (when a latent last moved, whether it fired) take a few bytes a latent and are left out.
+    Without momentum there are no first moments. Counters (when a latent last moved, whether it fired) take a few bytes
+    a latent and are left out.
     """
-    return 2 * FLOAT32 * sum(parameters(d_in, d_out, d_sae) for d_sae in widths)
+    copies = 3 if momentum else 2
+    return copies * FLOAT32 * sum(parameters(d_in, d_out, d_sae) for d_sae in widths)
 
 
 def step_bytes(d_in: int, d_out: int, widths: Sequence[int], batch: int) -> int:
@@ -239,7 +241,8 @@ def plan_suite(
 def _job(group: Group, config: SuiteConfig, dims: Mapping[Place, int], speed: Speed | None) -> dict[str, Any]:
     d_in, d_out = dims[group.place], dims[target_of(group.place)]
     widths, batch, item = [spec.d_sae for spec in group.specs], config.batch_size, _ITEM[config.source.dtype]
-    state = state_bytes(d_in, d_out, widths)
+    momentum = any(spec.recipe.betas[0] > 0.0 for spec in group.specs)
+    state = state_bytes(d_in, d_out, widths, momentum=momentum)
     own = {place: dims[place] for place in with_targets([group.place])}
     bucket = bucket_bytes(own.values(), config.source.bucket_rows, item)
     flops = 2.0 * batch * sum(widths) * d_in * group.steps

@@ -1,41 +1,36 @@
-"""The paper's optimisation details (section 3.2 and the JumpReLU paper's appendix I), for any training loop.
-
-A loop that follows them looks like this, for an SAE with ``W_dec [d_sae, d_in]`` of unit rows::
-
-    rms = StreamingRMS()                        # a pass over some batches: rms.update(x); then x / rms.scale
-    optimizer = adam(sae.parameters(), recipe)
-    schedule = lr_schedule(optimizer, recipe, total_steps)
-    with decoder_on_sphere(optimizer, lambda: sae.W_dec):
-        ...                                     # loss.backward(); optimizer.step(); schedule.step()
-"""
+"""Recipes: the hyper-parameters of a training run, and the presets ``paper``, ``fast`` and ``gemma_scope_2``."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from importlib import import_module
+from statistics import NormalDist
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 
 PENALTIES = ("linear", "quadratic")
-INTEGERS = ("lr_warm_up_steps", "batch_size", "l0_warm_up_steps")
-TUPLES = ("betas", "matryoshka")
+STARTS = ("zero", "mean")
+KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("lr_warm_up_steps", "batch_size", "l0_warm_up_steps"), (int,)),
+    **dict.fromkeys(("betas", "matryoshka"), (tuple,)),
+    **dict.fromkeys(("l0_penalty", "b_dec_start"), (str,)),
+}
+"""The types of values that are not any number."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters of one training run; the defaults are Gemma Scope's. See :data:`PAPER`, :data:`FAST` and
+    """Hyper-parameters of one training run; the defaults are Gemma Scope's. See :data:`PAPER`, :func:`fast` and
     :data:`GEMMA_SCOPE_2`.
 
     The defaults down to ``bandwidth`` are from the Gemma Scope paper (sections 3.1 and 3.2) or, where it refers to it,
-    the JumpReLU paper (appendix I). The options after ``bandwidth`` are known only from reports on Gemma Scope 2; the
-    description of each states what the reports leave open.
+    the JumpReLU paper (appendix I). The options from ``l0_penalty`` to ``matryoshka`` are Gemma Scope 2's (its report,
+    section 3); the description of each states what the report does not print. Those after it are for short runs.
 
     Attributes:
         lr: learning rate after the warm-up.
@@ -43,8 +38,8 @@ class Recipe:
         lr_warm_up_steps: length of the warm-up of the learning rate.
         lr_decay: the share of the run, at its end, over which the learning rate falls linearly to 0. The paper has no
             decay.
-        betas, eps: parameters of Adam. With a first beta of 0 there is no momentum: a latent without a gradient does
-            not move.
+        betas, eps: parameters of Adam. The paper's first beta is 0, no momentum. With and without momentum a latent
+            does not move in a step whose batch does not reach its threshold's kernel.
         batch_size: number of activations per step.
         l0_coefficient: lambda, the sparsity coefficient.
         l0_warm_up_steps: lambda rises linearly from 0 over these steps.
@@ -61,6 +56,13 @@ class Recipe:
         matryoshka: shares of the latents, empty for none. For each share, the first latents up to it must reconstruct
             the target by themselves; the error is the mean over these prefixes and the whole. Such prefixes are
             reported, but not their sizes. The mean (not the sum) is our choice, so that lambda keeps its meaning.
+        init_encoder_scale: the factor with which the initial ``W_enc``, in the paper ``W_dec^T``, is multiplied.
+        ste_to_input: the factor, at the start of the run, with which the straight-through estimator passes a gradient
+            to the pre-activations too, and so to the encoder. It is 0 in the paper; SAELens's ``jumprelu_ste_to_input``
+            is 1.
+        ste_to_input_fade: the share of the run, from its start, over which this factor falls linearly to 0; 0 keeps it.
+        b_dec_start: ``"zero"``, the paper's, or ``"mean"``: ``b_dec`` starts at the mean of the first batch's targets.
+            Projections on the mean otherwise decide at first which latents are active.
 
     Raises:
         GemmaScopeError: a value is out of range.
@@ -81,20 +83,27 @@ class Recipe:
     frequency_coefficient: float = 0.0
     frequency_limit: float = 0.1
     matryoshka: tuple[float, ...] = ()
+    init_encoder_scale: float = 1.0
+    ste_to_input: float = 0.0
+    ste_to_input_fade: float = 0.0
+    b_dec_start: Literal["zero", "mean"] = "zero"
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "batch_size", "init_threshold", "bandwidth", "frequency_limit"):
+        for name in ("lr", "eps", "batch_size", "init_threshold", "bandwidth", "frequency_limit", "init_encoder_scale"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise GemmaScopeError(f"{name} must be greater than 0, not {getattr(self, name)!r}.")
-        for name in ("lr_start", "lr_warm_up_steps", "l0_coefficient", "l0_warm_up_steps", "frequency_coefficient"):
+        free = ("lr_start", "lr_warm_up_steps", "l0_coefficient", "l0_warm_up_steps", "frequency_coefficient")
+        for name in (*free, "ste_to_input"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise GemmaScopeError(f"{name} must be 0 or greater, not {getattr(self, name)!r}.")
-        if not 0.0 <= self.lr_decay <= 1.0:
-            raise GemmaScopeError(f"lr_decay is a share of the run, 0 to 1, not {self.lr_decay!r}.")
+        for name in ("lr_decay", "ste_to_input_fade"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise GemmaScopeError(f"{name} is a share of the run, 0 to 1, not {getattr(self, name)!r}.")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise GemmaScopeError(f"betas must be two numbers from 0 to below 1, not {self.betas!r}.")
-        if self.l0_penalty not in PENALTIES:
-            raise unknown_name("l0_penalty", self.l0_penalty, PENALTIES)
+        for name, known in (("l0_penalty", PENALTIES), ("b_dec_start", STARTS)):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
         ends = (0.0, *self.matryoshka, 1.0)
         if not all(a < b for a, b in itertools.pairwise(ends)):
             raise GemmaScopeError(f"matryoshka must be rising shares between 0 and 1, not {self.matryoshka!r}.")
@@ -115,8 +124,8 @@ class Recipe:
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
         for key, value in values.items():
-            expected = (int,) if key in INTEGERS else (tuple,) if key in TUPLES else (int, float)
-            if key != "l0_penalty" and (isinstance(value, bool) or not isinstance(value, expected)):
+            expected = KINDS.get(key, (int, float))
+            if not isinstance(value, expected) or isinstance(value, bool):
                 raise GemmaScopeError(f"recipe.{key} cannot be {value!r}.")
         return cls(**values)
 
@@ -172,6 +181,19 @@ class Recipe:
         """
         return 1.0 if step >= self.l0_warm_up_steps else step / self.l0_warm_up_steps
 
+    def ste_to_input_at(self, step: int, total_steps: int | None = None) -> float:
+        """The factor of the estimator's gradient to the pre-activations at step ``step`` (from 0).
+
+        >>> one = Recipe(ste_to_input=1.0, ste_to_input_fade=0.5)
+        >>> [one.ste_to_input_at(t, 100) for t in (0, 25, 50, 99)]
+        [1.0, 0.5, 0.0, 0.0]
+        """
+        if not (self.ste_to_input and self.ste_to_input_fade):
+            return self.ste_to_input
+        if total_steps is None:
+            raise GemmaScopeError("This recipe fades the estimator's gradient to the input: give total_steps.")
+        return self.ste_to_input * max(0.0, 1.0 - step / max(1, round(self.ste_to_input_fade * total_steps)))
+
     def rescaled(self, factor: float) -> Recipe:
         """The recipe for activations whose projections on a unit direction are ``factor`` times as large.
 
@@ -181,16 +203,29 @@ class Recipe:
         names = ("lr", "init_threshold", "bandwidth")
         return replace(self, **{name: getattr(self, name) * factor for name in names})
 
-    def sae_settings(self) -> dict[str, Any]:
+    def sae_settings(self, total_steps: int | None = None) -> dict[str, Any]:
         """Keyword arguments of :class:`~gemma_scope_tl.interop.training_sae.GemmaScopeTrainingSAEConfig`.
 
+        SAELens's runners use PyTorch's Adam. With momentum it goes on moving latents that a batch does not reach,
+        unlike this package's trainers.
+
+        Args:
+            total_steps: length of the run, for recipes that fade ``ste_to_input``.
+
         Raises:
-            GemmaScopeError: the recipe has penalties that the SAELens training class does not have.
+            GemmaScopeError: the recipe has penalties that the SAELens training class does not have, or ``total_steps``
+                is missing.
         """
         if self.l0_penalty != "linear" or self.frequency_coefficient or self.matryoshka:
             raise GemmaScopeError("SAELens's runners train with the linear L0 penalty only: use a PlaceTrainer.")
-        names = ("l0_coefficient", "l0_warm_up_steps", "init_threshold", "bandwidth")
-        return {name: value for name, value in asdict(self).items() if name in names}
+        names = ("l0_coefficient", "l0_warm_up_steps", "init_threshold", "bandwidth", "init_encoder_scale")
+        names += ("ste_to_input", "b_dec_start")
+        found = {name: value for name, value in asdict(self).items() if name in names}
+        if self.ste_to_input and self.ste_to_input_fade:
+            if total_steps is None:
+                raise GemmaScopeError("This recipe fades the estimator's gradient to the input: give total_steps.")
+            found["ste_to_input_steps"] = max(1, round(self.ste_to_input_fade * total_steps))
+        return found
 
     def runner_settings(self, context_size: int, shuffle_tokens: int = 1_000_000) -> dict[str, Any]:
         """Keyword arguments of a SAELens runner's configuration, single or multi.
@@ -215,48 +250,69 @@ class Recipe:
 PAPER = Recipe()
 """The values of the paper, for runs of a million steps and more."""
 
-FAST = Recipe(
-    lr=6e-3,
-    lr_warm_up_steps=100,
-    lr_decay=0.5,
-    betas=(0.0, 0.95),
-    batch_size=2_048,
-    l0_coefficient=2e-3,
-    l0_warm_up_steps=200,
-    init_threshold=0.06,
-    bandwidth=0.1,
-)
-"""The values for runs of a few thousand steps on small models. The differences from the paper, and their reasons:
-
-- Adam moves log theta by at most about the learning rate in a step. The distance from 0.001 to 0.05, the final
-  threshold of small SAEs, is ln(50) = 3.9, which takes 56,000 steps at 7e-5. The learning rate is therefore higher, and
-  thresholds start near their final value.
-- The bandwidth is larger: with fewer activations, each must contribute to more of the kernel density estimate. It is
-  about two thresholds, so that nearly all of the kernel lies on positive pre-activations.
-- Lambda is larger: with fewer latents and a lower L0, each active latent explains more of the error.
-- The warm-ups of learning rate and lambda are shorter, because the run is, and the batch is half as large.
-- The learning rate falls linearly to 0 over the last half, since without a decay the higher rate leaves noise.
-- The second moment averages about 20 steps instead of 1,000: the large gradients of the first steps would slow down a
-  run that is not much longer than 1,000 steps.
-
-Loss, the absence of momentum, Adam's epsilon, unit decoder rows, projection and initialisation are the paper's.
-Learning rate, threshold and bandwidth are for :data:`FAST_WIDTH` dimensions; :func:`fast` rescales them for others.
-"""
-
 FAST_WIDTH = 128
-"""The width of the activations for which the values of :data:`FAST` were found."""
+"""The width of the activations for which the values of :func:`fast` were found."""
 
 
-def fast(d_in: int) -> Recipe:
-    """Rescale :data:`FAST` for another width by :meth:`Recipe.rescaled`.
+def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int = 2_000) -> Recipe:
+    """The preset for runs of a few hundred to a few thousand steps on small models.
 
-    The projection of an activation of length 1 on a unit direction is about ``1 / sqrt(d_in)``.
+    Loss, initialisation, unit decoder rows, projection and Adam's epsilon are the paper's. What differs, and why:
 
-    >>> round(fast(512).init_threshold, 3), fast(FAST_WIDTH) == FAST
-    (0.03, True)
+    - **Rates.** In a step Adam moves a coordinate, or log theta, by about the learning rate. The run is a thousandth of
+      the paper's, so the rate is higher, with momentum, and falls to 0 over the last half. It falls with the square
+      root of the length of the run, and, as entries of unit vectors do, with that of the width. The second moment
+      averages about 20 steps: the large gradients of the first steps would slow down a short run.
+    - **The first reconstruction is of the right size.** ``b_dec`` starts at the mean, and about three quarters of
+      ``E ||x||^2 = 1`` are left around it. Projections on random directions have a standard deviation of ``sqrt(0.75 /
+      d_in)``; with the normal quantile of ``1 - n / d_sae`` as threshold, n latents are active, twice the target. Their
+      sum is too long, since active directions are similar to the activation and so to each other: with ``s`` the sum of
+      the squared projections, by about ``1 + 1.5 s`` (three quarters and 1.5 are measured). Encoder and thresholds
+      start divided by this. Otherwise the first steps push nearly all latents below their thresholds, many for ever.
+    - **Thresholds** therefore start near their final value. From 0.001, the paper's start, log theta could not reach it
+      in time.
+    - **The bandwidth** is 2.5 thresholds at the start: each of the few activations of a batch contributes to more of
+      the kernel density estimate. The kernel then reaches below 0.
+    - **Lambda** starts at ``2e-3 (16 / L0)^1.4``, near its value at the end, so that L0 reaches its target from above
+      and not from below. It rises over the first quarter.
+    - **The estimator passes a gradient to the input**, so that latents below their thresholds learn to become active:
+      fewer are dead at the end.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        target_l0: the wanted L0.
+        steps: length of the run.
+
+    >>> sparse, dense = fast(128, target_l0=8), fast(128, target_l0=32)
+    >>> sparse.init_threshold > dense.init_threshold, sparse.l0_coefficient > dense.l0_coefficient
+    (True, True)
     """
-    return FAST.rescaled(math.sqrt(FAST_WIDTH / d_in))
+    share = min(0.3, 2.0 * target_l0 / d_sae)  # of the latents that are active at the start
+    normal = NormalDist()
+    quantile = normal.inv_cdf(1.0 - share)
+    spread = math.sqrt(0.75 / d_in)
+    square = spread**2 * (1.0 + quantile * normal.pdf(quantile) / share)  # the mean above the threshold
+    scale = 1.0 / (1.0 + 1.5 * share * d_sae * square)
+    threshold = scale * quantile * spread
+    return Recipe(
+        lr=2e-2 * math.sqrt(FAST_WIDTH / d_in) * min(1.0, math.sqrt(400 / steps)),
+        lr_warm_up_steps=round(0.1 * steps),
+        lr_decay=0.5,
+        betas=(0.9, 0.95),
+        batch_size=2_048,
+        l0_coefficient=2e-3 * (16.0 / target_l0) ** 1.4,
+        l0_warm_up_steps=round(0.25 * steps),
+        init_threshold=threshold,
+        bandwidth=2.5 * threshold,
+        init_encoder_scale=scale,
+        ste_to_input=1.0,
+        b_dec_start="mean",
+    )
 
+
+FAST = fast(FAST_WIDTH)
+""":func:`fast` for activations of 128 dimensions, 1,024 latents, an L0 of 16 and 2,000 steps."""
 
 GEMMA_SCOPE_2 = Recipe(l0_penalty="quadratic", l0_warm_up_steps=50_000, frequency_coefficient=1e-2)
 """Gemma Scope 2's changes to the paper's recipe, as far as they are reported.
@@ -269,112 +325,21 @@ no prefixes unless ``matryoshka`` names them.
 """
 
 
-def adam(params: Iterable[Tensor], recipe: Recipe, *, fused: bool | None = None) -> torch.optim.Adam:
-    """Adam with the recipe's learning rate, betas and epsilon, without weight decay."""
-    return torch.optim.Adam(params, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
+_MOVED = (
+    "adam",
+    "lr_schedule",
+    "project_out_rows",
+    "project_out_rows_",
+    "unit_rows_",
+    "decoder_on_sphere",
+    "StreamingRMS",
+)
 
 
-def lr_schedule(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int | None = None, *, steps_done: int = 0
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """A scheduler of the learning rate :meth:`Recipe.lr_at`; ``steps_done`` continues a run."""
-    for group in optimizer.param_groups:
-        group["initial_lr"] = recipe.lr
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: recipe.lr_at(step, total_steps) / recipe.lr, last_epoch=steps_done - 1
-    )
-
-
-def project_out_rows(grad: Tensor, rows: Tensor) -> Tensor:
-    """The part of a gradient that is orthogonal to each row: ``g - (g.d / d.d) d``.
-
-    Args:
-        grad, rows: ``[d_sae, d_in]``.
-
-    >>> project_out_rows(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]])).tolist()
-    [[3.0, 0.0]]
-    """
-    return project_out_rows_(grad.clone(), rows)
-
-
-def project_out_rows_(grad: Tensor, rows: Tensor) -> Tensor:
-    """:func:`project_out_rows` in place."""
-    along = torch.linalg.vecdot(grad, rows) / torch.linalg.vecdot(rows, rows).clamp_min(1e-30)
-    return grad.addcmul_(rows, along.unsqueeze(-1), value=-1.0)
-
-
-def unit_rows_(rows: Tensor) -> Tensor:
-    """Scale each row of ``[d_sae, d_in]`` to length 1, in place."""
-    return rows.div_(torch.linalg.vecdot(rows, rows).sqrt_().clamp_min(1e-30).unsqueeze(-1))
-
-
-@contextmanager
-def decoder_on_sphere(
-    optimizer: torch.optim.Optimizer, decoder: Callable[[], Tensor], *, grad_scale: float = 1.0
-) -> Generator[None, None, None]:
-    """Within the context, every ``optimizer.step()`` keeps the decoder's rows at unit length (paper, section 3.2).
-
-    Before the update, gradients are divided by ``grad_scale``, and the component of the decoder's gradient along each
-    row is removed. After the update, rows are scaled to length 1. Both are hooks of the optimizer, which are removed at
-    the end of the context.
-
-    Args:
-        decoder: returns ``W_dec [d_sae, d_in]``; called at every step.
-        grad_scale: the factor by which the gradients of the loss were multiplied; a power of two is exact.
-    """
-
-    @torch.no_grad()
-    def before(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if grad_scale != 1.0:
-            for grad in (p.grad for group in opt.param_groups for p in group["params"]):
-                if grad is not None:
-                    grad.div_(grad_scale)
-        rows = decoder()
-        if rows.grad is not None:
-            project_out_rows_(rows.grad, rows)
-
-    @torch.no_grad()
-    def after(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        unit_rows_(decoder())
-
-    handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class StreamingRMS:
-    """``C = sqrt(E ||x||^2)``, the scalar by which a site's activations are divided, from a stream of batches.
-
-    Only two numbers are kept. The scale is neither a mean of norms nor one per token, and activations are not centred
-    (section 3.1).
-
-    >>> rms = StreamingRMS()
-    >>> rms.update(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    >>> round(rms.scale, 4)
-    3.5355
-    """
-
-    def __init__(self) -> None:
-        self.total = 0.0
-        self.count = 0
-
-    def update(self, activations: Tensor) -> None:
-        """Add a batch ``[..., d_in]`` of any dtype; the sum is kept in float64."""
-        rows = activations.detach().reshape(-1, activations.shape[-1])
-        norms = rows.to(torch.promote_types(rows.dtype, torch.float32)).square().sum(-1)
-        self.total += norms.double().sum().item()
-        self.count += rows.shape[0]
-
-    @property
-    def scale(self) -> float:
-        """The scale ``C``.
-
-        Raises:
-            GemmaScopeError: there were no activations, or they are all zero or not all finite.
-        """
-        if not (self.count and 0.0 < self.total < float("inf")):
-            raise GemmaScopeError(f"{self.count} activations with a sum of squares of {self.total} give no scale.")
-        return math.sqrt(self.total / self.count)
+def __getattr__(name: str) -> Any:
+    """The tools of a training loop, which were in this module in the previous release."""
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    message = f"gemma_scope_tl.training.recipe.{name} is now gemma_scope_tl.training.loop.{name}."
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return getattr(import_module("gemma_scope_tl.training.loop"), name)

@@ -12,6 +12,10 @@ the penalties. Then, with sums over the batch::
     d W_dec_i = sum f_i G_t                        d b_dec = sum G_t - sum_i W_enc_i (sum on g)
     d W_enc_i = sum on g (x - b_dec)               d b_enc = sum on g
     d log theta_i = -(theta_i / epsilon) sum K (theta_i g + price)
+
+With the estimator's gradient to the input, ``on g`` becomes ``on g + c K (theta_i g + price) / epsilon``: the jump
+depends on ``pre - theta`` only, so its gradient at the pre-activation is minus that at the threshold. The factor ``c``
+is ``Prices.to_input``.
 """
 
 from __future__ import annotations
@@ -94,23 +98,41 @@ class SparsePass:
         g = ops.sampled(self.offsets, self.latents, self.g_out, self.dec, by_latent)
         price = self._row_prices(prices).index_select(0, self.row)
         on, near = self.on.to(g.dtype), self.near.to(g.dtype)
-        g_pre = g * on
-        columns = torch.stack([g_pre, near * (self.theta_at * g + price), on, near], 1).index_select(0, order)
+        charge = near * (self.theta_at * g + price)
+        columns = torch.stack([g * on, charge, on, near], 1).index_select(0, order)
         sums = torch.segment_reduce(columns, "sum", offsets=self.starts, axis=0, initial=0)
         sums = shard.sum_data(sums)
-        b_enc, theta, fired, close = sums.unbind(1)
+        b_enc, charged, fired, close = sums.unbind(1)
+        often = torch.zeros_like(charged)
         for member, p in zip(self.members, prices, strict=True):
             if p.frequency:
                 own = self._own(member)
-                theta[own] += close[own] * p.of_latents(fired[own], self.batch.n)
-        self.vectors = Vectors(b_enc, theta * (-self.theta / self.bandwidth), fired)
+                often[own] = p.of_latents(fired[own], self.batch.n)
+        charged = torch.addcmul(charged, close, often)
+        share = self._input_share(prices)
+        if share is not None:
+            b_enc = torch.addcmul(b_enc, charged, share)
+        self.vectors = Vectors(b_enc, charged * (-self.theta / self.bandwidth), fired, close)
         self.row = self.row.index_select(0, order)
         count = len(self.segments)
         self.token = self.row if count == 1 else self.row.div(count, rounding_mode="floor")
         self.f, self.g_pre = self.f.index_select(0, order), columns[:, 0].contiguous()
+        if share is not None:
+            latents = self.latents.index_select(0, order)
+            charge = torch.addcmul(columns[:, 1], columns[:, 3], often.index_select(0, latents))
+            self.g_pre.addcmul_(charge, share.index_select(0, latents))
         firsts = [sum(len(m.segments) for m in self.members[:i]) for i in range(len(self.members))]
         by_segment = self.g_out.view(-1, count, self.g_out.shape[1])
         self.b_dec = shard.sum_data(torch.stack([by_segment[:, first].sum(0) for first in firsts]))
+
+    def _input_share(self, prices: Sequence[Prices]) -> Tensor | None:
+        """For each latent ``to_input / epsilon``; None if all are 0."""
+        if not any(p.to_input for p in prices):
+            return None
+        share = 1.0 / self.bandwidth
+        for member, p in zip(self.members, prices, strict=True):
+            share[self._own(member)] *= p.to_input
+        return share
 
     def _row_prices(self, prices: Sequence[Prices]) -> Tensor:
         """The L0 penalty's price for each row, ``[tokens * segments]``."""

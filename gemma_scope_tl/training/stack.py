@@ -59,7 +59,8 @@ def initialize(weights: Weights, specs: Sequence[SAESpec], members: Sequence[Mem
 
     All thresholds are equal and biases are 0. ``W_dec`` is He-uniform and then scaled to unit rows, so the bound does
     not matter. ``W_enc`` of an SAE is ``W_dec^T``; that of a transcoder is drawn independently. The paper does not say
-    how; here it is He-uniform, ``U(-b, b)`` with ``b = sqrt(6 / d_in)``.
+    how; here it is He-uniform, ``U(-b, b)`` with ``b = sqrt(6 / d_in)``. Either is multiplied by the recipe's
+    ``init_encoder_scale``.
     """
     weights.b_enc.zero_()
     weights.b_dec.zero_()
@@ -72,7 +73,7 @@ def initialize(weights: Weights, specs: Sequence[SAESpec], members: Sequence[Mem
             here = slice(at.start + first - own.start, at.start + last - own.start)
             inside = slice(first - block * BLOCK, last - block * BLOCK)
             enc, dec = _draw(spec, block, weights.enc.shape[1], weights.dec.shape[1])
-            weights.enc[here] = enc[inside].to(weights.enc)
+            weights.enc[here] = (enc[inside] * spec.recipe.init_encoder_scale).to(weights.enc)
             weights.dec[here] = dec[inside].to(weights.dec)
 
 
@@ -98,6 +99,7 @@ class Member:
         segments: ``rows`` cut where Matryoshka prefixes end; some may be empty where latents are divided.
         bandwidth: epsilon, the width of the kernel.
         d_sae: number of latents on all processes together.
+        momentum: whether Adam has momentum, for which :attr:`Vectors.near` is needed.
     """
 
     index: int
@@ -105,6 +107,7 @@ class Member:
     segments: tuple[slice, ...]
     bandwidth: float
     d_sae: int
+    momentum: bool = False
 
 
 def members_of(specs: Sequence[SAESpec], shard: Shard) -> list[Member]:
@@ -116,7 +119,8 @@ def members_of(specs: Sequence[SAESpec], shard: Shard) -> list[Member]:
         ends = [min(max(size, own.start), own.stop) - own.start for size in spec.recipe.prefixes_of(spec.d_sae)]
         segments = tuple(slice(at + a, at + b) for a, b in zip([0, *ends[:-1]], ends, strict=True))
         rows = slice(at, at + own.stop - own.start)
-        members.append(Member(index, rows, segments, spec.recipe.bandwidth, spec.d_sae))
+        recipe = spec.recipe
+        members.append(Member(index, rows, segments, recipe.bandwidth, spec.d_sae, recipe.betas[0] > 0.0))
         at = rows.stop
     return members
 
@@ -210,11 +214,14 @@ class Vectors:
     Attributes:
         b_enc, log_threshold: gradients.
         fired: number of activations of the batch on which each latent was active.
+        near: number of those on which its pre-activation was within the threshold's kernel; 0 if neither momentum nor
+            a frequency penalty needs it.
     """
 
     b_enc: Tensor
     log_threshold: Tensor
     fired: Tensor
+    near: Tensor
 
 
 class Pass(Protocol):

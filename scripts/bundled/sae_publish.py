@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from gemma_scope_tl.registry.render import render_release
 from gemma_scope_tl.registry.schema import parse_release
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.training.config import merged_recipe
-from gemma_scope_tl.training.recipe import PAPER
+from gemma_scope_tl.training.recipe import PAPER, Recipe
 from scripts.bundled.files import write_text
 
 LICENSE = "MIT"
@@ -100,9 +101,47 @@ def _row(p: Published, *, canonical: bool) -> dict[str, Any]:
     }
 
 
+def _recipe(p: Published, config: dict[str, Any]) -> Recipe:
+    """The recipe by which an SAE was trained."""
+    given = {"d_sae": p.d_sae, "target_l0": p.target, "steps": config["steps"]}
+    return merged_recipe(config["recipe"], p.d_in, **given)
+
+
+def _range(values: list[Any]) -> str:
+    """One value, or the smallest and the largest."""
+    if len(set(values)) == 1:
+        return str(values[0])
+    return f"{min(values):.3g} to {max(values):.3g}"
+
+
+MISSED = 0.1
+"""An L0 farther away from its target than this share is remarked on."""
+
+
+def _remarks(published: list[Published]) -> str:
+    """Sentences on what a user should know of the suite, from the measurements."""
+    missed, far = [p for p in published if _miss(p) > MISSED], max(published, key=_miss)
+    found = [
+        f"The L0 of {len(missed)} of them is more than a tenth away from its target"
+        + (f" (farthest: `{far.folder}`, target {far.target:g})." if _miss(far) > MISSED else ".")
+    ]
+    shares = {site: [p.metrics["dead"] for p in published if p.place.site == site] for site in SITES}
+    worst = max(shares, key=lambda site: max(shares[site], default=0.0))
+    found.append(
+        "The share of latents that never fire on the held-out text is, in the mean, "
+        + ", ".join(f"{sum(dead) / len(dead):.1%} for {site}" for site, dead in shares.items() if dead)
+        + f"; it is largest, {max(shares[worst]):.1%}, for an SAE of {worst}."
+    )
+    return textwrap.fill(" ".join(found), 120)
+
+
+def _miss(p: Published) -> float:
+    return abs(p.metrics["l0"] / p.target - 1.0)
+
+
 def write_card(path: Path, published: list[Published], config: dict[str, Any], *, clean: float, seconds: float) -> None:
     """Write the card: what the SAEs are, how they were trained, and the table of measurements."""
-    recipe = merged_recipe(config["recipe"])
+    recipes = [_recipe(p, config) for p in published]
     table = ["| site | layer | width | L0 | FVU | delta loss | loss recovered | zero ablation | latents that fire |"]
     table.append("|---|---|---|---|---|---|---|---|---|")
     order = lambda p: (SITES.index(p.place.site), p.place.layer or 0, p.d_sae, p.metrics["l0"])  # noqa: E731
@@ -115,11 +154,12 @@ def write_card(path: Path, published: list[Published], config: dict[str, Any], *
         )
     settings = ["| setting | paper | here |", "|---|---|---|"]
     names = ("lr", "lr_start", "lr_warm_up_steps", "lr_decay", "betas", "eps", "batch_size", "l0_warm_up_steps")
-    for name in (*names, "init_threshold", "bandwidth"):
-        settings.append(f"| {name} | {getattr(PAPER, name)} | {getattr(recipe, name)} |")
+    for name in (*names, "init_threshold", "bandwidth", "ste_to_input", "ste_to_input_fade"):
+        settings.append(f"| {name} | {getattr(PAPER, name)} | {_range([getattr(one, name) for one in recipes])} |")
     targets = sorted({p.target for p in published})
     settings.append(f"| lambda | fixed for each SAE | steered: L0 targets {', '.join(f'{t:g}' for t in targets)} |")
-    activations = config["steps"] * recipe.batch_size
+    batch = recipes[0].batch_size
+    activations = config["steps"] * batch
     settings.append(f"| activations seen | 4e9 and more | {activations:.2e} |")
     write_text(
         path,
@@ -129,7 +169,8 @@ def write_card(path: Path, published: list[Published], config: dict[str, Any], *
             table="\n".join(table),
             settings="\n".join(settings),
             steps=config["steps"],
-            batch=recipe.batch_size,
+            batch=batch,
+            remarks=_remarks(published),
             minutes=seconds / 60,
             heldout=published[0].metrics["tokens"],
             clean=clean,
@@ -143,8 +184,7 @@ CARD = """# Sparse autoencoders of the bundled Gemma 2
 {count} JumpReLU SAEs on the small Gemma 2 in `../model`, in Gemma Scope's layout, {size:.1f} MB in all: every layer's
 `res`, `mlp` and `att` site at two widths and three sparsities, transcoders of every layer, and the embedding. They
 exist so that loading, splicing, steering and evaluation can be tried and tested offline. The model is small and so are
-they: expect what a small model knows. The embedding's densest SAE was still on its way to its L0 target when training
-ended, and the wide attention SAEs have many dead latents.
+they: expect what a small model knows. {remarks}
 
 `<site>/layer_L/width_W/average_l0_N/params.npz` holds `W_enc`, `W_dec`, `b_enc`, `b_dec` and `threshold` as float32,
 with values of the matrices rounded to five significant binary digits so that they compress. N is the L0 measured below,
@@ -155,10 +195,9 @@ rounded. Nothing is subtracted before the encoder, and inputs are raw activation
 By `gs.evaluate`, on the files as they are here, over {heldout} text positions of `../text/heldout.jsonl`, which neither
 the model nor the SAEs saw. BOS, EOS and padding are neither replaced nor counted. The model's own loss there is
 {clean:.4f} nats a token. Delta loss: the rise when the SAE's output replaces the activations. Loss recovered: 1 - delta
-loss / the rise under zero ablation, which is the column after it. FVU: squared error over variance. Learning rate,
-bandwidth, first threshold and controller gains were chosen in short runs of an earlier suite by L0 and FVU on 60
-windows of this same text, Adam's second beta and the decay of the rate by FVU on training text; nothing was chosen by
-loss, and no SAE of several was picked.
+loss / the rise under zero ablation, which is the column after it. FVU: squared error over variance. The recipe was
+chosen by FVU in short runs on other activations of the training text (`benchmarks/recipe_search.py`); nothing was
+chosen by this text or by a loss, and no SAE of several was picked.
 
 {table}
 
@@ -170,9 +209,9 @@ in buckets; {minutes:.0f} minutes on two cores ({machine}) that did other work t
 shortened.
 
 The recipe is the paper's: JumpReLU with the rectangle-kernel pseudo-derivative and log thresholds, squared error plus
-lambda times L0, one scale for each site, pre-encoder bias while training (not for transcoders), Adam without momentum,
-unit decoder rows with projected gradients, the encoder started as the decoder's transpose (transcoders: independently).
-Why values differ stands at `FAST` in `gemma_scope_tl/training/recipe.py`; the values, in `configs/bundled.yaml`:
+lambda times L0, one scale for each site, pre-encoder bias while training (not for transcoders), unit decoder rows with
+projected gradients, the encoder started as the decoder's transpose (transcoders: independently). What differs, and why,
+stands at `fast` in `gemma_scope_tl/training/recipe.py`; the values, which follow width and target of each SAE:
 
 {settings}
 

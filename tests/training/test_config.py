@@ -15,7 +15,7 @@ from gemma_scope_tl.registry import list_saes
 from gemma_scope_tl.sites import ModelDims
 from gemma_scope_tl.training.config import TrainingStateError, load_config
 from gemma_scope_tl.training.grid import groups_of
-from gemma_scope_tl.training.recipe import FAST, PAPER
+from gemma_scope_tl.training.recipe import FAST, PAPER, fast
 from tests.training.planted import DIMS, tiny_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -166,16 +166,18 @@ def test_bundled_config_has_every_place() -> None:
     assert sum(len(group.specs) for group in groups) == 12 * 6 + 5 * 3
 
 
-def test_fast_is_in_the_units_of_each_place(tmp_path: Path) -> None:
+def test_fast_is_in_the_units_of_each_sae(tmp_path: Path) -> None:
     """A unit direction sees 1 / sqrt(d_in) of an activation: at 512 dimensions half of what it sees at 128."""
     grid = [{"sites": ["res", "att"], "layers": [0], "widths": [1024], "target_l0s": [8]}]
     recipe = {"preset": "fast", "batch_size": 64, "bandwidth": 0.3}
     config = load_config(tiny_config(tmp_path, recipe=recipe, grid=grid))
     dims = ModelDims(n_layers=1, d_model=512, n_heads=4, d_head=8)
     res, att = (group.specs[0].recipe for group in groups_of(config, dims))
-    unchanged = replace(FAST, batch_size=64, bandwidth=0.3)  # what is given is taken as it is
-    assert res == replace(unchanged, lr=FAST.lr / 2, init_threshold=FAST.init_threshold / 2)
-    assert att == replace(unchanged, lr=FAST.lr * 2, init_threshold=FAST.init_threshold * 2)
+    for found, d_in in ((res, 512), (att, 32)):
+        base = fast(d_in, d_sae=1024, target_l0=8, steps=config.steps or 0)
+        assert found == replace(base, batch_size=64, bandwidth=0.3)  # what is given is taken as it is
+    assert res.lr == pytest.approx(att.lr / 4, rel=1e-12)
+    assert res.init_threshold < att.init_threshold and res.init_encoder_scale > att.init_encoder_scale
 
 
 @pytest.mark.parametrize(

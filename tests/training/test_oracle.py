@@ -36,6 +36,10 @@ SECOND = replace(
     frequency_limit=0.15,
     matryoshka=(0.2, 0.5),
 )
+MOMENTUM = replace(
+    PLAIN, betas=(0.9, 0.95), ste_to_input=0.8, ste_to_input_fade=0.9, init_threshold=0.7, b_dec_start="mean"
+)
+TOGETHER = replace(SECOND, betas=(0.9, 0.99), ste_to_input=0.8, ste_to_input_fade=0.9)
 Arrays = dict[str, np.ndarray]
 
 
@@ -44,9 +48,10 @@ class Oracle:
 
     def __init__(self, start: Arrays, recipe: Recipe, target: float | None, transcoder: bool) -> None:
         self.p = {name: value.copy() for name, value in start.items()}
+        self.m = {name: np.zeros_like(value) for name, value in start.items()}
         self.v = {name: np.zeros_like(value) for name, value in start.items()}
         self.recipe, self.target, self.transcoder = recipe, target, transcoder
-        self.t = 0
+        self.t = self.idle = 0
         self.error = self.l0 = 0.0
 
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -82,6 +87,11 @@ class Oracle:
         d_theta = (-(theta / r.bandwidth) * kernel * d_f - kernel * d_on / r.bandwidth).sum(0)
         grads["log_threshold"] = d_theta * theta
         d_pre = d_f * on
+        if r.ste_to_input:
+            factor = r.ste_to_input * max(0.0, 1.0 - self.t / (r.ste_to_input_fade * STEPS))
+            d_pre = d_pre + factor * kernel * (theta * d_f + d_on) / r.bandwidth
+        self.touched = (on + kernel).any(0)
+        self.idle += int((~self.touched).sum())
         shift = 0.0 if self.transcoder else p["b_dec"]
         grads["W_enc"] = (x - shift).T @ d_pre
         grads["b_enc"] = d_pre.sum(0)
@@ -91,6 +101,8 @@ class Oracle:
 
     def step(self, x: np.ndarray, y: np.ndarray) -> None:
         r = self.recipe
+        if self.t == 0 and r.b_dec_start == "mean":
+            self.p["b_dec"] = y.mean(0)
         grads = self.gradients(x, y)
         d = self.p["W_dec"]
         grads["W_dec"] = grads["W_dec"] - (grads["W_dec"] * d).sum(1, keepdims=True) * d
@@ -99,9 +111,12 @@ class Oracle:
             lr *= 0.1 + 0.9 * 0.5 * (1 - math.cos(math.pi * self.t / r.lr_warm_up_steps))
         lr *= min(1.0, (STEPS - self.t) / (r.lr_decay * STEPS))
         self.t += 1
+        (beta1, beta2), moved = r.betas, {"W_enc": self.touched, "W_dec": self.touched[:, None], "b_dec": True}
         for name, g in grads.items():
-            self.v[name] = 0.999 * self.v[name] + 0.001 * g**2
-            self.p[name] = self.p[name] - lr * g / (np.sqrt(self.v[name] / (1 - 0.999**self.t)) + 1e-8)
+            self.m[name] = beta1 * self.m[name] + (1 - beta1) * g
+            self.v[name] = beta2 * self.v[name] + (1 - beta2) * g**2
+            m, v = self.m[name] / (1 - beta1**self.t), self.v[name] / (1 - beta2**self.t)
+            self.p[name] = self.p[name] - moved.get(name, self.touched) * lr * m / (np.sqrt(v) + 1e-8)
         self.p["W_dec"] /= np.linalg.norm(self.p["W_dec"], axis=1, keepdims=True)
 
     def released(self, x: np.ndarray) -> np.ndarray:
@@ -139,6 +154,11 @@ CASES: list[Any] = [
     pytest.param(PLAIN, None, True, id="transcoder"),
     pytest.param(SECOND, 3.0, False, id="gemma-scope-2"),
     pytest.param(SECOND, 3.0, True, id="gemma-scope-2 transcoder"),
+    pytest.param(MOMENTUM, None, False, id="momentum, gradient to the input"),
+    pytest.param(replace(MOMENTUM, ste_to_input=0.0), None, True, id="momentum, transcoder"),
+    pytest.param(
+        replace(SECOND, betas=(0.9, 0.99), ste_to_input=0.8, ste_to_input_fade=0.9), 3.0, False, id="all together"
+    ),
 ]
 
 
@@ -170,6 +190,8 @@ def test_fifty_steps(recipe: Recipe, target: float | None, transcoder: bool, den
             for row, oracle in zip(status, oracles, strict=True):
                 assert row["error"] == pytest.approx(oracle.error, rel=1e-10)
                 assert row["l0"] == pytest.approx(oracle.l0, rel=1e-12)
+    if recipe.init_threshold == MOMENTUM.init_threshold:  # latents that were idle for some steps, then moved again
+        assert all(0 < oracle.idle < STEPS * D_SAE // 2 for oracle in oracles)
     for i, oracle in enumerate(oracles):
         for name, value in _start(trainer, i).items():
             np.testing.assert_allclose(value, oracle.p[name], rtol=1e-9, atol=1e-10, err_msg=name)

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
+from gemma_scope_tl.interop.training_sae import FADE, GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training import optimizer, place
+from gemma_scope_tl.training.loop import adam, decoder_on_sphere, lr_schedule
 from gemma_scope_tl.training.optimizer import Lambda
 from gemma_scope_tl.training.place import PlaceTrainer
-from gemma_scope_tl.training.recipe import GEMMA_SCOPE_2, Recipe, adam, decoder_on_sphere, lr_schedule
+from gemma_scope_tl.training.recipe import GEMMA_SCOPE_2, Recipe
 from gemma_scope_tl.training.shard import Shard
 from gemma_scope_tl.training.spec import SAESpec, check_one_place
 
@@ -60,7 +61,7 @@ def _autograd(trainer: PlaceTrainer, index: int, batches: list[Tensor]) -> list[
     """The same SAE under autograd with PyTorch's dense Adam: enc, dec, b_enc, log_threshold, b_dec at the end."""
     spec = trainer.specs[index]
     w = {name: value.clone() for name, value in trainer.weights.of(index, trainer.members[index].rows).items()}
-    settings_ = spec.recipe.sae_settings()
+    settings_ = spec.recipe.sae_settings(trainer.total_steps)
     sae = GemmaScopeTrainingSAE(
         GemmaScopeTrainingSAEConfig(d_in=trainer.d_in, d_sae=spec.d_sae, dtype="float64", **settings_)
     )
@@ -73,7 +74,8 @@ def _autograd(trainer: PlaceTrainer, index: int, batches: list[Tensor]) -> list[
         for t, x in enumerate(batches):
             lam = spec.recipe.l0_coefficient_at(t)
             opt.zero_grad()
-            sae.training_forward_pass(TrainStepInput(x, {"l0": lam}, None, t, False)).loss.backward()
+            factors = {"l0": lam, FADE: min(1.0, t / (settings_.get("ste_to_input_steps") or math.inf))}
+            sae.training_forward_pass(TrainStepInput(x, factors, None, t, False)).loss.backward()
             opt.step()
             schedule.step()
     return [p.detach() for p in (sae.W_enc.T, sae.W_dec, sae.b_enc, sae.log_threshold, sae.b_dec)]
@@ -86,12 +88,15 @@ def _autograd(trainer: PlaceTrainer, index: int, batches: list[Tensor]) -> list[
     st.lists(st.integers(1, 30), min_size=1, max_size=3),
     st.sampled_from([0.01, 0.3, 2.0]),
     st.booleans(),
+    st.sampled_from([(0.0, 0.0), (0.7, 0.0), (1.0, 0.25)]),
 )
 @settings(max_examples=30, deadline=None)
 def test_any_shape_agrees_with_autograd(
-    seed: int, rows: int, d: int, widths: list[int], eps: float, sparse: bool
+    seed: int, rows: int, d: int, widths: list[int], eps: float, sparse: bool, ste: tuple[float, float]
 ) -> None:
-    recipe = replace(RECIPE, bandwidth=eps)
+    recipe = replace(
+        RECIPE, bandwidth=eps, ste_to_input=ste[0], ste_to_input_fade=ste[1], b_dec_start="mean" if ste[1] else "zero"
+    )
     specs = [replace(s, d_sae=w, seed=seed) for s, w in zip(_specs(len(widths), recipe), widths, strict=True)]
     trainer = _trainer(specs, torch.float64, d=d)
     batches = _batches(4, torch.float64, d, rows, seed)
@@ -246,6 +251,8 @@ def test_lambda_is_steered_towards_the_target() -> None:
     assert abs(math.log(float(rows[1]["l0"]) / 2.0)) < 0.5 * abs(math.log(float(rows[0]["l0"]) / 2.0))
     assert rows[0]["lambda"] == recipe.l0_coefficient
     assert Lambda(replace(recipe, l0_penalty="quadratic"), 2.0).target is None
+    gains = [Lambda(recipe, 2.0, steps).integral for steps in (None, 10_000, 2_000, 500)]
+    assert gains == [0.005, 0.005, 0.005, 0.02]
 
 
 def test_state_is_checked() -> None:
@@ -286,7 +293,6 @@ def test_wrong_input_is_refused() -> None:
         ([*_specs(1), *_specs(1)], "twice"),
         ([*_specs(1), replace(_specs(2)[1], place=Place("mlp", 1))], "one place"),
         ([*_specs(1), replace(_specs(2)[1], recipe=replace(RECIPE, batch_size=8))], "batch_size"),
-        (_specs(1, replace(RECIPE, betas=(0.9, 0.999))), "first moment"),
     ):
         with pytest.raises(GemmaScopeError, match=text):
             _trainer(specs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,12 +73,13 @@ def _work(plan: object) -> list[tuple[int, int, int]]:
     return found
 
 
-def test_formulas_are_what_training_allocates() -> None:
-    place = Place("transcoder", 0)
-    specs = [SAESpec(f"s{i}", place, width, FAST, i, target_l0=5.0) for i, width in enumerate((256, 512))]
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_formulas_are_what_training_allocates(beta1: float) -> None:
+    place, recipe = Place("transcoder", 0), replace(FAST, betas=(beta1, 0.95))
+    specs = [SAESpec(f"s{i}", place, width, recipe, i, target_l0=5.0) for i, width in enumerate((256, 512))]
     trainer = PlaceTrainer(128, 96, specs, total_steps=1_000)
     state = sum(tensor.nbytes for tensor in trainer.state().values())
-    formula = costs.state_bytes(128, 96, [256, 512])
+    formula = costs.state_bytes(128, 96, [256, 512], momentum=beta1 > 0.0)
     assert formula <= state <= formula + 64 * 768 + 4096  # counters: some bytes a latent
     arrays = trainer.released(0, 1.0)
     assert sum(a.numel() * 4 for a in arrays.values()) == costs.released_bytes(128, 96, 256)

@@ -17,10 +17,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.interop.runners import recipe_applied
 from gemma_scope_tl.interop.training_sae import GemmaScopeTrainingSAE, GemmaScopeTrainingSAEConfig
-from gemma_scope_tl.training.recipe import (
-    FAST,
-    PAPER,
-    Recipe,
+from gemma_scope_tl.training.loop import (
     StreamingRMS,
     adam,
     decoder_on_sphere,
@@ -28,6 +25,7 @@ from gemma_scope_tl.training.recipe import (
     project_out_rows,
     unit_rows_,
 )
+from gemma_scope_tl.training.recipe import FAST, PAPER, Recipe, fast
 
 STEPS, BATCH, D_IN, D_SAE, SCALE = 40, 64, 6, 15, 3.7
 RECIPE = Recipe(
@@ -168,7 +166,8 @@ def test_presets() -> None:
     assert (PAPER.lr, PAPER.betas, PAPER.eps, PAPER.batch_size) == (7e-5, (0.0, 0.999), 1e-8, 4096)
     assert (PAPER.bandwidth, PAPER.init_threshold) == (1e-3, 1e-3)
     assert (PAPER.lr_warm_up_steps, PAPER.l0_warm_up_steps) == (1000, 10_000)
-    assert (FAST.betas, FAST.eps, FAST.lr_start) == ((PAPER.betas[0], 0.95), PAPER.eps, PAPER.lr_start)
+    assert (FAST.betas, FAST.eps, FAST.lr_start) == ((0.9, 0.95), PAPER.eps, PAPER.lr_start)
+    assert fast(128) == FAST
     with pytest.raises(AttributeError):
         PAPER.lr = 1.0  # type: ignore[misc]
 
