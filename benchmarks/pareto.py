@@ -151,7 +151,7 @@ def evaluated(trained: Sequence[Trained], held: Tensor, windows: int = 240) -> l
     return [
         {
             "recipe": one.recipe,
-            **row,
+            **{str(name): value for name, value in row.items()},
             "seed": one.seed,
             "alive": measure(one.arrays, held)["alive"],
             "dense_share": measure(one.arrays, held)["dense_share"],

@@ -34,8 +34,8 @@ from gemma_scope_tl.training.recipe import Recipe, fast
 
 FOLDER = RESULTS / "search"
 TARGETS, CURVE = (4.0, 16.0, 64.0), (4.0, 8.0, 16.0, 32.0, 64.0)
-Values = Sequence[Any]
-STAGES: Sequence[tuple[str, Values]] = (
+Stages = Sequence[tuple[str, Sequence[Any]]]
+STAGES: Stages = (
     ("lr", (1 / 3, 3.0)),
     ("betas", ((0.0, 0.95), (0.0, 0.999), (0.9, 0.95), (0.9, 0.999))),
     ("lr_decay", (0.2, 0.5, 1.0)),
@@ -116,8 +116,9 @@ class OurSettings:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> OurSettings:
         """What ``asdict`` returned, after JSON."""
-        betas = data.get("betas")
-        return cls(**{**data, "betas": tuple(betas) if betas is not None else None})
+        betas: Any = data.get("betas")
+        values: dict[str, Any] = {**data, "betas": None if betas is None else tuple(betas)}
+        return cls(**values)
 
     def recipe(self, d_in: int, budget: Budget, target: float) -> Recipe:
         """The recipe for a target L0."""
@@ -162,10 +163,12 @@ def changed_peer(settings: PeerSettings, knob: str, value: Any) -> PeerSettings:
     return replace(settings, **{knob: value})
 
 
-def climb(start: Any, change: Callable[[Any, str, Any], Any], score: Callable[[Any], float]) -> tuple[Any, float]:
+def climb(
+    start: Any, change: Callable[[Any, str, Any], Any], score: Callable[[Any], float], stages: Stages
+) -> tuple[Any, float]:
     """Go through the stages from ``start``; returns the best settings and their score."""
     best, lowest = start, score(start)
-    for knob, values in STAGES:
+    for knob, values in stages:
         tried = [change(best, knob, value) for value in values]
         scored = [(score(one), one) for one in tried if one != best]
         value, one = min(scored, key=lambda pair: pair[0])
@@ -174,17 +177,19 @@ def climb(start: Any, change: Callable[[Any, str, Any], Any], score: Callable[[A
     return best, lowest
 
 
-def search_ours(data: Data, *, targets: Sequence[float] = TARGETS, report: Report = print) -> OurSettings:
-    """The changes to ``fast`` that give the lowest geometric mean of the FVU at all targets."""
+def search_ours(
+    data: Data, *, start: OurSettings | None = None, stages: Stages = STAGES, report: Report = print
+) -> OurSettings:
+    """The changes to ``fast`` that give the lowest geometric mean of the FVU at :data:`TARGETS`."""
 
     def score(settings: OurSettings) -> float:
         points = curve_ours(data, settings)
-        values = [fvu_at(points, target) for target in targets]
+        values = [fvu_at(points, target) for target in TARGETS]
         mean = math.exp(sum(math.log(value) for value in values) / len(values))
         report(f"ours: FVU {mean:.4f} ({', '.join(f'{value:.4f}' for value in values)}) with {settings}")
         return mean
 
-    return climb(OurSettings(), changed_ours, score)[0]
+    return climb(start or OurSettings(), changed_ours, score, stages)[0]
 
 
 def curve_ours(data: Data, settings: OurSettings) -> list[tuple[float, float]]:
@@ -203,27 +208,41 @@ def curve_ours(data: Data, settings: OurSettings) -> list[tuple[float, float]]:
 
 
 def search_peer(
-    data: Data, mode: str, target: float, *, start: PeerSettings | None = None, report: Report = print
+    data: Data,
+    mode: str,
+    target: float,
+    *,
+    start: PeerSettings | None = None,
+    guess: float | None = None,
+    stages: Stages = STAGES,
+    report: Report = print,
 ) -> tuple[PeerSettings, float]:
     """SAELens's best settings of a penalty at a target L0, and the coefficient nearest to it.
 
     Args:
+        data: what the search reads.
+        mode: the penalty.
+        target: the L0.
         start: settings to start from; by default those of :data:`PEERS`.
+        guess: a coefficient to start from, at an L0 of 16; by default that of :data:`PEERS`.
+        stages: the knobs.
+        report: called with a line for every trial.
     """
-    begin, guess = PEERS[mode]
+    begin, usual = PEERS[mode]
+    near = (usual if guess is None else guess) * (16.0 / target) ** 1.4
     coefficients: dict[PeerSettings, float] = {}
+    best: list[tuple[float, PeerSettings]] = []
 
     def score(settings: PeerSettings) -> float:
-        near = coefficients.get(best_so_far[0], guess * (16.0 / target) ** 1.4)
-        value, coefficients[settings] = score_peer(data, settings, near, target)
+        at = coefficients[best[-1][1]] if best else near
+        value, coefficients[settings] = score_peer(data, settings, at, target)
         report(f"{mode} at {target:g}: FVU {value:.4f} with {settings}")
-        if value < best_so_far[1]:
-            best_so_far[:] = [settings, value]
+        if not best or value < best[-1][0]:
+            best.append((value, settings))
         return value
 
-    best_so_far: list[Any] = [None, math.inf]
-    best, _ = climb(start or begin, changed_peer, score)
-    return best, coefficients[best]
+    found, _ = climb(start or begin, changed_peer, score, stages)
+    return found, coefficients[found]
 
 
 def score_peer(data: Data, settings: PeerSettings, guess: float, target: float) -> tuple[float, float]:

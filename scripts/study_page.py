@@ -160,7 +160,7 @@ def _frequency(tables: Tables) -> dict[str, str]:
 
 
 def _domains(tables: Tables) -> dict[str, str]:
-    means = tables[""].groupby(["domain", "site"])[["delta_loss", "fvu"]].mean().unstack()
+    means: Any = tables[""].groupby(["domain", "site"])[["delta_loss", "fvu"]].mean().unstack()
     order = means["delta_loss"].mean(axis="columns").sort_values().index
     columns = [(metric, site) for site in SITES for metric in ("delta_loss", "fvu")]
     lines = [[str(name), *(f"{means.loc[name, column]:.3f}" for column in columns)] for name in order]

@@ -167,6 +167,7 @@ class DensePass:
         ones = z.new_ones(z.shape[0])
         torch.gt(z, theta - half, out=near).mul_(torch.lt(z, theta + half, out=work))
         few, to_input = self._if_few(at, z, on), self.prices.to_input
+        enc = None
         if few is not None:
             active, starts = few
             fired = starts.diff().to(z.dtype)
@@ -179,6 +180,7 @@ class DensePass:
         g = torch.mm(g_out, self.dec[at].T, out=z)
         charge = (ones @ torch.mul(g, near, out=work)) * theta + self.row_prices @ near
         if few is not None and not to_input:
+            active, starts = few
             g_pre = g.view(-1).index_select(0, active.flat)
             enc = ops.weighted_rows(starts, active.token, g_pre, self.batch.x)
             b_enc = torch.segment_reduce(g_pre, "sum", offsets=starts, initial=0)
@@ -186,7 +188,6 @@ class DensePass:
             if to_input:
                 work.mul_(theta).addcmul_(near, self.row_prices.unsqueeze(1))
             b_enc = ones @ g.mul_(on)
-            enc = None
         close = ones @ near if self.prices.frequency or self.member.momentum else torch.zeros_like(fired)
         often = self._store(at, torch.stack([b_enc, charge, fired, close]))
         if enc is None:

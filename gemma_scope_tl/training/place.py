@@ -256,16 +256,17 @@ class PlaceTrainer:
             if at is None:
                 update(whole, moments, grad, rate, stale=stale, moved=column)
                 continue
-            rows = [None if w is None else w.index_select(0, at) for w in (whole, *moments)]
-            assert rows[0] is not None and rows[2] is not None
-            update(rows[0], Moments(rows[1], rows[2]), grad, rate, stale=stale)
-            for target, array in zip((whole, *moments), rows, strict=True):
-                if target is not None and array is not None:
-                    target.index_copy_(0, at, array)
-        if at is None:
+            part, first = whole.index_select(0, at), moments.first
+            own = Moments(None if first is None else first.index_select(0, at), moments.second.index_select(0, at))
+            update(part, own, grad, rate, stale=stale)
+            whole.index_copy_(0, at, part)
+            moments.second.index_copy_(0, at, own.second)
+            if first is not None and own.first is not None:
+                first.index_copy_(0, at, own.first)
+        if chunk.touched is None:
             last.fill_(rate.step)
         else:
-            self.last[chunk.rows].index_fill_(0, at, rate.step)
+            self.last[chunk.rows].index_fill_(0, chunk.touched, rate.step)
 
     def status(self) -> list[dict[str, float | int | str]]:
         """Report one row for each SAE, and reset the counts of the window.
