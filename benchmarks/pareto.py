@@ -61,9 +61,9 @@ Quick = Annotated[bool, typer.Option(help="Tiny budgets, to see that everything 
 def search_command(threads: Threads = 2, quick: Quick = False, part: Part = "all") -> None:
     """Find the best settings of both, with the same knobs and the same number of trials."""
     torch.set_num_threads(threads)
-    name, budget = _name(quick), _budget(SEARCH_BUDGET, quick)
+    budget = _budget(SEARCH_BUDGET, quick)
     held, x = activations(budget)
-    data = Data(x, held, budget, PLACE, Log(FOLDER / f"{name}.jsonl", PLACE.key))
+    data = Data(x, held, budget, PLACE, Log(FOLDER / f"{_search(quick)}.jsonl", PLACE.key))
     if part in ("all", "ours"):
         search_ours(data, report=typer.echo)
     if part in ("all", "peer"):
@@ -71,7 +71,7 @@ def search_command(threads: Threads = 2, quick: Quick = False, part: Part = "all
             for target in TARGETS:
                 search_peer(data, mode, target, report=typer.echo)
     if part == "all":
-        typer.echo(store(name, settled(data)))
+        typer.echo(store(_search(quick), settled(data)))
 
 
 @app.command()
@@ -79,13 +79,13 @@ def run(threads: Threads = 2, quick: Quick = False, seeds: int = len(SEEDS)) -> 
     """Train both at every sparsity with every seed, keep the SAEs, and evaluate them."""
     torch.set_num_threads(threads)
     name = _name(quick)
-    best, trained = chosen(name), list[Trained]()
+    best, trained = chosen(_search(quick)), list[Trained]()
     for seed in SEEDS[:seeds]:
         budget = replace(_budget(BUDGET, quick), seed=seed)
         path = WORK / f"{name}_{seed}.pt"
         if not path.exists():
             held, x = activations(budget)
-            found = train_all(Data(x, held, budget, PLACE, Log(FOLDER / f"{name}.jsonl", PLACE.key)), best)
+            found = train_all(Data(x, held, budget, PLACE, Log(FOLDER / f"{_search(quick)}.jsonl", PLACE.key)), best)
             write_atomic(path, lambda temporary, found=found: torch.save(found, temporary))
         trained += torch.load(path, weights_only=False)  # our own file
         typer.echo(f"seed {seed}: {len(trained)} SAEs in all")
@@ -168,6 +168,10 @@ def _budget(budget: Budget, quick: bool) -> Budget:
 
 def _name(quick: bool) -> str:
     return "quick_pareto" if quick else "pareto"
+
+
+def _search(quick: bool) -> str:
+    return "quick_bundled" if quick else "bundled"
 
 
 def _table(points: list[dict[str, Any]]) -> str:

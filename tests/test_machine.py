@@ -77,8 +77,8 @@ def test_training_says_what_was_full_and_goes_on(disk: Disk, tmp_path: Path) -> 
 
     for size, why in (
         (4, "metrics.jsonl cannot"),
-        (900, "step 10 could not .* step 5 is kept"),
-        (1_500, "step 10 is kept"),
+        (1_200, "step 10 could not .* step 5 is kept"),
+        (2_000, "step 10 is kept"),
     ):
         disk.resize(size)
         with warnings.catch_warnings(record=True) as caught, pytest.raises(GemmaScopeError) as raised:

@@ -122,9 +122,24 @@ def test_the_peer_is_compared_at_our_l0_on_its_lower_envelope() -> None:
     assert frontier.interpolated(points, 40.0) == pytest.approx(0.1)
     with pytest.raises(GemmaScopeError, match="both sides of L0 9"):
         frontier.interpolated(points, 9.0)
-    ours = {"recipe": "ours", "l0": 20.0, "fvu": 0.1, "delta_loss": 0.05}
-    peers = [{"recipe": f"{frontier.PEER}, tanh", "l0": l0, "fvu": fvu, "delta_loss": fvu / 4} for l0, fvu in points]
-    assert [row["ratio"] for row in frontier.comparison([ours, *peers], "x")] == pytest.approx([2.0, 1.0])
+    ours = [
+        {"recipe": "ours", "seed": seed, "settings": {"target_l0": 20.0}, "l0": 20.0, "fvu": fvu, "delta_loss": 0.05}
+        for seed, fvu in enumerate((0.1, 0.1, 0.125))
+    ]
+    peers = [
+        {"recipe": f"{frontier.PEER}, tanh", "seed": seed, "l0": l0, "fvu": fvu, "delta_loss": fvu / 4}
+        for seed in range(3)
+        for l0, fvu in points
+    ]
+    fvu, loss = frontier.comparison([*ours, *peers], "x")
+    assert fvu["ratio"] == pytest.approx((2.0 + 2.0 + 1.6) / 3) and loss["ratio"] == pytest.approx(1.0)
+    half = (
+        4.302653 * (0.16 / 3) ** 0.5 / 3**0.5
+    )  # Student's quantile of two degrees of freedom, and the variance 0.16 / 3
+    assert (fvu["ratio_low"], fvu["ratio_high"]) == pytest.approx((fvu["ratio"] - half, fvu["ratio"] + half), rel=1e-6)
+    assert loss["ratio_low"] == pytest.approx(loss["ratio_high"])
+    with pytest.raises(GemmaScopeError, match="both sides"):  # a seed is compared with its own peers only
+        frontier.comparison([{**ours[0], "seed": 5}, *peers], "x")
 
 
 @pytest.mark.parametrize("power", [-0.4, -0.7, -1.5])

@@ -41,7 +41,7 @@ from scripts.smollm2.model import LAYER, make_model
 
 ROOT = Path(__file__).parents[2]
 FIGURE = ROOT / "docs" / "pareto_smollm2.png"
-NAME, BUNDLED = "smollm2_pareto", "pareto"
+NAME, SEARCH, BUNDLED = "smollm2_pareto", "smollm2", "bundled"
 TOKENS, HELD_ROWS, HELDOUT_TOKENS = 2_000_000, 50_000, 64 * 256
 BUDGET, SEARCH_BUDGET = Budget(d_sae=1_024, steps=600), Budget(d_sae=1_024, steps=300)
 PLACE = Place("res", LAYER)
@@ -94,7 +94,7 @@ def search_command(work: Work = DEFAULT_WORK, threads: Threads = 2, part: Part =
             settings, guess = _search_peer(data, before, nearest, _quiet)
             value, coefficient = score_peer(data, settings, guess, target)
             best["peer"][f"{target:g}"] = {"settings": asdict(settings), "coefficient": coefficient, "fvu": value}
-        typer.echo(store(NAME, best))
+        typer.echo(store(SEARCH, best))
 
 
 def _search_peer(
@@ -115,7 +115,7 @@ def run(work: Work = DEFAULT_WORK, threads: Threads = 2, seeds: int = len(SEEDS)
     for seed in SEEDS[:seeds]:
         path = work / f"{NAME}_{seed}.pt"
         if not path.exists():
-            found = train_all(_data(work, replace(BUDGET, seed=seed)), chosen(NAME))
+            found = train_all(_data(work, replace(BUDGET, seed=seed)), chosen(SEARCH))
             write_atomic(path, lambda temporary, found=found: torch.save(found, temporary))
         trained += torch.load(path, weights_only=False)  # our own file
     setting: dict[str, Any] = {
@@ -149,7 +149,7 @@ def everything(work: Work = DEFAULT_WORK, threads: Threads = 2) -> None:
 def _data(work: Path, budget: Budget) -> Data:
     """The stored activations: the first are for choosing settings, the rest for training."""
     x = load_activations(work / "activations")
-    return Data(x[HELD_ROWS:], x[:HELD_ROWS], budget, PLACE, Log(FOLDER / f"{NAME}.jsonl", f"layer {LAYER}"))
+    return Data(x[HELD_ROWS:], x[:HELD_ROWS], budget, PLACE, Log(FOLDER / f"{SEARCH}.jsonl", f"layer {LAYER}"))
 
 
 def _quiet(line: str) -> None:
