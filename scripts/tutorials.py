@@ -10,6 +10,7 @@ notebook keeps no times and no path of the machine it ran on.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -121,8 +122,16 @@ def _without_paths(value: Any, folder: Path) -> Any:
 
 def main(arguments: list[str]) -> int:
     """Run the named tutorials, or all."""
-    chosen = [path for path in sources() if not _numbers(arguments) or path.stem[0] in _numbers(arguments)]
-    if "--check" in arguments:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    numbers = sorted(path.stem[0] for path in sources())
+    parser.add_argument("numbers", nargs="*", metavar="number", help=f"tutorials to run, of {', '.join(numbers)}")
+    parser.add_argument("--check", action="store_true", help="only compare notebooks with their sources")
+    options = parser.parse_args(arguments)
+    unknown = [number for number in options.numbers if number not in numbers]
+    if unknown:
+        parser.error(f"there is no tutorial {unknown[0]}; there are {', '.join(numbers)}")
+    chosen = [path for path in sources() if not options.numbers or path.stem[0] in options.numbers]
+    if options.check:
         stale = [path.name for path in chosen if not is_made_from(notebook_of(path), path)]
         print(f"not made from their sources: {stale}" if stale else f"{len(chosen)} notebooks match their sources")
         return 1 if stale else 0
@@ -144,10 +153,6 @@ def is_made_from(notebook: Path, source: Path) -> bool:
         return False
     made = nbformat.read(notebook, as_version=4)
     return [(cell["cell_type"], cell["source"]) for cell in made["cells"]] == cells_of(source.read_text("utf-8"))
-
-
-def _numbers(arguments: list[str]) -> list[str]:
-    return [argument for argument in arguments if argument.isdecimal()]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ CONFIG = {
     "data": {"dataset": "bundled", "column": "text", "context": 256},
     "source": {"bucket_rows": 16384, "scale_rows": 16384, "batch_rows": 16},
     "steps": 150,
-    "recipe": {"preset": "fast", "batch_size": 1024, "lr_warm_up_steps": 25, "l0_warm_up_steps": 50},
+    "recipe": {"preset": "fast", "batch_size": 1024},
     "grid": [{"sites": ["res"], "layers": [2], "widths": [256], "target_l0s": [10, 30]}],
     "eval_batches": 8,
     "checkpoint_every": 100,
