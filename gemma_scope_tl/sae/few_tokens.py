@@ -20,9 +20,13 @@ MOST = 8
 
 
 def is_few(x: Tensor, d_in: int) -> bool:
-    """Whether the tokens of ``x [..., d_in]`` are few, on a CPU, and without gradients to record."""
+    """Whether the tokens of ``x [..., d_in]`` are few, on a CPU, and without gradients to record or autocast.
+
+    Autocast would give the product another dtype than the decoder has, and the sums take one dtype.
+    """
     few = x.shape[-1] == d_in and 0 < x.numel() <= MOST * d_in
-    return few and x.device.type == "cpu" and not torch.is_grad_enabled()
+    plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+    return few and plain and x.device.type == "cpu"
 
 
 def reconstruct_few(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:

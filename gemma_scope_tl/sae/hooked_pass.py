@@ -47,8 +47,8 @@ def hooked_pass(sae: Any, x: Tensor, need_clean: bool) -> HookedPass:
         The output and the clean reconstruction. With gradients enabled and a hook on the activations, the gradient of
         ``out`` passes through the tensor that the hook received, so that its ``grad`` is available.
     """
-    if is_few(x, sae.W_enc.shape[0]) and not any(map(is_hooked, _points(sae))):
-        out, skipped = reconstruct_few(x, sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec), sae.skip(x)
+    if _goes_few(sae, x):
+        out, skipped = reconstruct_few(x, *_weights(sae)), sae.skip(x)
         out = out if skipped is None else out + skipped
         return HookedPass(out, out)
     x_clean = x.to(sae.dtype)
@@ -90,6 +90,17 @@ def is_hooked(point: torch.nn.Module) -> bool:
     return any(held[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
+def _weights(sae: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec
+
+
+def _goes_few(sae: Any, x: Tensor) -> bool:
+    """Whether a pass is that of a few tokens: without hooks inside it, and outside PyTorch's transforms."""
+    if not is_few(x, sae.W_enc.shape[0]) or any(map(is_hooked, _points(sae))):
+        return False
+    return kernels_apply(x, *_weights(sae))
+
+
 def _goes_dense(sae: Any, x: Tensor) -> bool:
     """Whether a pass without hooks is dense: inside PyTorch's transforms, and with few tokens on a GPU.
 
@@ -99,7 +110,7 @@ def _goes_dense(sae: Any, x: Tensor) -> bool:
         return False
     if x.is_cuda and dense_is_faster(x, sae.dtype, *sae.W_dec.shape, tracked=False):
         return True
-    return not kernels_apply(x, sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec)
+    return not kernels_apply(x, *_weights(sae))
 
 
 def _dense_pass(sae: Any, x: Tensor) -> HookedPass:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gemma_scope_tl.sae import few_tokens
 from gemma_scope_tl.sae.few_tokens import MOST, is_few, reconstruct_few
 from gemma_scope_tl.sae.hooked_pass import hooked_pass
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
@@ -103,3 +107,52 @@ def test_a_splice_takes_it_for_few_tokens_without_gradients_and_hooks() -> None:
     leaf = x[:, :1].clone().requires_grad_()
     hooked_pass(sae, leaf, need_clean=False).out.sum().backward()
     assert leaf.grad is not None and bool(leaf.grad.abs().sum() > 0)
+
+
+def directional(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    with dual_level():
+        tangent = unpack_dual(function(make_dual(x, torch.ones_like(x)))).tangent
+    assert tangent is not None
+    return tangent
+
+
+def with_autocast(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return function(x)
+
+
+TRANSFORMS: dict[str, Callable[..., torch.Tensor]] = {
+    "vmap": lambda f, x: torch.func.vmap(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "forward mode": directional,
+    "autocast": with_autocast,
+    "compile": lambda f, x: torch.compile(f, backend="eager", fullgraph=True)(x),
+    "trace": lambda f, x: torch.jit.trace(f, x, check_trace=False)(x[:1]),  # another number of tokens than it saw
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and compiling warns about what it looks up once
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_splice_of_few_tokens_inside_a_transform(name: str) -> None:
+    """These cannot look into the pass, or change its dtypes: the results are those of the pass of many tokens.
+
+    Both ways then run the same operations. Vectorised and single products differ by float32's rounding of sums of 48
+    and about 10 terms of order one.
+    """
+    w = weights(2.2)
+    sae = JumpReLUSAE.from_arrays(dict(zip(NAMES, w, strict=True)), site="transcoder", layer=0).requires_grad_(False)
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(1))
+    splice = lambda x: hooked_pass(sae, x, need_clean=False).out  # noqa: E731
+    with torch.no_grad():
+        assert is_few(x, 48)
+        found = TRANSFORMS[name](splice, x)
+        with patch.object(few_tokens, "MOST", 0):
+            wanted = TRANSFORMS[name](splice, x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    active = x @ w[0] + w[1] > w[2]
+    exact = (active * (torch.ones_like(x) @ w[0])) @ w[3]  # the derivative along ones
+    if name in ("jvp", "forward mode"):
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-4)
+    else:
+        value = (active * (x @ w[0] + w[1])) @ w[3] + w[4]
+        torch.testing.assert_close(found, value[: len(found)], rtol=0, atol=3e-5)

@@ -1,16 +1,16 @@
 """Calls of an SAE, ``sae(x)`` and ``sae.decode(acts)``, through the sparse kernels: the same as through dense products.
 
+Without gradients and hooks, up to eight tokens have a pass of their own (``few_tokens.py``). Tests that would take it
+also run with that pass off, so that the same small inputs reach the general one.
 The dense way is the formula in NumPy and float64, stock SAELens, and this package's own calls with the kernels off.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -21,8 +21,7 @@ from sae_lens import JumpReLUSAE as StockSAE
 from sae_lens import JumpReLUSAEConfig
 from torch import Tensor
 
-from benchmarks.sparse import gpu_crossovers, gpu_times
-from gemma_scope_tl.sae import routes
+from gemma_scope_tl.sae import few_tokens, hooked_pass, routes
 from gemma_scope_tl.sae import sparse_ops as ops
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 
@@ -57,13 +56,16 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 @contextmanager
-def kernels(on: bool) -> Generator[list[int]]:
-    """Calls of any size through the kernels, or none. The result grows with each encoding or compaction in them."""
-    used: list[int] = []
+def kernels(on: bool) -> Generator[list[str]]:
+    """Calls of any size through the kernels, or none. The result gets the name of each encoding or compaction in them.
+
+    A pass of a few tokens counts as an encoding, by the name of its function.
+    """
+    used: list[str] = []
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            used.append(1)
+            used.append(function.__name__)
             return function(*args)
 
         return run
@@ -72,8 +74,16 @@ def kernels(on: bool) -> Generator[list[int]]:
         patch.object(routes, "SPARSE_FROM", 0 if on else 1 << 60),
         patch.object(routes, "GRADIENT_TOKENS", 0),
         patch.multiple(ops, encode=counted(ops.encode), compact=counted(ops.compact)),
+        patch.object(hooked_pass, "reconstruct_few", counted(few_tokens.reconstruct_few)),
     ):
         yield used
+
+
+@pytest.fixture(params=[few_tokens.MOST, 0], ids=["few", "many"])
+def most(request: pytest.FixtureRequest) -> Generator[int]:
+    """Number of tokens up to which the pass of a few tokens is taken: as it is, and never."""
+    with patch.object(few_tokens, "MOST", request.param):
+        yield request.param
 
 
 def both(function: Callable[[], Any]) -> tuple[Any, Any]:
@@ -93,14 +103,14 @@ def close(actual: Any, expected: Any, dtype: torch.dtype = torch.float64) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", [(), (7,), (2, 5), (1, 1, 3)])
-def test_a_call_is_the_formula(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_a_call_is_the_formula(dtype: torch.dtype, shape: tuple[int, ...], most: int) -> None:
     sae, x = make(dtype=dtype), inputs(*shape, D_IN, dtype=dtype)
     w_enc, b_enc, theta, w_dec, b_dec = (getattr(sae, name).detach().double().numpy() for name in NAMES)
     pre = x.double().numpy() @ w_enc + b_enc
     acts = np.where(pre <= theta, 0.0, pre)
     with torch.no_grad(), kernels(True) as used:
         out, decoded = sae(x), sae.decode(torch.tensor(acts))
-    assert len(used) == 2
+    assert used == ["reconstruct_few" if math.prod(shape) <= most else "encode", "compact"]
     assert out.dtype == dtype
     for found in (out, decoded):
         np.testing.assert_allclose(found.numpy(), acts @ w_dec + b_dec, rtol=0, atol=10 * TOLERANCE[dtype])
@@ -131,10 +141,11 @@ def test_a_call_is_stock_saelens(error_term: bool, grad: bool) -> None:
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("kind", ["res", "att", "transcoder", "skip"])
-def test_every_kind_and_dtype_is_its_dense_call(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("n", [12, 8])
+def test_every_kind_and_dtype_is_its_dense_call(kind: str, dtype: torch.dtype, n: int) -> None:
     """Latents switch alike, because both ways round the same numbers; outputs differ by their sums' rounding."""
     sae = make(kind, dtype)
-    x = inputs(2, 6, HEADS, D_IN // HEADS, dtype=dtype) if kind == "att" else inputs(2, 6, D_IN, dtype=dtype)
+    x = inputs(2, n // 2, *((HEADS, D_IN // HEADS) if kind == "att" else (D_IN,)), dtype=dtype)
     with torch.no_grad():
         out, dense = both(lambda: sae(x))
         acts = sae.encode(x)
@@ -199,7 +210,8 @@ def test_second_derivatives_are_those_of_the_dense_call() -> None:
         assert torch.autograd.gradgradcheck(sae, (x[:2].detach().requires_grad_(),))
 
 
-def test_hooks_see_and_change_what_they_do_in_the_dense_call() -> None:
+def test_hooks_see_and_change_what_they_do_in_the_dense_call(most: int) -> None:
+    """Only a hook on the output, which is behind the pass, leaves a few tokens their own."""
     sae, x = make("skip"), inputs(3, D_IN)
     points = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons", "hook_sae_output")
 
@@ -214,21 +226,31 @@ def test_hooks_see_and_change_what_they_do_in_the_dense_call() -> None:
         close(*both(cached))
         for name in points[1:]:
             for change in (lambda value, hook: value * 2 + 0.01, in_place):
-                close(*both(lambda name=name, change=change: sae.run_with_hooks(x, fwd_hooks=[(name, change)])))
+                call = lambda name=name, change=change: sae.run_with_hooks(x, fwd_hooks=[(name, change)])  # noqa: E731
+                close(*both(call))
+                with kernels(True) as used:
+                    call()
+                assert ("reconstruct_few" in used) == (name == "hook_sae_output" and most > 0)
     edited = [("hook_sae_input", lambda value, hook: value + 1)]
     with kernels(True):
         skipped = sae.run_with_hooks(x, fwd_hooks=edited)
     close(skipped, sae.run_with_hooks(x, fwd_hooks=edited))  # small, so dense: the skip path reads the unedited input
 
 
+@pytest.mark.usefixtures("most")
 def test_the_error_term_is_clean_of_edits() -> None:
     sae, x = make(), inputs(4, D_IN)
     with pytest.warns(DeprecationWarning, match="use_error_term"):
         sae.use_error_term = True
     off = [("hook_sae_acts_post", lambda acts, hook: acts * 0)]
     with torch.no_grad():
-        close(*both(lambda: sae.run_with_hooks(x, fwd_hooks=off)))
+        for point in ("hook_sae_output", "hook_sae_error"):  # these leave a few tokens their own pass
+            close(*both(lambda point=point: sae.run_with_hooks(x, fwd_hooks=[(point, off[0][1])])))
+        edited = both(lambda: sae.run_with_hooks(x, fwd_hooks=off))
+        close(*edited)
         close(both(lambda: sae(x))[0], x)
+        sae.use_error_term = False
+        close(edited[0], x - sae(x) + sae.b_dec)  # the error is that of the pass without the edit
 
 
 def test_transforms_take_the_dense_products() -> None:
@@ -296,6 +318,7 @@ def test_any_latents_are_decoded(value: float) -> None:
     assert out[[0, 2, 3, 4]].isfinite().all()
 
 
+@pytest.mark.usefixtures("most")
 def test_nan_inputs_give_nan_outputs_in_their_token() -> None:
     sae, x = make(), inputs(4, D_IN)
     x[1, 3], x[2, 0] = float("nan"), float("inf")
@@ -331,61 +354,16 @@ def test_dense_latents_go_through_the_dense_product() -> None:
         assert used
 
 
-def test_small_calls_are_dense() -> None:
-    """Sizes at which a CPU was measured: few multiply-adds, and gradients of few tokens."""
-    w_dec, b_dec = torch.empty(16_384, 2304, device="meta"), torch.empty(2304, device="meta")
-    faster: Callable[..., bool] = lambda n, d_sae, d_out, tracked=False: routes.dense_is_faster(  # noqa: E731
-        torch.empty(n, 1), torch.float32, d_sae, d_out, tracked
-    )
-    assert faster(64, 1024, 128)
-    assert not faster(16, 4096, 256)
-    assert not faster(1, *w_dec.shape)
-    assert faster(16, *w_dec.shape, tracked=True)
-    assert not faster(64, *w_dec.shape, tracked=True)
-    assert not routes.decoded_sparsely(torch.empty(512, 16_384, device="meta"), w_dec, b_dec), "no values to look at"
-
-
-def test_the_gpu_choice_follows_the_committed_times() -> None:
-    """Every measured shape takes the faster way, and the limits are where the measured lines cross."""
-    rows = json.loads((Path(__file__).parents[2] / "benchmarks/results/gpu.json").read_text())["splice"]
-    found = gpu_crossovers(rows)
-    assert found.keys() == routes.GPU_SPARSE_FROM.keys()
-    for size, limit in found.items():
-        assert limit == pytest.approx(routes.GPU_SPARSE_FROM[size], rel=0.05), size
-    for row in rows:
-        multiply_adds, dtype, sparse, dense = gpu_times(row)
-        assert routes.gpu_prefers_dense(dtype, multiply_adds) == (dense < sparse), row["what"]
-
-
-def test_a_gpu_never_holds_many_latents_and_knows_its_products() -> None:
-    def faster(tokens: int, dtype: torch.dtype, d_sae: int = 16_384, d_out: int = 2304) -> bool:
-        x: Any = SimpleNamespace(shape=(tokens, d_sae), numel=lambda: tokens * d_sae, is_cuda=True)
-        return routes.dense_is_faster(x, dtype, d_sae, d_out, tracked=False)
-
-    assert faster(512, torch.bfloat16)
-    assert not faster(512, torch.float32)
-    assert not faster(8192, torch.bfloat16)
-    assert faster(8192, torch.bfloat16, d_out=64)
-    assert not faster(8193, torch.bfloat16, d_out=64), "latents of more than 256 MiB"
-    matmul: Any = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "tf32"
-        assert faster(512, torch.float32)
-        assert not faster(512, torch.float64)
-    finally:
-        matmul.fp32_precision = before
-
-
 @pytest.mark.parametrize("kind", ["res", "skip"])
+@pytest.mark.usefixtures("most")
 def test_a_dense_splice_is_the_sparse_one(kind: str) -> None:
     """What a splice does with few tokens on a GPU, here on the processor."""
-    from gemma_scope_tl.sae import hooked_pass as module
-
     sae, x = make(kind), inputs(5, D_IN)
     with torch.no_grad():
-        ours = module.hooked_pass(sae, x, need_clean=True)
-        with patch.object(module, "kernels_apply", lambda *_: False), kernels(True) as used:
-            dense = module.hooked_pass(sae, x, need_clean=True)
+        with kernels(True) as used:
+            ours = hooked_pass.hooked_pass(sae, x, need_clean=True)
+        assert used
+        with patch.object(hooked_pass, "kernels_apply", lambda *_: False), kernels(True) as used:
+            dense = hooked_pass.hooked_pass(sae, x, need_clean=True)
             assert not used
     close([dense.out, dense.clean], [ours.out, ours.clean])
