@@ -28,7 +28,7 @@ def test_the_page_is_made_from_the_plan_and_the_plan_by_the_script() -> None:
 
 
 def test_the_whole_release_is_made_of_confirmed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The paper's FLOP count what it released. Rows of which only a name is known may not exist, so they add nothing."""
+    """The paper's FLOP count what it released. A row of which only the name is known may not exist: it adds nothing."""
     rows = list_saes()
     one = rows[rows["model"] == "gemma-2-9b"].iloc[[0]]
     before = plan_cluster.paper_checks()
