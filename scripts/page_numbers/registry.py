@@ -20,7 +20,6 @@ RESULTS, LOG = "gemma_scope_tl/bundled/results", "gemma_scope_tl/bundled/saes/tr
 MODEL, METRICS = "gemma_scope_tl/bundled/model/config.json", "gemma_scope_tl/bundled/model/metrics.json"
 CONFIG = "configs/bundled.yaml"
 PARETO, SMOLLM2 = "benchmarks/results/pareto.json", "benchmarks/results/smollm2_pareto.json"
-SEARCH, SMOLLM2_SEARCH = "benchmarks/results/search/pareto.jsonl", "benchmarks/results/search/smollm2_pareto.jsonl"
 LAYERED = ("res", "mlp", "att")
 """The sites whose SAEs have two widths."""
 
@@ -116,26 +115,9 @@ def _densest(data: Any, recipe: str = "ours") -> Any:
     return max((p for p in data["points"] if p["recipe"] == recipe), key=lambda point: point["l0"])
 
 
-def _best(beta2: float, steps: int = 1000) -> Callable[[Any], float]:
-    """The lowest FVU of this package's runs in the search with an L0 within a tenth of its target."""
-
-    def value(log: Any) -> float:
-        rows = log[(log["mode"] == "ours") & (log["steps"] == steps)]
-        rows = rows[[betas[1] == beta2 for betas in rows["betas"]]]
-        return float(rows[(rows["l0"] / rows["target"] - 1).abs() < 0.1]["fvu"].min())
-
-    return value
-
-
-def _unscaled(log: Any) -> float:
-    """The share of dead latents of the run with the settings of the bundled model as they are."""
-    return 1.0 - float(log[log["mode"] == "ours"].iloc[0]["alive"])
-
-
 def _released(rows: Any) -> int:
     """The SAEs of the registry that are not bundled, without those that it marks as not verified yet."""
-    rows = rows[~rows["model"].str.startswith("bundled")]
-    return len(rows[~rows["unverified"]] if "unverified" in rows else rows)
+    return int((~rows["model"].str.startswith("bundled") & ~rows["unverified"]).sum())
 
 
 def _picture(record: Any) -> str:
@@ -227,8 +209,6 @@ NUMBERS: dict[str, Number] = {
     "pareto.peer.denser": Number(
         PARETO, _share_of_dense(60, 80, lambda ps: min(p["dense_share"] for p in ps)), "{:.0%}"
     ),
-    "search.slow": Number(SEARCH, _best(0.999), "{:.3f}"),
-    "search.fast": Number(SEARCH, _best(0.95), "{:.3f}"),
     "smollm2.peer.dense": Number(
         SMOLLM2,
         lambda data: min(
@@ -237,7 +217,6 @@ NUMBERS: dict[str, Number] = {
         )["dense_share"],
         "{:.0%}",
     ),
-    "smollm2.unscaled.dead": Number(SMOLLM2_SEARCH, _unscaled, "{:.0%}"),
     # Limits and sizes that the code states.
     **{
         f"demo.{name}": Number("gemma_scope_tl/demo/limits.py", lambda m, n=name: asdict(m.Limits())[n], form)

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from gemma_scope_tl.model.sizes import ModelSizes
+from gemma_scope_tl.registry import list_saes
 from gemma_scope_tl.sites import ModelDims
 from scripts import plan_cluster
 from scripts.plan_measured import measured
@@ -23,6 +25,17 @@ def test_the_page_is_made_from_the_plan_and_the_plan_by_the_script() -> None:
     page = plan_cluster.PAGE.read_text(encoding="utf-8")
     assert with_tables(page, PLAN) == page
     assert json.loads(json.dumps(plan_cluster.plan())) == PLAN
+
+
+def test_the_whole_release_is_made_of_confirmed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's FLOP count what it released. A row of which only the name is known may not exist: it adds nothing."""
+    rows = list_saes()
+    one = rows[rows["model"] == "gemma-2-9b"].iloc[[0]]
+    before = plan_cluster.paper_checks()
+    for unverified in (True, False):
+        more = pd.concat([rows, one.assign(unverified=unverified)], ignore_index=True)
+        monkeypatch.setattr(plan_cluster, "list_saes", lambda more=more: more)
+        assert (plan_cluster.paper_checks() == before) is unverified
 
 
 def test_a_changed_number_shows_in_the_page() -> None:
