@@ -194,6 +194,10 @@ def _print_report(report: "Report") -> None:
     for one in report.content["orderings"]:
         if one["pairs"]:
             say(f"{one['name']}: {one['agree']} of {one['pairs']} pairs agree, {len(one['against'])} contradict it")
+        if one["left_out"]:
+            say(
+                f"note: {one['name']}: {one['left_out']} pairs left out, as a tensor set to zero does not raise the loss"
+            )
     for fault in report.faults:
         say(typer.style(f"fault ({fault.kind}): {fault.text}", fg="red"))
     say(f"{report.content['verdict']}; the report: {report.path}")

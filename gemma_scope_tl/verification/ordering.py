@@ -4,6 +4,10 @@ Only what the paper says is checked: at an equal L0 the residual stream has a la
 attention outputs (section 4.1, "residual worst"); transcoders have a larger one than MLP SAEs (appendix B); at one
 place and width a larger L0 gives a smaller delta loss and FVU (the curves of section 4.1 fall); and at one place and
 L0 a wider SAE is at least as good (section 4.3). The paper does not order MLP and attention.
+
+A delta loss measures harm only where the model needs the tensor. If setting it to zero does not raise the loss, as may
+happen in an untrained model, a splice that loses more of it can raise the loss less: such an SAE is in no comparison of
+delta losses, and the pairs that this leaves out are counted.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ class Ordering:
         agree: pairs that agree beyond their intervals.
         against: pairs that contradict it beyond their intervals, each as a sentence.
         needed: number of contradictions that make a fault.
+        left_out: pairs that are not compared, because setting a tensor to zero does not raise the loss.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Ordering:
     agree: int
     against: tuple[str, ...]
     needed: int = 1
+    left_out: int = 0
 
     @property
     def fault(self) -> Fault | None:
@@ -57,7 +63,8 @@ def orderings(measured: Sequence[Mapping[str, Any]]) -> list[Ordering]:
     """Compare the SAEs of a sample.
 
     Args:
-        measured: for each SAE ``site``, ``layer``, ``width``, ``d_sae``, ``row_l0`` and its measurements.
+        measured: for each SAE ``name``, ``site``, ``layer``, ``width``, ``d_sae``, ``row_l0`` and its measurements
+            (``verification/measure.py``).
     """
     found: list[Ordering] = []
     for metric, name in (("delta_loss", "delta loss"), ("fvu", "FVU")):
@@ -84,15 +91,23 @@ def _compare(
     name: str, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], metric: str, needed: int = 1
 ) -> Ordering:
     """The first of each pair should have the larger value; values whose intervals overlap decide nothing."""
-    agree = 0
+    agree = left_out = 0
     against: list[str] = []
     for larger, smaller in pairs:
+        if metric == "delta_loss" and not (_needed(larger) and _needed(smaller)):
+            left_out += 1
+            continue
         if larger[f"{metric}_low"] > smaller[f"{metric}_high"]:
             agree += 1
         elif larger[f"{metric}_high"] < smaller[f"{metric}_low"]:
             values = f"{larger[metric]:.3g} and {smaller[metric]:.3g}"
             against.append(f"{larger['name']} and {smaller['name']} have {values}")
-    return Ordering(name, len(pairs), agree, tuple(against), needed)
+    return Ordering(name, len(pairs) - left_out, agree, tuple(against), needed, left_out)
+
+
+def _needed(one: Mapping[str, Any]) -> bool:
+    """Whether the model's loss rises when the tensor is zero."""
+    return one["loss_zero_ablated"] > one["loss_clean"]
 
 
 def _sorted_pairs(

@@ -108,7 +108,7 @@ def prepare(
 
 
 def verify(
-    model: str | PathLike[str] | GemmaModel = "gemma-2-2b",
+    model: str | PathLike[str] | GemmaModel,
     *,
     texts: str | PathLike[str] | None = None,
     tokens: int = 8192,

@@ -237,6 +237,25 @@ NUMBERS: dict[str, Number] = {
     ),
     "demo.body": Number("gemma_scope_tl/demo/guard.py", lambda m: m.BODY_BYTES / 1024, "{:.0f} KiB"),
     "demo.picture": Number("docs/artefacts.json", _picture),
+    "verify.largest": Number(
+        "gemma_scope_tl/verification/run.py",
+        lambda m: inspect.signature(m.prepare).parameters["largest"].default,
+        "{:.0f} GiB",
+    ),
+    **{
+        f"verify.{name}": Number(f"gemma_scope_tl/verification/{module}.py", value, form)
+        for name, module, value, form in (
+            ("l0", "bands", lambda m: m.L0_FACTOR, "{:g}"),
+            ("l0.embedding", "bands", lambda m: m.L0_FACTORS["embedding"], "{:g}"),
+            ("fvu", "bands", lambda m: m.FVU_BOUND, "{:g}"),
+            ("fvu.transcoder", "bands", lambda m: m.FVU_BOUNDS["transcoder"], "{:g}"),
+            ("fvu.embedding", "bands", lambda m: m.FVU_BOUNDS["embedding"], "{:g}"),
+            ("bfloat16.fvu", "bands", lambda m: m.BFLOAT16_FVU, "{:g}"),
+            ("bfloat16.l0", "bands", lambda m: m.BFLOAT16_L0, "{:.0%}"),
+            ("neuronpedia.correlation", "neuronpedia", lambda m: m.CORRELATION, "{:g}"),
+            ("neuronpedia.peak", "neuronpedia", lambda m: m.PEAK, "{:.0%}"),
+        )
+    },
     "interp.bytes": Number(
         "gemma_scope_tl/interp/sampling.py", lambda _: Sampling().bytes_per_latent() / 1e3, "{:.1f} kB"
     ),

@@ -107,6 +107,7 @@ def test_bfloat16() -> None:
 def measured(name: str, site: str, layer: int, row_l0: float, delta: float, fvu: float = 0.2, **more: Any) -> Any:
     found = {"name": name, "site": site, "layer": layer, "width": "16k", "d_sae": 16384, "row_l0": row_l0, "l0": row_l0}
     found |= {"delta_loss": delta, "delta_loss_low": delta - 0.01, "delta_loss_high": delta + 0.01}
+    found |= {"loss_clean": 2.44, "loss_zero_ablated": 12.45}
     return found | {"fvu": fvu, "fvu_low": fvu - 0.01, "fvu_high": fvu + 0.01, **more}
 
 
@@ -141,6 +142,24 @@ def test_sites_are_ordered_as_in_the_figures() -> None:
     assert faults(*res, *(one | {"l0": 300.0} for one in above)) == []  # not at an equal L0
     mlp_att = [measured("mlp", "mlp", 5, 80, 0.01), *above]
     assert faults(*mlp_att) == []  # the paper does not order these two
+
+
+@pytest.mark.parametrize("ablated", [2.4, 2.44, float("nan")])
+def test_a_tensor_that_the_model_does_not_need_has_no_ordered_delta_loss(ablated: float) -> None:
+    """The same SAEs make a fault where zero in the tensor's place raises the loss. FVU is compared in any case."""
+    res = [measured(f"res{layer}", "res", layer, 80, 0.2) for layer in (5, 12)]
+    above = [measured(f"att{layer}", "att", layer, 80, 0.5) for layer in (5, 12)]
+    assert len(faults(*res, *above)) == 1
+    assert len(faults(*res, *(one | {"loss_zero_ablated": 2.45} for one in above))) == 1
+    for saes in ([*res, *(one | {"loss_zero_ablated": ablated} for one in above)],
+                 [*(one | {"loss_zero_ablated": ablated} for one in res), *above]):  # fmt: skip
+        assert faults(*saes) == []
+        (compared,) = [one for one in orderings(saes) if one.left_out]
+        assert (compared.left_out, compared.pairs) == (4, 0) and "res has a larger delta loss than att" in compared.name
+    sparse, dense = (measured(name, "res", 5, l0, delta, fvu, loss_zero_ablated=ablated)
+                     for name, l0, delta, fvu in (("sparse", 22, 0.1, 0.2), ("dense", 80, 0.3, 0.3)))  # fmt: skip
+    (text,) = faults(sparse, dense)
+    assert "no larger FVU" in text
 
 
 # --- Neuronpedia's tokens
