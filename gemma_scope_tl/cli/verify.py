@@ -196,8 +196,8 @@ def _print_report(report: "Report") -> None:
             say(f"{one['name']}: {one['agree']} of {one['pairs']} pairs agree, {len(one['against'])} contradict it")
         if one["left_out"]:
             say(
-                f"note: {one['name']}: {one['left_out']} pairs left out, because a tensor set to zero does not raise the "
-                "loss"
+                f"note: {one['name']}: {one['left_out']} pairs left out, because a tensor set to zero does not raise "
+                "the loss"
             )
     for fault in report.faults:
         say(typer.style(f"fault ({fault.kind}): {fault.text}", fg="red"))
