@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -53,7 +53,7 @@ HELD_ROWS = 50_000
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 Threads = Annotated[int, typer.Option(help="Torch's threads.")]
-Part = Annotated[str, typer.Option(help="ours, peer, or all, which also writes the result.")]
+Part = Annotated[Literal["all", "ours", "peer"], typer.Option(help="ours, peer, or all, which also writes the result.")]
 Quick = Annotated[bool, typer.Option(help="Tiny budgets, to see that everything runs; results go to another file.")]
 
 
@@ -62,8 +62,7 @@ def search_command(threads: Threads = 2, quick: Quick = False, part: Part = "all
     """Find the best settings of both, with the same knobs and the same number of trials."""
     torch.set_num_threads(threads)
     budget = _budget(SEARCH_BUDGET, quick)
-    held, x = activations(budget)
-    data = Data(x, held, budget, PLACE, Log(FOLDER / f"{_search(quick)}.jsonl", PLACE.key))
+    data = _data(budget, quick)
     if part in ("all", "ours"):
         search_ours(data, report=typer.echo)
     if part in ("all", "peer"):
@@ -84,8 +83,7 @@ def run(threads: Threads = 2, quick: Quick = False, seeds: int = len(SEEDS)) -> 
         budget = replace(_budget(BUDGET, quick), seed=seed)
         path = WORK / f"{name}_{seed}.pt"
         if not path.exists():
-            held, x = activations(budget)
-            found = train_all(Data(x, held, budget, PLACE, Log(FOLDER / f"{_search(quick)}.jsonl", PLACE.key)), best)
+            found = train_all(_data(budget, quick), best)
             write_atomic(path, lambda temporary, found=found: torch.save(found, temporary))
         trained += torch.load(path, weights_only=False)  # our own file
         typer.echo(f"seed {seed}: {len(trained)} SAEs in all")
@@ -153,8 +151,7 @@ def evaluated(trained: Sequence[Trained], held: Tensor, windows: int = 240) -> l
             "recipe": one.recipe,
             **{str(name): value for name, value in row.items()},
             "seed": one.seed,
-            "alive": measure(one.arrays, held)["alive"],
-            "dense_share": measure(one.arrays, held)["dense_share"],
+            **{key: value for key, value in measure(one.arrays, held).items() if key in ("alive", "dense_share")},
             "seconds": round(one.seconds, 1),
             "settings": one.settings,
         }
@@ -168,6 +165,11 @@ def _budget(budget: Budget, quick: bool) -> Budget:
 
 def _name(quick: bool) -> str:
     return "quick_pareto" if quick else "pareto"
+
+
+def _data(budget: Budget, quick: bool) -> Data:
+    held, x = activations(budget)
+    return Data(x, held, budget, PLACE, Log(FOLDER / f"{_search(quick)}.jsonl", PLACE.key))
 
 
 def _search(quick: bool) -> str:

@@ -273,8 +273,8 @@ def settled(data: Data) -> dict[str, Any]:
 
     At an L0 between two searched ones, the settings found at both are tried.
     """
-    found: dict[str, Any] = {"ours": asdict(search_ours(data, report=_quiet)), "peer": {}}
-    searched = {(mode, t): search_peer(data, mode, t, report=_quiet) for mode in PEERS for t in TARGETS}
+    found: dict[str, Any] = {"ours": asdict(search_ours(data, report=quiet)), "peer": {}}
+    searched = {(mode, t): search_peer(data, mode, t, report=quiet) for mode in PEERS for t in TARGETS}
     for target in CURVE:
         nearest = sorted(TARGETS, key=lambda t, target=target: abs(math.log(t / target)))[:2]
         near = [t for t in nearest if abs(math.log(t / target)) < math.log(2.5)]
@@ -312,7 +312,7 @@ def train_all(data: Data, best: dict[str, Any]) -> list[Trained]:
     return trained
 
 
-def _quiet(line: str) -> None:
+def quiet(line: str) -> None:
     """Nothing to report: all runs are in the log already."""
 
 

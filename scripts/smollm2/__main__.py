@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -26,6 +26,7 @@ from benchmarks.recipe_search import (
     Log,
     OurSettings,
     chosen,
+    quiet,
     score_peer,
     search_ours,
     search_peer,
@@ -53,7 +54,7 @@ WIDTHS = 576 / 128
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 Work = Annotated[Path, typer.Option(help="Folder for downloads, model, tokens and activations.")]
 Threads = Annotated[int, typer.Option(help="Torch's threads.")]
-Part = Annotated[str, typer.Option(help="ours, peer, or all, which also writes the result.")]
+Part = Annotated[Literal["all", "ours", "peer"], typer.Option(help="ours, peer, or all, which also writes the result.")]
 Tokens = Annotated[int, typer.Option(help="Training tokens to harvest.")]
 DEFAULT_WORK = Path("build/smollm2")
 
@@ -86,12 +87,12 @@ def search_command(work: Work = DEFAULT_WORK, threads: Threads = 2, part: Part =
             _search_peer(data, before, target, typer.echo)
     if part == "all":
         best: dict[str, Any] = {
-            "ours": asdict(search_ours(data, start=start, stages=STAGES, report=_quiet)),
+            "ours": asdict(search_ours(data, start=start, stages=STAGES, report=quiet)),
             "peer": {},
         }
         for target in CURVE:
             nearest = min(TARGETS, key=lambda t, target=target: abs(math.log(t / target)))
-            settings, guess = _search_peer(data, before, nearest, _quiet)
+            settings, guess = _search_peer(data, before, nearest, quiet)
             value, coefficient = score_peer(data, settings, guess, target)
             best["peer"][f"{target:g}"] = {"settings": asdict(settings), "coefficient": coefficient, "fvu": value}
         typer.echo(store(SEARCH, best))
@@ -150,10 +151,6 @@ def _data(work: Path, budget: Budget) -> Data:
     """The stored activations: the first are for choosing settings, the rest for training."""
     x = load_activations(work / "activations")
     return Data(x[HELD_ROWS:], x[:HELD_ROWS], budget, PLACE, Log(FOLDER / f"{SEARCH}.jsonl", f"layer {LAYER}"))
-
-
-def _quiet(line: str) -> None:
-    """Nothing to report: all runs are in the log already."""
 
 
 if __name__ == "__main__":
