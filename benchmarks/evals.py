@@ -152,8 +152,6 @@ def gemma_2b(sizes: Wide, tokenizer: Any) -> tuple[Any, Any]:
         "attn_implementation": "eager",
     }
     hf_model = random_model(Gemma2Config(**settings))
-    # TransformerLens's embedding matrix includes the scale, so both models can share one only if it is 1.
-    hf_model.model.embed_tokens.embed_scale.fill_(1.0)
     ht = gs.load_model(hf_model=hf_model, tokenizer=tokenizer, backend="hooked_transformer", check=False)
     share(ht.blocks)
     peer = HookedSAETransformer(ht.cfg, tokenizer=tokenizer)

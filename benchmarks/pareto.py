@@ -1,7 +1,7 @@
 """Quality on the bundled model's residual stream: L0 against FVU and delta loss of this package's and SAELens's recipe.
 
 ``python -m benchmarks.pareto search`` searches for the best settings of both (two hours on one core; it resumes if
-stopped, and ``--part ours`` and ``--part peer`` can run side by side first). ``run`` trains both on the same
+stopped, and ``--part ours``, ``tanh`` and ``step`` can run side by side first). ``run`` trains both on the same
 activations with three seeds and evaluates them on the held-out text (an hour); ``evaluate`` evaluates again.
 ``figure`` draws ``docs/pareto.png`` from ``results/pareto.json``. The training text is that of the bundled model, which
 ``python scripts/train_bundled.py corpus`` and ``tokenizer`` make.
@@ -53,7 +53,10 @@ HELD_ROWS = 50_000
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 Threads = Annotated[int, typer.Option(help="Torch's threads.")]
-Part = Annotated[Literal["all", "ours", "peer"], typer.Option(help="ours, peer, or all, which also writes the result.")]
+Part = Annotated[
+    Literal["all", "ours", "tanh", "step"],
+    typer.Option(help="ours, one of SAELens's penalties, or all, which also writes the result."),
+]
 Quick = Annotated[bool, typer.Option(help="Tiny budgets, to see that everything runs; results go to another file.")]
 
 
@@ -64,9 +67,10 @@ def search_command(threads: Threads = 2, quick: Quick = False, part: Part = "all
     budget = _budget(SEARCH_BUDGET, quick)
     data = _data(budget, quick)
     if part in ("all", "ours"):
-        search_ours(data, report=typer.echo)
-    if part in ("all", "peer"):
-        for mode in PEERS:
+        for target in TARGETS:
+            search_ours(data, target, report=typer.echo)
+    for mode in PEERS:
+        if part in ("all", mode):
             for target in TARGETS:
                 search_peer(data, mode, target, report=typer.echo)
     if part == "all":

@@ -4,10 +4,9 @@ A search starts from good values and goes through :data:`STAGES`. Each stage tri
 knob; the best value is kept for the stages after it. Values of rates, bandwidths and thresholds are factors of what the
 settings have, so that they mean the same for both recipes, which measure activations in different units.
 
-- This package's preset ``fast`` follows the target L0 by a rule, so one set of knobs must serve all targets: the score
-  of a trial is the geometric mean of the FVU at :data:`TARGETS`.
-- SAELens's recipe has no such rule. It is searched at each of the targets by itself, for each of its penalties, and
-  may end with other settings at each.
+Both recipes are searched at each of :data:`TARGETS` by itself, SAELens's for each of its penalties, and may end with
+other settings at each. What this finds for this package is what the rule of its preset ``fast`` is made from; the final
+comparison trains both the preset and the settings found.
 
 A trial's FVU at a target is interpolated from runs on both sides of it (or the two nearest), on activations that no run
 trains on and that the final evaluation does not use. Coefficients of SAELens are adjusted for this; this package steers
@@ -178,33 +177,37 @@ def climb(
 
 
 def search_ours(
-    data: Data, *, start: OurSettings | None = None, stages: Stages = STAGES, report: Report = print
+    data: Data,
+    target: float,
+    *,
+    start: OurSettings | None = None,
+    stages: Stages = STAGES,
+    report: Report = print,
 ) -> OurSettings:
-    """The changes to ``fast`` that give the lowest geometric mean of the FVU at :data:`TARGETS`."""
+    """The changes to ``fast`` that give the lowest FVU at a target L0."""
 
     def score(settings: OurSettings) -> float:
-        points = curve_ours(data, settings)
-        values = [fvu_at(points, target) for target in TARGETS]
-        mean = math.exp(sum(math.log(value) for value in values) / len(values))
-        report(f"ours: FVU {mean:.4f} ({', '.join(f'{value:.4f}' for value in values)}) with {settings}")
-        return mean
+        value = score_ours(data, settings, target)
+        report(f"ours at {target:g}: FVU {value:.4f} with {settings}")
+        return value
 
     return climb(start or OurSettings(), changed_ours, score, stages)[0]
 
 
-def curve_ours(data: Data, settings: OurSettings) -> list[tuple[float, float]]:
-    """L0 and FVU of SAEs for all of :data:`CURVE`, trained together."""
-    recipes = {target: settings.recipe(data.x.shape[1], data.budget, target) for target in CURVE}
-    key = {"mode": "ours", "recipes": {f"{t:g}": asdict(one) for t, one in recipes.items()}, **asdict(data.budget)}
+def score_ours(data: Data, settings: OurSettings, target: float) -> float:
+    """FVU at the target L0, from two SAEs that are steered to L0s a tenth below and above it."""
+    recipe = settings.recipe(data.x.shape[1], data.budget, target)
+    key = {"mode": "ours", "target_l0": target, "recipe": asdict(recipe), **asdict(data.budget)}
 
     def train() -> dict[str, Any]:
+        recipes = {share * target: recipe for share in (0.9, 1.1)}
         trained = ours(data.x, recipes, data.budget, data.place)
         found = [measure(one.arrays, data.held) for one in trained]
         columns = {name: [row[name] for row in found] for name in found[0]}
         return {**columns, "seconds": round(sum(one.seconds for one in trained), 1)}
 
     row = data.log.run(key, train)
-    return list(zip(row["l0"], row["fvu"], strict=True))
+    return fvu_at(list(zip(row["l0"], row["fvu"], strict=True)), target)
 
 
 def search_peer(
@@ -269,39 +272,43 @@ def run_peer(data: Data, settings: PeerSettings, coefficient: float) -> dict[str
 
 
 def settled(data: Data) -> dict[str, Any]:
-    """The result of a finished search, from its log: our settings, and SAELens's best at every L0 of :data:`CURVE`.
+    """The result of a finished search, from its log: the best settings of both at every L0 of :data:`CURVE`.
 
     At an L0 between two searched ones, the settings found at both are tried.
     """
-    found: dict[str, Any] = {"ours": asdict(search_ours(data, report=quiet)), "peer": {}}
+    found: dict[str, Any] = {"ours": {}, "peer": {}}
+    own = {target: search_ours(data, target, report=quiet) for target in TARGETS}
     searched = {(mode, t): search_peer(data, mode, t, report=quiet) for mode in PEERS for t in TARGETS}
     for target in CURVE:
         nearest = sorted(TARGETS, key=lambda t, target=target: abs(math.log(t / target)))[:2]
         near = [t for t in nearest if abs(math.log(t / target)) < math.log(2.5)]
+        fvu, mine = min(((score_ours(data, own[t], target), own[t]) for t in near), key=lambda one: one[0])
+        found["ours"][f"{target:g}"] = {"settings": asdict(mine), "fvu": fvu}
         tried: list[tuple[float, float, PeerSettings]] = []
         for settings, guess in (searched[mode, t] for mode in PEERS for t in near):
             value, coefficient = score_peer(data, settings, guess, target)
             tried.append((value, coefficient, settings))
         value, coefficient, settings = min(tried, key=lambda one: one[0])
         found["peer"][f"{target:g}"] = {"settings": asdict(settings), "coefficient": coefficient, "fvu": value}
-    return found
+    return found | {"steps": data.budget.steps}
 
 
 def train_all(data: Data, best: dict[str, Any]) -> list[Trained]:
-    """Both recipes with the settings of a search, at every L0 of :data:`CURVE`, with the budget's seed.
+    """The preset and both recipes with the settings of a search, at every L0 of :data:`CURVE`, with the budget's seed.
 
     SAELens's coefficients are adjusted with seed 0, to an L0 below and one above each target, so that nothing is
     extrapolated.
     """
-    found = [OurSettings.from_json(best["ours"])]
-    found += [OurSettings()] if found[0] != OurSettings() else []  # the preset as it is
-    trained: list[Trained] = []
-    for settings, name in zip(found, ("ours", "ours, preset fast"), strict=False):
-        recipes = {t: settings.recipe(data.x.shape[1], data.budget, t) for t in CURVE}
-        trained += ours(data.x, recipes, data.budget, data.place, name)
+    width = data.x.shape[1]
+    preset = {t: OurSettings().recipe(width, data.budget, t) for t in CURVE}
+    searched = {
+        t: OurSettings.from_json(best["ours"][f"{t:g}"]["settings"]).recipe(width, data.budget, t) for t in CURVE
+    }
+    trained = ours(data.x, preset, data.budget, data.place, "ours")
+    trained += ours(data.x, searched, data.budget, data.place, "ours, best found")
     first = replace(data, budget=replace(data.budget, seed=0))
     for target, entry in ((float(key), entry) for key, entry in best["peer"].items()):
-        settings, guess = PeerSettings(**entry["settings"]), float(entry["coefficient"])
+        settings, guess = _for_length(first, target, entry, best["steps"])
         for goal in (0.85 * target, 1.15 * target):
 
             def train(coefficient: float, settings: PeerSettings = settings) -> float:
@@ -310,6 +317,19 @@ def train_all(data: Data, best: dict[str, Any]) -> list[Trained]:
             guess = coefficient_for(train, goal, guess, tries=3, close=0.08)
             trained.append(theirs(data.x, settings, guess, data.budget))
     return trained
+
+
+def _for_length(data: Data, target: float, entry: dict[str, Any], steps: int) -> tuple[PeerSettings, float]:
+    """SAELens's settings of a search with runs of ``steps`` steps for runs of the budget's length, and a coefficient.
+
+    The preset ``fast`` divides its rate by the root of the length; SAELens's recipe gets the better one of this and the
+    rate that was found.
+    """
+    found = PeerSettings(**entry["settings"])
+    slower = replace(found, lr=found.lr * math.sqrt(steps / data.budget.steps))
+    tried = [(*score_peer(data, one, float(entry["coefficient"]), target), one) for one in (found, slower)]
+    _, coefficient, settings = min(tried, key=lambda one: one[0])
+    return settings, coefficient
 
 
 def quiet(line: str) -> None:

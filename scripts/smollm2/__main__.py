@@ -27,6 +27,7 @@ from benchmarks.recipe_search import (
     OurSettings,
     chosen,
     quiet,
+    score_ours,
     score_peer,
     search_ours,
     search_peer,
@@ -79,23 +80,28 @@ def search_command(work: Work = DEFAULT_WORK, threads: Threads = 2, part: Part =
     torch.set_num_threads(threads)
     data = _data(work, SEARCH_BUDGET)
     before = chosen(BUNDLED)
-    start = OurSettings.from_json(before["ours"])
     if part in ("all", "ours"):
-        search_ours(data, start=start, stages=STAGES, report=typer.echo)
+        for target in TARGETS:
+            _search_ours(data, before, target, typer.echo)
     if part in ("all", "peer"):
         for target in TARGETS:
             _search_peer(data, before, target, typer.echo)
     if part == "all":
-        best: dict[str, Any] = {
-            "ours": asdict(search_ours(data, start=start, stages=STAGES, report=quiet)),
-            "peer": {},
-        }
+        best: dict[str, Any] = {"ours": {}, "peer": {}, "steps": data.budget.steps}
         for target in CURVE:
             nearest = min(TARGETS, key=lambda t, target=target: abs(math.log(t / target)))
+            own = _search_ours(data, before, nearest, quiet)
+            best["ours"][f"{target:g}"] = {"settings": asdict(own), "fvu": score_ours(data, own, target)}
             settings, guess = _search_peer(data, before, nearest, quiet)
             value, coefficient = score_peer(data, settings, guess, target)
             best["peer"][f"{target:g}"] = {"settings": asdict(settings), "coefficient": coefficient, "fvu": value}
         typer.echo(store(SEARCH, best))
+
+
+def _search_ours(data: Data, before: dict[str, Any], target: float, report: Callable[[str], Any]) -> OurSettings:
+    """This package's settings at a target, from the best ones on the bundled model at this L0."""
+    start = OurSettings.from_json(before["ours"][f"{target:g}"]["settings"])
+    return search_ours(data, target, start=start, stages=STAGES, report=report)
 
 
 def _search_peer(

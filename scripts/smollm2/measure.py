@@ -47,6 +47,7 @@ def evaluated(folder: Path, rows: Tensor, trained: Sequence[Trained]) -> list[di
             "loss_recovered": loss_recovered(clean, losses.mean(str(number)), zeroed),
             "loss_clean": clean,
             "tokens": len(x),
+            "seed": one.seed,
             "seconds": round(one.seconds, 1),
             "settings": one.settings,
         }

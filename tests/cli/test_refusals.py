@@ -101,7 +101,7 @@ CALLS = {
     "explain --llm x --answers folder.csv": "is a folder: name a file",
     "neuronpedia --latent 99999": "and not 99,999",
     "verify nowhere": "Unknown model",
-    "verify bundled --sample 0": "0 is not in the range",
+    "verify bundled --sample 0": "'--sample'",
     "verify bundled --site ress": "Nearest: res",
     "verify bundled --texts absent.txt": "does not exist",
     "verify bundled --offline --neuronpedia": "leave out --offline",
