@@ -142,6 +142,8 @@ class Site:
             the first (``"embedding"``), it is added to the residual stream inside its block (``"branch"``), or it
             passes the rest of attention first (``"attention"``). ``"nowhere"`` is for a tensor that is only read.
         description: one line that names the tensor.
+        folded_gain: name of the norm whose gain HookedTransformer's hook lacks, so that it is folded into a copy of the
+            encoder and of the skip while a coder is attached there; empty where the hook has the tensor.
 
     Raises:
         UnknownNameError: for an invalid ``side``, ``width_rule`` or ``joins``.
@@ -160,6 +162,7 @@ class Site:
     per_layer: bool = True
     bridge_out: str = ""
     hooked_transformer_out: str = ""
+    folded_gain: str = ""
 
     def __post_init__(self) -> None:
         for field, known in (("side", Side), ("width_rule", Width), ("joins", Joins)):
@@ -232,6 +235,9 @@ class Family:
         sizes: sizes of the released models, by the name of the base model.
         owner: account on the Hub that publishes the models.
         tuned_suffix: suffix that an instruction-tuned model adds to the name of its base model.
+        base_suffix: suffix that the Hub's name of a base model may have, such as ``-pt``; empty for none. The name
+            without it is the name of the model here.
+        hub_without_suffix: base models whose name on the Hub lacks the suffix.
         hooked_transformer_config: function from a Hugging Face configuration and its :class:`ModelDims` to the keyword
             arguments of a ``HookedTransformerConfig`` that are specific to the family.
         hooked_transformer_weights: ``"module:function"`` of the weight conversion in TransformerLens.
@@ -267,6 +273,8 @@ class Family:
     norm_after_attention: str | None
     turn_start: str
     turn_end: str
+    base_suffix: str = ""
+    hub_without_suffix: tuple[str, ...] = ()
     answer_role: str = "model"
     decoder: str = "model"
     query: str = "layers.{layer}.self_attn.q_proj"
@@ -291,8 +299,12 @@ class Family:
     @property
     def hub_ids(self) -> dict[str, str]:
         """The Hub's id of each released model, base and instruction-tuned, by the model's name."""
-        suffixes = ("", self.tuned_suffix)
-        return {f"{name}{suffix}": f"{self.owner}/{name}{suffix}" for name in self.sizes for suffix in suffixes}
+        ids: dict[str, str] = {}
+        for name in self.sizes:
+            suffix = "" if name in self.hub_without_suffix else self.base_suffix
+            ids[name] = f"{self.owner}/{name}{suffix}"
+            ids[f"{name}{self.tuned_suffix}"] = f"{self.owner}/{name}{self.tuned_suffix}"
+        return ids
 
     def site(self, name: str) -> Site:
         """The row of the site table with this name.
@@ -310,8 +322,13 @@ class Family:
 
     def base_name(self, model: str) -> str:
         """The name of the base model of a released model, base or instruction-tuned; any other name unchanged."""
-        base = model.removesuffix(self.tuned_suffix)
+        base = self.plain_name(model).removesuffix(self.tuned_suffix)
         return base if base in self.sizes else model
+
+    def plain_name(self, model: str) -> str:
+        """The name of a released model without ``base_suffix``; any other name unchanged."""
+        plain = model.removesuffix(self.base_suffix) if self.base_suffix else model
+        return plain if plain in self.sizes else model
 
     def dims_of(self, model: str) -> ModelDims | None:
         """The sizes of a released model, base or instruction-tuned; None for any other name."""
