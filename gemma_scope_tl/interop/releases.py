@@ -12,9 +12,13 @@ import torch
 from sae_lens.loading import pretrained_sae_loaders, pretrained_saes_directory
 from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
-from gemma_scope_tl.registry.catalog import header_of, load_release, releases, resolve
+from gemma_scope_tl.families import hub_ids
+from gemma_scope_tl.registry.catalog import header_of, releases, resolve, rows_of
+from gemma_scope_tl.registry.schema import SAERow
 
 LOADER_NAME = "gemma_scope_tl"
+PREFIX = f"{LOADER_NAME}/"
+"""What precedes the name of a release that SAELens has too."""
 _RELEASE_KEY = "gemma_scope_tl_release"
 _UNKNOWN = float("nan")  # SAELens expects a number, and 0.0 or 1.0 would look like a measurement
 
@@ -29,24 +33,46 @@ def register_with_sae_lens() -> list[str]:
     this package's classes would also be used for other releases. (For thresholds that stay float32 in a bfloat16 SAE,
     and for pickling, use ``gemma_scope_tl.JumpReLUSAE.from_pretrained``.)
 
-    **Names that SAELens already has are not changed.** Among them are Google's Gemma Scope releases, which SAELens
-    continues to load with its own loader. That loader does not scale ``b_dec`` of the embedding SAEs and checks no
-    hash; use ``gemma_scope_tl.JumpReLUSAE.from_pretrained`` for these.
+    **Names that SAELens already has are not changed**, and SAELens continues to load them with its own loaders. Among
+    them are Google's releases. They are added under another name, ``gemma_scope_tl/`` and the name of the release, so
+    that ``SAE.from_pretrained("gemma_scope_tl/gemma-scope-2-1b-pt-transcoders", id)`` loads through this package.
+
+    What stays wrong under SAELens's own names (SAELens 6.54):
+
+    - The ``b_dec`` of Gemma Scope's embedding SAEs is not scaled, and no hash is checked.
+    - All transcoders of Gemma Scope 2 name the hook ``hook_mlp_in``, which never fires. SAELens then takes the MLP's
+      *output* for their input, without a word.
+    - Attention SAEs of Gemma Scope 2 have no ``hook_z`` reshaping, so ``HookedSAETransformer`` raises.
+
+    What stays wrong under all names, because it is in SAELens's models and not in its directory:
+
+    - The input of Gemma Scope 2's transcoders lies behind the gain of the pre-MLP norm, where ``HookedTransformer`` has
+      no hook. The metadata name the bridge's hook, so ``SAETransformerBridge`` is right, and ``HookedSAETransformer``
+      logs that it found no hook and leaves the transcoder out. ``gemma_scope_tl.load_model`` splices on both.
+    - SAELens's splices leave out the skip connection of affine transcoders on both models; calling the transcoder
+      itself (``transcoder(x)``) is right.
+
+    Of the other metadata, ``prepend_bos`` and ``context_size`` are those of the evaluations in the technical reports
+    (rows of 1,024 tokens that begin with BOS), not records of training. ``model_name`` is a name that TransformerLens
+    has.
 
     Another call updates the entries from the registry. Ids are loaded from the current registry, but SAELens accepts
     only the ids that existed at the last call.
 
     Returns:
-        The names that now load through this package, in natural order; a ``-canonical`` name has the canonical ids.
+        The names that now load through this package: first the releases' own, then those with the prefix, in natural
+        order. A ``-canonical`` name has the canonical ids.
     """
     pretrained_sae_loaders.NAMED_PRETRAINED_SAE_LOADERS[LOADER_NAME] = load_for_sae_lens
     pretrained_sae_loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS[LOADER_NAME] = config_for_sae_lens
     directory = pretrained_saes_directory.get_pretrained_saes_directory()
     for name in [name for name, entry in directory.items() if entry.conversion_func == LOADER_NAME]:
         del directory[name]
-    free = [name for name in releases(canonical=True) if name not in directory]
-    directory.update({name: _lookup(name) for name in free})
-    return free
+    known = releases(canonical=True)
+    names = {name: name for name in known if name not in directory}
+    names |= {f"{PREFIX}{name}": name for name in known if name in directory}
+    directory.update({added: _lookup(added, name) for added, name in names.items()})
+    return list(names)
 
 
 def load_for_sae_lens(
@@ -72,6 +98,7 @@ def load_for_sae_lens(
     sae = load_row(row, device=device, dtype=overrides.get("dtype", "float32"))
     overrides.pop("neuronpedia_id", None)  # the metadata contain the row's id
     cfg = {**sae.cfg.to_dict(), **overrides, "device": device}
+    cfg["metadata"] = {**cfg["metadata"], **_names_for_sae_lens(row)}
     return cfg, dict(sae.state_dict()), None
 
 
@@ -86,15 +113,30 @@ def config_for_sae_lens(
     return load_for_sae_lens(repo_id, folder_name, device, force_download, cfg_overrides)[0]
 
 
-def _lookup(name: str) -> PretrainedSAELookup:
-    release, only_canonical = load_release(name), header_of(name).release != name
-    rows = [row for row in release.rows if row.canonical or not only_canonical]
+def _names_for_sae_lens(row: SAERow) -> dict[str, Any]:
+    """The metadata that differ for SAELens's models: a name of the model, and a hook that holds the tensor itself."""
+    names: dict[str, Any] = {"model_name": _model_name(row.model)}
+    site = row.model_family.site(row.site)
+    if site.folded_gain:
+        names["hook_name"] = site.hook_name(row.layer, "bridge")
+    return names
+
+
+def _model_name(model: str) -> str:
+    """The Hub's name of a released model without the publisher, which TransformerLens has; other names unchanged."""
+    return hub_ids().get(model, model).rpartition("/")[2]
+
+
+def _lookup(added: str, name: str) -> PretrainedSAELookup:
+    header = header_of(name)
+    only_canonical = header.release != name
+    rows = [row for row in rows_of(header) if row.canonical or not only_canonical]
     ids = {} if only_canonical else {row.id: row for row in rows}
     ids |= {row.canonical_id: row for row in rows if row.canonical_id}
     return PretrainedSAELookup(
-        release=name,
-        repo_id=release.rows[0].repo,
-        model=release.model,
+        release=added,
+        repo_id=rows[0].repo,
+        model=_model_name(header.model),
         conversion_func=LOADER_NAME,
         saes_map={id_: id_ for id_ in ids},  # SAELens passes the value to the loader as folder_name
         expected_var_explained=dict.fromkeys(ids, _UNKNOWN),

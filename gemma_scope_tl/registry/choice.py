@@ -43,7 +43,7 @@ def _of_kind(rows: Sequence[SAERow], affine: bool | None, seed: int | None) -> l
     """The rows with or without a skip connection, and with this seed."""
     if affine not in (None, True, False):
         raise unknown_name("affine", affine, ["True", "False", "None"])
-    kept = [row for row in rows if affine in (None, row.affine)]
+    kept = [row for row in rows if affine in (None, bool(row.affine))]
     if not kept:
         which = "with a skip connection (affine)" if affine else "without a skip connection: all are affine"
         raise UnknownNameError(f"{place_of(rows[0])} has no coder {which}. Omit affine=, or give affine={not affine}.")

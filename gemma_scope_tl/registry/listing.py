@@ -40,7 +40,7 @@ COLUMNS = {
     "neuronpedia_warning": "string",
     "unverified": "bool",
     "label": "string",
-    "affine": "bool",
+    "affine": "boolean",
     "seed": "Int64",
     "series": "string",
 }
@@ -147,7 +147,7 @@ def select_rows(
         and (layers is None or row.layer in layers)
         and (widths is None or row.width in widths)
         and (labels is None or row.label in labels)
-        and (affine is None or row.affine == affine)
+        and affine in (None, bool(row.affine))
         and (seeds is None or row.seed in seeds)
         and (pattern is None or _matches(row, canonical_release, pattern))
     ]

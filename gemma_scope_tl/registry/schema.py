@@ -94,7 +94,8 @@ class SAEEntry(BaseModel):
         l0: mean number of active latents, from the folder name, or the target of a labelled SAE; null when it is not
             known.
         label: ``small``, ``medium`` or ``big``, where the release names its target L0s in this way.
-        affine: whether a transcoder has a skip connection, an affine map from its input to its output.
+        affine: whether a transcoder has a skip connection, an affine map from its input to its output; null where the
+            release does not say, and for SAEs.
         seed: the seed in the name of a further training run of the same SAE; null for the SAE without one.
         path: folder inside the repository that holds the weights file.
         neuronpedia: ``model/layer-source`` where Neuronpedia has a dashboard.
@@ -118,7 +119,7 @@ class SAEEntry(BaseModel):
     d_out: Annotated[int, Field(gt=0)] | None = None
     l0: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     label: Label | None = None
-    affine: bool = False
+    affine: bool | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     path: RelativePath
     neuronpedia: RelativePath | None = None
@@ -168,7 +169,7 @@ class SAEEntry(BaseModel):
 
     @field_validator("affine", mode="after")
     @classmethod
-    def _affine_suits_site(cls, affine: bool, info: ValidationInfo) -> bool:
+    def _affine_suits_site(cls, affine: bool | None, info: ValidationInfo) -> bool | None:
         site = info.data.get("site")
         if affine and site is not None and not get_site(site).is_transcoder:
             raise ValueError(f"an SAE of site {site!r} has no skip connection: only transcoders are affine")

@@ -28,7 +28,7 @@ HOW_TO_FINISH = (
     "factor in its activation_scaler.json unless that is null; sae.save_inference_model(folder)."
 )
 CONTEXT_SIZE = 1024
-# SAELens evaluates an SAE on the data set that its metadata names; this is the data set of Google's releases.
+# SAELens evaluates an SAE on the data set that its metadata names; this is the data set of Google's first releases.
 _GEMMA_SCOPE, _TEXT = "google/gemma-scope", "monology/pile-uncopyrighted"
 _FAMILY = "family"  # the metadata key for a family that does not follow from the name of the model
 _ROW_FIELDS = ("release", "id", "width", "l0")
@@ -142,7 +142,7 @@ class Identity:
                 written = site.hook_name_out(layer, "hooked_transformer")
                 fields |= {"hook_name_out": written, "hook_head_index_out": None}
         if self.row is not None:
-            if self.row.repo.startswith(_GEMMA_SCOPE):
+            if self.row.format == "gemma-scope" and self.row.repo.startswith(_GEMMA_SCOPE):
                 fields.setdefault("dataset_path", _TEXT)
             fields |= {name: getattr(self.row, name) for name in _ROW_FIELDS}
             fields["neuronpedia_id"] = self.row.neuronpedia

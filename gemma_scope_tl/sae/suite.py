@@ -71,7 +71,7 @@ def load_suite(
         row
         for header in catalog.releases_of(catalog.checked_model(model), release, series)
         for row in catalog.rows_of(header)
-        if row.width == label and affine in (None, row.affine) and (l0 not in LABELS or row.label == l0)
+        if row.width == label and affine in (None, bool(row.affine)) and (l0 not in LABELS or row.label == l0)
     ]
     layers = layers if isinstance(layers, (str, int)) else list(layers)
     keys = [key for site in ([sites] if isinstance(sites, str) else sites) for key in _keys(site, layers, candidates)]

@@ -115,9 +115,13 @@ def _densest(data: Any, recipe: str = "ours") -> Any:
     return max((p for p in data["points"] if p["recipe"] == recipe), key=lambda point: point["l0"])
 
 
-def _released(rows: Any) -> int:
-    """The SAEs of the registry that are not bundled, without those that it marks as not verified yet."""
-    return int((~rows["model"].str.startswith("bundled") & ~rows["unverified"]).sum())
+def _released(layout: str) -> Callable[[Any], int]:
+    """The SAEs of the registry in one layout that are not bundled, without those marked as not verified yet."""
+
+    def value(rows: Any) -> int:
+        return int((~rows["model"].str.startswith("bundled") & ~rows["unverified"] & (rows["format"] == layout)).sum())
+
+    return value
 
 
 def _picture(record: Any) -> str:
@@ -126,7 +130,11 @@ def _picture(record: Any) -> str:
 
 
 NUMBERS: dict[str, Number] = {
-    "registry.released": Number("pretrained_yaml", _released, "{:,}"),
+    "registry.released": Number("pretrained_yaml", _released("gemma-scope"), "{:,}"),
+    "registry.released.second": Number("pretrained_yaml", _released("gemma_scope_2"), "{:,}"),
+    "registry.unverified.second": Number(
+        "pretrained_yaml", lambda rows: int((rows["unverified"] & (rows["format"] == "gemma_scope_2")).sum())
+    ),
     "registry.bundled": Number("pretrained_yaml", lambda rows: int((rows["model"] == "bundled").sum())),
     "registry.canonical.lowest": Number("pretrained_yaml", _canonical(np.min), "{:.0f}"),
     "registry.canonical.highest": Number("pretrained_yaml", _canonical(np.max), "{:.0f}"),

@@ -221,8 +221,8 @@ def _row(spec: Spec, path: str, id_: str) -> Row:
         "label": match["label"],
         "path": path,
     }
-    if match["affine"]:
-        row["affine"] = True
+    if site.is_transcoder:
+        row["affine"] = match["affine"] is not None
     if match["seed"]:
         row["seed"] = int(match["seed"])
     return row
@@ -249,7 +249,7 @@ def _neuronpedia(
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    return row["layer"], row["d_sae"], row["l0"], "affine" in row, row.get("seed", -1)
+    return row["layer"], row["d_sae"], row["l0"], row.get("affine", False), row.get("seed", -1)
 
 
 def _head(spec: Spec, missing: int) -> dict[str, object]:
