@@ -12,8 +12,6 @@ import torch
 from sae_lens import SAETransformerBridge
 from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_CONFIG_GETTERS, NAMED_PRETRAINED_SAE_LOADERS
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 import gemma_scope_tl as gs
@@ -72,13 +70,9 @@ def hf() -> Any:
 @pytest.fixture(scope="module")
 def bridge(hf: Any) -> Any:
     """Stock SAELens's bridge on that model."""
-    config = build_bridge_config_from_hf(hf.config, "Gemma3ForCausalLM", "gemma-3", torch.float32)
-    adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
-    adapter.cfg.device = "cpu"
-    hf = copy.deepcopy(hf)  # the bridge replaces its modules
-    adapter.prepare_model(hf)
-    adapter.cfg.tokenizer_prepends_bos, adapter.cfg.tokenizer_appends_eos = True, False
-    return SAETransformerBridge(hf, adapter, AutoTokenizer.from_pretrained(BUNDLED_MODEL)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+    copied = copy.deepcopy(hf)  # the bridge replaces modules
+    return SAETransformerBridge.boot_transformers("google/gemma-3-1b-pt", hf_model=copied, tokenizer=tokenizer).eval()
 
 
 def stock(kind: str, id_: str) -> Any:
