@@ -111,6 +111,8 @@ def test_stock_splices_with_our_metadata_read_and_write_the_right_tensors(kind: 
     at = f"layer_{LAYER}_width_16k_l0_small"
     sae = stock(kind, f"transcoder/{at}" if kind == "transcoders" else at)
     ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        clean = hf(ids).logits
     layer, seen = hf.model.layers[LAYER], {}
 
     def output(module: Any, args: Any, out: Any) -> Any:
@@ -132,7 +134,6 @@ def test_stock_splices_with_our_metadata_read_and_write_the_right_tensors(kind: 
             layer.post_feedforward_layernorm.register_forward_hook(lambda *_: sae(seen["x"])),
         ]
     with torch.no_grad():
-        clean = hf(ids).logits
         wanted = _with(handles, lambda: hf(ids).logits)
         assert torch.allclose(bridge(ids), clean, atol=2e-5)
         with bridge.saes(saes=[sae]):
