@@ -12,6 +12,7 @@ from typing import Any
 from gemma_scope_tl.errors import AdapterError, GemmaScopeError, unknown_name
 from gemma_scope_tl.families.base import BACKENDS, Backend, Family, ModelDims, ModelSizes, Place, Site
 from gemma_scope_tl.families.gemma2 import GEMMA2
+from gemma_scope_tl.families.gemma3 import GEMMA3
 
 __all__ = [
     "BACKENDS",
@@ -113,3 +114,4 @@ def hub_ids() -> dict[str, str]:
 
 
 register_family(GEMMA2)
+register_family(GEMMA3)

@@ -142,6 +142,8 @@ class Site:
             the first (``"embedding"``), it is added to the residual stream inside its block (``"branch"``), or it
             passes the rest of attention first (``"attention"``). ``"nowhere"`` is for a tensor that is only read.
         description: one line that names the tensor.
+        folded_gain: the norm, by its name in TransformerLens, whose gain the tensor has on the bridge but not at the
+            hook of HookedTransformer, where the gain must be folded into what reads it; empty for all other sites.
 
     Raises:
         UnknownNameError: for an invalid ``side``, ``width_rule`` or ``joins``.
@@ -160,6 +162,7 @@ class Site:
     per_layer: bool = True
     bridge_out: str = ""
     hooked_transformer_out: str = ""
+    folded_gain: str = ""
 
     def __post_init__(self) -> None:
         for field, known in (("side", Side), ("width_rule", Width), ("joins", Joins)):
@@ -245,6 +248,7 @@ class Family:
         turn_start, turn_end: special tokens at the start and end of a turn of a chat.
         answer_role: the name of the model's own turns in a chat.
         gated: whether downloading the weights from the Hub requires accepting a licence.
+        base_suffix: suffix that the Hub may add to the name of a base model; the names here lack it.
 
     Raises:
         UnknownNameError: for a site that writes a site which is not in the table.
@@ -276,6 +280,7 @@ class Family:
     )
     final_norm: str = "norm"
     gated: bool = True
+    base_suffix: str = ""
 
     def __post_init__(self) -> None:
         for site in self.sites.values():
@@ -311,6 +316,7 @@ class Family:
     def base_name(self, model: str) -> str:
         """The name of the base model of a released model, base or instruction-tuned; any other name unchanged."""
         base = model.removesuffix(self.tuned_suffix)
+        base = base.removesuffix(self.base_suffix) if base == model else base
         return base if base in self.sizes else model
 
     def dims_of(self, model: str) -> ModelDims | None:
