@@ -149,8 +149,8 @@ class LoadingMixin(_Base):
             path: the folder, or the ``params.npz`` or ``.safetensors`` file.
             model: the name of a model; or a model or its config, whose sizes are then checked against the file.
             site, layer: the place of the SAE. SAELens's layout and ``config.json`` contain it. Other files do not:
-                encoding and decoding work without it, but splicing needs it. With ``site="embedding"`` an npz is rescaled
-                (:func:`~gemma_scope_tl.sae.units.scale_embedding`).
+                encoding and decoding work without it, but splicing needs it. With ``site="embedding"`` an npz is
+                rescaled (:func:`~gemma_scope_tl.sae.units.scale_embedding`).
             device, dtype: as for :meth:`from_pretrained`.
 
         Raises:

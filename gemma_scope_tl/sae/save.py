@@ -1,4 +1,4 @@
-"""Writing of SAEs in the layouts of Gemma Scope, Gemma Scope 2 and SAELens, so that tools for these layouts can read them."""
+"""Writing of SAEs in the layouts of Gemma Scope, Gemma Scope 2 and SAELens, so that tools for them can read them."""
 
 from __future__ import annotations
 

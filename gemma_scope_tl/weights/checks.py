@@ -177,6 +177,9 @@ def check_skip(names: Iterable[str], source: str, expected: Expected | None = No
         WeightsError: when it has one and should not, or the reverse.
     """
     has = any(name in SKIP_KEYS for name in names)
+    if expected is not None and has and expected.transcoder is False:
+        what = f"has a skip connection, which an SAE at the site according to {expected.said_by} does not have"
+        raise weights_error(source, what, _WRONG_SAE)
     if expected is not None and expected.skip not in (None, has):
         what = "has a skip connection, should have none" if has else f"lacks {SKIP_KEYS[1]} (the skip connection)"
         raise weights_error(source, f"{what} according to {expected.said_by}", _WRONG_SAE)
