@@ -6,12 +6,12 @@ site       tensor                                  HookedTransformer hook       
 res        residual stream after the MLP           ``blocks.L.hook_resid_post``       ``blocks.L.hook_out``
 mlp        MLP output after the post-MLP RMSNorm   ``blocks.L.hook_mlp_out``          ``blocks.L.ln2_post.hook_out``
 att        heads, concatenated, before W_O         ``blocks.L.attn.hook_z``           ``blocks.L.attn.o.hook_in``
-transcoder in: pre-MLP RMSNorm with its gain       none                               ``blocks.L.ln2.hook_out``
+transcoder in: pre-MLP RMSNorm with its gain       ``blocks.L.mlp.hook_in``           ``blocks.L.ln2.hook_out``
            out: the mlp site                       ``blocks.L.hook_mlp_out``          ``blocks.L.ln2_post.hook_out``
 ========== ======================================= ================================== ============================
 
-No hook of HookedTransformer holds the tensor that a transcoder reads. The site names ``blocks.L.ln2.hook_normalized``
-there, the same tensor without the gain, which must be folded into the transcoder (``folded_gain``).
+A stock HookedTransformer has no hook on the tensor that a transcoder reads; SAELens adds ``mlp.hook_in``, which on the
+bridge has the values of ``ln2.hook_out``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SITES = (
     Site(
         name="transcoder",
         bridge="blocks.{layer}.ln2.hook_out",
-        hooked_transformer="blocks.{layer}.ln2.hook_normalized",
+        hooked_transformer="blocks.{layer}.mlp.hook_in",
         bridge_out=GEMMA2.sites["mlp"].bridge,
         hooked_transformer_out=GEMMA2.sites["mlp"].hooked_transformer,
         module="layers.{layer}.pre_feedforward_layernorm",

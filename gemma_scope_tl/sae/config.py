@@ -13,7 +13,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUSkipTranscoderConfig, JumpReLUTranscoderConfig
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError, WeightsError
-from gemma_scope_tl.families import Backend, Family, families, family_of_model
+from gemma_scope_tl.families import Family, families, family_of_model
 from gemma_scope_tl.sites import ModelDims, site_of_hook
 from gemma_scope_tl.weights.checks import Expected
 from gemma_scope_tl.weights.coder_config import place_of_modules
@@ -104,7 +104,7 @@ class Identity:
             return self
         try:
             site, layer = site_of_hook(hook, out)
-        except UnknownNameError:
+        except (UnknownNameError, SpliceError):
             return self._placed_by_modules()
         return replace(self, site=site.name, layer=layer) if site.name in self.family.sites else self
 
@@ -129,8 +129,6 @@ class Identity:
     def sae_lens_metadata(self) -> SAEMetadata:
         """SAELens's metadata, with hook names of ``HookedTransformer``, as SAELens uses them.
 
-        A site whose tensor no hook of ``HookedTransformer`` holds gets the hook names of the bridge.
-
         Raises:
             SpliceError: when a site that exists in every layer is given without a layer.
         """
@@ -151,11 +149,10 @@ class Identity:
             site = self.family.site(self.site)
             layer = self.layer if site.per_layer else None
             fields |= {"site": self.site, "layer": layer, "hook_layer": layer}
-            # where no hook of HookedTransformer holds the tensor, its nearest hook would be read without a word
-            backend: Backend = "bridge" if site.folded_gain else "hooked_transformer"
-            fields["hook_name"] = site.hook_name(layer, backend)
+            fields["hook_name"] = site.hook_name(layer, "hooked_transformer")
             if site.is_transcoder:
-                fields |= {"hook_name_out": site.hook_name_out(layer, backend), "hook_head_index_out": None}
+                written = site.hook_name_out(layer, "hooked_transformer")
+                fields |= {"hook_name_out": written, "hook_head_index_out": None}
         if self.row is not None:
             if self.row.repo.startswith(_GEMMA_SCOPE):
                 fields.setdefault("dataset_path", _TEXT)

@@ -207,10 +207,10 @@ def test_sae_lens_format_both_ways(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_saved_transcoder_names_the_hook_behind_the_gain(tmp_path: Path) -> None:
-    """HookedTransformer has no hook with the gain; its ``ln2.hook_normalized`` would be read without a word."""
+    """``mlp.hook_in`` is on both backends of SAELens; ``hook_mlp_in``, which SAELens names, is another tensor."""
     ours = JumpReLUSAE.from_folder(KINDS["affine"].write(tmp_path))
     metadata = ours.cfg.metadata
-    assert (metadata.hook_name, metadata.hook_name_out) == ("blocks.13.ln2.hook_out", "blocks.13.ln2_post.hook_out")
+    assert (metadata.hook_name, metadata.hook_name_out) == ("blocks.13.mlp.hook_in", "blocks.13.hook_mlp_out")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -256,7 +256,7 @@ def test_without_a_config_the_user_says_the_place(tmp_path: Path) -> None:
     plain = JumpReLUSAE.from_folder(folder)
     assert (plain.site, plain.layer, type(plain)) == (None, None, JumpReLUSkipTranscoder)
     sae = JumpReLUSAE.from_folder(folder, "google/gemma-3-1b-pt", "transcoder", 4)
-    assert (sae.site, sae.layer, sae.cfg.metadata.hook_name) == ("transcoder", 4, "blocks.4.ln2.hook_out")
+    assert (sae.site, sae.layer, sae.cfg.metadata.hook_name) == ("transcoder", 4, "blocks.4.mlp.hook_in")
     with pytest.raises(WeightsError, match="has a skip connection, which an SAE"):
         gs.JumpReLUTranscoder.from_folder(folder, "gemma-3-1b", "res", 4)
 

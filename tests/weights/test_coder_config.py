@@ -186,7 +186,7 @@ def test_keys_that_are_missing_or_unknown(tmp_path: Path) -> None:
     hooks = {key: value for key, value in made.config.items() if key.startswith("hf")}
     sae = JumpReLUSAE.from_folder(made.write(tmp_path, {**hooks, "new_key": [1, {"a": None}]}))
     assert (sae.site, sae.layer, sae.model_name) == ("transcoder", LAYER, None)
-    assert sae.cfg.metadata.hook_name == f"blocks.{LAYER}.ln2.hook_out"
+    assert sae.cfg.metadata.hook_name == f"blocks.{LAYER}.mlp.hook_in"
     assert JumpReLUSAE.from_folder(made.write(tmp_path, {})).site is None
 
 
@@ -210,10 +210,11 @@ def test_names_of_models_are_repaired(written: str, name: str, tmp_path: Path) -
 
 def test_what_the_user_says_is_compared(tmp_path: Path) -> None:
     folder = KINDS["res"].write(tmp_path)
-    for given, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"site": "mlp"}, "has site res, but site='mlp'"),
         ({"layer": 12}, "layer 13, but layer=12"),
-    ):
+    ]
+    for given, message in cases:
         with pytest.raises(WeightsError, match=message):
             JumpReLUSAE.from_folder(folder, **given)
     tuned = JumpReLUSAE.from_folder(folder, "google/gemma-3-1b-it", "res", 13)  # base SAEs are used with tuned models
