@@ -50,8 +50,7 @@ def export_suite(
 ) -> list[Path]:
     """Write SAEs as repositories: weights, model card and registry file.
 
-    A ``params.npz`` or ``params.safetensors`` of the same layout is copied byte for byte; other files are written by
-    :func:`save_sae`. Running an interrupted
+    Files of the same layout are copied byte for byte; others are written by :func:`save_sae`. Running an interrupted
     export again completes it.
 
     Args:
