@@ -16,6 +16,7 @@ from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError
 from gemma_scope_tl.families import Family, families, family_of_model
 from gemma_scope_tl.sites import ModelDims, site_of_hook
 from gemma_scope_tl.weights.checks import Expected
+from gemma_scope_tl.weights.coder_config import place_of_modules
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -30,7 +31,7 @@ HOW_TO_FINISH = (
 CONTEXT_SIZE = 1024
 # SAELens evaluates an SAE on the data set that its metadata names; this is the data set of Google's first releases.
 _GEMMA_SCOPE, _TEXT = "google/gemma-scope", "monology/pile-uncopyrighted"
-_FAMILY = "family"  # the metadata key for a family that does not follow from the name of the model
+FAMILY = "family"  # the metadata key for a family that does not follow from the name of the model
 _ROW_FIELDS = ("release", "id", "width", "l0")
 
 
@@ -88,7 +89,7 @@ class Identity:
             return self.of_model
         if self.row is not None:
             return self.row.model_family
-        named = {family.name: family for family in families()}.get(str(self.metadata.get(_FAMILY)))
+        named = {family.name: family for family in families()}.get(str(self.metadata.get(FAMILY)))
         return named or self._family_of_name
 
     @property
@@ -103,9 +104,20 @@ class Identity:
             return self
         try:
             site, layer = site_of_hook(hook, out)
-        except UnknownNameError:
-            return self
+        except (UnknownNameError, SpliceError):
+            return self._placed_by_modules()
         return replace(self, site=site.name, layer=layer) if site.name in self.family.sites else self
+
+    def _placed_by_modules(self) -> Identity:
+        """As :meth:`placed`, by the names of Hugging Face's modules that SAELens keeps of some releases.
+
+        SAELens names ``blocks.L.hook_mlp_in`` for transcoders that read another tensor, which these names tell.
+        """
+        reads, writes = self.metadata.get("hf_hook_name"), self.metadata.get("hf_hook_name_out")
+        if not isinstance(reads, str) or not isinstance(writes, str | None):
+            return self
+        found = place_of_modules(reads, writes, self.family)
+        return self if found is None else replace(self, site=found[0].name, layer=found[1])
 
     @property
     def reads_heads(self) -> bool:
@@ -132,7 +144,7 @@ class Identity:
         if self.model is not None:
             fields["model_name"] = self.model
         if self.family.name != self._family_of_name.name:
-            fields[_FAMILY] = self.family.name
+            fields[FAMILY] = self.family.name
         if self.site is not None:
             site = self.family.site(self.site)
             layer = self.layer if site.per_layer else None
@@ -191,13 +203,14 @@ def expected_sizes(model: Any, site: str | None, layer: int | None) -> Expected:
         spec.check_layer(layer, dims)
     except SpliceError as error:
         raise WeightsError(str(error)) from error
-    return Expected(spec.d_in(dims), None, family.d_out(site, dims), spec.is_transcoder, "the model")
+    return Expected(spec.d_in(dims), None, family.d_out(site, dims), spec.is_transcoder, said_by="the model")
 
 
 def expected_of_row(row: SAERow) -> Expected:
     """The sizes in a registry row."""
     transcoder = row.model_family.site(row.site).is_transcoder
-    return Expected(row.d_in, row.d_sae, row.d_out or row.d_in, transcoder, f"the registry ({row.release}/{row.id})")
+    said_by = f"the registry ({row.release}/{row.id})"
+    return Expected(row.d_in, row.d_sae, row.d_out or row.d_in, transcoder, row.affine, said_by)
 
 
 def _config_of(model: Any) -> Any:
