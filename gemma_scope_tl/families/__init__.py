@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_scope_tl.errors import AdapterError, GemmaScopeError, unknown_name
-from gemma_scope_tl.families.base import BACKENDS, Backend, Family, ModelDims, ModelSizes, Place, Site
+from gemma_scope_tl.families.base import BACKENDS, Backend, Family, ModelDims, ModelSizes, Place, Site, Wrapper
 from gemma_scope_tl.families.gemma2 import GEMMA2
+from gemma_scope_tl.families.gemma3 import GEMMA3
 
 __all__ = [
     "BACKENDS",
@@ -21,12 +22,14 @@ __all__ = [
     "ModelSizes",
     "Place",
     "Site",
+    "Wrapper",
     "families",
     "family_named",
     "family_of_config",
     "family_of_model",
     "forget_family",
     "hub_ids",
+    "plain_name",
     "register_family",
 ]
 
@@ -112,4 +115,19 @@ def hub_ids() -> dict[str, str]:
     return {name: hub_id for family in families() for name, hub_id in family.hub_ids.items()}
 
 
+def plain_name(model: str) -> str:
+    """The registry's name of a released model, without its publisher and without a suffix of base models.
+
+    >>> plain_name("google/gemma-3-1b-pt"), plain_name("gemma-3-1b-it"), plain_name("someone/gemma-2-2b")
+    ('gemma-3-1b', 'gemma-3-1b-it', 'someone/gemma-2-2b')
+    """
+    for family in families():
+        owner, _, short = model.rpartition("/")
+        name = family.plain_name(short)
+        if owner in ("", family.owner) and family.base_name(name) in family.sizes:
+            return name
+    return model
+
+
 register_family(GEMMA2)
+register_family(GEMMA3)

@@ -78,6 +78,20 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         if "family" not in vars(self):  # pickled before there were families: of the one that was known then
             self.family = families()[0]
 
+    def check_keeps_gains(self, method: str, folds: bool) -> None:
+        """Raise when the weights are to be processed so that a site's tensor would lose the gain of its norm.
+
+        Raises:
+            SpliceError: when ``folds`` and the family has such a site.
+        """
+        sites = [site.name for site in self.family.sites.values() if site.folded_gain]
+        if folds and sites:
+            raise SpliceError(
+                f"{method} would fold the gains of norms into the next matrices, but site {sites[0]!r} of "
+                f"{self.family.title} is the output of a norm with its gain: give fold_ln=False, and everything at this "
+                "site stays right."
+            )
+
     def _watch(self) -> None:
         """Report the inputs of the model to the token tracker."""
         raise NotImplementedError  # pragma: no cover - an abstract method
