@@ -105,7 +105,9 @@ def test_a_given_wrapper_is_hooked_in_place_without_a_copy() -> None:
     pointers = {weight.data_ptr() for weight in decoder_of(hf).parameters()}
     hf.generation_config.eos_token_id = [1, 7]
     model = hooked(hf, "bridge")
-    assert {weight.data_ptr() for weight in model.original_model.parameters()} == pointers
+    ours = {weight.data_ptr(): weight.numel() for weight in model.original_model.parameters()}
+    assert pointers <= set(ours)
+    assert sum(ours[pointer] for pointer in set(ours) - pointers) <= 96  # TransformerLens's unembedding bias of zeros
     assert set(model.stop_token_ids) >= {1, 7}
     assert model.original_model.config.model_type == "gemma3_text"
     with pytest.raises(AdapterError, match="wrapped by a bridge already"):
@@ -173,7 +175,9 @@ def stock_transcoder(sae: Any, hook_name: str) -> Any:
     metadata = SAEMetadata(hook_name=hook_name, hook_name_out=sae.cfg.metadata.hook_name_out)
     d_in, d_sae = sae.W_enc.shape
     stock: Any = JumpReLUTranscoder(
-        JumpReLUTranscoderConfig(d_in=d_in, d_sae=d_sae, d_out=sae.W_dec.shape[1], metadata=metadata)
+        JumpReLUTranscoderConfig(
+            d_in=d_in, d_sae=d_sae, d_out=sae.W_dec.shape[1], apply_b_dec_to_input=False, metadata=metadata
+        )
     )
     stock.load_state_dict({name: getattr(sae, name) for name, _ in stock.named_parameters()})
     return stock
@@ -256,7 +260,8 @@ def test_folding_the_gains_of_the_model_away_is_refused(backend: str) -> None:
 def test_attaching_and_detaching_restores_everything_to_the_bit(backend: str, dtype: torch.dtype) -> None:
     model = hooked(random_gemma("gemma3", dtype=dtype), backend)
     tokens = random_tokens(model)
-    saes = [random_sae(model.dims, site, layer, seed=layer) for layer in (3, 5) for site in FAMILY.sites]
+    places = [("res", 3), ("att", 3), ("transcoder", 3), ("res", 5), ("att", 5), ("mlp", 5)]
+    saes = [random_sae(model.dims, site, layer, seed=layer, skip=site == "transcoder") for site, layer in places]
     weights = {id(one): {n: w.clone() for n, w in one.state_dict().items()} for one in (model, *saes)}
     with torch.no_grad():
         clean = model(tokens)
