@@ -293,3 +293,23 @@ def test_every_reader_sees_the_tensor_behind_the_gain(backend: str) -> None:
     for row in table.itertuples():
         strongest = acts[int(row.sequence), int(row.position)].max()
         assert row.activation == pytest.approx(float(strongest), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_both_backends_measure_steer_and_attribute_alike() -> None:
+    found: dict[str, list[Any]] = {}
+    for backend in BACKENDS:
+        model = shared_model("gemma3", backend)
+        tokens = random_tokens(model, batch=3, length=20)
+        places = [("res", 3), ("mlp", 2), ("att", 5), ("transcoder", 5)]
+        saes = [random_sae(model.dims, site, layer, skip=site == "transcoder") for site, layer in places]
+        table = gs.evaluate(model, saes, tokens)
+        assert table["site"].tolist() == [site for site, _ in places]
+        steered = model.run_with_hooks(tokens, fwd_hooks=[gs.steer(saes[3], 3, 20.0)])
+        assert relative_difference(steered, model(tokens)) > 1e-2
+        effects = gs.attribute(model, tokens[:1], saes[2:], lambda logits: logits[0, -1, 5])
+        top = gs.top_tokens(model, saes[3], 3, k=3)
+        numbers = [table[["l0", "fvu", "delta_loss"]], effects[["attribution"]].head(20), top[["logit"]]]
+        found[backend] = [steered.detach(), *(torch.tensor(one.to_numpy(dtype=float)) for one in numbers)]
+    for one, other in zip(*found.values(), strict=True):
+        assert relative_difference(one, other) < 1e-4
