@@ -27,6 +27,7 @@ __all__ = [
     "Place",
     "Site",
     "SiteName",
+    "check_hook_is_not_refused",
     "flatten_heads",
     "get_site",
     "layer_of_hook",
@@ -136,6 +137,7 @@ def site_of_hook(
 
     Raises:
         UnknownNameError: when no site has this hook; names the nearest hook names.
+        SpliceError: for a hook that is mistaken for a site, with the reason.
 
     >>> site, layer = site_of_hook("blocks.7.attn.hook_z")
     >>> site.name, layer
@@ -150,9 +152,23 @@ def site_of_hook(
         writes = {site.hook_name_out(layer, b) for b in BACKENDS}
         if hook_name in reads and (hook_name_out or (hook_name if not site.is_transcoder else None)) in writes:
             return site, layer
+    check_hook_is_not_refused(hook_name, family)
     known = {site.hook_name(layer or 0, b) for site in sites for b in BACKENDS}
     given = hook_name if hook_name_out in (None, hook_name) else f"{hook_name} -> {hook_name_out}"
     raise unknown_name("Gemma Scope hook", given, sorted(known))
+
+
+def check_hook_is_not_refused(hook_name: str, family: Family | None = None) -> None:
+    """Raise for a hook that is mistaken for a site of ``family``, or of any family without one.
+
+    Raises:
+        SpliceError: with the reason.
+    """
+    layer = layer_of_hook(hook_name)
+    for one in families() if family is None else (family,):
+        for template, why in one.refused_hooks.items():
+            if template.format(layer=layer) == hook_name:
+                raise SpliceError(f"{hook_name} is no site of {one.title}: {why.format(layer=layer)}.")
 
 
 def layer_of_hook(hook_name: str) -> int | None:

@@ -6,7 +6,14 @@ import functools
 from typing import Any
 
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+)
 
 from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
@@ -37,16 +44,61 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_gemma(config: str = "grouped", seed: int = 0, dtype: torch.dtype = torch.float32) -> Gemma2ForCausalLM:
-    """A random Gemma 2 with weights and gains so large that a wrong tensor cannot look right; or the bundled one."""
+_SIZES = {name: value for name, value in DEFAULT.items() if "softcapping" not in name}
+DEFAULT_3 = _SIZES | {"num_key_value_heads": 1, "num_hidden_layers": 7}  # layer 5 has full attention
+_LINEAR = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+}
+CONFIGS_3: dict[str, dict[str, Any]] = {
+    "gemma3": {"rope_parameters": _LINEAR},
+    "gemma3-narrow-heads": {"head_dim": 8, "sliding_window": 5, "num_key_value_heads": 2},  # 4 * 8 = 32 < 64
+    "gemma3-in-a-wrapper": {"rope_parameters": _LINEAR, "num_key_value_heads": 2},
+}
+_VISION = dict.fromkeys(("hidden_size", "intermediate_size"), 32) | {"num_hidden_layers": 1, "num_attention_heads": 2}
+_PICTURE = {"image_size": 28, "patch_size": 14}
+
+
+def random_gemma(config: str = "grouped", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A random Gemma with weights and gains so large that a wrong tensor cannot look right; or the bundled one.
+
+    Those of :data:`CONFIGS` are Gemma 2, those of :data:`CONFIGS_3` are Gemma 3.
+    """
     if config == "bundled":
-        bundled = Gemma2ForCausalLM.from_pretrained(BUNDLED_MODEL, attn_implementation="eager")
+        bundled: Any = Gemma2ForCausalLM.from_pretrained(BUNDLED_MODEL, attn_implementation="eager")
         return bundled.to(dtype).eval()
     torch.manual_seed(seed)
-    model = Gemma2ForCausalLM(Gemma2Config(**{**DEFAULT, **CONFIGS[config]}, attn_implementation="eager"))
+    model = _new(config)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.3 if "norm" in name else 0.15)
     return model.to(dtype).eval()
+
+
+def _new(config: str) -> Any:
+    if config not in CONFIGS_3:
+        sizes: Any = DEFAULT | CONFIGS[config]
+        return _eager(Gemma2ForCausalLM(Gemma2Config(**sizes)))
+    text: Any = DEFAULT_3 | CONFIGS_3[config]
+    if config != "gemma3-in-a-wrapper":
+        return _eager(Gemma3ForCausalLM(Gemma3TextConfig(**text)))
+    images: Any = {"image_token_index": 93, "boi_token_index": 94, "eoi_token_index": 95, "mm_tokens_per_image": 1}
+    both = Gemma3Config(text_config=text, vision_config=_VISION | _PICTURE, **images)
+    return _eager(Gemma3ForConditionalGeneration(both))
+
+
+def _eager(model: Any) -> Any:
+    model.set_attn_implementation("eager")
+    return model
+
+
+def text_of(hf_model: Any) -> Any:
+    """The configuration of the text model of a plain model."""
+    return getattr(hf_model.config, "text_config", hf_model.config)
+
+
+def decoder_of(hf_model: Any) -> Any:
+    """The decoder of a plain model."""
+    return getattr(hf_model.model, "language_model", hf_model.model)
 
 
 class CharTokenizerFactory:
@@ -69,7 +121,7 @@ class CharTokenizerFactory:
         )
 
 
-def hooked(hf_model: Gemma2ForCausalLM, backend: str, **kwargs: Any) -> Any:
+def hooked(hf_model: Any, backend: str, **kwargs: Any) -> Any:
     """``hf_model`` through ``load_model`` with the character tokenizer."""
     return load_model(hf_model=hf_model, tokenizer=CharTokenizerFactory.get(), backend=backend, **kwargs)
 
@@ -105,7 +157,7 @@ def state_of(model: Any) -> dict[str, Any]:
 
 def random_tokens(model: Any, batch: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:
     """BOS and ordinary tokens, ``[batch, length]``."""
-    vocab = model.config.vocab_size if hasattr(model, "config") else model.cfg.d_vocab
+    vocab = text_of(model).vocab_size if hasattr(model, "config") else model.cfg.d_vocab
     tokens = torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
     tokens[:, 0] = 2
     return tokens

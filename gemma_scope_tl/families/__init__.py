@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_scope_tl.errors import AdapterError, GemmaScopeError, unknown_name
-from gemma_scope_tl.families.base import BACKENDS, Backend, Family, ModelDims, ModelSizes, Place, Site
+from gemma_scope_tl.families.base import BACKENDS, Backend, Family, ModelDims, ModelSizes, Place, Site, Wrapper
 from gemma_scope_tl.families.gemma2 import GEMMA2
 from gemma_scope_tl.families.gemma3 import GEMMA3
 
@@ -22,6 +22,7 @@ __all__ = [
     "ModelSizes",
     "Place",
     "Site",
+    "Wrapper",
     "families",
     "family_named",
     "family_of_config",

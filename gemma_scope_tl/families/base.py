@@ -11,7 +11,7 @@ modules and widths may differ, so code that runs a model uses the family of that
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
@@ -21,6 +21,7 @@ BACKENDS: tuple[Backend, ...] = ("bridge", "hooked_transformer")
 Side = Literal["output", "input", "normalized_input"]
 Width = Literal["d_model", "heads"]
 Joins = Literal["residual", "embedding", "branch", "attention", "nowhere"]
+_EMBEDDING_HOOKS: Mapping[Backend, str] = {"bridge": "embed.hook_out", "hooked_transformer": "hook_embed"}
 
 
 class Place(NamedTuple):
@@ -142,8 +143,10 @@ class Site:
             the first (``"embedding"``), it is added to the residual stream inside its block (``"branch"``), or it
             passes the rest of attention first (``"attention"``). ``"nowhere"`` is for a tensor that is only read.
         description: one line that names the tensor.
-        folded_gain: name of the norm whose gain HookedTransformer's hook lacks, so that it is folded into a copy of the
-            encoder and of the skip while a coder is attached there; empty where the hook has the tensor.
+        folded_gain: the norm whose gain the tensor has, if a stock ``HookedTransformer`` has no hook behind that gain.
+            Such a model gives the tensor without its gain, at ``blocks.L.<norm>.hook_normalized``, and needs a coder
+            into which the gain is folded (:func:`gemma_scope_tl.model.gain.with_folded_gain`). Models of ``load_model``
+            have a hook on the tensor itself.
 
     Raises:
         UnknownNameError: for an invalid ``side``, ``width_rule`` or ``joins``.
@@ -165,9 +168,9 @@ class Site:
     folded_gain: str = ""
 
     def __post_init__(self) -> None:
-        for field, known in (("side", Side), ("width_rule", Width), ("joins", Joins)):
-            if getattr(self, field) not in get_args(known):
-                raise unknown_name(f"{field} of site {self.name!r}", getattr(self, field), get_args(known))
+        for name, known in (("side", Side), ("width_rule", Width), ("joins", Joins)):
+            if getattr(self, name) not in get_args(known):
+                raise unknown_name(f"{name} of site {self.name!r}", getattr(self, name), get_args(known))
 
     @property
     def is_transcoder(self) -> bool:
@@ -223,6 +226,25 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Wrapper:
+    """A Hugging Face class around the text models of a family, such as one that reads images too.
+
+    Attributes:
+        architecture: name of the class.
+        config: attribute of the wrapper's configuration that holds the configuration of the text model.
+        decoder, unembedding: paths of the text model's decoder and unembedding in the wrapper.
+        weights: regular expressions for the beginnings of the names of the text model's weights in the wrapper's files,
+            and the beginnings in the files of a text model that take their place.
+    """
+
+    architecture: str
+    config: str
+    decoder: str
+    unembedding: str
+    weights: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Family:
     """What differs between families of models.
 
@@ -235,9 +257,11 @@ class Family:
         sizes: sizes of the released models, by the name of the base model.
         owner: account on the Hub that publishes the models.
         tuned_suffix: suffix that an instruction-tuned model adds to the name of its base model.
-        base_suffix: suffix that the Hub's name of a base model may have, such as ``-pt``; empty for none. The name
-            without it is the name of the model here.
-        hub_without_suffix: base models whose name on the Hub lacks the suffix.
+        base_suffix: suffix that the Hub adds to the name of a base model. Names with and without it mean the same.
+        hub_without_suffix: the base models to whose names the Hub does not add it.
+        wrapper: the class that contains the text model in some repositories of the family; None if there is no such.
+        embedding_hooks: the hook on the token embedding, as it enters the first block, by backend.
+        refused_hooks: names of hooks, with ``{layer}`` in them, that are mistaken for a site, and why they are refused.
         hooked_transformer_config: function from a Hugging Face configuration and its :class:`ModelDims` to the keyword
             arguments of a ``HookedTransformerConfig`` that are specific to the family.
         hooked_transformer_weights: ``"module:function"`` of the weight conversion in TransformerLens.
@@ -273,8 +297,6 @@ class Family:
     norm_after_attention: str | None
     turn_start: str
     turn_end: str
-    base_suffix: str = ""
-    hub_without_suffix: tuple[str, ...] = ()
     answer_role: str = "model"
     decoder: str = "model"
     query: str = "layers.{layer}.self_attn.q_proj"
@@ -284,6 +306,11 @@ class Family:
     )
     final_norm: str = "norm"
     gated: bool = True
+    base_suffix: str = ""
+    hub_without_suffix: tuple[str, ...] = ()
+    wrapper: Wrapper | None = None
+    embedding_hooks: Mapping[Backend, str] = field(default_factory=lambda: dict(_EMBEDDING_HOOKS))
+    refused_hooks: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for site in self.sites.values():
@@ -299,12 +326,12 @@ class Family:
     @property
     def hub_ids(self) -> dict[str, str]:
         """The Hub's id of each released model, base and instruction-tuned, by the model's name."""
-        ids: dict[str, str] = {}
+        found: dict[str, str] = {}
         for name in self.sizes:
             suffix = "" if name in self.hub_without_suffix else self.base_suffix
-            ids[name] = f"{self.owner}/{name}{suffix}"
-            ids[f"{name}{self.tuned_suffix}"] = f"{self.owner}/{name}{self.tuned_suffix}"
-        return ids
+            found[name] = f"{self.owner}/{name}{suffix}"
+            found[f"{name}{self.tuned_suffix}"] = f"{self.owner}/{name}{self.tuned_suffix}"
+        return found
 
     def site(self, name: str) -> Site:
         """The row of the site table with this name.
@@ -330,10 +357,23 @@ class Family:
         plain = model.removesuffix(self.base_suffix) if self.base_suffix else model
         return plain if plain in self.sizes else model
 
+    def decoder_of(self, hf_model: Any) -> Any:
+        """The decoder of a Hugging Face model of the family, which may be a wrapper."""
+        wrapped = self.wrapper is not None and type(hf_model).__name__ == self.wrapper.architecture
+        return hf_model.get_submodule(self.wrapper.decoder if wrapped and self.wrapper else self.decoder)
+
     def dims_of(self, model: str) -> ModelDims | None:
         """The sizes of a released model, base or instruction-tuned; None for any other name."""
         sizes = self.sizes.get(self.base_name(model))
         return None if sizes is None else sizes.dims
+
+    def text_config(self, config: Any) -> Any:
+        """The part of a configuration, an object or a mapping, that describes the text model."""
+        if self.wrapper is None:
+            return config
+        name = self.wrapper.config
+        found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        return config if found is None else found
 
 
 def _checked(backend: str) -> str:

@@ -1,110 +1,86 @@
 """Gemma 3 (270M, 1B, 4B, 12B, 27B; base and instruction-tuned), with the sites of Gemma Scope 2.
 
-========== ======================================= ================================== ============================
-site       tensor                                  HookedTransformer hook             TransformerBridge hook
-========== ======================================= ================================== ============================
-res        residual stream after the MLP           ``blocks.L.hook_resid_post``       ``blocks.L.hook_out``
-mlp        MLP output after the post-MLP RMSNorm   ``blocks.L.hook_mlp_out``          ``blocks.L.ln2_post.hook_out``
-att        heads, concatenated, before W_O         ``blocks.L.attn.hook_z``           ``blocks.L.attn.o.hook_in``
-transcoder in: pre-MLP RMSNorm *with* its gain     ``blocks.L.ln2.hook_normalized``   ``blocks.L.ln2.hook_out``
-           out: the mlp site                       ``blocks.L.hook_mlp_out``          ``blocks.L.ln2_post.hook_out``
-========== ======================================= ================================== ============================
+========== ============================================ ============================= ============================
+site       tensor                                       HookedTransformer hook        TransformerBridge hook
+========== ============================================ ============================= ============================
+res        residual stream after the MLP                ``blocks.L.hook_resid_post``  ``blocks.L.hook_out``
+mlp        MLP output after the post-MLP RMSNorm        ``blocks.L.hook_mlp_out``     ``blocks.L.ln2_post.hook_out``
+att        heads, concatenated, before W_O              ``blocks.L.attn.hook_z``      ``blocks.L.attn.o.hook_in``
+transcoder in: pre-MLP RMSNorm *with* its gain          ``blocks.L.mlp.hook_in``      ``blocks.L.ln2.hook_out``
+           out: the mlp site                            ``blocks.L.hook_mlp_out``     ``blocks.L.ln2_post.hook_out``
+========== ============================================ ============================= ============================
 
-HookedTransformer has no hook behind the gain of the pre-MLP norm, so the gain is folded into the transcoder there
-(``folded_gain``). Gemma Scope 2 has no SAEs of the token embedding.
+The transcoders of Gemma Scope read the pre-MLP norm *before* its gain, those of Gemma Scope 2 behind it
+(``pre_feedforward_layernorm.output`` in their ``config.json``). ``blocks.L.mlp.hook_in`` is this tensor on both
+backends: on the bridge it has the same values as ``ln2.hook_out``, and on HookedTransformer SAELens and ``load_model``
+add it. A stock HookedTransformer lacks it and has only ``ln2.hook_normalized``, without the gain.
+
+``blocks.L.hook_mlp_in``, which SAELens names for these transcoders, is the residual stream before the norm.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+from dataclasses import replace
 from typing import Any
 
-from gemma_scope_tl.families.base import Family, ModelDims, ModelSizes, Site
+from gemma_scope_tl.errors import AdapterError
+from gemma_scope_tl.families.base import Family, ModelDims, ModelSizes, Wrapper
+from gemma_scope_tl.families.gemma2 import GEMMA2
 
-_MLP = ("blocks.{layer}.ln2_post.hook_out", "blocks.{layer}.hook_mlp_out")
+_RESIDUAL = (
+    "it is the residual stream before the pre-MLP norm, and never the input of a transcoder. Transcoders of "
+    "Gemma Scope 2 read the output of that norm, blocks.{layer}.mlp.hook_in"
+)
 
 _SITES = (
-    Site(
-        name="res",
-        bridge="blocks.{layer}.hook_out",
-        hooked_transformer="blocks.{layer}.hook_resid_post",
-        module="layers.{layer}",
-        side="output",
-        width_rule="d_model",
-        reads=("res",),
-        writes=("res",),
-        joins="residual",
-        description="residual stream after the MLP sub-layer",
-    ),
-    Site(
-        name="mlp",
-        bridge=_MLP[0],
-        hooked_transformer=_MLP[1],
-        module="layers.{layer}.post_feedforward_layernorm",
-        side="output",
-        width_rule="d_model",
-        reads=("mlp",),
-        writes=("mlp",),
-        joins="branch",
-        description="MLP output after the post-MLP RMSNorm",
-    ),
-    Site(
-        name="att",
-        bridge="blocks.{layer}.attn.o.hook_in",
-        hooked_transformer="blocks.{layer}.attn.hook_z",
-        module="layers.{layer}.self_attn.o_proj",
-        side="input",
-        width_rule="heads",
-        reads=("att",),
-        writes=("att",),
-        joins="attention",
-        description="concatenated head outputs before W_O",
-    ),
-    Site(
-        name="transcoder",
+    *(GEMMA2.sites[name] for name in ("res", "mlp", "att")),
+    replace(
+        GEMMA2.sites["transcoder"],
         bridge="blocks.{layer}.ln2.hook_out",
-        hooked_transformer="blocks.{layer}.ln2.hook_normalized",
-        bridge_out=_MLP[0],
-        hooked_transformer_out=_MLP[1],
-        module="layers.{layer}.pre_feedforward_layernorm",
+        hooked_transformer="blocks.{layer}.mlp.hook_in",
         side="output",
-        width_rule="d_model",
-        reads=("transcoder",),
-        writes=("mlp",),
-        joins="nowhere",
-        description="pre-MLP RMSNorm with its gain -> MLP output",
+        description="pre-MLP RMSNorm with gain -> MLP output",
         folded_gain="ln2",
     ),
 )
 
 
 def _embedding_scale(d_model: int) -> float:
-    """``sqrt(d_model)`` rounded to float32, before it is rounded to the dtype of the weights."""
+    """``sqrt(d_model)`` in float32. ``Gemma3TextScaledWordEmbedding`` rounds it further, to the weights' dtype."""
     return float(struct.unpack("f", struct.pack("f", math.sqrt(d_model)))[0])
 
 
 def _hooked_transformer_config(config: Any, dims: ModelDims) -> dict[str, Any]:
+    """The options of Gemma 3; TransformerLens's own table lacks the attention scale, sqrt(168) for 27B."""
+    full, sliding = (config.rope_parameters[f"{kind}_attention"] for kind in ("full", "sliding"))
+    for name, rope, known in (("full", full, ("default", "linear")), ("sliding", sliding, ("default",))):
+        if rope["rope_type"] not in known:
+            raise AdapterError(f"HookedTransformer has no {rope['rope_type']!r} RoPE for layers of {name} attention.")
     return {
         "act_fn": config.hidden_activation,
         "eps": config.rms_norm_eps,
         "normalization_type": "RMS",
         "final_rms": True,
         "gated_mlp": True,
-        "use_qk_norm": True,
         "positional_embedding_type": "rotary",
+        "rotary_base": full["rope_theta"],
+        "rotary_base_local": sliding["rope_theta"],
+        "rotary_scaling_factor": float(full.get("factor", 1.0)),
         "rotary_dim": dims.d_head,
         "use_attn_scale": True,
         "attn_scale": float(config.query_pre_attn_scalar) ** 0.5,
+        "use_qk_norm": True,
         "use_local_attn": True,
         "window_size": config.sliding_window,
         "attn_types": ["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
+        "attn_scores_soft_cap": config.attn_logit_softcapping or -1.0,
+        "output_logits_soft_cap": config.final_logit_softcapping or -1.0,
         "use_normalization_before_and_after": True,
     }
 
 
-# Sizes of the MLP and the vocabulary reproduce the technical report's numbers of parameters (table 1): 100, 698, 3,209,
-# 10,759 and 25,600 million in the blocks.
 GEMMA3 = Family(
     name="gemma3",
     title="Gemma 3",
@@ -125,9 +101,23 @@ GEMMA3 = Family(
     hooked_transformer_config=_hooked_transformer_config,
     hooked_transformer_weights="transformer_lens.pretrained.weight_conversions.gemma:convert_gemma_weights",
     embedding_scale=_embedding_scale,
+    # With the bridge, a norm holds Hugging Face's weight w, whose gain is 1 + w; HookedTransformer stores 1 + w.
     gain_offset={"bridge": 1.0, "hooked_transformer": 0.0},
     norm_before_mlp="ln2",
     norm_after_attention="ln1_post",
     turn_start="<start_of_turn>",
     turn_end="<end_of_turn>",
+    # From 4B on, the repositories contain a model that reads images too.
+    wrapper=Wrapper(
+        architecture="Gemma3ForConditionalGeneration",
+        config="text_config",
+        decoder="model.language_model",
+        unembedding="lm_head",
+        weights={
+            r"^language_model\.model\.": "model.",
+            r"^language_model\.lm_head\.": "lm_head.",
+            r"^model\.language_model\.": "model.",
+        },
+    ),
+    refused_hooks={"blocks.{layer}.hook_mlp_in": _RESIDUAL},
 )

@@ -160,6 +160,19 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
             options.setdefault("return_dict_in_generate", True)
         return options
 
+    def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens, except that gains which a site has cannot be folded away.
+
+        Raises:
+            SpliceError: for a family with a site behind the gain of a norm, unless ``fold_ln=False`` or
+                ``no_processing=True``.
+            UnknownKeywordError: for a keyword that does not exist.
+        """
+        call = named(self, "enable_compatibility_mode", args, kwargs)
+        folds = not call.get("no_processing") and call.get("fold_ln", True)
+        self.check_keeps_gains("enable_compatibility_mode()", folds)
+        super().enable_compatibility_mode(**call)
+
     def read_cache_kwarg(self) -> None:
         """Make attention accept its cache under the name of newer transformers versions.
 

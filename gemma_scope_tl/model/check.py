@@ -6,6 +6,7 @@ Known defects of the installed libraries are repaired first, each only after it 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,7 +22,9 @@ from gemma_scope_tl.model.plain import (
     PlainPass,
     cache_keyword,
     probe_tokens,
+    relative_difference,
     row_difference,
+    shortened_window,
     with_louder,
     with_replaced,
 )
@@ -61,7 +64,7 @@ class Difference:
         return any(not row <= allowed for row, allowed in zip(self.rows, self.allowed, strict=True))
 
     def __str__(self) -> str:
-        row = max(range(ROWS), key=lambda i: self.rows[i] / self.allowed[i])
+        row = max(range(ROWS), key=lambda i: self.rows[i] / max(self.allowed[i], 1e-30))
         return f"{self.rows[row]:.2e} (rounding: {self.allowed[row]:.1e})"
 
 
@@ -82,6 +85,8 @@ class _Recorder:
         self._names = site_hooks(model, plain.sites)
         self._layers = range(model.dims.n_layers)
         self._seen: dict[Place, torch.Tensor] = {}
+        self._embed = model.family.embedding_hooks[model.backend]
+        self.embedding: torch.Tensor | None = None
 
     def hooks(self) -> list[tuple[str, Any]]:
         """The hooks for ``model.hooks(fwd_hooks=…)``."""
@@ -91,7 +96,11 @@ class _Recorder:
             replacement = self._plain.replaced.get(key)
             return None if replacement is None else with_replaced(value, replacement)
 
-        kept = [(name, lambda value, hook, key=key: keep(value, key)) for key, name in self._names.items()]
+        def embed(value: torch.Tensor, hook: Any) -> None:
+            self.embedding = value[0]
+
+        kept: list[tuple[str, Any]] = [(self._embed, embed)]
+        kept += [(name, lambda value, hook, key=key: keep(value, key)) for key, name in self._names.items()]
         queries = [f"blocks.{layer}.attn.hook_q" for layer in self._layers]
         return [*kept, *((name, lambda value, hook: with_louder(value)) for name in (*queries, self._final))]
 
@@ -113,18 +122,31 @@ class _Recorder:
 
 @torch.no_grad()
 def differences(model: GemmaModel, plain: PlainModel) -> dict[str, Difference]:
-    """The differences of the hooked and plain model by hook name, with prefix ``"cached "`` for the cached pass."""
+    """The differences of the hooked and plain model by hook name, with prefix ``"cached "`` for the cached pass.
+
+    The embedding has to be the plain one to the bit, since it is one product of two numbers: its scale rounded to
+    another dtype is less than the rounding of everything that follows.
+    """
     tokens, call = plain.tokens, cast(Any, model)
     floor = max(FLOOR.get(plain.dtype, EIGHT_BITS), EIGHT_BITS if plain.eight_bits else 0.0)
-    whole = _Recorder(model, plain.whole)
-    with model.hooks(fwd_hooks=whole.hooks()):
-        logits = call(tokens, attention_mask=torch.ones_like(tokens))
-    prefix, cached = _Recorder(model, plain.prefix), _Recorder(model, plain.cached)
-    last_logits = cached_logits(model, tokens, prefix.hooks(), cached.hooks())
+    whole, prefix, cached = (_Recorder(model, one) for one in (plain.whole, plain.prefix, plain.cached))
+    with _shortened(model, plain):
+        with model.hooks(fwd_hooks=whole.hooks()):
+            logits = call(tokens, attention_mask=torch.ones_like(tokens))
+        last_logits = cached_logits(model, tokens, prefix.hooks(), cached.hooks())
+    embedded = torch.inf if whole.embedding is None else relative_difference(whole.embedding, plain.embedding)
     return {
         **whole.differences(logits, floor),
+        model.family.embedding_hooks[model.backend]: Difference([embedded, 0.0, 0.0], [0.0] * ROWS),
         **{f"cached {name}": value for name, value in cached.differences(last_logits, floor).items()},
     }
+
+
+def _shortened(model: GemmaModel, plain: PlainModel) -> AbstractContextManager[None]:
+    """The window of the plain passes, in those of the hooked model."""
+    if model.backend == "hooked_transformer":
+        return shortened_window([block.attn.cfg for block in model.blocks], "window_size", plain.window)
+    return shortened_window([cast(Any, model).original_model.config], "sliding_window", plain.window)
 
 
 @torch.no_grad()

@@ -12,10 +12,19 @@ import torch
 
 from gemma_scope_tl.dtypes import DTYPES, parse_device, parse_dtype
 from gemma_scope_tl.errors import AdapterError, unknown_name
-from gemma_scope_tl.families import BACKENDS, Family, ModelDims, families, family_of_config, hub_ids
+from gemma_scope_tl.families import (
+    BACKENDS,
+    Family,
+    ModelDims,
+    families,
+    family_of_config,
+    hub_ids,
+    plain_name,
+)
 from gemma_scope_tl.model.check import repair, self_check
 from gemma_scope_tl.model.plain import is_quantized, run_plain
 from gemma_scope_tl.model.tokenizer import prepared, stop_token_ids
+from gemma_scope_tl.model.wrapped import load_text_model, text_model, wrapper_class
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.weights.modes import float32_by_default, make_ordinary, ordinary_tensors
 
@@ -47,10 +56,10 @@ def load_model(
 
     Args:
         name: ``"bundled"`` (offline), ``"gemma-2-2b"`` or another released model, a Hugging Face id
-            (``"unsloth/gemma-2-2b"``), or a local folder.
-        hf_model: a loaded Hugging Face model with an unembedding, such as a ``Gemma2ForCausalLM``. The bridge wraps it
-            in place, without a second copy, and sets eager attention and evaluation mode. ``name``, if also given,
-            identifies the model and its tokenizer.
+            (``"unsloth/gemma-2-2b"``), or a local folder. Of a model that reads images too, only its text model.
+        hf_model: a loaded Hugging Face model with an unembedding, such as a ``Gemma2ForCausalLM``, or one whose text
+            model has one. The bridge wraps it in place, without a second copy, and sets eager attention and evaluation
+            mode. ``name``, if also given, identifies the model and its tokenizer.
         tokenizer: the default is the tokenizer of ``name``. With ``hf_model`` alone there is none, and the model
             accepts only token ids. A given tokenizer is copied and never loaded again by its name. The copy,
             ``model.tokenizer``, pads on the left.
@@ -59,7 +68,7 @@ def load_model(
         device: by default CUDA if it is available, else the CPU; by default a given ``hf_model`` is not moved.
         dtype: ``"float32"`` (the default), ``"bfloat16"`` or ``"float16"``; a given ``hf_model`` keeps its dtype by
             default.
-            check: whether to run a dozen tokens through the plain and the hooked model and compare them at every site,
+        check: whether to run a dozen tokens through the plain and the hooked model and compare them at every site,
             with and without a cache. Defects of the installed libraries are always repaired (``model.fixes``).
 
     Raises:
@@ -76,10 +85,9 @@ def load_model(
     source = None if name is None else _source(name)
     to_dtype, to_device = _dtype_and_device(dtype, device, hf_model)
     if hf_model is not None:
-        family, config = check_given(hf_model, backend), hf_model.config
-    else:
-        config = _load_config(str(source))
-        family = family_of_config(config, str(source))
+        hf_model = text_model(hf_model, check_given(hf_model, backend))
+    config = _load_config(str(source)) if hf_model is None else hf_model.config
+    family = family_of_config(config, str(source))
     model_id = None if source is None else _model_id(str(name), source, family, config, given=hf_model is not None)
     if tokenizer is not None or source is not None:
         tokenizer = _load_tokenizer(str(source)) if tokenizer is None else prepared(tokenizer)
@@ -113,7 +121,7 @@ def check_given(hf_model: Any, backend: str) -> Family:
         raise AdapterError(
             f"Weights of this hf_model are {where}, so they have no values. Load the model onto a device."
         )
-    if backend == "hooked_transformer" and is_quantized(hf_model, family):
+    if backend == "hooked_transformer" and is_quantized(text_model(hf_model, family), family):
         raise AdapterError(
             'HookedTransformer cannot copy the packed weights of a quantised model. Use backend="bridge".'
         )
@@ -137,17 +145,32 @@ def move_given(hf_model: Any, dtype: torch.dtype | None, device: torch.device | 
         ) from error
     if str(hf_model.dtype).removeprefix("torch.") not in DTYPES:
         raise AdapterError(f"This hf_model is in {hf_model.dtype}. Pass dtype=, one of {', '.join(DTYPES)}.")
+    _restore_embedding_scale(hf_model)
     make_ordinary(hf_model)  # it may have been loaded in inference mode
     hf_model.config._attn_implementation = "eager"
     hf_model.eval()
 
 
+def _restore_embedding_scale(hf_model: Any) -> None:
+    """Undo the rounding of the embedding's scale in a model that once was in another dtype.
+
+    transformers rounds the scale to the dtype of the weights in each pass, but ``model.to`` also rounds the stored
+    scale, which does not become exact again in a wider dtype.
+    """
+    for module in hf_model.modules():
+        exact, stored = getattr(module, "scalar_embed_scale", None), getattr(module, "embed_scale", None)
+        if isinstance(exact, float) and isinstance(stored, torch.Tensor):
+            wanted = torch.tensor(exact, dtype=stored.dtype, device=stored.device)
+            if not torch.equal(stored, wanted):
+                module.embed_scale = wanted
+
+
 def _architectures() -> tuple[type, ...]:
-    """The Hugging Face classes of all families that the installed transformers has."""
+    """The Hugging Face classes of all families that the installed transformers has, those of wrappers included."""
     import transformers
 
-    found = (getattr(transformers, family.architecture, None) for family in families())
-    return tuple(one for one in found if one is not None)
+    found = [getattr(transformers, family.architecture, None) for family in families()]
+    return tuple(one for one in (*found, *map(wrapper_class, families())) if one is not None)
 
 
 def _or(names: list[str]) -> str:
@@ -215,8 +238,8 @@ def _source(name: str | PathLike[str]) -> str:
     if isinstance(name, str):
         if name == BUNDLED:
             return str(BUNDLED_MODEL)
-        if name in hub_ids():
-            return hub_ids()[name]
+        if (known := plain_name(name) if "/" not in name else name) in hub_ids():
+            return hub_ids()[known]
     try:
         folder = Path(text).expanduser()
         if folder.is_dir():
@@ -224,7 +247,7 @@ def _source(name: str | PathLike[str]) -> str:
     except (OSError, RuntimeError):  # the name is too long, or there is no such user
         pass
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name
+        return hub_ids().get(plain_name(name), name)
     raise unknown_name("model", text, [BUNDLED, *hub_ids()], "A local folder or a Hugging Face id works too.")
 
 
@@ -237,7 +260,7 @@ def _model_id(name: str, source: str, family: Family, config: Any, given: bool) 
     Raises:
         AdapterError: when ``hf_model`` is ``given`` and has other sizes than the model that ``name`` identifies.
     """
-    dims = ModelDims.from_config(config)
+    dims = ModelDims.from_config(family.text_config(config))
     known = _dims_by_name(name, source, family)
     for model_id, theirs in known.items():
         if theirs == dims:
@@ -261,7 +284,7 @@ def _dims_by_name(name: str, source: str, family: Family) -> dict[str, ModelDims
         in_cache = path.parent.name == "snapshots"  # models--owner--name/snapshots/commit
         last = (path.parent.parent.name.split("--")[-1] if in_cache else path.name).lower()
         if (dims := family.dims_of(last)) is not None:
-            found[last] = dims
+            found[family.plain_name(last)] = dims
     return found
 
 
@@ -275,20 +298,16 @@ def _load_config(source: str) -> Any:
 
 
 def _load_weights(source: str, family: Family, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    import transformers
     from safetensors import SafetensorError
 
     try:
-        loaded: Any = getattr(transformers, family.architecture).from_pretrained(
-            source, config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
-        )
+        model, info = load_text_model(source, family, config, dtype=dtype, attn_implementation="eager")
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _cannot_load(source, (family,), str(error)) from error
     except RuntimeError as error:
         if "mismatch" not in str(error):  # an error of the machine, such as a lack of memory
             raise
         raise _cannot_load(source, (family,), str(error)) from error
-    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would continue with random values
         why = f"its files lack {len(missing)} weights, such as {', '.join(missing[:3])}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +44,8 @@ def run_reference(
     """Run a plain Hugging Face model and record the tensor of every site of its family.
 
     Args:
-        hf_model: a model that is not wrapped by a bridge.
+        hf_model: a model that is not wrapped by a bridge; also one whose text model is inside another Hugging Face
+            model, which runs as it is.
         tokens: ``[batch, pos]`` ids.
         attention_mask: ``[batch, pos]``, 1 at text.
         change: function of a place and its tensor, which returns the tensor to continue with, or None for no change. It
@@ -52,10 +53,10 @@ def run_reference(
         **kwargs: further arguments for the model.
     """
     family = family_of_config(hf_model.config, type(hf_model).__name__)
-    taps = _Taps(change, hf_model.config)
-    decoder = hf_model.get_submodule(family.decoder)
+    config, decoder = family.text_config(hf_model.config), family.decoder_of(hf_model)
+    taps = _Taps(change, config)
     for site in family.sites.values():
-        for layer in range(ModelDims.from_config(hf_model.config).n_layers) if site.per_layer else (None,):
+        for layer in range(ModelDims.from_config(config).n_layers) if site.per_layer else (None,):
             taps.tap(decoder.get_submodule(site.module.format(layer=layer)), site, Place(site.name, layer))
     try:
         logits = hf_model(tokens, attention_mask=attention_mask, **{"use_cache": False, **kwargs}).logits
@@ -151,6 +152,9 @@ class PlainModel:
         whole: the pass over all positions, without a cache.
         prefix: the pass over all positions but the last, which fills a cache.
         cached: the pass over the last position, with that cache.
+        embedding: ``[pos, d_model]``, the embedding of the tokens as the first layer reads it.
+        window: the sliding window during these passes if it was shortened (:func:`shortened_window`), with the model's
+            own; else None.
         dtype: dtype of the logits.
         eight_bits: whether weights or activations are stored in fewer bits than ``dtype`` has.
     """
@@ -159,6 +163,8 @@ class PlainModel:
     whole: PlainPass
     prefix: PlainPass
     cached: PlainPass
+    embedding: Float[torch.Tensor, "pos d_model"]
+    window: tuple[int, int] | None
     dtype: torch.dtype
     eight_bits: bool
 
@@ -215,17 +221,49 @@ def run_plain(hf_model: Any, length: int = 12) -> PlainModel:
     """
     family = family_of_config(hf_model.config, type(hf_model).__name__)
     tokens = probe_tokens(hf_model, length).expand(ROWS, -1)
-    with _hooked(_louder_modules(hf_model, family), lambda _module, _args, out: with_louder(out)):
+    window = _short_window(hf_model.config, tokens.shape[1])
+    louder = _hooked(_louder_modules(hf_model, family), lambda _module, _args, out: with_louder(out))
+    with louder, shortened_window([hf_model.config], "sliding_window", window):
         whole, prefix, cached = _three_passes(hf_model, tokens, None)
         with _rounding_noise(hf_model):
             noisy = _three_passes(hf_model, tokens.repeat(NOISY, 1), (whole, prefix, cached))
+    with torch.no_grad():
+        embedding = hf_model.get_input_embeddings()(tokens[:1])[0]
     passes = [
         PlainPass(
             exact.sites, exact.replaced, {key: _spread(moved.sites[key], exact.sites[key]) for key in exact.sites}
         )
         for exact, moved in zip((whole, prefix, cached), noisy, strict=True)
     ]
-    return PlainModel(tokens, *passes, dtype=whole.sites[LOGITS].dtype, eight_bits=is_quantized(hf_model, family))
+    dtype, quantized = whole.sites[LOGITS].dtype, is_quantized(hf_model, family)
+    return PlainModel(tokens, *passes, embedding=embedding, window=window, dtype=dtype, eight_bits=quantized)
+
+
+def _short_window(config: Any, length: int) -> tuple[int, int] | None:
+    """A window that ``length`` tokens exceed and the one of the model; None for a model whose own is exceeded."""
+    own = getattr(config, "sliding_window", None)
+    return (length // 2 + 1, own) if isinstance(own, int) and own >= length > 2 else None
+
+
+@contextmanager
+def shortened_window(configs: Iterable[Any], name: str, window: tuple[int, int] | None) -> Generator[None]:
+    """Give sliding attention a window that a few tokens exceed, so that they show which layers have one.
+
+    Args:
+        configs: the configurations that the attention reads when it runs. One that has another window than the model's
+            keeps it, so that the difference shows.
+        name: the attribute that contains the window.
+        window: the short window and the model's; None for no change.
+    """
+    short, own = window or (None, None)
+    changed = [one for one in {id(one): one for one in configs}.values() if window and getattr(one, name, None) == own]
+    try:
+        for config in changed:
+            setattr(config, name, short)
+        yield
+    finally:
+        for config in changed:
+            setattr(config, name, own)
 
 
 def _three_passes(

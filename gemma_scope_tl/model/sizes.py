@@ -49,10 +49,16 @@ def family_and_sizes(name: str) -> tuple[Family, ModelSizes]:
 def _from_folder(folder: Path) -> tuple[Family, ModelSizes]:
     path = folder / "config.json"
     try:
-        return _from_config(json.loads(path.read_text(encoding="utf-8")), str(folder))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if family_of_config(config, str(folder)).text_config(config) is not config:  # such files leave defaults out
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(folder).to_dict()
+        return _from_config(config, str(folder))
     except (OSError, ValueError) as error:
         raise AdapterError(f"Cannot read the model's config {path}: {error}") from error
 
 
 def _from_config(config: Mapping[str, Any], name: str) -> tuple[Family, ModelSizes]:
-    return family_of_config(config, name), ModelSizes.from_config(config)
+    family = family_of_config(config, name)
+    return family, ModelSizes.from_config(family.text_config(config))

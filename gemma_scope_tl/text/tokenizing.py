@@ -226,7 +226,8 @@ def _family_of_turns(tokenizer: Any) -> Family:
         tokens = [token for token in (family.turn_start, family.turn_end) if token not in known]
         if not tokens:
             return family
-        lacking.append(" and ".join(tokens))
+        if (needed := " and ".join(tokens)) not in lacking:
+            lacking.append(needed)
     raise GemmaScopeError(
         f"This tokenizer has no chat template and does not know {', or '.join(lacking)}: chat=True needs the tokenizer "
         "of an instruction-tuned model."
