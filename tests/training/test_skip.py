@@ -235,7 +235,7 @@ def test_a_stopped_run_ends_with_the_same_bits(finished: Path, tmp_path: Path, m
         if next(steps) == 7:
             raise TrainingStopped("stopped", 15)
 
-    config, step = tiny_config(tmp_path / "run", grid=GRID), TrainingRun._step
+    config, step = tiny_config(tmp_path / "run", grid=GRID), TrainingRun._step  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(TrainingRun, "_step", lambda *a: (fail(), step(*a)))
     with pytest.raises(TrainingStopped):
         train_suite(config, source=PlantedSource, progress=False)

@@ -139,7 +139,7 @@ def test_a_stopped_run_does_not_start_over(finished: Path, tmp_path: Path) -> No
     start.symlink_to(finished)
     config = _config(tmp_path / "run", grid=_from(start))
     whole = train_suite({**config, "output": str(tmp_path / "whole")}, source=PlantedSource, progress=False)
-    step, calls = TrainingRun._step, iter(range(100))
+    step, calls = TrainingRun._step, iter(range(100))  # pyright: ignore[reportPrivateUsage]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TrainingRun, "_step", lambda *a: _interrupt() if next(calls) == 30 else step(*a))
         train_suite(config, source=PlantedSource, progress=False)
