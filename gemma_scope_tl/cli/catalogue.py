@@ -79,8 +79,6 @@ def show(
         facts[f"hook_{backend}"] = site.hook_name(row.layer, backend)
         if site.is_transcoder:
             facts[f"hook_{backend}_out"] = site.hook_name_out(row.layer, backend)
-    if site.folded_gain:
-        facts["hook_hooked_transformer"] += f", with the gain of {site.folded_gain} folded into a copy of the encoder"
     facts["load"] = f'gemma_scope_tl.JumpReLUSAE.from_pretrained("{row.release}", "{row.id}")'
     print_facts(facts, as_json)
 

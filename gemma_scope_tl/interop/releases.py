@@ -14,7 +14,6 @@ from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
 from gemma_scope_tl.families import hub_ids
 from gemma_scope_tl.registry.catalog import header_of, releases, resolve, rows_of
-from gemma_scope_tl.registry.schema import SAERow
 
 LOADER_NAME = "gemma_scope_tl"
 PREFIX = f"{LOADER_NAME}/"
@@ -46,9 +45,6 @@ def register_with_sae_lens() -> list[str]:
 
     What stays wrong under all names, because it is in SAELens's models and not in its directory:
 
-    - The input of Gemma Scope 2's transcoders lies behind the gain of the pre-MLP norm, where ``HookedTransformer`` has
-      no hook. The metadata name the bridge's hook, so ``SAETransformerBridge`` is right, and ``HookedSAETransformer``
-      logs that it found no hook and leaves the transcoder out. ``gemma_scope_tl.load_model`` splices on both.
     - SAELens's splices leave out the skip connection of affine transcoders on both models; calling the transcoder
       itself (``transcoder(x)``) is right.
 
@@ -98,7 +94,7 @@ def load_for_sae_lens(
     sae = load_row(row, device=device, dtype=overrides.get("dtype", "float32"))
     overrides.pop("neuronpedia_id", None)  # the metadata contain the row's id
     cfg = {**sae.cfg.to_dict(), **overrides, "device": device}
-    cfg["metadata"] = {**cfg["metadata"], **_names_for_sae_lens(row)}
+    cfg["metadata"] = {**cfg["metadata"], "model_name": _model_name(row.model)}
     return cfg, dict(sae.state_dict()), None
 
 
@@ -111,15 +107,6 @@ def config_for_sae_lens(
 ) -> dict[str, Any]:
     """The configuration alone. The weights file is still fetched, because the sizes are in its header."""
     return load_for_sae_lens(repo_id, folder_name, device, force_download, cfg_overrides)[0]
-
-
-def _names_for_sae_lens(row: SAERow) -> dict[str, Any]:
-    """The metadata that differ for SAELens's models: a name of the model, and a hook that holds the tensor itself."""
-    names: dict[str, Any] = {"model_name": _model_name(row.model)}
-    site = row.model_family.site(row.site)
-    if site.folded_gain:
-        names["hook_name"] = site.hook_name(row.layer, "bridge")
-    return names
 
 
 def _model_name(model: str) -> str:

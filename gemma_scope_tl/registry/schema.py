@@ -106,9 +106,6 @@ class SAEEntry(BaseModel):
         note: a remark about this SAE.
         unverified: whether the file is known by name only, from a listing that may be out of date. ``gemma-scope
             verify`` and ``gemma-scope registry check --remote`` look for it (:mod:`gemma_scope_tl.weights.seen`).
-        label: the released word for the L0: ``small``, ``medium`` or ``big``.
-        affine: whether a transcoder has a skip connection; null where the release does not say.
-        seed: number of the seed, of coders that were trained several times.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -132,9 +129,6 @@ class SAEEntry(BaseModel):
     sha256: Sha256 | None = None
     note: Annotated[str, Field(min_length=1)] | None = None
     unverified: bool = False
-    label: Literal["small", "medium", "big"] | None = None
-    affine: bool | None = None
-    seed: Annotated[int, Field(ge=0)] | None = None
 
     @property
     def canonical_id(self) -> str | None:

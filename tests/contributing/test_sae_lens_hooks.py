@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sae_lens
 import torch
-from sae_lens import SAETransformerBridge
+from sae_lens import HookedSAETransformer, SAETransformerBridge
 from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_CONFIG_GETTERS, NAMED_PRETRAINED_SAE_LOADERS
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
@@ -87,7 +87,7 @@ def test_hooks_of_our_names_and_of_sae_lens() -> None:
         "res": ("blocks.7.hook_resid_post", None),
         "mlp": ("blocks.7.hook_mlp_out", None),
         "att": ("blocks.7.attn.hook_z", None),
-        "transcoders": ("blocks.7.ln2.hook_out", "blocks.7.hook_mlp_out"),
+        "transcoders": ("blocks.7.mlp.hook_in", "blocks.7.hook_mlp_out"),
     }
     for kind, names in hooks.items():
         id_ = f"transcoder/{at}" if kind == "transcoders" else at
@@ -102,6 +102,23 @@ def test_hooks_of_our_names_and_of_sae_lens() -> None:
     row = resolve("gemma-scope-2-270m-pt-res", "layer_9_width_16k_l0_medium")
     assert entry.expected_l0[row.id] == 60 and entry.neuronpedia_id[row.id] == row.neuronpedia is not None
     assert get_pretrained_saes_directory()["gemma-scope-2-270m-pt-res"].conversion_func == "gemma_3"
+
+
+@pytest.mark.slow
+def test_stock_hooked_transformer_reads_behind_the_gain(hf: Any, bridge: Any) -> None:
+    """``HookedSAETransformer`` adds the hook that the metadata name; both stock models then splice alike."""
+    ours = gs.load_model(hf_model=copy.deepcopy(hf), tokenizer=bridge.tokenizer, backend="hooked_transformer")
+    model = HookedSAETransformer(ours.cfg, tokenizer=bridge.tokenizer)
+    model.load_state_dict(ours.state_dict(), strict=False)
+    sae, ids = stock("transcoders", f"transcoder/layer_{LAYER}_width_16k_l0_small"), torch.arange(5, 25)[None]
+    with torch.no_grad(), bridge.saes(saes=[sae]):
+        wanted = bridge(ids)
+    with torch.no_grad(), model.saes(saes=[sae]):
+        found = model(ids)
+    clean = bridge(ids)
+    assert (wanted - clean).abs().max() > 1e-2
+    # HookedTransformer computes attention in another order than the bridge: 5e-5 is a few hundred roundings.
+    assert torch.allclose(found.log_softmax(-1), wanted.log_softmax(-1), atol=5e-5)
 
 
 @pytest.mark.slow
