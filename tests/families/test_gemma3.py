@@ -120,7 +120,7 @@ def test_the_attention_scale_is_that_of_the_configuration() -> None:
     """27B divides scores by sqrt(168), while its heads have 128 entries, which TransformerLens would take."""
     from transformers import Gemma3TextConfig
 
-    config = Gemma3TextConfig(head_dim=128, query_pre_attn_scalar=168, num_hidden_layers=6, sliding_window=1024)
+    config: Any = Gemma3TextConfig(head_dim=128, query_pre_attn_scalar=168, num_hidden_layers=6, sliding_window=1024)
     made = FAMILY.hooked_transformer_config(config, FAMILY.sizes["gemma-3-27b"].dims)
     assert made["attn_scale"] == pytest.approx(168**0.5)
     assert made["attn_types"] == ["local"] * 5 + ["global"]
@@ -188,7 +188,7 @@ def test_saelens_own_model_and_transcoder_are_right_at_this_hook() -> None:
     from sae_lens import HookedSAETransformer
 
     ours = shared_model("gemma3", "hooked_transformer")
-    stock = HookedSAETransformer(ours.cfg)
+    stock: Any = HookedSAETransformer(ours.cfg)
     stock.load_state_dict(ours.state_dict(), strict=False)
     tokens = random_tokens(ours)
     sae = random_sae(ours.dims, "transcoder", 3)
@@ -290,9 +290,9 @@ def test_every_reader_sees_the_tensor_behind_the_gain(backend: str) -> None:
     table = gs.features(model, tokens, sae, top=1)
     acts = sae.encode(wanted)
     assert len(table) > 20
-    for row in table.itertuples():
-        strongest = acts[int(row.sequence), int(row.position)].max()
-        assert row.activation == pytest.approx(float(strongest), rel=1e-4)
+    for sequence, position, activation in table[["sequence", "position", "activation"]].to_numpy():
+        strongest = acts[int(sequence), int(position)].max()
+        assert activation == pytest.approx(float(strongest), rel=1e-4)
 
 
 @pytest.mark.slow
