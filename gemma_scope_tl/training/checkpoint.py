@@ -89,10 +89,16 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def suite_table(folder: Path) -> pd.DataFrame:
-    """The table of a finished run, with one row for each SAE."""
+    """The table of a finished run, with one row for each SAE.
+
+    It has a column ``affine`` if there are skip transcoders among them.
+    """
     import pandas as pd
 
-    return pd.DataFrame(read_record(folder / SUITE_NAME)["saes"]).astype({"layer": "Int64"})
+    rows = read_record(folder / SUITE_NAME)["saes"]
+    if any(row.get("affine") for row in rows):
+        rows = [{**row, "affine": bool(row.get("affine"))} for row in rows]
+    return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 
 def _write_record(path: Path, kind: str, config: SuiteConfig, facts: Mapping[str, Any]) -> None:

@@ -14,8 +14,11 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializerFunctionWrapHandler,
+    StrictBool,
     Tag,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -25,6 +28,7 @@ from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.sites import SITES, get_site
 from gemma_scope_tl.training.config_file import device_name, each_once, number, override_key, problem, read_config
 from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER, Recipe, fast
+from gemma_scope_tl.training.spec import LATER
 
 PRESETS: Mapping[str, Recipe] = {"paper": PAPER, "fast": FAST, "gemma_scope_2": GEMMA_SCOPE_2}
 NO_EFFECT = ("output", "threads", "checkpoint_every", "loggers")
@@ -73,6 +77,12 @@ def _all_or_list(value: object) -> str | None:
     return "word" if value == "all" else None
 
 
+def _one_or_list(value: object) -> str | None:
+    if isinstance(value, list):
+        return "list"
+    return "word" if isinstance(value, bool) else None
+
+
 Count = Annotated[int, BeforeValidator(number), Field(gt=0)]
 Positive = Annotated[float, BeforeValidator(number), Field(gt=0, allow_inf_nan=False)]
 Layer = Annotated[int, BeforeValidator(number), Field(ge=0)]
@@ -80,6 +90,10 @@ DeviceName = Annotated[str, BeforeValidator(device_name)]
 Layers = Annotated[
     Annotated[Literal["all"], Tag("word")] | Annotated[list[Layer], Tag("list")],
     Discriminator(_all_or_list, "layers", "should be 'all' or a list, such as [1, 2]"),
+]
+Skip = Annotated[
+    Annotated[StrictBool, Tag("word")] | Annotated[list[StrictBool], Field(min_length=1), Tag("list")],
+    Discriminator(_one_or_list, "skip", "should be true, false or [false, true]"),
 ]
 Width = Annotated[int, BeforeValidator(_width), Field(gt=0)]
 SiteKey = Annotated[str, BeforeValidator(_site)]
@@ -161,7 +175,7 @@ class MeshSection(Section):
 
 
 class GridEntry(Section):
-    """SAEs at every combination of these sites, layers, widths and sparsities.
+    """SAEs at every combination of these sites, layers, widths, sparsities and values of ``skip``.
 
     Attributes:
         sites: names of the site table.
@@ -171,6 +185,10 @@ class GridEntry(Section):
         target_l0s: in place of lambdas, L0s towards which lambda is steered; each must be below every width.
         steps, tokens: length of the training, by default that of the run.
         recipe: values that differ from the run's recipe.
+        skip: whether transcoders have a linear path around the latents; ``[false, true]`` trains both kinds.
+        init_from: where the training starts, in place of the recipe's initial weights: the folder of a finished run,
+            the folder of an SAE, or the release and id of a registry row. See
+            :func:`~gemma_scope_tl.training.start.read_start`.
     """
 
     sites: Annotated[list[SiteKey], Field(min_length=1)]
@@ -181,6 +199,18 @@ class GridEntry(Section):
     steps: Count | None = None
     tokens: Count | None = None
     recipe: RecipeValues = Field(default_factory=dict[str, Any])
+    skip: Skip = False
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+
+    @property
+    def skips(self) -> list[bool]:
+        """The values of ``skip``."""
+        return self.skip if isinstance(self.skip, list) else [self.skip]
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plain data without the keys that are not used, so that it equals that of runs from before these keys."""
+        return {key: value for key, value in dump(self).items() if value or key not in LATER}
 
     @model_validator(mode="after")
     def _one_sparsity(self) -> GridEntry:
@@ -192,6 +222,10 @@ class GridEntry(Section):
             raise ValueError("layers is empty: write 'all' or the layers")
         layers = [] if self.layers == "all" else self.layers
         each_once(sites=self.sites, layers=layers, widths=self.widths, lambdas=self.lambdas, target_l0s=self.target_l0s)
+        each_once(skip=self.skips)
+        others = [site for site in self.sites if not SITES[site].is_transcoder]
+        if any(self.skips) and others:
+            raise ValueError(f"skip: only transcoders have a skip path, not {', '.join(others)}")
         if self.target_l0s and max(self.target_l0s) >= min(self.widths):
             raise ValueError(f"target_l0s: {max(self.target_l0s):g} is not below the width {min(self.widths)}")
         return self

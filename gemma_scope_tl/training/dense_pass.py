@@ -23,7 +23,16 @@ from torch import Tensor
 from gemma_scope_tl.activations.buckets import BufferPool
 from gemma_scope_tl.sae import sparse_ops as ops
 from gemma_scope_tl.training.optimizer import Prices, chunk_rows
-from gemma_scope_tl.training.stack import Batch, Chunk, Member, Vectors, Weights, residuals_
+from gemma_scope_tl.training.stack import (
+    Batch,
+    Chunk,
+    Member,
+    Vectors,
+    Weights,
+    add_skip_,
+    residuals_,
+    skip_gradient,
+)
 
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 """Size of one ``[batch, block]`` temporary, of which a step has about four at a time. Masks are floating-point, because
@@ -84,7 +93,9 @@ class DensePass:
                     self.active[at.start] = active
             else:
                 partial[:, segment].addmm_(on.mul_(z), self.dec[at])
-        self.g_out, squares = residuals_(shard.sum_latents(partial), self.b_dec_old, batch.y, batch.n)
+        partial = shard.sum_latents(partial)
+        add_skip_(partial, member, weights, batch.x)
+        self.g_out, squares = residuals_(partial, self.b_dec_old, batch.y, batch.n)
         squares = squares.double()
         counts = shard.sum_latents(torch.stack([self.l0.double().sum(), entries.double() * (n / min(n, SAMPLE_ROWS))]))
         self.sums = shard.sum_data(torch.cat([squares[-1:], squares.mean().view(1), counts]).unsqueeze(0))
@@ -119,6 +130,7 @@ class DensePass:
             l0 = self.batch.shard.sum_latents(l0.clone())
         self.row_prices = self.prices.of_rows(l0, self.batch.n)
         self.b_dec = self.batch.shard.sum_data(self.g_out[:, 0].sum(0, keepdim=True))
+        self.skip: Sequence[Tensor | None] = [skip_gradient(self.member, self.batch, self.g_out[:, 0])]
         zeros = torch.zeros_like(self.theta)
         self.vectors = Vectors(zeros, zeros.clone(), zeros.clone(), zeros.clone())
         if self.active:

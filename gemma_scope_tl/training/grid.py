@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 
@@ -102,16 +104,17 @@ def _places(entry: GridEntry, dims: ModelDims, family: Family | None) -> list[Pl
 
 def _specs(config: SuiteConfig, entry: GridEntry, place: Place, d_in: int, steps: int) -> list[SAESpec]:
     specs: list[SAESpec] = []
-    for d_sae in entry.widths:
-        head = f"{place.key}/width_{width_label(d_sae)}"
+    for d_sae, skip in itertools.product(entry.widths, entry.skips):
+        head, tail = f"{place.key}/width_{width_label(d_sae)}", "_affine" if skip else ""
+        also: dict[str, Any] = {"skip": skip, "init_from": entry.init_from or ""}
         for value in entry.lambdas or ():
-            name = f"{head}/lambda_{value:g}"
+            name = f"{head}/lambda_{value:g}{tail}"
             recipe = replace(config.recipe_at(entry, d_in, d_sae=d_sae, steps=steps), l0_coefficient=value)
-            specs.append(SAESpec(name, place, d_sae, recipe, _seed(config.seed, name)))
+            specs.append(SAESpec(name, place, d_sae, recipe, _seed(config.seed, name), **also))
         for value in entry.target_l0s or ():
-            name = f"{head}/target_l0_{value:g}"
+            name = f"{head}/target_l0_{value:g}{tail}"
             recipe = config.recipe_at(entry, d_in, d_sae=d_sae, target_l0=value, steps=steps)
-            specs.append(SAESpec(name, place, d_sae, recipe, _seed(config.seed, name), target_l0=value))
+            specs.append(SAESpec(name, place, d_sae, recipe, _seed(config.seed, name), target_l0=value, **also))
     return specs
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.training.dense_pass import DensePass
 from gemma_scope_tl.training.optimizer import Lambda, Moments, Prices, Rate, adam_, on_sphere_
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.sparse_pass import SparsePass
 from gemma_scope_tl.training.spec import SAESpec, check_one_place
 from gemma_scope_tl.training.stack import Batch, Chunk, Member, Pass, Weights, folded, initialize, members_of
-
-DEAD_STEPS = 1_000
-"""A latent is dead if it was active in none of this many batches. As in the paper, dead latents are not resampled."""
+from gemma_scope_tl.training.window import Window, check_state
 
 DENSE_ENTRIES = 0.06
 """Share of pre-activations above the kernel's lower end from which on dense products are faster."""
@@ -27,42 +26,6 @@ TEAM_VALUES = 1 << 20
 SAE keeps the processor busy, and holding the errors of all SAEs in memory at once would be slower."""
 
 _STEPS, _STEERING = "steps_done", "steering"
-
-
-class Window:
-    """Counts of one SAE between two reports, for the latents that this process has.
-
-    Attributes:
-        sums: ``[3]`` in float64: steps, and the sums of error and L0 over them.
-        fired: ``[latents]``, whether each latent was active since the last report.
-        last_fired: ``[latents]``, the last step (from 1) in which each latent was active; 0 for never.
-    """
-
-    def __init__(self, latents: int, device: torch.device) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)
-        self.fired = torch.zeros(latents, dtype=torch.bool, device=device)
-        self.last_fired = torch.zeros(latents, dtype=torch.int64, device=device)
-
-    def update(self, step: int, error: float, l0: float, fired: Tensor) -> None:
-        """Add step ``step`` (from 1); ``fired [latents]`` counts activations."""
-        self.sums += torch.tensor((1.0, error, l0), dtype=torch.float64)
-        active = fired > 0
-        self.fired |= active
-        self.last_fired.masked_fill_(active, step)
-
-    def report(self, step: int, d_sae: int, shard: Shard) -> dict[str, float]:
-        """Means since the last report, and the shares of silent and dead latents; resets the counts."""
-        steps, error, l0 = self.sums.tolist()
-        dead = self.last_fired <= step - DEAD_STEPS
-        counts = shard.sum_latents(torch.stack([(~self.fired).sum(), dead.sum()]).double()).tolist()
-        self.sums.zero_()
-        self.fired.zero_()
-        mean = (error / steps, l0 / steps) if steps else (float("nan"), float("nan"))
-        return {"error": mean[0], "l0": mean[1], "silent": counts[0] / d_sae, "dead": counts[1] / d_sae}
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The tensors that a resumed run needs, by name."""
-        return {"window": self.sums, "fired": self.fired, "last_fired": self.last_fired}
 
 
 class PlaceTrainer:
@@ -113,14 +76,16 @@ class PlaceTrainer:
         self.d_in, self.d_out, self.dtype, self.device = d_in, d_out, dtype, torch.device(device)
         self.members = members_of(specs, shard)
         latents = self.members[-1].rows.stop
-        self.weights = Weights.zeros(latents, len(specs), d_in, d_out, dtype, self.device)
-        self.second = Weights.zeros(latents, len(specs), d_in, d_out, dtype, self.device)
+        skips = sum(spec.skip for spec in specs)
+        sizes: tuple[Any, ...] = (latents, len(specs), d_in, d_out, dtype, self.device, skips)
+        self.weights, self.second = Weights.zeros(*sizes), Weights.zeros(*sizes)
         momentum = any(member.momentum for member in self.members)
-        self.first = Weights.zeros(latents, len(specs), d_in, d_out, dtype, self.device) if momentum else None
+        self.first = Weights.zeros(*sizes) if momentum else None
         initialize(self.weights, specs, self.members, shard)
         self.last = torch.zeros(latents, dtype=torch.int64, device=self.device)
         self.lambdas = [Lambda(spec.recipe, spec.target_l0, total_steps) for spec in specs]
         self.windows = [Window(m.rows.stop - m.rows.start, self.device) for m in self.members]
+        self._started: set[int] = set()
         self.entries = [1.0] * len(specs)  # share of pre-activations above the kernel's lower end in the last step
         self.steps_done = 0
 
@@ -128,6 +93,26 @@ class PlaceTrainer:
     def is_transcoder(self) -> bool:
         """Whether the SAEs reconstruct a tensor other than their input."""
         return self.specs[0].is_transcoder
+
+    @torch.no_grad()
+    def start_from(self, index: int, params: Mapping[str, Tensor]) -> None:
+        """Replace the initial weights of an SAE before the first step; ``b_dec_start`` does not apply to it then.
+
+        Args:
+            index: index of the SAE in ``specs``.
+            params: all latents', as :func:`~gemma_scope_tl.training.start.unfolded` returns them; without ``skip`` the
+                matrix of a skip transcoder stays 0.
+
+        Raises:
+            GemmaScopeError: the trainer has stepped already.
+        """
+        if self.steps_done:
+            raise GemmaScopeError(f"The weights of {self.specs[index].name} can be set before the first step only.")
+        member, own = self.members[index], self.shard.latents(self.specs[index].d_sae)
+        for name, value in self.weights.of(index, member.rows, member.skip).items():
+            if name in params:
+                value.copy_(params[name] if name in ("b_dec", "skip") else params[name][own])
+        self._started.add(index)
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor | None = None) -> None:
@@ -170,7 +155,7 @@ class PlaceTrainer:
         if not bool(torch.isfinite(mean).all()):
             return  # the loss is not finite either, and the step will say so
         for member, spec in zip(self.members, self.specs, strict=True):
-            if spec.recipe.b_dec_start == "mean":
+            if spec.recipe.b_dec_start == "mean" and member.index not in self._started:
                 self.weights.b_dec[member.index] = mean
 
     def _passes(self, batch: Batch) -> list[Pass]:
@@ -229,6 +214,9 @@ class PlaceTrainer:
                 moments = self._moments(name, member.rows)
                 adam_(getattr(self.weights, name)[member.rows], moments, grad, rate, moved=moved)
             adam_(self.weights.b_dec[index], self._moments("b_dec", index), each.b_dec[number], rate)
+            skip = each.skip[number]
+            if skip is not None and member.skip is not None:
+                adam_(self.weights.skip[member.skip], self._moments("skip", member.skip), skip, rate)
             squares, _, active, entries = found[index]
             self.entries[index] = entries / (n * member.d_sae)
             self.lambdas[index].update(self.steps_done, active / n)
@@ -309,7 +297,7 @@ class PlaceTrainer:
         expected = {name: (value.shape, value.dtype) for name, value in live.items()}
         expected |= {f"{spec.name}/{_STEERING}": (torch.Size((3,)), torch.float64) for spec in self.specs}
         expected[_STEPS] = (torch.Size(()), torch.int64)
-        _check_state(state, expected)
+        check_state(state, expected)
         for name, value in live.items():
             value.copy_(state[name])
         for index, spec in enumerate(self.specs):
@@ -321,10 +309,11 @@ class PlaceTrainer:
         """The trainer's own tensors: writing to them changes it."""
         found: dict[str, Tensor] = {}
         for spec, member, window in zip(self.specs, self.members, self.windows, strict=True):
-            parts = self.weights.of(member.index, member.rows)
-            parts |= {f"second.{name}": value for name, value in self.second.of(member.index, member.rows).items()}
+            own = (member.index, member.rows, member.skip)
+            parts = self.weights.of(*own)
+            parts |= {f"second.{name}": value for name, value in self.second.of(*own).items()}
             if self.first is not None:
-                parts |= {f"first.{name}": value for name, value in self.first.of(member.index, member.rows).items()}
+                parts |= {f"first.{name}": value for name, value in self.first.of(*own).items()}
             parts |= {"last": self.last[member.rows], **window.tensors()}
             found |= {f"{spec.name}/{name}": value for name, value in parts.items()}
         return found
@@ -337,10 +326,13 @@ class PlaceTrainer:
             scale: ``C``, by which the (input) activations were divided.
 
         Returns:
-            ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc``, ``b_dec`` and ``threshold`` in the trainer's
-            dtype on the CPU. A divided trainer returns those of this process's latents.
+            ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc``, ``b_dec``, ``threshold``, and
+            ``affine_skip_connection [d_in, d_out]`` of skip transcoders, in the trainer's dtype on the CPU. A divided
+            trainer returns those of this process's latents.
         """
-        return folded(self.weights.of(index, self.members[index].rows), scale, pre_encoder_bias=not self.is_transcoder)
+        member = self.members[index]
+        weights = self.weights.of(index, member.rows, member.skip)
+        return folded(weights, scale, pre_encoder_bias=not self.is_transcoder)
 
 
 def _moved(member: Member, each: Pass, rows: slice, first: int) -> Tensor | None:
@@ -355,22 +347,6 @@ def _moved(member: Member, each: Pass, rows: slice, first: int) -> Tensor | None
     at = slice(rows.start - first, rows.stop - first)
     touched = (each.vectors.fired[at] + each.vectors.near[at]) > 0
     return None if bool(touched.all()) else touched.to(each.vectors.b_enc.dtype)
-
-
-def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
-    for name in state:
-        if name not in expected:
-            raise unknown_name("tensor of a trainer's state", name, expected)
-    missing = [name for name in expected if name not in state]
-    if missing:
-        raise GemmaScopeError(f"The trainer's state lacks {missing[0]} and {len(missing) - 1} others.")
-    for name, (shape, dtype) in expected.items():
-        value = state[name]
-        if value.shape != shape or value.dtype != dtype:
-            text = f"{value.dtype} {list(value.shape)}, not {dtype} {list(shape)}"
-            raise GemmaScopeError(f"{name} in the trainer's state is {text}.")
-        if not bool(torch.isfinite(value).all()):
-            raise GemmaScopeError(f"{name} in the trainer's state has values that are not finite.")
 
 
 def _check(d_in: int, d_out: int, specs: Sequence[SAESpec], total_steps: int, dtype: torch.dtype) -> None:

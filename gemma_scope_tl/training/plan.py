@@ -30,33 +30,35 @@ GIB = 2.0**30
 _ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 STEP_PRODUCTS = 5.0
 """A dense step has five products of the encoder's size: encode, decode, and the gradients of latents and matrices."""
+SKIP_PRODUCTS = 2.0
+"""The products ``[batch, d_in] x [d_in, d_out]`` of a skip path in a step: output and gradient."""
 _LATENTS, _ROWS, _WARM_UP, _RUNS = 1_024, 1_024, 2, 3
 
 
-def parameters(d_in: int, d_out: int, d_sae: int) -> int:
-    """Number of trained parameters of one SAE."""
-    return d_sae * (d_in + d_out + 2) + d_out
+def parameters(d_in: int, d_out: int, d_sae: int, *, skip: bool = False) -> int:
+    """Number of trained parameters of one SAE, or of a transcoder with or without skip."""
+    return d_sae * (d_in + d_out + 2) + d_out + (d_in * d_out if skip else 0)
 
 
-def state_bytes(d_in: int, d_out: int, widths: Sequence[int], *, momentum: bool = False) -> int:
+def state_bytes(d_in: int, d_out: int, widths: Sequence[int], *, momentum: bool = False, skips: int = 0) -> int:
     """Bytes of the weights and Adam's moments of SAEs that are stepped together; about those of a checkpoint.
 
-    Without momentum there are no first moments. Counters (when a latent last moved, whether it fired) take a few bytes
-    a latent and are left out.
+    ``skips`` of them are skip transcoders. Without momentum there are no first moments. Counters (when a latent last
+    moved, whether it fired) take a few bytes a latent and are left out.
     """
     copies = 3 if momentum else 2
-    return copies * FLOAT32 * sum(parameters(d_in, d_out, d_sae) for d_sae in widths)
+    return copies * FLOAT32 * (sum(parameters(d_in, d_out, d_sae) for d_sae in widths) + skips * d_in * d_out)
 
 
-def step_bytes(d_in: int, d_out: int, widths: Sequence[int], batch: int) -> int:
+def step_bytes(d_in: int, d_out: int, widths: Sequence[int], batch: int, *, skips: int = 0) -> int:
     """Further bytes of a step: gradients, a batch and its reconstructions, and the pre-activations of all latents."""
-    gradients = sum(parameters(d_in, d_out, d_sae) for d_sae in widths)
+    gradients = sum(parameters(d_in, d_out, d_sae) for d_sae in widths) + skips * d_in * d_out
     return FLOAT32 * (gradients + batch * (2 * d_in + 2 * d_out * len(widths) + sum(widths)))
 
 
-def released_bytes(d_in: int, d_out: int, d_sae: int) -> int:
+def released_bytes(d_in: int, d_out: int, d_sae: int, *, skip: bool = False) -> int:
     """Bytes of one ``params.npz``, without its headers."""
-    return FLOAT32 * parameters(d_in, d_out, d_sae)
+    return FLOAT32 * parameters(d_in, d_out, d_sae, skip=skip)
 
 
 def bucket_bytes(widths: Iterable[int], rows: int, item_size: int) -> int:
@@ -126,7 +128,7 @@ def measured(group: Group, d_in: int, d_out: int, d_model: int, d_ff: int, batch
     flops = 2.0 * x.numel() * d_ff / _seconds(lambda: x @ w)
     spec = group.specs[0]
     rows, latents = min(batch, _ROWS), min(spec.d_sae, _LATENTS)
-    small = replace(spec, d_sae=latents)
+    small = replace(spec, d_sae=latents, skip=False)  # a skip path is counted as two products
     trainer = PlaceTrainer(d_in, d_out, [small], total_steps=1_000)
     inputs = torch.randn(rows, d_in, generator=generator) * d_in**-0.5
     targets = torch.randn(rows, d_out, generator=generator) * d_out**-0.5 if spec.is_transcoder else None
@@ -241,24 +243,25 @@ def plan_suite(
 def _job(group: Group, config: SuiteConfig, dims: Mapping[Place, int], speed: Speed | None) -> dict[str, Any]:
     d_in, d_out = dims[group.place], dims[target_of(group.place)]
     widths, batch, item = [spec.d_sae for spec in group.specs], config.batch_size, _ITEM[config.source.dtype]
-    momentum = any(spec.recipe.betas[0] > 0.0 for spec in group.specs)
-    state = state_bytes(d_in, d_out, widths, momentum=momentum)
+    momentum, skips = any(spec.recipe.betas[0] > 0.0 for spec in group.specs), sum(spec.skip for spec in group.specs)
+    state = state_bytes(d_in, d_out, widths, momentum=momentum, skips=skips)
     own = {place: dims[place] for place in with_targets([group.place])}
     bucket = bucket_bytes(own.values(), config.source.bucket_rows, item)
     flops = 2.0 * batch * sum(widths) * d_in * group.steps
+    skip_flops = SKIP_PRODUCTS * 2.0 * batch * d_in * d_out * skips * group.steps
     return {
         "place": group.place.key,
         "saes": len(widths),
         "widths": ", ".join(str(width) for width in dict.fromkeys(widths)),
         "tokens": group.steps * batch,
         "steps": group.steps,
-        "parameters": sum(parameters(d_in, d_out, width) for width in widths),
-        "memory": state + step_bytes(d_in, d_out, widths, batch) + bucket,
+        "parameters": sum(parameters(d_in, d_out, spec.d_sae, skip=spec.skip) for spec in group.specs),
+        "memory": state + step_bytes(d_in, d_out, widths, batch, skips=skips) + bucket,
         "bucket": bucket,
         "store": sum(store_bytes(width, group.steps * batch, item) for width in own.values()),
         "checkpoint": state,
-        "released": sum(released_bytes(d_in, d_out, width) for width in widths),
-        "seconds": flops / speed.step_flops if speed else None,
+        "released": sum(released_bytes(d_in, d_out, spec.d_sae, skip=spec.skip) for spec in group.specs),
+        "seconds": flops / speed.step_flops + skip_flops / speed.flops if speed else None,
     }
 
 

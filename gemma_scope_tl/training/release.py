@@ -28,6 +28,10 @@ STAGE = ".release"
 """Hidden folder in which a release is written before it is moved to its final place."""
 _VALUES = 1 << 25  # pre-activations that are computed at a time while measuring
 _DECIMALS = 3
+SKIP_KEY = "affine_skip_connection"
+"""The array of a released skip transcoder, ``[d_in, d_out]``, which is used as ``x @ S``."""
+UNDIVIDED = ("b_dec", SKIP_KEY)
+"""Released arrays that every process has whole, because they do not belong to latents."""
 
 
 @dataclass
@@ -65,6 +69,8 @@ class TrainedSAE:
             z = inputs @ a["W_enc"] + a["b_enc"]
             on = z > a["threshold"]
             error = targets - (self.shard.sum_latents((z * on) @ a["W_dec"]) + a["b_dec"])
+            if SKIP_KEY in a:
+                error -= inputs @ a[SKIP_KEY]
             wide = targets.double()
             fired = on.any(0)
             self.rows += len(inputs)
@@ -97,6 +103,7 @@ def measure(saes: Sequence[TrainedSAE], batches: Iterable[Mapping[Place, Tensor]
 def folder_names(saes: Sequence[tuple[SAESpec, float]]) -> list[str]:
     """``res/layer_3/width_1k/average_l0_12`` for SAEs with these measured L0s, each unique.
 
+    The names of skip transcoders end in ``_affine``, as in Gemma Scope 2's releases.
     SAEs whose names would be equal get as many decimals as are needed, up to three; if the names are still equal,
     ``_2`` and so on is added.
 
@@ -107,12 +114,13 @@ def folder_names(saes: Sequence[tuple[SAESpec, float]]) -> list[str]:
     ['average_l0_12.2', 'average_l0_12.4', 'average_l0_30']
     """
     heads = [f"{spec.place.key}/width_{width_label(spec.d_sae)}/average_l0_" for spec, _ in saes]
-    names = [f"{head}{l0:.0f}" for head, (_, l0) in zip(heads, saes, strict=True)]
+    tails = ["_affine" if spec.skip else "" for spec, _ in saes]
+    names = [f"{head}{l0:.0f}{tail}" for head, (_, l0), tail in zip(heads, saes, tails, strict=True)]
     for decimals in range(1, _DECIMALS + 1):
         crowded = {name for name, count in Counter(names).items() if count > 1}
         names = [
-            f"{head}{l0:.{decimals}f}" if name in crowded else name
-            for name, head, (_, l0) in zip(names, heads, saes, strict=True)
+            f"{head}{l0:.{decimals}f}{tail}" if name in crowded else name
+            for name, head, (_, l0), tail in zip(names, heads, saes, tails, strict=True)
         ]
     seen: Counter[str] = Counter()
     for index, name in enumerate(names):
@@ -169,7 +177,7 @@ def _release_arrays(sae: TrainedSAE, family: Family) -> dict[str, Tensor]:
 
 def _divided(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The released arrays that are divided over processes, with latents as their first dimension."""
-    return {key: arrays[key].T if key == "W_enc" else arrays[key] for key in sorted(arrays) if key != "b_dec"}
+    return {key: arrays[key].T if key == "W_enc" else arrays[key] for key in sorted(arrays) if key not in UNDIVIDED}
 
 
 def _whole_arrays(sae: TrainedSAE, family: Family, shard: Shard, parts: Path) -> dict[str, np.ndarray]:
@@ -242,6 +250,7 @@ def _row(sae: TrainedSAE, name: str, path: Path, metrics: Mapping[str, float]) -
         "d_in": sae.arrays["W_enc"].shape[0],
         "path": name,
         "sha256": file_sha256(path),
+        **({"affine": True} if spec.skip else {}),
         **metrics,
         "name": spec.name,
         "target_l0": spec.target_l0,

@@ -35,6 +35,7 @@ from gemma_scope_tl.training.place import PlaceTrainer
 from gemma_scope_tl.training.release import TrainedSAE, measure
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.source_factory import OpenSource
+from gemma_scope_tl.training.start import begin
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -100,6 +101,8 @@ class TrainingRun:
         if manifest is None:
             squares = self._source.mean_squares(config.source.scale_rows)
             self.step, self.scales = 0, {place: _scale(place, squares) for place in places_of(groups)}
+            for group in groups:
+                begin(self.trainers[group.name], self.scales[group.place], config.model.name)
         else:
             self.step = manifest.step
             self.scales = {parse_place(key): value for key, value in manifest.scales.items()}

@@ -13,6 +13,9 @@ the penalties. Then, with sums over the batch::
     d W_enc_i = sum on g (x - b_dec)               d b_enc = sum on g
     d log theta_i = -(theta_i / epsilon) sum K (theta_i g + price)
 
+A skip transcoder's ``x S`` is added to every prefix, as ``b_dec`` is: ``d S = sum x^T G_t``, with the first row of each
+token.
+
 With the estimator's gradient to the input, ``on g`` becomes ``on g + c K (theta_i g + price) / epsilon``: the jump
 depends on ``pre - theta`` only, so its gradient at the pre-activation is minus that at the threshold. The factor ``c``
 is ``Prices.to_input``.
@@ -27,7 +30,16 @@ from torch import Tensor
 
 from gemma_scope_tl.sae import sparse_ops as ops
 from gemma_scope_tl.training.optimizer import Prices, chunk_rows
-from gemma_scope_tl.training.stack import Batch, Chunk, Member, Vectors, Weights, residuals_
+from gemma_scope_tl.training.stack import (
+    Batch,
+    Chunk,
+    Member,
+    Vectors,
+    Weights,
+    add_skip_,
+    residuals_,
+    skip_gradient,
+)
 
 WHOLE_CHUNK = 0.75
 """If at least this share of a chunk's rows is touched, the whole chunk is updated in place, without gathering rows."""
@@ -55,7 +67,7 @@ class SparsePass:
         self.on = z > self.theta_at
         self.near = z < (self.theta + half).index_select(0, self.latents)
         self.f = z * self.on
-        self._residuals()
+        self._residuals(weights)
 
     def _own(self, member: Member) -> slice:
         return slice(member.rows.start - self.at.start, member.rows.stop - self.at.start)
@@ -70,7 +82,7 @@ class SparsePass:
         row = token * count + torch.bucketize(self.latents, ends, right=True)
         return ops.starts_of(row.bincount(minlength=(starts.shape[0] - 1) * count)), row
 
-    def _residuals(self) -> None:
+    def _residuals(self, weights: Weights) -> None:
         """Compute the errors, their gradient at each row's reconstruction, and the sums that a step reports."""
         batch, n = self.batch, self.batch.x.shape[0]
         count = len(self.segments)
@@ -83,6 +95,7 @@ class SparsePass:
         at = 0
         for member, b_dec in zip(self.members, self.b_dec_old, strict=True):
             own = slice(at, at + len(member.segments))
+            add_skip_(partial[:, own], member, weights, batch.x)
             _, squares = residuals_(partial[:, own], b_dec, batch.y, batch.n)
             squares = squares.double()
             counts = torch.stack([self.l0[:, own].sum(), entries[:, own].sum()]).double()
@@ -124,6 +137,10 @@ class SparsePass:
         firsts = [sum(len(m.segments) for m in self.members[:i]) for i in range(len(self.members))]
         by_segment = self.g_out.view(-1, count, self.g_out.shape[1])
         self.b_dec = shard.sum_data(torch.stack([by_segment[:, first].sum(0) for first in firsts]))
+        pairs = zip(self.members, firsts, strict=True)
+        self.skip: Sequence[Tensor | None] = [
+            skip_gradient(member, self.batch, by_segment[:, first]) for member, first in pairs
+        ]
 
     def _input_share(self, prices: Sequence[Prices]) -> Tensor | None:
         """For each latent ``to_input / epsilon``; None if all are 0."""

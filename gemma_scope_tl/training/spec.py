@@ -11,6 +11,9 @@ from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.sites import Place, parse_place, target_of
 from gemma_scope_tl.training.recipe import Recipe
 
+LATER = ("skip", "init_from")
+"""Fields that plain data has only where they differ from their defaults, so that it is the same as before them."""
+
 
 @dataclass(frozen=True)
 class SAESpec:
@@ -24,6 +27,10 @@ class SAESpec:
         seed: seed of the initial weights.
         target_l0: the wanted L0. With the linear penalty, lambda is steered towards it. With the quadratic penalty it
             is ``L0*``, and required. None keeps lambda fixed.
+        skip: whether a transcoder has a linear path from its input to its output around the latents, which is trained
+            along.
+        init_from: where the initial weights are read from, as a configuration's grid names it; empty for those of the
+            recipe.
 
     Raises:
         GemmaScopeError: a value is out of range.
@@ -35,6 +42,8 @@ class SAESpec:
     recipe: Recipe
     seed: int
     target_l0: float | None = None
+    skip: bool = False
+    init_from: str = ""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -45,6 +54,10 @@ class SAESpec:
             raise GemmaScopeError(f"{self.name}: target_l0 must be greater than 0, not {self.target_l0}.")
         if self.recipe.l0_penalty == "quadratic" and self.target_l0 is None:
             raise GemmaScopeError(f"{self.name}: the quadratic penalty needs a target_l0.")
+        if self.skip and not self.is_transcoder:
+            raise GemmaScopeError(
+                f"{self.name}: only a transcoder has a skip path. With one, an SAE would copy {self.place.key}."
+            )
         self.recipe.prefixes_of(self.d_sae)
 
     @property
@@ -54,7 +67,8 @@ class SAESpec:
 
     def to_json(self) -> dict[str, Any]:
         """The spec as plain data, which :meth:`from_json` reads."""
-        return asdict(self) | {"place": self.place.key}
+        data = asdict(self) | {"place": self.place.key}
+        return {key: value for key, value in data.items() if value or key not in LATER}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SAESpec:
@@ -68,7 +82,7 @@ class SAESpec:
         for key in data:
             if key not in names:
                 raise unknown_name("key of an SAE", key, names)
-        missing = [name for name in names if name not in data and name != "target_l0"]
+        missing = [name for name in names if name not in data and name not in ("target_l0", *LATER)]
         if missing:
             raise GemmaScopeError(f"An SAE's description lacks {', '.join(missing)}.")
         read = {"place": parse_place(str(data["place"])), "recipe": Recipe.from_json(data["recipe"])}

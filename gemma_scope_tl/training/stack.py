@@ -33,6 +33,7 @@ class Weights:
         b_enc: ``[m]``.
         log_threshold: ``[m]``.
         b_dec: ``[s, d_out]``, a row for each SAE.
+        skip: ``[k, d_in, d_out]``, the matrix ``S`` of each of the ``k`` skip transcoders among the SAEs.
     """
 
     enc: Tensor
@@ -40,17 +41,27 @@ class Weights:
     b_enc: Tensor
     log_threshold: Tensor
     b_dec: Tensor
+    skip: Tensor
 
     @classmethod
-    def zeros(cls, latents: int, saes: int, d_in: int, d_out: int, dtype: torch.dtype, device: torch.device) -> Weights:
+    def zeros(
+        cls, latents: int, saes: int, d_in: int, d_out: int, dtype: torch.dtype, device: torch.device, skips: int = 0
+    ) -> Weights:
         """All zero."""
-        shapes = ((latents, d_in), (latents, d_out), (latents,), (latents,), (saes, d_out))
+        shapes = ((latents, d_in), (latents, d_out), (latents,), (latents,), (saes, d_out), (skips, d_in, d_out))
         return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
 
-    def of(self, index: int, rows: slice) -> dict[str, Tensor]:
-        """Views of the parameters of one SAE, by name, given its number and its latents in the stack."""
+    def of(self, index: int, rows: slice, skip: int | None = None) -> dict[str, Tensor]:
+        """Views of the parameters of one SAE, by name.
+
+        Args:
+            index: number of the SAE.
+            rows: its latents in the stack.
+            skip: number of its matrix among those of skip transcoders; None for SAEs without one.
+        """
         found = {name: getattr(self, name)[rows] for name in ("enc", "dec", "b_enc", "log_threshold")}
-        return found | {"b_dec": self.b_dec[index]}
+        found["b_dec"] = self.b_dec[index]
+        return found if skip is None else found | {"skip": self.skip[skip]}
 
 
 @torch.no_grad()
@@ -60,10 +71,12 @@ def initialize(weights: Weights, specs: Sequence[SAESpec], members: Sequence[Mem
     All thresholds are equal and biases are 0. ``W_dec`` is He-uniform and then scaled to unit rows, so the bound does
     not matter. ``W_enc`` of an SAE is ``W_dec^T``; that of a transcoder is drawn independently. The paper does not say
     how; here it is He-uniform, ``U(-b, b)`` with ``b = sqrt(6 / d_in)``. Either is multiplied by the recipe's
-    ``init_encoder_scale``.
+    ``init_encoder_scale``. The matrix of a skip transcoder starts at 0, as in SAELens; Gemma Scope 2's report
+    does not say how. The first gradient is then the regression of the target on the input.
     """
     weights.b_enc.zero_()
     weights.b_dec.zero_()
+    weights.skip.zero_()
     for spec, member in zip(specs, members, strict=True):
         at = member.rows
         weights.log_threshold[at] = float(np.log(spec.recipe.init_threshold))
@@ -100,6 +113,7 @@ class Member:
         bandwidth: epsilon, the width of the kernel.
         d_sae: number of latents on all processes together.
         momentum: whether Adam has momentum, for which :attr:`Vectors.near` is needed.
+        skip: number of the SAE's matrix in :attr:`Weights.skip`; None if it is not a skip transcoder.
     """
 
     index: int
@@ -108,20 +122,22 @@ class Member:
     bandwidth: float
     d_sae: int
     momentum: bool = False
+    skip: int | None = None
 
 
 def members_of(specs: Sequence[SAESpec], shard: Shard) -> list[Member]:
     """The members of a stack that holds the SAEs one after the other, in the order of ``specs``."""
     members: list[Member] = []
-    at = 0
+    at = skips = 0
     for index, spec in enumerate(specs):
         own = shard.latents(spec.d_sae)
         ends = [min(max(size, own.start), own.stop) - own.start for size in spec.recipe.prefixes_of(spec.d_sae)]
         segments = tuple(slice(at + a, at + b) for a, b in zip([0, *ends[:-1]], ends, strict=True))
         rows = slice(at, at + own.stop - own.start)
         recipe = spec.recipe
-        members.append(Member(index, rows, segments, recipe.bandwidth, spec.d_sae, recipe.betas[0] > 0.0))
-        at = rows.stop
+        skip = skips if spec.skip else None
+        members.append(Member(index, rows, segments, recipe.bandwidth, spec.d_sae, recipe.betas[0] > 0.0, skip))
+        at, skips = rows.stop, skips + spec.skip
     return members
 
 
@@ -130,7 +146,9 @@ def folded(params: Mapping[str, Tensor], scale: float, *, pre_encoder_bias: bool
     """Weights for raw activations (:func:`gemma_scope_tl.weights.fold.fold`), computed in float64, a block at a time.
 
     Args:
-        params: ``enc [d_sae, d_in]``, ``dec [d_sae, d_out]``, ``b_enc``, ``log_threshold``, ``b_dec``.
+        params: ``enc [d_sae, d_in]``, ``dec [d_sae, d_out]``, ``b_enc``, ``log_threshold``, ``b_dec``, and ``skip
+            [d_in, d_out]`` of skip transcoders. That has no unit, since input and target are divided by the same ``C``:
+            ``C (x / C) S = x S``.
         scale: ``C``.
         pre_encoder_bias: whether ``b_dec`` was subtracted before the encoder.
 
@@ -165,6 +183,8 @@ def folded(params: Mapping[str, Tensor], scale: float, *, pre_encoder_bias: bool
         "b_dec": folded_b_dec,
         "threshold": torch.cat(thresholds),
     }
+    if "skip" in params:
+        found["affine_skip_connection"] = params["skip"]
     return {name: _own(value.to("cpu", dtype)) for name, value in found.items()}
 
 
@@ -234,12 +254,14 @@ class Pass(Protocol):
             (from a sample of the rows where products are dense).
         vectors: complete once the chunks of all members have been taken.
         b_dec: ``[members, d_out]``, likewise.
+        skip: the gradient ``[d_in, d_out]`` of each member's matrix; None for members without one.
     """
 
     members: Sequence[Member]
     sums: Tensor
     vectors: Vectors
     b_dec: Tensor
+    skip: Sequence[Tensor | None]
 
     def backward(self, prices: Sequence[Prices]) -> None:
         """Prepare the gradients, one :class:`Prices` for each member."""
@@ -248,6 +270,30 @@ class Pass(Protocol):
     def chunks(self, member: int) -> Iterator[Chunk]:
         """The gradients of a member's matrices. A chunk's rows may be changed as soon as it has been yielded."""
         ...
+
+
+def add_skip_(partial: Tensor, member: Member, weights: Weights, x: Tensor) -> None:
+    """Add the skip path ``x S`` of a member, if it has one, to the reconstruction of its first segment.
+
+    Every prefix has it then, as it has ``b_dec``.
+
+    Args:
+        partial: ``[rows, segments, d_out]``, after the sum over processes that divide the latents.
+        x: ``[rows, d_in]``.
+    """
+    if member.skip is not None:
+        partial[:, 0].addmm_(x, weights.skip[member.skip])
+
+
+def skip_gradient(member: Member, batch: Batch, g: Tensor) -> Tensor | None:
+    """The gradient of a member's ``S``, ``x^T g``, over all processes; None if it has no skip path.
+
+    Processes that divide the latents each compute the whole product, as ``S`` is not divided.
+
+    Args:
+        g: ``[rows, d_out]``, the gradient at the reconstruction of the first segment.
+    """
+    return None if member.skip is None else batch.shard.sum_data(batch.x.T @ g)
 
 
 def residuals_(partial: Tensor, b_dec: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,11 @@ D_IN, D_OUT, BATCH, STEPS = 24, 20, 64, 12
 
 
 def specs(kind: str) -> list[SAESpec]:
-    """Two SAEs or two transcoders of unequal widths; the second kind has every penalty there is."""
+    """Two SAEs or two transcoders of unequal widths; the last SAE has every penalty there is, and one a skip path."""
     recipe = replace(FAST, batch_size=BATCH, lr_warm_up_steps=4, l0_warm_up_steps=4)
     if kind == "transcoder":
         place = Place("transcoder", 0)
-        return [SAESpec(f"t{width}", place, width, recipe, 7, target_l0=6.0) for width in (64, 128)]
+        return [SAESpec(f"t{width}", place, width, recipe, 7, target_l0=6.0, skip=width == 64) for width in (64, 128)]
     full = replace(
         GEMMA_SCOPE_2,
         batch_size=BATCH,
@@ -71,8 +71,8 @@ def whole(trainer: PlaceTrainer) -> dict[str, torch.Tensor]:
     """All weights, undivided; every process must call it."""
     shard, found = trainer.shard, dict[str, torch.Tensor]()
     for member, spec in zip(trainer.members, trainer.specs, strict=True):
-        for name, local in trainer.weights.of(member.index, member.rows).items():
-            if name == "b_dec" or not isinstance(shard, MeshShard):
+        for name, local in trainer.weights.of(member.index, member.rows, member.skip).items():
+            if name in ("b_dec", "skip") or not isinstance(shard, MeshShard):
                 found[f"{spec.name}/{name}"] = local.contiguous()
                 continue
             parts = list(shard.whole(local, chunk=7))

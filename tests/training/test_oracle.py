@@ -70,7 +70,11 @@ class Oracle:
         sizes = [round(share * D_SAE) for share in r.matryoshka] + [D_SAE]
         for size in sizes:
             error = f[:, :size] @ p["W_dec"][:size] + p["b_dec"] - y
+            if "skip" in p:
+                error += x @ p["skip"]
             d_hat = 2.0 * error / (n * len(sizes))
+            if "skip" in p:
+                grads["skip"] += x.T @ d_hat
             grads["W_dec"][:size] += f[:, :size].T @ d_hat
             grads["b_dec"] += d_hat.sum(0)
             d_f[:, :size] += d_hat @ p["W_dec"][:size].T
@@ -111,7 +115,10 @@ class Oracle:
             lr *= 0.1 + 0.9 * 0.5 * (1 - math.cos(math.pi * self.t / r.lr_warm_up_steps))
         lr *= min(1.0, (STEPS - self.t) / (r.lr_decay * STEPS))
         self.t += 1
-        (beta1, beta2), moved = r.betas, {"W_enc": self.touched, "W_dec": self.touched[:, None], "b_dec": True}
+        (beta1, beta2), moved = (
+            r.betas,
+            {"W_enc": self.touched, "W_dec": self.touched[:, None], "b_dec": True, "skip": True},
+        )
         for name, g in grads.items():
             self.m[name] = beta1 * self.m[name] + (1 - beta1) * g
             self.v[name] = beta2 * self.v[name] + (1 - beta2) * g**2
@@ -122,7 +129,8 @@ class Oracle:
     def released(self, x: np.ndarray) -> np.ndarray:
         """The reconstruction of raw activations."""
         pre, on, _ = self.forward(x / SCALE)
-        return SCALE * ((pre * on) @ self.p["W_dec"] + self.p["b_dec"])
+        out = (pre * on) @ self.p["W_dec"] + self.p["b_dec"]
+        return SCALE * (out + x / SCALE @ self.p["skip"] if "skip" in self.p else out)
 
 
 def _data(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -135,41 +143,45 @@ def _data(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _start(trainer: PlaceTrainer, index: int) -> Arrays:
-    found = {
-        name: value.numpy().copy() for name, value in trainer.weights.of(index, trainer.members[index].rows).items()
-    }
+    member = trainer.members[index]
+    found = {name: value.numpy().copy() for name, value in trainer.weights.of(index, member.rows, member.skip).items()}
     found["W_enc"], found["W_dec"] = found.pop("enc").T.copy(), found.pop("dec")
     return found
 
 
-def _trainer(recipe: Recipe, target: float | None, transcoder: bool, saes: int = 2) -> PlaceTrainer:
+def _trainer(
+    recipe: Recipe, target: float | None, transcoder: bool, saes: int = 2, skips: tuple[int, ...] = ()
+) -> PlaceTrainer:
     site = "transcoder" if transcoder else "mlp"
-    specs = [SAESpec(f"sae {i}", Place(site, 0), D_SAE, recipe, i, target) for i in range(saes)]
+    specs = [SAESpec(f"sae {i}", Place(site, 0), D_SAE, recipe, i, target, i in skips) for i in range(saes)]
     d_out = D_OUT if transcoder else D_IN
     return PlaceTrainer(D_IN, d_out, specs, total_steps=STEPS, dtype=torch.float64)
 
 
 CASES: list[Any] = [
-    pytest.param(PLAIN, None, False, id="paper"),
-    pytest.param(PLAIN, None, True, id="transcoder"),
-    pytest.param(SECOND, 3.0, False, id="gemma-scope-2"),
-    pytest.param(SECOND, 3.0, True, id="gemma-scope-2 transcoder"),
-    pytest.param(MOMENTUM, None, False, id="momentum, gradient to the input"),
-    pytest.param(replace(MOMENTUM, ste_to_input=0.0), None, True, id="momentum, transcoder"),
+    pytest.param(PLAIN, None, False, (), id="paper"),
+    pytest.param(PLAIN, None, True, (), id="transcoder"),
+    pytest.param(PLAIN, None, True, (0, 1), id="skip transcoders"),
+    pytest.param(SECOND, 3.0, False, (), id="gemma-scope-2"),
+    pytest.param(SECOND, 3.0, True, (1,), id="gemma-scope-2 transcoder without and with skip"),
+    pytest.param(MOMENTUM, None, False, (), id="momentum, gradient to the input"),
+    pytest.param(replace(MOMENTUM, ste_to_input=0.0), None, True, (0,), id="momentum, skip"),
     pytest.param(
-        replace(SECOND, betas=(0.9, 0.99), ste_to_input=0.8, ste_to_input_fade=0.9), 3.0, False, id="all together"
+        replace(SECOND, betas=(0.9, 0.99), ste_to_input=0.8, ste_to_input_fade=0.9), 3.0, False, (), id="all together"
     ),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "target", "transcoder"), CASES)
+@pytest.mark.parametrize(("recipe", "target", "transcoder", "skips"), CASES)
 @pytest.mark.parametrize(
     ("dense_from", "few"),
     [(0.0, 0.0), (0.0, 2.0), (0.2, 0.2), (2.0, 0.0)],
     ids=["dense", "dense pre-activations", "mixed", "sparse"],
 )
-def test_fifty_steps(recipe: Recipe, target: float | None, transcoder: bool, dense_from: float, few: float) -> None:
+def test_fifty_steps(
+    recipe: Recipe, target: float | None, transcoder: bool, skips: tuple[int, ...], dense_from: float, few: float
+) -> None:
     """Sums in another order differ by some 1e-16 a step, and Adam divides small numbers by small numbers."""
     x, y = _data(3)
     with (
@@ -179,7 +191,7 @@ def test_fifty_steps(recipe: Recipe, target: float | None, transcoder: bool, den
         patch.object(dense_pass, "KEPT_BYTES", 8 * BATCH * 8),  # one block is kept, the others are computed again
         patch.object(optimizer, "CHUNK_BYTES", {"cpu": 8 * D_IN * 4}),
     ):
-        trainer = _trainer(recipe, target, transcoder)
+        trainer = _trainer(recipe, target, transcoder, skips=skips)
         starts = [_start(trainer, i) for i in range(2)]
         oracles = [Oracle(start, recipe, target, transcoder) for start in starts]
         for inputs, targets in zip(x, y, strict=True):
@@ -199,9 +211,10 @@ def test_fifty_steps(recipe: Recipe, target: float | None, transcoder: bool, den
         raw = SCALE * x[0]
         w = {name: value.numpy() for name, value in trainer.released(i, SCALE).items()}
         pre = raw @ w["W_enc"] + w["b_enc"]
-        np.testing.assert_allclose(
-            (pre * (pre > w["threshold"])) @ w["W_dec"] + w["b_dec"], oracle.released(raw), rtol=1e-9
-        )
+        out = (pre * (pre > w["threshold"])) @ w["W_dec"] + w["b_dec"]
+        if i in skips:  # of raw activations, although trained on scaled ones: it has no unit
+            out = out + raw @ w["affine_skip_connection"]
+        np.testing.assert_allclose(out, oracle.released(raw), rtol=1e-9, atol=1e-9)
 
 
 def test_the_penalties_are_at_work() -> None:

@@ -56,6 +56,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if "norm" in name:
                 parameter.clamp_(-0.6, 0.6)  # a gain near 0 would hide its dimension
         hf_model.get_input_embeddings().weight[BOS] *= 30
+        for layer in hf_model.model.layers:
+            layer.mlp.down_proj.weight *= 8  # so that the post-MLP norm's input is of another size than its output
     hf_model.save_pretrained(root / "model")
     CharTokenizerFactory.get().save_pretrained(root / "model")
     model = load_model(hf_model=hf_model, tokenizer=CharTokenizerFactory.get())
