@@ -38,7 +38,11 @@ def export(
     ] = None,
     name: Annotated[str | None, typer.Option(help="The release's name.")] = None,
     layout: Annotated[
-        str, typer.Option(help="gemma-scope, sae-lens or both.", callback=checks.one_of("layout", checks.LAYOUTS))
+        str,
+        typer.Option(
+            help="gemma-scope, sae-lens, gemma_scope_2, or both (the first two).",
+            callback=checks.one_of("layout", checks.LAYOUTS),
+        ),
     ] = "gemma-scope",
     repos: Annotated[
         str, typer.Option(help="one, or one a site.", callback=checks.one_of("choice of repositories", checks.REPOS))

@@ -49,7 +49,7 @@ def new(
     format: Annotated[
         str | None,
         typer.Option(
-            help="gemma-scope or sae-lens, if the source has both.",
+            help="gemma-scope, sae-lens or gemma_scope_2, if the source has several.",
             callback=checks.one_of("format", checks.LAYOUTS[:2]),
         ),
     ] = None,

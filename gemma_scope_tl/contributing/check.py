@@ -21,7 +21,8 @@ from gemma_scope_tl.registry.locate import builtin_folder, release_files
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.schema import CFG_FILE, ReleaseFile, SAERow, escaping_rows, validate_release
 from gemma_scope_tl.sites import get_site, site_of_hook
-from gemma_scope_tl.weights.checks import Expected
+from gemma_scope_tl.weights.checks import CONFIG_NAME, Expected
+from gemma_scope_tl.weights.coder_config import CoderConfig
 from gemma_scope_tl.weights.seen import mark_seen
 
 CHECKS = ("schema", "names", "files", "shapes", "sha256", "l0")
@@ -199,8 +200,13 @@ def _needed(row: SAERow) -> list[str]:
 def _shapes(repository: Repository, row: SAERow) -> tuple[bool, str]:
     source = f"{repository.name}/{row.weights_path}"
     is_transcoder = row.model_family.site(row.site).is_transcoder
-    expected = Expected(row.d_in, row.d_sae, row.d_out or row.d_in, is_transcoder, "the row")
+    expected = Expected(row.d_in, row.d_sae, row.d_out or row.d_in, is_transcoder, row.affine, "the row")
     sizes_of(repository.shapes(row.weights_path), source, expected)
+    config = f"{row.path}/{CONFIG_NAME}"
+    if row.format == "gemma_scope_2" and config in repository.files:
+        described = CoderConfig.parse(repository.config(config), Path(config))
+        described.complete(expected)
+        described.check_row(row)
     texts = _cfg_problems(row, repository.cfg(row.path)) if row.format == "sae-lens" else []
     return not texts, " ".join(texts)
 

@@ -24,6 +24,7 @@ from gemma_scope_tl.registry.render import render_release
 from gemma_scope_tl.registry.schema import WEIGHTS_FILES, Format, ReleaseFile, parse_release
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.sites import get_site
+from gemma_scope_tl.weights.coder_config import repaired_model
 
 CANONICAL_L0 = 100
 Row = dict[str, Any]
@@ -170,7 +171,7 @@ def _apply(options: Options, folders: Iterable[FolderMetadata]) -> list[str]:
             # A release of one site may also contain SAEs of a site without layers (the embedding).
             single = any(not get_site(site).per_layer for site in folder.claims["site"].values())
             if not (single and key in ("site", "layer")):
-                folder.claims[key][f"--{key}"] = value.rpartition("/")[2] if key == "model" else value
+                folder.claims[key][f"--{key}"] = repaired_model(value) if key == "model" else value
     for text in options.settings:
         path, key, value = parse_setting(text)
         if path in by_path:
@@ -202,6 +203,7 @@ def _rows(folders: Sequence[FolderMetadata], options: Options, problems: list[st
             sizes["d_out"] = folder.d_out
         where = {"site": site, "layer": layer if site is None or get_site(site).per_layer else None}
         rows.append({"id": folder.path, **where, **sizes, "l0": l0, "path": folder.path})
+        rows[-1] |= {key: value for key, value in folder.named.items() if value is not None}
     if len(models) != 1:
         found = f"is one of {', '.join(sorted(models))}: a release has one" if models else "is not known"
         problems.append(f"The model {found}. Give --model, such as gemma-2-2b.")

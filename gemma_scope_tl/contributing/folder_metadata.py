@@ -1,4 +1,4 @@
-"""Metadata of an SAE from its folder: sizes from headers, the rest from ``cfg.json`` and from the folder's name.
+"""Metadata of an SAE from its folder: sizes from headers, the rest from its configuration and the folder's name.
 
 Only this module and ``scripts/build_registry.py`` take facts from a path, and only for the draft of a registry file,
 which a person then checks. At run time everything comes from the registry's rows.
@@ -10,13 +10,17 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from gemma_scope_tl.contributing.coder_paths import parse_coder_path
 from gemma_scope_tl.contributing.repositories import Repository, sizes_of
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError, UnknownNameError, unknown_name
 from gemma_scope_tl.registry.schema import WEIGHTS_FILES, Format
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.sites import SITES, get_site, site_of_hook
+from gemma_scope_tl.weights.checks import CONFIG_NAME, SKIP_KEYS, Expected
+from gemma_scope_tl.weights.coder_config import CoderConfig
 
 ARCHITECTURES = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 KEYS = ("site", "layer", "l0", "model")
@@ -32,6 +36,7 @@ class FolderMetadata:
         d_in, d_sae, d_out: sizes from the file's headers; 0 until they are read.
         claims: for each of :data:`KEYS`, the claimed value by the source of the claim.
         width_label: the width in the folder's name, in latents.
+        named: values of a row that only Gemma Scope 2's layout has: ``label``, ``affine`` and ``seed``.
         problems: problems of the folder, in sentences.
     """
 
@@ -41,6 +46,7 @@ class FolderMetadata:
     d_out: int = 0
     claims: dict[str, dict[str, Any]] = field(default_factory=lambda: {key: {} for key in KEYS})
     width_label: int | None = None
+    named: dict[str, Any] = field(default_factory=dict[str, Any])
     problems: list[str] = field(default_factory=list[str])
 
     def value(self, key: str) -> Any:
@@ -83,9 +89,11 @@ def read_metadata(repository: Repository, folder: str, format_: Format) -> Folde
         metadata.problems.append("The weights lie at the top: put them into a folder, whose name becomes the SAE's id.")
     weights = f"{folder}/{WEIGHTS_FILES[format_]}".lstrip("/")
     try:
-        sizes = sizes_of(repository.shapes(weights), f"{repository.name}/{weights}")
-        metadata.d_in, metadata.d_sae, metadata.d_out = sizes
+        shapes, source = repository.shapes(weights), f"{repository.name}/{weights}"
+        metadata.d_in, metadata.d_sae, metadata.d_out = sizes_of(shapes, source)
         _read_name(metadata)
+        if format_ == "gemma_scope_2":
+            _read_coder(metadata, repository, has_skip=any(name in SKIP_KEYS for name in shapes))
         if format_ == "sae-lens":
             _read_cfg(metadata, repository.cfg(folder))
     except GemmaScopeError as error:
@@ -115,6 +123,36 @@ def _read_name(metadata: FolderMetadata) -> None:
                 metadata.width_label = parse_width(match[1])
             except RegistryError as error:
                 metadata.problems.append(str(error))
+
+
+def _read_coder(metadata: FolderMetadata, repository: Repository, has_skip: bool) -> None:
+    """Read Gemma Scope 2's name of the folder, and its ``config.json`` if there is one."""
+    named = parse_coder_path(metadata.path)
+    if named is not None:
+        given = {"site": named.site, "layer": named.layer, "l0": named.l0}
+        for key, value in given.items():
+            if value is not None:
+                metadata.claims[key][NAME] = value
+        metadata.width_label = parse_width(named.width)
+        metadata.named |= {"label": named.label, "seed": named.seed}
+        if named.affine != has_skip:
+            metadata.problems.append(f"{NAME} and the weights disagree on whether there is a skip connection.")
+    path = f"{metadata.path}/{CONFIG_NAME}"
+    if path in repository.files:
+        config = CoderConfig.parse(repository.config(path), Path(path))
+        config.complete(Expected(d_sae=metadata.d_sae, skip=has_skip, said_by="the weights"))
+        place = config.place()
+        said = {"site": place and place[1].name, "layer": place and place[2], "model": config.model}
+        for key, value in said.items():
+            if value is not None:
+                metadata.claims[key][CONFIG_NAME] = value
+        if config.l0 is not None:
+            if abs(metadata.claims["l0"].get(NAME, math.inf) - config.l0) < 1:  # the L0 in a name is rounded
+                del metadata.claims["l0"][NAME]
+            metadata.claims["l0"][CONFIG_NAME] = config.l0
+    sites = set(metadata.claims["site"].values())
+    if any(get_site(site).is_transcoder for site in sites):
+        metadata.named["affine"] = has_skip
 
 
 def _read_cfg(metadata: FolderMetadata, cfg: Mapping[str, Any]) -> None:

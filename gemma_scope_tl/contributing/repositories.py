@@ -21,10 +21,17 @@ from gemma_scope_tl.errors import GemmaScopeError, WeightsError
 from gemma_scope_tl.files import checked_path, file_sha256, is_folder
 from gemma_scope_tl.registry.locate import inside
 from gemma_scope_tl.registry.schema import CFG_FILE, WEIGHTS_FILES
-from gemma_scope_tl.weights.checks import Expected, canonical_names, check_shapes, weights_error
+from gemma_scope_tl.weights.checks import (
+    CONFIG_NAME,
+    Expected,
+    canonical_names,
+    check_shapes,
+    check_skip,
+    weights_error,
+)
 from gemma_scope_tl.weights.hub_errors import hub_error, hub_exceptions
 
-LISTED_NAMES = frozenset((*WEIGHTS_FILES.values(), CFG_FILE))
+LISTED_NAMES = frozenset((*WEIGHTS_FILES.values(), CFG_FILE, CONFIG_NAME))
 BUNDLED = "bundled"
 T = TypeVar("T")
 R = TypeVar("R")
@@ -55,7 +62,7 @@ class Repository(Protocol):
         name: name of the repository in messages.
         revision: the commit that is read; None for a folder.
         workers: number of files that may be read at a time.
-        files: the weights files and ``cfg.json`` files by path.
+        files: the weights files and their ``cfg.json`` or ``config.json`` by path.
     """
 
     name: str
@@ -69,6 +76,10 @@ class Repository(Protocol):
 
     def cfg(self, folder: str) -> dict[str, Any]:
         """The ``cfg.json`` in a folder."""
+        ...
+
+    def config(self, path: str) -> dict[str, Any]:
+        """The content of a JSON file."""
         ...
 
     def sha256(self, path: str) -> str | None:
@@ -107,9 +118,13 @@ class LocalRepository:
 
     def cfg(self, folder: str) -> dict[str, Any]:
         """See :class:`Repository`."""
-        from gemma_scope_tl.weights.safetensors_file import read_cfg
+        return self.config(f"{folder}/{CFG_FILE}")
 
-        return read_cfg(self._at(f"{folder}/{CFG_FILE}").parent)
+    def config(self, path: str) -> dict[str, Any]:
+        """See :class:`Repository`."""
+        from gemma_scope_tl.weights.safetensors_file import read_json
+
+        return read_json(self._at(path))
 
     def sha256(self, path: str) -> str | None:
         """See :class:`Repository`. Reads the whole file."""
@@ -158,14 +173,18 @@ class HubRepository:
             return shapes_in(file, path, file.source)
 
     def cfg(self, folder: str) -> dict[str, Any]:
+        """See :class:`Repository`."""
+        return self.config(f"{folder}/{CFG_FILE}")
+
+    def config(self, path: str) -> dict[str, Any]:
         """See :class:`Repository`. The file goes through the Hub's cache."""
         from huggingface_hub import hf_hub_download
 
-        from gemma_scope_tl.weights.safetensors_file import read_cfg
+        from gemma_scope_tl.weights.safetensors_file import read_json
 
-        with _hub_errors(self.name, self.revision, f"{folder}/{CFG_FILE}"):
-            file = hf_hub_download(self.name, f"{folder}/{CFG_FILE}", revision=self.revision)
-        return read_cfg(Path(file).parent)
+        with _hub_errors(self.name, self.revision, path):
+            file = hf_hub_download(self.name, path, revision=self.revision)
+        return read_json(Path(file))
 
     def sha256(self, path: str) -> str | None:
         """See :class:`Repository`: the LFS hash in the listing."""
@@ -250,6 +269,7 @@ def sizes_of(shapes: Shapes, source: str, expected: Expected | None = None) -> t
     Raises:
         WeightsError: shapes are wrong; the message lists all of them.
     """
+    check_skip(shapes, source, expected)
     check_shapes(shapes, source, expected)
     (d_in, d_sae), d_out = shapes["W_enc"], shapes["W_dec"][1]
     return d_in, d_sae, d_out

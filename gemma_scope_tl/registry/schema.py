@@ -32,8 +32,12 @@ from gemma_scope_tl.registry.problems import Problem, canonical_id, cross_row_pr
 from gemma_scope_tl.registry.widths import parse_width, width_label
 from gemma_scope_tl.sites import SITES, get_site
 
-Format = Literal["gemma-scope", "sae-lens"]
-WEIGHTS_FILES: Mapping[Format, str] = {"gemma-scope": "params.npz", "sae-lens": "sae_weights.safetensors"}
+Format = Literal["gemma-scope", "sae-lens", "gemma_scope_2"]
+WEIGHTS_FILES: Mapping[Format, str] = {
+    "gemma-scope": "params.npz",
+    "sae-lens": "sae_weights.safetensors",
+    "gemma_scope_2": "params.safetensors",
+}
 CFG_FILE = "cfg.json"
 CROSS_ROWS = "cross_rows"
 _SHOWN_PROBLEMS = 100
@@ -86,6 +90,9 @@ class SAEEntry(BaseModel):
         note: a remark about this SAE.
         unverified: whether the file is known by name only, from a listing that may be out of date. ``gemma-scope
             verify`` and ``gemma-scope registry check --remote`` look for it (:mod:`gemma_scope_tl.weights.seen`).
+        label: the released word for the L0: ``small``, ``medium`` or ``big``.
+        affine: whether a transcoder has a skip connection; null where the release does not say.
+        seed: number of the seed, of coders that were trained several times.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -106,6 +113,9 @@ class SAEEntry(BaseModel):
     sha256: Sha256 | None = None
     note: Annotated[str, Field(min_length=1)] | None = None
     unverified: bool = False
+    label: Literal["small", "medium", "big"] | None = None
+    affine: bool | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
 
     @property
     def canonical_id(self) -> str | None:

@@ -35,7 +35,8 @@ def render_card(
         paths: folder of each SAE in the repository.
         rows: measurements of each SAE; see :func:`match_metrics`.
         about: facts that the files do not hold.
-        layouts: the layouts of the repository, among ``gemma-scope``, ``sae-lens`` and ``circuit-tracer``.
+        layouts: the layouts of the repository, among ``gemma-scope``, ``gemma_scope_2``, ``sae-lens`` and
+            ``circuit-tracer``.
     """
     kinds = {"transcoders" if sae.is_transcoder else "SAEs" for sae in saes}
     first = f"{len(saes)} JumpReLU {' and '.join(sorted(kinds))} of {cell(about.base_model or saes[0].model)}."
@@ -109,6 +110,10 @@ def _layout_text(layouts: Sequence[str]) -> str:
         "gemma-scope": "`layer_L/width_W/average_l0_N/params.npz` (Gemma Scope's layout, below a folder for the site "
         "where there are several) holds `W_enc`, `W_dec`, `b_enc`, `b_dec` and `threshold`. Nothing is subtracted "
         "before the encoder, and inputs are raw activations.",
+        "gemma_scope_2": "`SITE/layer_L_width_W_l0_N[_affine]/` (Gemma Scope 2's layout) holds `config.json` and "
+        "`params.safetensors` with `w_enc`, `w_dec`, `b_enc`, `b_dec`, `threshold` and, of a transcoder with a skip "
+        "connection, `affine_skip_connection` (`x @ S`). Nothing is subtracted before the encoder, and inputs are raw "
+        "activations.",
         "sae-lens": f"`{SAE_LENS_FOLDER}/` holds the same SAEs in SAELens's layout.",
         "circuit-tracer": f"`{CIRCUIT_TRACER_FOLDER}/` holds sets of one transcoder a layer for circuit-tracer.",
     }

@@ -57,10 +57,12 @@ def write_transcoder_set(folder: Path, saes: Sequence[ReleaseSAE], base_model: s
 
     site = family_of_model(base_model).site(saes[0].site)
     block = "blocks.0."  # circuit-tracer puts the block's name before a hook's
+    reads = site.hook_name(0, "hooked_transformer").removeprefix(block)
     config = {
         "model_name": base_model,
         "model_kind": "transcoder_set",
-        "feature_input_hook": site.hook_name(0, "hooked_transformer").removeprefix(block),
+        # what the MLP itself is given has the gain of the norm, which the norm's own hook lacks
+        "feature_input_hook": "mlp.hook_in" if site.folded_gain else reads,
         "feature_output_hook": site.hook_name_out(0, "hooked_transformer").removeprefix(block),
     }
     for sae in saes:

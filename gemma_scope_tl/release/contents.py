@@ -14,6 +14,7 @@ from gemma_scope_tl.files import checked_path, file_sha256, is_folder
 from gemma_scope_tl.registry.locate import inside
 from gemma_scope_tl.registry.schema import CFG_FILE, WEIGHTS_FILES, ReleaseFile, read_release
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER
+from gemma_scope_tl.weights.checks import CONFIG_NAME
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -79,7 +80,8 @@ def read_contents(folder: str | os.PathLike[str], logs: bool = False) -> Release
     rows = {row.weights_path: row for row in _own_rows(root, file, release)}
     names = {CARD, file.name, *rows}
     names |= {f"{row.path}/{CFG_FILE}" for row in rows.values() if row.format == "sae-lens"}
-    names |= _mirrors(root, rows.values())
+    configs = {f"{row.path}/{CONFIG_NAME}" for row in rows.values() if row.format == "gemma_scope_2"}
+    names |= {name for name in configs if (root / name).is_file()} | _mirrors(root, rows.values())
     missing = sorted(name for name in names if not inside(root, name).is_file())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -10,23 +10,26 @@ from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.families import family_of_model
 from gemma_scope_tl.files import checked_path, make_folder, replace_files, write_atomically
-from gemma_scope_tl.registry.schema import NAME
+from gemma_scope_tl.registry.schema import NAME, WEIGHTS_FILES
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER, render_card
 from gemma_scope_tl.release.metrics import match_metrics, with_l0
 from gemma_scope_tl.release.release_saes import DEAD, DECIMALS, About, ReleaseSAE, folder_of, l0_label, read_saes
 from gemma_scope_tl.sae.arguments import shown
 from gemma_scope_tl.sites import get_site
+from gemma_scope_tl.weights.checks import CONFIG_NAME
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from gemma_scope_tl.sae.save import Format
+
 _LONGEST_NAME = 200  # a site and an ending follow
-Layout = Literal["gemma-scope", "sae-lens", "both"]
+Layout = Literal["gemma-scope", "sae-lens", "gemma_scope_2", "both"]
 Repos = Literal["one", "site"]
 
 
@@ -47,7 +50,8 @@ def export_suite(
 ) -> list[Path]:
     """Write SAEs as repositories: weights, model card and registry file.
 
-    A ``params.npz`` is copied byte for byte; other files are written by :func:`save_sae`. Running an interrupted
+    A ``params.npz`` or ``params.safetensors`` of the same layout is copied byte for byte; other files are written by
+    :func:`save_sae`. Running an interrupted
     export again completes it.
 
     Args:
@@ -58,6 +62,7 @@ def export_suite(
         name: name of the release; by default the name of ``out``.
         layout: ``"gemma-scope"`` writes ``params.npz`` as released, below a folder for the site if there are several
             sites; ``"sae-lens"`` writes SAELens's two files below ``sae_lens/``; ``"both"`` writes both.
+            ``"gemma_scope_2"`` writes ``params.safetensors`` and ``config.json`` in Gemma Scope 2's folders.
         repos: ``"one"``, or ``"site"`` for one repository per site, named ``<name>-<site>`` as Google's are; SAEs of
             the embedding are in the repository of the residual stream.
         circuit_tracer: also write transcoders for circuit-tracer (``circuit_tracer/width_W/``).
@@ -76,7 +81,7 @@ def export_suite(
     _check_choices(layout, repos, circuit_tracer, about)
     root = checked_path(out)
     title = name or root.resolve().name
-    saes = collect(source, model, site, metrics)
+    saes = collect(source, model, site, metrics, coders=layout == "gemma_scope_2")
     _check_out(root, source, title)
     groups, layouts = _groups(saes, repos, title, root), ["gemma-scope", "sae-lens"] if layout == "both" else [layout]
     matched = dict(zip(map(id, saes), match_metrics(saes, metrics), strict=True))
@@ -91,7 +96,11 @@ def export_suite(
 
 
 def collect(
-    source: Any, model: str | None = None, site: str | None = None, metrics: pd.DataFrame | None = None
+    source: Any,
+    model: str | None = None,
+    site: str | None = None,
+    metrics: pd.DataFrame | None = None,
+    coders: bool = False,
 ) -> list[ReleaseSAE]:
     """The SAEs of a source, sorted by site, layer, width and L0.
 
@@ -101,6 +110,7 @@ def collect(
         model: the model's name, for a source that does not state it.
         site: the site, for folders that do not state it.
         metrics: the table of ``evaluate``, for the L0 of SAEs that do not state it, such as fine-tuned ones.
+        coders: whether folders are named as in Gemma Scope 2.
 
     Raises:
         GemmaScopeError: facts are missing or contradictory (the message lists them), or two SAEs would get the same
@@ -115,16 +125,21 @@ def collect(
             f"The SAEs are of several models ({', '.join(models)}): export those of one model at a time."
         )
     for decimals in range(1, DECIMALS + 1):  # as training names its folders
-        count = Counter((sae.site, sae.folder) for sae in saes)
-        saes = [replace(sae, decimals=decimals) if count[sae.site, sae.folder] > 1 else sae for sae in saes]
+        count = Counter(_place(sae, coders) for sae in saes)
+        saes = [replace(sae, decimals=decimals) if count[_place(sae, coders)] > 1 else sae for sae in saes]
     taken: set[tuple[str, str]] = set()
     for sae in saes:
         if float(l0_label(sae.l0)) <= 0:
             raise GemmaScopeError(f"The {sae.site} SAE of layer {sae.layer} has an L0 of {sae.l0:g}. {DEAD}")
-        if (sae.site, sae.folder) in taken:
-            raise GemmaScopeError(f"Two SAEs of site {sae.site} would both be in {sae.folder}. Export one of them.")
-        taken.add((sae.site, sae.folder))
+        place = _place(sae, coders)
+        if place in taken:
+            raise GemmaScopeError(f"Two SAEs of site {sae.site} would both be in {place[1]}. Export one of them.")
+        taken.add(place)
     return sorted(saes, key=lambda sae: (sae.site, -1 if sae.layer is None else sae.layer, sae.d_sae, sae.l0))
+
+
+def _place(sae: ReleaseSAE, coders: bool) -> tuple[str, str]:
+    return sae.site, sae.coder_folder if coders else sae.folder
 
 
 def _check_choices(layout: str, repos: str, circuit_tracer: bool, about: About) -> None:
@@ -178,25 +193,36 @@ def _write_weights(folder: Path, saes: Sequence[ReleaseSAE], layouts: Sequence[s
 
     several = len(_layered_sites(saes)) > 1  # with one site, its folder is left out, as in Google's repositories
     inner = [f"{sae.site}/{sae.folder}" if several and sae.layer is not None else sae.folder for sae in saes]
+    if "gemma_scope_2" in layouts:
+        inner = [sae.coder_folder for sae in saes]
     make_folder(folder)
     _refuse_strangers(folder, {f"{prefix}{path}" for path in inner for prefix in ("", f"{SAE_LENS_FOLDER}/")})
     for sae, path in zip(saes, inner, strict=True):
-        if "gemma-scope" in layouts:
-            file = sae.params_file()
-            if file is not None:
-                copy = file
-                replace_files(folder / path, {"params.npz": lambda to, copy=copy: shutil.copyfile(copy, to)})
+        for layout in {"gemma-scope", "gemma_scope_2"}.intersection(layouts):
+            files = _to_copy(sae, layout)
+            if files:
+                copies = {file.name: lambda to, file=file: shutil.copyfile(file, to) for file in files}
+                replace_files(folder / path, copies)
             else:
-                save_sae(sae.load(), folder / path)
+                save_sae(sae.load(), folder / path, format=cast("Format", layout))
         if "sae-lens" in layouts:
             save_sae(sae.load(), folder / SAE_LENS_FOLDER / path, format="sae-lens")
         step()
-    return inner if layouts[0] == "gemma-scope" else [f"{SAE_LENS_FOLDER}/{path}" for path in inner]
+    return inner if layouts[0] != "sae-lens" else [f"{SAE_LENS_FOLDER}/{path}" for path in inner]
+
+
+def _to_copy(sae: ReleaseSAE, layout: str) -> list[Path]:
+    """The files of a layout, if the SAE has them, to be copied as they are."""
+    file = sae.released_file(layout)
+    if file is None or layout == "gemma-scope":
+        return [] if file is None else [file]
+    config = file.with_name(CONFIG_NAME)
+    return [file, config] if config.is_file() else []  # without one it is written, so that it describes itself
 
 
 def _refuse_strangers(folder: Path, expected: set[str]) -> None:
     """Raise if a folder holds weights of another export, which would be published together with the new ones."""
-    names = ("params.npz", "sae_weights.safetensors")
+    names = WEIGHTS_FILES.values()
     there = {file.parent.relative_to(folder).as_posix() for name in names for file in folder.rglob(name)}
     strangers = sorted(there - expected)
     if strangers:

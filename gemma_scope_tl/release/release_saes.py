@@ -11,14 +11,16 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from gemma_scope_tl.contributing.coder_paths import coder_path, parse_coder_path
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.files import checked_path, is_file, is_folder
-from gemma_scope_tl.registry.schema import parse_release, read_release
+from gemma_scope_tl.registry.schema import WEIGHTS_FILES, parse_release, read_release
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sae.provenance import still_said
 from gemma_scope_tl.sites import get_site
-from gemma_scope_tl.weights.checks import PARAMS_NAME, WEIGHTS_NAME
+from gemma_scope_tl.weights.checks import PARAMS_NAME, SKIP_KEYS
+from gemma_scope_tl.weights.coder_config import repaired_model
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import ReleaseFile, SAERow
@@ -99,6 +101,32 @@ class ReleaseSAE:
         return get_site(self.site).is_transcoder
 
     @property
+    def affine(self) -> bool:
+        """Whether the coder has a skip connection, from the registry or from its weights."""
+        if self.row is None:
+            return getattr(self.sae, "W_skip", None) is not None
+        if self.row.affine is not None or not self.is_transcoder:
+            return bool(self.row.affine)
+        from gemma_scope_tl.weights.fetch import fetch
+        from gemma_scope_tl.weights.load import inspect
+
+        return any(name in SKIP_KEYS for name in inspect(fetch(self.row)))
+
+    @property
+    def coder_folder(self) -> str:
+        """Gemma Scope 2's folder, with the site's: the released one, or one with the L0 in place of a label.
+
+        Raises:
+            GemmaScopeError: the site exists once, which this layout has no name for.
+        """
+        if self.row is not None and self.row.format == "gemma_scope_2" and parse_coder_path(self.row.path):
+            return self.row.path
+        if self.layer is None:
+            raise GemmaScopeError(f"Gemma Scope 2's layout has no folder for site {self.site!r}: give another layout.")
+        label = getattr(self.row, "label", None) or l0_label(self.l0, self.decimals)
+        return coder_path(self.site, self.layer, self.d_sae, label, self.affine, getattr(self.row, "seed", None))
+
+    @property
     def folder(self) -> str:
         """Gemma Scope's folder, without the site's: ``layer_L/width_W/average_l0_N`` or ``embedding/width_W/…``."""
         head = self.site if self.layer is None else f"layer_{self.layer}"
@@ -112,9 +140,9 @@ class ReleaseSAE:
 
         return load_row(cast("SAERow", self.row))
 
-    def params_file(self) -> Path | None:
-        """Check and return the ``params.npz``; None for an SAE in another format or in memory."""
-        if self.row is None or self.row.format != "gemma-scope":
+    def released_file(self, format: str) -> Path | None:
+        """Check and return the weights file in this format; None for an SAE in another format or in memory."""
+        if self.row is None or self.row.format != format:
             return None
         from gemma_scope_tl.weights.fetch import fetch
 
@@ -188,7 +216,7 @@ def _from_memory(sae: Any, model: str | None) -> ReleaseSAE:
     elif not isinstance(l0, (int, float)) or not (math.isfinite(l0) and l0 > 0):
         raise GemmaScopeError(f"{where} states an L0 of {l0!r}: set sae.cfg.metadata.l0 to the measured one.")
     named = None if row is None else (str(row.release), str(row.id))
-    model = str(name).rpartition("/")[2]
+    model = repaired_model(str(name))
     return ReleaseSAE(site.name, layer, int(sae.cfg.d_sae), float(l0), model, sae=sae, named=named)
 
 
@@ -237,7 +265,7 @@ def _exported(folder: Path, model: str | None, site: str | None) -> tuple[str | 
         return model, None
     rows = own[0].rows
     said, kinds = model or own[0].model, {row.format for row in rows}
-    name = PARAMS_NAME if kinds == {"gemma-scope"} else WEIGHTS_NAME
+    name = WEIGHTS_FILES[rows[0].format]
     there = {file.parent.relative_to(folder).as_posix() for file in folder.rglob(name)}
     whole = len(kinds) == 1 and there == {row.path for row in rows}
     return said, rows if whole and said == own[0].model and site in (None, *(row.site for row in rows)) else None

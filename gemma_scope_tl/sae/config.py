@@ -13,9 +13,10 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUSkipTranscoderConfig, JumpReLUTranscoderConfig
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError, WeightsError
-from gemma_scope_tl.families import Family, families, family_of_model
+from gemma_scope_tl.families import Backend, Family, families, family_of_model
 from gemma_scope_tl.sites import ModelDims, site_of_hook
 from gemma_scope_tl.weights.checks import Expected
+from gemma_scope_tl.weights.coder_config import place_of_modules
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -30,7 +31,7 @@ HOW_TO_FINISH = (
 CONTEXT_SIZE = 1024
 # SAELens evaluates an SAE on the data set that its metadata names; this is the data set of Google's releases.
 _GEMMA_SCOPE, _TEXT = "google/gemma-scope", "monology/pile-uncopyrighted"
-_FAMILY = "family"  # the metadata key for a family that does not follow from the name of the model
+FAMILY = "family"  # the metadata key for a family that does not follow from the name of the model
 _ROW_FIELDS = ("release", "id", "width", "l0")
 
 
@@ -88,7 +89,7 @@ class Identity:
             return self.of_model
         if self.row is not None:
             return self.row.model_family
-        named = {family.name: family for family in families()}.get(str(self.metadata.get(_FAMILY)))
+        named = {family.name: family for family in families()}.get(str(self.metadata.get(FAMILY)))
         return named or self._family_of_name
 
     @property
@@ -104,8 +105,19 @@ class Identity:
         try:
             site, layer = site_of_hook(hook, out)
         except UnknownNameError:
-            return self
+            return self._placed_by_modules()
         return replace(self, site=site.name, layer=layer) if site.name in self.family.sites else self
+
+    def _placed_by_modules(self) -> Identity:
+        """As :meth:`placed`, by the names of Hugging Face's modules that SAELens keeps of some releases.
+
+        SAELens names ``blocks.L.hook_mlp_in`` for transcoders that read another tensor, which these names tell.
+        """
+        reads, writes = self.metadata.get("hf_hook_name"), self.metadata.get("hf_hook_name_out")
+        if not isinstance(reads, str) or not isinstance(writes, str | None):
+            return self
+        found = place_of_modules(reads, writes, self.family)
+        return self if found is None else replace(self, site=found[0].name, layer=found[1])
 
     @property
     def reads_heads(self) -> bool:
@@ -116,6 +128,8 @@ class Identity:
 
     def sae_lens_metadata(self) -> SAEMetadata:
         """SAELens's metadata, with hook names of ``HookedTransformer``, as SAELens uses them.
+
+        A site whose tensor no hook of ``HookedTransformer`` holds gets the hook names of the bridge.
 
         Raises:
             SpliceError: when a site that exists in every layer is given without a layer.
@@ -132,15 +146,16 @@ class Identity:
         if self.model is not None:
             fields["model_name"] = self.model
         if self.family.name != self._family_of_name.name:
-            fields[_FAMILY] = self.family.name
+            fields[FAMILY] = self.family.name
         if self.site is not None:
             site = self.family.site(self.site)
             layer = self.layer if site.per_layer else None
             fields |= {"site": self.site, "layer": layer, "hook_layer": layer}
-            fields["hook_name"] = site.hook_name(layer, "hooked_transformer")
+            # where no hook of HookedTransformer holds the tensor, its nearest hook would be read without a word
+            backend: Backend = "bridge" if site.folded_gain else "hooked_transformer"
+            fields["hook_name"] = site.hook_name(layer, backend)
             if site.is_transcoder:
-                written = site.hook_name_out(layer, "hooked_transformer")
-                fields |= {"hook_name_out": written, "hook_head_index_out": None}
+                fields |= {"hook_name_out": site.hook_name_out(layer, backend), "hook_head_index_out": None}
         if self.row is not None:
             if self.row.repo.startswith(_GEMMA_SCOPE):
                 fields.setdefault("dataset_path", _TEXT)
@@ -191,13 +206,14 @@ def expected_sizes(model: Any, site: str | None, layer: int | None) -> Expected:
         spec.check_layer(layer, dims)
     except SpliceError as error:
         raise WeightsError(str(error)) from error
-    return Expected(spec.d_in(dims), None, family.d_out(site, dims), spec.is_transcoder, "the model")
+    return Expected(spec.d_in(dims), None, family.d_out(site, dims), spec.is_transcoder, said_by="the model")
 
 
 def expected_of_row(row: SAERow) -> Expected:
     """The sizes in a registry row."""
     transcoder = row.model_family.site(row.site).is_transcoder
-    return Expected(row.d_in, row.d_sae, row.d_out or row.d_in, transcoder, f"the registry ({row.release}/{row.id})")
+    said_by = f"the registry ({row.release}/{row.id})"
+    return Expected(row.d_in, row.d_sae, row.d_out or row.d_in, transcoder, row.affine, said_by)
 
 
 def _config_of(model: Any) -> Any:

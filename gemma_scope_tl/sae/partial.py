@@ -14,6 +14,7 @@ from gemma_scope_tl.registry import catalog
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sae.config import expected_of_row
 from gemma_scope_tl.sae.latents import Latents
+from gemma_scope_tl.sae.reading import checked_config
 from gemma_scope_tl.sae.sae_lens_config import SAELensConfig
 from gemma_scope_tl.sae.units import site_units
 from gemma_scope_tl.weights.fetch import find_local
@@ -74,6 +75,7 @@ def load_latents(
 def _read(row: SAERow, path: Path | None, latents: list[int], encoder: bool, cache_rows: bool) -> Arrays:
     expected = expected_of_row(row)
     if path is not None:
+        checked_config(path, row)
         folds = row.format == "sae-lens" and SAELensConfig.read(path.parent).subtracts_b_dec
         if cache_rows and encoder and not folds:
             return read_cached(path, latents, expected)

@@ -18,10 +18,20 @@ import torch
 
 from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.files import checked_path, is_file, is_folder
+from gemma_scope_tl.sae.coder_files import described, refuse_table_units
 from gemma_scope_tl.sae.config import Identity, expected_of_row, expected_sizes, name_of
 from gemma_scope_tl.sae.sae_lens_config import SAELensConfig
 from gemma_scope_tl.sae.units import fold_b_dec, site_units
-from gemma_scope_tl.weights.checks import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME, Expected, weights_error
+from gemma_scope_tl.weights.checks import (
+    CFG_NAME,
+    CODER_NAME,
+    NOT_YET,
+    PARAMS_NAME,
+    WEIGHTS_NAME,
+    Expected,
+    weights_error,
+)
+from gemma_scope_tl.weights.coder_config import CoderConfig
 from gemma_scope_tl.weights.fetch import fetch
 from gemma_scope_tl.weights.hub_cache import known_sha256
 from gemma_scope_tl.weights.load import canonical_arrays, inspect, load_arrays
@@ -53,7 +63,8 @@ def read_row(row: SAERow, device: torch.device, dtype: torch.dtype, force_downlo
     """
     warn_if_unverified(row)
     file = fetch(row, force_download=force_download)
-    return _read_file(file, Identity.of(row, str(file)), expected_of_row(row), device, dtype)
+    config = checked_config(file, row)
+    return _read_file(file, Identity.of(row, str(file)), expected_of_row(row), device, dtype, config)
 
 
 def read_folder(
@@ -61,7 +72,23 @@ def read_folder(
 ) -> Checked:
     """Read the SAE in a folder or a weights file. The arguments are those of :meth:`LoadingMixin.from_folder`."""
     file = find_file(path)
-    return _read_file(file, _named(str(file), model, site, layer), expected_sizes(model, site, layer), device, dtype)
+    identity = _named(str(file), model, site, layer)
+    config = CoderConfig.beside(file) if file.name == CODER_NAME else None
+    if config is not None:
+        identity = described(config, identity)
+    return _read_file(file, identity, expected_sizes(model, identity.site, identity.layer), device, dtype, config)
+
+
+def checked_config(file: Path, row: SAERow) -> CoderConfig | None:
+    """The ``config.json`` beside the file of a row in Gemma Scope 2's layout, checked against the row; None without it.
+
+    Raises:
+        WeightsError: when the two contradict each other. Sizes and the kind are compared when the file is read.
+    """
+    config = CoderConfig.beside(file) if row.format == "gemma_scope_2" else None
+    if config is not None:
+        config.check_row(row)
+    return config
 
 
 def read_given(
@@ -82,14 +109,14 @@ def read_converted(config: SAELensConfig, state: Mapping[str, torch.Tensor], ide
 
 
 def saved_dtype(path: str | PathLike[str]) -> torch.dtype:
-    """The dtype in which an SAE was saved, from ``cfg.json`` or from ``W_enc`` in an npz.
+    """The dtype in which an SAE was saved, from SAELens's ``cfg.json``, and in other layouts from ``W_enc``.
 
     Raises:
         WeightsError: when the files are missing or do not contain an SAE.
         UnknownNameError: for a dtype that SAEs cannot have.
     """
     file = find_file(path)
-    named = read_cfg(file.parent).get("dtype") if file.suffix == ".safetensors" else None
+    named = read_cfg(file.parent).get("dtype") if _is_sae_lens(file) else None
     return parse_dtype(named if isinstance(named, str) else inspect(file)["W_enc"].dtype)
 
 
@@ -107,20 +134,41 @@ def find_file(path: str | PathLike[str]) -> Path:
             raise weights_error(
                 given, "does not exist", "Check the path; load a release on the Hub with from_pretrained."
             )
-        files = [given / name for name in (PARAMS_NAME, WEIGHTS_NAME) if is_file(given / name)]
+        files = [given / name for name in (PARAMS_NAME, WEIGHTS_NAME, CODER_NAME) if is_file(given / name)]
+        layered = not files and any(given.glob("params_layer_*.safetensors"))
+    if layered:
+        raise weights_error(
+            given, "holds a crosscoder or a cross-layer transcoder, with a file for each layer", NOT_YET
+        )
     if len(files) != 1:
-        what = "holds both layouts" if files else f"has neither {PARAMS_NAME} nor {CFG_NAME} with {WEIGHTS_NAME}"
+        none = f"has neither {PARAMS_NAME} nor {CODER_NAME} nor {CFG_NAME} with {WEIGHTS_NAME}"
+        what = "holds several layouts" if files else none
         raise weights_error(given, what, "Give the file itself." if files else "Check the path.")
     return files[0]
+
+
+def _is_sae_lens(file: Path) -> bool:
+    return file.suffix == ".safetensors" and file.name != CODER_NAME
 
 
 def _named(source: str, model: Any, site: str | None, layer: int | None) -> Identity:
     return Identity(source, name_of(model), site, layer, of_model=getattr(model, "family", None))
 
 
-def _read_file(file: Path, identity: Identity, expected: Expected, device: torch.device, dtype: torch.dtype) -> Checked:
+def _read_file(
+    file: Path,
+    identity: Identity,
+    expected: Expected,
+    device: torch.device,
+    dtype: torch.dtype,
+    described_by: CoderConfig | None = None,
+) -> Checked:
     sha256 = (identity.row.sha256 if identity.row else None) or known_sha256(file)
-    if file.suffix != ".safetensors":
+    if file.name == CODER_NAME:
+        refuse_table_units(identity)
+        expected = expected if described_by is None else described_by.complete(expected)
+        return load_arrays(file, expected, dtype, device, sha256=sha256), identity
+    if not _is_sae_lens(file):
         d_in = expected.d_in or inspect(file, expected)["W_enc"].shape[0]
         units = site_units(identity.site, d_in, identity.family)
         return load_arrays(file, expected, dtype, device, units, sha256), identity

@@ -142,14 +142,15 @@ class LoadingMixin(_Base):
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
     ) -> Any:
-        """Load an SAE from a folder with ``params.npz``, or with ``cfg.json`` and ``sae_weights.safetensors``.
+        """Load an SAE from a folder with ``params.npz``; with ``cfg.json`` and ``sae_weights.safetensors``; or with
+        ``params.safetensors`` and, if there is one, ``config.json``.
 
         Args:
             path: the folder, or the ``params.npz`` or ``.safetensors`` file.
             model: the name of a model; or a model or its config, whose sizes are then checked against the file.
-            site, layer: the place of the SAE. SAELens's layout contains it. An npz does not: encoding and decoding work
-                without it, but splicing needs it. With ``site="embedding"`` an npz is rescaled
-                (:func:`~gemma_scope_tl.sae.units.scale_embedding`).
+            site, layer: the place of the SAE. SAELens's layout and ``config.json`` contain it. Other files do not:
+                encoding and decoding work without it, but splicing needs it. With ``site="embedding"`` an npz is
+                rescaled (:func:`~gemma_scope_tl.sae.units.scale_embedding`).
             device, dtype: as for :meth:`from_pretrained`.
 
         Raises:

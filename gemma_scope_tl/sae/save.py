@@ -1,10 +1,10 @@
-"""Writing of SAEs in the layouts of Gemma Scope and of SAELens, so that tools for either layout can read them."""
+"""Writing of SAEs in the layouts of Gemma Scope, Gemma Scope 2 and SAELens, so that tools for them can read them."""
 
 from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,14 +16,17 @@ from safetensors.torch import save_file
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.files import checked_path, replace_files
 from gemma_scope_tl.sae.building import class_of
+from gemma_scope_tl.sae.coder_files import refuse_table_units, written_config
 from gemma_scope_tl.sae.config import Identity
 from gemma_scope_tl.sae.provenance import config_of
 from gemma_scope_tl.sae.units import fold_b_dec, scale_embedding
-from gemma_scope_tl.weights.checks import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME
+from gemma_scope_tl.weights.checks import CFG_NAME, CODER_NAME, CONFIG_NAME, PARAMS_NAME, WEIGHTS_NAME
 from gemma_scope_tl.weights.load import canonical_arrays
 from gemma_scope_tl.weights.modes import ordinary_tensors
+from gemma_scope_tl.weights.safetensors_file import safetensors_header
 
-Format = Literal["gemma-scope", "sae-lens"]
+Format = Literal["gemma-scope", "sae-lens", "gemma_scope_2"]
+_OF_IDENTITY = ("model_name", "family", "hook_name", "hook_name_out", "hf_hook_name", "hf_hook_name_out")
 _ALIGN = 64
 _ALIGN_FIELD = 0xD935  # the zip extra field that zipalign pads with
 _LOCAL_HEADER, _ZIP64_EXTRA = 30, 20
@@ -43,6 +46,9 @@ def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope"
     ``"sae-lens"`` writes ``cfg.json`` and ``sae_weights.safetensors``, exactly, with SAELens's architecture names, so
     ``sae_lens.SAE.load_from_disk`` reads them without this package. Weights that were changed after loading are saved
     without the release, id and L0 of the loaded weights.
+
+    ``"gemma_scope_2"`` writes ``params.safetensors`` with lower-case names and ``config.json``, as Gemma Scope 2 does,
+    with the values and dtypes of ``"gemma-scope"``. It has no name for sites that are no module's input or output.
 
     Each file is written under a temporary name, flushed to the disk and renamed, so a crash leaves either the old file
     or the new one. Both files of a SAELens folder are complete before the first is renamed.
@@ -71,7 +77,10 @@ def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope"
     arrays = canonical_arrays(state, sae.get_name())
     folder = checked_path(path)
     if format == "gemma-scope":
-        replace_files(folder, {PARAMS_NAME: lambda path: write_npz(path, _release_arrays(sae, arrays), compress)})
+        released = _release_arrays(arrays, sae, _identity(sae))
+        replace_files(folder, {PARAMS_NAME: lambda path: write_npz(path, released, compress)})
+    elif format == "gemma_scope_2":
+        replace_files(folder, _coder_writers(sae, arrays))
     else:
         cfg = json.dumps({**config_of(sae), "device": "cpu"}, indent=2, sort_keys=True)
         replace_files(
@@ -94,11 +103,35 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], compress: bool = Fal
                 np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
 
 
-def _release_arrays(sae: Any, arrays: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+def _identity(sae: Any) -> Identity:
+    metadata = {name: sae.cfg.metadata.get(name) for name in _OF_IDENTITY}
+    place = {"site": getattr(sae, "site", None), "layer": getattr(sae, "layer", None)}
+    return Identity(sae.get_name(), **place, metadata=metadata).placed()
+
+
+def _coder_writers(sae: Any, arrays: dict[str, torch.Tensor]) -> dict[str, Callable[[Path], object]]:
+    """The writers of both files of Gemma Scope 2's layout, by name."""
+    identity = _identity(sae)
+    refuse_table_units(identity)
+    config = json.dumps(written_config(sae, identity), indent=2)
+    lower = {
+        name.lower(): torch.from_numpy(np.ascontiguousarray(array))
+        for name, array in _release_arrays(arrays, sae, identity).items()
+    }
+    shapes = {name: (array.dtype, array.shape) for name, array in lower.items()}
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            file.write(safetensors_header(shapes))  # aligned to 64 bytes, so that the arrays can be mapped
+            for array in lower.values():
+                file.write(array.view(torch.uint8).numpy().data)
+
+    return {CODER_NAME: write, CONFIG_NAME: lambda path: path.write_text(config)}
+
+
+def _release_arrays(arrays: dict[str, torch.Tensor], sae: Any, identity: Identity) -> dict[str, np.ndarray]:
     if sae.cfg.apply_b_dec_to_input:
         arrays = fold_b_dec(arrays)
-    metadata = {name: sae.cfg.metadata.get(name) for name in ("model_name", "family", "hook_name", "hook_name_out")}
-    identity = Identity(sae.get_name(), site=getattr(sae, "site", None), metadata=metadata).placed()
     if identity.site is not None and identity.family.site(identity.site).joins == "embedding":
         arrays = scale_embedding(arrays, inverse=True, family=identity.family)
     if "W_skip" in arrays:  # name and orientation as in the release

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 PARAMS_NAME = "params.npz"
 CFG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
+CODER_NAME, CONFIG_NAME = "params.safetensors", "config.json"
+"""The files of Gemma Scope 2's layout; some of its folders have no ``config.json``."""
 MAX_ARRAYS = 64
 """The largest number of arrays in a weights file. An SAE has five; more arrays cost memory and lengthen messages."""
+NOT_YET = "They are not supported yet: load an SAE or a transcoder of a single layer."
 REMEDY = "Delete the file and download it again (`hf download REPO FILE --force-download`)."
 NOT_READ = "Check its permissions and the disk; the file may be sound."
 _HEAD = 512
@@ -131,6 +134,7 @@ class Expected:
         d_in, d_sae, d_out: sizes, None if unknown. If ``d_out`` is None and ``transcoder`` is not True, the d_out of
             the file must equal its d_in.
         transcoder: whether input and output are different tensors; None if unknown.
+        skip: whether there is a linear path around the latents; None if unknown.
         said_by: the source of the sizes, for the message.
     """
 
@@ -138,6 +142,7 @@ class Expected:
     d_sae: int | None = None
     d_out: int | None = None
     transcoder: bool | None = None
+    skip: bool | None = None
     said_by: str = "the registry"
 
 
@@ -165,12 +170,30 @@ def canonical_names(names: Iterable[str], source: str) -> dict[str, str]:
     return renamed
 
 
+def check_skip(names: Iterable[str], source: str, expected: Expected | None = None) -> None:
+    """Check whether a file with these canonical names has the linear path that ``expected`` says.
+
+    Raises:
+        WeightsError: when it has one and should not, or the reverse.
+    """
+    has = any(name in SKIP_KEYS for name in names)
+    if expected is not None and has and expected.transcoder is False:
+        what = f"has a skip connection, which an SAE at the site according to {expected.said_by} does not have"
+        raise weights_error(source, what, _WRONG_SAE)
+    if expected is not None and expected.skip not in (None, has):
+        what = "has a skip connection, should have none" if has else f"lacks {SKIP_KEYS[1]} (the skip connection)"
+        raise weights_error(source, f"{what} according to {expected.said_by}", _WRONG_SAE)
+
+
 def matrix_shape(name: str, shape: tuple[int, ...], source: str) -> tuple[int, int]:
     """The two sizes of a matrix.
 
     Raises:
         WeightsError: for an array that does not have two dimensions, or has no entries.
     """
+    if name == "W_dec" and len(shape) == 3:
+        what = f"has w_dec {list(shape)}, so it is a layer of a crosscoder or of a cross-layer transcoder"
+        raise weights_error(source, what, NOT_YET)
     if len(shape) != 2 or 0 in shape:
         raise weights_error(source, f"has {name} of shape {shape}, which is not a matrix", _WRONG_SAE)
     return shape[0], shape[1]

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.registry.locate import BUNDLED_SAES, inside
-from gemma_scope_tl.weights.checks import CFG_NAME, PARAMS_NAME, WEIGHTS_NAME, weights_error
+from gemma_scope_tl.weights.checks import (
+    CFG_NAME,
+    CODER_NAME,
+    CONFIG_NAME,
+    PARAMS_NAME,
+    WEIGHTS_NAME,
+    weights_error,
+)
 from gemma_scope_tl.weights.hub_errors import download_errors
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 BUNDLED = "bundled"
+_NAMES = {
+    "gemma-scope": (PARAMS_NAME,),
+    "sae-lens": (CFG_NAME, WEIGHTS_NAME),
+    "gemma_scope_2": (CODER_NAME,),
+}
 
 
 def fetch(row: SAERow, *, force_download: bool = False) -> Path:
@@ -29,8 +42,9 @@ def fetch(row: SAERow, *, force_download: bool = False) -> Path:
         force_download: download again even if the file is in the cache. Bundled and local files ignore it.
 
     Returns:
-        Path of ``params.npz``, or of ``sae_weights.safetensors`` (with ``cfg.json`` beside it) for rows in SAELens'
-        format.
+        Path of ``params.npz``; or of ``sae_weights.safetensors`` with ``cfg.json`` beside it, for rows in SAELens's
+        format; or of ``params.safetensors`` with ``config.json`` beside it if the folder has one, for rows in Gemma
+        Scope 2's.
 
     Raises:
         WeightsError: when the file is missing or cannot be downloaded. Its content is checked when it is loaded.
@@ -38,6 +52,8 @@ def fetch(row: SAERow, *, force_download: bool = False) -> Path:
     """
     root, names = _files(row)
     files = [_from_hub(row, name, force_download) if root is None else _local(root, name) for name in names]
+    if root is None and row.format == "gemma_scope_2":
+        _fetch_config(row, files[-1], force_download)
     return files[-1]
 
 
@@ -68,13 +84,30 @@ def _files(row: SAERow) -> tuple[Path | None, list[str]]:
     folder = PurePosixPath(row.path)
     if folder.is_absolute() or ".." in folder.parts:
         raise GemmaScopeError(f"Row {row.release}/{row.id} has the path {row.path!r}, which leaves its repository.")
-    names = (PARAMS_NAME,) if row.format == "gemma-scope" else (CFG_NAME, WEIGHTS_NAME)
+    names = _NAMES[row.format]
     root = None
     if row.repo == BUNDLED:
         root = bundled_root()
     elif Path(row.repo).is_absolute():  # a relative folder could have the name of a repository on the Hub
         root = Path(row.repo)
     return root, [str(folder / name) for name in names]
+
+
+def _fetch_config(row: SAERow, weights: Path, force_download: bool) -> None:
+    """Download the ``config.json`` of the same commit as the weights, if that commit has one.
+
+    It only confirms what the row says, so weights in the cache are used without it while the Hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    name = str(PurePosixPath(row.path) / CONFIG_NAME)
+    commit = weights.parents[len(PurePosixPath(row.path).parts)].name
+    with download_errors(row.repo, name, commit):
+        if not force_download and try_to_load_from_cache(row.repo, name, revision=commit) is not None:
+            return  # it is there, or it is known that there is none
+        with suppress(EntryNotFoundError):  # also raised if the Hub cannot be reached
+            hf_hub_download(repo_id=row.repo, filename=name, revision=commit, force_download=force_download)
 
 
 def _local(root: Path, name: str) -> Path:

@@ -26,6 +26,7 @@ from gemma_scope_tl.weights.checks import (
     canonical_names,
     check_range,
     check_shapes,
+    check_skip,
     check_values,
     value_range,
     weights_error,
@@ -69,11 +70,17 @@ def inspect(path: str | Path, expected: Expected | None = None) -> dict[str, Arr
     path = Path(path)
     layouts = inspect_safetensors(path) if path.suffix == ".safetensors" else inspect_npz(path)
     names = canonical_names(layouts, str(path))
-    for name, layout in layouts.items():
-        if not layout.dtype.is_floating_point:
-            raise weights_error(path, f"has {name} of dtype {layout.dtype}, not a float", _USE_FLOAT)
+    for layout in layouts.values():
+        check_float(path, layout)
+    check_skip(names.values(), str(path), expected)
     check_shapes({names[name]: layout.shape for name, layout in layouts.items()}, str(path), expected)
     return {names[name]: layout for name, layout in layouts.items()}
+
+
+def check_float(source: str | Path, layout: ArrayLayout) -> None:
+    """Raise :class:`WeightsError` for an array of a dtype that is not floating."""
+    if not layout.dtype.is_floating_point:
+        raise weights_error(source, f"has {layout.name} of dtype {layout.dtype}, not a float", _USE_FLOAT)
 
 
 @ordinary_tensors()
@@ -276,6 +283,7 @@ def canonical_arrays(
     """
     names = canonical_names(arrays, source)
     tensors = {names[name]: _tensor(array, name, source) for name, array in arrays.items()}
+    check_skip(tensors, source, expected)
     check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, source, expected)
     check_values(tensors, source)
     return _finished(tensors, source)

@@ -29,12 +29,13 @@ from gemma_scope_tl.weights.checks import (
     Expected,
     canonical_names,
     check_shapes,
+    check_skip,
     check_values,
     matrix_shape,
     weights_error,
 )
 from gemma_scope_tl.weights.layout import ArrayLayout, map_array
-from gemma_scope_tl.weights.load import inspect, load_array, load_arrays
+from gemma_scope_tl.weights.load import check_float, inspect, load_array, load_arrays
 from gemma_scope_tl.weights.npz import inspect_npz
 from gemma_scope_tl.weights.safetensors_file import inspect_safetensors, safetensors_header
 from gemma_scope_tl.weights.stamp import CACHE_VARIABLE, cache_folder, file_key
@@ -92,6 +93,7 @@ def _write_rows(path: Path, encoder: torch.Tensor) -> None:
 
 Arrays = dict[str, torch.Tensor]
 _VECTORS = ("b_enc", "threshold", "log_threshold")
+_ROWS = ("W_dec", *_VECTORS)  # the arrays that have a row, or an entry, for each latent
 
 
 def read_local(path: Path, latents: Sequence[int], expected: Expected, encoder: bool) -> Arrays:
@@ -127,11 +129,12 @@ def read_remote(remote: RemoteFile, latents: Sequence[int], expected: Expected) 
     Raises:
         WeightsError: when the file is compressed or column-major, or as :func:`load_arrays` for the values read.
     """
-    layouts = _inspect_remote(remote, expected.d_sae)
+    layouts = _inspect_remote(remote, expected)
     shapes = {name: layout.shape for name, layout in layouts.items()}
     source = remote.source
     d_sae, d_out = matrix_shape("W_dec", shapes["W_dec"], source)
     check_shapes({"W_enc": (expected.d_in or d_out, d_sae), "b_dec": (d_out,), **shapes}, source, expected)
+    layouts = {name: layout for name, layout in layouts.items() if name in _ROWS}
     _check_latents(latents, d_sae, source)
     whole = "Load the whole SAE instead."
     for name, layout in layouts.items():
@@ -158,13 +161,15 @@ def read_rows(source: RemoteFile, wanted: Mapping[str, tuple[ArrayLayout, Sequen
     return {name: torch.stack(rows) for name, rows in found.items()}
 
 
-def _inspect_remote(remote: RemoteFile, d_sae: int | None) -> dict[str, ArrayLayout]:
+def _inspect_remote(remote: RemoteFile, expected: Expected) -> dict[str, ArrayLayout]:
     if remote.source.split(" ")[0].endswith(".safetensors"):
         layouts = inspect_safetensors(remote)
         names = canonical_names(layouts, remote.source)
-        by_name = {names[name]: layout for name, layout in layouts.items()}
-        return {name: layout for name, layout in by_name.items() if name in ("W_dec", *_VECTORS)}
-    vectors = {} if d_sae is None else {"b_enc": d_sae, "threshold": d_sae}
+        check_skip(names.values(), remote.source, expected)
+        for layout in layouts.values():
+            check_float(remote.source, layout)
+        return {names[name]: layout for name, layout in layouts.items()}
+    vectors = {} if expected.d_sae is None else {"b_enc": expected.d_sae, "threshold": expected.d_sae}
     return inspect_npz(remote, ["W_dec", "b_enc", "threshold"], vectors)
 
 

@@ -1,4 +1,4 @@
-"""Reading of SAELens folders: ``cfg.json`` and the tensor positions in ``sae_weights.safetensors``.
+"""Reading of configurations in JSON, and of the tensor positions in safetensors files.
 
 The header of a safetensors file is JSON with the position of every tensor, so tensors are mapped or read in parts
 without the safetensors library. The format has no checksum: a flipped bit in a value is detected only if a sha256 is
@@ -52,7 +52,15 @@ def read_cfg(folder: str | Path) -> dict[str, Any]:
     Raises:
         WeightsError: when the file is missing, too large, or not a JSON object.
     """
-    path = Path(folder) / CFG_NAME
+    return read_json(Path(folder) / CFG_NAME)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The unchecked content of a configuration file.
+
+    Raises:
+        WeightsError: when the file is missing, too large, or not a JSON object.
+    """
     read_head(path)
     with read_errors(path):
         if path.stat().st_size > _MAX_CFG:

@@ -81,7 +81,7 @@ def npz_seeds() -> list[bytes]:
 
 def safetensors_seeds() -> list[bytes]:
     """Every float dtype, a skip transcoder, metadata, and other names."""
-    plain = arrays()
+    plain, skip = arrays(), np.arange(D_IN * D_IN, dtype=np.float32).reshape(D_IN, D_IN)
     logarithm = {name: array for name, array in plain.items() if name != "threshold"}
     return [
         safetensors(plain),
@@ -89,6 +89,7 @@ def safetensors_seeds() -> list[bytes]:
         safetensors(arrays("float16")),
         safetensors(arrays("float64", skip=True)),
         safetensors({name.lower(): array for name, array in plain.items()}),
+        safetensors({name.lower(): array for name, array in arrays(affine_skip_connection=skip).items()}),
         safetensors(arrays(scaling_factor=np.ones(D_SAE, np.float32))),
         safetensors({**logarithm, "log_threshold": np.full(D_SAE, math.log(2), np.float32)}),
     ]
@@ -138,6 +139,25 @@ def cfg_seeds() -> list[bytes]:
         {**new, "apply_b_dec_to_input": True, "metadata": metadata},
         old,
         {**new, "architecture": "jumprelu_transcoder", "d_out": D_IN, "metadata": out},
+    ]
+    return [json.dumps(one).encode() for one in made]
+
+
+def config_seeds() -> list[bytes]:
+    """Gemma Scope 2's configurations: of an SAE, with a label for the width, of a transcoder, and of several layers."""
+    point = "model.layers.3.output"
+    sae = {"hf_hook_point_in": point, "hf_hook_point_out": point, "width": D_SAE, "architecture": "jump_relu"}
+    sae |= {"model_name": "google/gemma-3-1b-pt", "l0": 60, "affine_connection": False, "type": "sae"}
+    norms = [f"model.layers.3.{name}_feedforward_layernorm.output" for name in ("pre", "post")]
+    transcoder = {**sae, "hf_hook_point_in": norms[0], "hf_hook_point_out": norms[1], "type": "transcoder"}
+    made = [
+        sae,
+        transcoder,
+        {**transcoder, "model_name": "someone/tiny"},
+        {},
+        {**sae, "width": "16k"},
+        {**transcoder, "affine_connection": True},
+        {**transcoder, "type": "clt"},
     ]
     return [json.dumps(one).encode() for one in made]
 

@@ -282,6 +282,24 @@ def _cfg(folder: Path) -> Target:
     return Target("cfg", seeds.cfg_seeds, mutators.mutate_json, path.write_bytes, run, files)
 
 
+def _config(folder: Path) -> Target:
+    from gemma_scope_tl.sae.loading import load_folder
+
+    made = {name.lower(): array for name, array in seeds.arrays().items()}
+    (folder / "params.safetensors").write_bytes(seeds.safetensors(made))
+    path = folder / "config.json"
+
+    def run(data: bytes) -> None:
+        sae = attempt(lambda: load_folder(folder))
+        if isinstance(sae, GemmaScopeError):
+            raise sae
+        require(np.array_equal(sae.W_enc.detach().numpy(), made["w_enc"]), "loads another SAE", "")
+        require(sae.site in (None, "res", "mlp", "transcoder"), "loads another place", str(sae.site))
+
+    files = ("config.json", "params.safetensors")
+    return Target("config", seeds.config_seeds, mutators.mutate_json, path.write_bytes, run, files)
+
+
 def _stamp(folder: Path) -> Target:
     os.environ["GEMMA_SCOPE_TL_CACHE"] = str(folder / "cache")
     weights = folder / "params.npz"
@@ -352,6 +370,7 @@ _MAKERS = {
     "safetensors": _safetensors,
     "yaml": _yaml,
     "cfg": _cfg,
+    "config": _config,
     "partial": _partial,
     "stamp": _stamp,
 }
