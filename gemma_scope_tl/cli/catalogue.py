@@ -21,6 +21,10 @@ def list_command(
     layer: options.OneLayer = None,
     width: options.OneWidth = None,
     release: options.OneRelease = None,
+    label: options.Label = None,
+    affine: options.Affine = None,
+    sae_seed: options.SaeSeed = None,
+    series: options.OneSeries = None,
     summary: Annotated[bool, typer.Option("--summary", help="Count SAEs per model, site and width.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -33,11 +37,14 @@ def list_command(
         gemma-scope list '*layer_20/width_16k*' --model gemma-2-2b
 
         gemma-scope list --site att --layer 12 --json
+
+        gemma-scope list --model gemma-3-1b --label medium
     """
     from gemma_scope_tl.registry.listing import COLUMNS, select_rows
     from gemma_scope_tl.weights.seen import unverified_among
 
-    found = select_rows(model=model, site=site, layer=layer, width=width, release=release, pattern=pattern)
+    conditions: dict[str, Any] = {"label": label or None, "affine": affine, "seed": sae_seed, "series": series}
+    found = select_rows(model, site, layer, width, release, pattern, **conditions)
     shown = ("release", "id", "model", "site", "layer", "width", "l0", "canonical")
     columns = tuple(COLUMNS) if as_json else shown
     unverified = unverified_among(found)
@@ -62,16 +69,18 @@ def show(
         gemma-scope show bundled-res layer_2/width_1k/canonical --json
     """
     from gemma_scope_tl.registry import resolve
-    from gemma_scope_tl.sites import BACKENDS, get_site
+    from gemma_scope_tl.sites import BACKENDS
     from gemma_scope_tl.weights.seen import is_unverified
 
     row = resolve(release, sae_id)
-    site = get_site(row.site)
+    site = row.model_family.site(row.site)
     facts: dict[str, Any] = row.model_dump() | {"unverified": is_unverified(row)}
     for backend in BACKENDS:
         facts[f"hook_{backend}"] = site.hook_name(row.layer, backend)
         if site.is_transcoder:
             facts[f"hook_{backend}_out"] = site.hook_name_out(row.layer, backend)
+    if site.folded_gain:
+        facts["hook_hooked_transformer"] += f", with the gain of {site.folded_gain} folded into a copy of the encoder"
     facts["load"] = f'gemma_scope_tl.JumpReLUSAE.from_pretrained("{row.release}", "{row.id}")'
     print_facts(facts, as_json)
 

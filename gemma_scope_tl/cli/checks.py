@@ -90,6 +90,20 @@ def widths(given: Any) -> Any:
     return None if given is None else width(given)
 
 
+def label(name: str) -> None:
+    """Raise unless it is a label of L0s."""
+    from gemma_scope_tl.registry.schema import LABELS
+
+    one_of("label", LABELS)(name)
+
+
+def series(name: str) -> None:
+    """Raise unless it is a series of releases."""
+    from gemma_scope_tl.registry.schema import SERIES
+
+    one_of("series", SERIES)(name)
+
+
 def dtype(name: str) -> None:
     """Raise unless the dtype exists."""
     one_of("dtype", DTYPES)(name.removeprefix("torch."))

@@ -63,7 +63,21 @@ Layers = Annotated[list[int] | None, typer.Option(min=0, help="Layer, from 0; se
 Width = Annotated[str | None, typer.Option(help="16k, 65k, …; by default the narrowest.", callback=checks.widths)]
 OneWidth = Annotated[str | None, typer.Option(help="16k, 65k, 1m, …", callback=checks.widths)]
 Widths = Annotated[list[str] | None, typer.Option(help="16k, 65k, …; several times.", callback=checks.widths)]
-L0 = Annotated[str, typer.Option(help="canonical, a number that exists, or closest:50.")]
+L0 = Annotated[str, typer.Option(help="canonical, small, medium, big, a number that exists, or closest:50.")]
+_LABELS = "Label of the L0: small, medium or big; several times."
+Label = Annotated[list[str] | None, typer.Option(help=_LABELS, callback=checks.each(checks.label))]
+SaeLabel = Annotated[list[str] | None, typer.Option("--sae-label", help=_LABELS, callback=checks.each(checks.label))]
+Affine = Annotated[
+    bool | None,
+    typer.Option("--affine/--no-affine", help="Transcoders with a skip connection, or coders without one."),
+]
+SaeSeed = Annotated[int | None, typer.Option("--sae-seed", min=0, help="Seed of a further run of the same SAE.")]
+OneSeries = Annotated[
+    str | None,
+    typer.Option(
+        help="subset (few layers, more widths and L0s) or all (every layer).", callback=checks.each(checks.series)
+    ),
+]
 OneRelease = Annotated[
     str | None, typer.Option(help="Release, such as gemma-scope-2b-pt-res.", callback=checks.each(checks.release))
 ]
@@ -97,6 +111,10 @@ class SeveralSAEs(Command):
     layer: Layers = None
     width: Widths = None
     canonical: Annotated[bool, typer.Option("--canonical", help="Canonical SAEs only.")] = False
+    sae_label: SaeLabel = None
+    affine: Affine = None
+    sae_seed: SaeSeed = None
+    series: OneSeries = None
     data: Data = None
     column: Annotated[str, typer.Option(help="Column of a .jsonl file or data set with the text.")] = "text"
     split: Annotated[str | None, typer.Option(help="Split of a data set; by default train, of the Pile test.")] = None
@@ -159,6 +177,10 @@ class SeveralSAEs(Command):
             width=self.width or None,
             release=None if registry_model else self.release or None,
             pattern=self.pattern,
+            label=self.sae_label or None,
+            affine=self.affine,
+            seed=self.sae_seed,
+            series=self.series,
         )
         chosen = [row for row in found if row.canonical or not self.canonical]
         if not chosen:
@@ -202,6 +224,9 @@ class OneSAE(Command):
     layer: Layer = 2
     width: Width = None
     l0: L0 = "canonical"
+    affine: Affine = None
+    sae_seed: SaeSeed = None
+    series: OneSeries = None
     backend: Backend = "bridge"
     device: Device = None
     dtype: Dtype = "float32"
@@ -227,9 +252,10 @@ class OneSAE(Command):
         layer = self.layer if get_site(self.site).per_layer else None
         width = self.width
         if width is None:
-            rows = select_rows(model=name, site=self.site, layer=layer)
+            rows = select_rows(model=name, site=self.site, layer=layer, series=self.series)
             width = min(rows, key=lambda row: row.d_sae).width if rows else "16k"
-        return find(name, self.site, layer, width, self.l0)
+        chosen: dict[str, Any] = {"affine": self.affine, "seed": self.sae_seed, "series": self.series}
+        return find(name, self.site, layer, width, self.l0, **chosen)
 
     def name(self) -> str:
         """The SAE's release and id, as in results."""

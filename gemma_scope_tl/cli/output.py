@@ -114,7 +114,7 @@ def print_rows(rows: Sequence[Row], title: str, as_json: bool) -> None:
     if as_json:
         say_json(rows)
         return
-    shown = [with_intervals(row) for row in rows]
+    shown = [with_intervals(row) for row in rows] if rows and _bounds(rows[0]) else rows
     cells = [[cell(value) for value in row.values()] for row in shown]
     names = list(shown[0]) if shown else []
     console = terminal()
@@ -156,13 +156,18 @@ def with_intervals(row: Row) -> dict[str, Any]:
     >>> with_intervals({"kl": 0.4271, "kl_low": 0.4024, "kl_high": 0.4512})
     {'kl': '0.427 ± 0.025'}
     """
-    bounds = {name: (row[name + _LOW], row[name + _HIGH]) for name in row if {name + _LOW, name + _HIGH} <= set(row)}
+    bounds = _bounds(row)
     hidden = {name + end for name in bounds for end in (_LOW, _HIGH)}
     return {
         name: interval(value, *bounds[name]) if name in bounds else value
         for name, value in row.items()
         if name not in hidden
     }
+
+
+def _bounds(row: Row) -> dict[str, tuple[Any, Any]]:
+    """The two bounds of each number of a row that has an interval."""
+    return {name: (row[name + _LOW], row[name + _HIGH]) for name in row if name + _LOW in row and name + _HIGH in row}
 
 
 def interval(value: Any, low: Any, high: Any) -> Any:
@@ -181,9 +186,10 @@ def cell(value: Any) -> str:
     """A value as text on one line."""
     if value is True:
         return "✓"
-    if value is False or value is None or str(value) in ("<NA>", "nan"):
+    if value is False or value is None:
         return ""
-    return _escaped(_rounded(value) if isinstance(value, float) else str(value))
+    text = _rounded(value) if isinstance(value, float) else str(value)
+    return "" if text in ("<NA>", "nan") else _escaped(text)
 
 
 def _rounded(value: float) -> str:
@@ -209,7 +215,7 @@ def _hung(text: str, room: int | None) -> list[str]:
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     """Lines with aligned columns."""
-    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(map(_length, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(map(_padded, line, widths)).rstrip() for line in cells]
 
 
@@ -242,7 +248,11 @@ def _laid_out(names: list[str], cells: list[list[str]], title: str, width: int) 
 
 
 def _padded(text: str, width: int) -> str:
-    return text + " " * (width - cell_len(text))
+    return text.ljust(width) if text.isascii() else text + " " * (width - cell_len(text))
+
+
+def _length(text: str) -> int:
+    return len(text) if text.isascii() else cell_len(text)
 
 
 def _frame(columns: int) -> int:
@@ -250,7 +260,7 @@ def _frame(columns: int) -> int:
 
 
 def _natural(names: list[str], cells: list[list[str]]) -> int:
-    return sum(max(map(cell_len, column)) for column in zip(names, *cells, strict=True))
+    return sum(max(map(_length, column)) for column in zip(names, *cells, strict=True))
 
 
 def _widths(names: list[str], cells: list[list[str]], room: int) -> list[int] | None:

@@ -6,24 +6,22 @@ Only the registry files that a call needs are parsed, each of them once.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import cast
 
-from gemma_scope_tl.errors import RegistryError, UnknownNameError, nearest, unknown_name
-from gemma_scope_tl.families import families, family_of_model
+from gemma_scope_tl.errors import RegistryError, nearest, unknown_name
+from gemma_scope_tl.families import family_of_model, plain_name
 from gemma_scope_tl.files import checked_path
+from gemma_scope_tl.registry.choice import CANONICAL, pick
+from gemma_scope_tl.registry.index import forget_indexes, indexed
 from gemma_scope_tl.registry.locate import add_file, forget_packages, release_files, remove_file
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
-from gemma_scope_tl.registry.schema import ReleaseFile, SAERow, read_release
+from gemma_scope_tl.registry.schema import LABELS, SERIES, ReleaseFile, SAERow, read_release
 from gemma_scope_tl.registry.widths import DEFAULT_WIDTH, width_label
 from gemma_scope_tl.sites import SITES, get_site
-
-CANONICAL = "canonical"
-CLOSEST = "closest:"
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,7 @@ class Header:
     release: str
     canonical_release: str | None
     model: str
+    series: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,50 +109,95 @@ def find(
     width: str | int | None = None,
     l0: float | str = CANONICAL,
     *,
+    affine: bool | None = None,
+    seed: int | None = None,
+    series: str | None = None,
     release: str | None = None,
 ) -> SAERow:
     """The row of one SAE, by its place in a model, width and L0.
 
     Args:
-        model: ``gemma-2-2b`` or ``google/gemma-2-2b``. An instruction-tuned model has only SAEs trained on itself.
+        model: ``gemma-2-2b`` or ``google/gemma-2-2b``; ``gemma-3-1b-pt`` is ``gemma-3-1b``. An instruction-tuned model
+            has only SAEs trained on itself.
         site: a name of the site table.
         layer: counts from 0; None for the embedding.
         width: ``"16k"``, or the number of latents; None for ``"16k"``.
-        l0: ``"canonical"`` (SAELens's choice, nearest to 100), a number (exactly that L0), or ``"closest:50"`` (the
-            sparser of two at the same distance). Where no SAE is canonical but only one exists, ``"canonical"`` is
-            that one. Rows that are marked ``unverified`` are not counted for that.
+        l0: ``"canonical"`` (SAELens's choice, nearest to 100), a label (``"small"``, ``"medium"`` or ``"big"``), a
+            number (exactly that L0), or ``"closest:50"`` (the sparser of two at the same distance). Where no SAE is
+            canonical but only one exists, ``"canonical"`` is that one. Rows that are marked ``unverified`` are not
+            counted for that.
+        affine: True for a transcoder with a skip connection, False for one without. None for either; if there are
+            both, one has to be chosen.
+        seed: the seed of a further training run of the same SAE; None for the SAE whose name has no seed.
+        series: ``"subset"`` (a few layers, with more widths and L0s) or ``"all"`` (all layers), where a model has
+            both. None for either. If an SAE of each series fits, it is the one of the subset.
         release: the only release to search.
 
     Raises:
         UnknownNameError: for a name or a place that does not exist; names valid ones.
-        RegistryError: when two releases have such an SAE and ``release`` is not given.
+        RegistryError: when several SAEs fit, as when two releases have such an SAE; names them and what chooses one.
     """
     model = checked_model(model)
-    label = DEFAULT_WIDTH if width is None else width_label(width) if isinstance(width, int) else width
     get_site(site)
-    chosen = [h for h in headers() if h.model == model]
-    if release:
-        valid, chosen = chosen, [h for h in chosen if h == header_of(release)]
-        if not chosen:
-            raise unknown_name(f"release of {model}", release, [name for h in valid for name in h.names])
-    rows = [row for h in chosen for row in _read(h.path).rows]
-    hint = _base_hint(model)
+    rows = [row for header in releases_of(model, release, series) for row in rows_of(header)]
+    within = f"{release or model}{f' (series {series})' if series else ''}"
+    found = _at_place(rows, within, _base_hint(model), (site, layer, width))
+    return pick(found, l0, affine, seed, _label_hint(rows, found[0], l0))
+
+
+def _at_place(
+    rows: list[SAERow], within: str, hint: str, place: tuple[str, int | None, str | int | None]
+) -> list[SAERow]:
+    """The rows of a site, layer and width among those of ``within``; an error names the nearest that exist."""
+    site, layer, width = place
+    label = DEFAULT_WIDTH if width is None else width_label(width) if isinstance(width, int) else width
     at_site = [row for row in rows if row.site == site]
     if not at_site:
-        raise unknown_name(f"site of {release or model}", site, sorted({row.site for row in rows}), hint)
+        raise unknown_name(f"site of {within}", site, sorted({row.site for row in rows}), hint)
     at_layer = [row for row in at_site if row.layer == layer]
     if not at_layer:
         layers = _closest_numbers(layer or 0, {row.layer for row in at_site if row.layer is not None})
         hint = hint if layers else f"The {site} exists once: layer=None."
-        raise unknown_name(f"layer of {release or model} at site {site}", layer, map(str, layers or [None]), hint)
+        raise unknown_name(f"layer of {within} at site {site}", layer, map(str, layers or [None]), hint)
     found = [row for row in at_layer if row.width == label]
     if not found:
-        place = site if layer is None else f"{site} layer {layer}"
+        where = site if layer is None else f"{site} layer {layer}"
         widths = [row.width for row in sorted(at_layer, key=lambda row: row.d_sae)]
+        elsewhere = {row.layer for row in at_site if row.width == label and row.layer is not None}
         if width is None:
             hint = f"{label!r} is the default: give one of these as width=. {hint}"
-        raise unknown_name(f"width of {release or model} at {place}", label, dict.fromkeys(widths), hint)
-    return _pick_l0(found, l0)
+        elif elsewhere:
+            shown = ", ".join(map(str, _closest_numbers(layer or 0, elsewhere)))
+            hint = f"Layers with {label}, the nearest first: {shown}. {hint}".strip()
+        raise unknown_name(f"width of {within} at {where}", label, dict.fromkeys(widths), hint)
+    return found
+
+
+def releases_of(model: str, release: str | None = None, series: str | None = None) -> list[Header]:
+    """The headers of the releases of a model, or of one of them, or of one series.
+
+    Raises:
+        UnknownNameError: when none remains; names those that exist.
+    """
+    if series not in (None, *SERIES):
+        raise unknown_name("series", series, SERIES)
+    chosen = [h for h in headers() if h.model == model]
+    if release:
+        named = header_of(release)
+        valid, chosen = chosen, [h for h in chosen if h == named]
+        if not chosen:
+            raise unknown_name(f"release of {model}", release, [name for h in valid for name in h.names])
+    fitting = [h for h in chosen if series in (None, h.series)]
+    if not fitting:
+        known = sorted({h.series for h in chosen if h.series})
+        hint = "" if known else "Its SAEs are not in series: omit series=."
+        raise unknown_name(f"series of {release or model}", series, known, hint)
+    return fitting
+
+
+def rows_of(header: Header) -> tuple[SAERow, ...]:
+    """The rows of a release, from the index if the file is in it."""
+    return _rows(header.path)
 
 
 def headers() -> tuple[Header, ...]:
@@ -184,8 +228,7 @@ def checked_model(model: str) -> str:
         UnknownNameError: with the nearest names. For an instruction-tuned model it also names the releases of the base
             model, and for a release or a folder of SAEs it says how to load from it.
     """
-    owner, _, short = model.rpartition("/")
-    name = short if owner in {family.owner for family in families()} else model
+    name = plain_name(model)
     known = dict.fromkeys(h.model for h in headers())
     if name not in known:
         raise unknown_name("model", model, known, _release_hint(model) or _folder_hint(model) or _base_hint(name))
@@ -196,7 +239,9 @@ def clear_cache() -> None:
     """Clear the cache, so that changed files are read again. Registered files stay registered."""
     forget_packages()
     _headers.cache_clear()
+    forget_indexes()
     _read.cache_clear()
+    _rows.cache_clear()
     _by_id.cache_clear()
 
 
@@ -237,6 +282,9 @@ def read_header(path: Path) -> Header:
     Raises:
         RegistryError: when it is not a registry file.
     """
+    if (entry := indexed(path)) is not None:
+        known = entry.header
+        return Header(path, known["release"], known["canonical_release"], known["model"], known["series"])
     try:
         head = load_yaml(read_text(path).partition("\nsaes:")[0], str(path))
     except RegistryError:
@@ -244,10 +292,16 @@ def read_header(path: Path) -> Header:
     if isinstance(head, dict):
         fields = cast("dict[str, object]", head)
         release, model, canonical = fields.get("release"), fields.get("model"), fields.get("canonical_release")
-        if release == path.stem and isinstance(model, str) and isinstance(canonical, str | None):
-            return Header(path, path.stem, canonical, model)
+        series = fields.get("series")
+        if (
+            release == path.stem
+            and isinstance(model, str)
+            and isinstance(canonical, str | None)
+            and series in (None, *SERIES)
+        ):
+            return Header(path, path.stem, canonical, model, cast("str | None", series))
     whole = _read(path)
-    return Header(path, whole.release, whole.canonical_release, whole.model)
+    return Header(path, whole.release, whole.canonical_release, whole.model, whole.series)
 
 
 @cache
@@ -256,8 +310,14 @@ def _read(path: Path) -> ReleaseFile:
 
 
 @cache
+def _rows(path: Path) -> tuple[SAERow, ...]:
+    entry = indexed(path)
+    return _read(path).rows if entry is None else entry.rows()
+
+
+@cache
 def _by_id(path: Path) -> dict[str, SAERow]:
-    rows = _read(path).rows
+    rows = _rows(path)
     return {row.id: row for row in rows} | {row.canonical_id: row for row in rows if row.canonical_id}
 
 
@@ -290,52 +350,17 @@ def _base_hint(model: str) -> str:
     return f"To use the SAEs of the base model, give model={base!r}: {', '.join(found)}."
 
 
+def _label_hint(rows: Iterable[SAERow], wanted: SAERow, l0: float | str) -> str:
+    """The hint for a label that a layer lacks: the nearest layers that have it at the same site and width."""
+    place = (wanted.site, wanted.width, l0)
+    layers = {row.layer for row in rows if row.layer is not None and (row.site, row.width, row.label) == place}
+    if l0 not in LABELS or not layers or wanted.layer is None:
+        return ""
+    return f"Layers with it, the nearest first: {', '.join(map(str, _closest_numbers(wanted.layer, layers)))}."
+
+
 def _closest_numbers(given: int, numbers: Iterable[int], n: int = 5) -> list[int]:
     return sorted(numbers, key=lambda number: (abs(number - given), number))[:n]
-
-
-def _pick_l0(rows: Sequence[SAERow], l0: float | str) -> SAERow:
-    """The row with this L0 among those of one site, layer and width."""
-    closest = isinstance(l0, str) and l0.startswith(CLOSEST)
-    if l0 == CANONICAL:
-        confirmed = [row for row in rows if not row.unverified]
-        fitting = [row for row in rows if row.canonical] or (confirmed if len(confirmed) == 1 else [])
-    else:
-        target = _l0_number(l0)
-        known = [(row, row.l0) for row in rows if row.l0 is not None]
-        best = min(((abs(value - target), value) for _, value in known), default=None)
-        wanted = target if not closest else best and best[1]
-        fitting = [row for row, value in known if value == wanted]
-    if not fitting:
-        raise _no_such_l0(rows, l0)
-    if len({row.release for row in fitting}) > 1:
-        names = ", ".join(f"{row.release} {row.id}" for row in fitting)
-        raise RegistryError(f"{len(fitting)} SAEs fit: {names}. Say which with release=.")
-    if len(fitting) > 1:
-        names = ", ".join(row.id for row in fitting)
-        raise RegistryError(f"{len(fitting)} SAEs of {fitting[0].release} have L0 {l0}: {names}. Name one by its id.")
-    return fitting[0]
-
-
-def _l0_number(l0: float | str) -> float:
-    try:
-        value = float(l0.removeprefix(CLOSEST) if isinstance(l0, str) else l0)
-    except (TypeError, ValueError):
-        value = math.nan
-    if isinstance(l0, bool) or not (math.isfinite(value) and value > 0):
-        raise unknown_name("l0", l0, [CANONICAL, f"{CLOSEST}100", "100"], "Or any other positive number.")
-    return value
-
-
-def _no_such_l0(rows: Sequence[SAERow], l0: float | str) -> UnknownNameError:
-    place = f"{rows[0].release} {rows[0].id.rpartition('/')[0]}"
-    known = sorted(row.l0 for row in rows if row.l0 is not None)
-    listed = ", ".join(f"{value:g}" for value in known) or "none is known"
-    if l0 == CANONICAL:
-        return UnknownNameError(f"{place} has no canonical SAE. L0s: {listed}. Take one, or l0='closest:100'.")
-    target = _l0_number(l0)
-    near = f" l0='closest:{target:g}' takes {min(known, key=lambda v: (abs(v - target), v)):g}." if known else ""
-    return UnknownNameError(f"{place} has no SAE with L0 {target:g}. L0s: {listed}.{near}")
 
 
 def _release_hint(name: str) -> str:

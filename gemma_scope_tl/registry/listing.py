@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from gemma_scope_tl.errors import RegistryError, unknown_name
-from gemma_scope_tl.registry.catalog import checked_model, header_of, headers, load_release, releases
-from gemma_scope_tl.registry.schema import SAERow
+from gemma_scope_tl.registry.catalog import checked_model, header_of, headers, rows_of
+from gemma_scope_tl.registry.schema import LABELS, SERIES, SAERow
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.sites import SITES, get_site
 
@@ -39,6 +39,10 @@ COLUMNS = {
     "note": "string",
     "neuronpedia_warning": "string",
     "unverified": "bool",
+    "label": "string",
+    "affine": "bool",
+    "seed": "Int64",
+    "series": "string",
 }
 """The columns of the table and their dtypes, which an empty table has too."""
 
@@ -68,6 +72,10 @@ def list_saes(
     release: str | Iterable[str] | None = None,
     pattern: str | None = None,
     *,
+    label: str | Iterable[str] | None = None,
+    affine: bool | None = None,
+    seed: int | Iterable[int] | None = None,
+    series: str | None = None,
     with_metrics: bool = False,
 ) -> pd.DataFrame:
     """A table with one row per SAE that meets every condition, ordered by release, layer, site, width and L0.
@@ -84,7 +92,10 @@ def list_saes(
     Raises:
         RegistryError: for a file of results that cannot be read, with ``with_metrics``.
     """
-    table = _table(select_rows(model, site, layer, width, release, pattern))
+    rows = select_rows(
+        model, site, layer, width, release, pattern, label=label, affine=affine, seed=seed, series=series
+    )
+    table = _table(rows)
     return _with_metrics(table) if with_metrics else table
 
 
@@ -95,6 +106,11 @@ def select_rows(
     width: str | int | Iterable[str | int] | None = None,
     release: str | Iterable[str] | None = None,
     pattern: str | None = None,
+    *,
+    label: str | Iterable[str] | None = None,
+    affine: bool | None = None,
+    seed: int | Iterable[int] | None = None,
+    series: str | None = None,
 ) -> list[SAERow]:
     """The registry rows that meet every condition, ordered by release, layer, site, width and L0. pandas is not needed.
 
@@ -105,22 +121,24 @@ def select_rows(
         width: ``"16k"`` or the number of latents, or several.
         release: a name, or several; a ``-canonical`` name selects only canonical rows.
         pattern: a glob over ``release/id`` or ``id``, such as ``*layer_20/width_16k*``. Canonical names match too.
+        label: ``small``, ``medium`` or ``big``, or several.
+        affine: whether the transcoders have a skip connection. SAEs have none, and are not affine.
+        seed: the seed of further training runs, or several.
+        series: ``subset`` or ``all``; releases that are not divided into series are left out.
 
     Raises:
-        UnknownNameError: for a model, site, width or release that does not exist, with the nearest names.
+        UnknownNameError: for a model, site, width, release, label or series that does not exist; with the nearest.
     """
     models = None if model is None else {checked_model(name) for name in _several(model)}
     sites = None if site is None else {get_site(name).name for name in _several(site)}
-    layers = None if layer is None else {_checked_layer(number) for number in _several(layer)}
+    layers = None if layer is None else {_checked_number("layer", number) for number in _several(layer)}
     names = None if release is None else set(_several(release))
     for name in names or ():
         header_of(name)
-    rows: list[tuple[str | None, SAERow]] = []
-    for header in headers():
-        if (models is None or header.model in models) and (names is None or names & set(header.names)):
-            only_canonical = names is not None and header.release not in names
-            whole = load_release(header.release).rows
-            rows += [(header.canonical_release, row) for row in whole if row.canonical or not only_canonical]
+    labels = None if label is None else {_one_of("label", name, LABELS) for name in _several(label)}
+    seeds = None if seed is None else {_checked_number("seed", number) for number in _several(seed)}
+    wanted = None if series is None else _one_of("series", series, SERIES)
+    rows = _of_releases(models, names, wanted)
     widths = None if width is None else _checked_widths(_several(width), (row for _, row in rows))
     fitting = [
         row
@@ -128,9 +146,26 @@ def select_rows(
         if (sites is None or row.site in sites)
         and (layers is None or row.layer in layers)
         and (widths is None or row.width in widths)
+        and (labels is None or row.label in labels)
+        and (affine is None or row.affine == affine)
+        and (seeds is None or row.seed in seeds)
         and (pattern is None or _matches(row, canonical_release, pattern))
     ]
     return sorted(fitting, key=_order())
+
+
+def _of_releases(
+    models: set[str] | None, names: set[str] | None, series: str | None
+) -> list[tuple[str | None, SAERow]]:
+    """The rows of releases of these models, names and series, each with the release's second name."""
+    rows: list[tuple[str | None, SAERow]] = []
+    for header in headers():
+        of_model = models is None or header.model in models
+        if of_model and (names is None or names & set(header.names)) and series in (None, header.series):
+            only_canonical = names is not None and header.release not in names
+            whole = rows_of(header)
+            rows += [(header.canonical_release, row) for row in whole if row.canonical or not only_canonical]
+    return rows
 
 
 def _order() -> Callable[[SAERow], tuple[int, int, int, int, float, str]]:
@@ -196,10 +231,16 @@ def _several(value: T | Iterable[T]) -> list[T]:
     return list(cast("Iterable[T]", value))
 
 
-def _checked_layer(layer: object) -> int:
-    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
-        raise unknown_name("layer", repr(layer), ["a number from 0, such as 20"])
-    return layer.__index__()  # pyright: ignore
+def _checked_number(what: str, number: object) -> int:
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
+        raise unknown_name(what, repr(number), ["a number from 0, such as 20"])
+    return number.__index__()  # pyright: ignore
+
+
+def _one_of(what: str, name: str, known: Sequence[str]) -> str:
+    if name not in known:
+        raise unknown_name(what, name, known)
+    return name
 
 
 def _checked_widths(widths: Iterable[str | int], rows: Iterable[SAERow]) -> set[str]:
@@ -207,7 +248,7 @@ def _checked_widths(widths: Iterable[str | int], rows: Iterable[SAERow]) -> set[
     labels = {width if isinstance(width, str) else width_label(width) for width in widths}
     known = {row.width for row in rows}
     if not labels <= known:
-        sizes = {row.width: row.d_sae for name in releases() for row in load_release(name).rows}
+        sizes = {row.width: row.d_sae for header in headers() for row in rows_of(header)}
         for label in sorted(labels - set(sizes)):
             raise unknown_name("width", label, sorted(sizes, key=sizes.__getitem__))
     return labels

@@ -118,14 +118,23 @@ def forget_packages() -> None:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.yaml"))
+    try:
+        names = os.listdir(folder)
+    except OSError:  # the user's folder need not exist
+        return []
+    return [folder / name for name in sorted(names) if name.endswith(".yaml")]
 
 
 def _distinct(paths: Iterable[Path]) -> tuple[Path, ...]:
     """Remove duplicates among files that were found in several ways; the first one is kept."""
     kept: dict[str, Path] = {}
+    real: dict[Path, str] = {}
     for path in paths:
-        kept.setdefault(os.path.realpath(path), path)
+        folder = path.parent
+        if folder not in real:
+            real[folder] = os.path.realpath(folder)
+        place = os.path.realpath(path) if os.path.islink(path) else os.path.join(real[folder], path.name)
+        kept.setdefault(place, path)
     return tuple(kept.values())
 
 

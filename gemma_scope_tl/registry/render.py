@@ -15,9 +15,19 @@ _RESERVED = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
 def render_release(release: ReleaseFile) -> str:
     """The YAML text of a release: one line per row, without keys that have their default value. It is deterministic."""
     lines = [SCHEMA_LINE]
-    for key in ("release", "canonical_release", "repo", "model", "family", "license", "description", "format"):
+    for key in (
+        "release",
+        "canonical_release",
+        "repo",
+        "model",
+        "family",
+        "license",
+        "description",
+        "format",
+        "series",
+    ):
         value = getattr(release, key)
-        if key != "family" or value is not None:
+        if key not in ("family", "series") or value is not None:
             lines.append(f"{key}: {_scalar(value)}")
     lines += ["notes:", *(f"  - {_scalar(note)}" for note in release.notes)] if release.notes else ["notes: []"]
     return "\n".join([*lines, "saes:", *(f"  - {_row(entry)}" for entry in release.saes), ""])

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import (
     AfterValidator,
@@ -39,12 +39,23 @@ WEIGHTS_FILES: Mapping[Format, str] = {
     "gemma_scope_2": "params.safetensors",
 }
 CFG_FILE = "cfg.json"
+Label = Literal["small", "medium", "big"]
+LABELS: tuple[Label, ...] = get_args(Label)
+"""The labels of target L0s, ascending."""
+Series = Literal["subset", "all"]
+SERIES: tuple[Series, ...] = get_args(Series)
+"""The series of a release, in the order in which a look-up prefers them."""
 CROSS_ROWS = "cross_rows"
 _SHOWN_PROBLEMS = 100
 
 
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+
+
 def _relative(text: str) -> str:
     """A relative POSIX path that stays below its root."""
+    if _PLAIN_PATH.fullmatch(text):  # nearly all paths; the checks below take ten times as long
+        return text
     if not text or any(c.isspace() or c in "\\:" or ord(c) < 32 for c in text):
         raise ValueError(f"{text!r} is not a relative path with '/' between its parts and no spaces, ':' or '\\'")
     if any(part in ("", ".", "..") for part in text.split("/")):
@@ -80,7 +91,11 @@ class SAEEntry(BaseModel):
         d_sae: number of latents.
         d_in: dimension of the activations that the SAE reads, heads flattened.
         d_out: dimension of the activations that the SAE writes; null if it equals ``d_in``.
-        l0: mean number of active latents, from the folder name; null when it is not known.
+        l0: mean number of active latents, from the folder name, or the target of a labelled SAE; null when it is not
+            known.
+        label: ``small``, ``medium`` or ``big``, where the release names its target L0s in this way.
+        affine: whether a transcoder has a skip connection, an affine map from its input to its output.
+        seed: the seed in the name of a further training run of the same SAE; null for the SAE without one.
         path: folder inside the repository that holds the weights file.
         neuronpedia: ``model/layer-source`` where Neuronpedia has a dashboard.
         neuronpedia_warning: why that dashboard does not show this SAE's latents correctly. It is shown with every link.
@@ -105,6 +120,9 @@ class SAEEntry(BaseModel):
     d_in: Annotated[int, Field(gt=0)]
     d_out: Annotated[int, Field(gt=0)] | None = None
     l0: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    label: Label | None = None
+    affine: bool = False
+    seed: Annotated[int, Field(ge=0)] | None = None
     path: RelativePath
     neuronpedia: RelativePath | None = None
     neuronpedia_warning: Annotated[str, Field(min_length=1)] | None = None
@@ -154,6 +172,14 @@ class SAEEntry(BaseModel):
             raise ValueError(f"an SAE of site {site!r} writes what it reads, {d_in} values, not {d_out}")
         return d_out
 
+    @field_validator("affine", mode="after")
+    @classmethod
+    def _affine_suits_site(cls, affine: bool, info: ValidationInfo) -> bool:
+        site = info.data.get("site")
+        if affine and site is not None and not get_site(site).is_transcoder:
+            raise ValueError(f"an SAE of site {site!r} has no skip connection: only transcoders are affine")
+        return affine
+
     @field_validator("width", mode="before")
     @classmethod
     def _width_is_a_label(cls, width: object) -> object:
@@ -184,6 +210,7 @@ class SAERow(SAEEntry):
     repo: str
     format: Format = "gemma-scope"
     family: str | None = None
+    series: Series | None = None
 
     @property
     def model_family(self) -> Family:
@@ -210,6 +237,8 @@ class ReleaseFile(BaseModel):
         description: one line of text.
         notes: remarks about the release, such as where and why it differs from other catalogues.
         format: layout of each row's folder.
+        series: ``subset`` or ``all``, for one of two releases of the same site: SAEs of a few layers with more widths
+            and L0s, and SAEs of all layers. Null for a release without such a sibling.
         saes: the rows.
     """
 
@@ -224,6 +253,7 @@ class ReleaseFile(BaseModel):
     description: Annotated[str, Field(min_length=1)]
     notes: list[str] = Field(default_factory=list[str])
     format: Format = "gemma-scope"
+    series: Series | None = None
     saes: Annotated[list[SAEEntry], Field(min_length=1)]
     _folder: Path | None = PrivateAttr(None)
 
@@ -234,7 +264,7 @@ class ReleaseFile(BaseModel):
         Raises:
             RegistryError: when ``repo`` is a relative folder and the release was not read from a file.
         """
-        shared: dict[str, Any] = {key: getattr(self, key) for key in ("release", "model", "format", "family")}
+        shared: dict[str, Any] = {key: getattr(self, key) for key in ("release", "model", "format", "family", "series")}
         shared["repo"] = resolved_repo(self.repo, self._folder)
         return tuple(SAERow.model_construct(**dict(entry), **shared) for entry in self.saes)  # checked already
 

@@ -23,25 +23,34 @@ def load_sae(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
     release: str | None = None,
+    *,
+    affine: bool | None = None,
+    seed: int | None = None,
+    series: str | None = None,
 ) -> Any:
     """Load the SAE of a model at a site, by its properties instead of a release and id.
 
     Args:
-        model: a name such as ``"gemma-2-2b"``.
+        model: a name such as ``"gemma-2-2b"`` or ``"gemma-3-1b"``, with or without ``google/`` and ``-pt``.
         site: ``res``, ``mlp``, ``att``, ``embedding`` or ``transcoder``.
         layer: counts from 0; None for the embedding.
         width: a label such as ``"65k"``, or the number of latents; by default ``"16k"``.
-        l0: ``"canonical"`` (nearest to 100, or the only one where only one is confirmed), an existing L0, or
-            ``"closest:50"``.
+        l0: ``"canonical"`` (nearest to 100, or the only one where only one is confirmed), an existing L0,
+            ``"closest:50"``, or the label ``"small"``, ``"medium"`` or ``"big"``.
         device, dtype: as for :meth:`JumpReLUSAE.from_pretrained`.
         release: the only release to search; needed if two releases have such an SAE.
+        affine: whether a transcoder with a skip connection is meant; needed if there is one with and one without.
+        seed: the seed of a further training run; by default the SAE whose name has no seed.
+        series: ``"subset"`` (few layers, more widths and L0s) or ``"all"`` (every layer). By default the SAE of the
+            subset is taken where both have one.
 
     Raises:
-        RegistryError: when two releases have such an SAE and ``release`` is not given.
+        RegistryError: when several SAEs fit; the message says which argument chooses one.
         UnknownNameError: when the registry has no such SAE, with the nearest ones.
         WeightsError: when the file cannot be obtained or fails a check.
     """
-    return JumpReLUSAE.from_row(catalog.find(model, site, layer, width, l0, release=release), device, dtype)
+    row = catalog.find(model, site, layer, width, l0, affine=affine, seed=seed, series=series, release=release)
+    return JumpReLUSAE.from_row(row, device, dtype)
 
 
 def load_row(

@@ -14,6 +14,7 @@ import torch
 from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
 from gemma_scope_tl.registry import catalog
+from gemma_scope_tl.registry.schema import LABELS, SERIES
 from gemma_scope_tl.registry.widths import DEFAULT_WIDTH, width_label
 from gemma_scope_tl.sae.loading import load_row
 from gemma_scope_tl.sites import get_site
@@ -37,42 +38,67 @@ def load_suite(
     dtype: str | torch.dtype = "float32",
     memory: int | None = None,
     release: str | None = None,
+    *,
+    affine: bool | None = None,
+    seed: int | None = None,
+    series: str | None = None,
 ) -> SAESuite:
     """One SAE per site and layer, as a mapping from ``(site, layer)``. No SAE is loaded yet.
 
     Args:
         model: a name such as ``"gemma-2-2b"``.
         sites: one or several of ``res``, ``mlp``, ``att``, ``embedding`` (whose layer is None), ``transcoder``.
-        layers: ``"all"`` layers that have an SAE of this width, or a list of layers.
-        width, l0: as for :func:`load_sae`.
+        layers: ``"all"`` layers that have an SAE of this width (and label, if ``l0`` is a label), or a list of layers.
+        width, l0, affine, seed: as for :func:`load_sae`.
         device, dtype: as for :meth:`JumpReLUSAE.from_pretrained`.
         memory: limit in bytes for the loaded SAEs. Beyond it, the least recently used SAEs are dropped, and loaded
             again on access. None keeps all. On the CPU in float32, SAEs of the Hub's cache are memory-mapped, so the
             system can reclaim their pages when it needs memory.
         release: the only release to search, such as one of :func:`register_release`; needed if two releases have an
             SAE at one place.
+        series: as for :func:`load_sae`. By default all SAEs are of one series if one has all of them, and the subset
+            is preferred; if neither has all, each place is taken as :func:`load_sae` does.
 
     Raises:
-        RegistryError: when two releases have an SAE at one place and ``release`` is not given.
+        RegistryError: when several SAEs fit at one place; the message says which argument chooses one.
         UnknownNameError: when a site, layer, width or L0 does not exist, before anything is loaded.
     """
     device, dtype = parse_device(device), parse_dtype(dtype)
-    rows: dict[Key, SAERow] = {}
+    if isinstance(layers, str) and layers != "all":
+        raise unknown_name("choice of layers", layers, ["all"], "Or give numbers.")
     label = DEFAULT_WIDTH if width is None else width_label(width) if isinstance(width, int) else width
-    for site in [sites] if isinstance(sites, str) else list(sites):
-        if isinstance(layers, str) and layers != "all":
-            raise unknown_name("choice of layers", layers, ["all"], "Or give numbers.")
-        once = not get_site(site).per_layer
-        if isinstance(layers, str) or once:
-            numbers = _layers(model, site, label, release)
-            numbers = numbers or [
-                None if once else 0
-            ]  # find() raises an error for these that names the existing layers
-        else:
-            numbers = [layers] if isinstance(layers, int) else list(layers)
-        for layer in numbers:
-            rows[site, layer] = catalog.find(model, site, layer, width, l0, release=release)
+    candidates = [
+        row
+        for header in catalog.releases_of(catalog.checked_model(model), release, series)
+        for row in catalog.rows_of(header)
+        if row.width == label and affine in (None, row.affine) and (l0 not in LABELS or row.label == l0)
+    ]
+    layers = layers if isinstance(layers, (str, int)) else list(layers)
+    keys = [key for site in ([sites] if isinstance(sites, str) else sites) for key in _keys(site, layers, candidates)]
+    series = series or _series_of(keys, candidates, l0)
+    chosen: dict[str, Any] = {"affine": affine, "seed": seed, "series": series, "release": release}
+    rows = {(site, n): catalog.find(model, site, n, width, l0, **chosen) for site, n in keys}
     return SAESuite(rows, lambda row: load_row(row, device=device, dtype=dtype), memory)
+
+
+def _keys(site: str, layers: str | int | Iterable[int], candidates: Iterable[SAERow]) -> list[Key]:
+    """The places of a site: all that have a candidate, or those of the given layers."""
+    once = not get_site(site).per_layer
+    if not (isinstance(layers, str) or once):
+        return [(site, n) for n in ([layers] if isinstance(layers, int) else layers)]
+    found = {row.layer for row in candidates if row.site == site}
+    # find() raises an error for the places of the second list that names the existing layers
+    return [(site, n) for n in sorted(found, key=lambda n: n or 0) or [None if once else 0]]
+
+
+def _series_of(keys: list[Key], candidates: list[SAERow], l0: int | float | str) -> str | None:
+    """The first series that has an SAE at each place, of this L0 if it is a number; None if there is none."""
+    number = None if isinstance(l0, str) else l0
+    for series in SERIES:
+        places = {(row.site, row.layer) for row in candidates if row.series == series and number in (None, row.l0)}
+        if places and places.issuperset(keys):
+            return series
+    return None
 
 
 @dataclass
@@ -198,15 +224,3 @@ class SAESuite(Mapping[Key, Any]):
 
 def _nbytes(sae: Any) -> int:
     return sum(parameter.numel() * parameter.itemsize for parameter in sae.parameters())
-
-
-def _layers(model: str, site: str, width: str, release: str | None) -> list[int | None]:
-    """Layers (None for the embedding) that have SAEs of this width, ascending."""
-    name, only = catalog.checked_model(model), None if release is None else catalog.header_of(release)
-    rows = [
-        row
-        for h in catalog.headers()
-        if h.model == name and only in (None, h)
-        for row in catalog.load_release(h.release).rows
-    ]
-    return sorted({row.layer for row in rows if row.site == site and row.width == width}, key=lambda n: n or 0)
