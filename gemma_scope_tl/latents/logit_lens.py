@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.model.gain import gain_of
 from gemma_scope_tl.sae.access import chosen_latents, decoder_rows, locate
 from gemma_scope_tl.sites import Place, target_of
 
@@ -108,7 +109,7 @@ def _logits(model: GemmaModel, site: Site, layer: int | None, rows: torch.Tensor
             u = _through_attention(model, model.blocks[layer], u)
         case _:
             raise SpliceError(f"The tensor of site {written.name!r} is not added to the residual stream.")
-    u = u * _gain(model, model.ln_final).to(u)
+    u = u * gain_of(model, model.ln_final).to(u)
     return torch.cat([u @ columns.float() for columns in w_u.split(_CHUNK, dim=1)], dim=1)
 
 
@@ -118,9 +119,4 @@ def _through_attention(
     """The contribution of concatenated heads to the residual stream: W_O, and the gain of a norm after it."""
     u = u @ block.attn.W_O.to(u).reshape(u.shape[-1], -1)  # the layer may be on another device than the unembedding
     norm = model.family.norm_after_attention
-    return u if norm is None else u * _gain(model, getattr(block, norm)).to(u)
-
-
-def _gain(model: GemmaModel, norm: Any) -> Float[torch.Tensor, " d_model"]:
-    """The gain of an RMSNorm, which some libraries store as the difference from 1."""
-    return norm.w.float() + model.family.gain_offset[model.backend]
+    return u if norm is None else u * gain_of(model, getattr(block, norm)).to(u)

@@ -169,9 +169,8 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
             UnknownKeywordError: for a keyword that does not exist.
         """
         call = named(self, "enable_compatibility_mode", args, kwargs)
-        self.check_keeps_gains(
-            "enable_compatibility_mode()", not call.get("no_processing") and call.get("fold_ln", True)
-        )
+        folds = not call.get("no_processing") and call.get("fold_ln", True)
+        self.check_keeps_gains("enable_compatibility_mode()", folds)
         super().enable_compatibility_mode(**call)
 
     def read_cache_kwarg(self) -> None:

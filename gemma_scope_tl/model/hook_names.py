@@ -8,7 +8,7 @@ from typing import Any
 from gemma_scope_tl.errors import KeywordError, SpliceError, UnknownNameError, unknown_name
 from gemma_scope_tl.families import Backend, Family, ModelDims
 from gemma_scope_tl.model.attached import AttachedSAE
-from gemma_scope_tl.sites import check_hook_is_not_refused, site_of_hook
+from gemma_scope_tl.sites import site_of_hook
 
 
 def translate_hook_name(name: str, valid: Iterable[str], backend: Backend, family: Family | None = None) -> str:
@@ -22,10 +22,7 @@ def translate_hook_name(name: str, valid: Iterable[str], backend: Backend, famil
 
     Raises:
         UnknownNameError: when there is no such hook, with the nearest names.
-        SpliceError: for a hook that the family refuses, with the reason.
     """
-    if family is not None:
-        check_hook_is_not_refused(name, family)
     names = valid if isinstance(valid, (set, dict, frozenset)) else set(valid)
     if name in names:
         return name

@@ -25,6 +25,7 @@ from gemma_scope_tl.model.owners import OwnedHook, Owner, Turns
 from gemma_scope_tl.model.protocol import BindsToPass
 from gemma_scope_tl.model.splicing import SpliceMixin
 from gemma_scope_tl.model.tracker import TokenTracker
+from gemma_scope_tl.sites import check_hook_is_not_refused
 from gemma_scope_tl.text.batch import as_batch
 from gemma_scope_tl.text.tokenizing import text_ids
 from gemma_scope_tl.text.tokens import TextRead, attendable, continued_mask, text_mask
@@ -88,8 +89,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         if folds and sites:
             raise SpliceError(
                 f"{method} would fold the gains of norms into the next matrices, but site {sites[0]!r} of "
-                f"{self.family.title} is the output of a norm with its gain: give fold_ln=False, and everything at this "
-                "site stays right."
+                f"{self.family.title} is the output of a norm with its gain. Give fold_ln=False."
             )
 
     def _watch(self) -> None:
@@ -114,6 +114,15 @@ class GemmaModel(Generates, SpliceMixin, _Module):
 
     # -- hook names ---------------------------------------------------------------------------------------------------
 
+    def _check_asked(self, names: Any, fn: Any = None) -> None:
+        """Raise for a hook that is mistaken for a site, unless it is asked for by TransformerLens, which caches all."""
+        held = fn.fn if isinstance(fn, OwnedHook) else fn
+        if str(getattr(held, "__module__", "")).startswith("transformer_lens."):
+            return
+        for name in [names] if isinstance(names, str) or callable(names) else names or ():
+            if isinstance(name, str):
+                check_hook_is_not_refused(name, self.family)
+
     def _resolve_name(self, name: Any, valid: Any) -> Any:
         return translate_hook_name(name, valid, self.backend, self.family) if isinstance(name, str) else name
 
@@ -122,6 +131,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         valid = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
         resolved: list[tuple[HookName, Callable[..., Any]]] = []
         for name, fn in listed_hooks(hooks):
+            self._check_asked(name, fn)
             bound = self._bound(fn)
             owned = bound if owner is None or isinstance(bound, OwnedHook) else OwnedHook(bound, owner)
             resolved.append((self._resolve_filter(name) if callable(name) else self._resolve_name(name, valid), owned))
@@ -194,6 +204,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
             model_args = (kwargs.pop("input_ids"),)
         if self.tokenizer is None and model_args and isinstance(model_args[0], str):
             text_ids(None, model_args[:1])  # raises a better error than the bridge's assertion
+        self._check_asked(names_filter)
         resolved = self._resolve_filter(names_filter)
         with self._turns.scope():
             output, cache = super().run_with_cache(  # pyright: ignore[reportAttributeAccessIssue]
@@ -212,6 +223,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
 
     def add_hook(self, name: HookName, hook_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens, but a hook name of either backend works and an unknown one raises."""
+        self._check_asked(name, hook_fn)
         resolved = self._resolve_filter(name)
         self._add_hook(resolved, self._bound(hook_fn), *args, **kwargs)
 

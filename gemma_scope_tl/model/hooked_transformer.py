@@ -79,6 +79,15 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
             self.hook_dict.pop(name, None)
             self.mod_dict.pop(name, None)
 
+    def process_weights_(self, fold_ln: bool = True, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens, except that gains which a site has cannot be folded away.
+
+        Raises:
+            SpliceError: for a family with a site behind the gain of a norm, unless ``fold_ln=False``.
+        """
+        self.check_keeps_gains("process_weights_()", fold_ln)
+        super().process_weights_(fold_ln, *args, **kwargs)
+
     def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """Work as in TransformerLens, whose method fails on a text if "gemma" is in the name of the tokenizer."""
         if isinstance(input, str):

@@ -11,9 +11,15 @@ import torch
 import gemma_scope_tl as gs
 from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.sites import BACKENDS, get_site
-from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
+from tests.helpers import decoder_of, hooked, random_gemma, random_sae, random_tokens, shared_model, text_of
 
 PLACES = [("res", 1), ("mlp", 2), ("att", 0), ("embedding", None), ("transcoder", 3)]
+# Layer 5 has full attention, the others sliding attention.
+PLACES_3 = [("res", 1), ("mlp", 2), ("att", 5), ("transcoder", 3), ("transcoder", 5)]
+CASES = [("grouped", *place) for place in PLACES]
+CASES += [(config, *place) for config in ("gemma3", "gemma3-in-a-wrapper") for place in PLACES_3]
+of_cases = pytest.mark.parametrize(("config", "site", "layer"), CASES)
+of_families = pytest.mark.parametrize("config", ["grouped", "gemma3"])
 ROUNDING = 1e-5  # float32 on values of 1 to 30, through up to four layers
 
 
@@ -36,20 +42,22 @@ def spliced_by_hand(hf: Any, tokens: torch.Tensor, saes: list[Any], **kwargs: An
 
     with ExitStack() as stack:
         for sae in saes:
-            block = hf.model.layers[sae.layer or 0]
-            post = {"res": block, "mlp": block.post_feedforward_layernorm, "embedding": hf.model.embed_tokens}
+            decoder = decoder_of(hf)
+            block = decoder.layers[sae.layer or 0]
+            post = {"res": block, "mlp": block.post_feedforward_layernorm, "embedding": decoder.embed_tokens}
             if sae.site == "att":
                 handle = block.self_attn.o_proj.register_forward_pre_hook(
                     lambda _m, args, sae=sae: (replaced(args[0], args[0], sae),)
                 )
             elif sae.site == "transcoder":
-                norm, eps = block.pre_feedforward_layernorm, hf.config.rms_norm_eps
+                norm, config = block.pre_feedforward_layernorm, text_of(hf)
 
-                def read(_m: Any, args: Any, eps: float = eps) -> None:
+                def read(_m: Any, args: Any, out: Any, config: Any = config) -> None:
                     x = args[0].float()
-                    taken[0] = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+                    before = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps)
+                    taken[0] = before if config.model_type == "gemma2" else out  # Gemma Scope 2 reads behind the gain
 
-                stack.callback(norm.register_forward_pre_hook(read).remove)
+                stack.callback(norm.register_forward_hook(read).remove)
                 handle = block.post_feedforward_layernorm.register_forward_hook(
                     lambda _m, _a, out, sae=sae: replaced(taken[0], out, sae)
                 )
@@ -65,12 +73,12 @@ def spliced_by_hand(hf: Any, tokens: torch.Tensor, saes: list[Any], **kwargs: An
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("site", "layer"), PLACES)
-def test_one_sae(site: str, layer: int | None, backend: str) -> None:
-    hf = random_gemma()
+@of_cases
+def test_one_sae(config: str, site: str, layer: int | None, backend: str) -> None:
+    hf = random_gemma(config)
     tokens = random_tokens(hf)
     tokens[1, 7] = 1  # an EOS in the middle
-    model = shared_model("grouped", backend)
+    model = shared_model(config, backend)
     sae = random_sae(model.dims, site, layer)
     wanted = spliced_by_hand(hf, tokens, [sae])
     with torch.no_grad():
@@ -82,12 +90,14 @@ def test_one_sae(site: str, layer: int | None, backend: str) -> None:
     assert relative_difference(after, clean) < ROUNDING  # and leaves nothing behind
 
 
+@pytest.mark.parametrize("config", ["one-kv-head", "gemma3-narrow-heads"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_saes_at_every_kind_of_site_together(backend: str) -> None:
-    hf = random_gemma("one-kv-head")
+def test_saes_at_every_kind_of_site_together(backend: str, config: str) -> None:
+    hf = random_gemma(config)
     tokens = random_tokens(hf)
-    model = shared_model("one-kv-head", backend)
-    places = [("embedding", None), ("att", 0), ("mlp", 0), ("res", 0), ("transcoder", 1), ("res", 2), ("att", 2)]
+    model = shared_model(config, backend)
+    places: list[tuple[str, int | None]] = [("embedding", None)] if "embedding" in model.family.sites else []
+    places += [("att", 0), ("mlp", 0), ("res", 0), ("transcoder", 1), ("res", 2), ("att", 2)]
     saes = [random_sae(model.dims, site, layer, seed=i) for i, (site, layer) in enumerate(places)]
     with torch.no_grad():
         got = model.run_with_saes(tokens, saes=saes)
@@ -95,11 +105,12 @@ def test_saes_at_every_kind_of_site_together(backend: str) -> None:
     assert not model.acts_to_saes
 
 
+@of_families
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_skip_transcoder_keeps_its_linear_path(backend: str) -> None:
-    hf = random_gemma()
+def test_a_skip_transcoder_keeps_its_linear_path(backend: str, config: str) -> None:
+    hf = random_gemma(config)
     tokens = random_tokens(hf)
-    model = shared_model("grouped", backend)
+    model = shared_model(config, backend)
     sae = random_sae(model.dims, "transcoder", 1, skip=True)
     with torch.no_grad():
         got = model.run_with_saes(tokens, saes=sae)
@@ -107,9 +118,11 @@ def test_a_skip_transcoder_keeps_its_linear_path(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("site", "layer"), PLACES)
-def test_the_error_term_changes_nothing_until_a_feature_is_edited(site: str, layer: int | None, backend: str) -> None:
-    model = shared_model("grouped", backend)
+@of_cases
+def test_the_error_term_changes_nothing_until_a_feature_is_edited(
+    config: str, site: str, layer: int | None, backend: str
+) -> None:
+    model = shared_model(config, backend)
     tokens = random_tokens(model)
     sae = random_sae(model.dims, site, layer)
     name = model.get_sae_hook_name(sae)
@@ -143,11 +156,11 @@ def _zero(latent: int) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("site", "layer"), PLACES)
-def test_float32_sae_in_a_bfloat16_model(site: str, layer: int | None, backend: str) -> None:
-    hf = random_gemma(dtype=torch.bfloat16)
+@of_cases
+def test_float32_sae_in_a_bfloat16_model(config: str, site: str, layer: int | None, backend: str) -> None:
+    hf = random_gemma(config, dtype=torch.bfloat16)
     tokens = random_tokens(hf)
-    model = hooked(random_gemma(dtype=torch.bfloat16), backend)
+    model = hooked(random_gemma(config, dtype=torch.bfloat16), backend)
     sae = random_sae(model.dims, site, layer)
     with torch.no_grad():
         got = model.run_with_saes(tokens, saes=[sae])
@@ -161,11 +174,11 @@ def test_float32_sae_in_a_bfloat16_model(site: str, layer: int | None, backend: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("site", "layer"), PLACES)
+@of_cases
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
-def test_generation(site: str, layer: int | None, use_cache: bool, backend: str) -> None:
-    hf = random_gemma()
-    model = shared_model("grouped", backend)
+def test_generation(config: str, site: str, layer: int | None, use_cache: bool, backend: str) -> None:
+    hf = random_gemma(config)
+    model = shared_model(config, backend)
     sae = random_sae(model.dims, site, layer)
     if backend == "hooked_transformer" and site == "embedding":
         with model.saes([sae]), pytest.raises(Exception, match="bridge"):
@@ -210,22 +223,24 @@ def test_the_bundled_suite_on_the_bundled_model(backend: str) -> None:
     assert got.tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("config", ["grouped", "gemma3", "gemma3-in-a-wrapper"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_plain_cached_generation_equals_hugging_face(backend: str) -> None:
-    hf = random_gemma()
+def test_plain_cached_generation_equals_hugging_face(backend: str, config: str) -> None:
+    hf = random_gemma(config)
     prompt = random_tokens(hf, batch=2, length=6)
     wanted = hf.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    got = shared_model("grouped", backend).generate(prompt, max_new_tokens=20, do_sample=False, stop_at_eos=False)
+    got = shared_model(config, backend).generate(prompt, max_new_tokens=20, do_sample=False, stop_at_eos=False)
     assert got.tolist() == wanted.tolist()
 
 
+@of_families
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_generation_from_a_left_padded_batch(backend: str) -> None:
-    hf = random_gemma()
+def test_generation_from_a_left_padded_batch(backend: str, config: str) -> None:
+    hf = random_gemma(config)
     rows = [random_tokens(hf, batch=1, length=n, seed=n) for n in (9, 6)]
     padded = torch.cat([torch.nn.functional.pad(row, (9 - row.shape[1], 0), value=0) for row in rows])
-    model = shared_model("grouped", backend)
-    sae = random_sae(model.dims, "res", 1)
+    model = shared_model(config, backend)
+    sae = random_sae(model.dims, "res" if config == "grouped" else "transcoder", 1)
     with model.saes([sae]):
         together = model.generate(padded, max_new_tokens=10, do_sample=False, stop_at_eos=False)
         apart = [model.generate(row, max_new_tokens=10, do_sample=False, stop_at_eos=False) for row in rows]
