@@ -111,7 +111,7 @@ def _read_name(metadata: FolderMetadata) -> None:
     """Read Gemma Scope's ``layer_L/width_W/average_l0_N``, which may be below a folder named after the site."""
     patterns: dict[str, tuple[str, Callable[[str], Any]]] = {
         r"layer_(\d{1,4})": ("layer", int),
-        r"average_l0_(\d{1,9}(?:\.\d{1,9})?)": ("l0", float),
+        r"average_l0_(\d{1,9}(?:\.\d{1,9})?)(?:_affine)?": ("l0", float),
         rf"({'|'.join(SITES)})": ("site", str),
     }
     for part in metadata.path.split("/"):

@@ -30,6 +30,7 @@ from gemma_scope_tl.training.sparse_pass import SparsePass
 from gemma_scope_tl.training.spec import SAESpec
 from gemma_scope_tl.training.stack import Batch
 from gemma_scope_tl.training.suite import train_suite
+from tests.helpers import shared_model
 from tests.training.kill import hashes
 from tests.training.planted import DIMS, PlantedSource, tiny_config
 
@@ -267,3 +268,39 @@ def test_the_plan_of_a_configuration(tmp_path: Path) -> None:
     assert skip["released"] - plain["released"] == 4 * square
     products = 2 * 2.0 * 64 * square * plain["steps"]  # two products of 64 rows
     assert skip["seconds"] - plain["seconds"] == pytest.approx(products / 1e12)
+
+
+def test_gemma_scope_2_end_to_end_on_the_bundled_model(tmp_path: Path) -> None:
+    """Every part of the preset is at work: each, left out, changes where training ends."""
+    recipe = {
+        "preset": "gemma_scope_2",
+        "batch_size": 128,
+        "matryoshka": [0.25, 0.5],
+        "l0_warm_up_steps": 2,
+        "lr": 3e-3,
+    }
+    base: dict[str, Any] = {
+        "output": str(tmp_path / "all"),
+        "model": {"name": "bundled", "device": "cpu"},
+        "data": {"dataset": "bundled", "column": "text", "context": 32, "limit_tokens": 4096},
+        "source": {"bucket_rows": 512, "scale_rows": 512, "batch_rows": 16},
+        "steps": 8,
+        "recipe": recipe,
+        "grid": [
+            {"sites": ["res"], "layers": [1], "widths": [64], "target_l0s": [6]},
+            {"sites": ["transcoder"], "layers": [1], "widths": [64], "target_l0s": [6], "skip": [False, True]},
+        ],
+        "eval_batches": 2,
+        "log_every": 4,
+        "threads": 1,
+    }
+    model = shared_model("bundled", "bridge")
+    table = train_suite(base, model=model, progress=False)
+    assert list(table["affine"]) == [False, False, True]
+    assert table["fvu"].between(0.0, 5.0).all() and (table["l0"] > 0).all()
+    assert not np.array_equal(*(np.load(tmp_path / "all" / path / "params.npz")["W_enc"] for path in table["path"][1:]))
+    ends = {"all": list(table["sha256"])}
+    for key, value in (("frequency_coefficient", 0.0), ("matryoshka", []), ("l0_penalty", "linear")):
+        config = {**base, "output": str(tmp_path / key), "recipe": {**recipe, key: value}}
+        ends[key] = list(train_suite(config, model=model, progress=False)["sha256"])
+    assert all(mine != other for key in list(ends)[1:] for mine, other in zip(ends["all"], ends[key], strict=True))
