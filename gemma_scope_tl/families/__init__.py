@@ -117,7 +117,7 @@ def bundled_names() -> tuple[str, ...]:
     >>> bundled_names()
     ('bundled', 'bundled-gemma3')
     """
-    return tuple(family.bundled for family in families() if family.bundled)
+    return tuple(dict.fromkeys(family.bundled for family in families() if family.bundled))
 
 
 def hub_ids() -> dict[str, str]:

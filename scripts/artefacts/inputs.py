@@ -17,6 +17,7 @@ from gemma_scope_tl.model.sizes import family_and_sizes
 from gemma_scope_tl.registry.listing import select_rows
 from gemma_scope_tl.training.config import load_config
 from gemma_scope_tl.training.grid import groups_of
+from gemma_scope_tl.training.spec import LATER, SAESpec
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLED, SECOND = "gemma_scope_tl/bundled", "gemma_scope_tl/bundled/gemma3"
@@ -64,7 +65,12 @@ def _recipe(name: str) -> str:
     shown = config.model_dump(mode="json", include=set(TRAINED_BY))
     family, sizes = family_and_sizes(name)
     groups = groups_of(config, sizes.dims, family)
-    return of_values([shown, [[group.steps, *map(asdict, group.specs)] for group in groups]])
+    return of_values([shown, [[group.steps, *map(_spec, group.specs)] for group in groups]])
+
+
+def _spec(spec: SAESpec) -> dict[str, Any]:
+    """An SAE's description without keys that are not used, so that it stays the same when there are more of them."""
+    return {key: value for key, value in asdict(spec).items() if value or key not in LATER}
 
 
 def _documents(*keys: str) -> list[list[Any]]:
