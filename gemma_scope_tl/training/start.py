@@ -75,6 +75,14 @@ def read_start(spec: SAESpec, d_in: int, d_out: int, model: str) -> dict[str, Te
     return arrays
 
 
+def absolute_start(text: str) -> str:
+    """An ``init_from`` that names a folder, as an absolute path, for a process with another working directory."""
+    head = text.partition("{")[0]
+    folder = Path(head) if head == text or head.endswith("/") else Path(head).parent
+    is_path = str(folder) != "." and folder.exists()
+    return str(Path.cwd() / text) if is_path else text
+
+
 @torch.no_grad()
 def unfolded(arrays: Mapping[str, Tensor], scale: float, *, pre_encoder_bias: bool) -> dict[str, Tensor]:
     """The trained parameters of an SAE for activations divided by ``scale``: the inverse of folding.

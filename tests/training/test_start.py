@@ -22,7 +22,7 @@ from gemma_scope_tl.training.recipe import FAST
 from gemma_scope_tl.training.running import TrainingRun
 from gemma_scope_tl.training.shard import Shard
 from gemma_scope_tl.training.spec import SAESpec
-from gemma_scope_tl.training.start import read_start, unfolded
+from gemma_scope_tl.training.start import absolute_start, read_start, unfolded
 from gemma_scope_tl.training.suite import train_suite
 from tests.training.planted import PlantedSource, tiny_config
 
@@ -139,7 +139,7 @@ def test_a_stopped_run_does_not_start_over(finished: Path, tmp_path: Path) -> No
     start.symlink_to(finished)
     config = _config(tmp_path / "run", grid=_from(start))
     whole = train_suite({**config, "output": str(tmp_path / "whole")}, source=PlantedSource, progress=False)
-    step, calls = TrainingRun._step, iter(range(100))
+    step, calls = TrainingRun._step, iter(range(100))  # pyright: ignore[reportPrivateUsage]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TrainingRun, "_step", lambda *a: _interrupt() if next(calls) == 30 else step(*a))
         train_suite(config, source=PlantedSource, progress=False)
@@ -161,6 +161,14 @@ def test_a_row_of_the_registry() -> None:
     found = read_start(spec, 128, 128, "bundled")
     assert set(found) == set(expected)
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_workers_of_a_cluster_get_absolute_paths(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished.parent)
+    for name in ("run", "run/{site}/layer_{layer}", "run/transcoder/layer_{layer}"):
+        assert absolute_start(name) == str(finished.parent / name)
+    for name in ("bundled-res/layer_{layer}/width_256/average_l0_8", "{site}/x", "bundled-res/layer_0", str(finished)):
+        assert absolute_start(name) == name
 
 
 def test_each_process_gets_its_latents() -> None:

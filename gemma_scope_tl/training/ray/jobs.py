@@ -36,6 +36,7 @@ from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
 from gemma_scope_tl.training.ray.cluster import Job, JobStatus, Report, run_jobs
 from gemma_scope_tl.training.ray.merge_jobs import merge_jobs
+from gemma_scope_tl.training.start import absolute_start
 from gemma_scope_tl.training.suite import train_suite
 
 if TYPE_CHECKING:
@@ -218,6 +219,10 @@ def _for_workers(config: SuiteConfig) -> SuiteConfig:
         folder = data.folder or f"{config.output}/tokens"
         dataset = _absolute(data.dataset) if Path(data.dataset).exists() else data.dataset
         changes["data"] = data.model_copy(update={"folder": _absolute(folder), "dataset": dataset})
+    changes["grid"] = [
+        entry.model_copy(update={"init_from": absolute_start(entry.init_from)}) if entry.init_from else entry
+        for entry in config.grid
+    ]
     if Path(model.name).is_dir():
         changes["model"] = model.model_copy(update={"name": _absolute(model.name)})
     if source.path is not None and "://" not in source.path:
