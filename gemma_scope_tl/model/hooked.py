@@ -117,6 +117,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
     def _check_asked(self, names: Any, fn: Any = None) -> None:
         """Raise for a hook that is mistaken for a site, unless it is asked for by TransformerLens, which caches all."""
         held = fn.fn if isinstance(fn, OwnedHook) else fn
+        held = getattr(held, "func", held)  # a partial function
         if str(getattr(held, "__module__", "")).startswith("transformer_lens."):
             return
         for name in [names] if isinstance(names, str) or callable(names) else names or ():

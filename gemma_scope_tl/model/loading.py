@@ -160,7 +160,8 @@ def _restore_embedding_scale(hf_model: Any) -> None:
         exact, stored = getattr(module, "scalar_embed_scale", None), getattr(module, "embed_scale", None)
         if isinstance(exact, float) and isinstance(stored, torch.Tensor):
             wanted = torch.tensor(exact, dtype=stored.dtype, device=stored.device)
-            if not torch.equal(stored, wanted):
+            rounded = (wanted.to(dtype).to(stored.dtype) for dtype in (torch.bfloat16, torch.float16))
+            if not torch.equal(stored, wanted) and any(torch.equal(stored, one) for one in rounded):
                 module.embed_scale = wanted
 
 

@@ -47,7 +47,8 @@ def text_model(hf_model: Any, family: Family) -> Any:
     text.set_submodule(family.decoder, decoder)
     text.set_submodule(unembedding, whole.get_submodule(wrapper.unembedding))
     held = {id(weight) for weight in (*whole.parameters(), *whole.buffers())}
-    lacking = [name for name, weight in text.state_dict(keep_vars=True).items() if id(weight) not in held]
+    named = (*text.named_parameters(), *text.named_buffers())
+    lacking = [name for name, weight in named if id(weight) not in held]
     if lacking:
         raise AdapterError(f"The {type(hf_model).__name__} lacks weights of its text model: {', '.join(lacking[:3])}.")
     text.generation_config = copy.deepcopy(whole.generation_config)

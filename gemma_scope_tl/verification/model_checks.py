@@ -89,14 +89,13 @@ def not_finite(model: GemmaModel, probe: Probe) -> Fault | None:
 
 
 def embedding_scale(model: GemmaModel, probe: Probe) -> float | None:
-    """The factor between the rows of the embedding matrix and the tensor at the embedding's site.
+    """The factor between the rows of the embedding matrix and the embedding as it enters the first block.
 
     Returns:
         None where the matrix without the factor is not at hand: HookedTransformer stores the product, and only a tied
         unembedding still has the plain rows.
     """
-    site = next(site for site in model.family.sites.values() if site.joins == "embedding")
-    seen = probe.at(Place(site.name, None)).double()
+    seen = probe.hook(model.family.embedding_hooks[model.backend]).double()
     ids = probe.ids[probe.counted][: len(seen)]
     bridge = model.backend == "bridge"
     matrix = model.original_model.get_input_embeddings().weight if bridge else model.W_U.T

@@ -150,8 +150,7 @@ class Probe:
     def _pass(self, names: Iterable[str]) -> None:
         with removed_after() as handles:
             if self._factor != 1.0:
-                embedding = next(site for site in self.model.family.sites.values() if site.joins == "embedding")
-                point = self.model.site_hook_point(embedding.hook_name(None, self.model.backend))
+                point = self.model.site_hook_point(self.model.family.embedding_hooks[self.model.backend])
                 handles.append(point.register_forward_hook(lambda _m, _a, out: out * self._factor))
             for name in names:
                 handles.append(self.model.site_hook_point(name).register_forward_hook(self._keeper(name)))

@@ -60,7 +60,7 @@ WRAPPED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "another head": (lambda model: Gemma2ForSequenceClassification(model.config), r"has no unembedding"),
     "a name": (lambda model: "gemma-2-2b", r"Give a name or folder as the first argument"),
     "a config": (lambda model: model.config, r"Gemma2Config"),
-    "a number": (lambda model: 3, r"takes a Gemma2ForCausalLM, not 3"),
+    "a number": (lambda model: 3, r"takes a Gemma2ForCausalLM or Gemma3ForCausalLM, not 3"),
     "on meta": (lambda model: model.to("meta"), r'on the "meta" device'),
     "in eight-bit floats": (lambda model: model.to(torch.float8_e4m3fn), r"Pass dtype=, one of float32"),
 }

@@ -19,7 +19,7 @@ from sae_lens.loading.pretrained_sae_loaders import (
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.interop.releases import LOADER_NAME
+from gemma_scope_tl.interop.releases import LOADER_NAME, PREFIX
 from gemma_scope_tl.registry import locate
 
 
@@ -37,7 +37,10 @@ def test_entries_are_added_beside_sae_lens_own(tmp_path: Path, monkeypatch: pyte
     directory = get_pretrained_saes_directory()
     before = copy.deepcopy(directory)
     added = gs.register_with_sae_lens()
-    assert added == ["bundled-att", "bundled-mlp", "bundled-res", "bundled-transcoders"]
+    ours = ["bundled-att", "bundled-mlp", "bundled-res", "bundled-transcoders"]
+    unlisted = [f"gemma-scope-2-27b-pt-{kind}" for kind in ("att", "att-all", "mlp", "mlp-all", "transcoders")]
+    shared = [f"{PREFIX}{name}" for name in gs.registry.releases(canonical=True) if name in before]
+    assert added == [*ours, *unlisted, *shared] and len(shared) == 17 + 75
     assert set(directory) == {*before, *added}
     assert {name: directory[name] for name in before} == before  # Google's too: SAELens goes on loading them
     assert directory["gemma-scope-2b-pt-res"].conversion_func == "gemma_2"
@@ -46,7 +49,7 @@ def test_entries_are_added_beside_sae_lens_own(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "mine.yaml").write_text(text.replace("bundled-res", "mine", 1).replace(": null", ": mine-canonical", 1))
     gs.register_release(tmp_path / "mine.yaml")
     for _ in range(2):  # the second call changes nothing
-        assert gs.register_with_sae_lens() == [*added, "mine", "mine-canonical"]
+        assert gs.register_with_sae_lens() == [*ours, *unlisted, "mine", "mine-canonical", *shared]
         assert get_pretrained_saes_directory() is directory and len(directory) == len(before) + len(added) + 2
     rows = gs.registry.read_release(tmp_path / "mine.yaml").rows
     canonical = sum(row.canonical for row in rows)

@@ -105,7 +105,9 @@ def test_a_given_wrapper_is_hooked_in_place_without_a_copy() -> None:
     pointers = {weight.data_ptr() for weight in decoder_of(hf).parameters()}
     hf.generation_config.eos_token_id = [1, 7]
     model = hooked(hf, "bridge")
-    assert {weight.data_ptr() for weight in model.original_model.parameters()} == pointers
+    ours = {weight.data_ptr(): weight.numel() for weight in model.original_model.parameters()}
+    assert pointers <= set(ours)
+    assert sum(ours[pointer] for pointer in set(ours) - pointers) <= 96  # TransformerLens's unembedding bias of zeros
     assert set(model.stop_token_ids) >= {1, 7}
     assert model.original_model.config.model_type == "gemma3_text"
     with pytest.raises(AdapterError, match="wrapped by a bridge already"):
@@ -118,7 +120,7 @@ def test_the_attention_scale_is_that_of_the_configuration() -> None:
     """27B divides scores by sqrt(168), while its heads have 128 entries, which TransformerLens would take."""
     from transformers import Gemma3TextConfig
 
-    config = Gemma3TextConfig(head_dim=128, query_pre_attn_scalar=168, num_hidden_layers=6, sliding_window=1024)
+    config: Any = Gemma3TextConfig(head_dim=128, query_pre_attn_scalar=168, num_hidden_layers=6, sliding_window=1024)
     made = FAMILY.hooked_transformer_config(config, FAMILY.sizes["gemma-3-27b"].dims)
     assert made["attn_scale"] == pytest.approx(168**0.5)
     assert made["attn_types"] == ["local"] * 5 + ["global"]
@@ -173,7 +175,9 @@ def stock_transcoder(sae: Any, hook_name: str) -> Any:
     metadata = SAEMetadata(hook_name=hook_name, hook_name_out=sae.cfg.metadata.hook_name_out)
     d_in, d_sae = sae.W_enc.shape
     stock: Any = JumpReLUTranscoder(
-        JumpReLUTranscoderConfig(d_in=d_in, d_sae=d_sae, d_out=sae.W_dec.shape[1], metadata=metadata)
+        JumpReLUTranscoderConfig(
+            d_in=d_in, d_sae=d_sae, d_out=sae.W_dec.shape[1], apply_b_dec_to_input=False, metadata=metadata
+        )
     )
     stock.load_state_dict({name: getattr(sae, name) for name, _ in stock.named_parameters()})
     return stock
@@ -184,7 +188,7 @@ def test_saelens_own_model_and_transcoder_are_right_at_this_hook() -> None:
     from sae_lens import HookedSAETransformer
 
     ours = shared_model("gemma3", "hooked_transformer")
-    stock = HookedSAETransformer(ours.cfg)
+    stock: Any = HookedSAETransformer(ours.cfg)
     stock.load_state_dict(ours.state_dict(), strict=False)
     tokens = random_tokens(ours)
     sae = random_sae(ours.dims, "transcoder", 3)
@@ -256,7 +260,8 @@ def test_folding_the_gains_of_the_model_away_is_refused(backend: str) -> None:
 def test_attaching_and_detaching_restores_everything_to_the_bit(backend: str, dtype: torch.dtype) -> None:
     model = hooked(random_gemma("gemma3", dtype=dtype), backend)
     tokens = random_tokens(model)
-    saes = [random_sae(model.dims, site, layer, seed=layer) for layer in (3, 5) for site in FAMILY.sites]
+    places = [("res", 3), ("att", 3), ("transcoder", 3), ("res", 5), ("att", 5), ("mlp", 5)]
+    saes = [random_sae(model.dims, site, layer, seed=layer, skip=site == "transcoder") for site, layer in places]
     weights = {id(one): {n: w.clone() for n, w in one.state_dict().items()} for one in (model, *saes)}
     with torch.no_grad():
         clean = model(tokens)
@@ -285,6 +290,26 @@ def test_every_reader_sees_the_tensor_behind_the_gain(backend: str) -> None:
     table = gs.features(model, tokens, sae, top=1)
     acts = sae.encode(wanted)
     assert len(table) > 20
-    for row in table.itertuples():
-        strongest = acts[int(row.sequence), int(row.position)].max()
-        assert row.activation == pytest.approx(float(strongest), rel=1e-4)
+    for sequence, position, activation in table[["sequence", "position", "activation"]].to_numpy():
+        strongest = acts[int(sequence), int(position)].max()
+        assert activation == pytest.approx(float(strongest), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_both_backends_measure_steer_and_attribute_alike() -> None:
+    found: dict[str, list[Any]] = {}
+    for backend in BACKENDS:
+        model = shared_model("gemma3", backend)
+        tokens = random_tokens(model, batch=3, length=20)
+        places = [("res", 3), ("mlp", 2), ("att", 5), ("transcoder", 5)]
+        saes = [random_sae(model.dims, site, layer, skip=site == "transcoder") for site, layer in places]
+        table = gs.evaluate(model, saes, tokens)
+        assert table["site"].tolist() == [site for site, _ in places]
+        steered = model.run_with_hooks(tokens, fwd_hooks=[gs.steer(saes[3], 3, 20.0)])
+        assert relative_difference(steered, model(tokens)) > 1e-2
+        effects = gs.attribute(model, tokens[:1], saes[2:], lambda logits: logits[0, -1, 5])
+        top = gs.top_tokens(model, saes[3], 3, k=3)
+        numbers = [table[["l0", "fvu", "delta_loss"]], effects[["attribution"]].head(20), top[["logit"]]]
+        found[backend] = [steered.detach(), *(torch.tensor(one.to_numpy(dtype=float)) for one in numbers)]
+    for one, other in zip(*found.values(), strict=True):
+        assert relative_difference(one, other) < 1e-4

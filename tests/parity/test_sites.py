@@ -10,11 +10,11 @@ import torch
 from gemma_scope_tl.families import family_named
 from gemma_scope_tl.model.check import site_hooks
 from gemma_scope_tl.model.plain import Reference, relative_difference, run_reference
-from gemma_scope_tl.sites import BACKENDS
+from gemma_scope_tl.sites import BACKENDS, Place
 from tests.helpers import CONFIGS, CONFIGS_3, decoder_of, hooked, random_gemma, random_tokens, text_of
 
-EDITED = [("grouped", name) for name in family_named("gemma2").sites]
-EDITED += [("gemma3", name) for name in family_named("gemma3").sites]
+FAMILY_OF = {"grouped": "gemma2", "gemma3": "gemma3"}
+EDITED = [(config, name) for config in ("grouped", "gemma3") for name in family_named(FAMILY_OF[config]).sites]
 
 # float32: the bridge runs Hugging Face's own kernels (0.0); HookedTransformer orders the same sums differently.
 # bfloat16: the bridge is bit-exact again; HookedTransformer rounds to 8 bits in other places, a few percent in all.
@@ -130,7 +130,7 @@ def _edited_reference(hf: Any, tokens: torch.Tensor, site: str, layer: int | Non
             "transcoder": block.pre_feedforward_layernorm,
         }[site]
 
-        def add(_module: object, _args: object, out: object) -> object:
+        def add(_module: Any, _args: Any, out: Any) -> Any:
             return (out[0] + delta, *out[1:]) if isinstance(out, tuple) else out + delta
 
         handle = module.register_forward_hook(add)
@@ -148,6 +148,6 @@ def test_the_reference_is_the_model() -> None:
     reference = run_reference(hf, tokens)
     assert isinstance(reference, Reference)
     assert torch.equal(reference.logits, out.logits)
-    assert torch.equal(reference.sites["embedding", None], out.hidden_states[0])
+    assert torch.equal(reference.sites[Place("embedding", None)], out.hidden_states[0])
     for layer in range(hf.config.num_hidden_layers - 1):  # the last hidden state is after the final norm
-        assert torch.equal(reference.sites["res", layer], out.hidden_states[layer + 1])
+        assert torch.equal(reference.sites[Place("res", layer)], out.hidden_states[layer + 1])

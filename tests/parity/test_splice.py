@@ -16,8 +16,8 @@ from tests.helpers import decoder_of, hooked, random_gemma, random_sae, random_t
 PLACES = [("res", 1), ("mlp", 2), ("att", 0), ("embedding", None), ("transcoder", 3)]
 # Layer 5 has full attention, the others sliding attention.
 PLACES_3 = [("res", 1), ("mlp", 2), ("att", 5), ("transcoder", 3), ("transcoder", 5)]
-CASES = [("grouped", *place) for place in PLACES]
-CASES += [(config, *place) for config in ("gemma3", "gemma3-in-a-wrapper") for place in PLACES_3]
+PLACES_OF = {"grouped": PLACES, "gemma3": PLACES_3, "gemma3-in-a-wrapper": PLACES_3}
+CASES = [(config, *place) for config, places in PLACES_OF.items() for place in places]
 of_cases = pytest.mark.parametrize(("config", "site", "layer"), CASES)
 of_families = pytest.mark.parametrize("config", ["grouped", "gemma3"])
 ROUNDING = 1e-5  # float32 on values of 1 to 30, through up to four layers
@@ -204,7 +204,7 @@ def test_the_bundled_suite_on_the_bundled_model(backend: str) -> None:
     rows = gs.list_saes(model="bundled", site=["res", "mlp", "att"])
     rows = rows[rows["canonical"]]  # one of each width
     assert rows.groupby(["site", "layer"]).size().eq(2).all()
-    saes = [gs.JumpReLUSAE.from_pretrained(row.release, row.id) for row in rows.itertuples()]
+    saes = [gs.JumpReLUSAE.from_pretrained(*names) for names in rows[["release", "id"]].to_numpy()]
     with torch.no_grad():
         for sae in saes:
             assert (

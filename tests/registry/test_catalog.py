@@ -79,8 +79,10 @@ def test_unknown_releases_name_the_five_nearest() -> None:
 
 def test_releases_are_in_natural_order() -> None:
     names = [name for name in releases() if name.startswith("gemma-scope-")]
-    assert names[0] == "gemma-scope-2b-pt-att" and names[-1] == "gemma-scope-27b-pt-res" and len(names) == 9
-    assert len([name for name in releases(canonical=True) if name.startswith("gemma-scope-")]) == 17
+    first = [name for name in names if not name.startswith("gemma-scope-2-")]
+    assert first[0] == "gemma-scope-2b-pt-att" and first[-1] == "gemma-scope-27b-pt-res" and len(first) == 9
+    assert names[0] == "gemma-scope-2-1b-it-att" and len(names) == 9 + 80
+    assert len([name for name in releases(canonical=True) if name.startswith("gemma-scope-")]) == 17 + 80
     assert load_release(f"{RES_2B}-canonical") is load_release(RES_2B)
 
 
@@ -126,7 +128,7 @@ def test_each_part_of_a_place_is_checked() -> None:
     assert "Nearest: res" in message(find, "gemma-2-2b", "ress", 3, "16k")
     assert "layer=None" in message(find, "gemma-2-2b", "embedding", 0, "4k", 6)
     assert "layer" in message(find, "gemma-2-2b", "res", None, "16k")
-    assert "gemma-2-2b" in message(find, "gemma-3-4b", "res", 3, "16k")
+    assert "gemma-2-2b" in message(find, "gemma-2-4b", "res", 3, "16k")
     text = message(find, "gemma-2-2b", "res", 3, "16k", release="gemma-scope-9b-pt-res")
     assert "release of gemma-2-2b" in text and RES_2B in text
 

@@ -235,7 +235,7 @@ def test_a_release_names_its_models_family() -> None:
     assert "family: gemma2" in render_release(file) and file.rows[0].model_family.name == "gemma2"
     assert "family" not in render_release(parse_release(release(), "x"))
     assert parse_release(release(model="gemma-2-9b-it"), "x").rows[0].model_family.name == "gemma2"
-    assert problems(release(family="gemma")) == ["family: Unknown model family 'gemma'. Nearest: gemma2."]
+    assert problems(release(family="gemma")) == ["family: Unknown model family 'gemma'. Nearest: gemma3, gemma2."]
 
 
 def test_sites_are_those_of_the_family() -> None:

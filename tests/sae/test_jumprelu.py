@@ -339,7 +339,7 @@ def test_hooks_and_units_are_those_of_the_rows_family(tmp_path: Path) -> None:
         np.testing.assert_array_equal(sae.W_dec.detach().numpy(), arrays()["W_dec"] * np.float32(3))
         folder = save_sae(JumpReLUSAE.from_folder(save_sae(sae, tmp_path / "a", "sae-lens")), tmp_path / "b")
         np.testing.assert_allclose(np.load(folder / "params.npz")["W_dec"], arrays()["W_dec"], rtol=1e-6)
-        model = SimpleNamespace(family=families()[1], cfg=DIMS)
+        model = SimpleNamespace(family=families()[-1], cfg=DIMS)
         given = JumpReLUSAE.from_arrays(arrays(), model=model, site="embedding")
         assert given.cfg.metadata.hook_name == "hook_table"
     finally:
