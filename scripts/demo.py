@@ -67,7 +67,7 @@ def main() -> None:
     console.rule("6  which latents make the next token")
     circuit_path = _print_circuit(model, out)
 
-    _print_second(list(held_out))
+    show_second(list(held_out))
     path = _draw(model, table, metrics, out)
     console.print(f"\nfigures: {path}, {circuit_path}   ({time.perf_counter() - started:.0f} s)")
 
@@ -142,7 +142,7 @@ def _print_circuit(model: Any, out: Path) -> Path:
     return save_figure(figure, out / "circuit.png")
 
 
-def _print_second(texts: list[str]) -> None:
+def show_second(texts: list[str]) -> None:
     """What splicing costs in the other bundled models that this source tree has."""
     for name in bundled_names()[1:]:
         folder = bundle_folder(name)

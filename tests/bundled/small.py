@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +78,7 @@ def write_work(work: Path) -> None:
 
 
 @contextmanager
-def made(root: Path) -> Iterator[Made]:
+def made(root: Path) -> Generator[Made]:
     """Make the bundle; within the context it is where the package's own would be, and its rows are in the registry."""
     work, package, registry = root / "work", root / "package", root / "registry"
     for folder in (work, package / "bundled", registry):

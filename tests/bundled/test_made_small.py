@@ -18,6 +18,7 @@ from gemma_scope_tl.files import file_sha256
 from gemma_scope_tl.model.plain import relative_difference
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sites import BACKENDS
+from scripts import demo
 from scripts.bundled import sae_suite
 from scripts.bundled.sae_publish import label_of
 from scripts.bundled.train_model import Trainer, checkpoint_model
@@ -141,7 +142,7 @@ def test_rows_name_the_files_and_their_targets(bundle: Made) -> None:
         folder = bundle.bundle.folder / "saes" / str(row.path)
         tail = "_affine" if row.affine else ""
         assert row.path == f"{FOLDERS[str(row.site)]}/layer_{row.layer}_width_256_l0_{row.label}{tail}"
-        assert row.l0 == targets[str(row.label)][int(row.layer)]
+        assert row.l0 == targets[str(row.label)][int(str(row.layer))]
         assert row.sha256 == file_sha256(folder / "params.safetensors")
         config = read_json(folder / "config.json")
         assert (config["l0"], config["width"], config["affine_connection"]) == (row.l0, 256, row.affine)
@@ -172,6 +173,15 @@ def test_the_suite_card_has_every_row_and_the_penalties(bundle: Made) -> None:
     assert "| l0_penalty | quadratic | quadratic |" in card
     assert f"{STEPS} steps of 128 activations" in card
     assert {p.recipe.l0_penalty for p in bundle.published} == {"quadratic"}
+
+
+def test_the_tour_shows_a_coder_of_each_kind(bundle: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    demo.show_second(["In the beginning God created the heaven and the earth. And the earth was without form."])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert any("a small Gemma 3" in line for line in lines)
+    shown = [line for line in lines if ", layer 2" in line]
+    assert [line.split(",")[0] for line in shown] == [site for site, _ in KINDS]
+    assert "with skip" in shown[-1]
 
 
 def test_labels_are_those_of_the_released_formula() -> None:

@@ -79,8 +79,10 @@ def test_the_second_model_has_the_shape_rules_and_the_tokenizer_of_the_first() -
 
 
 @present
-def test_every_row_of_the_second_suite_has_its_file() -> None:
-    rows = gs.list_saes(model=GEMMA3.name)
+def test_every_row_of_the_second_suite_has_its_file_and_its_results() -> None:
+    rows = gs.list_saes(model=GEMMA3.name, with_metrics=True)
+    assert rows["fvu"].notna().all(), "run scripts/bundled_results.py --model bundled-gemma3"
+    assert (rows["fvu"] < 1).all()
     assert rows.groupby("site").size().to_dict() == {"att": 6, "mlp": 6, "res": 12, "transcoder": 12}
     for row in rows.itertuples():
         path = GEMMA3.folder / "saes" / str(row.path) / "params.safetensors"
