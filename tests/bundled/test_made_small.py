@@ -176,7 +176,7 @@ def test_the_suite_card_has_every_row_and_the_penalties(bundle: Made) -> None:
 
 
 def test_the_tour_shows_a_coder_of_each_kind(bundle: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    demo.show_second(["In the beginning God created the heaven and the earth. And the earth was without form."])
+    demo.show_second([demo.SENTENCE * 30])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert any("a small Gemma 3" in line for line in lines)
     shown = [line for line in lines if ", layer 2" in line]
