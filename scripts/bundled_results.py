@@ -2,6 +2,7 @@
 
     python scripts/bundled_results.py                        the bundled suite, on bundled held-out text
     python scripts/bundled_results.py --check                exit 1 where results are missing, or of other weights
+    python scripts/bundled_results.py --model bundled-gemma3   the second bundled suite, in a folder of its own
     python scripts/bundled_results.py --model gemma-2-2b --release gemma-scope-2b-pt-mlp --data texts.jsonl
 
 For each release ``gemma_scope_tl/bundled/results/`` gets ``<release>.csv``, with a row per SAE, and ``<release>.json``,
@@ -27,7 +28,7 @@ import gemma_scope_tl as gs
 from gemma_scope_tl.evals.cache import VERSION
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.files import replace_files
-from gemma_scope_tl.registry.listing import RESULTS, select_rows
+from gemma_scope_tl.registry.listing import results_folder, select_rows
 from gemma_scope_tl.sae.loading import load_row
 from gemma_scope_tl.sae.suite import SAESuite
 from gemma_scope_tl.text.documents import read_texts
@@ -64,7 +65,7 @@ BOUNDS = "<metric>_low and <metric>_high: bootstrap interval over sequences"
 def main() -> int:
     """Measure and write the results, or check them."""
     options = _arguments()
-    folder = Path(options.out)
+    folder = results_folder(options.model) if options.out is None else Path(options.out)
     rows = select_rows(options.model, release=options.release or None)
     if options.check:
         problems = stale(rows, folder)
@@ -147,7 +148,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device")
     parser.add_argument("--sae-memory", type=int, default=8, help="GiB of SAEs to hold at a time")
     parser.add_argument("--cache", help="a folder to go on in")
-    parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--out", help="a folder; by default that of the model's results in the package")
     parser.add_argument("--check", action="store_true", help="measure nothing")
     return parser.parse_args()
 

@@ -17,13 +17,15 @@ from rich.table import Table
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.attributions.targets import logit_difference
-from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
+from gemma_scope_tl.families import bundled_names
+from gemma_scope_tl.registry.locate import HELD_OUT_TEXT, MODEL_FOLDER, bundle_folder
 from gemma_scope_tl.viz.circuit_figure import draw_circuit
 from gemma_scope_tl.viz.figures import latent_heatmap, metric_by_layer, new_figure, save_figure
 
 SENTENCE = "In the beginning God created the heaven and the earth. And the earth was without form."
 PROMPT = "In the beginning God created the heaven and the"
 LAYER = 2
+KINDS = [("res", None), ("mlp", None), ("att", None), ("transcoder", False), ("transcoder", True)]
 console = Console(width=110)
 
 
@@ -65,6 +67,7 @@ def main() -> None:
     console.rule("6  which latents make the next token")
     circuit_path = _print_circuit(model, out)
 
+    show_second(list(held_out))
     path = _draw(model, table, metrics, out)
     console.print(f"\nfigures: {path}, {circuit_path}   ({time.perf_counter() - started:.0f} s)")
 
@@ -137,6 +140,24 @@ def _print_circuit(model: Any, out: Path) -> Path:
     figure, axes = new_figure(1)
     draw_circuit(axes[0], found, f"what makes the logit difference of {PROMPT!r}")
     return save_figure(figure, out / "circuit.png")
+
+
+def show_second(texts: list[str]) -> None:
+    """What splicing costs in the other bundled models that this source tree has."""
+    for name in bundled_names()[1:]:
+        folder = bundle_folder(name)
+        if folder is None or not (folder / MODEL_FOLDER / "config.json").is_file():
+            continue
+        model = gs.load_model(name)
+        console.rule(f"7  a small {model.family.title}, and coders of every kind in the layout of its release")
+        saes = [gs.load_sae(name, site, LAYER, "256", "small", affine=affine) for site, affine in KINDS]
+        metrics = gs.evaluate(model, saes, texts, progress=console.is_terminal)
+        shown = Table("coder", "L0", "FVU", "delta loss", "loss recovered", box=None)
+        for (site, affine), row in zip(KINDS, metrics.itertuples(), strict=True):
+            numbers = (f"{row.l0:.1f}", f"{row.fvu:.3f}", f"{row.delta_loss:+.3f}", f"{row.loss_recovered:.3f}")
+            shown.add_row(f"{site}, layer {LAYER}{', with skip' if affine else ''}", *numbers)
+        console.print(shown)
+        console.print(f"clean loss {metrics['loss_clean'].iloc[0]:.3f} nats")
 
 
 def _draw(model: Any, table: pd.DataFrame, metrics: pd.DataFrame, out: Path) -> Path:

@@ -1,4 +1,7 @@
-"""Make the bundled model again: `python scripts/train_bundled.py corpus`, then `tokenizer`, `model` and `card`."""
+"""Make a bundled model again: `python scripts/train_bundled.py corpus`, then `tokenizer`, `model`, `card` and `saes`.
+
+`model`, `card` and `saes` take `--bundle bundled-gemma3` for the second model, which shares corpus and tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 Work = Annotated[Path, typer.Option(help="Folder for downloads, corpus, tokens and checkpoints.")]
+Which = Annotated[str, typer.Option("--bundle", help="The model, as load_model names it: bundled or bundled-gemma3.")]
 DEFAULT_WORK = Path("build/bundled")
+DEFAULT = "bundled"
 
 
 @app.command()
@@ -38,42 +43,54 @@ def tokenizer(work: Work = DEFAULT_WORK) -> None:
 @app.command()
 def model(
     work: Work = DEFAULT_WORK,
-    total_tokens: Annotated[int, typer.Option(help="Length of the schedule in tokens.")] = 20_200_000,
+    bundle: Which = DEFAULT,
+    total_tokens: Annotated[int | None, typer.Option(help="Length of the schedule; by default the bundle's.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
+    compile: Annotated[bool, typer.Option(help="Compile the loss, which needs a C++ compiler.")] = True,
 ) -> None:
     """Train the language model."""
+    from scripts.bundled.bundles import bundle_named
     from scripts.bundled.train_model import TrainConfig, train
 
-    train(work, TrainConfig(total_tokens=total_tokens), resume=resume)
+    chosen = bundle_named(bundle)
+    train(work, chosen, TrainConfig(total_tokens=total_tokens or chosen.total_tokens, compile=compile), resume=resume)
 
 
 @app.command()
 def card(
     work: Work = DEFAULT_WORK,
+    bundle: Which = DEFAULT,
     measure_again: Annotated[bool, typer.Option("--measure/--no-measure", help="Evaluate and sample first.")] = True,
 ) -> None:
-    """Export the last checkpoint, measure it, and write the card and the held-out text."""
+    """Export the last checkpoint, measure it, and write the card and, for the first model, the held-out text."""
+    from scripts.bundled.bundles import bundle_named
     from scripts.bundled.card import write_card
-    from scripts.bundled.export import MODEL_FOLDER, export_checkpoint
+    from scripts.bundled.export import export_checkpoint
     from scripts.bundled.heldout_text import write_heldout_text
     from scripts.bundled.report import measure
 
-    step = export_checkpoint(work)
+    chosen = bundle_named(bundle)
+    step = export_checkpoint(work, chosen)
     if measure_again:
-        typer.echo(f"step {step}: {measure(work, MODEL_FOLDER, step)['mean_bits_per_byte']} held-out bits per byte")
-    write_card(work, MODEL_FOLDER)
-    write_heldout_text(work)
+        typer.echo(f"step {step}: {measure(work, chosen, step)['mean_bits_per_byte']} held-out bits per byte")
+    write_card(work, chosen)
+    if bundle == DEFAULT:
+        write_heldout_text(work)
 
 
 @app.command()
 def saes(
     work: Work = DEFAULT_WORK,
+    bundle: Which = DEFAULT,
     windows: Annotated[int, typer.Option(help="Held-out windows to measure on; 0 for all.")] = 240,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value for the configuration.")] = None,
 ) -> None:
-    """Train the SAE suite of configs/bundled.yaml, measure it, and write weights, registry files and card."""
+    """Train the suite of the bundle's configuration, measure it, and write weights, registry files and card."""
+    from scripts.bundled.bundles import bundle_named
     from scripts.bundled.sae_suite import publish, train
 
-    publish(train(work, typer.echo), windows=windows or None, report=typer.echo)
+    chosen = bundle_named(bundle)
+    publish(train(work, chosen, typer.echo, set_ or ()), chosen, windows=windows or None, report=typer.echo)
 
 
 if __name__ == "__main__":

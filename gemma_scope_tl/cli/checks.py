@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl import dtypes
 from gemma_scope_tl.errors import DeviceError, GemmaScopeError, unknown_name
-from gemma_scope_tl.families import hub_ids
+from gemma_scope_tl.families import bundled_names, hub_ids
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -31,8 +31,8 @@ _DEVICE = re.compile(rf"({'|'.join(DEVICE_KINDS)})(:\d+)?")
 
 
 def models() -> tuple[str, ...]:
-    """Names of the bundled model and of the released models of all families."""
-    return ("bundled", *hub_ids())
+    """Names of the bundled models and of the released models of all families."""
+    return (*bundled_names(), *hub_ids())
 
 
 def each(check: Callable[[Any], object]) -> Callable[[Any], Any]:

@@ -13,7 +13,7 @@ from rich.progress import track
 from gemma_scope_tl.contributing.check import Finding
 from gemma_scope_tl.contributing.repositories import is_remote
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.registry.locate import HELD_OUT_TEXT
+from gemma_scope_tl.registry.locate import HELD_OUT_TEXT, is_bundled
 from gemma_scope_tl.registry.schema import SAERow
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def measure_l0(
     Args:
         rows: the rows of one release.
         count: number of SAEs to run; 0 runs none.
-        model_path: folder or name of the model; not needed for SAEs of the bundled model.
+        model_path: folder or name of the model; not needed for SAEs of a bundled model.
         remote: download SAEs that are on the Hub.
         progress: show a progress bar on standard error.
         backend, device, dtype: as for ``load_model``; the SAEs have the same dtype.
@@ -61,7 +61,7 @@ def measure_l0(
         return []
     if not remote and is_remote(chosen[0].repo):
         return [Finding("l0", "", False, f"The SAEs to run are in {chosen[0].repo} on the Hub: give --remote.")]
-    if model_path is None and chosen[0].model != "bundled":
+    if model_path is None and not is_bundled(chosen[0].model):
         text = f"{chosen[0].model} is not at hand: give --model."
         return [Finding("l0", "", False, text)]
     from gemma_scope_tl.model.loading import load_model
@@ -70,7 +70,7 @@ def measure_l0(
     loaded: list[tuple[SAERow, Any]] = []
     findings: list[Finding] = []
     try:
-        model = load_model(model_path or "bundled", backend=backend, device=device, dtype=dtype)
+        model = load_model(model_path or chosen[0].model, backend=backend, device=device, dtype=dtype)
     except GemmaScopeError as error:
         return [Finding("l0", "", False, str(error))]
     for row in chosen:

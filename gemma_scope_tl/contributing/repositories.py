@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError
 from gemma_scope_tl.files import checked_path, file_sha256, is_folder
-from gemma_scope_tl.registry.locate import inside
+from gemma_scope_tl.registry.locate import inside, is_bundled
 from gemma_scope_tl.registry.schema import CFG_FILE, WEIGHTS_FILES
 from gemma_scope_tl.weights.checks import (
     CONFIG_NAME,
@@ -32,7 +32,6 @@ from gemma_scope_tl.weights.checks import (
 from gemma_scope_tl.weights.hub_errors import hub_error, hub_exceptions
 
 LISTED_NAMES = frozenset((*WEIGHTS_FILES.values(), CFG_FILE, CONFIG_NAME))
-BUNDLED = "bundled"
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -212,19 +211,19 @@ def _hub_errors(repo: str, revision: str | None, what: str = "The listing") -> G
 
 def is_remote(repo: str) -> bool:
     """Whether a registry row's ``repo`` is on the Hub."""
-    return repo != BUNDLED and not repo.startswith("/")
+    return not is_bundled(repo) and not repo.startswith("/")
 
 
 def open_repository(repo: str, revision: str | None = None) -> Repository:
-    """Open the repository of a registry row: ``bundled``, a folder's absolute path, or a name on the Hub.
+    """Open the repository of a registry row: a bundled model's name, a folder's absolute path, or a name on the Hub.
 
     Raises:
         GemmaScopeError: the repository does not exist, or the Hub cannot be reached.
     """
-    if repo == BUNDLED:
+    if is_bundled(repo):
         from gemma_scope_tl.weights.fetch import bundled_root
 
-        return LocalRepository(bundled_root())
+        return LocalRepository(bundled_root(repo))
     return HubRepository(repo, revision) if is_remote(repo) else LocalRepository(Path(repo))
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "Place",
     "Site",
     "Wrapper",
+    "bundled_names",
     "families",
     "family_named",
     "family_of_config",
@@ -100,14 +101,23 @@ def family_of_config(config: Any, source: str) -> Family:
 def family_of_model(model: str | None, site: str | None = None) -> Family:
     """The family that released a model, by the name of the model in a registry row or an SAE's configuration.
 
-    For a name that no family lists (a user's own model, or None) it is the first family that has the ``site``, and the
-    default family without a ``site``.
+    This includes the small models that come with this package. For a name that no family lists (a user's own model, or
+    None) it is the first family that has the ``site``, and the default family without a ``site``.
     """
     name = (model or "").rpartition("/")[2].lower()
     for family in families():
-        if family.base_name(name) in family.sizes:
+        if family.base_name(name) in family.sizes or (name and name == family.bundled):
             return family
     return next((family for family in families() if site in family.sites), families()[0])
+
+
+def bundled_names() -> tuple[str, ...]:
+    """The names of the small models that come with this package, the default first.
+
+    >>> bundled_names()
+    ('bundled', 'bundled-gemma3')
+    """
+    return tuple(dict.fromkeys(family.bundled for family in families() if family.bundled))
 
 
 def hub_ids() -> dict[str, str]:

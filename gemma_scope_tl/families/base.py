@@ -275,6 +275,7 @@ class Family:
         turn_start, turn_end: special tokens at the start and end of a turn of a chat.
         answer_role: the name of the model's own turns in a chat.
         gated: whether downloading the weights from the Hub requires accepting a licence.
+        bundled: name of the small model of the family that comes with this package; empty if there is none.
 
     Raises:
         UnknownNameError: for a site that writes a site which is not in the table.
@@ -306,6 +307,7 @@ class Family:
     )
     final_norm: str = "norm"
     gated: bool = True
+    bundled: str = ""
     base_suffix: str = ""
     hub_without_suffix: tuple[str, ...] = ()
     wrapper: Wrapper | None = None

@@ -132,6 +132,7 @@ GEMMA2 = Family(
     },
     owner="google",
     tuned_suffix="-it",
+    bundled="bundled",
     hooked_transformer_config=_hooked_transformer_config,
     hooked_transformer_weights="transformer_lens.pretrained.weight_conversions.gemma:convert_gemma_weights",
     embedding_scale=_embedding_scale,

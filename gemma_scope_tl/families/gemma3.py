@@ -96,6 +96,7 @@ GEMMA3 = Family(
     },
     owner="google",
     tuned_suffix="-it",
+    bundled="bundled-gemma3",
     base_suffix="-pt",
     hub_without_suffix=("gemma-3-270m",),
     hooked_transformer_config=_hooked_transformer_config,

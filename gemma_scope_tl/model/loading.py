@@ -16,6 +16,7 @@ from gemma_scope_tl.families import (
     BACKENDS,
     Family,
     ModelDims,
+    bundled_names,
     families,
     family_of_config,
     hub_ids,
@@ -25,15 +26,13 @@ from gemma_scope_tl.model.check import repair, self_check
 from gemma_scope_tl.model.plain import is_quantized, run_plain
 from gemma_scope_tl.model.tokenizer import prepared, stop_token_ids
 from gemma_scope_tl.model.wrapped import load_text_model, text_model, wrapper_class
-from gemma_scope_tl.registry.locate import BUNDLED_MODEL
+from gemma_scope_tl.registry.locate import MODEL_FOLDER, bundle_folder
 from gemma_scope_tl.weights.modes import float32_by_default, make_ordinary, ordinary_tensors
 
 if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
 
 logger = logging.getLogger(__name__)
-
-BUNDLED = "bundled"
 
 
 @ordinary_tensors()
@@ -55,8 +54,8 @@ def load_model(
     torch modes during the call (``inference_mode``, ``autocast`` and so on).
 
     Args:
-        name: ``"bundled"`` (offline), ``"gemma-2-2b"`` or another released model, a Hugging Face id
-            (``"unsloth/gemma-2-2b"``), or a local folder. Of a model that reads images too, only its text model.
+        name: ``"bundled"`` or ``"bundled-gemma3"`` (offline), ``"gemma-2-2b"`` or another released model, a Hugging
+            Face id (``"unsloth/gemma-2-2b"``), or a local folder. Of one that reads images too, only its text model.
         hf_model: a loaded Hugging Face model with an unembedding, such as a ``Gemma2ForCausalLM``, or one whose text
             model has one. The bridge wraps it in place, without a second copy, and sets eager attention and evaluation
             mode. ``name``, if also given, identifies the model and its tokenizer.
@@ -237,8 +236,8 @@ def _source(name: str | PathLike[str]) -> str:
         )
     text = fspath(name)
     if isinstance(name, str):
-        if name == BUNDLED:
-            return str(BUNDLED_MODEL)
+        if (bundle := bundle_folder(name)) is not None:
+            return _in_package(name, bundle / MODEL_FOLDER)
         if (known := plain_name(name) if "/" not in name else name) in hub_ids():
             return hub_ids()[known]
     try:
@@ -249,7 +248,16 @@ def _source(name: str | PathLike[str]) -> str:
         pass
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return hub_ids().get(plain_name(name), name)
-    raise unknown_name("model", text, [BUNDLED, *hub_ids()], "A local folder or a Hugging Face id works too.")
+    raise unknown_name("model", text, [*bundled_names(), *hub_ids()], "A local folder or a Hugging Face id works too.")
+
+
+def _in_package(name: str, folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        hint = "In a source tree, `python scripts/train_bundled.py` makes it; otherwise install the package again."
+        raise AdapterError(
+            f"The model {name!r} did not come with this installation: {folder} has no config.json. {hint}"
+        )
+    return str(folder)
 
 
 def _model_id(name: str, source: str, family: Family, config: Any, given: bool) -> str | None:
@@ -277,9 +285,9 @@ def _model_id(name: str, source: str, family: Family, config: Any, given: bool) 
 
 def _dims_by_name(name: str, source: str, family: Family) -> dict[str, ModelDims]:
     """The models that a name may identify, with their sizes: none, one, or two if a link and its target differ."""
-    if source == str(BUNDLED_MODEL):
-        config = json.loads((BUNDLED_MODEL / "config.json").read_text(encoding="utf-8"))
-        return {BUNDLED: ModelDims.from_config(config)}
+    if (bundle := bundle_folder(family.bundled)) is not None and source == str(bundle / MODEL_FOLDER):
+        config = json.loads((bundle / MODEL_FOLDER / "config.json").read_text(encoding="utf-8"))
+        return {family.bundled: ModelDims.from_config(config)}
     found: dict[str, ModelDims] = {}
     for path in (Path(name), Path(source)):
         in_cache = path.parent.name == "snapshots"  # models--owner--name/snapshots/commit

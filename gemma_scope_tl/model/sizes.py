@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_scope_tl.errors import AdapterError, unknown_name
-from gemma_scope_tl.families import Family, ModelSizes, families, family_of_config
-from gemma_scope_tl.registry.locate import BUNDLED_MODEL
+from gemma_scope_tl.families import Family, ModelSizes, bundled_names, families, family_of_config
+from gemma_scope_tl.registry.locate import MODEL_FOLDER, bundle_folder
 
 
 def sizes_of(name: str) -> ModelSizes:
@@ -26,8 +26,8 @@ def family_and_sizes(name: str) -> tuple[Family, ModelSizes]:
         UnknownNameError: for a name that is not a model, folder or Hugging Face id.
         AdapterError: when there is no such config, or it is of no known family.
     """
-    if name == "bundled":
-        return _from_folder(BUNDLED_MODEL)
+    if (bundle := bundle_folder(name)) is not None:
+        return _from_folder(bundle / MODEL_FOLDER)
     if Path(name).is_dir():
         return _from_folder(Path(name))
     last = name.rstrip("/").split("/")[-1].lower()
@@ -37,7 +37,7 @@ def family_and_sizes(name: str) -> tuple[Family, ModelSizes]:
                 return family, family.sizes[family.base_name(last)]
     if name.count("/") != 1:
         known = [model for family in families() for model in family.sizes]
-        raise unknown_name("model", name, ["bundled", *known], "A local folder or a Hugging Face id works too.")
+        raise unknown_name("model", name, [*bundled_names(), *known], "A local folder or a Hugging Face id works too.")
     from transformers import AutoConfig
 
     try:

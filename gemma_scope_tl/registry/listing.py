@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from gemma_scope_tl.errors import RegistryError, unknown_name
 from gemma_scope_tl.registry.catalog import checked_model, header_of, headers, rows_of
+from gemma_scope_tl.registry.locate import BUNDLED_DATA, bundle_folder
 from gemma_scope_tl.registry.schema import LABELS, SERIES, SAERow
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.sites import SITES, get_site
@@ -60,7 +61,7 @@ METRICS = {
     "tokens": "Int64",
 }
 """Columns that ``with_metrics`` adds, from the results in :data:`RESULTS`."""
-RESULTS = Path(__file__).resolve().parents[1] / "bundled" / "results"
+RESULTS = BUNDLED_DATA / "results"
 """Folder with ``<release>.csv`` for each release that was measured, and the configuration of the measurement."""
 
 
@@ -196,11 +197,18 @@ def _with_metrics(table: pd.DataFrame) -> pd.DataFrame:
     empty = pd.DataFrame(
         {name: pd.Series(dtype=dtype) for name, dtype in {**dict.fromkeys(keys, "string"), **METRICS}.items()}
     )  # pyright: ignore
-    files = [RESULTS / f"{name}.csv" for name in table["release"].unique()]
+    owners = table[["release", "repo"]].drop_duplicates().itertuples(index=False)
+    files = [results_folder(str(repo)) / f"{release}.csv" for release, repo in owners]
     frames = [empty, *(_results(path) for path in files if path.is_file())]
     measured = pd.concat([frame[[*keys, *METRICS]] for frame in frames if len(frame)] or [empty])
     joined = table.merge(measured, on=keys, how="left", validate="one_to_one")
     return joined.astype({**COLUMNS, **METRICS})  # pyright: ignore
+
+
+def results_folder(repo: str) -> Path:
+    """The folder of the results of a repository's releases: :data:`RESULTS`, but a bundled model may have its own."""
+    bundle = bundle_folder(repo)
+    return RESULTS if bundle in (None, BUNDLED_DATA) else bundle / RESULTS.name
 
 
 def _results(path: Path) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import cast
 
 from gemma_scope_tl.errors import RegistryError
+from gemma_scope_tl.families import bundled_names
 from gemma_scope_tl.files import checked_path, expanded
 
 
@@ -44,10 +45,26 @@ EXTRA_FOLDERS_VARIABLE = "GEMMA_SCOPE_TL_REGISTRY"
 ENTRY_POINT_GROUP = "gemma_scope_tl.releases"
 FOLDER_NAME = "pretrained_yaml"
 _PACKAGE = Path(__file__).resolve().parents[1]
-BUNDLED_MODEL = _PACKAGE / "bundled" / "model"
-BUNDLED_SAES = _PACKAGE / "bundled" / "saes"
-HELD_OUT_TEXT = _PACKAGE / "bundled" / "text" / "heldout.jsonl"
+BUNDLED_DATA = _PACKAGE / "bundled"
+MODEL_FOLDER = "model"
+"""The name of a bundled model's own folder."""
+BUNDLED_MODEL = BUNDLED_DATA / MODEL_FOLDER
+BUNDLED_SAES = BUNDLED_DATA / "saes"
+HELD_OUT_TEXT = BUNDLED_DATA / "text" / "heldout.jsonl"
 _registered: dict[Path, None] = {}  # in the order of register_release
+
+
+def bundle_folder(name: str) -> Path | None:
+    """The folder with ``model/`` and ``saes/`` of a model that comes with this package; None for any other name.
+
+    The name is also the ``repo`` of the model's registry rows. Its parts between hyphens are folders of the package.
+    """
+    return _PACKAGE.joinpath(*name.split("-")) if name in bundled_names() else None
+
+
+def is_bundled(name: str) -> bool:
+    """Whether a name of a model, or the ``repo`` of a registry row, means files that come with this package."""
+    return bundle_folder(name) is not None
 
 
 def builtin_folder(package: Path = _PACKAGE) -> Path:

@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from gemma_scope_tl.errors import RegistryError, UnknownNameError
-from gemma_scope_tl.families import Family, family_named, family_of_model
+from gemma_scope_tl.families import Family, bundled_names, family_named, family_of_model
 from gemma_scope_tl.registry.locate import inside
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.problems import Problem, canonical_id, cross_row_problems, error_text, raw_rows, row_name
@@ -63,11 +63,12 @@ def _relative(text: str) -> str:
     return text
 
 
-_REPO = r"(bundled|\./?|\./[^/]+(/[^/]+)*|/.*|[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*)"
+_HUB = r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*"
+_REPO = rf"({'|'.join(bundled_names())}|\./?|\./[^/]+(/[^/]+)*|/.*|{_HUB})"
 
 
 def _repo(text: str) -> str:
-    """Check a ``repo``: ``bundled``, ``owner/name``, an absolute folder, or ``./folder`` beside the registry file."""
+    """Check a ``repo``: a bundled model, ``owner/name``, an absolute folder, or ``./folder`` beside the file."""
     if not re.fullmatch(_REPO, text) or ".." in text.split("/") or any(ord(c) < 32 for c in text):
         hint = "'owner/name' on Hugging Face, './folder' relative to this file, or an absolute path"
         raise ValueError(f"{text!r} is not a repository: write {hint}, without '..'")
@@ -197,7 +198,8 @@ class SAEEntry(BaseModel):
 class SAERow(SAEEntry):
     """One released SAE: an entry with the fields of its release, enough to find, check and splice the SAE.
 
-    ``repo`` is a Hugging Face repository, a folder's absolute path, or ``"bundled"`` for files inside this package.
+    ``repo`` is a Hugging Face repository, a folder's absolute path, or, for files inside this package, the name of a
+    bundled model: ``"bundled"``.
     """
 
     release: str

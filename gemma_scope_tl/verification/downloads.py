@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.families import hub_ids
+from gemma_scope_tl.registry.locate import is_bundled
 from gemma_scope_tl.registry.schema import CFG_FILE, SAERow
 from gemma_scope_tl.verification.sample import float32_bytes
 from gemma_scope_tl.weights.fetch import find_local
@@ -82,7 +83,7 @@ def plan_downloads(model: str | None, rows: Iterable[SAERow], offline: bool = Fa
             files += _cached_model(repo)
     by_repo: dict[tuple[str, str | None], list[SAERow]] = {}
     for row in rows:
-        if row.repo != "bundled" and not row.repo.startswith("/"):
+        if not is_bundled(row.repo) and not row.repo.startswith("/"):
             by_repo.setdefault((row.repo, row.revision), []).append(row)
     for (name, revision), here in by_repo.items():
         sizes: dict[str, int] | None = None
@@ -101,8 +102,8 @@ def plan_downloads(model: str | None, rows: Iterable[SAERow], offline: bool = Fa
 
 
 def model_repository(model: str) -> str | None:
-    """The Hub's repository of a model; None for the bundled model and for a folder."""
-    if model == "bundled" or Path(model).expanduser().is_dir():
+    """The Hub's repository of a model; None for bundled models and for a folder."""
+    if is_bundled(model) or Path(model).expanduser().is_dir():
         return None
     return hub_ids().get(model, model if model.count("/") == 1 else None)
 

@@ -6,8 +6,9 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.registry.locate import BUNDLED_SAES, inside
+from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.families import bundled_names
+from gemma_scope_tl.registry.locate import BUNDLED_SAES, bundle_folder, inside, is_bundled
 from gemma_scope_tl.weights.checks import (
     CFG_NAME,
     CODER_NAME,
@@ -21,7 +22,6 @@ from gemma_scope_tl.weights.hub_errors import download_errors
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
-BUNDLED = "bundled"
 _NAMES = {
     "gemma-scope": (PARAMS_NAME,),
     "sae-lens": (CFG_NAME, WEIGHTS_NAME),
@@ -32,10 +32,10 @@ _NAMES = {
 def fetch(row: SAERow, *, force_download: bool = False) -> Path:
     """Return the weights file of a registry row, downloading it if necessary.
 
-    ``row.repo`` is ``"bundled"`` (files inside this package), an existing local folder, or a Hub repository, which is
-    looked up in the Hub's cache before anything is downloaded. The settings of the Hub's client apply: ``HF_ENDPOINT``,
-    ``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and its progress bars. If the revision of the row is a commit hash, a
-    cached file is used without any request.
+    ``row.repo`` is the name of a bundled model (files inside this package), an existing local folder, or a Hub
+    repository, which is looked up in the Hub's cache before anything is downloaded. The settings of the Hub's client
+    apply: ``HF_ENDPOINT``, ``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and its progress bars. If the revision of the
+    row is a commit hash, a cached file is used without any request.
 
     Args:
         row: the registry row.
@@ -74,9 +74,16 @@ def find_local(row: SAERow) -> Path | None:
     return None if None in files else files[-1]
 
 
-def bundled_root() -> Path:
-    """The folder of the bundled SAEs in this package."""
-    return BUNDLED_SAES
+def bundled_root(repo: str = "bundled") -> Path:
+    """The folder in this package with the SAEs of a bundled model, whose name is the ``repo`` of its rows.
+
+    Raises:
+        UnknownNameError: no bundled model has this name.
+    """
+    folder = bundle_folder(repo)
+    if folder is None:
+        raise unknown_name("bundled model", repo, bundled_names())
+    return folder / BUNDLED_SAES.name
 
 
 def _files(row: SAERow) -> tuple[Path | None, list[str]]:
@@ -86,8 +93,8 @@ def _files(row: SAERow) -> tuple[Path | None, list[str]]:
         raise GemmaScopeError(f"Row {row.release}/{row.id} has the path {row.path!r}, which leaves its repository.")
     names = _NAMES[row.format]
     root = None
-    if row.repo == BUNDLED:
-        root = bundled_root()
+    if is_bundled(row.repo):
+        root = bundled_root(row.repo)
     elif Path(row.repo).is_absolute():  # a relative folder could have the name of a repository on the Hub
         root = Path(row.repo)
     return root, [str(folder / name) for name in names]

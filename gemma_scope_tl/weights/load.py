@@ -19,7 +19,7 @@ import torch
 
 from gemma_scope_tl.errors import WeightsError
 from gemma_scope_tl.files import is_file
-from gemma_scope_tl.registry.locate import BUNDLED_SAES
+from gemma_scope_tl.registry.locate import BUNDLED_DATA
 from gemma_scope_tl.weights.checks import (
     SCALING_KEYS,
     Expected,
@@ -50,11 +50,7 @@ def may_map(path: Path) -> bool:
     Raises:
         OSError: when the status of the file cannot be read.
     """
-    return (
-        in_hub_cache(path)
-        or path.resolve().is_relative_to(BUNDLED_SAES.parent)
-        or not path.stat().st_mode & _ANYONE_WRITES
-    )
+    return in_hub_cache(path) or path.resolve().is_relative_to(BUNDLED_DATA) or not path.stat().st_mode & _ANYONE_WRITES
 
 
 _USE_FLOAT = "Use float16, float32 or float64 arrays."

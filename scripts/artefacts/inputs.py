@@ -13,13 +13,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_tl.model.sizes import sizes_of
+from gemma_scope_tl.model.sizes import family_and_sizes
 from gemma_scope_tl.registry.listing import select_rows
 from gemma_scope_tl.training.config import load_config
 from gemma_scope_tl.training.grid import groups_of
+from gemma_scope_tl.training.spec import LATER, SAESpec
 
 ROOT = Path(__file__).resolve().parents[2]
-BUNDLED = "gemma_scope_tl/bundled"
+BUNDLED, SECOND = "gemma_scope_tl/bundled", "gemma_scope_tl/bundled/gemma3"
+"""The folder of what comes with the package, and within it that of the second bundled model."""
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 ROW = ("release", "id", "site", "layer", "width", "l0", "path", "canonical")
 """What an artefact may depend on of a row of the registry."""
@@ -49,16 +51,26 @@ def of_values(values: Iterable[Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _suite() -> str:
-    rows = [[getattr(row, name) for name in ROW] for row in select_rows("bundled")]
-    return of_values([rows, of_files(f"{BUNDLED}/saes/**/params.npz")])
+def _model(folder: str) -> str:
+    return of_files(*(f"{folder}/model/{name}" for name in MODEL_FILES))
 
 
-def _recipe() -> str:
-    config = load_config(ROOT / "configs" / "bundled.yaml")
+def _suite(name: str, files: str) -> str:
+    rows = [[getattr(row, column) for column in ROW] for row in select_rows(name)]
+    return of_values([rows, of_files(files)])
+
+
+def _recipe(name: str) -> str:
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
     shown = config.model_dump(mode="json", include=set(TRAINED_BY))
-    groups = groups_of(config, sizes_of("bundled").dims)
-    return of_values([shown, [[group.steps, *map(asdict, group.specs)] for group in groups]])
+    family, sizes = family_and_sizes(name)
+    groups = groups_of(config, sizes.dims, family)
+    return of_values([shown, [[group.steps, *map(_spec, group.specs)] for group in groups]])
+
+
+def _spec(spec: SAESpec) -> dict[str, Any]:
+    """An SAE's description without keys that are not used, so that it stays the same when there are more of them."""
+    return {key: value for key, value in asdict(spec).items() if value or key not in LATER}
 
 
 def _documents(*keys: str) -> list[list[Any]]:
@@ -67,11 +79,14 @@ def _documents(*keys: str) -> list[list[Any]]:
 
 
 INPUTS: dict[str, Callable[[], str]] = {
-    "model": lambda: of_files(*(f"{BUNDLED}/model/{name}" for name in MODEL_FILES)),
+    "model": lambda: _model(BUNDLED),
+    "model-gemma3": lambda: _model(SECOND),
     "text": lambda: of_values(_documents("domain", "text")),
     "grouping of the text": lambda: of_values(_documents("source")),
-    "recipe": _recipe,
-    "suite": _suite,
+    "recipe": lambda: _recipe("bundled"),
+    "recipe-gemma3": lambda: _recipe("bundled-gemma3"),
+    "suite": lambda: _suite("bundled", f"{BUNDLED}/saes/**/params.npz"),
+    "suite-gemma3": lambda: _suite("bundled-gemma3", f"{SECOND}/saes/**/params.safetensors"),
     "log": lambda: of_files(f"{BUNDLED}/saes/training.jsonl"),
     "results": lambda: of_files(f"{BUNDLED}/results/*.csv"),
     "notebook sources": lambda: of_files("tutorials/source/*.py"),
@@ -79,7 +94,8 @@ INPUTS: dict[str, Callable[[], str]] = {
 }
 """Name to fingerprint: the bundled model, the held-out text and the groups of its documents, the configuration of the
 suite with the recipe of each SAE, the SAEs with their rows in the registry, the log of their training, their measured
-results, the notebooks' sources, and the settings that the search for the comparison of recipes chose."""
+results, the notebooks' sources, and the settings that the search for the comparison of recipes chose. Names that end in
+``-gemma3`` are of the second bundled model."""
 
 
 class Fingerprints:

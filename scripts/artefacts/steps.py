@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.artefacts.inputs import BUNDLED, ROOT
+from scripts.artefacts.inputs import BUNDLED, ROOT, SECOND
 
 CHROMIUM = Path("/usr/bin/chromium")
 
@@ -59,7 +59,26 @@ STUDIES = ("position", "frequency", "domains", "precision", "uniformity", "probe
 
 MEASURED = ("model", "suite", "text")
 
+SECOND_STEPS = (
+    Step(
+        "suite-gemma3",
+        ("scripts/train_bundled.py saes --bundle bundled-gemma3",),
+        ("model-gemma3", "text", "recipe-gemma3"),
+        (f"{SECOND}/saes/**/*", "pretrained_yaml/bundled-gemma3-*.yaml"),
+        corpus,
+        note="trains all SAEs; a stopped run is continued",
+    ),
+    Step(
+        "results-gemma3",
+        ("scripts/bundled_results.py --model bundled-gemma3",),
+        ("model-gemma3", "suite-gemma3", "text"),
+        (f"{SECOND}/results/*",),
+    ),
+)
+"""The steps of the second bundled model."""
+
 STEPS = (
+    *(SECOND_STEPS if (ROOT / SECOND / "model" / "config.json").exists() else ()),
     Step(
         "suite",
         ("scripts/train_bundled.py saes",),
@@ -68,7 +87,7 @@ STEPS = (
             f"{BUNDLED}/saes/**/params.npz",
             f"{BUNDLED}/saes/README.md",
             f"{BUNDLED}/saes/training.jsonl",
-            "pretrained_yaml/bundled-*.yaml",
+            "pretrained_yaml/bundled-[!g]*.yaml",
         ),
         corpus,
         note="trains all SAEs; a stopped run is continued",

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from scripts.bundled.bundles import REPO, Bundle
 from scripts.bundled.files import read_jsonl, write_atomic, write_text
 
-INTRO = """# A small Gemma 2, trained for tests and demos
+INTRO = """# A small {title}, trained for tests and demos
 
-A {parameters:,}-parameter `Gemma2ForCausalLM` with the parts of Gemma 2 in small: {layers} layers alternating
-sliding (window {window}) and full attention, width {width}, {heads} heads of size {head_dim} sharing {kv_heads}
-key-value heads, soft-capped attention and output logits, RMS norms before and after each sub-layer, tied embeddings,
-and a byte-level BPE of {vocab} tokens. It was trained from scratch on a CPU on the text listed below. It contains no
-weights of Google's Gemma models and was not made by Google.
+{what} It was trained from scratch on a CPU on the text listed below. It contains no weights of Google's Gemma models
+and was not made by Google.{stored}
 
 ```python
-from transformers import AutoTokenizer, Gemma2ForCausalLM
+from transformers import AutoTokenizer, {architecture}
 
-folder = "gemma_scope_tl/bundled/model"
-model = Gemma2ForCausalLM.from_pretrained(folder, attn_implementation="eager")
+folder = "{folder}"
+model = {architecture}.from_pretrained(folder, attn_implementation="eager")
 tokenizer = AutoTokenizer.from_pretrained(folder)  # adds <bos>, pads on the left
 ```
 """
 
+ROUNDED = """
+
+The weights are stored in {dtype}, as those of the released models are, and were trained in float32. Rounded, they need
+{after:.4f} bits per byte in the mean of the domains, and {before:.4f} before; the largest rise of a domain is
+{rise:.4f}."""
+
 LIMITS = """## Limits
 
-- It exists so that code can be tried and tested offline. **Do not present its features as evidence about Gemma 2** or
+- It exists so that code can be tried and tested offline. **Do not present its features as evidence about {title}** or
   about language models of useful size.
 - It has learned the style of its domains, not their meaning: names, facts and sums in its output are made up.
 - It was trained on sequences of {context} tokens that start with `<bos>`. Longer inputs run (positions up to
@@ -94,12 +99,14 @@ def recipe_text(log: list[dict[str, Any]], metrics: dict[str, Any]) -> str:
     config = starts[-1]["config"]
     speeds = sorted(row["tokens_per_second"] for row in log if "tokens_per_second" in row)
     tokens_a_step = config["batch"] * config["context"]
+    threads = starts[-1].get("threads", "two")
+    cores = "one shared CPU core" if threads == 1 else f"{threads} shared CPU cores"
     text = (
         f"{metrics['step']:,} steps of {config['batch']} x {config['context']} tokens "
         f"({metrics['tokens_seen'] / 1e6:.1f}M tokens), fp32, seed {config['seed']}. Muon (learning rate "
         f"{config['muon_lr']}, momentum {config['momentum']}) for the matrices of the layers, AdamW (learning rate "
         f"{config['adam_lr']}) for embedding and gains; warm-up over {config['warmup_tokens'] / 1e6:.1f}M tokens, then "
-        f"linear decay to 0. Median speed {speeds[len(speeds) // 2]:,} tokens per second on two shared CPU cores."
+        f"linear decay to 0. Median speed {speeds[len(speeds) // 2]:,} tokens per second on {cores}."
     )
     for before, after in pairwise(starts):
         text += f"\nThe run was stopped and continued at step {after['step']:,} from its checkpoint"
@@ -129,10 +136,8 @@ def samples_text(metrics: dict[str, Any]) -> str:
     return "\n\n".join([head, *blocks])
 
 
-def render(manifest: dict[str, Any], log: list[dict[str, Any]], metrics: dict[str, Any], config: dict[str, Any]) -> str:
-    """The whole card as Markdown."""
-    intro = INTRO.format(
-        parameters=metrics["parameters"],
+def _intro(bundle: Bundle, metrics: dict[str, Any], config: dict[str, Any]) -> str:
+    parts = bundle.parts.format(
         layers=config["num_hidden_layers"],
         window=config["sliding_window"],
         width=config["hidden_size"],
@@ -141,6 +146,33 @@ def render(manifest: dict[str, Any], log: list[dict[str, Any]], metrics: dict[st
         kv_heads=config["num_key_value_heads"],
         vocab=config["vocab_size"],
     )
+    architecture = config["architectures"][0]
+    what = f"A {metrics['parameters']:,}-parameter `{architecture}` with the parts of {bundle.title} in small: {parts}."
+    stored = ""
+    if "rounding" in metrics:
+        rounding = metrics["rounding"]
+        stored = ROUNDED.format(
+            dtype=rounding["dtype"],
+            after=metrics["mean_bits_per_byte"],
+            before=rounding["mean_bits_per_byte_before"],
+            rise=rounding["largest_rise"],
+        )
+    folder = bundle.model_folder
+    shown = folder.relative_to(REPO) if folder.is_relative_to(REPO) else folder
+    return INTRO.format(
+        title=bundle.title, what=textwrap.fill(what, 120), stored=stored, architecture=architecture, folder=shown
+    )
+
+
+def render(
+    bundle: Bundle,
+    manifest: dict[str, Any],
+    log: list[dict[str, Any]],
+    metrics: dict[str, Any],
+    config: dict[str, Any],
+) -> str:
+    """The whole card as Markdown."""
+    intro = _intro(bundle, metrics, config)
     licence = (
         "The weights are offered under the licence of this package; the sources' licences and credits are in the table "
         "and `corpus.json` gives versions and sha256. Files that name a GNU licence were left out. Some files of the "
@@ -158,19 +190,22 @@ def render(manifest: dict[str, Any], log: list[dict[str, Any]], metrics: dict[st
         f"## Training\n\n{recipe_text(log, metrics)}\n\n{curve_table(log)}",
         f"## Held-out text\n\n{results_table(metrics)}\n\n{scored}",
         f"## Samples\n\n{samples_text(metrics)}",
-        LIMITS.format(context=metrics["context"], positions=config["max_position_embeddings"]).strip(),
+        LIMITS.format(
+            title=bundle.title, context=metrics["context"], positions=config["max_position_embeddings"]
+        ).strip(),
         "Made by `scripts/train_bundled.py`; this file is written by `scripts/bundled/card.py`.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def write_card(work: Path, folder: Path) -> None:
+def write_card(work: Path, bundle: Bundle) -> None:
     """Copy the log and the manifest beside the model and write `README.md` from them and `metrics.json`."""
-    write_atomic(folder / "training.jsonl", lambda path: shutil.copyfile(work / "run" / "train.jsonl", path))
+    folder = bundle.model_folder
+    write_atomic(folder / "training.jsonl", lambda path: shutil.copyfile(work / bundle.run / "train.jsonl", path))
     write_atomic(folder / "corpus.json", lambda path: shutil.copyfile(work / "corpus.json", path))
     parts = {
         name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("corpus", "metrics", "config")
     }
     log = list(read_jsonl(folder / "training.jsonl"))
-    write_text(folder / "README.md", render(parts["corpus"], log, parts["metrics"], parts["config"]))
+    write_text(folder / "README.md", render(bundle, parts["corpus"], log, parts["metrics"], parts["config"]))

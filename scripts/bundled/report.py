@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from scripts.bundled.bundles import Bundle
 from scripts.bundled.domains import WEIGHTS
 from scripts.bundled.evaluate import heldout_metrics, mean_bits_per_byte
 from scripts.bundled.files import write_json
 from scripts.bundled.tokenizer import texts, token_byte_counts
-from scripts.bundled.train_model import TrainConfig
+from scripts.bundled.train_model import TrainConfig, checkpoint_model
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 80
@@ -22,14 +23,14 @@ TOP_K = 40
 SAMPLE_SEED = 0
 
 
-def load_folder(folder: Path) -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]:
-    """The exported model and tokenizer, as a user loads them."""
-    model = Gemma2ForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+def load_folder(folder: Path) -> tuple[Any, PreTrainedTokenizerFast]:
+    """The exported model and tokenizer, as `load_model` loads them: in float32, whatever the dtype of the file."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
 
 @torch.no_grad()
-def sample(model: Gemma2ForCausalLM, ids: list[int], generator: torch.Generator) -> list[int]:
+def sample(model: Any, ids: list[int], generator: torch.Generator) -> list[int]:
     """Continue `ids` by at most `NEW_TOKENS` tokens, sampled at `TEMPERATURE` from the `TOP_K` likeliest."""
     new = list[int]()
     for _ in range(NEW_TOKENS):
@@ -43,7 +44,7 @@ def sample(model: Gemma2ForCausalLM, ids: list[int], generator: torch.Generator)
     return new
 
 
-def draw_samples(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, work: Path) -> list[dict[str, str]]:
+def draw_samples(model: Any, tokenizer: PreTrainedTokenizerFast, work: Path) -> list[dict[str, str]]:
     """One continuation per domain: the first draw from the start of the first held-out document."""
     generator = torch.Generator().manual_seed(SAMPLE_SEED)
     rows = []
@@ -68,11 +69,9 @@ def seen_line_share(work: Path, domain: str) -> float:
     return round(sum(len(s.encode()) for s in lines if s in seen) / sum(len(s.encode()) for s in lines), 3)
 
 
-def measure(work: Path, folder: Path, step: int, limit: int | None = None) -> dict[str, Any]:
-    """Evaluate the model in `folder` on all held-out windows (or `limit` per domain); write `metrics.json` there."""
-    model, tokenizer = load_folder(folder)
+def _domains(model: Any, work: Path, tokenizer: PreTrainedTokenizerFast, limit: int | None) -> dict[str, Any]:
     config = TrainConfig()
-    domains = heldout_metrics(
+    return heldout_metrics(
         lambda tokens: model(input_ids=tokens, use_cache=False).logits,
         work,
         token_byte_counts(tokenizer),
@@ -80,6 +79,16 @@ def measure(work: Path, folder: Path, step: int, limit: int | None = None) -> di
         context=config.context,
         limit=limit,
     )
+
+
+def measure(work: Path, bundle: Bundle, step: int, limit: int | None = None) -> dict[str, Any]:
+    """Evaluate the exported model on all held-out windows (or `limit` per domain); write `metrics.json` beside it.
+
+    If its weights are rounded, those of the checkpoint are measured as well.
+    """
+    model, tokenizer = load_folder(bundle.model_folder)
+    config = TrainConfig()
+    domains = _domains(model, work, tokenizer, limit)
     for domain, row in domains.items():
         row["xz_bits_per_byte"] = compressed_bits_per_byte(work, domain)
         row["seen_line_share"] = seen_line_share(work, domain)
@@ -93,5 +102,14 @@ def measure(work: Path, folder: Path, step: int, limit: int | None = None) -> di
         "sampling": {"temperature": TEMPERATURE, "top_k": TOP_K, "seed": SAMPLE_SEED, "new_tokens": NEW_TOKENS},
         "samples": draw_samples(model, tokenizer, work),
     }
-    write_json(folder / "metrics.json", metrics)
+    if bundle.dtype != torch.float32:
+        unrounded = _domains(checkpoint_model(work, bundle)[0], work, tokenizer, limit)
+        metrics["rounding"] = {
+            "dtype": str(bundle.dtype).removeprefix("torch."),
+            "mean_bits_per_byte_before": mean_bits_per_byte(unrounded),
+            "largest_rise": max(
+                round(row["bits_per_byte"] - unrounded[domain]["bits_per_byte"], 4) for domain, row in domains.items()
+            ),
+        }
+    write_json(bundle.model_folder / "metrics.json", metrics)
     return metrics

@@ -1,4 +1,4 @@
-"""Train the bundled Gemma 2: Muon for hidden matrices, AdamW for embedding and gains, fp32 on CPU.
+"""Train a bundled model: Muon for hidden matrices, AdamW for embedding and gains, fp32 on CPU.
 
 The learning rate is a function of tokens seen: linear warm-up, then linear decay to 0 at `total_tokens`.
 """
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from scripts.bundled.bundles import Bundle
 from scripts.bundled.data import load_token_batches
 from scripts.bundled.evaluate import heldout_metrics, mean_bits_per_byte
 from scripts.bundled.files import write_atomic
 from scripts.bundled.muon import Muon
-from scripts.bundled.tokenizer import BOS, CONTEXT, EOS, PAD, VOCAB_SIZE, load_tokenizer, token_byte_counts
+from scripts.bundled.tokenizer import load_tokenizer, token_byte_counts
 
 
 @dataclass(frozen=True)
@@ -52,39 +52,13 @@ class TrainConfig:
         return self.total_tokens // self.tokens_a_step
 
 
-def model_config() -> Gemma2Config:
-    """The bundled architecture, a small Gemma 2 with n_heads * head_dim (96) different from the width (128)."""
-    layers = 4
-    return Gemma2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=24,
-        query_pre_attn_scalar=24,
-        max_position_embeddings=CONTEXT,
-        sliding_window=64,
-        attn_logit_softcapping=50.0,
-        final_logit_softcapping=30.0,
-        rms_norm_eps=1e-6,
-        layer_types=["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)],
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=BOS,
-        attn_implementation="eager",  # pyright: ignore[reportCallIssue]
-    )
-
-
-def new_model(seed: int) -> Gemma2ForCausalLM:
-    """A freshly initialised fp32 model."""
+def new_model(bundle: Bundle, seed: int) -> Any:
+    """A freshly initialised fp32 model of Hugging Face."""
     torch.manual_seed(seed)
-    return Gemma2ForCausalLM(model_config()).float()
+    return bundle.architecture(bundle.config()).float()
 
 
-def make_optimizers(model: Gemma2ForCausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Any, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for 2-D weights of the layers, AdamW for the tied embedding and the gains."""
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in hidden}
@@ -103,13 +77,13 @@ def lr_factor(tokens: int, config: TrainConfig) -> float:
 
 
 class Trainer:
-    """One training run in `<work>/run`: `train.jsonl` (log) and `checkpoint.pt`."""
+    """One training run in `<work>/<bundle.run>`: `train.jsonl` (log) and `checkpoint.pt`."""
 
-    def __init__(self, work: Path, config: TrainConfig, *, resume: bool = False) -> None:
+    def __init__(self, work: Path, bundle: Bundle, config: TrainConfig, *, resume: bool = False) -> None:
         self.work, self.config = work, config
-        self.folder = work / "run"
+        self.folder = work / bundle.run
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.model = new_model(config.seed)
+        self.model = new_model(bundle, config.seed)
         self.optimizers = make_optimizers(self.model, config)
         self.base_lrs = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         self.step = 0
@@ -143,7 +117,14 @@ class Trainer:
         """Train to the end of the schedule."""
         config = self.config
         batches = load_token_batches(self.work, config.batch, config.context, config.seed, skip=self.step)
-        self._log({"event": "resume" if self.step else "start", "step": self.step, "config": asdict(config)})
+        self._log(
+            {
+                "event": "resume" if self.step else "start",
+                "step": self.step,
+                "config": asdict(config),
+                "threads": torch.get_num_threads(),
+            }
+        )
         eval_steps = {round(config.steps * i / config.evaluations) for i in range(1, config.evaluations + 1)}
         losses, since, saved = list[float](), time.monotonic(), time.monotonic()
         while self.step < config.steps:
@@ -211,14 +192,14 @@ class Trainer:
         log.write_text("".join(line + "\n" for line in rows), encoding="utf-8")
 
 
-def train(work: Path, config: TrainConfig, *, resume: bool = False) -> None:
+def train(work: Path, bundle: Bundle, config: TrainConfig, *, resume: bool = False) -> None:
     """Run or continue the training in `work`."""
-    Trainer(work, config, resume=resume).run()
+    Trainer(work, bundle, config, resume=resume).run()
 
 
-def checkpoint_model(work: Path) -> tuple[Gemma2ForCausalLM, int]:
-    """The model of the last checkpoint and its step."""
-    state = torch.load(work / "run" / "checkpoint.pt", weights_only=True)
-    model = new_model(seed=0)
+def checkpoint_model(work: Path, bundle: Bundle) -> tuple[Any, int]:
+    """The model of the last checkpoint, fp32, and its step."""
+    state = torch.load(work / bundle.run / "checkpoint.pt", weights_only=True)
+    model = new_model(bundle, seed=0)
     model.load_state_dict(state["model"])
     return model.eval(), int(state["step"])

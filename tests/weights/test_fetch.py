@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from gemma_scope_tl.errors import GemmaScopeError, WeightsError
+from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, WeightsError
 from gemma_scope_tl.registry.schema import SAERow
 from gemma_scope_tl.weights import fetch as fetching
 from gemma_scope_tl.weights.fetch import bundled_root, fetch
@@ -51,7 +51,10 @@ def test_local_folder(tmp_path: Path) -> None:
 
 def test_bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bundled_root().parts[-3:] == ("gemma_scope_tl", "bundled", "saes")
-    monkeypatch.setattr(fetching, "bundled_root", lambda: tmp_path)
+    assert bundled_root("bundled-gemma3").parts[-4:] == ("gemma_scope_tl", "bundled", "gemma3", "saes")
+    with pytest.raises(UnknownNameError, match="bundled-gemma3"):
+        bundled_root("bundled-gemma")
+    monkeypatch.setattr(fetching, "bundled_root", lambda repo: tmp_path)
     path = put(tmp_path)
     assert fetch(row(repo="bundled")) == path
 
