@@ -178,10 +178,15 @@ NUMBERS: dict[str, Number] = {
     "suite.dense.res": Number(RESULTS, _mean(0, "dense", site="res", rank=2), "{:.0%}"),
     "suite.dense.mlp": Number(RESULTS, _mean(0, "dense", site="mlp", rank=2), "{:.0%}"),
     "suite.dense.wide": Number(RESULTS, _largest_mean(1, "dense", ("res", "mlp"), rank=2), "{:.1%}"),
-    "suite.dead.att": Number(RESULTS, _mean(1, "dead", site="att"), "{:.0%}"),
-    "suite.dead.att.last": Number(RESULTS, _mean(1, "dead", site="att", layer=3), "{:.0%}"),
+    **{
+        f"suite.dead.att.{name}": Number(RESULTS, _mean(1, "dead", site="att", rank=rank), "{:.0%}")
+        for rank, name in enumerate(("sparse", "middle", "dense"))
+    },
+    "suite.dead.att.narrow": Number(RESULTS, _mean(0, "dead", site="att", rank=2), "{:.0%}"),
+    "suite.sparsest": Number(RESULTS, _mean(0, "l0", site=("res", "mlp"), rank=0), "{:.0f}"),
+    "suite.middle": Number(RESULTS, _mean(0, "l0", site=("res", "mlp"), rank=1), "{:.0f}"),
+    "suite.att.d_in": Number(MODEL, lambda config: config["num_attention_heads"] * config["head_dim"]),
     "suite.dead.others": Number(RESULTS, _largest_mean(1, "dead", ("res", "mlp")), "{:.1%}"),
-    "suite.dead.narrow": Number(RESULTS, _largest_mean(0, "dead", LAYERED), "{:.1%}"),
     "suite.embedding.l0": Number(RESULTS, lambda t: t[t["site"] == "embedding"]["l0"].max(), "{:.0f}"),
     "suite.embedding.target": Number(LOG, lambda log: _embedding_end(log)["target_l0"], "{:.0f}"),
     "suite.embedding.lambda": Number(LOG, lambda log: _embedding_end(log)["lambda"], "{:.1g}"),

@@ -40,12 +40,12 @@ def test_the_last_layers_are_harder() -> None:
 def test_which_latents_are_dense_or_dead() -> None:
     means = layered().groupby(["site", "d_sae", "rank"])[["dead", "dense"]].mean()
     for site in ("res", "mlp"):
-        assert 0.65 < means.loc[(site, 256, 2), "dense"] < 0.75 and means.loc[(site, 1024, 2), "dense"] < 0.045
-    assert (means.loc[("att", 1024), "dead"] > 1 / 3).all() and (means.loc[("att", 256), "dead"] < 0.01).all()
-    last = layered().query("site == 'att' and layer == 3 and d_sae == 1024")
-    assert last["dead"].between(0.45, 0.6).all()
+        assert means.loc[(site, 256, 2), "dense"] > 0.6 and means.loc[(site, 1024, 2), "dense"] < 0.1
+        assert (means.loc[(site, 1024), "dead"] < 0.01).all()
+    assert means.loc[("att", 1024), "dead"].is_monotonic_increasing
+    assert means.loc[("att", 1024, 0), "dead"] < 0.05 and means.loc[("att", 1024, 2), "dead"] > 1 / 3
     table = results()
-    assert 26 < table[table["site"] == "embedding"]["l0"].max() < 28
+    assert table[table["site"] == "embedding"]["l0"].max() < 30  # its target is 32
 
 
 def test_what_is_said_of_attributions() -> None:
