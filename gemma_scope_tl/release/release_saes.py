@@ -62,7 +62,7 @@ class About:
 
 SUITE_FILE = "suite.json"
 _JOBS = "jobs/"  # the folder in which the jobs of a run on Ray have their suites
-_COLUMNS = ("id", "site", "layer", "width", "d_sae", "d_in", "l0", "path", "sha256")
+_COLUMNS = ("id", "site", "layer", "width", "d_sae", "d_in", "l0", "affine", "path", "sha256")
 DECIMALS = 3
 DEAD = (
     "No latent of it fires, and a registry file cannot hold it: leave it out, or name the folder average_l0_N with its "
@@ -128,9 +128,14 @@ class ReleaseSAE:
 
     @property
     def folder(self) -> str:
-        """Gemma Scope's folder, without the site's: ``layer_L/width_W/average_l0_N`` or ``embedding/width_W/…``."""
+        """Gemma Scope's folder, without the site's: ``layer_L/width_W/average_l0_N`` or ``embedding/width_W/…``.
+
+        The names of transcoders that are known to have a skip connection end in ``_affine``.
+        """
         head = self.site if self.layer is None else f"layer_{self.layer}"
-        return f"{head}/width_{width_label(self.d_sae)}/average_l0_{l0_label(self.l0, self.decimals)}"
+        skip = getattr(self.sae, "W_skip", None) is not None if self.row is None else bool(self.row.affine)
+        tail = "_affine" if skip else ""
+        return f"{head}/width_{width_label(self.d_sae)}/average_l0_{l0_label(self.l0, self.decimals)}{tail}"
 
     def load(self) -> Any:
         """Load the SAE, or return the one in memory, and check its weights."""

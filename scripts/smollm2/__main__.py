@@ -1,9 +1,9 @@
 """SAEs on SmolLM2-135M's middle residual stream, by this package's and SAELens's recipe at several sparsities each.
 
-``python -m scripts.smollm2 all`` does everything: the model's folder (fetched, checked), activations (1.0M tokens, a quarter
-of an hour on one core), the search for both sides' settings, training with three seeds, evaluation and the figure (some
-hours). Each step keeps its results, and continues after an interruption. The model's weights are 4-bit quantised. These
-steps do not run in CI.
+``python -m scripts.smollm2 all`` does everything: the model's folder (fetched, checked), activations (1.0M tokens, a
+quarter of an hour on one core), the search for both sides' settings, training with three seeds, evaluation and the
+figure (some hours). Each step keeps its results, and continues after an interruption. The model's weights are 4-bit
+quantised. These steps do not run in CI.
 """
 
 from __future__ import annotations
