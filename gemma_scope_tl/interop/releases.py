@@ -93,7 +93,7 @@ def load_for_sae_lens(
     row = resolve(overrides.pop(_RELEASE_KEY), folder_name)
     sae = load_row(row, device=device, dtype=overrides.get("dtype", "float32"))
     overrides.pop("neuronpedia_id", None)  # the metadata contain the row's id
-    cfg = {**sae.cfg.to_dict(), **overrides, "device": device}
+    cfg: dict[str, Any] = {**sae.cfg.to_dict(), **overrides, "device": device}
     cfg["metadata"] = {**cfg["metadata"], "model_name": _model_name(row.model)}
     return cfg, dict(sae.state_dict()), None
 

@@ -109,8 +109,8 @@ def _layout_text(layouts: Sequence[str]) -> str:
     texts = {
         "gemma-scope": "`layer_L/width_W/average_l0_N/params.npz` (Gemma Scope's layout, below a folder for the site "
         "where there are several) holds `W_enc`, `W_dec`, `b_enc`, `b_dec`, `threshold` and, of a transcoder with a "
-        "skip connection (`_affine`), `affine_skip_connection` (`x @ S`). Nothing is subtracted before the encoder, and "
-        "inputs are raw activations.",
+        "skip connection (`_affine`), `affine_skip_connection` (`x @ S`). Nothing is subtracted before the encoder, "
+        "and inputs are raw activations.",
         "gemma_scope_2": "`SITE/layer_L_width_W_l0_N[_affine]/` (Gemma Scope 2's layout) holds `config.json` and "
         "`params.safetensors` with `w_enc`, `w_dec`, `b_enc`, `b_dec`, `threshold` and, of a transcoder with a skip "
         "connection, `affine_skip_connection` (`x @ S`). Nothing is subtracted before the encoder, and inputs are raw "
