@@ -122,7 +122,6 @@ NAMES = {
     "training.steering": "training.optimizer",
     "training.stopping": "training.running",
     "training.weights": "training.stack",
-    "training.window": "training.place",
     "viz.interp_figure": "viz.study_figures",
     "viz.latent_html": "viz.latent_page",
     "viz.panels": "viz.figures",

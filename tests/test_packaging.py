@@ -18,8 +18,9 @@ from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.weights.fetch import fetch
 assert gs.__file__.startswith({root!r}), gs.__file__
 row = gs.registry.resolve("gemma-scope-2b-pt-res", "layer_20/width_16k/canonical")
-bundled = gs.list_saes(model="bundled")
-assert row.l0 == 71 and len(gs.list_saes()) == 2557 + len(bundled) and len(bundled) > 0
+table = gs.list_saes()
+bundled = table[table["model"].str.startswith("bundled")]
+assert row.l0 == 71 and len(table) == 12061 + len(bundled) and len(bundled) > 0
 assert (BUNDLED_MODEL / "model.safetensors").is_file()
 assert all(fetch(gs.registry.resolve(r.release, r.id)).is_file() for r in bundled.itertuples())
 print("found")

@@ -170,7 +170,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         """
         call = named(self, "enable_compatibility_mode", args, kwargs)
         folds = not call.get("no_processing") and call.get("fold_ln", True)
-        self.check_keeps_gains("enable_compatibility_mode()", folds)
+        self._check_keeps_gains("enable_compatibility_mode()", folds)
         super().enable_compatibility_mode(**call)
 
     def read_cache_kwarg(self) -> None:

@@ -79,7 +79,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         if "family" not in vars(self):  # pickled before there were families: of the one that was known then
             self.family = families()[0]
 
-    def check_keeps_gains(self, method: str, folds: bool) -> None:
+    def _check_keeps_gains(self, method: str, folds: bool) -> None:
         """Raise when the weights are to be processed so that a site's tensor would lose the gain of its norm.
 
         Raises:

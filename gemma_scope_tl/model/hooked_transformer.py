@@ -85,7 +85,7 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
         Raises:
             SpliceError: for a family with a site behind the gain of a norm, unless ``fold_ln=False``.
         """
-        self.check_keeps_gains("process_weights_()", fold_ln)
+        self._check_keeps_gains("process_weights_()", fold_ln)
         super().process_weights_(fold_ln, *args, **kwargs)
 
     def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:

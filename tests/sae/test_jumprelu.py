@@ -296,8 +296,8 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr("gemma_scope_tl.registry.catalog.resolve", lambda release, id: local(release))
 
-    def find(model: str, site: str, layer: Any, width: Any, l0: Any, release: str | None = None) -> Any:
-        assert release is None
+    def find(model: str, site: str, layer: Any, width: Any, l0: Any, **chosen: Any) -> Any:
+        assert set(chosen.values()) <= {None}
         return local(site)
 
     monkeypatch.setattr("gemma_scope_tl.registry.catalog.find", find)
@@ -396,7 +396,7 @@ def test_folders_that_hold_nothing_or_too_much(tmp_path: Path) -> None:
         JumpReLUSAE.from_folder(tmp_path / "nope")
     write(tmp_path)
     (tmp_path / "sae_weights.safetensors").write_bytes(b"x")
-    with pytest.raises(WeightsError, match="both layouts"):
+    with pytest.raises(WeightsError, match="several layouts"):
         JumpReLUSAE.from_folder(tmp_path)
 
 

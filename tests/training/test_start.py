@@ -26,7 +26,7 @@ from gemma_scope_tl.training.start import absolute_start, read_start, unfolded
 from gemma_scope_tl.training.suite import train_suite
 from tests.training.planted import PlantedSource, tiny_config
 
-L0 = 18
+L0 = 16
 GRID = [
     {"sites": ["res"], "layers": [1], "widths": [64], "target_l0s": [6]},
     {"sites": ["transcoder"], "layers": [1], "widths": [64], "target_l0s": [6], "skip": [False, True]},
