@@ -15,6 +15,7 @@ L0 to targets. Every run is kept in ``results/search/<name>.jsonl``, and no run 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -290,7 +291,7 @@ def settled(data: Data) -> dict[str, Any]:
             tried.append((value, coefficient, settings))
         value, coefficient, settings = min(tried, key=lambda one: one[0])
         found["peer"][f"{target:g}"] = {"settings": asdict(settings), "coefficient": coefficient, "fvu": value}
-    return found | {"steps": data.budget.steps}
+    return found
 
 
 def train_all(data: Data, best: dict[str, Any]) -> list[Trained]:
@@ -308,7 +309,7 @@ def train_all(data: Data, best: dict[str, Any]) -> list[Trained]:
     trained += ours(data.x, searched, data.budget, data.place, "ours, best found")
     first = replace(data, budget=replace(data.budget, seed=0))
     for target, entry in ((float(key), entry) for key, entry in best["peer"].items()):
-        settings, guess = _for_length(first, target, entry, best["steps"])
+        settings, guess = PeerSettings(**entry["settings"]), float(entry["coefficient"])
         for goal in (0.85 * target, 1.15 * target):
 
             def train(coefficient: float, settings: PeerSettings = settings) -> float:
@@ -319,17 +320,11 @@ def train_all(data: Data, best: dict[str, Any]) -> list[Trained]:
     return trained
 
 
-def _for_length(data: Data, target: float, entry: dict[str, Any], steps: int) -> tuple[PeerSettings, float]:
-    """SAELens's settings of a search with runs of ``steps`` steps for runs of the budget's length, and a coefficient.
-
-    The preset ``fast`` divides its rate by the root of the length; SAELens's recipe gets the better one of this and the
-    rate that was found.
-    """
-    found = PeerSettings(**entry["settings"])
-    slower = replace(found, lr=found.lr * math.sqrt(steps / data.budget.steps))
-    tried = [(*score_peer(data, one, float(entry["coefficient"]), target), one) for one in (found, slower)]
-    _, coefficient, settings = min(tried, key=lambda one: one[0])
-    return settings, coefficient
+def trained_file(folder: Path, name: str, best: dict[str, Any], budget: Budget) -> Path:
+    """The file of what :func:`train_all` trains: another for other settings, budgets, seeds or rules."""
+    rules = [asdict(fast(128, d_sae=budget.d_sae, target_l0=target, steps=budget.steps)) for target in CURVE]
+    digest = hashlib.sha256(json.dumps([best, asdict(budget), rules]).encode()).hexdigest()
+    return folder / f"{name}_{budget.seed}_{digest[:12]}.pt"
 
 
 def quiet(line: str) -> None:

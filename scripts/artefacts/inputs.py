@@ -90,7 +90,7 @@ INPUTS: dict[str, Callable[[], str]] = {
     "log": lambda: of_files(f"{BUNDLED}/saes/training.jsonl"),
     "results": lambda: of_files(f"{BUNDLED}/results/*.csv"),
     "notebook sources": lambda: of_files("tutorials/source/*.py"),
-    "searched settings": lambda: of_files("benchmarks/results/search/pareto.json"),
+    "searched settings": lambda: of_files("benchmarks/results/search/bundled.json"),
 }
 """Name to fingerprint: the bundled model, the held-out text and the groups of its documents, the configuration of the
 suite with the recipe of each SAE, the SAEs with their rows in the registry, the log of their training, their measured

@@ -33,6 +33,7 @@ from benchmarks.recipe_search import (
     search_peer,
     store,
     train_all,
+    trained_file,
 )
 from gemma_scope_tl.sites import Place
 from scripts.bundled.files import write_atomic
@@ -45,7 +46,7 @@ ROOT = Path(__file__).parents[2]
 FIGURE = ROOT / "docs" / "pareto_smollm2.png"
 NAME, SEARCH, BUNDLED = "smollm2_pareto", "smollm2", "bundled"
 TOKENS, HELD_ROWS, HELDOUT_TOKENS = 1_000_000, 50_000, 64 * 256
-BUDGET, SEARCH_BUDGET = Budget(d_sae=1_024, steps=600), Budget(d_sae=1_024, steps=300)
+BUDGET = Budget(d_sae=1_024, steps=400)
 PLACE = Place("res", LAYER)
 STAGES = (("lr", (0.5, 2.0)), ("scale", (0.5, 2.0)), ("l0_warm_up", (0.1, 0.25)))
 """The knobs that are searched again, from the best settings on the bundled model."""
@@ -78,7 +79,7 @@ def harvest(work: Work = DEFAULT_WORK, tokens: Tokens = TOKENS, threads: Threads
 def search_command(work: Work = DEFAULT_WORK, threads: Threads = 2, part: Part = "all") -> None:
     """Adapt the settings found on the bundled model to this one: the same knobs for both sides."""
     torch.set_num_threads(threads)
-    data = _data(work, SEARCH_BUDGET)
+    data = _data(work, BUDGET)
     before = chosen(BUNDLED)
     if part in ("all", "ours"):
         for target in TARGETS:
@@ -87,7 +88,7 @@ def search_command(work: Work = DEFAULT_WORK, threads: Threads = 2, part: Part =
         for target in TARGETS:
             _search_peer(data, before, target, typer.echo)
     if part == "all":
-        best: dict[str, Any] = {"ours": {}, "peer": {}, "steps": data.budget.steps}
+        best: dict[str, Any] = {"ours": {}, "peer": {}}
         for target in CURVE:
             nearest = min(TARGETS, key=lambda t, target=target: abs(math.log(t / target)))
             own = _search_ours(data, before, nearest, quiet)
@@ -120,9 +121,10 @@ def run(work: Work = DEFAULT_WORK, threads: Threads = 2, seeds: int = len(SEEDS)
     torch.set_num_threads(threads)
     trained: list[Trained] = []
     for seed in SEEDS[:seeds]:
-        path = work / f"{NAME}_{seed}.pt"
+        budget = replace(BUDGET, seed=seed)
+        path = trained_file(work, NAME, chosen(SEARCH), budget)
         if not path.exists():
-            found = train_all(_data(work, replace(BUDGET, seed=seed)), chosen(SEARCH))
+            found = train_all(_data(work, budget), chosen(SEARCH))
             write_atomic(path, lambda temporary, found=found: torch.save(found, temporary))
         trained += torch.load(path, weights_only=False)  # our own file
     setting: dict[str, Any] = {
