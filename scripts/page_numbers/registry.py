@@ -101,12 +101,29 @@ def _listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _share_of_dense(low: float, high: float, pick: Callable[[Any], Any]) -> Callable[[Any], float]:
-    """Of the peer's SAEs with penalties tanh and step and an L0 between two bounds."""
+def _gains(metric: str) -> Callable[[Any], tuple[float, float]]:
+    """By how much the peer's metric is larger: the least and the most over the L0s."""
+
+    def value(data: Any) -> tuple[float, float]:
+        ratios = [row["ratio"] - 1 for row in data["rows"] if row["what"].startswith(metric)]
+        return min(ratios), max(ratios)
+
+    return value
+
+
+def _undecided(data: Any) -> str:
+    """The comparisons whose interval contains 1."""
+    found = [row["what"].partition(",")[0] for row in data["rows"] if row["ratio_low"] <= 1 <= row["ratio_high"]]
+    return f"once, for {found[0]}" if len(found) == 1 else f"for {_listed(found)}" if found else "nowhere"
+
+
+def _dense_near(recipe: str) -> Callable[[Any], float]:
+    """The mean share of L0 from dense latents, of the SAEs of a recipe within a quarter of the second largest L0."""
 
     def value(data: Any) -> float:
-        points = [p for p in data["points"] if p["recipe"].endswith(("tanh", "step")) and low < p["l0"] < high]
-        return float(pick(points))
+        at = int(_labels(data)[-2])
+        near = [p for p in data["points"] if p["recipe"] == recipe and 0.75 < p["l0"] / at < 1.25]
+        return sum(p["dense_share"] for p in near) / len(near)
 
     return value
 
@@ -195,7 +212,6 @@ NUMBERS: dict[str, Number] = {
         f"{name}.{key}": Number(source, value, form)
         for name, source in (("pareto", PARETO), ("smollm2", SMOLLM2))
         for key, value, form in (
-            ("sparser", lambda data: _listed(_labels(data)[:-1]), "{}"),
             ("densest", lambda data: _labels(data)[-1], "{}"),
             ("latents", lambda data: data["setting"]["budget"]["d_sae"], "{:,}"),
             ("ours.dense", lambda data: _densest(data)["dense_share"], "{:.0%}"),
@@ -204,24 +220,15 @@ NUMBERS: dict[str, Number] = {
     "pareto.tokens": Number(PARETO, lambda data: data["setting"]["tokens"] / 1e6, "{:.1f} million"),
     "smollm2.steps": Number(SMOLLM2, lambda data: data["setting"]["budget"]["steps"], "{:,}"),
     "smollm2.batch": Number(SMOLLM2, lambda data: data["setting"]["budget"]["batch_size"], "{:,}"),
-    "pareto.share.low": Number(PARETO, lambda data: int(_labels(data)[0]) / 128, "{:.0%}"),
-    "pareto.share.high": Number(PARETO, lambda data: int(_labels(data)[-2]) / 128, "{:.0%}"),
-    "pareto.peer.l0": Number(
-        PARETO,
-        lambda data: tuple(_share_of_dense(35, 45, lambda ps, f=f: f(p["l0"] for p in ps))(data) for f in (min, max)),
-        "{:.0f} to {:.0f}",
-    ),
-    "pareto.peer.dense": Number(
-        PARETO,
-        lambda data: tuple(
-            _share_of_dense(35, 45, lambda ps, f=f: f(p["dense_share"] for p in ps))(data) for f in (min, max)
-        ),
-        "{:.0%} to {:.0%}",
-    ),
-    "pareto.peer.denser.l0": Number(PARETO, _share_of_dense(60, 80, lambda ps: min(p["l0"] for p in ps)), "{:.0f}"),
-    "pareto.peer.denser": Number(
-        PARETO, _share_of_dense(60, 80, lambda ps: min(p["dense_share"] for p in ps)), "{:.0%}"
-    ),
+    "smollm2.sparser": Number(SMOLLM2, lambda data: _listed(_labels(data)[:-1]), "{}"),
+    "pareto.searched": Number("benchmarks/recipe_search.py", lambda m: _listed([f"{t:g}" for t in m.TARGETS])),
+    "pareto.seeds": Number(PARETO, lambda data: data["rows"][0]["seeds"]),
+    "pareto.fvu": Number(PARETO, _gains("FVU"), "{:.0%} to {:.0%}"),
+    "pareto.loss": Number(PARETO, _gains("delta loss"), "{:.0%} to {:.0%}"),
+    "pareto.undecided": Number(PARETO, _undecided),
+    "pareto.middle": Number(PARETO, lambda data: _labels(data)[-2]),
+    "pareto.ours.middle": Number(PARETO, _dense_near("ours"), "{:.0%}"),
+    "pareto.peer.middle": Number(PARETO, _dense_near("SAELens JumpReLU, tanh"), "{:.0%}"),
     "smollm2.peer.dense": Number(
         SMOLLM2,
         lambda data: min(
