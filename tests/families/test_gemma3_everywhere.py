@@ -103,7 +103,7 @@ def test_each_coder_is_of_the_family_that_its_release_states(world: World) -> No
 
 @torch.no_grad()
 def test_features_and_pages_list_what_the_equations_give(world: World, plain: Any, model: Any) -> None:
-    ids = ids_of(model)
+    ids, table = ids_of(model), None
     for site, layer, affine in PLACES:
         seen: dict[str, torch.Tensor] = {}
         with reading(plain, layer, TENSORS[site][1], seen):
@@ -113,6 +113,7 @@ def test_features_and_pages_list_what_the_equations_give(world: World, plain: An
         assert len(table) == (f[1:] > 0).sum()  # all but BOS
         wanted = f[table["position"], table["latent"]]
         np.testing.assert_allclose(table["activation"], wanted, rtol=1e-3, atol=ATOL)
+    assert table is not None
     page = gs.feature_page(model, load("transcoder", 3, True), int(table["latent"][0]), [TEXT] * 8, context=32)
     assert "transcoder" in str(page.html if hasattr(page, "html") else page)
 
@@ -173,7 +174,7 @@ def test_edits_of_latents_on_spliced_coders(world: World, plain: Any, model: Any
 
 @torch.no_grad()
 def test_evaluation_is_that_of_plain_hooks(world: World, plain: Any, model: Any) -> None:
-    """L0, FVU and delta loss; logits have no soft-cap. The losses are those of predictions at ordinary tokens, all but BOS."""
+    """L0, FVU and delta loss, without a soft-cap; losses are those of predictions at ordinary tokens, all but BOS."""
     ids = torch.cat([ids_of(model), ids_of(model).flip(1).roll(1, 1)])
     assert plain.config.final_logit_softcapping is None
 
@@ -238,7 +239,7 @@ def test_logit_lens_and_attribution(world: World, plain: Any, model: Any) -> Non
 
 @torch.no_grad()
 def test_the_first_positions_of_a_tuned_models_chat_are_left_out(world: World, plain: Any, model: Any) -> None:
-    """Gemma Scope 2's coders of tuned models do not read ``<bos><start_of_turn>user\\n``: ``positions=slice(4, None)``."""
+    """Those of ``<bos><start_of_turn>user\\n``, by ``positions=slice(4, None)``."""
     ids = ids_of(model)
     sae, coder = load("transcoder", 3, True), world.coder("transcoder", 3, True)
     _, reads, writes = TENSORS["transcoder"]
@@ -275,7 +276,7 @@ def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layout", ["gemma-scope", "sae-lens", "gemma_scope_2"])
-def test_a_trained_suite_is_exported_with_its_family(trained: Path, layout: str, tmp_path: Path) -> None:
+def test_a_trained_suite_is_exported_with_its_family(trained: Path, layout: Any, tmp_path: Path) -> None:
     """``suite.json`` states the family, so hooks and tensors are those of the model that it was trained on."""
     out = tmp_path / "out"
     gs.export_suite(trained, out, About(license="MIT"), layout=layout)
