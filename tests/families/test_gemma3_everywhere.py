@@ -7,7 +7,7 @@ that no latent is within rounding of its own (asserted where counts are compared
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def load(site: str, layer: int, affine: bool) -> Any:
 
 
 @contextmanager
-def reading(hf: Any, layer: int, name: str, seen: dict[str, torch.Tensor]) -> Iterator[None]:
+def reading(hf: Any, layer: int, name: str, seen: dict[str, torch.Tensor]) -> Generator[None]:
     """Keep a tensor of Hugging Face's model, as ``seen[name]``."""
     module, side = module_of(hf, layer, name)
 
@@ -71,7 +71,7 @@ def reading(hf: Any, layer: int, name: str, seen: dict[str, torch.Tensor]) -> It
 
 
 @contextmanager
-def writing(hf: Any, layer: int, name: str, edit: Any) -> Iterator[None]:
+def writing(hf: Any, layer: int, name: str, edit: Any) -> Generator[None]:
     """Replace a tensor of Hugging Face's model by ``edit`` of it."""
     module, side = module_of(hf, layer, name)
     if side == "input":
