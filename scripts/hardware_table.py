@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_scope_tl.files import write_atomically
-from gemma_scope_tl.model.sizes import sizes_of
+from gemma_scope_tl.model.sizes import family_and_sizes, sizes_of
 from gemma_scope_tl.registry.widths import parse_width
-from gemma_scope_tl.sites import get_site
 from gemma_scope_tl.training import plan as costs
 from gemma_scope_tl.training.plan import plan_suite
 from scripts import page_tables
@@ -20,18 +19,23 @@ from scripts.plan_cluster import TOKENS, Hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, PAGE = ROOT / "docs" / "hardware.json", ROOT / "docs" / "hardware.md"
-MODELS = ("gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
-WIDTHS = ("16k", "65k", "131k", "1m")
+WIDTHS = {
+    **dict.fromkeys(("gemma-2-2b", "gemma-2-9b", "gemma-2-27b"), ("16k", "65k", "131k", "1m")),
+    **dict.fromkeys(
+        ("gemma-3-270m", "gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "gemma-3-27b"), ("16k", "65k", "262k", "1m")
+    ),
+}
+"""Widths of released SAEs of each model."""
 CONTEXT, BATCH, BUCKET = 1024, 4096, 1 << 20
 CARDS = (8, 16, 24, 40, 80)  # GB
-RESERVE = 2e9  # bytes for activations, logits of 256,000 tokens, and CUDA
+RESERVE = 2e9  # bytes for activations, logits of a vocabulary of a quarter of a million, and CUDA
 GB, GIB, TIB = 1e9, 2.0**30, 2.0**40
 
 
 def models() -> list[dict[str, Any]]:
     """Parameters, bytes and FLOP of each model."""
     rows: list[dict[str, Any]] = []
-    for name in MODELS:
+    for name in WIDTHS:
         sizes = sizes_of(name)
         rows.append(
             {
@@ -49,12 +53,12 @@ def models() -> list[dict[str, Any]]:
 def saes() -> list[dict[str, Any]]:
     """Bytes of an SAE of each model, site and width, and the cost of encoding a token relative to the model's pass."""
     rows: list[dict[str, Any]] = []
-    for name in MODELS:
-        sizes = sizes_of(name)
+    for name in WIDTHS:
+        family, sizes = family_and_sizes(name)
         whole = sizes.flops_per_token(sizes.dims.n_layers, CONTEXT)
         for site in ("res", "att"):
-            d = get_site(site).d_in(sizes.dims)
-            for width in WIDTHS:
+            d = family.site(site).d_in(sizes.dims)
+            for width in WIDTHS[name]:
                 d_sae = parse_width(width)
                 rows.append(
                     {
@@ -74,14 +78,14 @@ def saes() -> list[dict[str, Any]]:
 def fits() -> list[dict[str, Any]]:
     """The widest res SAE of :data:`WIDTHS` beside the model on each card; None where the model does not fit."""
     rows: list[dict[str, Any]] = []
-    for name in MODELS:
+    for name in WIDTHS:
         sizes = sizes_of(name)
         for dtype, item in (("bfloat16", 2), ("float32", 4)):
             row: dict[str, Any] = {"model": name, "dtype": dtype}
             for card in CARDS:
                 left = card * GB - RESERVE - item * sizes.parameters
                 d = sizes.dims.d_model
-                inside = [w for w in WIDTHS if item * costs.parameters(d, d, parse_width(w)) <= left]
+                inside = [w for w in WIDTHS[name] if item * costs.parameters(d, d, parse_width(w)) <= left]
                 row[str(card)] = inside[-1] if inside else ("model only" if left >= 0 else None)
             rows.append(row)
     return rows
@@ -92,8 +96,8 @@ def training() -> list[dict[str, Any]]:
     hardware = Hardware()
     flops = hardware.fp32_flops * hardware.share_of_peak
     rows: list[dict[str, Any]] = []
-    for name in MODELS:
-        for width in WIDTHS:
+    for name in WIDTHS:
+        for width in WIDTHS[name]:
             config = {
                 "output": "hardware-table",
                 "model": {"name": name, "dtype": "bfloat16"},
@@ -122,10 +126,11 @@ def training() -> list[dict[str, Any]]:
 def buffers() -> list[dict[str, Any]]:
     """Shuffle buffers for all places of a model at once, in bfloat16, and those of SAELens's runner."""
     rows: list[dict[str, Any]] = []
-    for name in MODELS:
-        dims = sizes_of(name).dims
+    for name in WIDTHS:
+        family, sizes = family_and_sizes(name)
+        dims = sizes.dims
         for sites in (("res",), ("res", "mlp", "att")):
-            widths = [get_site(site).d_in(dims) for site in sites] * dims.n_layers
+            widths = [family.site(site).d_in(dims) for site in sites] * dims.n_layers
             rows.append(
                 {
                     "model": name,

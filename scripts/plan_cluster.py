@@ -204,7 +204,7 @@ def paper_checks() -> list[dict[str, Any]]:
     places = [(model, site) for model in (GEMMA_2B, GEMMA_9B) for site in SITES]
     stored = sum(model.dims.n_layers * store_bytes(model, site, 8e9) for model, site in places)
     released = list_saes()
-    # Files that are only known by name may not exist.
+    # The paper's release is that of Gemma 2. Files that are only known by name may not exist.
     released = released[released["model"].str.startswith("gemma-2-") & ~released["unverified"]]
     sizes = zip(released["d_in"].tolist(), released["d_sae"].tolist(), strict=True)
     flops = sum(12.0 * d_in * d_sae * TOKENS[d_sae] for d_in, d_sae in sizes)

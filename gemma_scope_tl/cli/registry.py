@@ -50,10 +50,13 @@ def new(
         str | None,
         typer.Option(
             help="gemma-scope, sae-lens or gemma_scope_2, if the source has several.",
-            callback=checks.one_of("format", checks.LAYOUTS[:2]),
+            callback=checks.one_of("format", checks.LAYOUTS[:3]),
         ),
     ] = None,
     setting: Settings = None,
+    family: Annotated[
+        str | None, typer.Option(help="Family of the model, if neither its name nor a file states it.")
+    ] = None,
     canonical: Annotated[bool, typer.Option("--canonical", help="Mark the SAEs nearest to an L0 of 100.")] = False,
     force: Force = False,
     as_json: options.Json = False,
@@ -75,7 +78,7 @@ def new(
 
     options = Options(
         release, model, site, layer, l0, license, description, revision, checked_format(format), setting or (),
-        unknown_l0, canonical,
+        unknown_l0, canonical, family,
     )  # fmt: skip
     draft = draft_release(source, out, options, progress=True)
     path = write_draft(draft, out, force)

@@ -14,15 +14,15 @@ from typing import Any, cast
 
 from gemma_scope_tl.contributing.folder_metadata import ARCHITECTURES, flat_cfg
 from gemma_scope_tl.contributing.repositories import Repository, ask_each, is_remote, open_repository, sizes_of
-from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
+from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.catalog import Header, clashing_names, read_header
 from gemma_scope_tl.registry.locate import builtin_folder, release_files
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.schema import CFG_FILE, ReleaseFile, SAERow, escaping_rows, validate_release
-from gemma_scope_tl.sites import get_site, site_of_hook
+from gemma_scope_tl.sites import site_of_hook
 from gemma_scope_tl.weights.checks import CONFIG_NAME, Expected
-from gemma_scope_tl.weights.coder_config import CoderConfig
+from gemma_scope_tl.weights.coder_config import CoderConfig, repaired_model
 from gemma_scope_tl.weights.seen import mark_seen
 
 CHECKS = ("schema", "names", "files", "shapes", "sha256", "l0")
@@ -215,18 +215,21 @@ def _cfg_problems(row: SAERow, cfg: Mapping[str, Any]) -> list[str]:
     """Every contradiction between a ``cfg.json`` and the row."""
     texts: list[str] = []
     architecture = cfg.get("architecture")
-    if architecture not in ARCHITECTURES or (architecture != "jumprelu") != get_site(row.site).is_transcoder:
+    if (
+        architecture not in ARCHITECTURES
+        or (architecture != "jumprelu") != row.model_family.site(row.site).is_transcoder
+    ):
         texts.append(f"{CFG_FILE} describes a {architecture!r} SAE, which does not fit site {row.site!r}.")
     meta = flat_cfg(cfg)
     if isinstance(hook := meta.get("hook_name"), str) and hook:
         try:
-            site, layer = site_of_hook(hook, meta.get("hook_name_out"))
-        except UnknownNameError as error:
+            site, layer = site_of_hook(hook, meta.get("hook_name_out"), row.model_family)
+        except GemmaScopeError as error:
             return [*texts, f"{CFG_FILE}: {error}"]
         if (site.name, layer) != (row.site, row.layer):
             texts.append(f"{CFG_FILE} names hook {hook}, but the row says site {row.site}, layer {row.layer}.")
     model = meta.get("model_name")
-    if isinstance(model, str) and model and model.rpartition("/")[2] != row.model:
+    if isinstance(model, str) and model and repaired_model(model) != repaired_model(row.model):
         texts.append(f"{CFG_FILE} names model {model}, but the row says {row.model}.")
     return texts
 

@@ -18,6 +18,7 @@ from gemma_scope_tl.contributing.folder_metadata import (
 )
 from gemma_scope_tl.contributing.repositories import Repository, ask_each, open_source
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError
+from gemma_scope_tl.families import families, family_named, family_of_model, stated_family
 from gemma_scope_tl.files import write_atomically, write_new
 from gemma_scope_tl.registry.catalog import natural_key
 from gemma_scope_tl.registry.render import render_release
@@ -38,6 +39,7 @@ class Options:
         release: name of the release; by default the last part of the name of the repository or folder.
         model, site, layer, l0: values for the folders whose files do not state them; a folder that states another value
             is an error.
+        family: family of the model; by default the one that its name or the files state.
         license: SPDX identifier of the weights' licence.
         description: one line; by default made from the rows.
         revision: branch, tag or commit of the repository; the rows name its commit.
@@ -59,6 +61,7 @@ class Options:
     settings: Sequence[str] = ()
     unknown_l0: bool = False
     canonical: bool = False
+    family: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def draft_release(
     problems = _apply(options, folders)
     name = options.release or Path(repository.name).resolve().name
     model, rows = _rows(folders, options, problems)
+    family = _family(folders, options.family, model, problems)
     if options.license is None:
         problems.append("The licence of the weights is not known: give --license, such as CC-BY-4.0.")
     problems += [f"{folder.path or '(top)'}: {text}" for folder in folders for text in folder.problems]
@@ -108,6 +112,7 @@ def draft_release(
     if options.canonical:
         remarks += mark_canonical(rows)
     head = {"release": name, "repo": _repo_text(source, repository, out), "model": model, "license": options.license}
+    head |= {"family": family}
     text = options.description or _describe(str(model), rows)
     data = {**head, "description": text, "format": format_, "saes": rows}
     return Draft(parse_release(data, f"The draft of {name}"), remarks)
@@ -215,6 +220,20 @@ def _rows(folders: Sequence[FolderMetadata], options: Options, problems: list[st
             f"or --set FOLDER:{key}=VALUE for one{also}."
         )
     return next(iter(models), None), rows
+
+
+def _family(folders: Sequence[FolderMetadata], given: str | None, model: str | None, problems: list[str]) -> str | None:
+    """What the draft must say about the family; None if it follows from the model's name."""
+    named = family_of_model(model)
+    if given is not None:
+        return stated_family(family_named(given), model)
+    said = [folder.families for folder in folders if folder.families is not None]
+    common = frozenset.intersection(*said) if said else frozenset({named.name})
+    if not common:
+        problems.append("The folders are not of one family of models: a release has one. Draft each by itself.")
+        return None
+    fitting = [family for family in families() if family.name in common]
+    return None if named in fitting else stated_family(fitting[0], model)
 
 
 def _add_hashes(repository: Repository, rows: Sequence[Row], format_: Format, progress: bool) -> list[str]:

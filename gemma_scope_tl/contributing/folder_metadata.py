@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gemma_scope_tl.contributing.coder_paths import parse_coder_path
 from gemma_scope_tl.contributing.repositories import Repository, sizes_of
-from gemma_scope_tl.errors import GemmaScopeError, RegistryError, UnknownNameError, unknown_name
+from gemma_scope_tl.errors import GemmaScopeError, RegistryError, unknown_name
+from gemma_scope_tl.families import Family, families, family_named
 from gemma_scope_tl.registry.schema import WEIGHTS_FILES, Format
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.sites import SITES, get_site, site_of_hook
 from gemma_scope_tl.weights.checks import CONFIG_NAME, SKIP_KEYS, Expected
-from gemma_scope_tl.weights.coder_config import CoderConfig
+from gemma_scope_tl.weights.coder_config import CoderConfig, is_released
 
 ARCHITECTURES = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 KEYS = ("site", "layer", "l0", "model")
@@ -36,6 +38,7 @@ class FolderMetadata:
         d_in, d_sae, d_out: sizes from the file's headers; 0 until they are read.
         claims: for each of :data:`KEYS`, the claimed value by the source of the claim.
         width_label: the width in the folder's name, in latents.
+        families: names of the families in which the tensors that the files name are a place; None if no file names any.
         named: values of a row that only Gemma Scope 2's layout has: ``label``, ``affine`` and ``seed``.
         problems: problems of the folder, in sentences.
     """
@@ -46,6 +49,7 @@ class FolderMetadata:
     d_out: int = 0
     claims: dict[str, dict[str, Any]] = field(default_factory=lambda: {key: {} for key in KEYS})
     width_label: int | None = None
+    families: frozenset[str] | None = None
     named: dict[str, Any] = field(default_factory=dict[str, Any])
     problems: list[str] = field(default_factory=list[str])
 
@@ -143,6 +147,9 @@ def _read_coder(metadata: FolderMetadata, repository: Repository, has_skip: bool
         config.complete(Expected(d_sae=metadata.d_sae, skip=has_skip, said_by="the weights"))
         place = config.place()
         said = {"site": place and place[1].name, "layer": place and place[2], "model": config.model}
+        if place is not None:
+            one = config.family or (place[0].name if is_released(config.model or "") else None)
+            metadata.families = _families(one, lambda family: config.place(family))
         for key, value in said.items():
             if value is not None:
                 metadata.claims[key][CONFIG_NAME] = value
@@ -167,9 +174,14 @@ def _read_cfg(metadata: FolderMetadata, cfg: Mapping[str, Any]) -> None:
     if isinstance(hook := meta.get("hook_name"), str) and hook:
         try:
             site, layer = site_of_hook(hook, meta.get("hook_name_out"))
-        except UnknownNameError as error:
+        except GemmaScopeError as error:
             metadata.problems.append(f"{CFG}: {error}")
         else:
+            stated = meta.get("family")
+            metadata.families = _families(
+                stated if isinstance(stated, str) else None,
+                lambda family: site_of_hook(hook, meta.get("hook_name_out"), family),
+            )
             metadata.claims["site"][CFG] = site.name
             if layer is not None:
                 metadata.claims["layer"][CFG] = layer
@@ -180,6 +192,18 @@ def _read_cfg(metadata: FolderMetadata, cfg: Mapping[str, Any]) -> None:
         named = metadata.claims["l0"].get(NAME)
         if named is None or abs(named - l0) >= 1:  # the L0 in a name is rounded
             metadata.claims["l0"][CFG] = float(l0)
+
+
+def _families(stated: str | None, place: Callable[[Family], object]) -> frozenset[str]:
+    """The names of the families that have a place: the stated one, or all for which ``place`` does not raise."""
+    if stated is not None:
+        return frozenset({family_named(stated).name})
+    found: set[str] = set()
+    for family in families():
+        with suppress(GemmaScopeError):
+            place(family)
+            found.add(family.name)
+    return frozenset(found)
 
 
 def parse_setting(text: str) -> tuple[str, str, Any]:

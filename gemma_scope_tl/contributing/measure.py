@@ -144,9 +144,9 @@ def l0_of(
     errors: dict[int, GemmaScopeError] = {}
     for number, sae in enumerate(saes):
         try:
-            site, layer = locate(sae)
+            site, layer = locate(sae, model.family)
             site.check_layer(layer, model.dims)
-            places[number] = Place(model.family.site(site.name).name, layer)
+            places[number] = Place(site.name, layer)
         except GemmaScopeError as error:
             errors[number] = error
     batches = tokens.split(BATCH)

@@ -32,6 +32,7 @@ __all__ = [
     "hub_ids",
     "plain_name",
     "register_family",
+    "stated_family",
 ]
 
 _FAMILIES: dict[str, Family] = {}
@@ -109,6 +110,15 @@ def family_of_model(model: str | None, site: str | None = None) -> Family:
         if family.base_name(name) in family.sizes or (name and name == family.bundled):
             return family
     return next((family for family in families() if site in family.sites), families()[0])
+
+
+def stated_family(family: Family, model: str | None, site: str | None = None) -> str | None:
+    """What a file that names a model must say about its family: None if the family follows from the model's name.
+
+    >>> stated_family(GEMMA3, "gemma-3-1b"), stated_family(GEMMA3, "my-model")
+    (None, 'gemma3')
+    """
+    return None if family_of_model(model, site) is family else family.name
 
 
 def bundled_names() -> tuple[str, ...]:

@@ -22,7 +22,6 @@ from jaxtyping import Int
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.saes import subjects_of
-from gemma_scope_tl.sites import get_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,7 +78,7 @@ def run_sae_lens_evals(
 
     rows: list[dict[str, Any]] = []
     for subject in subjects_of(model, saes):
-        site = get_site(subject.place.site)
+        site = model.family.site(subject.place.site)
         if site.is_transcoder:
             raise GemmaScopeError("SAELens's run_evals writes where it reads; it cannot evaluate a transcoder.")
         sae = subject.get()

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from gemma_scope_tl.contributing.draft import CANONICAL_L0
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.families import family_of_model
 from gemma_scope_tl.files import replace_files
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.release.release_saes import ReleaseSAE
@@ -55,7 +54,7 @@ def write_transcoder_set(folder: Path, saes: Sequence[ReleaseSAE], base_model: s
     """
     import yaml
 
-    site = family_of_model(base_model).site(saes[0].site)
+    site = saes[0].family.site(saes[0].site)
     block = "blocks.0."  # circuit-tracer puts the block's name before a hook's
     config = {
         "model_name": base_model,

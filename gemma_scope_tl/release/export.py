@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.families import family_of_model
+from gemma_scope_tl.families import stated_family
 from gemma_scope_tl.files import checked_path, make_folder, replace_files, write_atomically
 from gemma_scope_tl.registry.schema import NAME, WEIGHTS_FILES
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER, render_card
 from gemma_scope_tl.release.metrics import match_metrics, with_l0
 from gemma_scope_tl.release.release_saes import DEAD, DECIMALS, About, ReleaseSAE, folder_of, l0_label, read_saes
 from gemma_scope_tl.sae.arguments import shown
-from gemma_scope_tl.sites import get_site
 from gemma_scope_tl.weights.checks import CONFIG_NAME
 
 if TYPE_CHECKING:
@@ -178,9 +177,8 @@ def _groups(
         return {title: (root, list(saes))}
     groups: dict[str, tuple[Path, list[ReleaseSAE]]] = {}
     for sae in saes:
-        family = family_of_model(sae.model, sae.site)
-        residual = next(site.name for site in family.sites.values() if site.joins == "residual")
-        site = sae.site if family.site(sae.site).per_layer else residual
+        residual = next(site.name for site in sae.family.sites.values() if site.joins == "residual")
+        site = sae.site if sae.family.site(sae.site).per_layer else residual
         release = f"{title}-{site}"
         groups.setdefault(release, (root / release, []))[1].append(sae)
     return groups
@@ -250,6 +248,7 @@ def _write_registry(
     options = Options(
         release=release,
         model=saes[0].model,
+        family=stated_family(saes[0].family, saes[0].model),
         site=next(iter(sites)) if len(sites) == 1 else None,
         license=about.license,
         description=about.description,
@@ -261,7 +260,7 @@ def _write_registry(
 
 def _layered_sites(saes: Sequence[ReleaseSAE]) -> set[str]:
     """The sites of SAEs, without those that exist once."""
-    return {sae.site for sae in saes if get_site(sae.site).per_layer}
+    return {sae.site for sae in saes if sae.family.site(sae.site).per_layer}
 
 
 @contextmanager

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gemma_scope_tl.contributing.coder_paths import coder_path, parse_coder_path
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.families import Family, family_of_model
 from gemma_scope_tl.files import checked_path, is_file, is_folder
 from gemma_scope_tl.registry.schema import WEIGHTS_FILES, parse_release, read_release
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.sae.choices import as_saes
+from gemma_scope_tl.sae.config import FAMILY
 from gemma_scope_tl.sae.provenance import still_said
-from gemma_scope_tl.sites import get_site
 from gemma_scope_tl.weights.checks import PARAMS_NAME, SKIP_KEYS
 from gemma_scope_tl.weights.coder_config import repaired_model
 
@@ -96,9 +97,19 @@ class ReleaseSAE:
     named: tuple[str, str] | None = None
 
     @property
+    def family(self) -> Family:
+        """The family of the model, which the row or the SAE states, or its name."""
+        if self.row is not None:
+            return self.row.model_family
+        from gemma_scope_tl.sae.access import trained_family
+
+        stated = self.sae.cfg.metadata.get(FAMILY)
+        return family_of_model(self.model, self.site) if stated is None else trained_family(self.sae)
+
+    @property
     def is_transcoder(self) -> bool:
         """Whether the SAE reconstructs a tensor other than its input."""
-        return get_site(self.site).is_transcoder
+        return self.family.site(self.site).is_transcoder
 
     @property
     def affine(self) -> bool:
@@ -255,6 +266,7 @@ def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequenc
     # The ids there lack the site, so SAEs of two sites may share one; their paths are unique.
     saes = [{**{key: row.get(key) for key in _COLUMNS}, "id": row["path"]} for row in listed]
     head = {"release": "draft", "repo": str(folder.resolve()), "model": name, "license": "unknown", "description": "-"}
+    head |= {"family": facts.get("family")}
     return name, parse_release({**head, "saes": saes}, str(file)).rows
 
 

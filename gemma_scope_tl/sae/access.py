@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.families import Family, family_of_model
+from gemma_scope_tl.families import Family, families, family_of_model
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sae.choices import bring
+from gemma_scope_tl.sae.config import FAMILY
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import Site, site_of_hook
 
@@ -33,8 +34,7 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
 
     Args:
         sae: an SAE or latents.
-        family: the family of the site; None for the family of the model that the SAE was trained on, or, if that is
-            unknown, the first family that has the site.
+        family: the family of the site; None for :func:`trained_family`.
 
     Raises:
         SpliceError: when the site is unknown.
@@ -42,14 +42,28 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
     """
     name = getattr(sae, "site", None)
     if name is not None:
-        family = family or family_of_model(getattr(sae, "model_name", None), name)
-        return family.site(name), getattr(sae, "layer", None)
+        return (family or trained_family(sae)).site(name), getattr(sae, "layer", None)
     if isinstance(sae, Latents):
         raise SpliceError("The site of these latents is unknown: give them a site and a layer.")
     hook = sae.cfg.metadata.hook_name
     if hook is None:
         raise SpliceError("The site of this SAE is unknown: load it with site= and layer=.")
     return site_of_hook(hook, sae.cfg.metadata.hook_name_out, family)
+
+
+def trained_family(sae: SAEOrLatents) -> Family:
+    """The family of the model that an SAE or latents were trained on.
+
+    It is the one that the registry row or the metadata states, or else the one that the name of the model belongs to.
+    If that is unknown, it is the first family that has the site.
+    """
+    row = getattr(sae, "row", None)
+    if row is not None:
+        return row.model_family
+    metadata = {} if isinstance(sae, Latents) else sae.cfg.metadata
+    said = {family.name: family for family in families()}.get(str(metadata.get(FAMILY)))
+    name = getattr(sae, "model_name", None) or metadata.get("model_name")
+    return said or family_of_model(name if isinstance(name, str) else None, getattr(sae, "site", None))
 
 
 def chosen_latents(sae: SAEOrLatents, latents: int | Iterable[int]) -> list[int]:

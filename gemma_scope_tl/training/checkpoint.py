@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_scope_tl import __version__
+from gemma_scope_tl.families import Family
 from gemma_scope_tl.files import file_sha256, reason, sync_folder, sync_to_disk, write_atomically, writing
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
@@ -61,10 +62,15 @@ def write_run(folder: Path, config: SuiteConfig) -> None:
 
 
 def write_suite(
-    folder: Path, config: SuiteConfig, scales: Mapping[Place, float], rows: Sequence[Mapping[str, Any]]
+    folder: Path,
+    config: SuiteConfig,
+    family: Family,
+    scales: Mapping[Place, float],
+    rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Record in ``suite.json`` that the suite is complete, with the scale of every place and a row for each SAE."""
-    facts = {"scales": {place.key: scale for place, scale in scales.items()}, "saes": list(rows)}
+    """Record in ``suite.json`` that the suite is complete: the model's family, all scales, and a row for each SAE."""
+    facts: dict[str, Any] = {"family": family.name}
+    facts |= {"scales": {place.key: scale for place, scale in scales.items()}, "saes": list(rows)}
     _write_record(folder / SUITE_NAME, "suite", config, facts)
 
 

@@ -136,7 +136,7 @@ def _train(
                 _record_process(folder, began, first, run)
     rows = write_release(folder, saes, family, shard)
     if shard.leads:
-        write_suite(folder, config, run.scales, rows)
+        write_suite(folder, config, family, run.scales, rows)
     return _finished(folder, config, shard)
 
 

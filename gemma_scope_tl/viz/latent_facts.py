@@ -69,7 +69,7 @@ class PageText:
     @torch.no_grad()
     def activations(self, sae: Any) -> Float[torch.Tensor, "rows pos d_in"]:
         """The activations that ``sae`` reads at every token, with flattened heads, on the CPU."""
-        site, layer = locate(sae)
+        site, layer = locate(sae, self.model.family)
         site.check_layer(layer, self.model.dims)
         place = Place(site.name, layer)
         if place in self._held:
@@ -179,7 +179,7 @@ def latent_facts(
             f"and {around}."
         )
     (index,) = chosen_latents(sae, latent)
-    site, layer = locate(sae)
+    site, layer = locate(sae, text.model.family)
     x = text.activations(sae).to(text.model.device_of(layer))
     acts = encode_latents(sae, x, [index])[..., 0].float().cpu()
     acts = torch.where(text.ordinary, acts, 0.0)

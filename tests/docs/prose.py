@@ -28,8 +28,8 @@ CODE = "`"
 """What stands for a code span in the text of a block."""
 
 NAMES = {
-    r"\bGemma(?: Scope)? [123]\b(?!,\d)": "a model's or suite's name",
-    r"\b(?:1|2|4|9|12|27)B\b|\b270M\b": "a model's name",
+    r"\bGemma(?: Scope)? [1-3](?: (?:and|or) [1-3])?\b(?!,\d)": "a model's or suite's name",
+    r"\b(?:270M|(?:1|2|4|9|12|27)B)\b": "a model's name",
     r"\b(?:Qwen 2|GPT-3|SmolLM2-135M)\b": "a model's name",
     r"\b(?:16k|65k|131k|262k|524k|1m)\b": "a width's label, as in the folder names",
     r"\b(?:TransformerLens|SAELens|SAEBench|transformers|Python|PyTorch|NumPy|numpy|version|versions)"

@@ -32,8 +32,10 @@ def test_names_in_the_readme_exist() -> None:
 
 def test_the_number_of_saes_is_that_of_the_registry() -> None:
     table = gs.list_saes()
-    released = (table["model"] != "bundled") & ~table["unverified"]
-    assert f"{released.sum():,} sparse autoencoders" in without_marks(README)
+    released = ~table["model"].str.startswith("bundled") & ~table["unverified"]
+    second = table["release"].str.startswith("gemma-scope-2-")
+    assert f"{(released & ~second).sum():,} sparse autoencoders" in without_marks(README)
+    assert f"{(released & second).sum():,} SAEs and transcoders" in without_marks(README)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

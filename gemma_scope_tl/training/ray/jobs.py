@@ -108,7 +108,7 @@ def train_on_ray(
             jobs = jobs_of(checked, groups, by, harvesters)
             _check_done(folder, run_jobs(jobs, address=address, retries=retries, show=show))
             parts = [folder / JOBS / job.name for job in jobs if job.function is train_job]
-            merge_jobs(folder, checked, groups, parts)
+            merge_jobs(folder, checked, groups, parts, family)
         return suite_table(folder)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma_scope_tl.families import Family
 from gemma_scope_tl.files import make_folder, write_atomically, writing
 from gemma_scope_tl.training.checkpoint import METRICS_NAME, SUITE_NAME, read_record, write_suite
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
@@ -17,7 +18,9 @@ from gemma_scope_tl.training.release import folder_names, staged
 from gemma_scope_tl.weights.checks import PARAMS_NAME
 
 
-def merge_jobs(folder: Path, config: SuiteConfig, groups: Sequence[Group], parts: Sequence[Path]) -> None:
+def merge_jobs(
+    folder: Path, config: SuiteConfig, groups: Sequence[Group], parts: Sequence[Path], family: Family
+) -> None:
     """Write the suite of a run from the suites of its jobs, equal to the bit to the suite that one process writes.
 
     The files ``params.npz`` are hard links to those of the jobs, where the file system supports them. The file
@@ -29,6 +32,7 @@ def merge_jobs(folder: Path, config: SuiteConfig, groups: Sequence[Group], parts
         config: configuration of the run.
         groups: the SAEs of the run, in the order of the grid.
         parts: folders of the jobs.
+        family: family of the model.
 
     Raises:
         TrainingStateError: a job's suite is missing.
@@ -44,7 +48,7 @@ def merge_jobs(folder: Path, config: SuiteConfig, groups: Sequence[Group], parts
             _link(part / row["path"] / PARAMS_NAME, stage / name / PARAMS_NAME)
             rows.append({**row, "id": name.removeprefix(f"{spec.place.site}/"), "path": name})
     write_atomically(folder / METRICS_NAME, _metrics({spec.name: i for i, spec in enumerate(specs)}, parts))
-    write_suite(folder, config, {place: scales[place.key] for place in places_of(groups)}, rows)
+    write_suite(folder, config, family, {place: scales[place.key] for place in places_of(groups)}, rows)
 
 
 def _suites(parts: Sequence[Path]) -> tuple[dict[str, tuple[Path, dict[str, Any]]], dict[str, float]]:
