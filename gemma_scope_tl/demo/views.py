@@ -57,9 +57,8 @@ def suite_grid(table: pd.DataFrame, metric: str, width: str) -> pd.DataFrame:
         raise unknown_name("width", width, widths(table))
     rows = table[table["width"] == width]
     skips = rows["affine"].astype("boolean").fillna(False)
-    rows = rows[
-        rows["canonical"] if rows["canonical"].any() else (rows["label"] == MIDDLE) & ~skips & rows["seed"].isna()
-    ]
+    middle = (rows["label"] == MIDDLE) & ~skips & rows["seed"].isna()
+    rows = rows[rows["canonical"] if rows["canonical"].any() else middle]
     named = rows.assign(column=rows["layer"].astype("string").fillna("-"))
     grid = named.pivot_table(index="site", columns="column", values=metric, dropna=False, sort=False)
     order = sorted(grid.columns, key=lambda name: -1 if name == "-" else int(name))
