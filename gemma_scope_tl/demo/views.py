@@ -37,7 +37,7 @@ def widths(table: pd.DataFrame) -> list[str]:
 
 
 def suite_grid(table: pd.DataFrame, metric: str, width: str) -> pd.DataFrame:
-    """A metric of the canonical SAEs of a width, or of those with the label medium and without skip if none is canonical.
+    """A metric of the canonical SAEs of a width; if none is canonical, of those with the label medium and without skip.
 
     Args:
         table: the table of :func:`measured`.

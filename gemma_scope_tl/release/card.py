@@ -146,7 +146,11 @@ def _table(saes: Sequence[ReleaseSAE], paths: Sequence[str], rows: Sequence[Row 
             for sae, path in zip(saes, paths, strict=True)
             if sae.row
         )
-        named = "a label in a folder's name stands for" if labels else "the number in a folder's name is its rounded"
+        named = (
+            "a label in a folder's name stands for the target"
+            if labels
+            else "the number in a folder's name is its rounded"
+        )
         return "\n".join([*lines, "", f"No measurements were given; {named} L0."])
     left = sum(row is None for row in rows)
     text = f"Measured on: {about.evaluated_on or NOT_STATED} Losses and KL in nats a token."

@@ -174,7 +174,7 @@ def test_a_suite_without_measurements(world: World) -> None:
 def test_coders_with_labels_and_skips(world: World) -> None:
     """No two SAEs of a place have one label, and the grid has the medium ones, as none is canonical."""
     rows = select_rows(model="gemma-3-1b", layer=[13])
-    other = World(world.model, rows)
+    other, labels = World(world.model, rows), [""]
     for site in other.sites():
         labels = [views.sae_label(other.rows[name]) for name in other.names(site, 13)]
         assert len(labels) > 8 and len(set(labels)) == len(labels)
