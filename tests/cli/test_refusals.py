@@ -24,10 +24,9 @@ from gemma_scope_tl.cli.failures import run
 from gemma_scope_tl.dtypes import DTYPES, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.run import ABLATIONS
-from gemma_scope_tl.families import hub_ids
+from gemma_scope_tl.families import bundled_names, hub_ids
 from gemma_scope_tl.interp.controls import SCORES
 from gemma_scope_tl.interventions.functions import UNITS
-from gemma_scope_tl.model.loading import BUNDLED
 from gemma_scope_tl.release.export import Layout, Repos
 from gemma_scope_tl.studies.probe_fits import SELECT
 
@@ -265,7 +264,7 @@ def test_every_verb_is_guarded_and_reports_alike() -> None:
 def test_names_are_those_of_the_library() -> None:
     assert [parse_dtype(name) for name in checks.DTYPES] == [parse_dtype(name) for name in DTYPES] * 2
     assert [str(parse_dtype(name)) for name in DTYPES] == [f"torch.{name}" for name in DTYPES]
-    assert (BUNDLED, *hub_ids()) == checks.models()
+    assert checks.models() == (*bundled_names(), *hub_ids())
     assert tuple(SELECT) == checks.SELECTIONS and tuple(SCORES) == checks.SCORES
     assert checks.UNITS == UNITS and checks.ATTRIBUTIONS == METHODS and checks.ABLATIONS == ABLATIONS
     assert get_args(Layout) == checks.LAYOUTS and get_args(Repos) == checks.REPOS
