@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.demo.world import World
     from gemma_scope_tl.registry.schema import SAERow
 
+MIDDLE = "medium"
 GRID_METRICS = {"fvu": "FVU", "delta_loss": "delta loss, nats", "loss_recovered": "loss recovered", "kl": "KL, nats"}
 
 
@@ -36,7 +37,7 @@ def widths(table: pd.DataFrame) -> list[str]:
 
 
 def suite_grid(table: pd.DataFrame, metric: str, width: str) -> pd.DataFrame:
-    """A metric of the canonical SAEs of a width.
+    """A metric of the canonical SAEs of a width; if none is canonical, of those with the label medium and without skip.
 
     Args:
         table: the table of :func:`measured`.
@@ -54,7 +55,10 @@ def suite_grid(table: pd.DataFrame, metric: str, width: str) -> pd.DataFrame:
         raise unknown_name("metric", metric, GRID_METRICS)
     if width not in widths(table):
         raise unknown_name("width", width, widths(table))
-    rows = table[(table["width"] == width) & table["canonical"]]
+    rows = table[table["width"] == width]
+    skips = rows["affine"].astype("boolean").fillna(False)
+    middle = (rows["label"] == MIDDLE) & ~skips & rows["seed"].isna()
+    rows = rows[rows["canonical"] if rows["canonical"].any() else middle]
     named = rows.assign(column=rows["layer"].astype("string").fillna("-"))
     grid = named.pivot_table(index="site", columns="column", values=metric, dropna=False, sort=False)
     order = sorted(grid.columns, key=lambda name: -1 if name == "-" else int(name))
@@ -77,7 +81,9 @@ HEAT_STYLE = """
 def sae_label(row: SAERow) -> str:
     """The label of an SAE in a list of one site and layer."""
     l0 = "" if row.l0 is None else f", L0 {row.l0:g}"
-    return f"{row.width} latents{l0}{', canonical' if row.canonical else ''}"
+    said = [row.label, "with skip" if row.affine else None, None if row.seed is None else f"seed {row.seed}"]
+    said += [f"series {row.series}" if row.series else None, "canonical" if row.canonical else None]
+    return f"{row.width} latents{l0}{''.join(f', {word}' for word in said if word)}"
 
 
 def place_label(row: SAERow) -> str:

@@ -141,7 +141,17 @@ def _table(saes: Sequence[ReleaseSAE], paths: Sequence[str], rows: Sequence[Row 
         cells = [code(path), sae.site, layer, str(sae.d_sae), *(_number((row or {}).get(name)) for name in shown)]
         lines.append(f"| {' | '.join(cells)} |")
     if not shown:
-        return "\n".join([*lines, "", "No measurements were given; the number in a folder's name is its rounded L0."])
+        labels = any(
+            path.endswith((f"_{sae.row.label}", f"_{sae.row.label}_affine"))
+            for sae, path in zip(saes, paths, strict=True)
+            if sae.row
+        )
+        named = (
+            "a label in a folder's name stands for the target"
+            if labels
+            else "the number in a folder's name is its rounded"
+        )
+        return "\n".join([*lines, "", f"No measurements were given; {named} L0."])
     left = sum(row is None for row in rows)
     text = f"Measured on: {about.evaluated_on or NOT_STATED} Losses and KL in nats a token."
     return "\n".join([*lines, "", text + (f" {left} of {len(rows)} were not measured." if left else "")])

@@ -264,7 +264,7 @@ def test_every_verb_is_guarded_and_reports_alike() -> None:
 def test_names_are_those_of_the_library() -> None:
     assert [parse_dtype(name) for name in checks.DTYPES] == [parse_dtype(name) for name in DTYPES] * 2
     assert [str(parse_dtype(name)) for name in DTYPES] == [f"torch.{name}" for name in DTYPES]
-    assert (*bundled_names(), *hub_ids()) == checks.models()
+    assert checks.models() == (*bundled_names(), *hub_ids())
     assert tuple(SELECT) == checks.SELECTIONS and tuple(SCORES) == checks.SCORES
     assert checks.UNITS == UNITS and checks.ATTRIBUTIONS == METHODS and checks.ABLATIONS == ABLATIONS
     assert get_args(Layout) == checks.LAYOUTS and get_args(Repos) == checks.REPOS

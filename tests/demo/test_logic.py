@@ -171,6 +171,22 @@ def test_a_suite_without_measurements(world: World) -> None:
         assert "No measurement" in views.heat_map(grid, label)
 
 
+def test_coders_with_labels_and_skips(world: World) -> None:
+    """No two SAEs of a place have one label, and the grid has the medium ones, as none is canonical."""
+    rows = select_rows(model="gemma-3-1b", layer=[13])
+    other, labels = World(world.model, rows), [""]
+    for site in other.sites():
+        labels = [views.sae_label(other.rows[name]) for name in other.names(site, 13)]
+        assert len(labels) > 8 and len(set(labels)) == len(labels)
+    assert "262k latents, L0 20, small, with skip, series subset" in labels
+    table = views.measured(other)
+    table["fvu"] = np.arange(len(table), dtype=float)
+    grid = views.suite_grid(table, "fvu", "16k")
+    ids = {float(number): id_ for number, id_ in zip(table["fvu"], table["id"], strict=True)}
+    ending = "layer_13_width_16k_l0_medium"
+    assert [ids[value].rpartition("/")[2] for value in grid["13"]] == [ending] * 4
+
+
 def test_a_site_without_layers(world: World) -> None:
     rows = select_rows(model="gemma-2-2b", site="embedding")
     other = World(world.model, rows)

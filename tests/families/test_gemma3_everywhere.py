@@ -298,6 +298,19 @@ def test_a_trained_suite_is_exported_with_its_family(trained: Path, layout: Any,
     assert catalog.read_release(again / "again.yaml").family == "gemma3"
 
 
+def test_a_release_with_labels_is_exported_as_it_is(world: World, tmp_path: Path) -> None:
+    """Files are copied to the bit below their released names, and the card does not take labels for numbers."""
+    gs.export_suite(RELEASE, tmp_path / "out", About(license="MIT"), layout="gemma_scope_2")
+    for path in world.arrays:
+        for name in ("params.safetensors", "config.json"):
+            copied = (tmp_path / "out" / path / name).read_bytes()
+            assert copied == (world.root / "coders" / path / name).read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a label in a folder's name stands for the target L0." in card and "rounded L0" not in card
+    gs.export_suite(RELEASE, tmp_path / "numbers", About(license="MIT"), layout="gemma-scope")
+    assert "is its rounded L0." in (tmp_path / "numbers" / "README.md").read_text()
+
+
 def test_a_draft_states_the_family_that_the_files_tell(world: World) -> None:
     options = Options(release="drafted", license="MIT")
     draft = draft_release(str(world.root / "coders"), world.root, options)
