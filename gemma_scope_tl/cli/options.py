@@ -66,16 +66,27 @@ Widths = Annotated[list[str] | None, typer.Option(help="16k, 65k, …; several t
 L0 = Annotated[str, typer.Option(help="canonical, small, medium, big, a number that exists, or closest:50.")]
 _LABELS = "Label of the L0: small, medium or big; several times."
 Label = Annotated[list[str] | None, typer.Option(help=_LABELS, callback=checks.each(checks.label))]
+_FURTHER = "SAEs of one place, width and L0"
+"""A panel of its own: the second name of ``--affine`` would narrow the columns of all options beside it."""
 SaeLabel = Annotated[list[str] | None, typer.Option("--sae-label", help=_LABELS, callback=checks.each(checks.label))]
 Affine = Annotated[
     bool | None,
-    typer.Option("--affine/--no-affine", help="Transcoders with a skip connection, or coders without one."),
+    typer.Option(
+        "--affine/--no-affine",
+        help="Transcoders with a skip connection, or coders without one.",
+        rich_help_panel=_FURTHER,
+    ),
 ]
-SaeSeed = Annotated[int | None, typer.Option("--sae-seed", min=0, help="Seed of a further run of the same SAE.")]
+SaeSeed = Annotated[
+    int | None,
+    typer.Option("--sae-seed", min=0, help="Seed of a further run of the same SAE.", rich_help_panel=_FURTHER),
+]
 OneSeries = Annotated[
     str | None,
     typer.Option(
-        help="subset (few layers, more widths and L0s) or all (every layer).", callback=checks.each(checks.series)
+        help="subset (few layers, more widths and L0s) or all (every layer).",
+        callback=checks.each(checks.series),
+        rich_help_panel=_FURTHER,
     ),
 ]
 OneRelease = Annotated[
