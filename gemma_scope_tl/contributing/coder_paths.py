@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from gemma_scope_tl.registry.schema import LABELS
 from gemma_scope_tl.registry.widths import width_label
 
 FOLDERS = {"res": "resid_post", "att": "attn_out", "mlp": "mlp_out", "transcoder": "transcoder"}
 """The folder of each site. Releases of every layer add ``_all`` to it. Other sites keep their own name."""
-LABELS = ("small", "medium", "big")
 _NAME = re.compile(
     rf"layer_(?P<layer>\d{{1,4}})_width_(?P<width>[0-9]+[km]?)_l0_(?P<l0>{'|'.join(LABELS)}|\d{{1,9}}(?:\.\d{{1,9}})?)"
     r"(?P<affine>_affine)?(?:_seed_(?P<seed>\d{1,4}))?"

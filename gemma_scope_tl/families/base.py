@@ -361,8 +361,8 @@ class Family:
 
     def decoder_of(self, hf_model: Any) -> Any:
         """The decoder of a Hugging Face model of the family, which may be a wrapper."""
-        wrapped = self.wrapper is not None and type(hf_model).__name__ == self.wrapper.architecture
-        return hf_model.get_submodule(self.wrapper.decoder if wrapped and self.wrapper else self.decoder)
+        wrapped = self.wrapper if self.wrapper and type(hf_model).__name__ == self.wrapper.architecture else None
+        return hf_model.get_submodule((wrapped or self).decoder)
 
     def dims_of(self, model: str) -> ModelDims | None:
         """The sizes of a released model, base or instruction-tuned; None for any other name."""

@@ -93,12 +93,13 @@ _SITES = (
 )
 
 
-def _embedding_scale(d_model: int) -> float:
-    """``sqrt(d_model)`` rounded to float32, the precision in which ``Gemma2TextScaledWordEmbedding`` stores it."""
+def embedding_scale(d_model: int) -> float:
+    """``sqrt(d_model)`` rounded to float32, in which Hugging Face's embedding of Gemma 2 and later models stores it."""
     return float(struct.unpack("f", struct.pack("f", math.sqrt(d_model)))[0])
 
 
-def _hooked_transformer_config(config: Any, dims: ModelDims) -> dict[str, Any]:
+def shared_hooked_transformer_config(config: Any, dims: ModelDims) -> dict[str, Any]:
+    """The options that Gemma 2 shares with later models: all but the rotary embedding's base and norms in attention."""
     return {
         "act_fn": config.hidden_activation,
         "eps": config.rms_norm_eps,
@@ -106,7 +107,6 @@ def _hooked_transformer_config(config: Any, dims: ModelDims) -> dict[str, Any]:
         "final_rms": True,
         "gated_mlp": True,
         "positional_embedding_type": "rotary",
-        "rotary_base": config.rope_parameters["rope_theta"],
         "rotary_dim": dims.d_head,
         "use_attn_scale": True,
         "attn_scale": float(config.query_pre_attn_scalar) ** 0.5,
@@ -117,6 +117,10 @@ def _hooked_transformer_config(config: Any, dims: ModelDims) -> dict[str, Any]:
         "output_logits_soft_cap": config.final_logit_softcapping or -1.0,
         "use_normalization_before_and_after": True,
     }
+
+
+def _hooked_transformer_config(config: Any, dims: ModelDims) -> dict[str, Any]:
+    return shared_hooked_transformer_config(config, dims) | {"rotary_base": config.rope_parameters["rope_theta"]}
 
 
 GEMMA2 = Family(
@@ -135,7 +139,7 @@ GEMMA2 = Family(
     bundled="bundled",
     hooked_transformer_config=_hooked_transformer_config,
     hooked_transformer_weights="transformer_lens.pretrained.weight_conversions.gemma:convert_gemma_weights",
-    embedding_scale=_embedding_scale,
+    embedding_scale=embedding_scale,
     # With the bridge, a norm holds Hugging Face's weight w, whose gain is 1 + w; HookedTransformer stores 1 + w.
     gain_offset={"bridge": 1.0, "hooked_transformer": 0.0},
     norm_before_mlp="ln2",

@@ -20,14 +20,12 @@ add it. A stock HookedTransformer lacks it and has only ``ln2.hook_normalized``,
 
 from __future__ import annotations
 
-import math
-import struct
 from dataclasses import replace
 from typing import Any
 
 from gemma_scope_tl.errors import AdapterError
 from gemma_scope_tl.families.base import Family, ModelDims, ModelSizes, Wrapper
-from gemma_scope_tl.families.gemma2 import GEMMA2
+from gemma_scope_tl.families.gemma2 import GEMMA2, embedding_scale, shared_hooked_transformer_config
 
 _RESIDUAL = (
     "it is the residual stream before the pre-MLP norm, and never the input of a transcoder. Transcoders of "
@@ -47,37 +45,17 @@ _SITES = (
 )
 
 
-def _embedding_scale(d_model: int) -> float:
-    """``sqrt(d_model)`` in float32. ``Gemma3TextScaledWordEmbedding`` rounds it further, to the weights' dtype."""
-    return float(struct.unpack("f", struct.pack("f", math.sqrt(d_model)))[0])
-
-
 def _hooked_transformer_config(config: Any, dims: ModelDims) -> dict[str, Any]:
     """The options of Gemma 3; TransformerLens's own table lacks the attention scale, sqrt(168) for 27B."""
     full, sliding = (config.rope_parameters[f"{kind}_attention"] for kind in ("full", "sliding"))
     for name, rope, known in (("full", full, ("default", "linear")), ("sliding", sliding, ("default",))):
         if rope["rope_type"] not in known:
             raise AdapterError(f"HookedTransformer has no {rope['rope_type']!r} RoPE for layers of {name} attention.")
-    return {
-        "act_fn": config.hidden_activation,
-        "eps": config.rms_norm_eps,
-        "normalization_type": "RMS",
-        "final_rms": True,
-        "gated_mlp": True,
-        "positional_embedding_type": "rotary",
+    return shared_hooked_transformer_config(config, dims) | {
         "rotary_base": full["rope_theta"],
         "rotary_base_local": sliding["rope_theta"],
         "rotary_scaling_factor": float(full.get("factor", 1.0)),
-        "rotary_dim": dims.d_head,
-        "use_attn_scale": True,
-        "attn_scale": float(config.query_pre_attn_scalar) ** 0.5,
         "use_qk_norm": True,
-        "use_local_attn": True,
-        "window_size": config.sliding_window,
-        "attn_types": ["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
-        "attn_scores_soft_cap": config.attn_logit_softcapping or -1.0,
-        "output_logits_soft_cap": config.final_logit_softcapping or -1.0,
-        "use_normalization_before_and_after": True,
     }
 
 
@@ -101,7 +79,7 @@ GEMMA3 = Family(
     hub_without_suffix=("gemma-3-270m",),
     hooked_transformer_config=_hooked_transformer_config,
     hooked_transformer_weights="transformer_lens.pretrained.weight_conversions.gemma:convert_gemma_weights",
-    embedding_scale=_embedding_scale,
+    embedding_scale=embedding_scale,  # Hugging Face's embedding rounds it further, to the weights' dtype
     # With the bridge, a norm holds Hugging Face's weight w, whose gain is 1 + w; HookedTransformer stores 1 + w.
     gain_offset={"bridge": 1.0, "hooked_transformer": 0.0},
     norm_before_mlp="ln2",
