@@ -31,7 +31,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import gemma_scope_tl as gs
 from benchmarks.generation import random_model, share
 from benchmarks.splice import random_weights
-from benchmarks.timing import child_flags, compared, main, paired
+from benchmarks.timing import child_flags, compared, in_turn, main, paired, ratios
 from gemma_scope_tl.evals.suite import measure_suite
 from gemma_scope_tl.interop.run_evals import sae_lens_metrics
 from gemma_scope_tl.model.read import read_places
@@ -94,26 +94,28 @@ def _suite(quick: bool) -> list[dict[str, Any]]:
     stock = [stock_copy(sae) for sae in saes]
     kept: dict[str, Any] = {}
 
-    def ours(**options: Any) -> None:
-        kept["ours"] = gs.evaluate(model, saes, tokens, batch_size=BATCH, progress=False, **options)
+    def ours(**options: Any) -> Any:
+        return gs.evaluate(model, saes, tokens, batch_size=BATCH, progress=False, **options)
+
+    def alike() -> None:
+        kept["ours"] = ours(ablations=("zero",))
 
     def theirs() -> None:
         kept["theirs"] = [evaluate_stock(peer, sae, tokens, BATCH) for sae in stock]
 
     ours()  # warms up both: it runs every kernel of the model
-    alike = paired(lambda: ours(ablations=("zero",)), theirs, runs=runs, warmup=0)
+    equal, its, everything = in_turn((alike, theirs, ours), runs=runs, warmup=0)
     worst = {name: _difference(kept["ours"][name], kept["theirs"], name) for name in kept["theirs"][0]}
     for name in ("l0", "fvu", "loss_clean", "loss_spliced"):
         assert worst[name] <= TOLERANCE, (name, worst[name])
-    everything = paired(ours, theirs, runs=runs, warmup=0)
     what = f"evaluate {len(saes)} SAEs on {rows} x {CONTEXT} tokens"
     explained = {
         "max_difference": worst,
         "why_not_compared": "loss_zero_ablated: BOS is ablated too there; kl: the last position counts there",
     }
     return [
-        {"what": what, "peer": PEER, **alike, **explained},
-        {"what": f"{what}, mean ablation too", "peer": PEER, **everything},
+        {"what": what, "peer": PEER, **ratios(equal, its), **explained},
+        {"what": f"{what}, mean ablation too", "peer": PEER, **ratios(everything, its)},
     ]
 
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from benchmarks.machine import PACKAGES, describe
 from gemma_scope_tl.files import write_atomically
 
-__all__ = ["PACKAGES", "RESULTS", "child_flags", "compared", "main", "paired", "save", "spread"]
+__all__ = ["PACKAGES", "RESULTS", "child_flags", "compared", "in_turn", "main", "paired", "ratios", "save", "spread"]
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -56,18 +56,27 @@ def compared(ours: Sequence[float], theirs: Sequence[float], unit: str, *, more_
 
 def paired(ours: Callable[[], Any], peer: Callable[[], Any], runs: int = 7, warmup: int = 1) -> dict[str, float]:
     """Medians and ranges of the seconds of both, and of the paired ratios peer/ours (above 1 if ours is faster)."""
+    return ratios(*in_turn((ours, peer), runs=runs, warmup=warmup))
+
+
+def in_turn(functions: Sequence[Callable[[], Any]], *, runs: int = 7, warmup: int = 1) -> list[list[float]]:
+    """Seconds of each function in each of ``runs`` rounds, which call all of them one after the other."""
     for _ in range(warmup):
-        ours()
-        peer()
-    mine: list[float] = []
-    theirs: list[float] = []
+        for function in functions:
+            function()
+    times: list[list[float]] = [[] for _ in functions]
     for _ in range(runs):
-        for function, times in ((ours, mine), (peer, theirs)):
+        for function, found in zip(functions, times, strict=True):
             started = time.perf_counter()
             function()
-            times.append(time.perf_counter() - started)
-    ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
-    return {**spread("ours_s", mine), **spread("peer_s", theirs), **spread("ratio", ratios), "runs": runs}
+            found.append(time.perf_counter() - started)
+    return times
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """A row's numbers from the seconds of both, measured in the same rounds."""
+    found = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {**spread("ours_s", ours), **spread("peer_s", theirs), **spread("ratio", found), "runs": len(found)}
 
 
 def save(name: str, rows: list[Row], seconds: float | None = None) -> Path:
