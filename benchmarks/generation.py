@@ -1,5 +1,8 @@
 """Generating token by token through 12 SAEs at the sizes of Gemma 2 2B, against SAELens and the reading of weights.
 
+SAELens has two models that take SAEs: ``SAETransformerBridge``, which runs Hugging Face's model as this package does by
+default, and ``HookedSAETransformer``, whose attention copies its weights in every step. Both are peers here.
+
 A step for one token does little arithmetic: its time is that of reading the weights of the model and of every encoder
 once from memory. So that is the floor: a step of the same model without SAEs, and the product of one row with the
 encoder of each SAE. Four layers stand for the model's 26. Layers share one set of weights, and so do SAEs of one width;
@@ -14,7 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sae_lens import HookedSAETransformer
+from sae_lens import HookedSAETransformer, SAETransformerBridge
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from benchmarks.sparse import stock_sae
@@ -26,7 +31,7 @@ from gemma_scope_tl.sites import Place
 
 LAYERS, PROMPT = 4, 16
 SITES = ("res", "mlp", "att")
-PEER = "SAELens HookedSAETransformer"
+PEERS = {"bridge": "SAELens SAETransformerBridge", "hooked_transformer": "SAELens HookedSAETransformer"}
 NAMES: tuple[str, ...] = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
 
 
@@ -78,13 +83,13 @@ def share(layers: Any) -> None:
 
 
 @torch.no_grad()
-def _saes(model: Any, prompt: torch.Tensor, sizes: Sizes) -> tuple[list[Any], list[Any]]:
-    """Twelve SAEs of this package, and SAELens's own with the same tensors."""
+def _saes(model: Any, prompt: torch.Tensor, sizes: Sizes) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Twelve SAEs of this package, and SAELens's own with the same tensors for each of its models."""
     places = [Place(site, layer) for layer in range(LAYERS) for site in SITES]
     values, dtype = read_places(model, prompt, places), next(model.parameters()).dtype
     shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     ours: list[Any] = []
-    stock: list[Any] = []
+    stock: dict[str, list[Any]] = {backend: [] for backend in PEERS}
     for place in places:
         x = values[place][0, 1:]
         if x.shape[1] not in shared:
@@ -100,11 +105,22 @@ def _saes(model: Any, prompt: torch.Tensor, sizes: Sizes) -> tuple[list[Any], li
         ours.append(
             OurSAE.from_arrays(dict(zip(NAMES, weights, strict=True)), site=place.site, layer=place.layer, dtype=kind)
         )
-        stock.append(stock_sae(weights))
-        stock[-1].cfg.metadata.hook_name = model.family.site(place.site).hook_name(place.layer, "hooked_transformer")
-        if place.site == "att":
-            stock[-1].turn_on_forward_pass_hook_z_reshaping()
+        for backend, saes in stock.items():
+            saes.append(stock_sae(weights))
+            saes[-1].cfg.metadata.hook_name = model.family.site(place.site).hook_name(place.layer, backend)
+            if place.site == "att" and backend == "hooked_transformer":
+                saes[-1].turn_on_forward_pass_hook_z_reshaping()
     return ours, stock
+
+
+def _stock_bridge(hf_model: Any) -> Any:
+    """SAELens's bridge around a model in memory, as its ``boot_transformers`` makes one."""
+    dtype = next(hf_model.parameters()).dtype
+    config = build_bridge_config_from_hf(hf_model.config, "Gemma2ForCausalLM", "gemma-2", dtype)
+    adapter: Any = ArchitectureAdapterFactory.select_architecture_adapter(config)
+    adapter.cfg.device = "cpu"
+    adapter.prepare_model(hf_model)
+    return SAETransformerBridge(hf_model, adapter, None).eval()
 
 
 class Case:
@@ -115,13 +131,14 @@ class Case:
         self.prompt = torch.randint(3, 1024, (1, PROMPT), generator=torch.Generator().manual_seed(1))
         self.prompt[0, 0] = 2
         hf_model = _hf_model(dtype, self.sizes)
-        self.peer: Any = None
+        self.peers: dict[str, Any] = {}
         if peer:  # before the bridge, which wraps the model in place
             ht = load_model(hf_model=hf_model, backend="hooked_transformer", check=False)
             share(ht.blocks)
-            self.peer = HookedSAETransformer(ht.cfg)
-            share(self.peer.blocks)
-            self.peer.load_state_dict(ht.state_dict(), strict=False)
+            stock = self.peers["hooked_transformer"] = HookedSAETransformer(ht.cfg)
+            share(stock.blocks)
+            stock.load_state_dict(ht.state_dict(), strict=False)
+            self.peers["bridge"] = _stock_bridge(_hf_model(dtype, self.sizes))
         self.model = load_model(hf_model=hf_model, check=False)
         self.saes, self.stock = _saes(self.model, self.prompt, self.sizes)
         self.rows = [torch.randn(1, sae.cfg.d_in).to(dtype) for sae in self.saes]
@@ -131,14 +148,14 @@ class Case:
         how: dict[str, Any] = {"do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
 
         def run_once() -> torch.Tensor:
-            with model.saes(saes, exclude_special_tokens=False, **options):
+            with model.saes(saes, **options):
                 return model.generate(self.prompt, max_new_tokens=self.sizes.new_tokens, use_past_kv_cache=True, **how)
 
         return run_once
 
     def ours(self, **options: Any) -> Callable[[], torch.Tensor]:
         """Generation through this package's SAEs."""
-        return self.generate(self.model, self.saes, **options)
+        return self.generate(self.model, self.saes, exclude_special_tokens=False, **options)
 
     def floor(self) -> Callable[[], None]:
         """Generation without SAEs, and one row times the encoder of each SAE for each new token."""
@@ -172,28 +189,25 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     what = f"generate through 12 SAEs, cached, {LAYERS} layers of {sizes.width}, {sizes.latents} latents"
     what += f", L0 {case.l0:.0f}"
     mine = case.model.run_with_saes(case.prompt, saes=case.saes, exclude_special_tokens=False)
-    other = case.peer.run_with_saes(case.prompt, saes=case.stock, exclude_special_tokens=False)
-    difference = (mine - other).abs().max().item()
-    ours, theirs = case.ours(), case.generate(case.peer, case.stock)
-    pairs = [
-        ("saelens", what, PEER, ours, theirs),
-        ("floor", "generate through 12 SAEs", "the model alone, and 12 x W_enc once a token", ours, case.floor()),
-        (
-            "positions",
-            "generate through 12 SAEs at chosen positions",
-            "at all positions",
-            case.ours(positions=slice(0, None)),
-            ours,
-        ),
-    ]
-    rows: list[dict[str, Any]] = [
-        {"id": name, "what": title, "peer": peer, **paired(a, b, runs=runs), "max_difference": difference}
-        for name, title, peer, a, b in pairs
-    ]
+    ours = case.ours()
+    rows: list[dict[str, Any]] = []
+    for backend, name in PEERS.items():
+        model, saes = case.peers[backend], case.stock[backend]
+        difference = (mine - model.run_with_saes(case.prompt, saes=saes)).abs().max().item()
+        row = {"id": f"saelens-{backend}", "what": what, "peer": name}
+        times = paired(ours, case.generate(model, saes), runs=runs)
+        rows.append({**row, **times, "max_difference": difference})
+    at_chosen = case.ours(positions=slice(0, None))
+    floor = "the model alone, and 12 x W_enc once a token"
+    for name, title, peer, a, b in (
+        ("floor", "generate through 12 SAEs", floor, ours, case.floor()),
+        ("positions", "generate through 12 SAEs at chosen positions", "at all positions", at_chosen, ours),
+    ):
+        rows.append({"id": name, "what": title, "peer": peer, **paired(a, b, runs=runs)})
     half = Case(torch.bfloat16, peer=False, sizes=sizes)
     title = "generate through 12 SAEs in bfloat16"
     rows.append({"what": title, "peer": "float32", **paired(half.ours(), ours, runs=runs)})
-    rows.append({"what": title, "peer": rows[1]["peer"], **paired(half.ours(), half.floor(), runs=runs)})
+    rows.append({"what": title, "peer": floor, **paired(half.ours(), half.floor(), runs=runs)})
     return [{**row, "tokens_per_s": sizes.new_tokens / row["ours_s"]} for row in rows]
 
 

@@ -28,7 +28,7 @@ README_ROWS = (
     "loading/features-16k",
     "remote/one-latent-decoder-row-bias-threshold-of-a-remote-1m-wide-sae-vs-whole-download",
     "splice/forward-pass-through-78-saes-with-error-term-vs-saelens-hookedsaetransformer",
-    "generation/saelens",
+    "generation/saelens-bridge",
     "evals/evaluate-72-saes-on-32-x-256-tokens-vs-saelens-run-evals-sae-by-sae",
     "training_step/d2304-l0",
     "training_step/d2304-start",
@@ -37,7 +37,7 @@ README_ROWS = (
 )
 """The README's rows in their order: the file of results, and the row's identity (:func:`benchmarks.table.identity`)."""
 
-PENDING = ("first_feature/wall-clock", "generation/saelens", "training_step/d2304-start")
+PENDING = ("generation/saelens-bridge",)
 """Rows of the README that wait for their first run on an idle machine. They are left out until there are results, and a
 test asserts that nothing stays here which has some."""
 
