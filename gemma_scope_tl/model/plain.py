@@ -171,7 +171,7 @@ class PlainModel:
 
 def relative_difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """``‖got - wanted‖ / ‖wanted‖`` over all entries, in float64; NaN counts as infinite."""
-    wanted = wanted.double()
+    got, wanted = got.detach(), wanted.detach().double()
     difference = (got.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)
     return float(torch.nan_to_num(difference, nan=float("inf")))
 
@@ -192,7 +192,7 @@ def row_difference(row: int, got: torch.Tensor, wanted: torch.Tensor) -> float:
         return relative_difference(got, wanted)
     if len(wanted) == 1:
         return 0.0
-    wanted = wanted.double()
+    got, wanted = got.detach(), wanted.detach().double()
     by_position = (got.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-30)
     return float(torch.nan_to_num(by_position, nan=float("inf")).median())
 
