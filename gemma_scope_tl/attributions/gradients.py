@@ -50,6 +50,7 @@ from gemma_scope_tl.attributions.passes import (
 )
 from gemma_scope_tl.attributions.targets import Metric, Tokens, metric_on, metric_value
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, unknown_name
+from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sites import flatten_heads
 from gemma_scope_tl.text.batch import Text
@@ -75,14 +76,14 @@ def attribute(
     top: int | None = None,
     exclude_special_tokens: ExcludeTokens = True,
     attention_mask: Any = None,
+    positions: Positions = None,
 ) -> pd.DataFrame:
     """Attribute ``metric`` on ``text`` to the latents, the error and the bias of SAEs, as the module explains.
 
     Args:
         model: a model from ``load_model``; it is not changed.
         text: text, token ids or messages as for :func:`~gemma_scope_tl.features`. Chat messages that do not end with a
-            message of the model are followed by the opening of its answer, as in ``generate``, so that the next token
-            is the first of the answer.
+            message of the model are followed by the opening of its answer, as in ``generate``.
         saes: SAEs or transcoders of any site (one, several, a mapping or a suite), each attributed as if it alone were
             spliced, with its error term.
         metric: a word that is one token (``" earth"``) or an id, for the logit of this token after each text; or a
@@ -95,8 +96,8 @@ def attribute(
         counterfactual: another prompt of the same shape, whose activations at the site replace the baseline.
         steps: number of nodes of the quadrature.
         top: keep only the ``top`` strongest latents of each sequence, and all rows of other kinds. None keeps all.
-        exclude_special_tokens: as in :func:`~gemma_scope_tl.splice`. Where SAEs are not applied, the whole tensor has
-            one row, of kind ``unspliced``.
+        exclude_special_tokens, positions: where SAEs are applied, as in :func:`~gemma_scope_tl.splice`. Elsewhere the
+            whole tensor has one row, of kind ``unspliced``.
         attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
 
     Returns:
@@ -108,16 +109,17 @@ def attribute(
         how much the attributions of each SAE exceed the difference of the two.
 
     Raises:
-        SpliceError: an SAE does not fit the model.
+        SpliceError: an SAE does not fit the model, or a text lacks one of the positions.
         UnknownNameError: the method or the baseline is unknown.
         GemmaScopeError: the metric is not one differentiable number, the counterfactual has another shape, or a number
             is out of range.
     """
     chosen = _checked(method, baseline, counterfactual, steps, top)
-    placed = placed_saes(model, saes, exclude_special_tokens)
-    prompt = prompt_of(model, text, exclude_special_tokens, attention_mask)
+    where: dict[str, Any] = {"exclude": exclude_special_tokens, "positions": positions}
+    placed = placed_saes(model, saes, **where)
+    prompt = prompt_of(model, text, attention_mask=attention_mask, **where)
     metric = metric_on(model, metric, prompt)
-    other = None if counterfactual is None else prompt_of(model, counterfactual, exclude_special_tokens)
+    other = None if counterfactual is None else prompt_of(model, counterfactual, **where)
     with differentiable(model, placed):
         nodes = steps if method == "integrated" else None
         table = _attributions(model, prompt, other, placed, metric, baseline=chosen, steps=nodes)
@@ -242,6 +244,7 @@ def ablation_effects(
     batch_size: int = 32,
     exclude_special_tokens: ExcludeTokens = True,
     attention_mask: Any = None,
+    positions: Positions = None,
 ) -> list[float]:
     """Change of ``metric`` when each latent is set to zero at its position, one at a time: ``m(edited) - m(clean)``.
 
@@ -249,18 +252,19 @@ def ablation_effects(
     (:func:`~gemma_scope_tl.attribute`) estimates the negative of this number.
 
     Args:
-        model, metric, exclude_special_tokens, attention_mask: as for :func:`~gemma_scope_tl.attribute`.
+        model, metric, exclude_special_tokens, attention_mask, positions: as for :func:`~gemma_scope_tl.attribute`. A
+            latent has no effect at a position where its SAE is not applied.
         text: one text, or its ids.
         sae: an SAE or transcoder.
         pairs: pairs ``(position, latent)``; positions count from the first token that is not padding.
         batch_size: number of edits in a forward pass.
 
     Raises:
-        SpliceError: the SAE does not fit the model, or has no such latent.
+        SpliceError: the SAE does not fit the model or has no such latent, or the text lacks one of ``positions``.
         GemmaScopeError: several texts were given, or a position is beyond the end of the text.
     """
-    placed_saes(model, sae, exclude_special_tokens)
-    prompt = one_prompt(model, text, exclude_special_tokens, attention_mask, "Ablations are measured on")
+    placed_saes(model, sae, exclude_special_tokens, positions)
+    prompt = one_prompt(model, text, exclude_special_tokens, attention_mask, positions, "Ablations are measured on")
     metric = metric_on(model, metric, prompt)
     wanted = [as_indices(pair) for pair in pairs]
     wrong = [latent for _, latent in wanted if not 0 <= latent < sae.cfg.d_sae]
@@ -284,6 +288,7 @@ def ablation_effects(
             saes=[sae],
             use_error_term=True,
             exclude_special_tokens=exclude_special_tokens,
+            positions=positions,
             fwd_hooks=[(name, edit)],
         )
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -45,6 +45,7 @@ from gemma_scope_tl.attributions.passes import (
 )
 from gemma_scope_tl.attributions.targets import Metric, Tokens, metric_on, metric_value
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sites import flatten_heads
 from gemma_scope_tl.text.batch import Text
@@ -109,6 +110,7 @@ def circuit(
     edges: int = 60,
     exclude_special_tokens: ExcludeTokens = True,
     attention_mask: Any = None,
+    positions: Positions = None,
 ) -> Circuit:
     """The strongest latents behind a metric and the strongest direct edges between them.
 
@@ -124,9 +126,11 @@ def circuit(
         edges: number of edges.
         exclude_special_tokens: as in :func:`~gemma_scope_tl.splice`.
         attention_mask: ``[1, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
+        positions: the only positions at which SAEs are applied, as in :func:`~gemma_scope_tl.splice`; None for all.
+            At all others the tensor of a site is one node.
 
     Raises:
-        SpliceError: an SAE does not fit the model, or two write at the same place.
+        SpliceError: an SAE does not fit the model, two write at the same place, or the text lacks one of the positions.
         GemmaScopeError: several texts were given, the metric is not one differentiable number, or ``nodes`` or
             ``edges`` is below 1.
     """
@@ -134,7 +138,7 @@ def circuit(
 
     if nodes < 1 or edges < 1:
         raise GemmaScopeError(f"A circuit needs at least 1 node and 1 edge, not nodes={nodes} and edges={edges}.")
-    placed, prompt = _checked_inputs(model, text, saes, exclude_special_tokens, attention_mask)
+    placed, prompt = _checked_inputs(model, text, saes, exclude_special_tokens, attention_mask, positions)
     metric = metric_on(model, metric, prompt)
     with differentiable(model, placed):
         whole = run_probed(model, prompt, placed)
@@ -166,11 +170,12 @@ def latent_edges(
     top: int | None = None,
     exclude_special_tokens: ExcludeTokens = True,
     attention_mask: Any = None,
+    positions: Positions = None,
 ) -> pd.DataFrame:
     """Attribute chosen latents of a downstream SAE to the terms of an upstream site, along every path.
 
     Args:
-        model, text, exclude_special_tokens, attention_mask: as for :func:`circuit`.
+        model, text, exclude_special_tokens, attention_mask, positions: as for :func:`circuit`.
         upstream, downstream: the two SAEs or transcoders.
         targets: ``(position, latent)`` pairs of latents of ``downstream`` that are active; positions as in
             :func:`~gemma_scope_tl.features`.
@@ -181,14 +186,16 @@ def latent_edges(
         target's activation, and ``target_position, target_latent, target_activation``.
 
     Raises:
-        SpliceError: an SAE does not fit the model, or ``upstream`` is not before ``downstream`` in the forward pass.
+        SpliceError: an SAE does not fit the model, ``upstream`` is not before ``downstream`` in the forward pass, or
+            the text lacks one of ``positions``.
         GemmaScopeError: several texts or no targets were given, or a target is not active.
     """
     import pandas as pd
 
     if not targets:
         raise GemmaScopeError("No targets were given: name (position, latent) pairs of the downstream SAE.")
-    placed, prompt = _checked_inputs(model, text, [upstream, downstream], exclude_special_tokens, attention_mask)
+    saes = [upstream, downstream]
+    placed, prompt = _checked_inputs(model, text, saes, exclude_special_tokens, attention_mask, positions)
     frames: list[pd.DataFrame] = []
     with differentiable(model, placed):
         cut = _cut_pass(model, prompt, placed)
@@ -213,10 +220,10 @@ def latent_edges(
 
 
 def _checked_inputs(
-    model: GemmaModel, text: Text, saes: Any, exclude: ExcludeTokens, attention_mask: Any
+    model: GemmaModel, text: Text, saes: Any, exclude: ExcludeTokens, attention_mask: Any, positions: Positions
 ) -> tuple[list[PlacedSAE], SplicedPrompt]:
-    placed = placed_saes(model, saes, exclude)
-    prompt = one_prompt(model, text, exclude, attention_mask, "A circuit is of")
+    placed = placed_saes(model, saes, exclude, positions)
+    prompt = one_prompt(model, text, exclude, attention_mask, positions, "A circuit is of")
     writes = [one.write for one in placed]
     for name in writes:
         if writes.count(name) > 1:

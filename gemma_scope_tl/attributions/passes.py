@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.model.counted import counted_tokens
+from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sites import Place
@@ -75,13 +77,15 @@ class SplicedPrompt(TokenBatch):
     """Token ids, and the positions at which SAEs apply.
 
     Attributes:
-        spliced: True where SAEs are spliced: in the text, except at special tokens.
+        spliced: True where SAEs are spliced: in the text at the chosen positions, except at special tokens.
     """
 
     spliced: Bool[torch.Tensor, "batch pos"]
 
 
-def placed_saes(model: GemmaModel, saes: Any | Iterable[Any], exclude: ExcludeTokens) -> list[PlacedSAE]:
+def placed_saes(
+    model: GemmaModel, saes: Any | Iterable[Any], exclude: ExcludeTokens, positions: Positions = None
+) -> list[PlacedSAE]:
     """Find the place of each SAE in ``model``, with the checks that splicing makes.
 
     Raises:
@@ -89,8 +93,8 @@ def placed_saes(model: GemmaModel, saes: Any | Iterable[Any], exclude: ExcludeTo
     """
     found: list[PlacedSAE] = []
     for sae in as_saes(saes, whole=True):
-        with model.saes([sae], exclude_special_tokens=exclude):  # makes every check of add_sae, then detaches the SAE
-            pass
+        with model.saes([sae], exclude_special_tokens=exclude, positions=positions):
+            pass  # every check of add_sae was made, and the SAE is detached
         if sae.cfg.normalize_activations not in ("none", None):
             raise SpliceError(
                 f"This SAE normalises its input ({sae.cfg.normalize_activations!r}), so a latent's contribution is not "
@@ -102,7 +106,9 @@ def placed_saes(model: GemmaModel, saes: Any | Iterable[Any], exclude: ExcludeTo
     return found
 
 
-def prompt_of(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_mask: Any = None) -> SplicedPrompt:
+def prompt_of(
+    model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_mask: Any = None, positions: Positions = None
+) -> SplicedPrompt:
     """Token ids of ``text`` on the model's device, and the positions that are spliced.
 
     Metrics concern the next token, so chat messages end where the model's answer begins, as for ``generate``, unless
@@ -110,20 +116,20 @@ def prompt_of(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_m
     """
     with torch.inference_mode(False):
         batch = as_batch(model, text, attention_mask, add_generation_prompt=None)
-        ids, mask = (
-            batch.ids.clone(),
-            batch.mask.clone(),
-        )  # copies, because autograd refuses tensors made in inference mode
-        return SplicedPrompt(ids, mask, batch.ordinary(excluded_ids(model.tokenizer, exclude)).clone())
+        spliced = counted_tokens(batch, excluded_ids(model.tokenizer, exclude), positions)
+        # copies, because autograd refuses tensors made in inference mode
+        return SplicedPrompt(batch.ids.clone(), batch.mask.clone(), spliced.clone())
 
 
-def one_prompt(model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_mask: Any, what: str) -> SplicedPrompt:
+def one_prompt(
+    model: GemmaModel, text: Text, exclude: ExcludeTokens, attention_mask: Any, positions: Positions, what: str
+) -> SplicedPrompt:
     """The prompt of one text.
 
     Raises:
         GemmaScopeError: several texts were given, or the row holds only padding.
     """
-    prompt = prompt_of(model, text, exclude, attention_mask)
+    prompt = prompt_of(model, text, exclude, attention_mask, positions)
     if len(prompt.ids) != 1:
         raise GemmaScopeError(f"{what} one text, but {len(prompt.ids)} were given: call the function for each.")
     if not bool(prompt.mask.any()):

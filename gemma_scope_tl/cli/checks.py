@@ -27,6 +27,7 @@ SELECTIONS = ("standardised", "auroc", "difference")
 LAYOUTS, REPOS = ("gemma-scope", "sae-lens", "gemma_scope_2", "both"), ("one", "site")
 FORMATS = (".csv", ".json", ".parquet")
 _TEXT_FILES = (".txt", ".jsonl", ".json")
+_POSITIONS = re.compile(r"-?[0-9]{1,9}(,-?[0-9]{1,9})*|(?=.*[0-9])(-?[0-9]{1,9})?:(-?[0-9]{1,9})?")
 _DEVICE = re.compile(rf"({'|'.join(DEVICE_KINDS)})(:\d+)?")
 
 
@@ -107,6 +108,27 @@ def series(name: str) -> None:
 def dtype(name: str) -> None:
     """Raise unless the dtype exists."""
     one_of("dtype", DTYPES)(name.removeprefix("torch."))
+
+
+def positions(given: str | None) -> int | slice | list[int] | None:
+    """The positions that a text names: ``4:`` and ``2:9`` as in a slice, ``-1``, or ``0,3,5``; None for None.
+
+    Raises:
+        GemmaScopeError: the text has another form.
+
+    >>> positions("4:"), positions("0,3,-1"), positions("-1")
+    (slice(4, None, None), [0, 3, -1], -1)
+    """
+    if given is None:
+        return None
+    if not _POSITIONS.fullmatch(given):
+        raise GemmaScopeError(
+            f"{given!r} names no positions: write 4: (from 4 on, counted from 0), 2:9, 0,3,5 or -1 (the last)."
+        )
+    if ":" in given:
+        return slice(*(int(bound) if bound else None for bound in given.split(":")))
+    numbers = [int(number) for number in given.split(",")]
+    return numbers if "," in given else numbers[0]
 
 
 def device(name: str) -> None:

@@ -20,17 +20,20 @@ class Features(OneSAE):
         gemma-scope features "In the beginning God created the heaven and the earth."
 
         gemma-scope features "The Golden Gate Bridge" --model gemma-2-2b --layer 20 --width 16k --json
+
+        gemma-scope features "In the beginning God created the heaven and the earth." --positions 4:
     """
 
     text: options.Text
     top: Annotated[int, typer.Option(min=1, help="Strongest latents per token.")] = 5
+    positions: options.Positions = None
 
     def run(self) -> None:
         _note_file(self.text)
         model, sae = self.load()
         from gemma_scope_tl.latents.table import features as feature_table
 
-        table = feature_table(model, self.text, sae, top=self.top)
+        table = feature_table(model, self.text, sae, top=self.top, positions=checks.positions(self.positions))
         if self.as_json:
             print_frame(self.named(table), "", True)
             return
@@ -73,6 +76,7 @@ class Steer(OneSAE):
         ),
     ] = "activation"
     tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 40
+    positions: options.Positions = None
     temperature: options.Temperature = 0.0
     seed: options.Seed = 0
 
@@ -108,14 +112,15 @@ class Steer(OneSAE):
         """The intervention that the options describe."""
         from gemma_scope_tl import interventions
 
+        where: Any = checks.positions(self.positions)
         if self.clamp is not None:
-            return interventions.clamp(sae, self.latent, self.clamp)
+            return interventions.clamp(sae, self.latent, self.clamp, positions=where)
         norms = None
         if self.unit == "mean_norm":
             layers = None if sae.layer is None else [sae.layer]
-            norms = interventions.mean_norms(model, self.text, sites=sae.site, layers=layers)
+            norms = interventions.mean_norms(model, self.text, sites=sae.site, layers=layers, positions=where)
         unit: Any = self.unit  # the option's callback has checked that it is a unit
-        return interventions.steer(sae, self.latent, self.scale or 0.0, unit=unit, mean_norm=norms)
+        return interventions.steer(sae, self.latent, self.scale or 0.0, where, unit=unit, mean_norm=norms)
 
     def continuation(self, model: Any) -> str:
         """The text and the model's continuation, which is sampled with the seed if the temperature is above 0."""
@@ -186,6 +191,7 @@ class Attribute(OneSAE):
         str, typer.Option(help="gradient or integrated.", callback=checks.one_of("method", checks.ATTRIBUTIONS))
     ] = "gradient"
     top: Annotated[int, typer.Option(min=1, help="Strongest latents.")] = 15
+    positions: options.Positions = None
 
     def run(self) -> None:
         checks.text(self.target)
@@ -196,7 +202,8 @@ class Attribute(OneSAE):
 
         first = single_token(model, self.target)
         metric = logit(first) if self.other is None else logit_difference(first, single_token(model, self.other))
-        table = attributions(model, self.text, sae, metric, method=self.method, top=self.top)
+        where: Any = checks.positions(self.positions)
+        table = attributions(model, self.text, sae, metric, method=self.method, top=self.top, positions=where)
         if self.as_json:
             print_frame(self.named(table), "", True)
             return

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 _SITES = "res, mlp, att, embedding or transcoder"
 
+Positions = Annotated[
+    str | None,
+    typer.Option(
+        help="Leave out all other positions: 4: (from 4 on), 2:9, 0,3,5, -1 (the last).",
+        callback=checks.each(checks.positions),
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Text = Annotated[str, typer.Argument(help="The text; - reads standard input.", callback=checks.text)]
 Pattern = Annotated[str | None, typer.Argument(help="Glob over release/id or id of the SAEs.")]
@@ -134,6 +141,7 @@ class SeveralSAEs(Command):
     batch_size: BatchSize = 8
     memory: Annotated[float, typer.Option(min=0.01, help="GiB that tensors may take besides weights.")] = 1.0
     sae_memory: Annotated[float, typer.Option(min=0.01, help="GiB of SAEs to hold at a time.")] = 8.0
+    positions: Positions = None
     resume: Annotated[Path | None, typer.Option(help="Cache folder, to continue without repeated measurements.")] = None
     out: TableFile = None
     backend: Backend = "bridge"
@@ -218,7 +226,12 @@ class SeveralSAEs(Command):
     def settings(self) -> dict[str, Any]:
         """The keywords that ``evaluate`` shares with other functions which run the model over tokens."""
         memory = int(self.memory * GIB)
-        return {"batch_size": self.batch_size, "memory_budget": memory, "progress": sys.stderr.isatty()}
+        return {
+            "batch_size": self.batch_size,
+            "memory_budget": memory,
+            "progress": sys.stderr.isatty(),
+            "positions": checks.positions(self.positions),
+        }
 
     def cached_settings(self) -> dict[str, Any]:
         """:meth:`settings` and the cache folder of ``--resume``."""

@@ -232,14 +232,14 @@ class Uniformity(Study):
     drawn_by = "uniformity_figure"
     shown = ("site", "layer", "id", "l0", "uniformity")
 
-    positions: Annotated[int, typer.Option(min=1, help="Positions of each row; each takes a backward pass.")] = 8
+    sampled: Annotated[int, typer.Option(min=1, help="Positions drawn of each row; each takes a backward pass.")] = 8
 
     def measure(self) -> "pd.DataFrame":
         from gemma_scope_tl.studies.fidelity import importance_uniformity
 
         model = self.load_model()
         suite, tokens = self.suite(model), self.tokens(model)
-        return importance_uniformity(model, suite, tokens, self.positions, **self.cached_settings())
+        return importance_uniformity(model, suite, tokens, self.sampled, **self.cached_settings())
 
 
 @dataclass

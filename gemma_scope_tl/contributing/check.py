@@ -15,6 +15,7 @@ from typing import Any, cast
 from gemma_scope_tl.contributing.folder_metadata import ARCHITECTURES, flat_cfg
 from gemma_scope_tl.contributing.repositories import Repository, ask_each, is_remote, open_repository, sizes_of
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.families import bare_name
 from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.catalog import Header, clashing_names, read_header
 from gemma_scope_tl.registry.locate import builtin_folder, release_files
@@ -22,7 +23,7 @@ from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.schema import CFG_FILE, ReleaseFile, SAERow, escaping_rows, validate_release
 from gemma_scope_tl.sites import site_of_hook
 from gemma_scope_tl.weights.checks import CONFIG_NAME, Expected
-from gemma_scope_tl.weights.coder_config import CoderConfig, repaired_model
+from gemma_scope_tl.weights.coder_config import CoderConfig
 from gemma_scope_tl.weights.seen import mark_seen
 
 CHECKS = ("schema", "names", "files", "shapes", "sha256", "l0")
@@ -229,7 +230,7 @@ def _cfg_problems(row: SAERow, cfg: Mapping[str, Any]) -> list[str]:
         if (site.name, layer) != (row.site, row.layer):
             texts.append(f"{CFG_FILE} names hook {hook}, but the row says site {row.site}, layer {row.layer}.")
     model = meta.get("model_name")
-    if isinstance(model, str) and model and repaired_model(model) != repaired_model(row.model):
+    if isinstance(model, str) and model and bare_name(model) != bare_name(row.model):
         texts.append(f"{CFG_FILE} names model {model}, but the row says {row.model}.")
     return texts
 

@@ -18,14 +18,13 @@ from gemma_scope_tl.contributing.folder_metadata import (
 )
 from gemma_scope_tl.contributing.repositories import Repository, ask_each, open_source
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError
-from gemma_scope_tl.families import families, family_named, family_of_model, stated_family
+from gemma_scope_tl.families import bare_name, families, family_named, family_of_model, stated_family
 from gemma_scope_tl.files import write_atomically, write_new
 from gemma_scope_tl.registry.catalog import natural_key
 from gemma_scope_tl.registry.render import render_release
 from gemma_scope_tl.registry.schema import WEIGHTS_FILES, Format, ReleaseFile, parse_release
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.sites import get_site
-from gemma_scope_tl.weights.coder_config import repaired_model
 
 CANONICAL_L0 = 100
 Row = dict[str, Any]
@@ -176,7 +175,7 @@ def _apply(options: Options, folders: Iterable[FolderMetadata]) -> list[str]:
             # A release of one site may also contain SAEs of a site without layers (the embedding).
             single = any(not get_site(site).per_layer for site in folder.claims["site"].values())
             if not (single and key in ("site", "layer")):
-                folder.claims[key][f"--{key}"] = repaired_model(value) if key == "model" else value
+                folder.claims[key][f"--{key}"] = bare_name(value) if key == "model" else value
     for text in options.settings:
         path, key, value = parse_setting(text)
         if path in by_path:

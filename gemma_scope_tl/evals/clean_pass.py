@@ -31,7 +31,6 @@ from gemma_scope_tl.evals.metrics import scored_positions
 from gemma_scope_tl.families import Family
 from gemma_scope_tl.model.read import EndOfPass, read_places
 from gemma_scope_tl.sites import Place, flatten_heads, unflatten_heads, with_targets
-from gemma_scope_tl.text.tokens import special_mask
 
 if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
@@ -157,18 +156,18 @@ class ReadBatch:
     Attributes:
         start: number of the first row.
         tokens: token ids ``[batch, pos]``, on the model's device.
-        ordinary: ``[batch, pos]``, True at tokens that are measured and spliced: not BOS, EOS or padding.
+        counted: ``[batch, pos]``, True at tokens that are measured and spliced.
         values: the tensor at each place, with heads flattened or not.
     """
 
     start: int
     tokens: Int[torch.Tensor, "batch pos"]
-    ordinary: Bool[torch.Tensor, "batch pos"]
+    counted: Bool[torch.Tensor, "batch pos"]
     values: dict[Place, torch.Tensor]
 
     def activations(self, place: Place) -> Float[torch.Tensor, "n d"]:
-        """The ordinary tokens' activations at a place, with heads flattened."""
-        return flatten_heads(self.values[place])[self.ordinary]
+        """The counted tokens' activations at a place, with heads flattened."""
+        return flatten_heads(self.values[place])[self.counted]
 
 
 @dataclass
@@ -184,10 +183,10 @@ class CleanBatch(ReadBatch):
     clean: CleanPass
 
     def spliced(self, place: Place, rows: Float[torch.Tensor, "n d"]) -> Float[torch.Tensor, "batch pos d_model"]:
-        """The residual stream before the final norm with ``rows`` at the ordinary tokens of a place."""
+        """The residual stream before the final norm with ``rows`` at the counted tokens of a place."""
         value = self.clean.values[place]
         flat = flatten_heads(value).clone()
-        flat[self.ordinary] = rows.to(flat.dtype)
+        flat[self.counted] = rows.to(flat.dtype)
         return self.clean.restart(place, unflatten_heads(flat, value))
 
     def targets(self) -> Int[torch.Tensor, " n"]:
@@ -200,10 +199,9 @@ def clean_batches(
     model: GemmaModel,
     tokens: Int[torch.Tensor, "rows pos"],
     places: Iterable[Place],
-    special: Iterable[int],
+    counted: Bool[torch.Tensor, "rows pos"],
     batch_size: int = 8,
     start: int = 0,
-    mask: Bool[torch.Tensor, "rows pos"] | None = None,
 ) -> Generator[CleanBatch]:
     """The clean pass of each batch of rows, from row ``start`` on. Targets of transcoders are kept too.
 
@@ -211,15 +209,14 @@ def clean_batches(
         model: from ``load_model``.
         tokens: all rows.
         places: the places whose tensors are kept.
-        special: ids of tokens that do not count.
+        counted: True at tokens that count (:func:`~gemma_scope_tl.model.counted.counted_rows`).
         batch_size: rows in a pass; see :func:`rows_that_fit`.
         start: number of the first row.
-        mask: True at text, for padding whose id is not among ``special``.
     """
     kept = with_targets(list(places))
-    for first, rows, left_out in _rows(model, tokens, special, batch_size, start, mask):
+    for first, rows, here in _rows(model, tokens, counted, batch_size, start):
         clean = CleanPass.run(model, rows, kept)
-        yield CleanBatch(first, rows, ~left_out, clean.values, scored_positions(left_out), clean)
+        yield CleanBatch(first, rows, here, clean.values, scored_positions(here), clean)
 
 
 @torch.no_grad()
@@ -227,36 +224,26 @@ def read_batches(
     model: GemmaModel,
     tokens: Int[torch.Tensor, "rows pos"],
     places: Iterable[Place],
-    special: Iterable[int],
+    counted: Bool[torch.Tensor, "rows pos"],
     batch_size: int = 8,
     start: int = 0,
-    mask: Bool[torch.Tensor, "rows pos"] | None = None,
 ) -> Generator[ReadBatch]:
     """The activations of each batch of rows, to the bit as in :func:`clean_batches`, which takes the same arguments.
 
     A pass ends at the last of ``places``, and targets of transcoders are not added to these.
     """
     kept = list(places)
-    for first, rows, left_out in _rows(model, tokens, special, batch_size, start, mask):
-        yield ReadBatch(first, rows, ~left_out, read_places(model, rows, kept))
+    for first, rows, here in _rows(model, tokens, counted, batch_size, start):
+        yield ReadBatch(first, rows, here, read_places(model, rows, kept))
 
 
 def _rows(
-    model: GemmaModel,
-    tokens: torch.Tensor,
-    special: Iterable[int],
-    batch_size: int,
-    start: int,
-    mask: torch.Tensor | None,
+    model: GemmaModel, tokens: torch.Tensor, counted: torch.Tensor, batch_size: int, start: int
 ) -> Generator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """The number of each batch's first row, its ids on the model's device, and True at tokens that do not count."""
-    ids = tuple(special)
+    """The number of each batch's first row, its ids on the model's device, and True at tokens that count."""
     for first in range(start, tokens.shape[0], batch_size):
-        rows = tokens[first : first + batch_size].to(model.cfg.device)
-        left_out = special_mask(rows, ids)
-        if mask is not None:
-            left_out |= ~mask[first : first + batch_size].to(rows.device)
-        yield first, rows, left_out
+        rows, here = (all_[first : first + batch_size].to(model.cfg.device) for all_ in (tokens, counted))
+        yield first, rows, here
 
 
 def rows_that_fit(model: GemmaModel, places: Iterable[Place], context: int, batch_size: int, memory: int) -> int:

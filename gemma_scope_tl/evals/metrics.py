@@ -49,9 +49,9 @@ def next_token_losses(
     return torch.nn.functional.cross_entropy(flat, targets, reduction="none").view(tokens.shape[0], -1)
 
 
-def scored_positions(special: Bool[torch.Tensor, "batch pos"]) -> Bool[torch.Tensor, "batch pos-1"]:
-    """Predictions that count: from an ordinary token to an ordinary token (the paper masks BOS, EOS and padding)."""
-    return ~special[:, :-1] & ~special[:, 1:]
+def scored_positions(counted: Bool[torch.Tensor, "batch pos"]) -> Bool[torch.Tensor, "batch pos-1"]:
+    """Predictions that count: from a counted token to a counted token (the paper masks BOS, EOS and padding)."""
+    return counted[:, :-1] & counted[:, 1:]
 
 
 def loss_recovered(clean: float, spliced: float, ablated: float) -> float:

@@ -29,8 +29,8 @@ from gemma_scope_tl.evals.metrics import l0, latent_importance, squared_error, u
 from gemma_scope_tl.evals.next_token import LogitHead, logit_gradients, sampled_positions
 from gemma_scope_tl.evals.saes import Subject, latents_and_output
 from gemma_scope_tl.evals.sums import Centre, Piece, Sums
+from gemma_scope_tl.model.counted import CountedBatch
 from gemma_scope_tl.sites import Place, flatten_heads, target_of
-from gemma_scope_tl.text.batch import TokenBatch
 from gemma_scope_tl.weights.fingerprint import fingerprint
 from gemma_scope_tl.weights.modes import make_ordinary
 
@@ -88,7 +88,7 @@ class EvaluationRun:
 
     model: GemmaModel
     subjects: list[Subject]
-    rows: TokenBatch
+    rows: CountedBatch
     special: tuple[int, ...]
     settings: Settings
     cache: MetricsCache
@@ -183,10 +183,10 @@ class EvaluationRun:
     ) -> Iterator[Batch]:
         from rich.progress import Progress
 
-        ids, mask, rows = self.rows.ids, self.rows.mask, self._rows_per_batch
+        ids, counted, rows = self.rows.ids, self.rows.counted, self._rows_per_batch
         with Progress(transient=True, disable=not self.settings.progress) as bar:
             task = bar.add_task(what, total=ids.shape[0], completed=start)
-            for batch in passes(self.model, ids, places, self.special, rows, start, mask):
+            for batch in passes(self.model, ids, places, counted, rows, start):
                 yield batch
                 bar.advance(task, batch.tokens.shape[0])
 
@@ -248,7 +248,7 @@ class BatchMeasurements:
         y = batch.activations(place)
         if not sums.deviation.done:
             deviation = squared_error(y, _replacement("mean", y, sums.centre))
-            sums.deviation.value.update(deviation, batch.ordinary)
+            sums.deviation.value.update(deviation, batch.counted)
         for kind, loss in ablated.items():
             self._add(batch.spliced(place, _replacement(kind, y, sums.centre)), loss)
 
@@ -263,9 +263,9 @@ class BatchMeasurements:
         if sums.done:
             return
         acts, out = latents_and_output(sae, x)
-        sums.l0.update(l0(acts), batch.ordinary)
+        sums.l0.update(l0(acts), batch.counted)
         sums.fired.update(acts)
-        sums.error.update(squared_error(batch.activations(target), out), batch.ordinary)
+        sums.error.update(squared_error(batch.activations(target), out), batch.counted)
         self._add(batch.spliced(target, out), sums.loss, sums.kl)
 
     # -- uniformity of latent importance ------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def _replacement(ablation: str, y: torch.Tensor, centre: Centre) -> torch.Tensor
             raise unknown_name("ablation", ablation, ABLATIONS)
 
 
-def facts_of(model: GemmaModel, rows: TokenBatch, special: tuple[int, ...]) -> dict[str, Any]:
+def facts_of(model: GemmaModel, rows: CountedBatch, special: tuple[int, ...]) -> dict[str, Any]:
     """The facts about model and token rows on which all measurements depend, as a part of each cache key.
 
     Raises:
@@ -351,4 +351,5 @@ def facts_of(model: GemmaModel, rows: TokenBatch, special: tuple[int, ...]) -> d
         "shape": list(rows.ids.shape),
         "special": list(special),
         **({} if bool(rows.mask.all()) else {"lengths": rows.length.tolist()}),
+        **rows.chosen(special),
     }

@@ -15,12 +15,13 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import LatentCounts
 from gemma_scope_tl.evals.cache import MetricsCache
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET
-from gemma_scope_tl.evals.metrics import Bootstrap, fvu, loss_recovered
+from gemma_scope_tl.evals.metrics import Bootstrap, fvu, loss_recovered, scored_positions
 from gemma_scope_tl.evals.run import ABLATIONS, EvaluationRun, Settings
 from gemma_scope_tl.evals.saes import Subject, subjects_of
 from gemma_scope_tl.evals.sums import Sums
-from gemma_scope_tl.text.batch import Text, TokenBatch
-from gemma_scope_tl.text.rows import as_rows
+from gemma_scope_tl.model.counted import CountedBatch, counted_rows
+from gemma_scope_tl.model.positions import Positions
+from gemma_scope_tl.text.batch import Text
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 
 if TYPE_CHECKING:
@@ -50,46 +51,46 @@ def evaluate(
     cache: str | PathLike[str] | None = None,
     exclude_special_tokens: ExcludeTokens = True,
     attention_mask: Any = None,
+    positions: Positions = None,
 ) -> pd.DataFrame:
     """Measure SAEs on a model (paper, section 4.1), on the same tokens and one clean pass.
 
     For each SAE only the layers after its site run again, and one encoding gives L0, FVU and the splice; the SAEs of
-    a place share its ablations. BOS, EOS and padding are neither spliced, ablated nor counted. Losses are in nats,
-    over predictions from an ordinary token to an ordinary token, in float32 for any dtype of the model.
+    a place share its ablations. BOS, EOS, padding and positions left out are neither spliced, ablated nor counted.
+    Losses are in nats, over predictions from a counted token to a counted token, in float32 for any dtype of the model.
 
     Args:
         model: a model from ``load_model``.
         saes: one or several SAEs or transcoders, a mapping or a suite; a transcoder is measured against its target.
-        data: texts, packed into rows of BOS and ``context - 1`` tokens; or token ids, a ``BatchEncoding`` or
+        data, context: texts, packed into rows of BOS and ``context - 1`` tokens; or token ids, a ``BatchEncoding`` or
             conversations, each a row. Padding on either side does not count, and rows of padding alone are left out.
-        context: number of tokens in a row, if texts are given.
-        batch_size: rows in a forward pass; fewer if the memory budget requires it.
-        progress: show a progress bar.
+        batch_size, progress: rows in a forward pass, fewer if the memory budget requires it; show a progress bar.
         by_position: return a row per SAE and position instead (:meth:`Evaluation.by_position`).
         ablations: the ablations relative to which loss recovered is measured: ``"zero"``, ``"mean"``, both or none.
-        uniformity: number of positions of each row at which the uniformity of active latent importance is measured
-            (appendix C.3); each takes a backward pass of the model. 0 for none.
+        uniformity: positions of each row at which it is measured (appendix C.3), a backward pass each; 0 for none.
         confidence, resamples, seed: parameters of the confidence intervals, which resample sequences.
         memory_budget: bytes that tensors may take besides the weights, 1 GiB by default (:class:`~run.Settings`).
         cache: a folder. Earlier measurements are read from it, and an interrupted evaluation continues to the same
             bits; model, SAEs and tokens are identified by their content.
         exclude_special_tokens: leave out BOS, EOS and padding; the given ids; or padding alone (False).
         attention_mask: mask of token ids, ``[rows, pos]``, 1 at text; by default it follows from their padding.
+        positions: leave out all but these positions of each row, as in :func:`~gemma_scope_tl.splice`; None for all.
 
     Returns:
         A row per SAE: ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss,
-        loss_zero_ablated, loss_recovered, tokens``; then ``kl`` (clean to spliced, nats), ``loss_mean_ablated``,
-        ``loss_recovered_mean``, ``dead`` and ``dense`` (shares of latents), ``uniformity``, ``sequences``; and
-        ``<metric>_low``, ``<metric>_high``, the confidence interval of each metric.
+        loss_zero_ablated, loss_recovered, tokens, kl`` (clean to spliced, nats), ``loss_mean_ablated,
+        loss_recovered_mean, dead, dense`` (shares of latents), ``uniformity, sequences``, and the confidence interval
+        of each metric, ``<metric>_low, <metric>_high``.
 
     Raises:
-        SpliceError: an SAE does not fit the model.
+        SpliceError: an SAE does not fit the model, or a row lacks one of the positions.
         GemmaScopeError: there is less text than one row, no token to predict, or an invalid argument.
         AdapterMismatch: re-running layers does not reproduce the full pass.
     """
     found = measure_suite(
         model, saes, data, context, batch_size, progress, ablations=ablations, uniformity=uniformity, cache=cache,
         memory_budget=memory_budget, exclude_special_tokens=exclude_special_tokens, attention_mask=attention_mask,
+        positions=positions,
     )  # fmt: skip
     return found.by_position() if by_position else found.table(confidence, resamples, seed)
 
@@ -109,19 +110,19 @@ def measure_suite(
     checkpoint_every: int = 16,
     exclude_special_tokens: ExcludeTokens = True,
     attention_mask: Any = None,
+    positions: Positions = None,
 ) -> Evaluation:
     """Measure as :func:`evaluate` does, and return all sums instead of one table."""
     subjects = subjects_of(model, saes)
-    rows = as_rows(model, data, context, attention_mask)
-    held = rows.mask.any(-1)
-    rows = TokenBatch(rows.ids[held], rows.mask[held])  # a row of padding alone is not a sequence
-    settings = Settings(batch_size, tuple(ablations), uniformity, memory_budget, checkpoint_every, progress)
     special = excluded_ids(model.tokenizer, exclude_special_tokens, must_know=True)
-    ordinary = rows.ordinary(special)
-    if not bool((ordinary[:, :-1] & ordinary[:, 1:]).any()):
+    rows = counted_rows(model, data, context, special, positions, attention_mask)
+    held = rows.mask.any(-1)  # a row of padding alone is not a sequence
+    rows = CountedBatch(rows.ids[held], rows.mask[held], rows.counted[held])
+    settings = Settings(batch_size, tuple(ablations), uniformity, memory_budget, checkpoint_every, progress)
+    if not bool(scored_positions(rows.counted).any()):
         raise GemmaScopeError(
             "There is nothing to measure: no row has an ordinary token that is predicted from an ordinary one. Give "
-            "longer rows, or exclude fewer tokens with exclude_special_tokens=."
+            "longer rows, exclude fewer tokens with exclude_special_tokens=, or choose neighbours with positions=."
         )
     sums = EvaluationRun(model, subjects, rows, special, settings, MetricsCache(cache)).finish()
     return Evaluation(subjects, sums, len(rows.ids))

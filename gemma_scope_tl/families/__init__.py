@@ -23,6 +23,7 @@ __all__ = [
     "Place",
     "Site",
     "Wrapper",
+    "bare_name",
     "bundled_names",
     "families",
     "family_named",
@@ -138,6 +139,8 @@ def hub_ids() -> dict[str, str]:
 def plain_name(model: str) -> str:
     """The registry's name of a released model, without its publisher and without a suffix of base models.
 
+    Names by another publisher are those of other models, which may have been trained further, and stay as they are.
+
     >>> plain_name("google/gemma-3-1b-pt"), plain_name("gemma-3-1b-it"), plain_name("someone/gemma-2-2b")
     ('gemma-3-1b', 'gemma-3-1b-it', 'someone/gemma-2-2b')
     """
@@ -147,6 +150,15 @@ def plain_name(model: str) -> str:
         if owner in ("", family.owner) and family.base_name(name) in family.sizes:
             return name
     return model
+
+
+def bare_name(model: str) -> str:
+    """The name of a model in files and rows that say what SAEs were trained on: :func:`plain_name` without an owner.
+
+    >>> bare_name("google/gemma-v3-1b-pt"), bare_name("someone/gemma-2-2b"), bare_name("someone/their-model-pt")
+    ('gemma-3-1b', 'gemma-2-2b', 'their-model-pt')
+    """
+    return plain_name(model.rpartition("/")[2])
 
 
 register_family(GEMMA2)

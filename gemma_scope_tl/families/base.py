@@ -259,6 +259,7 @@ class Family:
         tuned_suffix: suffix that an instruction-tuned model adds to the name of its base model.
         base_suffix: suffix that the Hub adds to the name of a base model. Names with and without it mean the same.
         hub_without_suffix: the base models to whose names the Hub does not add it.
+        spellings: other beginnings of the names of models in published files, and the beginnings that they stand for.
         wrapper: the class that contains the text model in some repositories of the family; None if there is no such.
         embedding_hooks: the hook on the token embedding, as it enters the first block, by backend.
         refused_hooks: names of hooks, with ``{layer}`` in them, that are mistaken for a site, and why they are refused.
@@ -310,6 +311,7 @@ class Family:
     bundled: str = ""
     base_suffix: str = ""
     hub_without_suffix: tuple[str, ...] = ()
+    spellings: Mapping[str, str] = field(default_factory=dict[str, str])
     wrapper: Wrapper | None = None
     embedding_hooks: Mapping[Backend, str] = field(default_factory=lambda: dict(_EMBEDDING_HOOKS))
     refused_hooks: Mapping[str, str] = field(default_factory=dict)
@@ -355,9 +357,15 @@ class Family:
         return base if base in self.sizes else model
 
     def plain_name(self, model: str) -> str:
-        """The name of a released model without ``base_suffix``; any other name unchanged."""
-        plain = model.removesuffix(self.base_suffix) if self.base_suffix else model
-        return plain if plain in self.sizes else model
+        """The name of a released model in its first spelling, without ``base_suffix``; any other name unchanged."""
+        name = model
+        for spelled, meant in self.spellings.items():
+            if name.startswith(spelled):
+                name = meant + name.removeprefix(spelled)
+        base = name.removesuffix(self.base_suffix)
+        if base in self.sizes:
+            return base
+        return name if name.removesuffix(self.tuned_suffix) in self.sizes else model
 
     def decoder_of(self, hf_model: Any) -> Any:
         """The decoder of a Hugging Face model of the family, which may be a wrapper."""

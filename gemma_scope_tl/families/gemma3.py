@@ -77,6 +77,7 @@ GEMMA3 = Family(
     bundled="bundled-gemma3",
     base_suffix="-pt",
     hub_without_suffix=("gemma-3-270m",),
+    spellings={"gemma-v3-": "gemma-3-"},
     hooked_transformer_config=_hooked_transformer_config,
     hooked_transformer_weights="transformer_lens.pretrained.weight_conversions.gemma:convert_gemma_weights",
     embedding_scale=embedding_scale,  # Hugging Face's embedding rounds it further, to the weights' dtype

@@ -23,6 +23,8 @@ from gemma_scope_tl.interp.client import Answerer
 from gemma_scope_tl.interp.examples import Examples, top_examples
 from gemma_scope_tl.interp.explanations import detection_scores, explain, simulation_scores
 from gemma_scope_tl.interp.sampling import Sampling
+from gemma_scope_tl.model.counted import CountedBatch, counted_rows
+from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.studies.random_saes import (
     L0_BAND,
@@ -32,7 +34,7 @@ from gemma_scope_tl.studies.random_saes import (
     sampled_activations,
 )
 from gemma_scope_tl.text.batch import Text
-from gemma_scope_tl.text.rows import as_tokens, special_ids
+from gemma_scope_tl.text.rows import special_ids
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,12 +62,13 @@ def explanation_study(
     sampling: Sampling | None = None,
     seed: int = 0,
     memory_budget: int = MEMORY_BUDGET,
+    positions: Positions = None,
 ) -> pd.DataFrame:
     """Explain latents of each SAE and of a random SAE, and score all explanations alike.
 
     Args:
         client: the language model.
-        model, saes, data, context, batch_size, progress, memory_budget: as
+        model, saes, data, context, batch_size, progress, memory_budget, positions: as
             :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
         latents, count: indices of latents of every SAE; by default ``count`` of each, drawn among those that fire.
         methods: ``"detection"``, ``"simulation"`` or both.
@@ -87,17 +90,17 @@ def explanation_study(
     import pandas as pd
 
     _check(methods)
-    subjects, tokens = subjects_of(model, saes), as_tokens(model, data, context)
+    subjects, text = subjects_of(model, saes), counted_rows(model, data, context, special_ids(model), positions)
     given = None if latents is None else as_indices(latents)
     options: dict[str, Any] = {"sampling": sampling or Sampling(seed=seed), "memory_budget": memory_budget}
-    options |= {"batch_size": batch_size, "progress": progress}
+    options |= {"batch_size": batch_size, "progress": progress, "positions": text.counted}
     parts: list[pd.DataFrame] = []
-    for subject, found in zip(subjects, top_examples(model, saes, tokens, latents=given, **options), strict=True):
+    for subject, found in zip(subjects, top_examples(model, saes, text, latents=given, **options), strict=True):
         chosen = drawn_latents(found, count, seed) if given is None else given
         l0, compared = (np.nan, np.nan), [(LATENTS, found)]
         if control and chosen:  # before any request is made, because it may fail
-            twin, l0 = _twin(model, subject, tokens, (batch_size, memory_budget), l0_band, seed)
-            compared.append((RANDOM, top_examples(model, twin, tokens, latents=chosen, **options)[0]))
+            twin, l0 = _twin(model, subject, text, (batch_size, memory_budget), l0_band, seed)
+            compared.append((RANDOM, top_examples(model, twin, text, latents=chosen, **options)[0]))
         for (features, examples), own in zip(compared, l0, strict=False):
             table = scored_explanations(client, examples, chosen, methods, seed)
             parts.append(_named(table, examples, features, own, found))
@@ -183,21 +186,20 @@ def _check(methods: Sequence[str]) -> None:
 
 
 def _twin(
-    model: GemmaModel, subject: Subject, tokens: torch.Tensor, limits: tuple[int, int], band: float, seed: int
+    model: GemmaModel, subject: Subject, text: CountedBatch, limits: tuple[int, int], band: float, seed: int
 ) -> tuple[Any, tuple[float, float]]:
     """A random SAE with the frequencies of the subject, and the L0 of both on the rows that it was not made from.
 
     ``limits`` are the largest number of rows in a pass and the memory budget.
     """
-    if tokens.shape[0] < 2:
+    if text.ids.shape[0] < 2:
         raise GemmaScopeError(
             "A random SAE needs two rows of text: one to compute its thresholds, one to check its L0."
         )
-    special = special_ids(model)
-    even = np.arange(tokens.shape[0]) % 2 == 0
-    marks = [drawn_tokens(tokens, part, special, seed) for part in (even, ~even)]
-    rows = rows_that_fit(model, [subject.place], tokens.shape[1], *limits)
-    batches = read_batches(model, tokens, [subject.place], special, rows)
+    even = np.arange(text.ids.shape[0]) % 2 == 0
+    marks = [drawn_tokens(text.counted, part, seed) for part in (even, ~even)]
+    rows = rows_that_fit(model, [subject.place], text.ids.shape[1], *limits)
+    batches = read_batches(model, text.ids, [subject.place], text.counted, rows)
     sample, other = sampled_activations(batches, subject.place, marks)
     sae = subject.get()
     twin = random_twin(sae, sample, seed, "matched")

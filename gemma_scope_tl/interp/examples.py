@@ -14,9 +14,11 @@ from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, ReadBatch, read_batches, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.interp.sampling import Collector, Sampling
+from gemma_scope_tl.model.counted import CountedBatch, counted_rows
+from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.text.batch import Text
-from gemma_scope_tl.text.rows import as_tokens, special_ids
+from gemma_scope_tl.text.rows import special_ids
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +36,7 @@ class Example:
         quantile: index of the quantile, 0 for the weakest activations; -1 for other kinds.
         row, start: row and position of the window's first token in the corpus.
         tokens: text of each token.
-        values: the latent's activation on each token, 0 where it does not fire or the token is BOS, EOS or padding.
+        values: the latent's activation on each token, 0 where it does not fire or the token does not count.
     """
 
     latent: int
@@ -64,7 +66,7 @@ class Examples:
         latents: indices of the latents, ascending.
         fired: number of tokens on which each latent fired, int64 ``[n]``.
         maxima: largest activation of each latent, ``[n]``.
-        tokens: number of ordinary tokens in the corpus.
+        tokens: number of tokens in the corpus that count.
         sampling: how many examples of each kind were kept.
     """
 
@@ -97,8 +99,8 @@ class Examples:
 
     def fill(self, start: int, acts: Any, batch: ReadBatch) -> None:
         """Fill in the activations of windows in consecutive rows of the corpus, which begin with row ``start``."""
-        _, window, where, values = self._kept.entries(start, acts, batch.ordinary)
-        positions = batch.ordinary.cpu().nonzero(as_tuple=True)[1].numpy()[acts.tokens().cpu().numpy()]
+        _, window, where, values = self._kept.entries(start, acts, batch.counted)
+        positions = batch.counted.cpu().nonzero(as_tuple=True)[1].numpy()[acts.tokens().cpu().numpy()]
         index = self._kept.index_of(acts)
         positions = positions[(index >= 0) & (acts.values.detach().cpu().numpy() != 0)]
         keys = self._key(window, where)
@@ -175,6 +177,7 @@ def top_examples(
     latents: Iterable[int] | None = None,
     sampling: Sampling | None = None,
     memory_budget: int = MEMORY_BUDGET,
+    positions: Positions = None,
 ) -> list[Examples]:
     """Examples of each SAE's latents: where they fire most, at each quantile of activation, and not at all.
 
@@ -183,7 +186,7 @@ def top_examples(
     defaults, 38 MB for 16,384 latents), then ``4 * window`` bytes for each example, and the token ids.
 
     Args:
-        model, saes, data, context, batch_size, progress, memory_budget: as
+        model, saes, data, context, batch_size, progress, memory_budget, positions: as
             :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
         latents: indices of latents of every SAE; None for all.
         sampling: number of examples of each kind, length of a window, and seed.
@@ -192,21 +195,22 @@ def top_examples(
         One :class:`Examples` for each SAE, in the order of the SAEs.
 
     Raises:
-        SpliceError: an SAE does not fit the model or does not have one of the latents.
+        SpliceError: an SAE does not fit the model or does not have one of the latents, or a row lacks a position.
         GemmaScopeError: there is less text than one row.
     """
-    subjects, tokens = subjects_of(model, saes), as_tokens(model, data, context)
+    subjects, counted = subjects_of(model, saes), counted_rows(model, data, context, special_ids(model), positions)
+    tokens = counted.ids
     settings = sampling or Sampling()
     kept = [Collector(chosen_latents(s, latents), s.d_sae, tokens.shape[1], settings) for s in subjects]
     rows = rows_that_fit(model, [s.place for s in subjects], tokens.shape[1], batch_size, memory_budget)
-    for start, batch, inputs in passes(model, subjects, tokens, rows, progress, "finding examples"):
+    for start, batch, inputs in passes(model, subjects, counted, rows, progress, "finding examples"):
         for subject, collector in zip(subjects, kept, strict=True):
-            collector.update(start, latents_of(subject.get(), inputs[subject.place]), batch.ordinary)
+            collector.update(start, latents_of(subject.get(), inputs[subject.place]), batch.counted)
     pairs = zip(subjects, kept, strict=True)
     found = [Examples(subject, collector, tokens, model.tokenizer) for subject, collector in pairs]
     needed = sorted(set[int]().union(*(examples.rows() for examples in found)))
     for run in _runs(needed):
-        part = tokens[run.start : run.stop]
+        part = CountedBatch(*(all_[run.start : run.stop] for all_ in (tokens, counted.mask, counted.counted)))
         for start, batch, inputs in passes(model, subjects, part, rows, False, ""):
             for subject, examples in zip(subjects, found, strict=True):
                 acts = latents_of(subject.get(), inputs[subject.place])
@@ -215,14 +219,14 @@ def top_examples(
 
 
 def passes(
-    model: GemmaModel, subjects: Sequence[Subject], tokens: torch.Tensor, rows: int, progress: bool, what: str
+    model: GemmaModel, subjects: Sequence[Subject], text: CountedBatch, rows: int, progress: bool, what: str
 ) -> Iterator[tuple[int, ReadBatch, dict[Any, torch.Tensor]]]:
     """Yield the number of each batch's first row, the batch, and the activations at the places of all subjects."""
     from rich.progress import track
 
     places = list(dict.fromkeys(subject.place for subject in subjects))
-    total = -(-tokens.shape[0] // rows)
-    batches = read_batches(model, tokens, places, special_ids(model), rows)
+    total = -(-text.ids.shape[0] // rows)
+    batches = read_batches(model, text.ids, places, text.counted, rows)
     for batch in track(batches, what, total, transient=True, disable=not progress):
         yield batch.start, batch, {place: batch.activations(place) for place in places}
 

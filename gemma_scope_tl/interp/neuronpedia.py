@@ -30,7 +30,9 @@ from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.interp.examples import Examples, chosen_latents, passes, top_examples
 from gemma_scope_tl.interp.sampling import Sampling
 from gemma_scope_tl.latents.logit_lens import latent_logits
-from gemma_scope_tl.text.rows import as_tokens
+from gemma_scope_tl.model.counted import CountedBatch, counted_rows
+from gemma_scope_tl.model.positions import Positions
+from gemma_scope_tl.text.rows import special_ids
 from gemma_scope_tl.weights.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def export_neuronpedia(
     dataset: str = "",
     sae_set: str = "",
     memory_budget: int = MEMORY_BUDGET,
+    positions: Positions = None,
 ) -> list[Path]:
     """Write the features of an SAE as ``batch-0.json``, ``batch-1.json``, … with the settings beside them.
 
@@ -63,8 +66,8 @@ def export_neuronpedia(
     exist, no pass is made.
 
     Args:
-        model, data, context, batch_size, progress, memory_budget: as :func:`~gemma_scope_tl.evals.suite.evaluate`
-            takes them.
+        model, data, context, batch_size, progress, memory_budget, positions: as
+            :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
         sae: one SAE.
         folder: output folder, which is created if it does not exist.
         latents: indices of latents; None for all.
@@ -80,29 +83,29 @@ def export_neuronpedia(
         GemmaScopeError: the folder holds an export with other settings, more than one SAE was given, or
             ``features_per_batch`` is below 1.
     """
-    subjects, tokens = subjects_of(model, sae), as_tokens(model, data, context)
+    subjects, text = subjects_of(model, sae), counted_rows(model, data, context, special_ids(model), positions)
     if len(subjects) != 1 or features_per_batch < 1:
         raise GemmaScopeError("An export takes one SAE, and features_per_batch of 1 or more.")
     subject, place = subjects[0], Path(folder)
-    drawn = sampling or Sampling(window=min(64, tokens.shape[1]))
+    drawn = sampling or Sampling(window=min(64, text.ids.shape[1]))
     chosen = chosen_latents(subject, latents)
     parts = np.split(chosen, range(features_per_batch, len(chosen), features_per_batch))
     head: dict[str, Any] = {"model_id": _model_name(model, subject), "layer": subject.place.layer or 0}
     head["sae_set"] = sae_set or subject.release or ""
-    facts = {"n_prompts_total": tokens.shape[0], "n_tokens_in_prompt": tokens.shape[1], "dataset": dataset}
-    _check_settings(place, _settings(model, subject, tokens, chosen, features_per_batch, drawn) | head | facts)
+    facts = {"n_prompts_total": text.ids.shape[0], "n_tokens_in_prompt": text.ids.shape[1], "dataset": dataset}
+    _check_settings(place, _settings(model, subject, text, chosen, features_per_batch, drawn) | head | facts)
     paths = [place / f"batch-{number}.json" for number in range(len(parts))]
     missing = {path: part for path, part in zip(paths, parts, strict=True) if not path.exists()}
     if missing:
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "memory_budget": memory_budget}
-        _write(model, subject, tokens, missing, sampling=drawn, head=head, facts=facts, options=options)
+        _write(model, subject, text, missing, sampling=drawn, head=head, facts=facts, options=options)
     return paths
 
 
 def _write(
     model: GemmaModel,
     subject: Subject,
-    tokens: torch.Tensor,
+    text: CountedBatch,
     missing: dict[Path, NDArray[np.int64]],
     *,
     sampling: Sampling,
@@ -112,10 +115,11 @@ def _write(
 ) -> None:
     """Write the latents of each path."""
     wanted = np.concatenate(list(missing.values())).tolist()
-    (found,) = top_examples(model, subject.get(), tokens, latents=wanted, sampling=sampling, **options)
-    places, context = [subject.place], tokens.shape[1]
+    options |= {"latents": wanted, "sampling": sampling, "positions": text.counted}
+    (found,) = top_examples(model, subject.get(), text, **options)
+    places, context = [subject.place], text.ids.shape[1]
     rows = rows_that_fit(model, places, context, options["batch_size"], options["memory_budget"])
-    counts = _histograms(model, subject, tokens, found, rows, options["progress"])
+    counts = _histograms(model, subject, text, found, rows, options["progress"])
     at = {int(latent): number for number, latent in enumerate(found.latents)}
     for path, part in missing.items():
         tables = _decoder_facts(model, subject.get(), part.tolist())
@@ -126,7 +130,7 @@ def _write(
 def _settings(
     model: GemmaModel,
     subject: Subject,
-    tokens: torch.Tensor,
+    text: CountedBatch,
     latents: NDArray[np.int64],
     features_per_batch: int,
     drawn: Sampling,
@@ -136,10 +140,11 @@ def _settings(
         "sae_id": subject.id,
         "sae": subject.fingerprint(),
         "model": fingerprint(model),
-        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "tokens": hashlib.sha256(text.ids.numpy().tobytes()).hexdigest(),
         "latents": hashlib.sha256(latents.tobytes()).hexdigest(),
         "n_features_per_batch": features_per_batch,
         "sampling": vars(drawn),
+        **text.chosen(special_ids(model)),
     }
 
 
@@ -157,13 +162,13 @@ def _model_name(model: GemmaModel, subject: Subject) -> str:
 
 
 def _histograms(
-    model: GemmaModel, subject: Subject, tokens: torch.Tensor, found: Examples, rows: int, progress: bool
+    model: GemmaModel, subject: Subject, text: CountedBatch, found: Examples, rows: int, progress: bool
 ) -> NDArray[np.int64]:
     """Tokens by activation, in :data:`BINS` equal bins from 0 to each latent's largest, ``[n, BINS]``."""
     counts = np.zeros((len(found.latents), BINS), np.int64)
     index = np.full(subject.d_sae, -1, np.int64)
     index[found.latents] = np.arange(len(found.latents))
-    for _, _, inputs in passes(model, [subject], tokens, rows, progress, "counting activations"):
+    for _, _, inputs in passes(model, [subject], text, rows, progress, "counting activations"):
         acts = latents_of(subject.get(), inputs[subject.place])
         where, values = index[acts.latents.cpu().numpy()], acts.values.float().cpu().numpy()
         where, values = where[(where >= 0) & (values != 0)], values[(where >= 0) & (values != 0)]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.model.counted import counted_tokens
+from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.model.read import visit_places
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sites import Place, target_of
@@ -28,6 +30,7 @@ def mean_norms(
     layers: int | Iterable[int] | None = None,
     batch_size: int = 8,
     attention_mask: Any = None,
+    positions: Positions = None,
 ) -> pd.DataFrame:
     """Measure the mean norm ``E||x||`` of activations at sites, over the ordinary tokens of a text.
 
@@ -42,6 +45,7 @@ def mean_norms(
         layers: the layers; None for all.
         batch_size: rows in a forward pass.
         attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
+        positions: the only positions that count, as for :func:`steer`; None for all.
 
     Returns:
         A table with a row per site and layer: ``site, layer, hook, mean_norm, tokens``. ``hook`` is the name in
@@ -49,15 +53,16 @@ def mean_norms(
 
     Raises:
         UnknownNameError: for a site that does not exist.
-        SpliceError: for a layer that does not exist.
-        GemmaScopeError: when the text has no ordinary token.
+        SpliceError: for a layer or a position that does not exist.
+        GemmaScopeError: when the text has no ordinary token at these positions.
     """
     import pandas as pd
 
     places = _places(model, sites, layers)
     given = as_batch(model, text, attention_mask)
     written = [target_of(place) for place in places]
-    sums, count, counted = dict.fromkeys(written, 0.0), 0, given.ordinary(special_token_ids(model.tokenizer))
+    counted = counted_tokens(given, special_token_ids(model.tokenizer), positions)
+    sums, count = dict.fromkeys(written, 0.0), 0
     parts = (one.split(batch_size) for one in (given.ids, given.attention_mask, counted))
     for ids, mask, ordinary in zip(*parts, strict=True):
         count += int(ordinary.sum())
@@ -68,7 +73,7 @@ def mean_norms(
 
         visit_places(model, ids, written, add, mask)
     if count == 0:
-        raise GemmaScopeError("The text has no tokens except BOS, EOS and padding: give more text.")
+        raise GemmaScopeError("The text has no tokens except BOS, EOS and padding: give more text, or more positions=")
     return pd.DataFrame(
         {
             "site": [place.site for place in places],

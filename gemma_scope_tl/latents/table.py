@@ -7,9 +7,11 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.model.counted import CountedBatch, counted_tokens
+from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.model.read import visit_places
 from gemma_scope_tl.sae.access import encode_latents, locate
 from gemma_scope_tl.sae.base import GemmaScopeMixin
@@ -18,7 +20,7 @@ from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sae.sparse import SparseActs, encode_sparse
 from gemma_scope_tl.sae.sparse_ops import starts_of
 from gemma_scope_tl.sites import Place
-from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
+from gemma_scope_tl.text.batch import Text, as_batch
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def features(
     min_activation: float = 0.0,
     attention_mask: Any = None,
     batch_size: int = 8,
+    positions: Positions = None,
 ) -> pd.DataFrame:
     """The active latents of ``saes`` on ``text``, from one forward pass over each text for all SAEs.
 
@@ -58,8 +61,8 @@ def features(
             trained on these tokens, and thousands of latents may be active on BOS. Padding is never listed.
         min_activation: the smallest activation to list, in units of the latent.
         attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
-        batch_size: number of texts in a forward pass. Of more texts, those of similar length share a pass, without the
-            padding of longer ones.
+        batch_size: number of texts in a forward pass, which texts of similar length share.
+        positions: the only positions to list, as in :func:`~gemma_scope_tl.splice`; None for all.
 
     Returns:
         A table with a row per active latent, strongest first within a token: ``sequence, position, token, sae, site,
@@ -70,7 +73,7 @@ def features(
     Raises:
         GemmaScopeError: for ``top`` or ``batch_size`` below 1, ``min_activation`` below 0, no text, or a text that is
             too long.
-        SpliceError: for no SAE, or an SAE of unknown site.
+        SpliceError: for no SAE, an SAE of unknown site, or a position that a text does not have.
     """
     import pandas as pd
 
@@ -81,8 +84,10 @@ def features(
         )
     several, batch = as_saes(saes), as_batch(model, text, attention_mask)
     places = [Place(site.name, layer) for site, layer in (locate(sae, model.family) for sae in several)]
-    reader = _Reader(several, places, excluded_ids(model.tokenizer, exclude_special_tokens), top, min_activation)
-    parts = [reader.read(model, rows, part) for rows, part in _parts(batch, batch_size)]
+    special = excluded_ids(model.tokenizer, exclude_special_tokens)
+    whole = CountedBatch(batch.ids, batch.mask, counted_tokens(batch, special, positions))
+    reader = _Reader(several, places, special, top, min_activation)
+    parts = [reader.read(model, rows, part) for rows, part in _parts(whole, batch_size)]
     frames = [
         _joined([part[number] for part in parts]).frame(model.tokenizer, number, place)
         for number, place in enumerate(places)
@@ -117,7 +122,7 @@ class _Active:
         return pd.DataFrame(listed)
 
 
-def _parts(batch: TokenBatch, size: int) -> Iterator[tuple[torch.Tensor, TokenBatch]]:
+def _parts(batch: CountedBatch, size: int) -> Iterator[tuple[torch.Tensor, CountedBatch]]:
     """The numbers of the rows of each part of a batch, and these rows without columns that are padding in all of them.
 
     Rows are sorted by length if there are several parts. Parts that are padding alone have no tokens to list.
@@ -129,7 +134,7 @@ def _parts(batch: TokenBatch, size: int) -> Iterator[tuple[torch.Tensor, TokenBa
         used = batch.mask[rows].any(0).nonzero()
         if len(used):
             columns = slice(int(used[0]), int(used[-1]) + 1)
-            yield rows, TokenBatch(batch.ids[rows, columns], batch.mask[rows, columns])
+            yield rows, CountedBatch(*(part[rows, columns] for part in (batch.ids, batch.mask, batch.counted)))
 
 
 @dataclass(frozen=True)
@@ -142,18 +147,17 @@ class _Reader:
     top: int | None
     min_activation: float
 
-    def read(self, model: GemmaModel, rows: Int[torch.Tensor, " batch"], batch: TokenBatch) -> list[_Active]:
+    def read(self, model: GemmaModel, rows: Int[torch.Tensor, " batch"], batch: CountedBatch) -> list[_Active]:
         """The active latents of each SAE, from one pass over rows of the text, whose numbers are ``rows``.
 
         SAEs encode while the pass is at their place, so no tensor of the model is kept.
         """
-        counted = batch.ordinary(self.special)
         found: dict[int, _Active] = {}
 
         def visit(place: Place, x: torch.Tensor) -> None:
             for number, sae in enumerate(self.saes):
                 if self.places[number] == place:
-                    found[number] = self._active(sae, x, rows, batch, counted)
+                    found[number] = self._active(sae, x, rows, batch)
 
         visit_places(model, batch.ids, self.places, visit, batch.attention_mask)
         return [found[number] for number in range(len(self.saes))]
@@ -163,22 +167,23 @@ class _Reader:
         sae: Any,
         x: Float[torch.Tensor, "batch pos d_in"],
         rows: Int[torch.Tensor, " batch"],
-        batch: TokenBatch,
-        counted: Bool[torch.Tensor, "batch pos"],
+        batch: CountedBatch,
     ) -> _Active:
         """The active latents on the counted tokens of ``batch``, by row and column, then strongest first."""
-        acts = _encoded(sae, x[counted.to(x.device)])
+        # All ordinary tokens are encoded, as products of other shapes would round the same token differently.
+        ordinary = batch.ordinary(self.special)
+        acts = _encoded(sae, x[ordinary.to(x.device)])
         tokens, values = acts.tokens(), acts.values.float()
         order = values.argsort(descending=True, stable=True)  # sort by value, then stably by token
         order = order[tokens[order].argsort(stable=True)]
-        kept = (values > 0) & (values >= self.min_activation)
+        kept = (values > 0) & (values >= self.min_activation) & batch.counted[ordinary].to(tokens.device)[tokens]
         if self.top is not None:
             kept &= torch.empty_like(tokens).scatter_(0, order, _ranks(acts)) < self.top
         order = order[kept[order]].cpu()
         tokens, latents, values = tokens.cpu()[order], acts.latents.cpu()[order], values.cpu()[order]
         if isinstance(sae, Latents):
             latents = torch.tensor(sae.latents)[latents]
-        row, column = (at.cpu()[tokens] for at in counted.nonzero(as_tuple=True))
+        row, column = (at.cpu()[tokens] for at in ordinary.nonzero(as_tuple=True))
         ids, place = batch.ids.cpu(), batch.place.cpu()
         return _Active(rows.cpu()[row], place[row, column], ids[row, column], latents, values)
 

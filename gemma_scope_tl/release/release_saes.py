@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gemma_scope_tl.contributing.coder_paths import coder_path, parse_coder_path
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.families import Family, family_of_model
+from gemma_scope_tl.families import Family, bare_name, family_of_model
 from gemma_scope_tl.files import checked_path, is_file, is_folder
 from gemma_scope_tl.registry.schema import WEIGHTS_FILES, parse_release, read_release
 from gemma_scope_tl.registry.widths import width_label
@@ -21,7 +21,6 @@ from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sae.config import FAMILY
 from gemma_scope_tl.sae.provenance import still_said
 from gemma_scope_tl.weights.checks import PARAMS_NAME, SKIP_KEYS
-from gemma_scope_tl.weights.coder_config import repaired_model
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import ReleaseFile, SAERow
@@ -232,7 +231,7 @@ def _from_memory(sae: Any, model: str | None) -> ReleaseSAE:
     elif not isinstance(l0, (int, float)) or not (math.isfinite(l0) and l0 > 0):
         raise GemmaScopeError(f"{where} states an L0 of {l0!r}: set sae.cfg.metadata.l0 to the measured one.")
     named = None if row is None else (str(row.release), str(row.id))
-    model = repaired_model(str(name))
+    model = bare_name(str(name))
     return ReleaseSAE(site.name, layer, int(sae.cfg.d_sae), float(l0), model, sae=sae, named=named)
 
 

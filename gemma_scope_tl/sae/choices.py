@@ -87,7 +87,8 @@ def checked_positions(positions: Any) -> Any:
         found = torch.as_tensor(positions)
     except (TypeError, ValueError, RuntimeError):
         found = None
-    if found is None or (found.numel() and (found.is_floating_point() or found.is_complex())):
+    flat = found is not None and (found.ndim <= 1 if found.dtype != torch.bool else found.ndim in (1, 2))
+    if found is None or not flat or (found.numel() and (found.is_floating_point() or found.is_complex())):
         raise SpliceError(
             f"Positions must be an int, a slice, a list of ints, or a boolean mask [pos] or [batch, pos]; given: "
             f"{shown(positions)}."

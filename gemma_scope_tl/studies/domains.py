@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.evals.suite import evaluate
-from gemma_scope_tl.text.batch import Text
+from gemma_scope_tl.text.batch import Text, TokenBatch
 from gemma_scope_tl.text.documents import read_texts
-from gemma_scope_tl.text.rows import as_tokens
+from gemma_scope_tl.text.rows import given_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,8 +108,8 @@ def pile_texts(
     return {name: read_texts(f"{source}:{PILE_SUBSETS[name]}", column, split) for name in chosen}
 
 
-def _tokens(model: GemmaModel, name: str, data: Text, rows: int | None, context: int) -> torch.Tensor:
+def _tokens(model: GemmaModel, name: str, data: Text, rows: int | None, context: int) -> TokenBatch:
     try:
-        return as_tokens(model, data, context, limit=rows)
+        return given_rows(model, data, context, limit=rows)
     except GemmaScopeError as error:
         raise GemmaScopeError(f"Domain {name!r}: {error}") from error

@@ -40,7 +40,7 @@ def sparsity_fidelity(model: GemmaModel, saes: Any, data: Sequence[str] | torch.
 
 
 def importance_uniformity(
-    model: GemmaModel, saes: Any, data: Sequence[str] | torch.Tensor, positions: int = 8, **options: Any
+    model: GemmaModel, saes: Any, data: Sequence[str] | torch.Tensor, sampled: int = 8, **options: Any
 ) -> pd.DataFrame:
     """The uniformity r_L0 of active latent importance against L0 (appendix C.3).
 
@@ -50,19 +50,19 @@ def importance_uniformity(
 
     Args:
         model, saes, data, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
-        positions: number of positions of each row, drawn at random; each takes a backward pass of the model.
+        sampled: number of positions of each row, drawn at random; each takes a backward pass of the model.
 
     Returns:
         A row per SAE, sorted by site, layer and L0: ``release, id, site, layer, d_sae, l0, uniformity, uniformity_low,
         uniformity_high, sequences``; low and high are the bounds of the confidence interval.
 
     Raises:
-        GemmaScopeError: ``positions`` is below 1.
+        GemmaScopeError: ``sampled`` is below 1.
     """
-    if positions < 1:
-        raise GemmaScopeError(f"Uniformity needs 1 position of each row or more, not {positions}.")
+    if sampled < 1:
+        raise GemmaScopeError(f"Uniformity needs 1 position of each row or more, not {sampled}.")
     options = {"ablations": (), **options}
-    table = evaluate(model, saes, data, by_position=False, uniformity=positions, **options)
+    table = evaluate(model, saes, data, by_position=False, uniformity=sampled, **options)
     kept = table[[*NAMES, "l0", "uniformity", "uniformity_low", "uniformity_high", "sequences"]]
     return kept.sort_values(["site", "layer", "l0"], ignore_index=True)
 

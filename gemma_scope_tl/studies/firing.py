@@ -15,8 +15,10 @@ from gemma_scope_tl.evals.cache import Checkpoint, MetricsCache, key_of
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, read_batches, rows_that_fit
 from gemma_scope_tl.evals.run import facts_of
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
-from gemma_scope_tl.text.batch import Text, TokenBatch
-from gemma_scope_tl.text.rows import as_rows, special_ids
+from gemma_scope_tl.model.counted import CountedBatch, counted_rows
+from gemma_scope_tl.model.positions import Positions
+from gemma_scope_tl.text.batch import Text
+from gemma_scope_tl.text.rows import special_ids
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,11 +39,12 @@ def firing_frequencies(
     bins: int = 50,
     memory_budget: int = MEMORY_BUDGET,
     cache: str | PathLike[str] | None = None,
+    positions: Positions = None,
 ) -> pd.DataFrame:
     """Histograms of how often latents fire (section 4.3), from one clean pass and one encoding for each SAE.
 
     Args:
-        model, saes, data, context, batch_size, progress, memory_budget, cache: as
+        model, saes, data, context, batch_size, progress, memory_budget, cache, positions: as
             :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
         bins: number of bins of ``log10`` of the frequency, from one firing in all tokens to every token.
 
@@ -58,7 +61,9 @@ def firing_frequencies(
 
     if bins < 1:
         raise GemmaScopeError(f"A histogram needs 1 bin or more, not {bins}.")
-    counted = count_firing(model, saes, data, context, batch_size, progress, memory_budget=memory_budget, cache=cache)
+    counted = count_firing(
+        model, saes, data, context, batch_size, progress, memory_budget=memory_budget, cache=cache, positions=positions
+    )
     return pd.DataFrame([row for subject, counts in counted for row in _rows(subject, counts, bins)])
 
 
@@ -73,6 +78,7 @@ def count_firing(
     *,
     memory_budget: int = MEMORY_BUDGET,
     cache: str | PathLike[str] | None = None,
+    positions: Positions = None,
 ) -> list[tuple[Subject, LatentCounts]]:
     """Count how often each latent of each SAE fires; arguments are as for :func:`firing_frequencies`.
 
@@ -80,7 +86,8 @@ def count_firing(
     interrupted count continues from the last save, made every :data:`CHECKPOINT` batches.
     """
     subjects = subjects_of(model, saes)
-    rows, special = as_rows(model, data, context), special_ids(model)
+    special = special_ids(model)
+    rows = counted_rows(model, data, context, special, positions)
     kept = MetricsCache(cache)
     keys = [""] * len(subjects) if cache is None else _keys(model, rows, special, subjects)
     counts = [LatentCounts.empty(subject.d_sae) for subject in subjects]
@@ -96,7 +103,7 @@ def count_firing(
         places = list(dict.fromkeys(subjects[number].place for number in pending))
         fitting = rows_that_fit(model, places, rows.ids.shape[1], batch_size, memory_budget)
         start = checkpoint.restore()
-        batches = read_batches(model, rows.ids, places, special, fitting, start, rows.mask)
+        batches = read_batches(model, rows.ids, places, rows.counted, fitting, start)
         total = -(-(rows.ids.shape[0] - start) // fitting)
         for done, batch in enumerate(track(batches, "counting", total, transient=True, disable=not progress), 1):
             inputs = {place: batch.activations(place) for place in places}
@@ -110,7 +117,7 @@ def count_firing(
     return list(zip(subjects, counts, strict=True))
 
 
-def _keys(model: GemmaModel, rows: TokenBatch, special: tuple[int, ...], subjects: Sequence[Subject]) -> list[str]:
+def _keys(model: GemmaModel, rows: CountedBatch, special: tuple[int, ...], subjects: Sequence[Subject]) -> list[str]:
     common = facts_of(model, rows, special)
     return [key_of({**common, "unit": "fired", "place": s.place.key, "sae": s.fingerprint()}) for s in subjects]
 

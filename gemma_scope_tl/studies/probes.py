@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from numpy.typing import NDArray
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, ReadBatch, read_batches, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
+from gemma_scope_tl.model.counted import counted_tokens
+from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.studies.probe_data import Concept, LabelledRows
 from gemma_scope_tl.studies.probe_fits import SELECT, Resamples, Units, best_latent, dense_probe, ranked, sparse_probe
@@ -38,7 +41,9 @@ from gemma_scope_tl.studies.random_saes import (
     sampled_activations,
 )
 from gemma_scope_tl.studies.splits import Split, split_documents
+from gemma_scope_tl.text.batch import TokenBatch
 from gemma_scope_tl.text.rows import special_ids
+from gemma_scope_tl.text.tokens import text_mask
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,6 +94,7 @@ def measure_probes(
     resamples: int = 500,
     seed: int = 0,
     memory_budget: int = MEMORY_BUDGET,
+    positions: Positions = None,
 ) -> Probes:
     """Probe as :func:`probe_concepts` does, and return all probes with their resamples instead of one table.
 
@@ -96,7 +102,7 @@ def measure_probes(
     token. About three tenths of each label's documents, in whole sources, are test documents.
 
     Args:
-        model, saes, batch_size, progress, memory_budget: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
+        model, saes, batch_size, progress, memory_budget, positions: as in :func:`~gemma_scope_tl.evals.suite.evaluate`.
         data: :func:`~gemma_scope_tl.studies.bundled_concepts`, or
             :func:`~gemma_scope_tl.studies.probe_data.labelled_rows`, whose ``groups`` are the sources of documents.
         k: numbers of latents that a probe reads.
@@ -121,16 +127,22 @@ def measure_probes(
     for kind, name, known in (("way to select latents", select, SELECT), ("frequency", frequency, FREQUENCIES)):
         if name not in known:
             raise unknown_name(kind, name, known)
-    special, split = special_ids(model), split_documents(data.kinds, data.groups or None, seed=seed)
-    asked = [_units(concept, data, split, special, most, seed) for concept in data.concepts]
+    counted = _counted(model, data, positions)
+    split = split_documents(data.kinds, data.groups or None, seed=seed)
+    asked = [_units(concept, data, split, counted, most, seed) for concept in data.concepts]
     subjects = subjects_of(model, saes)
     found = Probes(Resamples(split.weights(resamples, seed), confidence))
     run = _Run(data, split, asked, tuple(k), select, frequency, l0_band, seed, found)
     for place in _shown(list(dict.fromkeys(subject.place for subject in subjects)), progress):
         fit = rows_that_fit(model, [place], data.tokens.shape[1], batch_size, memory_budget)
-        passes = partial(read_batches, model, data.tokens, [place], special, fit)
-        run.probe([(n, one) for n, one in enumerate(subjects) if one.place == place], passes, special)
+        passes = partial(read_batches, model, data.tokens, [place], counted, fit)
+        run.probe([(n, one) for n, one in enumerate(subjects) if one.place == place], passes, counted)
     return found
+
+
+def _counted(model: GemmaModel, data: LabelledRows, positions: Positions) -> Bool[torch.Tensor, "rows pos"]:
+    whole = TokenBatch(data.tokens, text_mask(data.tokens, model.tokenizer))
+    return counted_tokens(whole, special_ids(model), positions)
 
 
 @dataclass(frozen=True)
@@ -164,12 +176,12 @@ class _Run:
         self,
         subjects: Sequence[tuple[int, Subject]],
         passes: Callable[[], Iterator[ReadBatch]],
-        special: Sequence[int],
+        counted: Bool[torch.Tensor, "rows pos"],
     ) -> None:
         """Fit all probes of the SAEs of one place; each SAE's number seeds its random twin."""
         place = subjects[0][1].place
         training = ~self.split.test[self.data.documents.numpy()]
-        marks = [drawn_tokens(self.data.tokens, part, special, self.seed) for part in (training, ~training)]
+        marks = [drawn_tokens(counted, part, self.seed) for part in (training, ~training)]
         sample, other = sampled_activations(passes(), place, marks)
         dense: list[Any] = []
         for number, subject in subjects:
@@ -195,11 +207,11 @@ class _Run:
                 self.found.add({**columns, "k": k, **more}, fitted)
 
 
-def _units(concept: Concept, data: LabelledRows, split: Split, special: Sequence[int], most: int, seed: int) -> _Asked:
+def _units(concept: Concept, data: LabelledRows, split: Split, counted: torch.Tensor, most: int, seed: int) -> _Asked:
     documents = data.documents.numpy()
     labels = concept.labels.numpy()
     if concept.of_tokens:
-        labels = np.where(np.isin(data.tokens.numpy(), list(special)), -1, labels)
+        labels = np.where(counted.numpy(), labels, -1)
         row, position = np.nonzero(labels >= 0)
         label = labels[row, position]
         kept = _balanced(label, most, seed)
@@ -260,11 +272,11 @@ def _features(
     held: list[list[list[NDArray[np.float32]]]] = [[[] for _ in asked] for _ in encoders]
     for batch in batches:
         raw, (count, width) = batch.activations(place), batch.tokens.shape
-        lengths = batch.ordinary.sum(1, keepdim=True).clamp_min(1)
+        lengths = batch.counted.sum(1, keepdim=True).clamp_min(1)
         for encoder, parts in zip(encoders, held, strict=True):
             values = raw.float() if encoder is None else latents_of(encoder, raw).to_dense().float()
             full = values.new_zeros(count, width, values.shape[1])
-            full[batch.ordinary] = values
+            full[batch.counted] = values
             means = (full.sum(1) / lengths).cpu().numpy()
             for one, kept in zip(asked, parts, strict=True):
                 mine = (one.row >= batch.start) & (one.row < batch.start + count)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.evals.clean_pass import ReadBatch
@@ -100,14 +100,14 @@ def checked_l0(
 
 
 def drawn_tokens(
-    tokens: Int[torch.Tensor, "rows pos"], rows: Bool[np.ndarray, " rows"], special: Iterable[int], seed: int
+    counted: Bool[torch.Tensor, "rows pos"], rows: Bool[np.ndarray, " rows"], seed: int
 ) -> Bool[torch.Tensor, "rows pos"]:
-    """Mark at most :data:`SAMPLE` ordinary tokens of the chosen rows, drawn at random from all of them."""
-    ordinary = ~np.isin(tokens.cpu().numpy(), list(special)) & rows[:, None]
-    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(ordinary))[:SAMPLE]
-    marks = np.zeros(ordinary.size, bool)
+    """Mark at most :data:`SAMPLE` counted tokens of the chosen rows, drawn at random from all of them."""
+    whole = counted.cpu().numpy() & rows[:, None]
+    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(whole))[:SAMPLE]
+    marks = np.zeros(whole.size, bool)
     marks[drawn] = True
-    return torch.from_numpy(marks.reshape(ordinary.shape))
+    return torch.from_numpy(marks.reshape(whole.shape))
 
 
 def sampled_activations(
@@ -118,7 +118,7 @@ def sampled_activations(
     for batch in batches:
         values, rows = batch.activations(place), slice(batch.start, batch.start + batch.tokens.shape[0])
         for mark, part in zip(marks, parts, strict=True):
-            part.append(values[mark[rows].to(batch.ordinary.device)[batch.ordinary]].cpu())
+            part.append(values[mark[rows].to(batch.counted.device)[batch.counted]].cpu())
     return [torch.cat(part) for part in parts]
 
 

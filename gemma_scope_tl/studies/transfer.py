@@ -12,12 +12,15 @@ from gemma_scope_tl.evals.accumulators import Mean
 from gemma_scope_tl.evals.clean_pass import read_batches
 from gemma_scope_tl.evals.saes import Subject, subjects_of
 from gemma_scope_tl.evals.suite import evaluate
+from gemma_scope_tl.model.counted import counted_rows
+from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.suite import SAESuite
 from gemma_scope_tl.sites import Place, get_site
 from gemma_scope_tl.studies.positions import binned_by_position
 from gemma_scope_tl.studies.rollouts import Rollouts
-from gemma_scope_tl.text.rows import as_tokens, special_ids
+from gemma_scope_tl.text.batch import Text, TokenBatch
+from gemma_scope_tl.text.rows import given_rows, special_ids
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,13 +31,14 @@ if TYPE_CHECKING:
 def base_on_tuned(
     base: Any,
     tuned: Any,
-    data: Sequence[str] | torch.Tensor | Rollouts,
+    data: Text | Rollouts,
     base_saes: Any,
     tuned_saes: Any = None,
     *,
     rescale: bool = False,
     context: int = 256,
     batch_size: int = 8,
+    positions: Positions = None,
     **options: Any,
 ) -> pd.DataFrame:
     """Measure a base model's SAEs on a tuned model's activations, on the same tokens (section 4.5).
@@ -46,7 +50,7 @@ def base_on_tuned(
         base_saes, tuned_saes: SAEs of the base model and, optionally, of the tuned model.
         rescale: measure the base SAEs a second time, with the tuned model's activations scaled to the base model's
             mean norm at the site (appendix C.4), by means of :func:`rescaled`.
-        context, batch_size, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
+        context, batch_size, positions, options: as :func:`~gemma_scope_tl.evals.suite.evaluate` takes them.
 
     Returns:
         A row per pair of model and SAE: ``model`` (``base`` or ``tuned``), ``saes`` (``base``, ``base rescaled`` or
@@ -61,12 +65,13 @@ def base_on_tuned(
     if base.dims != tuned.dims or base.cfg.d_vocab != tuned.cfg.d_vocab:
         raise GemmaScopeError(f"The models differ in their sizes: {base.dims} and {tuned.dims}.")
     parts = data if isinstance(data, Rollouts) else None
-    tokens = data.tokens if isinstance(data, Rollouts) else as_tokens(tuned, data, context)
+    tokens = data.tokens if isinstance(data, Rollouts) else given_rows(tuned, data, context)
+    options["positions"] = positions
     pairs: list[tuple[str, str, Any, Any]] = [("base", "base", base, base_saes), ("tuned", "base", tuned, base_saes)]
     scales: dict[Place, float] = {}
     if rescale:
         subjects = subjects_of(base, base_saes)
-        scales = norm_ratios(base, tuned, tokens, [subject.place for subject in subjects], batch_size)
+        scales = norm_ratios(base, tuned, tokens, [subject.place for subject in subjects], batch_size, positions)
         pairs.append(("tuned", "base rescaled", tuned, _all_rescaled(base_saes, subjects, scales)))
     if tuned_saes is not None:
         pairs.append(("tuned", "tuned", tuned, tuned_saes))
@@ -84,15 +89,15 @@ def base_on_tuned(
 def _measured(
     model: GemmaModel,
     saes: Any,
-    tokens: torch.Tensor,
+    tokens: torch.Tensor | TokenBatch,
     parts: Rollouts | None,
     batch_size: int,
     options: Mapping[str, Any],
 ) -> pd.DataFrame:
     if parts is None:
         return evaluate(model, saes, tokens, batch_size=batch_size, by_position=False, **options)
-    edges = [0, parts.prompt, tokens.shape[1]]
-    return parts.by_part(binned_by_position(model, saes, tokens, edges, batch_size=batch_size, **options))
+    edges = [0, parts.prompt, parts.tokens.shape[1]]
+    return parts.by_part(binned_by_position(model, saes, parts.tokens, edges, batch_size=batch_size, **options))
 
 
 def _sites(table: pd.DataFrame) -> Iterable[tuple[str, Any]]:
@@ -101,18 +106,24 @@ def _sites(table: pd.DataFrame) -> Iterable[tuple[str, Any]]:
 
 @torch.no_grad()
 def norm_ratios(
-    base: Any, tuned: Any, tokens: torch.Tensor, places: Sequence[Place], batch_size: int = 8
+    base: Any,
+    tuned: Any,
+    tokens: Text,
+    places: Sequence[Place],
+    batch_size: int = 8,
+    positions: Positions = None,
 ) -> dict[Place, float]:
-    """The ratio of mean activation norms, base over tuned model, at each place on the ordinary tokens.
+    """The ratio of mean activation norms, base over tuned model, at each place on the ordinary tokens at ``positions``.
 
     Raises:
-        GemmaScopeError: there is no ordinary token.
+        GemmaScopeError: there is no such token.
     """
     kept = list(dict.fromkeys(places))
     means: list[dict[Place, Mean]] = []
     for model in (base, tuned):
         found = {place: Mean() for place in kept}
-        for batch in read_batches(model, tokens, kept, special_ids(model), batch_size):
+        rows = counted_rows(model, tokens, model.cfg.n_ctx, special_ids(model), positions)
+        for batch in read_batches(model, rows.ids, kept, rows.counted, batch_size):
             for place, mean in found.items():
                 mean.update(batch.activations(place).double().norm(dim=1))
         means.append(found)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
@@ -61,6 +61,20 @@ def as_rows(model: Any, data: Text, context: int, attention_mask: Any = None, li
     The text of a row begins in column 0, so that a column is a position in the text and no token attends to padding.
 
     Args:
+        model, data, context, attention_mask, limit: as for :func:`given_rows`, which also raises.
+
+    Returns:
+        Ids and mask on the CPU, padded on the right.
+    """
+    return aligned(given_rows(model, data, context, attention_mask, limit), pad_id(model.tokenizer))[0]
+
+
+def given_rows(
+    model: Any, data: Text, context: int, attention_mask: Any = None, limit: int | None = None
+) -> TokenBatch:
+    """The rows of :func:`as_rows` with the padding that they were given with.
+
+    Args:
         model: from ``load_model``.
         data: texts, read one by one; or token ids, conversations, a mapping with ``input_ids``
             (:func:`~gemma_scope_tl.text.batch.as_batch`).
@@ -69,7 +83,7 @@ def as_rows(model: Any, data: Text, context: int, attention_mask: Any = None, li
         limit: the largest number of rows.
 
     Returns:
-        Ids and mask on the CPU, padded on the right.
+        Ids and mask on the CPU.
 
     Raises:
         GemmaScopeError: as :func:`pack_texts` and :func:`~gemma_scope_tl.text.batch.as_batch`; also for rows of one
@@ -91,10 +105,27 @@ def as_rows(model: Any, data: Text, context: int, attention_mask: Any = None, li
     width = int(given.length.max())
     if width < 2:
         raise GemmaScopeError(f"Rows need at least two tokens to predict one, but the longest row has {width}.")
-    columns = torch.arange(width)
+    return given
+
+
+def aligned(
+    given: TokenBatch, pad: int, marks: Bool[torch.Tensor, "rows pos"] | None = None
+) -> tuple[TokenBatch, Bool[torch.Tensor, "rows width"]]:
+    """Rows whose text begins in column 0, without columns that are padding in all of them.
+
+    Args:
+        given: rows with padding on either side.
+        pad: the id of padding.
+        marks: True at some tokens of ``given``, by default at all of the text.
+
+    Returns:
+        The rows, and the marks on the text at the same tokens.
+    """
+    columns = torch.arange(int(given.length.max()))
     mask = columns < given.length[:, None]
-    ids = ids.gather(1, (given.start[:, None] + columns).clamp(max=ids.shape[1] - 1))
-    return TokenBatch(ids.masked_fill(~mask, pad_id(model.tokenizer)), mask)
+    at = (given.start[:, None] + columns).clamp(max=given.ids.shape[1] - 1)
+    batch = TokenBatch(given.ids.gather(1, at).masked_fill(~mask, pad), mask)
+    return batch, mask if marks is None else marks.gather(1, at) & mask
 
 
 def as_tokens(

@@ -13,13 +13,14 @@ from jaxtyping import Bool, Float
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.latents.logit_lens import top_tokens
+from gemma_scope_tl.model.counted import counted_rows
+from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.model.read import read_places
 from gemma_scope_tl.sae.access import chosen_latents, decoder_rows, encode_latents, locate
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.batch import Text
 from gemma_scope_tl.text.documents import read_texts
-from gemma_scope_tl.text.rows import as_rows
 from gemma_scope_tl.text.tokens import special_token_ids
 
 if TYPE_CHECKING:
@@ -45,9 +46,11 @@ class PageText:
         context: number of tokens in a row, BOS included.
         batch_size: number of rows in a forward pass.
         memory: bytes of activations to hold. The activations of one place are held even if they take more.
+        positions: the only positions of each row that count, as in :func:`~gemma_scope_tl.splice`; None for all.
 
     Raises:
         GemmaScopeError: the texts hold less than one row, or ``rows`` or ``batch_size`` is below 1.
+        SpliceError: a row lacks one of the positions.
     """
 
     def __init__(
@@ -58,12 +61,14 @@ class PageText:
         context: int = 128,
         batch_size: int = 8,
         memory: int = 1 << 29,
+        positions: Positions = None,
     ) -> None:
         if rows < 1 or batch_size < 1:
             raise GemmaScopeError(f"rows and batch_size must be 1 or more, not {rows} and {batch_size}.")
-        batch = as_rows(model, read_texts() if data is None else data, context, limit=rows)
+        special, data = special_token_ids(model.tokenizer), read_texts() if data is None else data
+        batch = counted_rows(model, data, context, special, positions, limit=rows)
         self.model, self.tokens, self.batch_size, self.memory = model, batch.ids, batch_size, memory
-        self.ordinary: Bool[torch.Tensor, "rows pos"] = batch.ordinary(special_token_ids(model.tokenizer))
+        self.counted: Bool[torch.Tensor, "rows pos"] = batch.counted
         self._held: OrderedDict[Place, torch.Tensor] = OrderedDict()
 
     @torch.no_grad()
@@ -96,7 +101,7 @@ class Excerpt:
 
     Attributes:
         row: row of the page's text; ``start``: position of the first token shown.
-        tokens, activations: the tokens and their activations; BOS, EOS and padding count as 0.
+        tokens, activations: the tokens and their activations; 0 where a token does not count.
         peak: index of the strongest token in ``tokens``.
     """
 
@@ -115,7 +120,7 @@ class LatentFacts:
         latent: index of the latent; ``d_sae``: number of latents.
         name: release and id of the SAE; site and layer if the SAE is not in the registry.
         site, layer: the place that the SAE reads.
-        tokens: number of tokens, without BOS, EOS and padding; ``fired``: number of tokens on which the latent fires.
+        tokens: number of tokens that count; ``fired``: number of tokens on which the latent fires.
         maximum: the strongest activation; 0 if the latent never fires.
         examples: examples, strongest first, each from a different row of the text.
         edges, counts: histogram of the activations above 0; empty if there are none.
@@ -182,7 +187,7 @@ def latent_facts(
     site, layer = locate(sae, text.model.family)
     x = text.activations(sae).to(text.model.device_of(layer))
     acts = encode_latents(sae, x, [index])[..., 0].float().cpu()
-    acts = torch.where(text.ordinary, acts, 0.0)
+    acts = torch.where(text.counted, acts, 0.0)
     active = acts[acts > 0]
     counts, edges = _histogram(active)
     row: SAERow | None = getattr(sae, "row", None)
@@ -192,7 +197,7 @@ def latent_facts(
         name=f"{row.release}/{row.id}" if row else site.name + ("" if layer is None else f", layer {layer}"),
         site=site.name,
         layer=layer,
-        tokens=int(text.ordinary.sum()),
+        tokens=int(text.counted.sum()),
         fired=len(active),
         maximum=float(active.max()) if len(active) else 0.0,
         examples=_examples(text, acts, examples, around),

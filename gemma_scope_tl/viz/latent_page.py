@@ -12,7 +12,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.text.batch import Text
 from gemma_scope_tl.viz.figures import STYLE as FIGURE_STYLE
 from gemma_scope_tl.viz.figures import grid
@@ -200,6 +202,7 @@ def feature_page(
     *,
     rows: int = 64,
     context: int = 128,
+    positions: Positions = None,
     **counts: int,
 ) -> FeaturePage:
     """A latent's top activating examples, firing histogram, promoted and suppressed tokens, and similar latents.
@@ -211,14 +214,20 @@ def feature_page(
         text: texts or token ids, by default the held-out text in the package; a :class:`PageText` keeps its activations
             for further latents.
         rows, context: maximum number of rows, and number of tokens in a row, for texts or token ids.
+        positions: the only positions of each row that count, as in :func:`~gemma_scope_tl.splice`; None for all, or for
+            those of a :class:`PageText`.
         counts: ``examples``, ``around``, ``k``, ``neighbours`` of :func:`latent_facts`.
 
     Returns:
         A page that notebooks show, with ``.html`` and ``.save(path)``.
 
     Raises:
-        SpliceError: the latent does not exist, or the SAE does not fit the model.
-        GemmaScopeError: there is too little text, or only some latents of the SAE are loaded.
+        SpliceError: the latent or one of the positions does not exist, or the SAE does not fit the model.
+        GemmaScopeError: there is too little text, only some latents of the SAE are loaded, or positions were given
+            beside a :class:`PageText`, which has its own.
     """
-    page_text = text if isinstance(text, PageText) else PageText(model, text, rows, context)
-    return FeaturePage(latent_facts(page_text, sae, latent, **counts))
+    if not isinstance(text, PageText):
+        text = PageText(model, text, rows, context, positions=positions)
+    elif positions is not None:
+        raise GemmaScopeError("The text of the page has its own positions: give positions= to PageText.")
+    return FeaturePage(latent_facts(text, sae, latent, **counts))

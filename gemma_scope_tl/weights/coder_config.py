@@ -7,7 +7,7 @@
 ``affine_connection``     whether there is a linear path around the latents
 ``architecture``          ``jump_relu``
 ``width``, ``l0``         number of latents, and the target of the mean number of active ones
-``model_name``            the model, in several spellings, which :func:`repaired_model` makes one
+``model_name``            the model, in one of several spellings (:func:`~gemma_scope_tl.families.bare_name`)
 ``family``                only in folders that this package wrote, where it does not follow from the model's name
 ========================= ======================================================================================
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError, WeightsError
-from gemma_scope_tl.families import Family, Site, families, family_named, family_of_model
+from gemma_scope_tl.families import Family, Site, bare_name, families, family_named, family_of_model
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.weights.checks import CONFIG_NAME, NOT_YET, Expected, short, weights_error
 from gemma_scope_tl.weights.safetensors_file import read_json
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 ARCHITECTURE = "jump_relu"
 SINGLE, SEVERAL = ("sae", "transcoder"), ("clt", "crosscoder")
 _DECODER = "model"  # the text model's own path, also where it is part of a larger one
-_BASE_SUFFIX = "-pt"
 _LONGEST = 200  # characters of a text
 _CHECK = "Check that the files belong together, then delete them and download them again."
 
@@ -95,7 +94,7 @@ class CoderConfig:
             raise weights_error(source, f"has affine_connection {short(affine)}, not true or false", _CHECK)
         if family is not None:
             _named_family(family, source)
-        named = None if model is None else repaired_model(model)
+        named = None if model is None else bare_name(model)
         width, l0 = _width(raw.get("width"), source), _l0(raw.get("l0"), source)
         return cls(source, reads, writes, kind, affine, width, l0, named, family)._sound()
 
@@ -170,7 +169,7 @@ class CoderConfig:
     def check_row(self, row: SAERow) -> None:
         """Raise :class:`WeightsError` with every contradiction to a registry row, apart from sizes and kind."""
         texts: list[str] = []
-        if self.model is not None and self.model != repaired_model(row.model):
+        if self.model is not None and self.model != bare_name(row.model):
             texts.append(f"model {self.model}, should be {row.model}")
         if self.l0 is not None and row.l0 is not None and not math.isclose(self.l0, row.l0):
             texts.append(f"l0 {self.l0:g}, should be {row.l0:g}")
@@ -209,22 +208,6 @@ def place_of_modules(reads: str, writes: str | None, family: Family) -> tuple[Si
         if site.per_layer == (layer is not None) and module_hooks(family, site.name, layer) == (reads, writes or reads):
             return site, layer
     return None
-
-
-def repaired_model(name: str) -> str:
-    """The name of a model as in the registry: without an owner, and without the suffix of released base models.
-
-    >>> repaired_model("google/gemma-2-2b"), repaired_model("someone/their-model-pt")
-    ('gemma-2-2b', 'their-model-pt')
-    """
-    short_name = name.rpartition("/")[2]
-    for spelled in (short_name, short_name.replace("-v3", "-3")):
-        base = spelled.removesuffix(_BASE_SUFFIX)
-        if is_released(spelled):
-            return base if is_released(base) else spelled
-        if is_released(base):
-            return base
-    return short_name
 
 
 def is_released(name: str) -> bool:

@@ -58,6 +58,8 @@ CALLS = {
     "features hi --model .": "--sae-model names the model whose SAEs to use for .",
     "features hi --sae-model foo": "Unknown model 'foo'",
     "features hi --top 0": "'--top'",
+    "features hi --positions 4..9": "'4..9' names no positions: write 4:",
+    "eval --positions 1:2:3": "'1:2:3' names no positions: write 4:",
     "features hi --frobnicate": "--frobnicate",
     "features ''": "The text is empty",
     "features ' '": "The text is empty",

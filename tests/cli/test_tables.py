@@ -38,7 +38,7 @@ VERBS: list[tuple[str, ...]] = [
     ("study", "domains", "--layer", "2", "--site", "res", "--canonical", "--subset", "maths", *SMALL),
     ("study", "precision", "--layer", "2", "--canonical", *SMALL),
     ("study", "transfer", "--tuned", "bundled", "--layer", "2", "--canonical", *SMALL),
-    ("study", "uniformity", "--layer", "2", "--canonical", "--positions", "1", *SMALL),
+    ("study", "uniformity", "--layer", "2", "--canonical", "--sampled", "1", *SMALL),
     (
         "study",
         "probes",

@@ -59,7 +59,7 @@ def _hooks(model: Any) -> dict[str, int]:
 def test_nothing_stays_on_the_model(backend: str) -> None:
     model = shared_model("grouped", backend)
     before, tokens = _hooks(model), random_tokens(model)
-    for batch in clean_batches(model, tokens, WRITTEN, (0, 1, 2), batch_size=1):
+    for batch in clean_batches(model, tokens, WRITTEN, tokens > 2, batch_size=1):
         batch.spliced(Place("att", 1), batch.activations(Place("att", 1)))
     assert _hooks(model) == before
     with pytest.raises(Exception, match="Token ids are from"):
@@ -92,14 +92,14 @@ def test_batches_know_their_rows_and_leave_special_tokens_out() -> None:
     model = shared_model("grouped", "bridge")
     tokens = _padded_tokens(model)
     tokens[0, 5] = 1
-    batches = list(clean_batches(model, tokens, [Place("transcoder", 1)], (0, 1, 2), batch_size=2))
+    batches = list(clean_batches(model, tokens, [Place("transcoder", 1)], tokens > 2, batch_size=2))
     assert [batch.start for batch in batches] == [0, 2]
-    whole = torch.cat([batch.ordinary for batch in batches])
+    whole = torch.cat([batch.counted for batch in batches])
     assert torch.equal(whole, tokens > 2)
     first = batches[0]
     assert first.activations(Place("mlp", 1)).shape == (int((tokens[:2] > 2).sum()), 64)  # the target is kept too
     assert first.targets().min() > 2
-    later = list(clean_batches(model, tokens, [Place("res", 0)], (0, 1, 2), batch_size=2, start=2))
+    later = list(clean_batches(model, tokens, [Place("res", 0)], tokens > 2, batch_size=2, start=2))
     assert torch.equal(later[0].tokens, tokens[2:])
 
 
@@ -115,20 +115,20 @@ def test_rows_that_fit_grow_with_the_budget_and_stop_at_the_batch() -> None:
 def test_batches_that_are_only_read_have_the_same_bits_and_end_at_the_last_place(backend: str) -> None:
     model, ran = shared_model("grouped", backend), list[int]()
     tokens, places = _padded_tokens(model), [Place("transcoder", 1), Place("att", 2), Place("embedding", None)]
-    whole = list(clean_batches(model, tokens, places, (0, 1, 2), batch_size=2))
+    whole = list(clean_batches(model, tokens, places, tokens > 2, batch_size=2))
     handles = [
         block.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
         for layer, block in enumerate(model.blocks)
     ]
     unembed = model.unembed.register_forward_hook(lambda *_: ran.append(-1))
     try:
-        read = list(read_batches(model, tokens, places, (0, 1, 2), batch_size=2))
+        read = list(read_batches(model, tokens, places, tokens > 2, batch_size=2))
     finally:
         for handle in (*handles, unembed):
             handle.remove()
     assert ran == [0, 1, 0, 1]  # two batches, and the heads of layer 2 are inside it
     for one, other in zip(read, whole, strict=True):
         assert one.start == other.start and torch.equal(one.tokens, other.tokens)
-        assert torch.equal(one.ordinary, other.ordinary)
+        assert torch.equal(one.counted, other.counted)
         for place in places:
             assert torch.equal(one.activations(place), other.activations(place)), place

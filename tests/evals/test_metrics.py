@@ -91,7 +91,7 @@ def test_next_token_losses_against_numpy_also_from_bfloat16() -> None:
 
 def test_predictions_from_or_to_special_tokens_do_not_count() -> None:
     special = torch.tensor([[True, False, False, True, False, False]])
-    assert scored_positions(special).tolist() == [[False, True, False, False, True]]
+    assert scored_positions(~special).tolist() == [[False, True, False, False, True]]
 
 
 def test_loss_recovered() -> None:

@@ -58,7 +58,10 @@ def test_names_with_and_without_the_suffix_are_the_base_model() -> None:
     for name in ("gemma-3-270m", "gemma-3-270m-pt", "google/gemma-3-270m-pt"):
         assert _source(name) == "google/gemma-3-270m"
     assert hub_ids()["gemma-3-27b-it"] == _source("gemma-3-27b-it") == "google/gemma-3-27b-it"
-    assert plain_name("gemma-3-4b-it") == "gemma-3-4b-it"
+    assert plain_name("gemma-3-4b-it") == plain_name("google/gemma-v3-4b-it") == "gemma-3-4b-it"
+    assert FAMILY.base_name("gemma-v3-4b-it") == FAMILY.base_name("gemma-v3-4b-pt") == "gemma-3-4b"
+    for other in ("someone/gemma-3-1b-pt", "gemma-2-2b-pt", "gemma-v3-9b", "my-gemma-v3-1b"):
+        assert plain_name(other) == other
     with pytest.raises(UnknownNameError, match="gemma-3-1b"):
         _source("gemma-3-1b-ptt")
 

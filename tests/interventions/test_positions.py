@@ -87,6 +87,9 @@ def test_what_does_not_exist_raises(model: Any) -> None:
         (slice(None, None, -1), "positive step"),
         (torch.ones(2, 11, dtype=torch.bool), "but the batch of tokens"),
         ([0.5], "list of ints"),
+        (True, "list of ints"),  # a mask of no dimension, which would select nothing
+        (torch.ones(1, 1, 12, dtype=torch.bool), "list of ints"),
+        ([[1, 2], [3, 4]], "list of ints"),
     ):
         with pytest.raises(SpliceError, match=match):
             _changed(model, tokens, positions)

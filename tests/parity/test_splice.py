@@ -32,9 +32,11 @@ def by_hand(sae: Any, x: torch.Tensor) -> torch.Tensor:
     return out + x.double() @ w["W_skip"].T if "W_skip" in w else out
 
 
-def spliced_by_hand(hf: Any, tokens: torch.Tensor, saes: list[Any], **kwargs: Any) -> torch.Tensor:
-    """Logits of the plain model with every SAE replacing its site outside BOS, EOS and padding."""
-    special = (tokens <= 2).unsqueeze(-1)
+def spliced_by_hand(
+    hf: Any, tokens: torch.Tensor, saes: list[Any], untouched: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor:
+    """Logits of the plain model with every SAE replacing its site outside ``untouched`` (BOS, EOS, padding)."""
+    special = (tokens <= 2 if untouched is None else untouched).unsqueeze(-1)
     taken: dict[int, torch.Tensor] = {}
 
     def replaced(x: torch.Tensor, y: torch.Tensor, sae: Any) -> torch.Tensor:

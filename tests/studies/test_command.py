@@ -47,7 +47,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("frequency", ("--bins", "5"), ("low", "high", "latents", "dead")),
         ("domains", ("--subset", "maths", "--subset", "code"), ("domain", "delta_loss")),
         ("precision", (), ("dtype", "fvu_change")),
-        ("uniformity", ("--positions", "2"), ("uniformity", "uniformity_low")),
+        ("uniformity", ("--sampled", "2"), ("uniformity", "uniformity_low")),
         (
             "probes",
             ("--concept", "domain: code", "--k", "1", "--k", "3"),

@@ -49,9 +49,9 @@ def test_table_is_that_of_evaluate() -> None:
 def test_uniformity_stays_within_its_bounds() -> None:
     model = shared_model("grouped", "bridge")
     saes = [random_sae(model.dims, "res", 1, d, seed=d) for d in (256, 64)]
-    table = importance_uniformity(model, saes, random_tokens(model, batch=4), positions=5, progress=False)
+    table = importance_uniformity(model, saes, random_tokens(model, batch=4), sampled=5, progress=False)
     assert table["l0"].is_monotonic_increasing
     assert ((table["uniformity"] > 1 / table["l0"]) & (table["uniformity"] < 1)).all()  # appendix C.3
     assert (table["uniformity_low"] < table["uniformity"]).all()
     with pytest.raises(GemmaScopeError, match="1 position of each row"):
-        importance_uniformity(model, saes, random_tokens(model), positions=0)
+        importance_uniformity(model, saes, random_tokens(model), sampled=0)

@@ -13,10 +13,11 @@ import torch
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import GemmaScopeError, WeightsError
+from gemma_scope_tl.families import bare_name
 from gemma_scope_tl.registry import catalog
 from gemma_scope_tl.registry.schema import SAERow, read_release
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
-from gemma_scope_tl.weights.coder_config import CoderConfig, repaired_model
+from gemma_scope_tl.weights.coder_config import CoderConfig
 from gemma_scope_tl.weights.load import load_arrays
 from tests.coder_files import KINDS, LAYER, WIDTH, Arrays, Coder, inputs
 from tests.fuzz.seeds import safetensors
@@ -201,10 +202,13 @@ def test_keys_that_are_missing_or_unknown(tmp_path: Path) -> None:
         ("gemma-3-27b-it", "gemma-3-27b-it"),
         ("google/gemma-2-2b", "gemma-2-2b"),
         ("me/my-v3-model-pt", "my-v3-model-pt"),
+        ("someone/gemma-3-1b-pt", "gemma-3-1b"),  # a copy of the model: its SAEs are those of the model
+        ("google/gemma-2-2b-pt", "gemma-2-2b-pt"),  # no base model of Gemma 2 has the suffix
+        ("gemma-v3-9b-pt", "gemma-v3-9b-pt"),  # no released size
     ],
 )
 def test_names_of_models_are_repaired(written: str, name: str, tmp_path: Path) -> None:
-    assert repaired_model(written) == repaired_model(name) == name
+    assert bare_name(written) == bare_name(name) == name
     assert JumpReLUSAE.from_folder(KINDS["res"].write(tmp_path, model_name=written)).model_name == name
 
 
