@@ -132,6 +132,7 @@ def prepare(folder: Path, sizes: Sizes) -> None:
         pre = x @ arrays["w_enc"] + arrays["b_enc"]
         arrays["threshold"][:] = pre.topk(sizes.l0 + 1, dim=1).values[:, -1].mean()
         coder.write(folder / "coders", arrays)
+    CODERS[-1].write(folder / "small", random_arrays(64, 256, affine=CODERS[-1].affine))
     done.write_text(json.dumps(asdict(sizes)), encoding="utf-8")
 
 
@@ -153,8 +154,10 @@ class Meter:
 
 @torch.no_grad()
 def ours(folder: Path, sizes: Sizes) -> Measured:
-    """All steps of this package, and those without coders."""
+    """All steps of this package, and those without coders; imports and first calls come before, on small files."""
     meter = Meter()
+    gs.load_model("bundled", dtype="bfloat16")
+    gs.JumpReLUSAE.from_folder(folder / "small" / CODERS[-1].path, dtype="bfloat16")
     model = meter("load_model", lambda: gs.load_model(folder / "model", dtype="bfloat16"))
     paths = [folder / "coders" / coder.path for coder in CODERS]
     load = gs.JumpReLUSAE.from_folder
@@ -187,11 +190,13 @@ def ours(folder: Path, sizes: Sizes) -> Measured:
 
 @torch.no_grad()
 def stock(folder: Path, sizes: Sizes) -> Measured:
-    """The steps that stock SAELens has."""
+    """The steps that stock SAELens has, after imports and its directory of releases."""
     from sae_lens import SAETransformerBridge
 
     meter, name = Meter(), str(folder / "model")
     boot = SAETransformerBridge.boot_transformers
+    boot(str(BUNDLED_MODEL), device="cpu", dtype=torch.bfloat16)
+    load_released_with_sae_lens(folder / "small", CODERS[-1].release, CODERS[-1].id, "bfloat16")
     model = meter("load_model", lambda: boot(name, device="cpu", dtype=torch.bfloat16).eval())
     root = folder / "coders"
     saes = meter(
