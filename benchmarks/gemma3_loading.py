@@ -100,7 +100,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         root, small = hub_cache(folder / "hub"), folder / "small"
-        settings = {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": True}
+        settings: dict[str, Any] = {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": True}
         with (
             mock.patch.dict(os.environ, {CACHE_VARIABLE: f"{folder}/checked"}),
             mock.patch.multiple(constants, **settings),

@@ -73,10 +73,13 @@ def test_the_rows_say_which_side_is_right_and_why() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
 def test_a_step_is_measured_with_the_memory_that_it_adds() -> None:
-    """Of two steps the second adds nothing, although the peak of the process is that of the first."""
+    """Of two steps the second adds nothing, although the peak of the process is that of the first.
+
+    The kernel adds up resident pages of each processor in batches, so the count is off by some hundred kibibytes.
+    """
     meter = Meter()
     assert meter("large", lambda: torch.ones(64, 1 << 20, dtype=torch.uint8).numel()) == 64 << 20
     meter("small", lambda: torch.ones(1))
     (large,), (small,) = meter.found["large"], meter.found["small"]
-    assert 64 <= large["mib"] < 96 and small["mib"] < 8
+    assert 60 < large["mib"] < 96 and small["mib"] < 8
     assert large["s"] > 0 and small["s"] > 0
