@@ -32,6 +32,9 @@ NAMES = (
     "training_step",
     "training_suite",
     "evals",
+    "gemma3",
+    "gemma3_loading",
+    "gemma3_1b",
 )
 """All of them run on a processor. A GPU's are ``python -m benchmarks.gpu``; the searches and trainings for quality take
 hours and are ``python -m benchmarks.pareto`` and ``python -m scripts.smollm2``."""

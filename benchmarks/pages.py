@@ -50,6 +50,7 @@ GROUPS = {
     "bench_buffer": ("buckets", "mixing"),
     "bench_store": ("store",),
     "bench_quality": ("pareto", "smollm2_pareto"),
+    "bench_gemma3": ("gemma3", "gemma3_loading", "gemma3_1b"),
     "bench_gpu": ("gpu",),
 }
 """The tables of docs/benchmarks.md: the marker, and the files of results whose rows follow each other in its table."""

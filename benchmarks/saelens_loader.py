@@ -1,7 +1,10 @@
-"""Stock SAELens on a local Gemma Scope file: SAELens's loader, with the file in place of the download."""
+"""Stock SAELens on local files of Gemma Scope: SAELens's loaders, with files in place of the Hub."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,3 +30,28 @@ def load_with_sae_lens(path: Path, dtype: str) -> Any:
     sae = JumpReLUSAE(JumpReLUSAEConfig(**kept))
     sae.load_state_dict(state)
     return sae
+
+
+def load_released_with_sae_lens(root: Path, release: str, id_: str, dtype: str = "float32") -> Any:
+    """``sae_lens.SAE.from_pretrained`` of a released name, with a folder in place of its repository on the Hub."""
+    from sae_lens import SAE
+
+    with _repository(root):
+        return SAE.from_pretrained(release, id_, dtype=dtype)
+
+
+@contextmanager
+def _repository(root: Path) -> Generator[None]:
+    """Answer the requests of SAELens's loaders from a folder: downloads, and the header that it asks for separately."""
+
+    def download(repo_id: str, filename: str, subfolder: str | None = None, force_download: bool = False) -> str:
+        return str(root / (subfolder or "") / filename)
+
+    def shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
+        with (root / filename).open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+    answers: dict[str, Any] = {"hf_hub_download": download, "get_safetensors_tensor_shapes": shapes}
+    with mock.patch.multiple(pretrained_sae_loaders, **answers):
+        yield

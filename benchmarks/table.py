@@ -39,7 +39,7 @@ def _cell(row: Row, who: str) -> str:
 
 def _ratio(row: Row) -> str:
     low, high = row.get("ratio_min", row.get("ratio_low")), row.get("ratio_max", row.get("ratio_high"))
-    decimals = 0 if row["ratio"] >= 20 else 1 if row["ratio"] >= 2 else 2
+    decimals = next((n for n, least in enumerate((20, 2, 0.1, 0.01)) if row["ratio"] >= least), 4)
     return f"**{row['ratio']:,.{decimals}f}**" + _range(row["ratio"], low, high, 1.0, decimals)
 
 

@@ -19,6 +19,7 @@ HARDWARE, CLUSTERS = "docs/hardware.json", "docs/clusters.json"
 RESULTS, LOG = "gemma_scope_tl/bundled/results", "gemma_scope_tl/bundled/saes/training.jsonl"
 MODEL, METRICS = "gemma_scope_tl/bundled/model/config.json", "gemma_scope_tl/bundled/model/metrics.json"
 CONFIG = "configs/bundled.yaml"
+GEMMA3 = "benchmarks/results/gemma3.json"
 PARETO, SMOLLM2 = "benchmarks/results/pareto.json", "benchmarks/results/smollm2_pareto.json"
 LAYERED = ("res", "mlp", "att")
 """The sites whose SAEs have two widths."""
@@ -132,6 +133,16 @@ def _densest(data: Any, recipe: str = "ours") -> Any:
     return max((p for p in data["points"] if p["recipe"] == recipe), key=lambda point: point["l0"])
 
 
+def _spliced(row: str, side: str) -> Callable[[Any], float]:
+    """The largest logit error of a side for a spliced transcoder, or by how much the splice moves logits."""
+
+    def value(data: Any) -> float:
+        (found,) = [one for one in data["rows"] if one["id"] == row]
+        return found[side]["largest"]
+
+    return value
+
+
 def _released(layout: str) -> Callable[[Any], int]:
     """The SAEs of the registry in one layout that are not bundled, without those marked as not verified yet."""
 
@@ -236,6 +247,17 @@ NUMBERS: dict[str, Number] = {
             key=lambda p: abs(p["l0"] - int(_labels(data)[-1])),
         )["dense_share"],
         "{:.0%}",
+    ),
+    # Transcoders of Gemma Scope 2, spliced into a random Gemma 3.
+    "gemma3.moves": Number(GEMMA3, _spliced("transcoder-released", "moves"), "{:.1f}"),
+    "gemma3.moves.skip": Number(GEMMA3, _spliced("skip-transcoder-released", "moves"), "{:.1f}"),
+    "gemma3.released": Number(GEMMA3, _spliced("transcoder-released", "peer_error"), "{:.1f}"),
+    "gemma3.released.skip": Number(GEMMA3, _spliced("skip-transcoder-released", "peer_error"), "{:.1f}"),
+    "gemma3.corrected.skip": Number(GEMMA3, _spliced("skip-transcoder-corrected", "peer_error"), "{:.1f}"),
+    "gemma3.ours": Number(
+        GEMMA3,
+        lambda data: max(error["largest"] for row in data["rows"] for error in row["ours_error"].values()),
+        "{:.0e}",
     ),
     # Limits and sizes that the code states.
     **{

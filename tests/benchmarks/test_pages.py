@@ -58,6 +58,7 @@ def test_numbers_are_shown_with_their_range_and_in_one_unit() -> None:
     made = table([{**ROW, **TIMES, "ours_products": 1.61}, {**ROW, "ours": "5 requests", "theirs": "19 GB"}])
     assert "| w | 3.00 s (2.95–3.10) = 1.6 products | 6.0 ms (p) | **2.0** (1.5–2.5) |" in made
     assert "**1.05** (0.98–1.10) |" in table([{**ROW, **TIMES, "ratio": 1.05, "ratio_min": 0.98, "ratio_max": 1.1}])
+    assert "**0.0041** |" in table([{**ROW, **TIMES, "ratio": 0.0041, "ratio_min": 0.0041, "ratio_max": 0.0041}])
     seeds = {"ratio_low": 1.01, "ratio_high": float("nan"), "ours": "0.1", "theirs": "0.2"}
     assert "**2.0** |" in table([{"what": "w", "peer": "p", "ratio": 2.0, **seeds}])  # one seed has no interval
     assert "| w | 5 requests | 19 GB (p) | **2.0** (1.5–2.5) |" in made

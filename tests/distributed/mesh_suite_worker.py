@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from gemma_scope_tl.training.suite import train_suite
 from tests.training.kill import slow_writes
 from tests.training.planted import PlantedSource, tiny_config
 
 
+def mesh_config(out: Path, **changes: Any) -> dict[str, Any]:
+    """The tiny run with a transcoder that has a skip connection, beside the one without."""
+    config = tiny_config(out, **changes)
+    affine = {"sites": ["transcoder"], "layers": [1], "widths": [64], "target_l0s": [6], "steps": 17, "skip": True}
+    return {**config, "grid": [*config["grid"], affine]}
+
+
 def main() -> None:
     """Train, and see that every process got the table."""
     slow_writes()
     out, latents, data = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    config = tiny_config(out, mesh={"latents": latents, "data": data})
-    assert len(train_suite(config, source=PlantedSource, progress=False)) == 5
+    config = mesh_config(out, mesh={"latents": latents, "data": data})
+    assert len(train_suite(config, source=PlantedSource, progress=False)) == 6
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 
 from gemma_scope_tl.training.checkpoint import write_run
 from gemma_scope_tl.training.config import load_config
-from tests.training.planted import tiny_config
+from tests.distributed.mesh_suite_worker import mesh_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,7 +59,7 @@ def test_a_process_that_dies_or_hangs_ends_the_others(number: str) -> None:
 def test_all_processes_say_why_the_leading_one_refuses(tmp_path: Path) -> None:
     """Resumed with another mesh: no process waits for one that has left, or blames the network."""
     (tmp_path / "run").mkdir()
-    write_run(tmp_path / "run", load_config(tiny_config(tmp_path / "run", mesh={"latents": 1, "data": 2})))
+    write_run(tmp_path / "run", load_config(mesh_config(tmp_path / "run", mesh={"latents": 1, "data": 2})))
     before = {path.name for path in (tmp_path / "run").iterdir()}
     for process in start("mesh_suite_worker", tmp_path / "run", 2, 1):
         error = process.communicate(timeout=120)[1]

@@ -16,6 +16,7 @@ import pytest
 from gemma_scope_tl.training.config import TrainingStateError, load_config
 from gemma_scope_tl.training.ray.jobs import train_on_ray
 from gemma_scope_tl.training.suite import train_suite
+from tests.distributed.mesh_suite_worker import mesh_config
 from tests.training.kill import PAUSE, hashes
 from tests.training.planted import PlantedSource, tiny_config
 
@@ -38,7 +39,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone") / "run"
-    train_suite(tiny_config(folder), source=PlantedSource, progress=False)
+    train_suite(mesh_config(folder), source=PlantedSource, progress=False)
     return folder
 
 
@@ -56,8 +57,9 @@ def suite(folder: Path) -> dict[str, Any]:
 
 def compare(found: Path, expected: Path) -> None:
     """Released weights, measurements and log of two runs that added up in another order."""
+    skips = 0
     for here, there in zip(suite(found)["saes"], suite(expected)["saes"], strict=True):
-        assert here["path"] == there["path"]
+        assert here["path"] == there["path"] and here.get("affine") == there.get("affine")
         # float32 sums of 24 steps; the thresholds' gradients jump where a pre-activation crosses the kernel's edge
         assert here["l0"] == pytest.approx(there["l0"], abs=0.02)
         assert here["fvu"] == pytest.approx(there["fvu"], rel=1e-3)
@@ -66,10 +68,13 @@ def compare(found: Path, expected: Path) -> None:
             np.load(expected / there["path"] / "params.npz") as its,
         ):
             assert mine.files == its.files
+            assert ("affine_skip_connection" in its.files) == there["path"].endswith("_affine")
+            skips += "affine_skip_connection" in its.files and bool(its["affine_skip_connection"].any())
             for name in its.files:
                 assert mine[name].shape == its[name].shape
                 scale = np.abs(its[name]).max()
                 assert np.abs(mine[name] - its[name]).max() <= 2e-3 * scale, (here["path"], name)
+    assert skips == 1  # a matrix of zeros, with which training begins, would be equal too
     rows = [(f / "metrics.jsonl").read_text().splitlines() for f in (found, expected)]
     assert len(rows[0]) == len(rows[1])  # one process logs
 
@@ -101,7 +106,7 @@ def test_killed_and_resumed(halves: Path, tmp_path: Path) -> None:
     files = {path.name for path in max((out / "checkpoints").glob("step_*")).iterdir()}
     assert {name.split(".", 1)[1] for name in files} == {"json", "0_of_2.safetensors", "1_of_2.safetensors"}
     with pytest.raises(TrainingStateError, match="mesh is .*, not null"):
-        train_suite(tiny_config(out), source=PlantedSource, progress=False)
+        train_suite(mesh_config(out), source=PlantedSource, progress=False)
     finish(start(out, 2, 1))
     assert hashes(out) == hashes(halves)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -32,6 +33,7 @@ CONFIG: dict[str, Any] = {
     "grid": [
         {"sites": ["res", "transcoder"], "layers": [1], "widths": [128, 64], "target_l0s": [8], "steps": 400},
         {"sites": ["res"], "layers": [1], "widths": [96], "lambdas": [1e-3], "steps": 300},
+        {"sites": ["transcoder"], "layers": [1], "widths": [64], "target_l0s": [8], "steps": 400, "skip": True},
     ],
     "threads": 1,
     "eval_batches": 4,
@@ -143,10 +145,12 @@ def test_lost_workers_and_nodes_do_not_change_a_bit(cluster: Any, alone: Path, t
     assert sorted(status.starts for status in statuses)[-2:] == [2, 2]
     assert {status.state for status in statuses} == {"done"}
     expected = contents(alone / "run")
-    assert len(expected) == 7  # five SAEs, suite.json, metrics.jsonl
+    assert len(expected) == 8  # six SAEs, suite.json, metrics.jsonl
     assert contents(tmp_path / "run") == expected
     assert _files(tmp_path / "store") == _files(alone / "store")
-    assert len(table) == 5
+    assert list(table["affine"]) == [row.endswith("_affine") for row in table["name"]] and table["affine"].sum() == 1
+    with np.load(tmp_path / "run" / table["path"][table["affine"]].item() / "params.npz") as arrays:
+        assert arrays["affine_skip_connection"].any()
 
 
 def _files(folder: Path) -> dict[str, bytes]:
