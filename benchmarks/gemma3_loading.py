@@ -49,7 +49,8 @@ MEMORY = """
 import sys
 from pathlib import Path
 from benchmarks.coder_files import Coder
-from benchmarks.gemma3_loading import Files, peak
+from benchmarks.gemma3_loading import Files
+from benchmarks.machine import peak
 files, who = Files(Path(sys.argv[1]), Coder(sys.argv[2], 7, sys.argv[3], sys.argv[4] == "True")), sys.argv[5]
 small = Files(Path(sys.argv[6]), files.coder)
 load = {"ours": Files.ours, "peer": Files.stock}[who]
@@ -59,12 +60,6 @@ before = peak()
 kept = load(files, "bfloat16")
 print((peak() - before) / 1024)
 """
-
-
-def peak() -> int:
-    """The most memory that this process has had resident since it was asked to forget, in KiB."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 @dataclass(frozen=True)

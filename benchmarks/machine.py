@@ -50,6 +50,12 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def peak() -> int:
+    """The most memory that this process has had resident since it was asked to forget, in KiB; on Linux."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
 def sentence(machine: dict[str, Any]) -> str:
     """``machine`` in words; what an earlier version did not record is said to be missing."""
     where = machine.get("cpu", "processor not recorded")
