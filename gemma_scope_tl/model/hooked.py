@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,9 +129,12 @@ class GemmaModel(Generates, SpliceMixin, _Module):
 
     def _resolve_hooks(self, hooks: Hooks, owner: Owner | None = None) -> list[tuple[HookName, Callable[..., Any]]]:
         """Hooks with this backend's names, bound to the model. Those of an ``owner`` run only in its passes."""
+        listed = listed_hooks(hooks)
+        if not listed:
+            return []
         valid = self.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
         resolved: list[tuple[HookName, Callable[..., Any]]] = []
-        for name, fn in listed_hooks(hooks):
+        for name, fn in listed:
             self._check_asked(name, fn)
             bound = self._bound(fn)
             owned = bound if owner is None or isinstance(bound, OwnedHook) else OwnedHook(bound, owner)
@@ -183,11 +186,19 @@ class GemmaModel(Generates, SpliceMixin, _Module):
     @contextmanager
     def _hooks_block(self, fwd_hooks: Hooks, bwd_hooks: Hooks, *args: Any, **kwargs: Any) -> Generator[Any]:
         with self._turns.scope() as owner:
-            fwd, bwd = self._resolve_hooks(fwd_hooks, owner), self._resolve_hooks(bwd_hooks)
+            with self._held_hook_names():
+                fwd, bwd = self._resolve_hooks(fwd_hooks, owner), self._resolve_hooks(bwd_hooks)
             if not kwargs.get("reset_hooks_end", args[0] if args else True):
                 owner.keep()
-            with super().hooks(fwd, bwd, *args, **kwargs) as model:  # pyright: ignore[reportAttributeAccessIssue]
+            with ExitStack() as stack:
+                with self._held_hook_names():
+                    block = super().hooks(fwd, bwd, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+                    model = stack.enter_context(block)
                 yield model
+
+    def _held_hook_names(self) -> AbstractContextManager[Any]:
+        """A block in which the hook points do not change, so that a backend may collect their names once."""
+        return nullcontext()
 
     def run_with_cache(self, *model_args: Any, names_filter: NamesFilter = None, **kwargs: Any) -> Any:
         """Run with a cache as in TransformerLens. An unknown name in ``names_filter`` raises.

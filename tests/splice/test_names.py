@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 from gemma_scope_tl.errors import KeywordError, UnknownNameError
 from gemma_scope_tl.sites import BACKENDS, SITES
@@ -120,3 +121,21 @@ def test_the_input_of_the_mlp_has_a_name(model: Any) -> None:
     gain = model.blocks[1].ln2.w + (1.0 if model.backend == "bridge" else 0.0)
     assert torch.allclose(cache["blocks.1.mlp.hook_in"], normalized * gain, rtol=1e-5, atol=1e-6)
     assert not torch.equal(edited, model(tokens))
+
+
+@pytest.mark.parametrize("hooks", [1, 30])
+def test_the_bridge_collects_its_names_no_oftener_for_many_hooks(monkeypatch: pytest.MonkeyPatch, hooks: int) -> None:
+    model, calls = shared_model("narrow-heads", "bridge"), []
+    collect = TransformerBridge._add_aliases_to_hooks
+
+    def counted(bridge: Any, found: Any) -> None:
+        calls.append(bridge)
+        collect(bridge, found)
+
+    monkeypatch.setattr(TransformerBridge, "_add_aliases_to_hooks", counted)
+    seen: list[str] = []
+    hook = ("blocks.0.hook_out", lambda x, hook: seen.append(hook.name))
+    model.run_with_hooks(random_tokens(model, length=3), fwd_hooks=[hook] * hooks)
+    assert len(seen) == hooks
+    assert len(calls) <= 4  # to resolve names in both calls, to check them, and to add the hooks
+    assert "_held_hooks" not in vars(model)
