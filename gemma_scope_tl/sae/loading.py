@@ -71,6 +71,8 @@ def load_folder(
     layer: int | None = None,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
+    *,
+    family: str | None = None,
 ) -> Any:
     """Load the SAE or transcoder in a folder; see :meth:`JumpReLUSAE.from_folder`."""
-    return JumpReLUSAE.from_folder(path, model, site, layer, device, dtype)
+    return JumpReLUSAE.from_folder(path, model, site, layer, device, dtype, family=family)
