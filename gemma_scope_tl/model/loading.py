@@ -254,7 +254,7 @@ def _source(name: str | PathLike[str], given: bool = False) -> str:
         hint = (
             "With hf_model=, name= only says which released model, folder or Hugging Face id it is: "
             "leave name= out for a model of your own, and give its tokenizer as tokenizer=. SAEs name it by their own "
-            "model=, as in JumpReLUSAE.from_folder(path, model='my-model', family='gemma2')."
+            "model=, as in JumpReLUSAE.from_folder(path, model='my-model', family=...)."
         )
     raise unknown_name("model", text, [*bundled_names(), *hub_ids()], hint)
 
