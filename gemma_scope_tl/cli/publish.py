@@ -51,6 +51,9 @@ def export(
         str | None, typer.Option(help="The site, if no folder's name states it.", callback=checks.each(checks.site))
     ] = None,
     canonical: Annotated[bool, typer.Option("--canonical", help="Mark the SAEs nearest to an L0 of 100.")] = False,
+    family: Annotated[
+        str | None, typer.Option(help="Family of the model, if neither its name nor a file states it.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Write SAEs as a repository: weights, model card and registry file. Nothing is sent anywhere.
@@ -72,7 +75,7 @@ def export(
     folders = export_suite(
         source, out, about, name=name, layout=cast("Layout", layout), repos=cast("Repos", repos),
         circuit_tracer=circuit_tracer, model=model, site=site, metrics=_table(metrics) if metrics else None,
-        canonical=canonical,
+        canonical=canonical, family=family,
     )  # fmt: skip
     _print_folders(folders, as_json)
 

@@ -146,7 +146,14 @@ def _plan_facts(ready: "Prepared") -> dict[str, Any]:
     ]
     sample = [{"release": one.row.release, "id": one.row.id, "bfloat16": one.bfloat16} for one in ready.sample]
     missing = [f"{row.repo}/{row.weights_path}" for row in ready.plan.missing]
-    return {"sample": sample, "files": files, "bytes_to_download": ready.plan.bytes, "missing": missing}
+    unknown = [f"{f.repo}/{f.path}" for f in ready.plan.unknown]
+    return {
+        "sample": sample,
+        "files": files,
+        "bytes_to_download": ready.plan.bytes,
+        "not_in_bytes": unknown,
+        "missing": missing,
+    }
 
 
 def _print_plan(ready: "Prepared") -> None:
@@ -169,7 +176,7 @@ def _print_plan(ready: "Prepared") -> None:
             {"download": f"{one.repo}/{one.path}", "bytes": _bytes(one.size, one.estimated), "kind": one.kind}
             for one in wanted
         ]
-        print_rows(shown, f"{len(wanted)} files, {ready.plan.bytes / 1e9:,.2f} GB", False)
+        print_rows(shown, ready.plan.amount, False)
     else:
         say("nothing to download")
     for row in ready.plan.missing:

@@ -15,7 +15,7 @@ from typing import Any, cast
 from gemma_scope_tl.contributing.folder_metadata import ARCHITECTURES, flat_cfg
 from gemma_scope_tl.contributing.repositories import Repository, ask_each, is_remote, open_repository, sizes_of
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.families import bare_name
+from gemma_scope_tl.families import bare_name, depends_on_family, named_family, names_with
 from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.catalog import Header, clashing_names, read_header
 from gemma_scope_tl.registry.locate import builtin_folder, release_files
@@ -100,7 +100,19 @@ def _schema(data: object, path: Path) -> tuple[list[Finding], tuple[SAERow, ...]
     escapes = escaping_rows(rows)
     findings += [Finding("schema", problem.row, False, problem.text) for problem in escapes]
     escaping = {problem.row for problem in escapes}
+    findings += _family(rows)
     return findings or [Finding("schema", "", True)], tuple(row for row in rows if row.id not in escaping)
+
+
+def _family(rows: Sequence[SAERow]) -> list[Finding]:
+    """A failed finding if nothing says the family of the model, although the rows' sites differ between families."""
+    sites = sorted({row.site for row in rows if depends_on_family(row.site)})
+    if not sites or rows[0].family is not None or named_family(rows[0].model) is not None:
+        return []
+    text = (
+        f"family: is not stated, no family lists the model {rows[0].model!r}, and coders at {', '.join(sites)} differ"
+    )
+    return [Finding("schema", "", False, f"{text} between families: {names_with(*sites)}")]
 
 
 def _valid_rows(data: object, path: Path) -> tuple[SAERow, ...]:

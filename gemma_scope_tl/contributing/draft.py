@@ -18,7 +18,15 @@ from gemma_scope_tl.contributing.folder_metadata import (
 )
 from gemma_scope_tl.contributing.repositories import Repository, ask_each, open_source
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError
-from gemma_scope_tl.families import bare_name, families, family_named, family_of_model, stated_family
+from gemma_scope_tl.families import (
+    bare_name,
+    depends_on_family,
+    families,
+    family_named,
+    named_family,
+    names_with,
+    stated_family,
+)
 from gemma_scope_tl.files import write_atomically, write_new
 from gemma_scope_tl.registry.catalog import natural_key
 from gemma_scope_tl.registry.render import render_release
@@ -100,7 +108,8 @@ def draft_release(
     problems = _apply(options, folders)
     name = options.release or Path(repository.name).resolve().name
     model, rows = _rows(folders, options, problems)
-    family = _family(folders, options.family, model, problems)
+    sites = sorted({str(row["site"]) for row in rows} - {"None"})
+    family = _family(folders, sites, options.family, model, problems)
     if options.license is None:
         problems.append("The licence of the weights is not known: give --license, such as CC-BY-4.0.")
     problems += [f"{folder.path or '(top)'}: {text}" for folder in folders for text in folder.problems]
@@ -221,18 +230,29 @@ def _rows(folders: Sequence[FolderMetadata], options: Options, problems: list[st
     return next(iter(models), None), rows
 
 
-def _family(folders: Sequence[FolderMetadata], given: str | None, model: str | None, problems: list[str]) -> str | None:
-    """What the draft must say about the family; None if it follows from the model's name."""
-    named = family_of_model(model)
+def _family(
+    folders: Sequence[FolderMetadata], sites: Sequence[str], given: str | None, model: str | None, problems: list[str]
+) -> str | None:
+    """What the draft must say about the family; None if it follows from the model's name or makes no difference."""
     if given is not None:
-        return stated_family(family_named(given), model)
+        return stated_family(family_named(given), model, *sites)
     said = [folder.families for folder in folders if folder.families is not None]
-    common = frozenset.intersection(*said) if said else frozenset({named.name})
+    common = frozenset.intersection(*said) if said else frozenset(family.name for family in families())
     if not common:
         problems.append("The folders are not of one family of models: a release has one. Draft each by itself.")
         return None
-    fitting = [family for family in families() if family.name in common]
-    return None if named in fitting else stated_family(fitting[0], model)
+    fitting, named = [family for family in families() if family.name in common], named_family(model)
+    if named in fitting:
+        return None
+    fitting = [family for family in fitting if family.sites.keys() >= set(sites)] or fitting
+    unclear = [site for site in sites if depends_on_family(site)]
+    if named is None and model is not None and unclear and len(fitting) > 1:
+        problems.append(
+            f"The family of the model {model} is not known, and coders at {', '.join(unclear)} differ between "
+            f"families. Give --family: {names_with(*sites)}."
+        )
+        return None
+    return stated_family(fitting[0], model, *sites)
 
 
 def _add_hashes(repository: Repository, rows: Sequence[Row], format_: Format, progress: bool) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,8 @@ def results_l0(rows: Sequence[SAERow], results: str | Path) -> list[Finding]:
         results: a ``.csv``, ``.json`` (a list of rows) or ``.parquet`` file with columns ``release``, ``id``, ``l0``.
 
     Returns:
-        A finding per row: not checked if the table lacks the row, and failed if it has several L0s of the row.
+        A finding per row: not checked if the table lacks the row, and failed if it has several L0s of the row. If the
+        table has none of the rows, one failed finding for all of them.
 
     Raises:
         GemmaScopeError: the file cannot be read or lacks a column.
@@ -98,6 +99,8 @@ def results_l0(rows: Sequence[SAERow], results: str | Path) -> list[Finding]:
     measured: dict[tuple[str, str], list[float]] = {}
     for release, id_, l0 in _results(Path(results)):
         measured.setdefault((release, id_), []).append(l0)
+    if not any((row.release, row.id) in measured for row in rows):
+        return [Finding("l0", "", False, _none_fits(rows, results, measured))]
     findings: list[Finding] = []
     for row in rows:
         found = measured.get((row.release, row.id), [])
@@ -108,6 +111,16 @@ def results_l0(rows: Sequence[SAERow], results: str | Path) -> list[Finding]:
         else:
             findings.append(_compared(row, found[0]))
     return findings
+
+
+def _none_fits(rows: Sequence[SAERow], results: str | Path, measured: Collection[tuple[str, str]]) -> str:
+    """The sentence for a table that has none of the rows, with examples of both."""
+    here = f"{rows[0].release}/{rows[0].id}" if rows else "no valid row"
+    there = next((f"{release}/{id_}" for release, id_ in measured), "no row")
+    return (
+        f"{results} has none of the {len(rows)} SAEs: the file names {here}, the table {there}. Give the table that "
+        "`gemma-scope eval --release RELEASE --out results.csv` wrote for this release, with the same names and ids."
+    )
 
 
 def _results(path: Path) -> list[tuple[str, str, float]]:

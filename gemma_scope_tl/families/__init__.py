@@ -6,7 +6,9 @@ family up by a Hugging Face configuration, by the name of a model, or by the nam
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gemma_scope_tl.errors import AdapterError, GemmaScopeError, unknown_name
@@ -16,6 +18,7 @@ from gemma_scope_tl.families.gemma3 import GEMMA3
 
 __all__ = [
     "BACKENDS",
+    "AssumedFamilyWarning",
     "Backend",
     "Family",
     "ModelDims",
@@ -23,20 +26,31 @@ __all__ = [
     "Place",
     "Site",
     "Wrapper",
+    "assumed_family",
     "bare_name",
     "bundled_names",
+    "depends_on_family",
     "families",
     "family_named",
     "family_of_config",
     "family_of_model",
     "forget_family",
     "hub_ids",
+    "named_family",
+    "names_with",
     "plain_name",
     "register_family",
     "stated_family",
 ]
 
 _FAMILIES: dict[str, Family] = {}
+
+
+class AssumedFamilyWarning(FutureWarning):
+    """Nothing says of which family a model is, although it matters, so the first family is assumed.
+
+    It will be an error in a later release.
+    """
 
 
 def families() -> tuple[Family, ...]:
@@ -100,26 +114,97 @@ def family_of_config(config: Any, source: str) -> Family:
     raise AdapterError(f"{source} is a {kind or 'model of unknown type'!r}, not a {known}.")
 
 
-def family_of_model(model: str | None, site: str | None = None) -> Family:
-    """The family that released a model, by the name of the model in a registry row or an SAE's configuration.
+def named_family(model: str | None) -> Family | None:
+    """The family that released a model, by the model's name, or that has a small model of this name in this package.
 
-    This includes the small models that come with this package. For a name that no family lists (a user's own model, or
-    None) it is the first family that has the ``site``, and the default family without a ``site``.
+    None for a name that no family lists, such as that of a user's own model.
+
+    >>> named_family("google/gemma-3-1b-it").name, named_family("my-model")
+    ('gemma3', None)
     """
     name = (model or "").rpartition("/")[2].lower()
     for family in families():
         if family.base_name(name) in family.sizes or (name and name == family.bundled):
             return family
-    return next((family for family in families() if site in family.sites), families()[0])
+    return None
 
 
-def stated_family(family: Family, model: str | None, site: str | None = None) -> str | None:
-    """What a file that names a model must say about its family: None if the family follows from the model's name.
+def family_of_model(model: str | None, site: str | None = None) -> Family:
+    """The family of a model by its name, or the first family that has the ``site`` if no family lists the name.
 
-    >>> stated_family(GEMMA3, "gemma-3-1b"), stated_family(GEMMA3, "my-model")
-    (None, 'gemma3')
+    Without a ``site`` that is the default family. Whether the choice matters says :func:`depends_on_family`; where an
+    SAE gets its hooks and units, :func:`assumed_family` makes it and warns.
     """
-    return None if family_of_model(model, site) is family else family.name
+    first = next((family for family in families() if site in family.sites), families()[0])
+    return named_family(model) or first
+
+
+def depends_on_family(site: str | None) -> bool:
+    """Whether coders at a site differ between the families that have it: in hooks, modules or units of their files.
+
+    >>> depends_on_family("res"), depends_on_family("transcoder")
+    (False, True)
+    """
+    meanings = [_meaning(family, site) for family in families() if site is not None and site in family.sites]
+    return any(one != meanings[0] for one in meanings)
+
+
+def _meaning(family: Family, name: str) -> tuple[Any, ...]:
+    """What a site is in a family, without its description."""
+    site = family.sites[name]
+    return replace(site, description=""), family.embedding_scale if site.joins == "embedding" else None
+
+
+def assumed_family(model: str | None, site: str | None, source: str, how: str = "family=") -> Family:
+    """As :func:`family_of_model`, for a model whose family nothing says, with a warning if it matters.
+
+    Args:
+        model: the model's name, or None.
+        site: the site of the coder, or None if it is unknown too.
+        source: the origin of the coder, for the message.
+        how: where the user can say the family.
+
+    Warns:
+        AssumedFamilyWarning: coders at the site differ between families.
+    """
+    family = family_of_model(model, site)
+    if named_family(model) is None and depends_on_family(site):
+        warnings.warn(
+            f"{source}: {_unknown(model)}, and coders at site {site!r} differ between families of models. "
+            f"{family.title} is assumed. Give {how} ({names_with(site)}); a later release will raise an error.",
+            AssumedFamilyWarning,
+            stacklevel=3,
+        )
+    return family
+
+
+def names_with(*sites: str | None) -> str:
+    """The names of the families that have these sites, in a sentence."""
+    return " or ".join(family.name for family in families() if set(sites) - {None} <= family.sites.keys())
+
+
+def _unknown(model: str | None) -> str:
+    return "the model is not named" if model is None else f"no family lists the model {model!r}"
+
+
+def stated_family(family: Family, model: str | None, *sites: str) -> str | None:
+    """What a file that names a model must say about its family: None if that follows from the model's name.
+
+    Args:
+        family: the family.
+        model: the model's name, or None.
+        sites: the sites of the coders that the file describes. For a model that no family lists, the family is stated
+            if it is not the default, or if the coders differ between families.
+
+    >>> stated_family(GEMMA3, "gemma-3-1b"), stated_family(GEMMA3, "my-model", "res")
+    (None, 'gemma3')
+    >>> stated_family(GEMMA2, "my-model", "res"), stated_family(GEMMA2, "my-model", "transcoder")
+    (None, 'gemma2')
+    """
+    named = named_family(model)
+    if named is None and not any(map(depends_on_family, sites)):
+        named = family_of_model(model, *sites[:1])
+    return None if named is family else family.name
 
 
 def bundled_names() -> tuple[str, ...]:

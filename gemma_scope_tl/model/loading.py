@@ -58,7 +58,8 @@ def load_model(
             Face id (``"unsloth/gemma-2-2b"``), or a local folder. Of one that reads images too, only its text model.
         hf_model: a loaded Hugging Face model with an unembedding, such as a ``Gemma2ForCausalLM``, or one whose text
             model has one. The bridge wraps it in place, without a second copy, and sets eager attention and evaluation
-            mode. ``name``, if also given, identifies the model and its tokenizer.
+            mode. ``name``, if also given, says which released model, folder or id it is, with its tokenizer; leave it
+            out for a model that is none of these.
         tokenizer: the default is the tokenizer of ``name``. With ``hf_model`` alone there is none, and the model
             accepts only token ids. A given tokenizer is copied and never loaded again by its name. The copy,
             ``model.tokenizer``, pads on the left.
@@ -81,7 +82,7 @@ def load_model(
         raise unknown_name("backend", backend, BACKENDS)
     if name is None and hf_model is None:
         raise AdapterError('Give a model name, a folder or hf_model=. Offline, "bundled" always works.')
-    source = None if name is None else _source(name)
+    source = None if name is None else _source(name, given=hf_model is not None)
     to_dtype, to_device = _dtype_and_device(dtype, device, hf_model)
     if hf_model is not None:
         hf_model = text_model(hf_model, check_given(hf_model, backend))
@@ -228,8 +229,8 @@ def _hook(hf_model: Any, tokenizer: Any, model_id: str | None, family: Family, b
     return model
 
 
-def _source(name: str | PathLike[str]) -> str:
-    """The folder or Hugging Face id for ``name``."""
+def _source(name: str | PathLike[str], given: bool = False) -> str:
+    """The folder or Hugging Face id for ``name``; ``given`` says whether there is an ``hf_model`` too."""
     if not isinstance(name, (str, PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AdapterError(
             f"The name of a model must be a string, not a {type(name).__name__}. Give a loaded model as hf_model=."
@@ -248,7 +249,14 @@ def _source(name: str | PathLike[str]) -> str:
         pass
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return hub_ids().get(plain_name(name), name)
-    raise unknown_name("model", text, [*bundled_names(), *hub_ids()], "A local folder or a Hugging Face id works too.")
+    hint = "A local folder or a Hugging Face id works too."
+    if given:
+        hint = (
+            "With hf_model=, name= only says which released model, folder or Hugging Face id it is: "
+            "leave name= out for a model of your own, and give its tokenizer as tokenizer=. SAEs name it by their own "
+            "model=, as in JumpReLUSAE.from_folder(path, model='my-model', family=...)."
+        )
+    raise unknown_name("model", text, [*bundled_names(), *hub_ids()], hint)
 
 
 def _in_package(name: str, folder: Path) -> str:
@@ -351,4 +359,4 @@ def _load_tokenizer(source: str) -> Any:
     except Exception as error:
         if not isinstance(error, (OSError, ValueError, TypeError, KeyError)) and type(error) is not Exception:
             raise  # the tokenizers library raises bare exceptions for files that it cannot read
-        raise AdapterError(f"Cannot load the tokenizer of {source}: {error}") from error
+        raise AdapterError(f"Cannot load the tokenizer of {source}: {error}\nGive one as tokenizer=.") from error

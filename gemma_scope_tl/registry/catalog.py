@@ -125,7 +125,7 @@ def find(
         l0: ``"canonical"`` (SAELens's choice, nearest to 100), a label (``"small"``, ``"medium"`` or ``"big"``), a
             number (exactly that L0), or ``"closest:50"`` (the sparser of two at the same distance). Where no SAE is
             canonical but only one exists, ``"canonical"`` is that one. Rows that are marked ``unverified`` are not
-            counted for that.
+            counted for that, and ``"closest:50"`` takes one only where no other has an L0 from 25 to 100.
         affine: True for a transcoder with a skip connection, False for one without. None for either; if there are
             both, one has to be chosen.
         seed: the seed of a further training run of the same SAE; None for the SAE whose name has no seed.

@@ -10,6 +10,8 @@ from gemma_scope_tl.registry.schema import LABELS, SERIES, SAERow
 
 CANONICAL = "canonical"
 CLOSEST = "closest:"
+NEARBY = 2.0
+"""``closest:`` takes a confirmed SAE before an unverified one if its L0 is within this factor of the wanted one."""
 
 
 def pick(
@@ -64,11 +66,24 @@ def _with_l0(rows: Sequence[SAERow], l0: float | str) -> list[SAERow]:
     if l0 in LABELS:
         return [row for row in rows if row.label == l0]
     target = _l0_number(l0)
+    if not (isinstance(l0, str) and l0.startswith(CLOSEST)):
+        return [row for row in rows if row.l0 == target]
+    return _closest(rows, target)
+
+
+def _closest(rows: Sequence[SAERow], target: float) -> list[SAERow]:
+    """The rows with the L0 nearest to ``target``: of the confirmed rows if one is nearby, otherwise of all.
+
+    An unverified file may not exist, so a slightly nearer L0 is not worth one; an SAE of a tenth of the wanted L0 is no
+    substitute.
+    """
     known = [(row, row.l0) for row in rows if row.l0 is not None]
-    best = min(((abs(value - target), value) for _, value in known), default=None)
-    closest = isinstance(l0, str) and l0.startswith(CLOSEST)
-    wanted = target if not closest else best and best[1]
-    return [row for row, value in known if value == wanted]
+    nearby = [
+        (row, value) for row, value in known if not row.unverified and target / NEARBY <= value <= target * NEARBY
+    ]
+    among = nearby or known
+    best = min(((abs(value - target), value) for _, value in among), default=None)
+    return [row for row, value in among if best is not None and value == best[1]]
 
 
 def _several(fitting: Sequence[SAERow], l0: float | str) -> RegistryError:
@@ -114,5 +129,6 @@ def _no_such_l0(rows: Sequence[SAERow], l0: float | str) -> str:
     if l0 in LABELS:
         return f"{place} has no SAE with the label {l0!r}. L0s: {listed}."
     target = _l0_number(l0)
-    near = f" l0='closest:{target:g}' takes {min(known, key=lambda v: (abs(v - target), v)):g}." if known else ""
+    closest = _closest(rows, target)
+    near = f" l0='closest:{target:g}' takes {closest[0].l0:g}." if closest else ""
     return f"{place} has no SAE with L0 {target:g}. L0s: {listed}.{near}"

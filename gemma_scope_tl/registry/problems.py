@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from pydantic_core import ErrorDetails
 
 from gemma_scope_tl.errors import unknown_name
-from gemma_scope_tl.families import families, family_of_model
+from gemma_scope_tl.families import families, family_of_model, named_family, names_with
 from gemma_scope_tl.sites import SITES
 
 
@@ -81,7 +81,9 @@ def _sites_of_other_families(data: Mapping[str, object], rows: Sequence[Mapping[
     for row in rows:
         site = row.get("site")
         if isinstance(site, str) and site in SITES and site not in family.sites:
-            error = unknown_name(f"site of {family.title}", site, family.sites)
+            unsaid = name is None and named_family(model if isinstance(model, str) else None) is None
+            hint = f"If the model is of another family, state it as family: {names_with(site)}." if unsaid else ""
+            error = unknown_name(f"site of {family.title}", site, family.sites, hint)
             problems.append(Problem(str(row.get("id")), "site", str(error)))
     return problems
 

@@ -229,7 +229,7 @@ class ReleaseFile(BaseModel):
         repo: ``owner/name`` on Hugging Face; ``./folder`` (or ``.``) next to this file; ``/a/folder``; or ``bundled``.
         model: the model the SAEs read, without its owner: ``gemma-2-2b``.
         family: the family of the model, such as ``gemma2``, which defines the sites. Null for the family that the name
-            of the model belongs to, or the first family if it belongs to none.
+            of the model belongs to, or the first family if it belongs to none, which warns where families differ.
         license: SPDX identifier of the weights' licence.
         description: one line of text.
         notes: remarks about the release, such as where and why it differs from other catalogues.

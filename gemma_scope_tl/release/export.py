@@ -46,6 +46,7 @@ def export_suite(
     metrics: pd.DataFrame | None = None,
     canonical: bool = False,
     progress: bool = True,
+    family: str | None = None,
 ) -> list[Path]:
     """Write SAEs as repositories: weights, model card and registry file.
 
@@ -64,7 +65,7 @@ def export_suite(
         repos: ``"one"``, or ``"site"`` for one repository per site, named ``<name>-<site>`` as Google's are; SAEs of
             the embedding are in the repository of the residual stream.
         circuit_tracer: also write transcoders for circuit-tracer (``circuit_tracer/width_W/``).
-        model, site: the model's name and the site, for a source that does not state them.
+        model, site, family: the model's name, the site and the model's family, for a source that does not state them.
         metrics: the table that ``evaluate`` returned; it provides the L0 of SAEs that were fine-tuned after loading.
         canonical: mark the SAE nearest to an L0 of 100 for every site, layer and width.
         progress: show a progress bar on standard error.
@@ -79,7 +80,7 @@ def export_suite(
     _check_choices(layout, repos, circuit_tracer, about)
     root = checked_path(out)
     title = name or root.resolve().name
-    saes = collect(source, model, site, metrics, coders=layout == "gemma_scope_2")
+    saes = collect(source, model, site, metrics, coders=layout == "gemma_scope_2", family=family)
     _check_out(root, source, title)
     groups, layouts = _groups(saes, repos, title, root), ["gemma-scope", "sae-lens"] if layout == "both" else [layout]
     matched = dict(zip(map(id, saes), match_metrics(saes, metrics), strict=True))
@@ -99,6 +100,7 @@ def collect(
     site: str | None = None,
     metrics: pd.DataFrame | None = None,
     coders: bool = False,
+    family: str | None = None,
 ) -> list[ReleaseSAE]:
     """The SAEs of a source, sorted by site, layer, width and L0.
 
@@ -109,12 +111,13 @@ def collect(
         site: the site, for folders that do not state it.
         metrics: the table of ``evaluate``, for the L0 of SAEs that do not state it, such as fine-tuned ones.
         coders: whether folders are named as in Gemma Scope 2.
+        family: the model's family, for folders that do not state it.
 
     Raises:
         GemmaScopeError: facts are missing or contradictory (the message lists them), or two SAEs would get the same
             folder.
     """
-    saes = with_l0(read_saes(source, model, site), metrics)
+    saes = with_l0(read_saes(source, model, site, family), metrics)
     if not saes:
         raise GemmaScopeError("There is no SAE to export.")
     models = sorted({sae.model for sae in saes})
@@ -248,7 +251,7 @@ def _write_registry(
     options = Options(
         release=release,
         model=saes[0].model,
-        family=stated_family(saes[0].family, saes[0].model),
+        family=stated_family(saes[0].family, saes[0].model, *sorted({sae.site for sae in saes})),
         site=next(iter(sites)) if len(sites) == 1 else None,
         license=about.license,
         description=about.description,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gemma_scope_tl.contributing.coder_paths import coder_path, parse_coder_path
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.families import Family, bare_name, family_of_model
+from gemma_scope_tl.families import Family, bare_name, named_family
 from gemma_scope_tl.files import checked_path, is_file, is_folder
 from gemma_scope_tl.registry.schema import WEIGHTS_FILES, parse_release, read_release
 from gemma_scope_tl.registry.widths import width_label
@@ -102,8 +102,8 @@ class ReleaseSAE:
             return self.row.model_family
         from gemma_scope_tl.sae.access import trained_family
 
-        stated = self.sae.cfg.metadata.get(FAMILY)
-        return family_of_model(self.model, self.site) if stated is None else trained_family(self.sae)
+        named = named_family(self.model) if self.sae.cfg.metadata.get(FAMILY) is None else None
+        return named or trained_family(self.sae)
 
     @property
     def is_transcoder(self) -> bool:
@@ -170,10 +170,12 @@ def l0_label(l0: float, decimals: int = 0) -> str:
     return f"{l0:.{decimals if round(l0) else DECIMALS}f}"
 
 
-def read_saes(source: Any, model: str | None = None, site: str | None = None) -> list[ReleaseSAE]:
+def read_saes(
+    source: Any, model: str | None = None, site: str | None = None, family: str | None = None
+) -> list[ReleaseSAE]:
     """The SAEs of a source; see :func:`~gemma_scope_tl.release.export.collect`. An unknown L0 is NaN."""
     if isinstance(source, (str, PathLike)):
-        return _from_files(cast("str | PathLike[str]", source), model, site)
+        return _from_files(cast("str | PathLike[str]", source), model, site, family)
     return [_from_memory(sae, model) for sae in as_saes(source, empty=True, whole=True)]
 
 
@@ -187,7 +189,9 @@ def folder_of(source: str | PathLike[str]) -> Path | None:
     return folder if is_folder(folder) else None
 
 
-def _from_files(source: str | PathLike[str], model: str | None, site: str | None) -> list[ReleaseSAE]:
+def _from_files(
+    source: str | PathLike[str], model: str | None, site: str | None, family: str | None
+) -> list[ReleaseSAE]:
     folder = folder_of(source)
     said, listed = (model, None) if folder is None else _trained_suite(folder, model)
     if folder is not None and listed is None:
@@ -200,7 +204,7 @@ def _from_files(source: str | PathLike[str], model: str | None, site: str | None
             raise GemmaScopeError(f"{dead[0]} says that its SAE has an L0 of 0. {DEAD}")
         from gemma_scope_tl.contributing.draft import Options, draft_release
 
-        options = Options(release="draft", model=said, site=site, license="unknown")
+        options = Options(release="draft", model=said, site=site, license="unknown", family=family)
         release = draft_release(str(folder.resolve()), folder.resolve().parent, options).release
         rows = release.at(folder.resolve().parent).rows
     else:

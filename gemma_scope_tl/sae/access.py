@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.families import Family, families, family_of_model
+from gemma_scope_tl.families import Family, family_of_model
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sae.choices import bring
-from gemma_scope_tl.sae.config import FAMILY
+from gemma_scope_tl.sae.config import OF_IDENTITY, Identity
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import Site, site_of_hook
 
@@ -54,16 +54,17 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
 def trained_family(sae: SAEOrLatents) -> Family:
     """The family of the model that an SAE or latents were trained on.
 
-    It is the one that the registry row or the metadata states, or else the one that the name of the model belongs to.
-    If that is unknown, it is the first family that has the site.
+    It is the one that the registry row or the metadata states, or else the one that the name of the model belongs to,
+    or the only one that has the hooks in the metadata. If all of that is unknown, it is the first family that has the
+    site.
     """
     row = getattr(sae, "row", None)
     if row is not None:
         return row.model_family
-    metadata = {} if isinstance(sae, Latents) else sae.cfg.metadata
-    said = {family.name: family for family in families()}.get(str(metadata.get(FAMILY)))
-    name = getattr(sae, "model_name", None) or metadata.get("model_name")
-    return said or family_of_model(name if isinstance(name, str) else None, getattr(sae, "site", None))
+    said = {} if isinstance(sae, Latents) else {name: sae.cfg.metadata.get(name) for name in OF_IDENTITY}
+    name, site = getattr(sae, "model_name", None), getattr(sae, "site", None)
+    identity = Identity("", name if isinstance(name, str) else None, site, metadata=said)
+    return identity.known_family or family_of_model(None, site)
 
 
 def chosen_latents(sae: SAEOrLatents, latents: int | Iterable[int]) -> list[int]:

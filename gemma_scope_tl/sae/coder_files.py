@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.families import family_of_model, hub_ids
+from gemma_scope_tl.families import hub_ids, named_family, names_with, stated_family
 from gemma_scope_tl.sae.config import FAMILY, Identity
 from gemma_scope_tl.sae.provenance import still_said
 from gemma_scope_tl.weights.checks import weights_error
@@ -36,8 +36,8 @@ def described(config: CoderConfig, identity: Identity) -> Identity:
         if given not in (None, said):
             what = f"has {name} {said}, but {name}={given!r} was given"
             raise weights_error(config.source, what, "Leave the argument out, or check the file.")
-    if identity.of_model is None and family_of_model(model, site.name) is not family:
-        metadata[FAMILY] = family.name
+    if identity.of_model is None and (stated := stated_family(family, model, site.name)):
+        metadata[FAMILY] = stated
     return replace(identity, model=model, site=site.name, layer=layer, transcoder=site.is_transcoder, metadata=metadata)
 
 
@@ -73,8 +73,10 @@ def written_config(sae: Any, identity: Identity) -> dict[str, Any]:
         hooks = module_hooks(family, identity.site, identity.layer)
         if hooks is None:
             what = f"No module of {family.title} takes or returns the tensor of site {identity.site!r}"
-            raise GemmaScopeError(f"{what}, so Gemma Scope 2's layout has no name for it. {_OTHER_LAYOUT}")
+            own = "" if named_family(None if name is None else str(name)) else (
+                f" If the model is of another family, give family= ({names_with(identity.site)}) when the SAE is made."
+            )  # fmt: skip
+            raise GemmaScopeError(f"{what}, so Gemma Scope 2's layout has no name for it. {_OTHER_LAYOUT}{own}")
         said = {"hf_hook_point_in": hooks[0], "hf_hook_point_out": hooks[1], **said}
-        if family_of_model(None if name is None else str(name), identity.site) is not family:
-            said[FAMILY] = family.name
+        said[FAMILY] = stated_family(family, None if name is None else str(name), identity.site)
     return {key: value for key, value in said.items() if value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,15 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUSkipTranscoderConfig, JumpReLUTranscoderConfig
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError, WeightsError
-from gemma_scope_tl.families import Family, families, family_of_model
+from gemma_scope_tl.families import (
+    Family,
+    assumed_family,
+    families,
+    family_named,
+    family_of_model,
+    named_family,
+    stated_family,
+)
 from gemma_scope_tl.sites import ModelDims, site_of_hook
 from gemma_scope_tl.weights.checks import Expected
 from gemma_scope_tl.weights.coder_config import place_of_modules
@@ -32,6 +41,9 @@ CONTEXT_SIZE = 1024
 # SAELens evaluates an SAE on the data set that its metadata names; this is the data set of Google's first releases.
 _GEMMA_SCOPE, _TEXT = "google/gemma-scope", "monology/pile-uncopyrighted"
 FAMILY = "family"  # the metadata key for a family that does not follow from the name of the model
+_MODULES = ("hf_hook_name", "hf_hook_name_out")  # SAELens's keys for names of Hugging Face's modules
+OF_IDENTITY = ("model_name", FAMILY, "hook_name", "hook_name_out", *_MODULES)
+"""The metadata of an SAE from which its place and family follow."""
 _ROW_FIELDS = ("release", "id", "width", "l0")
 
 
@@ -65,7 +77,8 @@ class Identity:
         metadata: the metadata of a SAELens configuration.
         transcoder: whether the SAELens configuration describes a transcoder. None without a configuration; site and
             shapes decide then.
-        of_model: the family of a given model object; None for the family of the row or of the name of the model.
+        of_model: the family that the user states, by its name or by a model; None for the family of the row, of the
+            metadata or of the name of the model.
     """
 
     source: str
@@ -84,18 +97,46 @@ class Identity:
 
     @cached_property
     def family(self) -> Family:
-        """The family of the model, which defines the sites and units."""
+        """The family of the model, which defines the sites and units.
+
+        Warns:
+            AssumedFamilyWarning: it is unknown, and coders at this site differ between families.
+        """
+        how = "family=" if self.row is None else f"`family:` in the registry file of {self.row.release}"
+        return self.known_family or assumed_family(self._model_name, self.site, self.source, how)
+
+    @cached_property
+    def known_family(self) -> Family | None:
+        """The family of the model as far as anything says it.
+
+        That is what the user or the row states, what the metadata state, what the name of the model tells, or the only
+        family that has the tensors which the metadata name.
+        """
         if self.of_model is not None:
             return self.of_model
         if self.row is not None:
-            return self.row.model_family
-        named = {family.name: family for family in families()}.get(str(self.metadata.get(FAMILY)))
-        return named or self._family_of_name
+            return named_family(self.row.model) if self.row.family is None else self.row.model_family
+        stated = {family.name: family for family in families()}.get(str(self.metadata.get(FAMILY)))
+        return stated or named_family(self._model_name) or self._family_of_tensors()
 
     @property
-    def _family_of_name(self) -> Family:
+    def _model_name(self) -> str | None:
         name = self.model or self.metadata.get("model_name")
-        return family_of_model(name if isinstance(name, str) else None, self.site)
+        return name if isinstance(name, str) else None
+
+    def _family_of_tensors(self) -> Family | None:
+        """The only family with a site at the hooks, or else at the modules, that the metadata name."""
+        for names, place in ((("hook_name", "hook_name_out"), site_of_hook), (_MODULES, place_of_modules)):
+            reads, writes = (self.metadata.get(name) for name in names)
+            if not isinstance(reads, str) or not isinstance(writes, str | None):
+                continue
+            found: list[Family] = []
+            for family in families():
+                with suppress(UnknownNameError, SpliceError):
+                    found += [family] if place(reads, writes, family) else []
+            if found:
+                return found[0] if len(found) == 1 else None
+        return None
 
     def placed(self) -> Identity:
         """This identity, with an unknown site and layer taken from the hook names in the metadata if possible."""
@@ -113,7 +154,7 @@ class Identity:
 
         SAELens names ``blocks.L.hook_mlp_in`` for transcoders that read another tensor, which these names tell.
         """
-        reads, writes = self.metadata.get("hf_hook_name"), self.metadata.get("hf_hook_name_out")
+        reads, writes = (self.metadata.get(name) for name in _MODULES)
         if not isinstance(reads, str) or not isinstance(writes, str | None):
             return self
         found = place_of_modules(reads, writes, self.family)
@@ -143,8 +184,9 @@ class Identity:
         }
         if self.model is not None:
             fields["model_name"] = self.model
-        if self.family.name != self._family_of_name.name:
-            fields[FAMILY] = self.family.name
+        sites = () if self.site is None else (self.site,)
+        if self.known_family and (stated := stated_family(self.known_family, self._model_name, *sites)):
+            fields[FAMILY] = stated
         if self.site is not None:
             site = self.family.site(self.site)
             layer = self.layer if site.per_layer else None
@@ -186,15 +228,41 @@ def name_of(model: Any) -> str | None:
     return getattr(config, "model_name", None) or getattr(config, "_name_or_path", None) or None
 
 
-def expected_sizes(model: Any, site: str | None, layer: int | None) -> Expected:
+def family_given(model: Any, family: str | None) -> Family | None:
+    """The family that a user states by its name, or by a model or its configuration; None without any of them.
+
+    Raises:
+        UnknownNameError: no family has this name.
+        GemmaScopeError: the model is of another family.
+    """
+    known = getattr(model, "family", None)
+    config = None if model is None or isinstance(model, str) else _config_of(model)
+    for one in families():
+        if known is None and config is not None:
+            of_config = getattr(config, "model_type", None) in one.model_types
+            known = one if of_config or getattr(config, "original_architecture", None) == one.architecture else None
+    if family is None:
+        return known
+    stated, known = family_named(family), known or named_family(name_of(model))
+    if known not in (None, stated):
+        raise GemmaScopeError(f"The model {name_of(model)!r} is a {known.title}, but family={family!r} was given.")
+    return stated
+
+
+def expected_sizes(model: Any, site: str | None, layer: int | None, family: Family | None = None) -> Expected:
     """The sizes that follow from a model and a site. For a name, they say only whether it is a transcoder.
+
+    Args:
+        model: a model, its configuration or its name.
+        site, layer: the place.
+        family: the family of the model, if it is known.
 
     Raises:
         WeightsError: when the model has no such layer.
     """
     if site is None:
         return Expected()
-    family = getattr(model, "family", None) or family_of_model(name_of(model), site)
+    family = family or family_of_model(name_of(model), site)
     spec = family.site(site)
     if model is None or isinstance(model, str):
         return Expected(transcoder=spec.is_transcoder)

@@ -36,7 +36,8 @@ def load_sae(
         layer: counts from 0; None for the embedding.
         width: a label such as ``"65k"``, or the number of latents; by default ``"16k"``.
         l0: ``"canonical"`` (nearest to 100, or the only one where only one is confirmed), an existing L0,
-            ``"closest:50"``, or the label ``"small"``, ``"medium"`` or ``"big"``.
+            ``"closest:50"`` (an unverified SAE only where no confirmed one has half to twice this L0; it warns), or the
+            label ``"small"``, ``"medium"`` or ``"big"``.
         device, dtype: as for :meth:`JumpReLUSAE.from_pretrained`.
         release: the only release to search; needed if two releases have such an SAE.
         affine: whether a transcoder with a skip connection is meant; needed if there is one with and one without.
@@ -70,6 +71,8 @@ def load_folder(
     layer: int | None = None,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
+    *,
+    family: str | None = None,
 ) -> Any:
     """Load the SAE or transcoder in a folder; see :meth:`JumpReLUSAE.from_folder`."""
-    return JumpReLUSAE.from_folder(path, model, site, layer, device, dtype)
+    return JumpReLUSAE.from_folder(path, model, site, layer, device, dtype, family=family)

@@ -12,7 +12,7 @@ from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.registry import catalog
 from gemma_scope_tl.sae.arguments import as_indices
-from gemma_scope_tl.sae.config import expected_of_row
+from gemma_scope_tl.sae.config import Identity, expected_of_row
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sae.reading import checked_config
 from gemma_scope_tl.sae.sae_lens_config import SAELensConfig
@@ -65,7 +65,7 @@ def load_latents(
     warn_if_unverified(row)
     path = find_local(row)
     arrays = _read(row, path, chosen, encoder if encoder is not None else path is not None, cache_rows)
-    units = site_units(row.site, row.d_in, row.model_family)
+    units = site_units(row.site, row.d_in, Identity.of(row, f"{row.release}/{row.id}").family)
     arrays = {name: units[name](array) if name in units else array for name, array in arrays.items()}
     wide = torch.promote_types(torch.float32, to)
     cast: dict[str, Any] = {n: a.to(device, wide if n == "threshold" else to) for n, a in arrays.items()}

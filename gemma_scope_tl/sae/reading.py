@@ -19,7 +19,7 @@ import torch
 from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.files import checked_path, is_file, is_folder
 from gemma_scope_tl.sae.coder_files import described, refuse_table_units
-from gemma_scope_tl.sae.config import Identity, expected_of_row, expected_sizes, name_of
+from gemma_scope_tl.sae.config import Identity, expected_of_row, expected_sizes, family_given, name_of
 from gemma_scope_tl.sae.sae_lens_config import SAELensConfig
 from gemma_scope_tl.sae.units import fold_b_dec, site_units
 from gemma_scope_tl.weights.checks import (
@@ -68,15 +68,25 @@ def read_row(row: SAERow, device: torch.device, dtype: torch.dtype, force_downlo
 
 
 def read_folder(
-    path: str | PathLike[str], model: Any, site: str | None, layer: int | None, device: torch.device, dtype: torch.dtype
+    path: str | PathLike[str],
+    place: tuple[Any, str | None, int | None, str | None],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Checked:
-    """Read the SAE in a folder or a weights file. The arguments are those of :meth:`LoadingMixin.from_folder`."""
+    """Read the SAE in a folder or a weights file.
+
+    Args:
+        path, device, dtype: as for :meth:`LoadingMixin.from_folder`.
+        place: model, site, layer and family, as there.
+    """
     file = find_file(path)
-    identity = _named(str(file), model, site, layer)
+    model, *_ = place
+    identity = _named(str(file), *place)
     config = CoderConfig.beside(file) if file.name == CODER_NAME else None
     if config is not None:
         identity = described(config, identity)
-    return _read_file(file, identity, expected_sizes(model, identity.site, identity.layer), device, dtype, config)
+    expected = expected_sizes(model, identity.site, identity.layer, identity.known_family)
+    return _read_file(file, identity, expected, device, dtype, config)
 
 
 def checked_config(file: Path, row: SAERow) -> CoderConfig | None:
@@ -92,11 +102,15 @@ def checked_config(file: Path, row: SAERow) -> CoderConfig | None:
 
 
 def read_given(
-    arrays: Mapping[str, torch.Tensor | np.ndarray], model: Any, site: str | None, layer: int | None
+    arrays: Mapping[str, torch.Tensor | np.ndarray],
+    model: Any,
+    site: str | None,
+    layer: int | None,
+    family: str | None = None,
 ) -> Checked:
     """Check arrays that a user gives. The arguments are those of :meth:`LoadingMixin.from_arrays`."""
-    identity = _named("The set of arrays given", model, site, layer)
-    return canonical_arrays(arrays, identity.source, expected_sizes(model, site, layer)), identity
+    identity = _named("The set of arrays given", model, site, layer, family)
+    return canonical_arrays(arrays, identity.source, expected_sizes(model, site, layer, identity.of_model)), identity
 
 
 def read_converted(config: SAELensConfig, state: Mapping[str, torch.Tensor], identity: Identity) -> Checked:
@@ -151,8 +165,8 @@ def _is_sae_lens(file: Path) -> bool:
     return file.suffix == ".safetensors" and file.name != CODER_NAME
 
 
-def _named(source: str, model: Any, site: str | None, layer: int | None) -> Identity:
-    return Identity(source, name_of(model), site, layer, of_model=getattr(model, "family", None))
+def _named(source: str, model: Any, site: str | None, layer: int | None, family: str | None) -> Identity:
+    return Identity(source, name_of(model), site, layer, of_model=family_given(model, family))
 
 
 def _read_file(

@@ -141,6 +141,8 @@ class LoadingMixin(_Base):
         layer: int | None = None,
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
+        *,
+        family: str | None = None,
     ) -> Any:
         """Load an SAE from a folder with ``params.npz``; with ``cfg.json`` and ``sae_weights.safetensors``; or with
         ``params.safetensors`` and, if there is one, ``config.json``.
@@ -152,11 +154,18 @@ class LoadingMixin(_Base):
                 encoding and decoding work without it, but splicing needs it. With ``site="embedding"`` an npz is
                 rescaled (:func:`~gemma_scope_tl.sae.units.scale_embedding`).
             device, dtype: as for :meth:`from_pretrained`.
+            family: family of a model of your own, such as ``"gemma2"``, whose name does not tell it. Transcoders of
+                different families read different tensors.
 
         Raises:
             WeightsError: when the files are missing or fail a check.
+            GemmaScopeError: the model is of another family.
+
+        Warns:
+            AssumedFamilyWarning: nothing says the family, and SAEs at this site differ between families.
         """
-        return cls._loaded(lambda to, kind: read_folder(path, model, site, layer, to, kind), device, dtype)
+        place = (model, site, layer, family)
+        return cls._loaded(lambda to, kind: read_folder(path, place, to, kind), device, dtype)
 
     @classmethod
     def from_arrays(
@@ -167,16 +176,22 @@ class LoadingMixin(_Base):
         layer: int | None = None,
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
+        *,
+        family: str | None = None,
     ) -> Any:
         """Make an SAE from NumPy or torch arrays (``weights/checks.py`` lists them).
 
         The arrays are in the units of the site's tensor, so nothing is rescaled, not even for the embedding. Memory is
-        shared if dtype and device allow it.
+        shared if dtype and device allow it. The other arguments are those of :meth:`from_folder`.
 
         Raises:
             WeightsError: when a check fails.
+            GemmaScopeError: the model is of another family.
+
+        Warns:
+            AssumedFamilyWarning: nothing says the family, and SAEs at this site differ between families.
         """
-        return cls._loaded(lambda to, kind: read_given(arrays, model, site, layer), device, dtype)
+        return cls._loaded(lambda to, kind: read_given(arrays, model, site, layer, family), device, dtype)
 
     @classmethod
     def load_from_disk(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -17,7 +17,7 @@ from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.files import checked_path, replace_files
 from gemma_scope_tl.sae.building import class_of
 from gemma_scope_tl.sae.coder_files import refuse_table_units, written_config
-from gemma_scope_tl.sae.config import Identity
+from gemma_scope_tl.sae.config import OF_IDENTITY, Identity
 from gemma_scope_tl.sae.provenance import config_of
 from gemma_scope_tl.sae.units import fold_b_dec, scale_embedding
 from gemma_scope_tl.weights.checks import CFG_NAME, CODER_NAME, CONFIG_NAME, PARAMS_NAME, WEIGHTS_NAME
@@ -26,7 +26,6 @@ from gemma_scope_tl.weights.modes import ordinary_tensors
 from gemma_scope_tl.weights.safetensors_file import safetensors_header
 
 Format = Literal["gemma-scope", "sae-lens", "gemma_scope_2"]
-_OF_IDENTITY = ("model_name", "family", "hook_name", "hook_name_out", "hf_hook_name", "hf_hook_name_out")
 _ALIGN = 64
 _ALIGN_FIELD = 0xD935  # the zip extra field that zipalign pads with
 _LOCAL_HEADER, _ZIP64_EXTRA = 30, 20
@@ -104,7 +103,7 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], compress: bool = Fal
 
 
 def _identity(sae: Any) -> Identity:
-    metadata = {name: sae.cfg.metadata.get(name) for name in _OF_IDENTITY}
+    metadata = {name: sae.cfg.metadata.get(name) for name in OF_IDENTITY}
     place = {"site": getattr(sae, "site", None), "layer": getattr(sae, "layer", None)}
     return Identity(sae.get_name(), **place, metadata=metadata).placed()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from gemma_scope_tl.registry.schema import SAERow
 
+_SHOWN = 3  # rows in a suite's text
 Key = tuple[str, int | None]
 """A site and a layer (None for the embedding)."""
 
@@ -101,7 +103,7 @@ def _series_of(keys: list[Key], candidates: list[SAERow], l0: int | float | str)
     return None
 
 
-@dataclass
+@dataclass(repr=False)
 class SAESuite(Mapping[Key, Any]):
     """SAEs of one model by ``(site, layer)``, loaded on access. Threads may share a suite.
 
@@ -141,6 +143,18 @@ class SAESuite(Mapping[Key, Any]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __repr__(self) -> str:
+        """The model, the number of SAEs, their sites with layers, and the first rows; ``to_frame`` has all."""
+        models = ", ".join(dict.fromkeys(str(row.model) for row in self.rows.values()))
+        layers: dict[str, list[int]] = {}
+        for site, layer in self.rows:
+            layers.setdefault(site, []).extend([] if layer is None else [layer])
+        places = "; ".join(f"{site} in layers {_spans(those)}" if those else site for site, those in layers.items())
+        first = [f"{row.release}/{row.id}" for row in itertools.islice(self.rows.values(), _SHOWN)]
+        more = f", and {len(self) - _SHOWN} more" if len(self) > _SHOWN else ""
+        loaded = f"{len(self.loaded)} loaded"
+        return f"SAESuite({models}: {len(self)} SAEs, {loaded}; {places}; {', '.join(first)}{more})"
 
     @property
     def loaded(self) -> tuple[Key, ...]:
@@ -220,6 +234,21 @@ class SAESuite(Mapping[Key, Any]):
             while self.memory is not None and len(self._held) > 1 and self.nbytes > self.memory:
                 self._held.popitem(last=False)
         promise.set_result(sae)
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    """Sorted numbers, in which runs are written as their ends.
+
+    >>> _spans([3, 0, 1, 2, 7])
+    '0-3, 7'
+    """
+    spans: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    return ", ".join("-".join(map(str, span)) for span in spans)
 
 
 def _nbytes(sae: Any) -> int:

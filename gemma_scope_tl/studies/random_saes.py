@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.evals.clean_pass import ReadBatch
 from gemma_scope_tl.evals.saes import latents_of
-from gemma_scope_tl.sae.access import locate
+from gemma_scope_tl.sae.access import locate, trained_family
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sites import Place
 
@@ -65,7 +65,8 @@ def random_twin(sae: Any, x: Float[torch.Tensor, "n d_in"], seed: int = 0, frequ
     arrays = {"W_enc": w_enc, "W_dec": w_dec, "b_dec": torch.zeros(d_out)}
     arrays["b_enc"] = b_enc + (_LEAST - quantiles).clamp_min(0)
     arrays["threshold"] = quantiles.clamp_min(_LEAST)
-    return JumpReLUSAE.from_arrays(arrays, site=site.name, layer=layer, device=sae.device)
+    family = trained_family(sae).name
+    return JumpReLUSAE.from_arrays(arrays, site=site.name, layer=layer, device=sae.device, family=family)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from gemma_scope_tl.evals.saes import Subject, subjects_of
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.model.counted import counted_rows
 from gemma_scope_tl.model.positions import Positions
+from gemma_scope_tl.sae.access import trained_family
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
 from gemma_scope_tl.sae.suite import SAESuite
 from gemma_scope_tl.sites import Place, get_site
@@ -152,8 +153,8 @@ def rescaled(sae: Any, scale: float) -> Any:
         "W_dec": sae.W_dec / scale,
         "b_dec": sae.b_dec / scale,
     }
-    dtype = str(sae.dtype).removeprefix("torch.")
-    made = JumpReLUSAE.from_arrays(arrays, site=sae.site, layer=sae.layer, device=sae.device, dtype=dtype)
+    options = {"device": sae.device, "dtype": str(sae.dtype).removeprefix("torch."), "family": trained_family(sae).name}
+    made = JumpReLUSAE.from_arrays(arrays, site=sae.site, layer=sae.layer, **options)
     made.row = sae.row
     return made
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
 from gemma_scope_tl.files import checked_path, is_file, is_folder
+from gemma_scope_tl.model.sizes import family_and_sizes
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.training.checkpoint import SUITE_NAME, read_record
 from gemma_scope_tl.training.spec import SAESpec
@@ -149,7 +150,8 @@ def _load(text: str, spec: SAESpec, model: str) -> Any:
         path = _of_run(path, spec)
     elif not is_folder(path) and not is_file(path):
         return load_row(_row(text, spec))
-    return load_folder(path, model, spec.place.site, spec.place.layer)
+    family = family_and_sizes(model)[0].name  # the name of a model of one's own does not tell it
+    return load_folder(path, model, spec.place.site, spec.place.layer, family=family)
 
 
 def _of_run(folder: Path, spec: SAESpec) -> Path:

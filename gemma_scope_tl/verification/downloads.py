@@ -16,6 +16,7 @@ from gemma_scope_tl.weights.fetch import find_local
 from gemma_scope_tl.weights.hub_errors import hub_exceptions
 
 MODEL_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja")
+_CONFIG, _WEIGHTS = "config.json", "the model's weights"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,22 @@ class Plan:
     def bytes(self) -> int:
         """Bytes to download, as far as they are known."""
         return sum(file.size or 0 for file in self.to_download)
+
+    @property
+    def unknown(self) -> list[NeededFile]:
+        """The files to download whose size is unknown, which :attr:`bytes` leaves out."""
+        return [file for file in self.to_download if file.size is None]
+
+    @property
+    def amount(self) -> str:
+        """What is to be downloaded: the number of files, their size, and what the size leaves out."""
+        count, known = len(self.to_download), f"{self.bytes / 1e9:,.2f} GB"
+        files = f"{count} file{'' if count == 1 else 's'}"
+        if not self.unknown:
+            return f"{files}, {known}"
+        names = [file.path for file in self.unknown]
+        left_out = _WEIGHTS if _WEIGHTS in names else ", ".join(names)
+        return f"{files} or more: at least {known}, and {left_out}, whose size is unknown"
 
 
 def plan_downloads(model: str | None, rows: Iterable[SAERow], offline: bool = False) -> Plan:
@@ -148,11 +165,11 @@ def _model_files(repo: str) -> list[NeededFile]:
 
 def _cached_model(repo: str) -> list[NeededFile]:
     """What the cache shows of a model: its configuration and one file of weights, or their absence."""
-    here = _is_cached(repo, "config.json")
+    here = _is_cached(repo, _CONFIG)
     weights = any(_is_cached(repo, name) for name in ("model.safetensors", "model.safetensors.index.json"))
     return [
-        NeededFile(repo, "config.json", None, here, "model", estimated=True),
-        NeededFile(repo, "the model's weights", None, weights, "model", estimated=True),
+        NeededFile(repo, _WEIGHTS, None, weights, "model", estimated=True),
+        NeededFile(repo, _CONFIG, None, here, "model", estimated=True),
     ]
 
 

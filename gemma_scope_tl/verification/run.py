@@ -203,10 +203,9 @@ def _run(
 def summary(plan: Plan) -> str:
     """One sentence about the files to download."""
     files = plan.to_download
-    unknown = " or more" if any(file.size is None for file in files) else ""
     listed = ", ".join(f"{file.repo}/{file.path}" for file in files[:3])
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    return f"{len(files)} files, {plan.bytes / 1e9:.2f} GB{unknown}, are not on this machine: {listed}{more}."
+    return f"Not on this machine: {plan.amount}: {listed}{more}."
 
 
 def _load(model: Any, loading: dict[str, Any], check: bool = True) -> GemmaModel:

@@ -107,6 +107,16 @@ def test_a_refused_model_is_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_an_own_name_is_left_out_beside_a_given_model(backend: str) -> None:
+    """A folder or Hub id is no remedy for someone who holds the model already."""
+    with pytest.raises(UnknownNameError, match="leave name= out for a model of your own") as refused:
+        load_model("my-gemma3", hf_model=random_gemma(), backend=backend)
+    assert "tokenizer=" in str(refused.value) and "works too" not in str(refused.value)
+    with pytest.raises(UnknownNameError, match="A local folder or a Hugging Face id works too"):
+        load_model("my-gemma3", backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_model_without_a_tokenizer_says_so_when_given_text(backend: str) -> None:
     model = load_model(hf_model=random_gemma(), backend=backend, check=False)
     with pytest.raises((AssertionError, gs.GemmaScopeError), match=r"tokenizer"):

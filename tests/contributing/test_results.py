@@ -48,6 +48,21 @@ def test_missing_and_doubled_rows(tmp_path: Path) -> None:
     assert "2 different L0s" in found[ROWS[1].id].text
 
 
+def test_a_table_of_other_saes_is_a_problem(tmp_path: Path) -> None:
+    """Otherwise a check that compared nothing would end with `no problems`."""
+    path = tmp_path / "r.csv"
+    file = builtin_folder() / f"{ROWS[0].release}.yaml"
+    for release, l0s in (("another", slice(None)), (ROWS[0].release, slice(0))):
+        _table().assign(release=release).iloc[l0s].to_csv(path, index=False)
+        (finding,) = results_l0(ROWS, path)
+        assert (finding.ok, finding.row) == (False, "") and f"none of the {len(ROWS)} SAEs" in finding.text
+        assert f"{ROWS[0].release}/{ROWS[0].id}" in finding.text and ("another/" in finding.text) == (
+            release != ROWS[0].release
+        )
+        result = CliRunner().invoke(registry_app, ["check", str(file), "--results", str(path)], catch_exceptions=False)
+        assert result.exit_code == 1 and "no problems" not in result.stdout
+
+
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     path.write_text("release,id\na,b\n")

@@ -103,6 +103,23 @@ def test_closest_takes_the_sparser_of_two_as_close() -> None:
     assert find("gemma-2-9b", "att", 27, "16k", "closest:100").l0 == 64
 
 
+def test_closest_takes_a_confirmed_sae_if_one_is_nearby(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The L0s are those of the listing of Gemma Scope's transcoders, and exact."""
+    found = {layer: find("gemma-2-2b", "transcoder", layer, "16k", "closest:100") for layer in (8, 12, 16, 20)}
+    assert {layer: (row.l0, row.unverified) for layer, row in found.items()} == {
+        8: (52, False),  # 92 is unverified
+        12: (111, True),  # 6 is confirmed, and no substitute
+        16: (10, False),
+        20: (11, False),
+    }
+    assert "l0='closest:93' takes 52" in message(find, "gemma-2-2b", "transcoder", 8, "16k", 93)
+    unverified = ", unverified: true"
+    rows = [one_row("c", l0="50"), one_row("u", l0="99", more=unverified), one_row("d", l0="400", more=unverified)]
+    add_release(tmp_path, monkeypatch, rows)
+    wanted = {"closest:100": "c", "closest:101": "u", "closest:25": "c", "closest:300": "d", "closest:24": "c"}
+    assert {l0: find("tiny", "res", 0, "1k", l0).id for l0 in wanted} == wanted
+
+
 def test_a_wrong_l0_names_those_that_exist_and_the_closest() -> None:
     text = message(find, "gemma-2-2b", "res", 20, "16k", 70)
     assert "22, 38, 71, 139, 294" in text and "l0='closest:70' takes 71" in text

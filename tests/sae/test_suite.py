@@ -37,6 +37,20 @@ def test_all_layers_and_sites_of_2b_without_loading_any() -> None:
     assert frame.loc[frame["layer"] == 3, "site"].tolist() == ["res", "mlp", "att"]
 
 
+def test_the_text_of_a_suite_is_short() -> None:
+    suite = gs.load_suite("gemma-2-2b")
+    first = [f"{suite.rows['res', layer].release}/{suite.rows['res', layer].id}" for layer in (0, 1, 2)]
+    assert repr(suite) == (
+        "SAESuite(gemma-2-2b: 78 SAEs, 0 loaded; res in layers 0-25; mlp in layers 0-25; att in layers 0-25; "
+        f"{', '.join(first)}, and 75 more)"
+    )
+    few = gs.load_suite("bundled", sites=["res", "att"], layers=[1, 3], width="1k").select("res")
+    _ = few["res", 3]
+    assert repr(few).startswith("SAESuite(bundled: 2 SAEs, 1 loaded; res in layers 1, 3; bundled-res/")
+    assert "more" not in repr(few)
+    assert "; embedding; " in repr(gs.load_suite("gemma-2-2b", "embedding", width="4k", l0=6))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

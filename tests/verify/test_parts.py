@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.registry.listing import select_rows
 from gemma_scope_tl.verification.bands import judge
+from gemma_scope_tl.verification.downloads import NeededFile, Plan
 from gemma_scope_tl.verification.neuronpedia import token_ids
 from gemma_scope_tl.verification.ordering import orderings
+from gemma_scope_tl.verification.run import summary
 from gemma_scope_tl.verification.sample import candidates, draw, float32_bytes
 
 # --- the sample
@@ -49,6 +52,18 @@ def test_sizes_are_those_of_the_released_files() -> None:
     """The file of a 16k SAE of 2B has 302 MB, that of 1m 19.3 GB (docs of the release)."""
     sizes = {row.width: float32_bytes(row) for row in select_rows("gemma-2-2b", "res", 12)}
     assert sizes["16k"] == pytest.approx(302e6, rel=2e-3) and sizes["1m"] == pytest.approx(19.3e9, rel=5e-3)
+
+
+def test_the_amount_of_a_download_says_what_it_leaves_out() -> None:
+    """The model's weights are unknown where the Hub cannot be asked, and are most of what will be downloaded."""
+    sae, other = (NeededFile("me/saes", name, size, False, "SAE", True) for name, size in (("a", 302e6), ("b", 1.2e9)))
+    weights = NeededFile("me/model", "the model's weights", None, False, "model", True)
+    here = replace(weights, here=True)
+    assert Plan((sae, other, here)).amount == "2 files, 1.50 GB" and Plan((sae,)).amount == "1 file, 0.30 GB"
+    text = "2 files or more: at least 0.30 GB, and the model's weights, whose size is unknown"
+    assert Plan((sae, weights)).amount == text
+    assert summary(Plan((sae, weights))).startswith(f"Not on this machine: {text}: me/saes/a, me/model/the model's")
+    assert Plan((sae, weights)).unknown == [weights]
 
 
 # --- the bands

@@ -197,6 +197,7 @@ def test_the_command(published: LocalHub, text: Path, tmp_path: Path, monkeypatc
     weights = {f["path"]: f["bytes"] for f in plan["files"] if f["kind"] == "model"}
     assert weights["model.safetensors"] == (tmp_path / "model" / "model.safetensors").stat().st_size
     saes = [f for f in plan["files"] if f["kind"] == "SAE"]
+    assert plan["not_in_bytes"] == []
     assert len(saes) == 4 and not any(f["here"] or f["estimated"] for f in plan["files"])
     assert all(f["bytes"] == (tmp_path / "saes" / f["path"]).stat().st_size for f in saes)
     assert not list(tmp_path.rglob("verify-small")) and not published.requests("GET", "cdn")
@@ -209,6 +210,17 @@ def test_the_command(published: LocalHub, text: Path, tmp_path: Path, monkeypatc
     again = json.loads(run(*common, "--offline", "--json"))
     assert again["verdict"] == "pass" and len(published.log) == sent and constants.HF_HUB_OFFLINE is False
     assert "nothing to download" in run(*common, "--offline", "--dry-run")
+
+
+def test_a_dry_run_says_that_the_size_of_the_model_is_unknown(
+    published: LocalHub, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["--texts", str(text), "--context", str(CONTEXT), "--offline", "--dry-run"]
+    printed = " ".join(run(*common).split())
+    assert "6 files or more: at least 0.00 GB, and the model's weights, whose size is unknown" in printed
+    plan = json.loads(run(*common, "--json"))
+    assert plan["not_in_bytes"] == ["me/small/the model's weights", "me/small/config.json"]
 
 
 def test_the_command_fails_on_a_fault(
@@ -243,7 +255,9 @@ def test_what_the_hub_does_not_have(published: LocalHub, text: Path, small: Worl
 
 
 def test_offline_needs_everything_here(published: LocalHub, small: World) -> None:
-    with pytest.raises(GemmaScopeError, match="files, .* are not on this machine"):
+    with pytest.raises(
+        GemmaScopeError, match="Not on this machine: 9 files or more: at least 0.00 GB, and the model's weights, whose"
+    ):
         verify("me/small", sae_model="small", offline=True)
     with pytest.raises(GemmaScopeError, match="download=True"):
         verify("me/small", sae_model="small")
