@@ -273,7 +273,7 @@ NUMBERS: dict[str, Number] = {
     **{
         f"gpu.step.{name}": Number(GPU, value, form)
         for name, value, form in (
-            ("latents", lambda data: re.search(r"d \d+, [\d,]+ latents", _wide_step(data)["what"])[0], "{}"),
+            ("latents", lambda data: re.findall(r"d \d+, [\d,]+ latents", _wide_step(data)["what"])[0], "{}"),
             ("runs", lambda data: _wide_step(data)["runs"], "{}"),
             ("worst", lambda data: 1 / _wide_step(data)["ratio_min"], "{:.1f}"),
             ("ratio", lambda data: _wide_step(data)["ratio"], "{:.1f}"),
