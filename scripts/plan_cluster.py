@@ -176,16 +176,16 @@ def sharing(hardware: Hardware) -> list[dict[str, Any]]:
 
 
 def cluster(hardware: Hardware, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The GPUs and bandwidth that finish the training in ``hardware.days``."""
+    """The whole GPUs and nodes, and the bandwidth, that finish the training in ``hardware.days``."""
     read = GEMMA_9B.dims.n_layers * sum(
         sum(TOKENS[d_sae] for d_sae in WIDTHS) * FLOAT32 * width(GEMMA_9B, site) for site in SITES
     )
     found: list[dict[str, Any]] = []
     for precision in ("fp32", "tf32"):
         hours = total_hours(rows, precision)
-        gpus = hours * HOUR / (hardware.days * DAY)
+        gpus = math.ceil(hours * HOUR / (hardware.days * DAY))
         speed = read / (hardware.days * DAY)
-        nodes = gpus / hardware.gpus_per_node
+        nodes = math.ceil(gpus / hardware.gpus_per_node)
         found.append(
             {
                 "precision": precision,

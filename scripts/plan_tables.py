@@ -147,8 +147,8 @@ def _cluster(plan: dict[str, Any]) -> str:
         [
             c["precision"],
             f"{c['gpu_hours']:,.0f}",
-            f"{c['gpus']:,.0f}",
-            f"{c['nodes']:,.0f}",
+            f"{c['gpus']:,}",
+            f"{c['nodes']:,}",
             f"{c['read_bytes_per_s'] / GB:,.0f} GB/s",
             f"{c['read_bytes_per_s_per_node'] / GB:.1f} GB/s",
         ]

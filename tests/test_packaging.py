@@ -16,6 +16,7 @@ CHECK = """
 import gemma_scope_tl as gs
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.weights.fetch import fetch
+from gemma_scope_tl.training.config import load_config
 assert gs.__file__.startswith({root!r}), gs.__file__
 row = gs.registry.resolve("gemma-scope-2b-pt-res", "layer_20/width_16k/canonical")
 table = gs.list_saes()
@@ -23,6 +24,7 @@ bundled = table[table["model"].str.startswith("bundled")]
 assert row.l0 == 71 and len(table) == 12061 + len(bundled) and len(bundled) > 0
 assert (BUNDLED_MODEL / "model.safetensors").is_file()
 assert all(fetch(gs.registry.resolve(r.release, r.id)).is_file() for r in bundled.itertuples())
+assert load_config("demo").steps > 0
 print("found")
 """
 
@@ -51,6 +53,8 @@ def test_from_a_wheel(built: Path, tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(tmp_path / "wheel")
     assert "gemma_scope_tl/pretrained_yaml/gemma-scope-2b-pt-res.yaml" in names
+    configs = {f"gemma_scope_tl/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    assert configs and configs <= set(names)
     assert not any(name.startswith(("tests/", "scripts/", "benchmarks/")) for name in names)
     _found_from(tmp_path / "wheel")
 

@@ -227,6 +227,19 @@ def release_file(path: Path) -> Path:
     return path
 
 
+def config_file(path: Path) -> Path:
+    """The file of a configuration, or that of one with this name that comes with the package.
+
+    Raises:
+        GemmaScopeError: there is neither, or the file cannot be read.
+    """
+    from gemma_scope_tl.registry.locate import configuration_file
+
+    file = configuration_file(path)
+    readable(file)
+    return file
+
+
 def url(given: str) -> None:
     """Raise unless the text is the address of a server."""
     if not re.fullmatch(r"https?://[^\s/]+\S*", given):

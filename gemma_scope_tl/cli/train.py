@@ -28,12 +28,22 @@ Address = Annotated[
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.", callback=checks.each(checks.readable))],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="A YAML file, or the name of one that comes with the package: demo, bundled, gemma-2-2b-paper, "
+            "gemma-2-9b-paper, gemma_scope_2, gemma_scope_2_short, bundled-gemma3.",
+            callback=checks.config_file,
+        ),
+    ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, which overrides the file's value.")
     ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print the resources that the run takes, without running it.")
+    ] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the file, as a start for one of your own, and do nothing else.")
     ] = False,
     memory: Annotated[float | None, typer.Option(min=0.01, help="GiB of memory to plan for.")] = None,
     device_flops: Annotated[
@@ -51,12 +61,17 @@ def train(
 
     Examples:
 
-        gemma-scope train configs/demo.yaml
+        gemma-scope train demo
 
-        gemma-scope train configs/gemma-2-2b-paper.yaml --plan --memory 16 --set "only=[res/layer_12/*]"
+        gemma-scope train demo --show
 
-        gemma-scope train configs/gemma-2-9b-paper.yaml --ray-address auto
+        gemma-scope train gemma-2-2b-paper --plan --memory 16 --set "only=[res/layer_12/*]"
+
+        gemma-scope train gemma-2-9b-paper --ray-address auto
     """
+    if show:
+        say(config.read_text(encoding="utf-8").rstrip())
+        return
     overrides = set_ or []
     for override in overrides:
         if not re.fullmatch(r"[^=\s]+=.*", override, flags=re.DOTALL):

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
-from gemma_scope_tl.errors import RegistryError
+from gemma_scope_tl.errors import RegistryError, unknown_name
 from gemma_scope_tl.families import bundled_names
 from gemma_scope_tl.files import checked_path, expanded
 
@@ -43,7 +43,7 @@ def inside(root: Path, inner: str) -> Path:
 
 EXTRA_FOLDERS_VARIABLE = "GEMMA_SCOPE_TL_REGISTRY"
 ENTRY_POINT_GROUP = "gemma_scope_tl.releases"
-FOLDER_NAME = "pretrained_yaml"
+FOLDER_NAME, CONFIGS_NAME = "pretrained_yaml", "configs"
 _PACKAGE = Path(__file__).resolve().parents[1]
 BUNDLED_DATA = _PACKAGE / "bundled"
 MODEL_FOLDER = "model"
@@ -67,8 +67,8 @@ def is_bundled(name: str) -> bool:
     return bundle_folder(name) is not None
 
 
-def builtin_folder(package: Path = _PACKAGE) -> Path:
-    """The folder of the registry files that come with the package.
+def builtin_folder(package: Path = _PACKAGE, name: str = FOLDER_NAME) -> Path:
+    """The folder of the registry files, or of other files (``name``), that come with the package.
 
     A wheel has this folder inside the package. A source tree (and so an editable install and an unpacked sdist) has it
     next to the package.
@@ -76,12 +76,42 @@ def builtin_folder(package: Path = _PACKAGE) -> Path:
     Raises:
         RegistryError: when neither exists.
     """
-    candidates = (package / FOLDER_NAME, package.parent / FOLDER_NAME)
+    candidates = (package / name, package.parent / name)
     for folder in candidates:
         if folder.is_dir():
             return folder
     tried = " nor ".join(map(str, candidates))
-    raise RegistryError(f"No registry files: neither {tried} exists. Install the package again.")
+    what = "registry files" if name == FOLDER_NAME else name
+    raise RegistryError(f"No {what}: neither {tried} exists. Install the package again.")
+
+
+def configurations() -> dict[str, Path]:
+    """The configurations of training runs that come with the package: name to file."""
+    return {path.stem: path for path in sorted(builtin_folder(name=CONFIGS_NAME).glob("*.yaml"))}
+
+
+def configuration_file(given: str | Path) -> Path:
+    """The file of a configuration: the given one, or else the one with this name that comes with the package.
+
+    Raises:
+        RegistryError: the file does not exist.
+        UnknownNameError: there is no file, and no configuration of the name.
+    """
+    path = Path(given)
+    if path.exists() and not (path.is_dir() and len(path.parts) == 1):
+        return path
+    known = configurations()
+    if str(given) in known:
+        return known[str(given)]
+    if path.is_dir():
+        raise RegistryError(f"{path} is a folder: name a file.")
+    if path.suffix or len(path.parts) > 1:
+        if path.stem in known:
+            hint = f"One of this name comes with the package: write {path.stem}."
+        else:
+            hint = f"The package has the configurations {', '.join(known)}."
+        raise RegistryError(f"{path} does not exist. {hint}")
+    raise unknown_name("configuration", given, known, "A YAML file works too.")
 
 
 def extra_folders(variable: str | None = None) -> tuple[Path, ...]:

@@ -24,6 +24,7 @@ from pydantic import (
 
 from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError, UnknownNameError, unknown_name
 from gemma_scope_tl.files import checked_path
+from gemma_scope_tl.registry.locate import configuration_file
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.sites import SITES, get_site
 from gemma_scope_tl.training.config_file import device_name, each_once, number, override_key, problem, read_config
@@ -362,20 +363,23 @@ def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: S
     """Read and check a configuration.
 
     Args:
-        path: a YAML file, its content as a mapping, or a configuration.
+        path: a YAML file, or the name of one that comes with the package (``"demo"``); its content as a mapping; or a
+            configuration.
         overrides: ``"key=value"``, the key with dots into sections and numbers into lists (``grid.0.widths=[1k]``), the
             value in YAML.
 
     Raises:
         TrainingStateError: the configuration has problems; the message lists all of them.
         RegistryError: the file cannot be read or is not plain YAML.
+        UnknownNameError: there is no file, and no configuration of the name.
     """
     if isinstance(path, SuiteConfig):
         data, source = path.model_dump(mode="json"), "the configuration"
     elif isinstance(path, Mapping):
         data, source = dict(path), "the configuration"
     else:
-        data, source = read_config(Path(path)), str(path)
+        file = configuration_file(path)
+        data, source = read_config(file), str(file)
     for override in overrides:
         override_key(data, override)
     try:

@@ -71,7 +71,7 @@ def train_suite(
     up to rounding. A run must continue with the mesh with which it began. Its memory and disk are not planned.
 
     Args:
-        config: a YAML file, its content, or a configuration.
+        config: a YAML file or the name of one that comes with the package, its content, or a configuration.
         overrides: ``"key=value"``, as ``--set`` on the command line.
         model: a model from ``load_model``; by default the configuration's model is loaded.
         source: a function that makes the source of some places, in place of the configuration's source.

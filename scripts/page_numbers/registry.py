@@ -16,6 +16,7 @@ from scripts.page_numbers import Number
 
 ATTRIBUTION = "docs/attribution.json"
 HARDWARE, CLUSTERS = "docs/hardware.json", "docs/clusters.json"
+CARD, GPU = "gemma_scope_tl/bundled/saes/README.md", "benchmarks/results/gpu.json"
 RESULTS, LOG = "gemma_scope_tl/bundled/results", "gemma_scope_tl/bundled/saes/training.jsonl"
 MODEL, METRICS = "gemma_scope_tl/bundled/model/config.json", "gemma_scope_tl/bundled/model/metrics.json"
 CONFIG = "configs/bundled.yaml"
@@ -70,6 +71,16 @@ def _at(pick: int, **wanted: Any) -> Callable[[Any], Any]:
         return table
 
     return rows
+
+
+def _same(column: str) -> Callable[[Any], int]:
+    """The value that all rows have."""
+
+    def value(table: Any) -> int:
+        (found,) = table[column].unique()
+        return int(found)
+
+    return value
 
 
 def _mean(pick: int, column: str, **wanted: Any) -> Callable[[Any], float]:
@@ -143,13 +154,29 @@ def _spliced(row: str, side: str) -> Callable[[Any], float]:
     return value
 
 
-def _released(layout: str) -> Callable[[Any], int]:
-    """The SAEs of the registry in one layout that are not bundled, without those marked as not verified yet."""
+def _released(layout: str, *unverified: bool) -> Callable[[Any], int]:
+    """The SAEs of the registry in one layout that are not bundled, whose mark ``unverified`` is one of these."""
 
     def value(rows: Any) -> int:
-        return int((~rows["model"].str.startswith("bundled") & ~rows["unverified"] & (rows["format"] == layout)).sum())
+        marked = rows["unverified"].isin(unverified)
+        return int((~rows["model"].str.startswith("bundled") & marked & (rows["format"] == layout)).sum())
 
     return value
+
+
+def _card(pattern: str) -> Callable[[str], float]:
+    """A number of the card of the bundled suite, without commas and signs of per cent."""
+
+    def value(text: str) -> float:
+        (found,) = re.findall(pattern, text)
+        return float(found)
+
+    return value
+
+
+def _wide_step(data: Any) -> dict[str, Any]:
+    """The training step on a GPU whose repeats differ most."""
+    return max(data["steps"], key=lambda row: row["ratio_max"] / row["ratio_min"])
 
 
 def _picture(record: Any) -> str:
@@ -158,11 +185,11 @@ def _picture(record: Any) -> str:
 
 
 NUMBERS: dict[str, Number] = {
-    "registry.released": Number("pretrained_yaml", _released("gemma-scope"), "{:,}"),
-    "registry.released.second": Number("pretrained_yaml", _released("gemma_scope_2"), "{:,}"),
-    "registry.unverified.second": Number(
-        "pretrained_yaml", lambda rows: int((rows["unverified"] & (rows["format"] == "gemma_scope_2")).sum())
-    ),
+    **{
+        f"registry.{name}{ending}": Number("pretrained_yaml", _released(layout, *marks), "{:,}")
+        for ending, layout in (("", "gemma-scope"), (".second", "gemma_scope_2"))
+        for name, marks in (("released", (False,)), ("unverified", (True,)), ("listed", (False, True)))
+    },
     "registry.bundled": Number("pretrained_yaml", lambda rows: int((rows["model"] == "bundled").sum())),
     "registry.canonical.lowest": Number("pretrained_yaml", _canonical(np.min), "{:.0f}"),
     "registry.canonical.highest": Number("pretrained_yaml", _canonical(np.max), "{:.0f}"),
@@ -205,7 +232,13 @@ NUMBERS: dict[str, Number] = {
     "suite.densest": Number(RESULTS, _mean(0, "l0", site=("res", "mlp"), rank=2), "{:.0f}"),
     "suite.dense.res": Number(RESULTS, _mean(0, "dense", site="res", rank=2), "{:.0%}"),
     "suite.dense.mlp": Number(RESULTS, _mean(0, "dense", site="mlp", rank=2), "{:.0%}"),
-    "suite.dense.wide": Number(RESULTS, _largest_mean(1, "dense", ("res", "mlp"), rank=2), "{:.1%}"),
+    "suite.dense.att": Number(RESULTS, _mean(0, "dense", site="att", rank=2), "{:.0%}"),
+    **{f"suite.dense.wide.{site}": Number(RESULTS, _mean(1, "dense", site=site, rank=2), "{:.1%}") for site in LAYERED},
+    "suite.results.rows": Number(f"{RESULTS}/bundled-att.json", lambda facts: facts["configuration"]["rows"]),
+    "suite.results.tokens": Number(RESULTS, _same("tokens"), "{:,}"),
+    "suite.card.tokens": Number(CARD, _card(r"over (\d+) text positions"), "{:,.0f}"),
+    "suite.card.dead.att": Number(CARD, _card(r"([\d.]+)% for att"), "{:.1f}%"),
+    "suite.dead.att.mean": Number(RESULTS, lambda table: table[table["site"] == "att"]["dead"].mean(), "{:.1%}"),
     **{
         f"suite.dead.att.{name}": Number(RESULTS, _mean(1, "dead", site="att", rank=rank), "{:.0%}")
         for rank, name in enumerate(("sparse", "middle", "dense"))
@@ -259,6 +292,15 @@ NUMBERS: dict[str, Number] = {
         lambda data: max(error["largest"] for row in data["rows"] for error in row["ours_error"].values()),
         "{:.0e}",
     ),
+    **{
+        f"gpu.step.{name}": Number(GPU, value, form)
+        for name, value, form in (
+            ("latents", lambda data: re.findall(r"d \d+, [\d,]+ latents", _wide_step(data)["what"])[0], "{}"),
+            ("runs", lambda data: _wide_step(data)["runs"], "{}"),
+            ("worst", lambda data: 1 / _wide_step(data)["ratio_min"], "{:.1f}"),
+            ("ratio", lambda data: _wide_step(data)["ratio"], "{:.1f}"),
+        )
+    },
     # Limits and sizes that the code states.
     **{
         f"demo.{name}": Number("gemma_scope_tl/demo/limits.py", lambda m, n=name: asdict(m.Limits())[n], form)

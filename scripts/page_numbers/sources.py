@@ -1,4 +1,4 @@
-"""What the sources of numbers hold: JSON, JSON lines, CSV and YAML as data, and Python files as modules."""
+"""What the sources of numbers hold: JSON, JSON lines, CSV and YAML as data, cards as text, and Python as modules."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ def read(source: str) -> Any:
         return pd.read_csv(path)
     if kind == ".yaml":
         return yaml.safe_load(path.read_text(encoding="utf-8"))
+    if kind == ".md":
+        return path.read_text(encoding="utf-8")
     if kind == ".py":
         return import_module(source.removesuffix(".py").replace("/", "."))
-    raise ValueError(f"{source}: numbers come from json, jsonl, csv, yaml and py files.")
+    raise ValueError(f"{source}: numbers come from json, jsonl, csv, yaml, md and py files.")

@@ -2,7 +2,7 @@
 
 ``python -m scripts.smollm2 all`` does everything: the model's folder (fetched, checked), activations (0.5M tokens, ten
 minutes on one core), the search for both sides' settings, training with three seeds, evaluation and the figure (two to
-three hours on one core). Each step keeps its results, and continues after an interruption. The model's weights are 4-bit
+three hours on one core). Each step keeps its results, and continues after an interruption. The weights are 4-bit
 quantised. These steps do not run in CI.
 """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from gemma_scope_tl.cli import app
 from gemma_scope_tl.model import loading
 from tests.cli.test_refusals import verbs
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LOAD_NOTHING = {"list", "show"}
 NOT_RUN = {"train", "demo", "export", "upload", "explain", "explanations", "registry"}
 """They train for minutes, serve, send, or ask a language model: tests of their own run them."""
@@ -63,7 +61,6 @@ _load = loading.load_model
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that examples name; models are loaded once."""
-    shutil.copytree(CONFIGS, tmp_path / "configs")
     for folder in ("my-saes", "my-run"):
         (tmp_path / folder).mkdir()
     for file in ("my-saes.yaml", "texts.jsonl", "prompts.jsonl"):

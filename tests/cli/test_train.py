@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from gemma_scope_tl.cli import app
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.registry.locate import configurations
+from gemma_scope_tl.training.config import load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = (
@@ -37,6 +41,28 @@ def _run(*args: str, code: int = 0) -> Any:
 
 def _sets(folder: Path, *more: str) -> list[str]:
     return [part for value in (f"output={folder}", *SMALL, *more) for part in ("--set", value)]
+
+
+def test_configurations_go_by_name_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    help_text = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "400"}).output
+    for name, file in configurations().items():
+        assert re.search(rf"[ ,]{re.escape(name)}[ ,.]", help_text), f"{name} is not in the help"
+        assert _run(name, "--show") == file.read_text(encoding="utf-8").rstrip() + "\n"
+        assert load_config(name) == load_config(file)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_goes_before_a_name_and_a_folder_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert load_config("demo").output == "build/demo-suite"
+    (tmp_path / "demo").rmdir()
+    (tmp_path / "demo").write_text(_run("demo", "--show").replace("build/demo-suite", "mine"))
+    assert load_config("demo").output == "mine"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(GemmaScopeError, match="folder is a folder: name a file"):
+        load_config("folder")
 
 
 def test_plan(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -29,8 +28,7 @@ NOT_RUN = (
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to run in, with the configurations; a release that a page registers is forgotten."""
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    """An empty folder to run in, as that of a reader; a release that a page registers is forgotten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(locate, "_registered", dict(locate._registered))

@@ -47,6 +47,13 @@ def test_a_changed_number_shows_in_the_page() -> None:
         with_tables(page.replace("<!-- stores: start -->", ""), PLAN)
 
 
+def test_the_whole_gpus_and_nodes_suffice_and_no_fewer_would() -> None:
+    days, per_node = PLAN["hardware"]["days"], PLAN["hardware"]["gpus_per_node"]
+    for row in PLAN["cluster"]:
+        assert row["gpus"] * days * 24 >= row["gpu_hours"] > (row["gpus"] - 1) * days * 24
+        assert row["nodes"] * per_node >= row["gpus"] > (row["nodes"] - 1) * per_node
+
+
 def test_the_formulas_give_what_the_paper_says() -> None:
     """Section 3.3 of the paper rounds ("about", "more than"), so do the bounds here."""
     checks = {check["said"]: check["ours"] for check in PLAN["paper"]}

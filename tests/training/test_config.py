@@ -12,7 +12,7 @@ import pytest
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.model.sizes import sizes_of
 from gemma_scope_tl.registry import list_saes
-from gemma_scope_tl.registry.locate import MODEL_FOLDER, bundle_folder
+from gemma_scope_tl.registry.locate import MODEL_FOLDER, bundle_folder, configurations
 from gemma_scope_tl.sites import ModelDims
 from gemma_scope_tl.training.config import TrainingStateError, load_config
 from gemma_scope_tl.training.grid import groups_of
@@ -102,7 +102,7 @@ def test_files_extend_each_other_and_are_overridden(tmp_path: Path) -> None:
         ("loop.yaml", [], "may extend each other"),
         ("top.yaml", ["steps"], "not an override"),
         ("top.yaml", ["grid.3.widths=[1]"], "is not an index of the list"),
-        ("none.yaml", [], "cannot be read"),
+        ("none.yaml", [], "none.yaml does not exist"),
     ):
         with pytest.raises(GemmaScopeError, match=message):
             load_config(tmp_path / path, overrides)
@@ -155,7 +155,8 @@ def test_paper_configs_are_the_release(size: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_first_line_is_the_command(path: Path) -> None:
-    assert path.read_text().startswith(f"# gemma-scope train configs/{path.name}")
+    assert path.read_text().startswith(f"# gemma-scope train {path.stem}")
+    assert configurations()[path.stem] == path
     config = load_config(path)
     bundle = bundle_folder(config.model.name)
     if bundle is not None and not (bundle / MODEL_FOLDER).exists():
