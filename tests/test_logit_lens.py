@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.interventions import steer
+from gemma_scope_tl.latents import logit_lens
 from gemma_scope_tl.latents.logit_lens import top_tokens
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import BACKENDS
@@ -67,6 +69,44 @@ def test_decoder_rows_suffice(model: Any) -> None:
     sae = random_sae(model.dims, "att", 2)
     rows = Latents((9, 4), sae.W_dec[[9, 4]], sae.b_enc[[9, 4]], sae.threshold[[9, 4]], site="att", layer=2)
     assert top_tokens(model, rows, 4).equals(top_tokens(model, sae, 4))
+
+
+def test_many_latents_in_slices_give_the_tables_of_each_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product is larger than the budget, and no id is decoded twice."""
+    sae, decode = random_sae(model.dims, "res", 2), model.tokenizer.decode
+    whole = top_tokens(model, sae, range(256), k=5)
+    shapes, decoded, product = list[torch.Size](), list[int](), logit_lens._logits
+
+    def watched(model: Any, u: torch.Tensor) -> torch.Tensor:
+        logits = product(model, u)
+        shapes.append(logits.shape)
+        return logits
+
+    monkeypatch.setattr(logit_lens, "_logits", watched)
+    monkeypatch.setattr(logit_lens, "_HELD", 96 * 100 + 5)
+    monkeypatch.setattr(type(model.tokenizer), "decode", lambda _, ids: decoded.extend(ids) or decode(ids))
+    found = top_tokens(model, sae, range(256), k=5)
+    assert shapes == [(100, 96), (100, 96), (56, 96)]
+    assert sorted(decoded) == sorted(set(found["token_id"]))
+    pd.testing.assert_frame_equal(found, whole, rtol=0, atol=1e-5)  # products of another shape, of float32 logits
+    monkeypatch.undo()
+    for latent in (0, 99, 100, 255):
+        alone = top_tokens(model, sae, latent, k=5)
+        mine = whole[whole["latent"] == latent].reset_index(drop=True)
+        pd.testing.assert_frame_equal(mine, alone, rtol=0, atol=1e-5)
+
+
+def test_the_table_is_that_of_a_loop_over_latents_to_the_bit(model: Any) -> None:
+    sae, chosen = random_sae(model.dims, "att", 2), [7, 3, 200]
+    rows: list[dict[str, Any]] = []
+    for latent, logits in zip(chosen, logit_lens.latent_logits(model, sae, chosen), strict=True):
+        for kind, largest in (("promoted", True), ("suppressed", False)):
+            values, ids = logits.topk(6, largest=largest)
+            for rank, (value, i) in enumerate(zip(values.tolist(), ids.tolist(), strict=True)):
+                token = model.tokenizer.decode([i])
+                row = {"latent": latent, "kind": kind, "rank": rank, "token_id": i, "token": token, "logit": value}
+                rows.append(row)
+    pd.testing.assert_frame_equal(top_tokens(model, sae, chosen, k=6), pd.DataFrame(rows), check_exact=True)
 
 
 def test_errors(model: Any) -> None:

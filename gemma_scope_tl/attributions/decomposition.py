@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from gemma_scope_tl.errors import unknown_name
 from gemma_scope_tl.sae.access import decode_with_skip, flat_heads
 from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sites import flatten_heads
+from gemma_scope_tl.text.tokenizing import decoded_ids
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,5 +195,5 @@ def strongest(table: pd.DataFrame, top: int | None) -> pd.DataFrame:
 
 def token_names(model: GemmaModel, ids: torch.Tensor) -> list[list[str]]:
     """The text of every token, or its id if the model has no tokenizer."""
-    names = {i: model.tokenizer.decode([i]) if model.tokenizer else str(i) for i in set(ids.flatten().tolist())}
-    return [[names[i] for i in row] for row in ids.tolist()]
+    names = iter(decoded_ids(model.tokenizer, ids.flatten().tolist()))
+    return [list(islice(names, ids.shape[1])) for _ in ids]

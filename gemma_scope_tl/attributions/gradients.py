@@ -22,7 +22,9 @@ the metric is far from linear.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +50,7 @@ from gemma_scope_tl.attributions.passes import (
     run_probed,
     token_row,
 )
-from gemma_scope_tl.attributions.targets import Metric, Tokens, metric_on, metric_value
+from gemma_scope_tl.attributions.targets import Metric, TargetMetric, Tokens, metric_on, metric_value
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, unknown_name
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.arguments import as_indices
@@ -62,6 +64,11 @@ if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
 
 METHODS = ("gradient", "integrated")
+BATCH_SIZE = 8
+"""Texts in a pass, for metrics that are known to be sums over texts."""
+WIDE_GAP = 0.1
+"""The largest error of a quadrature without a warning, as a share of the difference of the metrics."""
+_ROUNDINGS = 16  # gaps up to so many roundings of the metric are not the quadrature's
 
 
 def attribute(
@@ -77,6 +84,7 @@ def attribute(
     exclude_special_tokens: ExcludeTokens = True,
     attention_mask: Any = None,
     positions: Positions = None,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """Attribute ``metric`` on ``text`` to the latents, the error and the bias of SAEs, as the module explains.
 
@@ -99,6 +107,10 @@ def attribute(
         exclude_special_tokens, positions: where SAEs are applied, as in :func:`~gemma_scope_tl.splice`. Elsewhere the
             whole tensor has one row, of kind ``unspliced``.
         attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
+        batch_size: number of texts in a pass, which texts of similar length share. None is 8 for words, ids and the
+            metrics of ``attributions.targets``, and all texts for a function of your own, which may look at any of
+            them. With a number, it gets the logits of a part of the texts at a time, without columns that are padding
+            in all of them, and has to be a sum over texts.
 
     Returns:
         A table, strongest first within a sequence: ``sequence, position, token, site, layer, kind, latent, activation,
@@ -106,7 +118,8 @@ def attribute(
         ``skip`` (of skip transcoders); only a latent has ``latent`` and ``activation``. Positions count from 0 at the
         first token that is not padding; padding has no rows. ``attrs["metric"]`` is the metric on ``text``. For
         integrated gradients, ``attrs["baseline_metric"]`` lists the metric at each SAE's baseline, and ``attrs["gap"]``
-        how much the attributions of each SAE exceed the difference of the two.
+        how much the attributions of each SAE exceed the difference of the two; a gap of more than a tenth of the
+        difference is warned of.
 
     Raises:
         SpliceError: an SAE does not fit the model, or a text lacks one of the positions.
@@ -114,24 +127,74 @@ def attribute(
         GemmaScopeError: the metric is not one differentiable number, the counterfactual has another shape, or a number
             is out of range.
     """
-    chosen = _checked(method, baseline, counterfactual, steps, top)
+    chosen = _checked(method, baseline, counterfactual, steps, top, batch_size)
     where: dict[str, Any] = {"exclude": exclude_special_tokens, "positions": positions}
     placed = placed_saes(model, saes, **where)
     prompt = prompt_of(model, text, attention_mask=attention_mask, **where)
     metric = metric_on(model, metric, prompt)
     other = None if counterfactual is None else prompt_of(model, counterfactual, **where)
+    if other is not None:
+        _check_alike(prompt, other)
+    nodes, tables = steps if method == "integrated" else None, list[Any]()
     with differentiable(model, placed):
-        nodes = steps if method == "integrated" else None
-        table = _attributions(model, prompt, other, placed, metric, baseline=chosen, steps=nodes)
+        for rows, part, against, its_metric in _parts(prompt, other, metric, batch_size):
+            table = _attributions(model, part, against, its_metric, placed, baseline=chosen, steps=nodes)
+            table["sequence"] = rows.numpy()[table["sequence"]]
+            tables.append(table)
+    table = _joined(tables)
+    if nodes is not None:
+        _warn_of_gaps(model, placed, table.attrs, nodes)
     return strongest(table, top)
+
+
+def _parts(
+    prompt: SplicedPrompt, other: SplicedPrompt | None, metric: Metric, batch_size: int | None
+) -> Iterator[tuple[torch.Tensor, SplicedPrompt, SplicedPrompt | None, Metric]]:
+    """The numbers of the texts of each pass, their prompt and counterfactual, and the metric of these texts."""
+    count, known = len(prompt.ids), isinstance(metric, TargetMetric)
+    size = batch_size or (BATCH_SIZE if known else count)
+    parts = list(prompt.parts(size))
+    if not parts or (size >= count and not known):  # a function of the user's own gets the padding too
+        yield torch.arange(count), prompt, other, metric
+        return
+    for rows, columns in parts:
+        part, numbers = prompt.part(rows, columns), rows.cpu()
+        its_metric = metric.part(numbers, part) if isinstance(metric, TargetMetric) else metric
+        yield numbers, part, None if other is None else other.part(rows, columns), its_metric
+
+
+def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """The tables of all parts in one. Metrics are sums over texts, and so are their differences."""
+    import pandas as pd
+
+    table, attrs = pd.concat(tables, ignore_index=True), [one.attrs for one in tables]
+    table.attrs = {"metric": math.fsum(one["metric"] for one in attrs)}
+    for name in ("baseline_metric", "gap"):
+        if name in attrs[0]:
+            table.attrs[name] = [math.fsum(values) for values in zip(*(one[name] for one in attrs), strict=True)]
+    return table
+
+
+def _warn_of_gaps(model: GemmaModel, placed: Sequence[PlacedSAE], attrs: Mapping[Any, Any], steps: int) -> None:
+    rounding = torch.finfo(next(model.parameters()).dtype).eps
+    for one, start, gap in zip(placed, attrs["baseline_metric"], attrs["gap"], strict=True):
+        difference = attrs["metric"] - start
+        rounded = _ROUNDINGS * rounding * (abs(attrs["metric"]) + abs(start))
+        if abs(gap) > max(WIDE_GAP * abs(difference), rounded):
+            warnings.warn(
+                f"The attributions at {one.place.key} add up to {difference + gap:.3g}, but the metric differs from "
+                f"that of the baseline by {difference:.3g}, so the mean gradient on the path is not accurate: give "
+                f"more steps= (now {steps}).",
+                stacklevel=3,
+            )
 
 
 def _attributions(
     model: GemmaModel,
     prompt: SplicedPrompt,
     other: SplicedPrompt | None,
-    placed: list[PlacedSAE],
     metric: Metric,
+    placed: list[PlacedSAE],
     *,
     baseline: str,
     steps: int | None,
@@ -164,7 +227,9 @@ def _attributions(
     return table
 
 
-def _checked(method: str, baseline: str | None, counterfactual: Any, steps: int, top: int | None) -> str:
+def _checked(
+    method: str, baseline: str | None, counterfactual: Any, steps: int, top: int | None, batch_size: int | None
+) -> str:
     """Check the options, and return the baseline."""
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
@@ -174,6 +239,8 @@ def _checked(method: str, baseline: str | None, counterfactual: Any, steps: int,
         raise GemmaScopeError("Give baseline= or counterfactual=, not both: activations are compared with one of them.")
     if steps < 1:
         raise GemmaScopeError(f"steps must be 1 or more, not {steps}.")
+    if batch_size is not None and batch_size < 1:
+        raise GemmaScopeError(f"batch_size must be 1 or more, or None, not {batch_size}.")
     if top is not None and top < 1:
         raise GemmaScopeError(f"top must be 1 or more, or None for all latents, not {top}.")
     return baseline or ("zero" if method == "gradient" else "latents")
@@ -193,7 +260,6 @@ def _changes(
     with torch.no_grad():
         if other is None:
             return [change_from(terms(one, clean), baseline) for one in placed]
-        _check_alike(prompt, other)
         reference = run_probed(model, other, placed)
         return [change_from(terms(one, clean), baseline, terms(one, reference)) for one in placed]
 

@@ -49,7 +49,16 @@ class TargetMetric:
         Raises:
             GemmaScopeError: a word is not one token, or an id is not in the vocabulary.
         """
-        return replace(self, tokens=tuple(_ids(model, token) for token in self.tokens), batch=batch)
+        ids = [_ids(model, token) for token in self.tokens]
+        for one in ids:
+            _check_number(len(one), len(batch.ids))
+        return replace(self, tokens=tuple(ids), batch=batch)
+
+    def part(self, rows: torch.Tensor, batch: TokenBatch) -> TargetMetric:
+        """A bound metric for some of its sequences, ``batch``, whose numbers are ``rows``."""
+        ids: list[Any] = list(self.tokens)
+        few = [[one[row] for row in rows.tolist()] if len(one) > 1 else one for one in ids]
+        return replace(self, tokens=tuple(few), batch=batch)
 
     def __call__(self, logits: Float[torch.Tensor, "batch pos vocab"]) -> torch.Tensor:
         """The sum of the metric over all sequences that have text."""
@@ -156,11 +165,15 @@ def _per_row(token: Tokens, logits: torch.Tensor) -> torch.Tensor:
     if isinstance(token, str) or (isinstance(token, (list, tuple)) and any(isinstance(one, str) for one in token)):
         raise GemmaScopeError(f"A metric that is called directly has no tokenizer: give the token's id, not {token!r}.")
     ids, (batch, _, vocab) = torch.tensor(as_indices(token), dtype=torch.long), logits.shape
-    if ids.numel() not in (1, batch):
-        raise GemmaScopeError(f"{ids.numel()} tokens were given for {batch} sequences: give one, or one for each.")
+    _check_number(ids.numel(), batch)
     if not bool(((ids >= 0) & (ids < vocab)).all()):
         raise GemmaScopeError(f"Token ids {ids.tolist()} are not all in the vocabulary, 0..{vocab - 1}.")
     return ids.to(logits.device).expand(batch)
+
+
+def _check_number(tokens: int, sequences: int) -> None:
+    if tokens not in (1, sequences):
+        raise GemmaScopeError(f"{tokens} tokens were given for {sequences} sequences: give one, or one for each.")
 
 
 def _columns(logits: torch.Tensor, position: int, batch: TokenBatch | None) -> tuple[torch.Tensor, torch.Tensor]:

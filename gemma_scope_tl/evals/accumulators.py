@@ -120,12 +120,18 @@ class TokenMean(Accumulator):
     position_sums: Float[torch.Tensor, " pos"] = field(default_factory=_no_sums)
     position_counts: Int[torch.Tensor, " pos"] = field(default_factory=_no_counts)
 
-    def update(self, values: Float[torch.Tensor, " n"], counted: Bool[torch.Tensor, "batch pos"]) -> None:
+    def update(
+        self,
+        values: Float[torch.Tensor, " n"],
+        counted: Bool[torch.Tensor, "batch pos"],
+        rows: Int[torch.Tensor, " batch"] | None = None,
+    ) -> None:
         """Add sequences.
 
         Args:
             values: one value per token that counts, in the order of the True entries of ``counted``.
             counted: True at tokens that count.
+            rows: the number of each sequence, none of which was added before; None for the next ones.
 
         Raises:
             GemmaScopeError: when there are not as many values as tokens that count.
@@ -135,7 +141,10 @@ class TokenMean(Accumulator):
             raise GemmaScopeError(f"{int(counted.sum())} tokens count, but the values have shape {list(values.shape)}.")
         table = torch.zeros(counted.shape, dtype=torch.float64)
         table[counted] = values.detach().double().cpu()
-        self.sums, self.counts = torch.cat([self.sums, table.sum(1)]), torch.cat([self.counts, counted.sum(1)])
+        at = torch.arange(len(counted)) + len(self.sums) if rows is None else rows.cpu()
+        missing = max(0, int(at.max()) + 1 - len(self.sums)) if len(at) else 0
+        self.sums, self.counts = (torch.nn.functional.pad(one, (0, missing)) for one in (self.sums, self.counts))
+        self.sums[at], self.counts[at] = table.sum(1), counted.sum(1)
         self.position_sums = _padded_sum(self.position_sums, table.sum(0))
         self.position_counts = _padded_sum(self.position_counts, counted.sum(0))
 

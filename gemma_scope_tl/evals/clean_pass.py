@@ -9,8 +9,9 @@ site, which follow from how the site joins the residual stream (``Site.joins``):
 - ``"attention"``: the site's block with the spliced heads, and the blocks after it.
 
 The blocks are called with the arguments that the model gave them, so masks, rotary angles and hooks inside them are the
-model's own. A restart from the clean tensor gives the clean pass, to the bit where the device's kernels are
-deterministic. Hooks on the final norm see a restart's tensors; hooks on the unembedding do not run here.
+model's own; SAEs and hooks that ask for token ids, padding or positions get those of the clean pass. A restart from the
+clean tensor gives the clean pass, to the bit where the device's kernels are deterministic. Hooks on the final norm see
+a restart's tensors; hooks on the unembedding do not run here.
 
 One loop over :func:`clean_batches` can share the pass among any number of statistics. Statistics of activations alone
 need no restart: the passes of :func:`read_batches` end at the last place that is read.
@@ -29,8 +30,10 @@ from jaxtyping import Bool, Float, Int
 from gemma_scope_tl.errors import AdapterMismatch, unknown_name
 from gemma_scope_tl.evals.metrics import scored_positions
 from gemma_scope_tl.families import Family
+from gemma_scope_tl.model.counted import CountedBatch
 from gemma_scope_tl.model.read import EndOfPass, read_places
 from gemma_scope_tl.sites import Place, flatten_heads, unflatten_heads, with_targets
+from gemma_scope_tl.text.tokens import TextRead
 
 if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
@@ -48,11 +51,13 @@ class CleanPass:
         model: the hooked model.
         values: the tensor at each kept place, in the shape of the model's hook (with or without a heads dimension).
         final: the residual stream before the final norm, ``[batch, pos, d_model]``.
+        read: the text of the pass, which hooks and SAEs in the part that is re-run ask for.
     """
 
     model: GemmaModel
     values: dict[Place, torch.Tensor] = field(default_factory=dict[Place, torch.Tensor])
     final: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    read: TextRead = field(default_factory=TextRead)
     _calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(
         default_factory=dict[int, "tuple[tuple[Any, ...], dict[str, Any]]"]
     )
@@ -87,6 +92,10 @@ class CleanPass:
         Raises:
             UnknownNameError: no SAE writes at the site.
         """
+        with self.model.token_tracker.reading(self.read):
+            return self._behind(place, value)
+
+    def _behind(self, place: Place, value: torch.Tensor) -> torch.Tensor:
         family: Family = self.model.family
         layer = -1 if place.layer is None else place.layer
         match family.site(place.site).joins:
@@ -140,6 +149,7 @@ class CleanPass:
 
     def _called(self, layer: int, keep_input: bool) -> Callable[..., None]:
         def keep(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.read = self.model.token_tracker.read
             # Hugging Face's name of a block's input, and HookedTransformer's.
             rest = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "resid_pre")}
             self._calls[layer] = args[1:], rest
@@ -154,16 +164,23 @@ class ReadBatch:
     """Rows of the data and their activations.
 
     Attributes:
-        start: number of the first row.
-        tokens: token ids ``[batch, pos]``, on the model's device.
+        start: number of rows in the batches before this one.
+        rows: the number of each row in the data, on the CPU; texts of similar length share a batch.
+        tokens: token ids ``[batch, pos]``, on the model's device, without columns that are padding in all rows.
         counted: ``[batch, pos]``, True at tokens that are measured and spliced.
         values: the tensor at each place, with heads flattened or not.
     """
 
     start: int
+    rows: Int[torch.Tensor, " batch"]
     tokens: Int[torch.Tensor, "batch pos"]
     counted: Bool[torch.Tensor, "batch pos"]
     values: dict[Place, torch.Tensor]
+
+    @property
+    def done(self) -> int:
+        """Number of rows in this batch and those before it, where an interrupted loop goes on."""
+        return self.start + self.tokens.shape[0]
 
     def activations(self, place: Place) -> Float[torch.Tensor, "n d"]:
         """The counted tokens' activations at a place, with heads flattened."""
@@ -196,54 +213,47 @@ class CleanBatch(ReadBatch):
 
 @torch.no_grad()
 def clean_batches(
-    model: GemmaModel,
-    tokens: Int[torch.Tensor, "rows pos"],
-    places: Iterable[Place],
-    counted: Bool[torch.Tensor, "rows pos"],
-    batch_size: int = 8,
-    start: int = 0,
+    model: GemmaModel, text: CountedBatch, places: Iterable[Place], batch_size: int = 8, start: int = 0
 ) -> Generator[CleanBatch]:
-    """The clean pass of each batch of rows, from row ``start`` on. Targets of transcoders are kept too.
+    """The clean pass of each batch of rows. Targets of transcoders are kept too.
 
     Args:
         model: from ``load_model``.
-        tokens: all rows.
+        text: all rows, whose texts begin in column 0 (:func:`~gemma_scope_tl.model.counted.counted_rows`).
         places: the places whose tensors are kept.
-        counted: True at tokens that count (:func:`~gemma_scope_tl.model.counted.counted_rows`).
         batch_size: rows in a pass; see :func:`rows_that_fit`.
-        start: number of the first row.
+        start: number of rows that earlier batches had (:attr:`ReadBatch.done`).
     """
     kept = with_targets(list(places))
-    for first, rows, here in _rows(model, tokens, counted, batch_size, start):
-        clean = CleanPass.run(model, rows, kept)
-        yield CleanBatch(first, rows, here, clean.values, scored_positions(here), clean)
+    for first, rows, part in _parts(model, text, batch_size, start):
+        clean = CleanPass.run(model, part.ids, kept)
+        yield CleanBatch(first, rows, part.ids, part.counted, clean.values, scored_positions(part.counted), clean)
 
 
 @torch.no_grad()
 def read_batches(
-    model: GemmaModel,
-    tokens: Int[torch.Tensor, "rows pos"],
-    places: Iterable[Place],
-    counted: Bool[torch.Tensor, "rows pos"],
-    batch_size: int = 8,
-    start: int = 0,
+    model: GemmaModel, text: CountedBatch, places: Iterable[Place], batch_size: int = 8, start: int = 0
 ) -> Generator[ReadBatch]:
     """The activations of each batch of rows, to the bit as in :func:`clean_batches`, which takes the same arguments.
 
     A pass ends at the last of ``places``, and targets of transcoders are not added to these.
     """
     kept = list(places)
-    for first, rows, here in _rows(model, tokens, counted, batch_size, start):
-        yield ReadBatch(first, rows, here, read_places(model, rows, kept))
+    for first, rows, part in _parts(model, text, batch_size, start):
+        yield ReadBatch(first, rows, part.ids, part.counted, read_places(model, part.ids, kept))
 
 
-def _rows(
-    model: GemmaModel, tokens: torch.Tensor, counted: torch.Tensor, batch_size: int, start: int
-) -> Generator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """The number of each batch's first row, its ids on the model's device, and True at tokens that count."""
-    for first in range(start, tokens.shape[0], batch_size):
-        rows, here = (all_[first : first + batch_size].to(model.cfg.device) for all_ in (tokens, counted))
-        yield first, rows, here
+def _parts(
+    model: GemmaModel, text: CountedBatch, batch_size: int, start: int
+) -> Generator[tuple[int, torch.Tensor, CountedBatch]]:
+    """The number of rows before each batch, the numbers of its rows, and the rows on the model's device."""
+    where = text.ids.device
+    for rows, columns in text.parts(batch_size, start):
+        # A column is a position in the text, so nothing is cut off in front.
+        part = text.part(rows.to(where), slice(0, columns.stop))
+        moved = CountedBatch(*(one.to(model.cfg.device) for one in (part.ids, part.mask, part.counted)))
+        yield start, rows.cpu(), moved
+        start += len(rows)
 
 
 def rows_that_fit(model: GemmaModel, places: Iterable[Place], context: int, batch_size: int, memory: int) -> int:

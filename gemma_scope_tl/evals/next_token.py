@@ -201,16 +201,16 @@ class _Sums:
 
 
 def sampled_positions(
-    scored: Bool[torch.Tensor, "batch pos-1"], first_row: int, count: int, seed: int = 0
+    scored: Bool[torch.Tensor, "batch pos-1"], rows: Int[torch.Tensor, " batch"], count: int, seed: int = 0
 ) -> Int[torch.Tensor, "batch count"]:
     """Draw ``count`` different positions of each row whose predictions count; -1 where a row has fewer.
 
-    The draw depends only on the seed and the row's number, so it is the same for all batch sizes.
+    The draw depends only on the seed and the row's number, one of ``rows``, so it is the same for all batch sizes.
     """
     out = torch.full((scored.shape[0], count), -1, dtype=torch.int64)
-    for row, valid in enumerate(scored.cpu()):
+    for row, (number, valid) in enumerate(zip(rows.tolist(), scored.cpu(), strict=True)):
         places = valid.nonzero().squeeze(1).numpy()
-        draws = np.random.default_rng([seed, first_row + row])
+        draws = np.random.default_rng([seed, number])
         chosen = draws.permutation(places)[:count]
         out[row, : chosen.shape[0]] = torch.from_numpy(chosen)
     return out
@@ -240,7 +240,8 @@ def logit_gradients(
         for column in positions.to(tokens.device).T:
             at = column.clamp_min(0)
             logits = head.logits(final[batch, at])
-            target = logits.gather(1, tokens[batch, at + 1].unsqueeze(1)).squeeze(1)
+            after = tokens[batch, (at + 1).clamp_max(tokens.shape[1] - 1)]  # rows of one token have no prediction
+            target = logits.gather(1, after.unsqueeze(1)).squeeze(1)
             centred = (target - logits.mean(1))[column >= 0].sum()
             found = torch.autograd.grad(centred, list(probes.values()), retain_graph=True)
             for place, gradient in zip(probes, found, strict=True):

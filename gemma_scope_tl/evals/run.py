@@ -141,7 +141,9 @@ class EvaluationRun:
 
     def _checkpoint_key(self, pending: Sequence[Piece]) -> str:
         sizes = [self.settings.batch_size, self.settings.memory_budget]
-        return key_of({"pending": [piece.key for piece in pending], "sizes": sizes})
+        # Rows of several lengths are not measured in the given order, so an earlier version's checkpoint does not fit.
+        order = {"order": "by length"} if self.rows.ragged else {}
+        return key_of({"pending": [piece.key for piece in pending], "sizes": sizes, **order})
 
     def _complete(self, piece: Piece) -> None:
         self.cache.save(piece.key, piece.state())
@@ -168,9 +170,8 @@ class EvaluationRun:
             if number == 1:
                 batch.clean.check(target_of(place) for place in places)
             BatchMeasurements(self, head, batch).measure()
-            done = batch.start + batch.tokens.shape[0]
-            if number % self.settings.checkpoint_every == 0 and done < self.rows.ids.shape[0]:
-                checkpoint.save(done)
+            if number % self.settings.checkpoint_every == 0 and batch.done < self.rows.ids.shape[0]:
+                checkpoint.save(batch.done)
 
     def _is_needed(self, number: int) -> bool:
         """Whether a piece of this SAE, or of the place that it writes, is still to be measured."""
@@ -183,10 +184,9 @@ class EvaluationRun:
     ) -> Iterator[Batch]:
         from rich.progress import Progress
 
-        ids, counted, rows = self.rows.ids, self.rows.counted, self._rows_per_batch
         with Progress(transient=True, disable=not self.settings.progress) as bar:
-            task = bar.add_task(what, total=ids.shape[0], completed=start)
-            for batch in passes(self.model, ids, places, counted, rows, start):
+            task = bar.add_task(what, total=self.rows.ids.shape[0], completed=start)
+            for batch in passes(self.model, self.rows, places, self._rows_per_batch, start):
                 yield batch
                 bar.advance(task, batch.tokens.shape[0])
 
@@ -248,7 +248,7 @@ class BatchMeasurements:
         y = batch.activations(place)
         if not sums.deviation.done:
             deviation = squared_error(y, _replacement("mean", y, sums.centre))
-            sums.deviation.value.update(deviation, batch.counted)
+            sums.deviation.value.update(deviation, batch.counted, batch.rows)
         for kind, loss in ablated.items():
             self._add(batch.spliced(place, _replacement(kind, y, sums.centre)), loss)
 
@@ -263,9 +263,9 @@ class BatchMeasurements:
         if sums.done:
             return
         acts, out = latents_and_output(sae, x)
-        sums.l0.update(l0(acts), batch.counted)
+        sums.l0.update(l0(acts), batch.counted, batch.rows)
         sums.fired.update(acts)
-        sums.error.update(squared_error(batch.activations(target), out), batch.counted)
+        sums.error.update(squared_error(batch.activations(target), out), batch.counted, batch.rows)
         self._add(batch.spliced(target, out), sums.loss, sums.kl)
 
     # -- uniformity of latent importance ------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ class BatchMeasurements:
         wanted = {n: self.sums.targets[n] for n, piece in enumerate(self.sums.uniformity) if not piece.done}
         if not wanted:
             return {}
-        positions = sampled_positions(batch.scored, batch.start, run.settings.uniformity)
+        positions = sampled_positions(batch.scored, batch.rows, run.settings.uniformity)
         places = list(dict.fromkeys(wanted.values()))
         found = logit_gradients(run.model, self.head, batch.tokens, places, positions)
         return {number: Gradients(positions, found[place]) for number, place in wanted.items()}
@@ -295,7 +295,7 @@ class BatchMeasurements:
         kept = ~values.isnan()
         counted = torch.zeros(self.batch.scored.shape, dtype=torch.bool)
         counted[rows[kept], at[kept]] = True
-        mean.update(values[kept], counted)
+        mean.update(values[kept], counted, self.batch.rows)
 
     # -- losses -------------------------------------------------------------------------------------------------------
 
@@ -312,12 +312,12 @@ class BatchMeasurements:
         others = [(one.normed, one.kl is not None) for one in self._unscored]
         clean, scores = self.head.score(self._clean, others, self.batch.targets())
         if not self._clean_scored:
-            self.sums.clean.loss.update(clean, self.batch.scored)
+            self.sums.clean.loss.update(clean, self.batch.scored, self.batch.rows)
             self._clean_scored = True
         for one, score in zip(self._unscored, scores, strict=True):
-            one.loss.update(score.losses, self.batch.scored)
+            one.loss.update(score.losses, self.batch.scored, self.batch.rows)
             if one.kl is not None and score.divergences is not None:
-                one.kl.update(score.divergences, self.batch.scored)
+                one.kl.update(score.divergences, self.batch.scored, self.batch.rows)
         self._unscored.clear()
 
 

@@ -199,7 +199,7 @@ def _twin(
     even = np.arange(text.ids.shape[0]) % 2 == 0
     marks = [drawn_tokens(text.counted, part, seed) for part in (even, ~even)]
     rows = rows_that_fit(model, [subject.place], text.ids.shape[1], *limits)
-    batches = read_batches(model, text.ids, [subject.place], text.counted, rows)
+    batches = read_batches(model, text, [subject.place], rows)
     sample, other = sampled_activations(batches, subject.place, marks)
     sae = subject.get()
     twin = random_twin(sae, sample, seed, "matched")

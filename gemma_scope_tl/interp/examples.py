@@ -97,9 +97,9 @@ class Examples:
         """The rows of the corpus that examples come from."""
         return set((self._slots[:, 1] // self._kept.windows_per_row).tolist())
 
-    def fill(self, start: int, acts: Any, batch: ReadBatch) -> None:
-        """Fill in the activations of windows in consecutive rows of the corpus, which begin with row ``start``."""
-        _, window, where, values = self._kept.entries(start, acts, batch.counted)
+    def fill(self, rows: NDArray[np.int64], acts: Any, batch: ReadBatch) -> None:
+        """Fill in the activations of windows in rows of the corpus; ``rows`` are their numbers there."""
+        _, window, where, values = self._kept.entries(rows, acts, batch.counted)
         positions = batch.counted.cpu().nonzero(as_tuple=True)[1].numpy()[acts.tokens().cpu().numpy()]
         index = self._kept.index_of(acts)
         positions = positions[(index >= 0) & (acts.values.detach().cpu().numpy() != 0)]
@@ -203,32 +203,32 @@ def top_examples(
     settings = sampling or Sampling()
     kept = [Collector(chosen_latents(s, latents), s.d_sae, tokens.shape[1], settings) for s in subjects]
     rows = rows_that_fit(model, [s.place for s in subjects], tokens.shape[1], batch_size, memory_budget)
-    for start, batch, inputs in passes(model, subjects, counted, rows, progress, "finding examples"):
+    for batch, inputs in passes(model, subjects, counted, rows, progress, "finding examples"):
         for subject, collector in zip(subjects, kept, strict=True):
-            collector.update(start, latents_of(subject.get(), inputs[subject.place]), batch.counted)
+            collector.update(batch.rows.numpy(), latents_of(subject.get(), inputs[subject.place]), batch.counted)
     pairs = zip(subjects, kept, strict=True)
     found = [Examples(subject, collector, tokens, model.tokenizer) for subject, collector in pairs]
     needed = sorted(set[int]().union(*(examples.rows() for examples in found)))
     for run in _runs(needed):
-        part = CountedBatch(*(all_[run.start : run.stop] for all_ in (tokens, counted.mask, counted.counted)))
-        for start, batch, inputs in passes(model, subjects, part, rows, False, ""):
+        part = counted.part(torch.arange(run.start, run.stop))
+        for batch, inputs in passes(model, subjects, part, rows, False, ""):
             for subject, examples in zip(subjects, found, strict=True):
                 acts = latents_of(subject.get(), inputs[subject.place])
-                examples.fill(run.start + start, acts, batch)
+                examples.fill(run.start + batch.rows.numpy(), acts, batch)
     return found
 
 
 def passes(
     model: GemmaModel, subjects: Sequence[Subject], text: CountedBatch, rows: int, progress: bool, what: str
-) -> Iterator[tuple[int, ReadBatch, dict[Any, torch.Tensor]]]:
-    """Yield the number of each batch's first row, the batch, and the activations at the places of all subjects."""
+) -> Iterator[tuple[ReadBatch, dict[Any, torch.Tensor]]]:
+    """Yield each batch, and the activations at the places of all subjects."""
     from rich.progress import track
 
     places = list(dict.fromkeys(subject.place for subject in subjects))
     total = -(-text.ids.shape[0] // rows)
-    batches = read_batches(model, text.ids, places, text.counted, rows)
+    batches = read_batches(model, text, places, rows)
     for batch in track(batches, what, total, transient=True, disable=not progress):
-        yield batch.start, batch, {place: batch.activations(place) for place in places}
+        yield batch, {place: batch.activations(place) for place in places}
 
 
 def _runs(rows: Sequence[int]) -> list[range]:

@@ -168,7 +168,7 @@ def _histograms(
     counts = np.zeros((len(found.latents), BINS), np.int64)
     index = np.full(subject.d_sae, -1, np.int64)
     index[found.latents] = np.arange(len(found.latents))
-    for _, _, inputs in passes(model, [subject], text, rows, progress, "counting activations"):
+    for _, inputs in passes(model, [subject], text, rows, progress, "counting activations"):
         acts = latents_of(subject.get(), inputs[subject.place])
         where, values = index[acts.latents.cpu().numpy()], acts.values.float().cpu().numpy()
         where, values = where[(where >= 0) & (values != 0)], values[(where >= 0) & (values != 0)]

@@ -99,15 +99,15 @@ class Collector:
         held = (self.top, self.sample, self.pool)
         return sum(part.nbytes for part in held) + self.fired.nbytes + self.maxima.nbytes + self._index.nbytes
 
-    def update(self, start: int, acts: SparseActs, counted: Bool[torch.Tensor, "batch pos"]) -> None:
+    def update(self, rows: Array, acts: SparseActs, counted: Bool[torch.Tensor, "batch pos"]) -> None:
         """Add rows of tokens.
 
         Args:
-            start: number of the first row in the corpus.
+            rows: the number of each row in the corpus, int64 ``[batch]``.
             acts: the latents of the counted tokens, in the order of the True entries of ``counted``.
             counted: True at tokens that count.
         """
-        seen, window, where, values = self.entries(start, acts, counted)
+        seen, window, where, values = self.entries(rows, acts, counted)
         np.add.at(self.fired, where, 1)
         np.maximum.at(self.maxima, where, values)
         self.tokens += acts.n_tokens
@@ -122,11 +122,11 @@ class Collector:
         self.pool.update(seen, hashed(self.sampling.seed, seen, -1), window, where)
 
     def entries(
-        self, start: int, acts: SparseActs, counted: Bool[torch.Tensor, "batch pos"]
+        self, rows: Array, acts: SparseActs, counted: Bool[torch.Tensor, "batch pos"]
     ) -> tuple[Array, Array, Array, Array]:
         """The windows with a counted token, and the window, index of the latent and value of each active entry."""
-        rows, positions = (part.numpy() for part in counted.cpu().nonzero(as_tuple=True))
-        windows = (start + rows) * self.windows_per_row + positions // self.sampling.window
+        at, positions = (part.numpy() for part in counted.cpu().nonzero(as_tuple=True))
+        windows = rows[at] * self.windows_per_row + positions // self.sampling.window
         token, where = acts.tokens().cpu().numpy(), self.index_of(acts)
         values = acts.values.detach().float().cpu().numpy()
         kept = (where >= 0) & (values != 0)

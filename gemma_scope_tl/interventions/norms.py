@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.model.counted import counted_tokens
+from gemma_scope_tl.model.counted import CountedBatch, counted_tokens
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.model.read import visit_places
 from gemma_scope_tl.sae.arguments import as_indices
@@ -43,7 +43,7 @@ def mean_norms(
         sites: names of sites; None for all sites of the family except transcoders. ``"transcoder"`` means its output,
             which steering edits (the tensor of the mlp site).
         layers: the layers; None for all.
-        batch_size: rows in a forward pass.
+        batch_size: number of texts in a forward pass, which texts of similar length share.
         attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
         positions: the only positions that count, as for :func:`steer`; None for all.
 
@@ -62,16 +62,17 @@ def mean_norms(
     given = as_batch(model, text, attention_mask)
     written = [target_of(place) for place in places]
     counted = counted_tokens(given, special_token_ids(model.tokenizer), positions)
+    whole = CountedBatch(given.ids, given.mask, counted)
     sums, count = dict.fromkeys(written, 0.0), 0
-    parts = (one.split(batch_size) for one in (given.ids, given.attention_mask, counted))
-    for ids, mask, ordinary in zip(*parts, strict=True):
-        count += int(ordinary.sum())
+    for rows, columns in whole.parts(batch_size):
+        part = whole.part(rows, columns)
+        count += int(part.counted.sum())
 
-        def add(place: Place, x: torch.Tensor, ordinary: torch.Tensor = ordinary) -> None:
-            norms = x[ordinary.to(x.device)].float().norm(dim=-1)
+        def add(place: Place, x: torch.Tensor, counted: torch.Tensor = part.counted) -> None:
+            norms = x[counted.to(x.device)].float().norm(dim=-1)
             sums[place] += norms.double().sum().item()
 
-        visit_places(model, ids, written, add, mask)
+        visit_places(model, part.ids, written, add, part.attention_mask)
     if count == 0:
         raise GemmaScopeError("The text has no tokens except BOS, EOS and padding: give more text, or more positions=")
     return pd.DataFrame(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 
@@ -12,15 +13,16 @@ from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.model.gain import gain_of
 from gemma_scope_tl.sae.access import chosen_latents, decoder_rows, locate
 from gemma_scope_tl.sites import Place, target_of
+from gemma_scope_tl.text.tokenizing import decoded_ids
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from gemma_scope_tl.model.hooked import GemmaModel
     from gemma_scope_tl.sae.access import SAEOrLatents
-    from gemma_scope_tl.sites import Site
 
 _CHUNK = 32768  # columns of the unembedding that are converted to float32 at a time
+_HELD = 1 << 26  # logits that are held at once: of 262 latents with a vocabulary of 256,000 tokens
 
 
 @torch.no_grad()
@@ -57,27 +59,27 @@ def top_tokens(model: GemmaModel, sae: SAEOrLatents, latent: int | Iterable[int]
     """
     import pandas as pd
 
-    chosen = chosen_latents(sae, latent)
-    logits = latent_logits(model, sae, chosen)
-    if not 1 <= k <= logits.shape[-1]:
-        raise GemmaScopeError(f"k must be between 1 and {logits.shape[-1]}, the size of the vocabulary; given: {k}.")
-    frames: list[pd.DataFrame] = []
-    for i, row in zip(chosen, logits, strict=True):
-        for kind, largest in (("promoted", True), ("suppressed", False)):
-            values, ids = row.topk(k, largest=largest)
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "latent": i,
-                        "kind": kind,
-                        "rank": range(k),
-                        "token_id": ids.tolist(),
-                        "token": [model.tokenizer.decode([t]) if model.tokenizer else str(t) for t in ids.tolist()],
-                        "logit": values.tolist(),
-                    }
-                )
-            )
-    return pd.concat(frames, ignore_index=True)
+    chosen, vocabulary = chosen_latents(sae, latent), model.W_U.shape[1]
+    u = _written(model, sae, chosen)
+    if not 1 <= k <= vocabulary:
+        raise GemmaScopeError(f"k must be between 1 and {vocabulary}, the size of the vocabulary; given: {k}.")
+    tops = [
+        [logits.topk(k, largest=largest) for largest in (True, False)]
+        for logits in (_logits(model, some) for some in u.split(max(1, _HELD // vocabulary)))
+    ]
+    # [latents, kinds, k]
+    values, ids = (torch.cat([torch.stack([top[at] for top in both], 1).cpu() for both in tops]) for at in (0, 1))
+    tokens = ids.flatten().tolist()
+    return pd.DataFrame(
+        {
+            "latent": np.repeat(np.asarray(chosen), 2 * k),
+            "kind": np.tile(np.repeat(np.asarray(["promoted", "suppressed"], object), k), len(chosen)),
+            "rank": np.tile(np.arange(k), 2 * len(chosen)),
+            "token_id": tokens,
+            "token": decoded_ids(model.tokenizer, tokens),
+            "logit": values.double().flatten().numpy(),
+        }
+    )
 
 
 @torch.no_grad()
@@ -87,12 +89,14 @@ def latent_logits(model: GemmaModel, sae: SAEOrLatents, latents: list[int]) -> F
     Raises:
         SpliceError: for an SAE that does not match the layers and widths of the model.
     """
+    return _logits(model, _written(model, sae, latents))
+
+
+def _written(model: GemmaModel, sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "k d_model"]:
+    """What each latent adds to the residual stream, times the gain of the final norm."""
     site, layer = locate(sae, model.family)
     site.check_layer(layer, model.dims)
-    return _logits(model, site, layer, decoder_rows(sae, latents))
-
-
-def _logits(model: GemmaModel, site: Site, layer: int | None, rows: torch.Tensor) -> Float[torch.Tensor, "k d_vocab"]:
+    rows = decoder_rows(sae, latents)
     written = model.family.site(target_of(Place(site.name, layer)).site)
     width = written.d_in(model.dims)
     if rows.shape[-1] != width:
@@ -100,8 +104,7 @@ def _logits(model: GemmaModel, site: Site, layer: int | None, rows: torch.Tensor
             f"The decoder row has {rows.shape[-1]} dimensions, but site {site.name!r} has {width}: it belongs to "
             "another model."
         )
-    w_u = model.W_U
-    u = rows.to(w_u.device, torch.float32)
+    u = rows.to(model.W_U.device, torch.float32)
     match written.joins:
         case "residual" | "embedding" | "branch":
             pass
@@ -109,8 +112,11 @@ def _logits(model: GemmaModel, site: Site, layer: int | None, rows: torch.Tensor
             u = _through_attention(model, model.blocks[layer], u)
         case _:
             raise SpliceError(f"The tensor of site {written.name!r} is not added to the residual stream.")
-    u = u * gain_of(model, model.ln_final).to(u)
-    return torch.cat([u @ columns.float() for columns in w_u.split(_CHUNK, dim=1)], dim=1)
+    return u * gain_of(model, model.ln_final).to(u)
+
+
+def _logits(model: GemmaModel, u: Float[torch.Tensor, "k d_model"]) -> Float[torch.Tensor, "k d_vocab"]:
+    return torch.cat([u @ columns.float() for columns in model.W_U.split(_CHUNK, dim=1)], dim=1)
 
 
 def _through_attention(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from gemma_scope_tl.sae.sparse import SparseActs, encode_sparse
 from gemma_scope_tl.sae.sparse_ops import starts_of
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.batch import Text, as_batch
+from gemma_scope_tl.text.tokenizing import decoded_ids
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def features(
     special = excluded_ids(model.tokenizer, exclude_special_tokens)
     whole = CountedBatch(batch.ids, batch.mask, counted_tokens(batch, special, positions))
     reader = _Reader(several, places, special, top, min_activation)
-    parts = [reader.read(model, rows, part) for rows, part in _parts(whole, batch_size)]
+    parts = [reader.read(model, rows, whole.part(rows, columns)) for rows, columns in whole.parts(batch_size)]
     frames = [
         _joined([part[number] for part in parts]).frame(model.tokenizer, number, place)
         for number, place in enumerate(places)
@@ -112,7 +113,7 @@ class _Active:
         listed = {
             "sequence": self.sequence.numpy(),
             "position": self.position.numpy(),
-            "token": _texts(tokenizer, self.token.tolist()),
+            "token": decoded_ids(tokenizer, self.token.tolist()),
             "sae": number,
             "site": place.site,
             "layer": pd.array([place.layer] * len(self.latent), dtype="Int64"),
@@ -120,21 +121,6 @@ class _Active:
             "activation": self.activation.double().numpy(),
         }
         return pd.DataFrame(listed)
-
-
-def _parts(batch: CountedBatch, size: int) -> Iterator[tuple[torch.Tensor, CountedBatch]]:
-    """The numbers of the rows of each part of a batch, and these rows without columns that are padding in all of them.
-
-    Rows are sorted by length if there are several parts. Parts that are padding alone have no tokens to list.
-    """
-    order = torch.arange(len(batch.ids), device=batch.ids.device)
-    if len(order) > size:
-        order = batch.length.argsort(stable=True)
-    for rows in order.split(size):
-        used = batch.mask[rows].any(0).nonzero()
-        if len(used):
-            columns = slice(int(used[0]), int(used[-1]) + 1)
-            yield rows, CountedBatch(*(part[rows, columns] for part in (batch.ids, batch.mask, batch.counted)))
 
 
 @dataclass(frozen=True)
@@ -214,8 +200,3 @@ def _joined(parts: list[_Active]) -> _Active:
     columns = [torch.cat([getattr(part, column.name) for part in parts]) for column in fields(_Active)]
     order = columns[0].argsort(stable=True)
     return _Active(*(column[order] for column in columns))
-
-
-def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    texts = {i: tokenizer.decode([i]) if tokenizer else str(i) for i in set(ids)}
-    return [texts[i] for i in ids]

@@ -206,6 +206,18 @@ class TokenTracker:
         finally:
             self.leave(depth)
 
+    @contextmanager
+    def reading(self, read: TextRead) -> Generator[None]:
+        """Run parts of the model again, on the text that an earlier pass has read; restores this thread's state."""
+        outer, before, masks = getattr(self._here, "expected", None), self.read, getattr(self._here, "masks", {})
+        self._here.expected = None
+        try:
+            with self.under_way():
+                self._set(read)
+                yield
+        finally:
+            self._here.expected, self._here.read, self._here.masks = outer, before, masks
+
     def enter(self) -> None:
         """Begin a pass, which :meth:`leave` must end.
 

@@ -99,18 +99,21 @@ def count_firing(
         else:
             one.restore(state)
     if pending:
-        checkpoint = Checkpoint(kept, key_of({"counting": [keys[number] for number in pending]}), pending)
+        # Rows of several lengths are not counted in the given order, so an earlier version's checkpoint does not fit.
+        order = {"order": "by length"} if rows.ragged else {}
+        facts = {"counting": [keys[number] for number in pending], **order}
+        checkpoint = Checkpoint(kept, key_of(facts), pending)
         places = list(dict.fromkeys(subjects[number].place for number in pending))
         fitting = rows_that_fit(model, places, rows.ids.shape[1], batch_size, memory_budget)
         start = checkpoint.restore()
-        batches = read_batches(model, rows.ids, places, rows.counted, fitting, start)
+        batches = read_batches(model, rows, places, fitting, start)
         total = -(-(rows.ids.shape[0] - start) // fitting)
         for done, batch in enumerate(track(batches, "counting", total, transient=True, disable=not progress), 1):
             inputs = {place: batch.activations(place) for place in places}
             for number, one in pending.items():
                 one.update(latents_of(subjects[number].get(), inputs[subjects[number].place]))
             if done % CHECKPOINT == 0:
-                checkpoint.save(batch.start + batch.tokens.shape[0])
+                checkpoint.save(batch.done)
         for number, one in pending.items():
             kept.save(keys[number], one.state())
         checkpoint.drop()

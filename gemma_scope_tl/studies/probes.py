@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, ReadBatch, read_batches, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
-from gemma_scope_tl.model.counted import counted_tokens
+from gemma_scope_tl.model.counted import CountedBatch, counted_tokens
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.studies.probe_data import Concept, LabelledRows
@@ -127,7 +127,8 @@ def measure_probes(
     for kind, name, known in (("way to select latents", select, SELECT), ("frequency", frequency, FREQUENCIES)):
         if name not in known:
             raise unknown_name(kind, name, known)
-    counted = _counted(model, data, positions)
+    text = _counted(model, data, positions)
+    counted = text.counted
     split = split_documents(data.kinds, data.groups or None, seed=seed)
     asked = [_units(concept, data, split, counted, most, seed) for concept in data.concepts]
     subjects = subjects_of(model, saes)
@@ -135,14 +136,14 @@ def measure_probes(
     run = _Run(data, split, asked, tuple(k), select, frequency, l0_band, seed, found)
     for place in _shown(list(dict.fromkeys(subject.place for subject in subjects)), progress):
         fit = rows_that_fit(model, [place], data.tokens.shape[1], batch_size, memory_budget)
-        passes = partial(read_batches, model, data.tokens, [place], counted, fit)
+        passes = partial(read_batches, model, text, [place], fit)
         run.probe([(n, one) for n, one in enumerate(subjects) if one.place == place], passes, counted)
     return found
 
 
-def _counted(model: GemmaModel, data: LabelledRows, positions: Positions) -> Bool[torch.Tensor, "rows pos"]:
+def _counted(model: GemmaModel, data: LabelledRows, positions: Positions) -> CountedBatch:
     whole = TokenBatch(data.tokens, text_mask(data.tokens, model.tokenizer))
-    return counted_tokens(whole, special_ids(model), positions)
+    return CountedBatch(whole.ids, whole.mask, counted_tokens(whole, special_ids(model), positions))
 
 
 @dataclass(frozen=True)
@@ -269,23 +270,27 @@ def _features(
     encoders: Sequence[Any], batches: Iterator[ReadBatch], place: Place, asked: Sequence[_Asked]
 ) -> list[list[Units]]:
     """For each encoder, the latents (for None, the raw activations) of each concept's units, from one pass."""
-    held: list[list[list[NDArray[np.float32]]]] = [[[] for _ in asked] for _ in encoders]
+    held: list[list[NDArray[np.float32]]] = [[] for _ in encoders]
     for batch in batches:
         raw, (count, width) = batch.activations(place), batch.tokens.shape
         lengths = batch.counted.sum(1, keepdim=True).clamp_min(1)
-        for encoder, parts in zip(encoders, held, strict=True):
+        numbers = batch.rows.numpy()
+        order = np.argsort(numbers)
+        for encoder, tables in zip(encoders, held, strict=True):
             values = raw.float() if encoder is None else latents_of(encoder, raw).to_dense().float()
             full = values.new_zeros(count, width, values.shape[1])
             full[batch.counted] = values
             means = (full.sum(1) / lengths).cpu().numpy()
-            for one, kept in zip(asked, parts, strict=True):
-                mine = (one.row >= batch.start) & (one.row < batch.start + count)
-                rows = one.row[mine] - batch.start
+            if not tables:  # zeros stay where a row has no text
+                tables += [np.zeros((len(one.row), values.shape[1]), np.float32) for one in asked]
+            for one, table in zip(asked, tables, strict=True):
+                mine = np.isin(one.row, numbers)
+                rows = order[np.searchsorted(numbers, one.row[mine], sorter=order)]
                 at = torch.from_numpy(rows), torch.from_numpy(one.position[mine])
-                kept.append(full[at].cpu().numpy() if one.concept.of_tokens else means[rows])
+                table[mine] = full[at].cpu().numpy() if one.concept.of_tokens else means[rows]
     return [
-        [Units(np.concatenate(k), one.label, one.source, one.test) for one, k in zip(asked, parts, strict=True)]
-        for parts in held
+        [Units(table, one.label, one.source, one.test) for one, table in zip(asked, tables, strict=True)]
+        for tables in held
     ]
 
 

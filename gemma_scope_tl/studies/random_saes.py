@@ -117,9 +117,9 @@ def sampled_activations(
     """The activations at the tokens of each mark, from one pass, on the CPU."""
     parts: list[list[torch.Tensor]] = [[] for _ in marks]
     for batch in batches:
-        values, rows = batch.activations(place), slice(batch.start, batch.start + batch.tokens.shape[0])
+        values, width = batch.activations(place), batch.tokens.shape[1]
         for mark, part in zip(marks, parts, strict=True):
-            part.append(values[mark[rows].to(batch.counted.device)[batch.counted]].cpu())
+            part.append(values[mark[batch.rows, :width].to(batch.counted.device)[batch.counted]].cpu())
     return [torch.cat(part) for part in parts]
 
 

@@ -124,7 +124,7 @@ def norm_ratios(
     for model in (base, tuned):
         found = {place: Mean() for place in kept}
         rows = counted_rows(model, tokens, model.cfg.n_ctx, special_ids(model), positions)
-        for batch in read_batches(model, rows.ids, kept, rows.counted, batch_size):
+        for batch in read_batches(model, rows, kept, batch_size):
             for place, mean in found.items():
                 mean.update(batch.activations(place).double().norm(dim=1))
         means.append(found)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Int
@@ -60,6 +60,34 @@ class TokenBatch:
     def ordinary(self, special: Iterable[int]) -> Bool[torch.Tensor, "batch pos"]:
         """True at text whose id is not in ``special``."""
         return self.mask & ~special_mask(self.ids, special)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the texts have several lengths."""
+        return bool((self.length != self.length[:1]).any())
+
+    def part(self, rows: Int[torch.Tensor, " part"], columns: slice = slice(None)) -> Self:
+        """Some rows and columns, in every field."""
+        return type(self)(*(getattr(self, field.name)[rows, columns] for field in fields(self)))
+
+    def parts(self, size: int, start: int = 0) -> Iterator[tuple[Int[torch.Tensor, " part"], slice]]:
+        """The rows of each forward pass, texts of similar length together, and the columns that hold their text.
+
+        So one long text does not pad all others to its length. Whoever runs the passes puts their results in the order
+        of the rows. Rows of padding alone are left out. Rows of one length keep their order, and so do all rows if one
+        pass takes them.
+
+        Args:
+            size: number of rows in a pass.
+            start: number of rows, in the order of the passes, to leave out at the beginning.
+        """
+        order = (self.length > 0).nonzero().flatten()
+        if len(order) > size:
+            order = order[self.length[order].argsort(stable=True)]
+        for rows in order[start:].split(size):
+            used = self.mask[rows].any(0).nonzero()
+            if len(used):  # split() of nothing is one empty part
+                yield rows, slice(int(used[0]), int(used[-1]) + 1)
 
 
 def as_batch(

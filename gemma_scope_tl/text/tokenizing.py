@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -154,6 +154,13 @@ def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "left") -> Padde
 
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     return stacked(ids, pad), stacked([torch.ones_like(row) for row in ids], 0).bool()
+
+
+def decoded_ids(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """The text of each id alone, or the number without a tokenizer. Each different id is decoded once."""
+    listed = list(ids)
+    texts = {i: tokenizer.decode([i]) if tokenizer else str(i) for i in set(listed)}
+    return [texts[i] for i in listed]
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -21,6 +21,7 @@ from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.batch import Text
 from gemma_scope_tl.text.documents import read_texts
+from gemma_scope_tl.text.tokenizing import decoded_ids
 from gemma_scope_tl.text.tokens import special_token_ids
 
 if TYPE_CHECKING:
@@ -68,31 +69,31 @@ class PageText:
         special, data = special_token_ids(model.tokenizer), read_texts() if data is None else data
         batch = counted_rows(model, data, context, special, positions, limit=rows)
         self.model, self.tokens, self.batch_size, self.memory = model, batch.ids, batch_size, memory
+        self._text = batch
         self.counted: Bool[torch.Tensor, "rows pos"] = batch.counted
         self._held: OrderedDict[Place, torch.Tensor] = OrderedDict()
 
     @torch.no_grad()
     def activations(self, sae: Any) -> Float[torch.Tensor, "rows pos d_in"]:
-        """The activations that ``sae`` reads at every token, with flattened heads, on the CPU."""
+        """The activations that ``sae`` reads at every token, with flattened heads, on the CPU; zero at padding."""
         site, layer = locate(sae, self.model.family)
         site.check_layer(layer, self.model.dims)
         place = Place(site.name, layer)
         if place in self._held:
             self._held.move_to_end(place)
             return self._held[place]
-        parts = [
-            read_places(self.model, batch.to(self.model.cfg.device), [place])[place].to("cpu", copy=True)
-            for batch in self.tokens.split(self.batch_size)
-        ]
-        self._held[place] = torch.cat(parts)
+        for rows, columns in self._text.parts(self.batch_size):
+            x = read_places(self.model, self.tokens[rows, columns].to(self.model.cfg.device), [place])[place]
+            if place not in self._held:
+                self._held[place] = torch.zeros(*self.tokens.shape, x.shape[-1], dtype=x.dtype)
+            self._held[place][rows, columns] = x.cpu()
         while len(self._held) > 1 and sum(x.nbytes for x in self._held.values()) > self.memory:
             self._held.popitem(last=False)
         return self._held[place]
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         """The text of each token id."""
-        tokenizer = self.model.tokenizer
-        return [tokenizer.decode([i]) if tokenizer else str(i) for i in ids]
+        return decoded_ids(self.model.tokenizer, ids)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import gemma_scope_tl as gs
 from gemma_scope_tl.attributions.gradients import attribute
 from gemma_scope_tl.attributions.targets import logit, logit_difference, single_token, token_loss
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError
-from gemma_scope_tl.sites import BACKENDS
+from gemma_scope_tl.sites import BACKENDS, Place
 from tests.helpers import hooked, random_gemma, random_sae, random_tokens, shared_model
 
 PLACES = [("res", 1), ("mlp", 2), ("att", 1), ("embedding", None), ("transcoder", 2)]
@@ -339,3 +340,26 @@ def test_what_cannot_be_attributed_raises() -> None:
     with pytest.raises(GemmaScopeError, match="2 tokens"):
         single_token(model, "ab")
     assert gs.attribute is attribute
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wide_gap_is_warned_of_and_closed_by_more_steps(backend: str) -> None:
+    model = double_model(backend)
+    tokens = random_tokens(model, batch=2, length=8)
+    saes = [double_sae(model, site, layer, seed=i) for i, (site, layer) in enumerate(PLACES)]
+    options: dict[str, Any] = {"method": "integrated", "baseline": "zero"}
+    with pytest.warns(UserWarning, match=r"add up to .* give more steps= \(now 1\)") as caught:
+        table = attribute(model, tokens, saes, METRIC, steps=1, **options)
+    pairs = zip(saes, table.attrs["baseline_metric"], table.attrs["gap"], strict=True)
+    wide = [sae for sae, start, gap in pairs if abs(gap) > 0.1 * abs(table.attrs["metric"] - start)]
+    assert len(caught) == len(wide) > 0
+    for sae, warning in zip(wide, caught, strict=True):
+        assert f"at {Place(sae.site, sae.layer).key} add" in str(warning.message)
+        assert warning.filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribute(model, tokens, saes, METRIC, method="integrated", steps=32)  # from the latents' baseline
+        attribute(model, tokens, saes, METRIC)
+        nothing = double_sae(model, "mlp", 1)
+        nothing.threshold.data += 1e6  # no latent is active, so the metrics differ by rounding at most
+        attribute(model, tokens, nothing, METRIC, method="integrated", steps=1)

@@ -90,7 +90,7 @@ def _random(rows: int, seed: int = 0) -> list[SparseActs]:
 def _collect(rows: dict[int, SparseActs], sampling: Sampling = SMALL) -> Collector:
     collector = Collector(np.arange(20), 20, 32, sampling)
     for start, acts in rows.items():
-        collector.update(start, acts, torch.ones(1, 32, dtype=torch.bool))
+        collector.update(np.array([start]), acts, torch.ones(1, 32, dtype=torch.bool))
     return collector
 
 
@@ -121,7 +121,7 @@ def test_the_sample_is_uniform() -> None:
     acts = SparseActs.from_dense(torch.arange(1.0, 61.0).repeat_interleave(32)[:, None])
     for seed in range(300):
         collector = Collector(np.arange(1), 1, 32, Sampling(**{**vars(sampling), "seed": seed}))
-        collector.update(0, acts, torch.ones(60, 32, dtype=torch.bool))
+        collector.update(np.arange(60), acts, torch.ones(60, 32, dtype=torch.bool))
         counts[collector.sample.of(0)[1]] += 1
     expected = 300 * sampling.reservoir / 60
     assert counts.sum() == 300 * sampling.reservoir
