@@ -46,6 +46,7 @@ _NAMES = {
     "steer": "interventions",
     "top_tokens": "latents.logit_lens",
     "train_suite": "training.suite",
+    "unregister_release": "registry",
     "upload_suite": "release.upload",
     "verify": "verification.run",
 }
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.latents.table import features
     from gemma_scope_tl.model.loading import load_model
     from gemma_scope_tl.model.splicing import splice
-    from gemma_scope_tl.registry import list_saes, register_release
+    from gemma_scope_tl.registry import list_saes, register_release, unregister_release
     from gemma_scope_tl.release.export import export_suite
     from gemma_scope_tl.release.release_saes import About
     from gemma_scope_tl.release.upload import upload_suite

@@ -49,7 +49,10 @@ def train(
     device_flops: Annotated[
         float | None, typer.Option(min=1.0, help="FLOP/s to plan for; by default measured.")
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Restart an unfinished run from the beginning.")] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Start over: the earlier run is removed after the first step."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Run even if the plan says that it does not fit.")] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Train as jobs on a Ray on this machine.")] = False,
     ray_address: Address = None,

@@ -6,6 +6,7 @@ Only the registry files that a call needs are parsed, each of them once.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -14,10 +15,9 @@ from typing import cast
 
 from gemma_scope_tl.errors import RegistryError, nearest, unknown_name
 from gemma_scope_tl.families import family_of_model, plain_name
-from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.choice import CANONICAL, pick
 from gemma_scope_tl.registry.index import forget_indexes, indexed
-from gemma_scope_tl.registry.locate import add_file, forget_packages, release_files, remove_file
+from gemma_scope_tl.registry.locate import forget_packages, is_registered, release_files
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.schema import LABELS, SERIES, ReleaseFile, SAERow, read_release
 from gemma_scope_tl.registry.widths import DEFAULT_WIDTH, width_label
@@ -53,33 +53,6 @@ def load_release(name: str) -> ReleaseFile:
         RegistryError: with every problem of the file.
     """
     return _read(header_of(name).path)
-
-
-def register_release(path: str | Path) -> str:
-    """Add a registry file to this process, so that its SAEs can be loaded by name.
-
-    To add files permanently, put them into a folder that ``GEMMA_SCOPE_TL_REGISTRY`` names or into the user's folder
-    (``locate.user_folder``), or provide them in a package (entry-point group ``gemma_scope_tl.releases``).
-
-    Args:
-        path: the YAML file. Adding it a second time reads it again.
-
-    Returns:
-        The release's name.
-
-    Raises:
-        RegistryError: with every problem of the file, or with the other file that has one of its names.
-    """
-    file = checked_path(path).absolute()
-    release = read_release(file)
-    clear_cache()
-    add_file(file)
-    try:
-        headers()
-    except RegistryError:
-        remove_file(file)
-        raise
-    return release.release
 
 
 def resolve(release: str, id: str) -> SAERow:
@@ -203,8 +176,10 @@ def rows_of(header: Header) -> tuple[SAERow, ...]:
 def headers() -> tuple[Header, ...]:
     """The headers of all registry files, in natural order of their names.
 
+    A file of ``register_release`` that was deleted or broken since is left out, with a warning.
+
     Raises:
-        RegistryError: when two files have the same name of a release, or a file is not a registry file.
+        RegistryError: when two files have the same name of a release, or another file is not a registry file.
     """
     return _headers(release_files())
 
@@ -257,11 +232,37 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 @lru_cache(maxsize=8)
 def _headers(files: tuple[Path, ...]) -> tuple[Header, ...]:
-    found = sorted((read_header(path) for path in files), key=lambda h: natural_key(h.release))
+    read = [header for path in files if (header := _usable_header(path)) is not None]
+    found = sorted(read, key=lambda h: natural_key(h.release))
     clashes = clashing_names(found)
     if clashes:
         raise RegistryError(" ".join(clashes) + " Rename one.")
     return tuple(found)
+
+
+_left_out: set[Path] = set()  # registered files about which a warning was given
+
+
+def _usable_header(path: Path) -> Header | None:
+    """The header of a registry file; None, with one warning, for a registered file that cannot be used any more.
+
+    Registered files belong to a process that may outlive them, and must not disable all other releases. They are read
+    whole, so that their rows are sound wherever their headers are.
+    """
+    if not is_registered(path):
+        return read_header(path)
+    try:
+        if indexed(path) is None:
+            _read(path)
+        header = read_header(path)
+    except RegistryError as error:
+        if path not in _left_out:
+            _left_out.add(path)
+            what = "A registered release is left out: register its file again, or call unregister_release."
+            warnings.warn(f"{what} {error}", stacklevel=2)
+        return None
+    _left_out.discard(path)
+    return header
 
 
 def clashing_names(found: Iterable[Header]) -> list[str]:

@@ -51,7 +51,7 @@ MODEL_FOLDER = "model"
 BUNDLED_MODEL = BUNDLED_DATA / MODEL_FOLDER
 BUNDLED_SAES = BUNDLED_DATA / "saes"
 HELD_OUT_TEXT = BUNDLED_DATA / "text" / "heldout.jsonl"
-_registered: dict[Path, None] = {}  # in the order of register_release
+_registered: dict[Path, str] = {}  # the names of their releases, in the order of register_release
 
 
 def bundle_folder(name: str) -> Path | None:
@@ -149,14 +149,24 @@ def release_files() -> tuple[Path, ...]:
     return _distinct([*found, *_of_packages(), *_registered])
 
 
-def add_file(path: Path) -> None:
-    """Add one file for the lifetime of this process."""
-    _registered[path] = None
+def add_file(path: Path, release: str) -> None:
+    """Add one file, which has this release, for the lifetime of this process."""
+    _registered[path] = release
 
 
 def remove_file(path: Path) -> None:
     """Undo :func:`add_file`."""
     _registered.pop(path, None)
+
+
+def is_registered(path: Path) -> bool:
+    """Whether a file was added by :func:`add_file`."""
+    return path in _registered
+
+
+def registered_files() -> dict[Path, str]:
+    """The files that :func:`add_file` added, each with the name of its release."""
+    return dict(_registered)
 
 
 def forget_packages() -> None:

@@ -176,6 +176,14 @@ class SAEEntry(BaseModel):
             raise ValueError(f"an SAE of site {site!r} has no skip connection: only transcoders are affine")
         return affine
 
+    @field_validator("l0", mode="after")
+    @classmethod
+    def _l0_fits_d_sae(cls, l0: float | None, info: ValidationInfo) -> float | None:
+        d_sae = info.data.get("d_sae")
+        if l0 is not None and d_sae is not None and l0 > d_sae:
+            raise ValueError(f"{l0:g} latents cannot be active of {d_sae}")
+        return l0
+
     @field_validator("width", mode="before")
     @classmethod
     def _width_is_a_label(cls, width: object) -> object:

@@ -242,8 +242,10 @@ def _from_memory(sae: Any, model: str | None) -> ReleaseSAE:
 def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequence[SAERow] | None]:
     """The model's name and the SAEs according to a trained suite's ``suite.json``.
 
-    The SAEs are None if that file does not list exactly the SAEs of the folder, which happens after SAEs were removed
-    or added by hand.
+    The SAEs are None in a folder without that file, and where it states no model, or no SAEs.
+
+    Raises:
+        GemmaScopeError: the file cannot be read, or does not list exactly the SAEs of the folder.
     """
     file = folder / SUITE_FILE
     if not is_file(file):
@@ -257,12 +259,12 @@ def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequenc
     facts: dict[str, Any] = data if isinstance(data, dict) else {}
     name = model or _model_of(facts)
     rows = facts.get("saes")
-    if name is None or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return name, None
     listed = cast("list[dict[str, Any]]", rows)
-    there = {file.parent.relative_to(folder).as_posix() for file in folder.rglob(PARAMS_NAME)}
-    if {row.get("path") for row in listed} != {path for path in there if not path.startswith(_JOBS)}:
-        return name, None
+    _check_listed(folder, {str(row.get("path")) for row in listed})
+    if name is None:
+        return None, None
     for row in listed:
         if row.get("l0") == 0:
             raise GemmaScopeError(f"{folder / str(row['path'])}: its SAE has an L0 of 0. {DEAD}")
@@ -271,6 +273,25 @@ def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequenc
     head = {"release": "draft", "repo": str(folder.resolve()), "model": name, "license": "unknown", "description": "-"}
     head |= {"family": facts.get("family")}
     return name, parse_release({**head, "saes": saes}, str(file)).rows
+
+
+def _check_listed(folder: Path, listed: set[str]) -> None:
+    """Raise unless a trained suite's folder holds the SAEs that its ``suite.json`` lists, and no others.
+
+    Others may be those of an earlier run, which must not be published under the facts of this one.
+    """
+    files = [file.parent.relative_to(folder).as_posix() for file in folder.rglob(PARAMS_NAME)]
+    there = {path for path in files if not path.startswith((_JOBS, "."))}
+    for problem, paths in (("lacks", listed - there), ("does not list", there - listed)):
+        if paths:
+            shown, more = sorted(paths)[:3], f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            where = f"{folder} {problem}" if problem == "lacks" else f"{folder / SUITE_FILE} {problem}"
+            what = "which its suite.json lists" if problem == "lacks" else "which the folder holds"
+            raise GemmaScopeError(
+                f"{where} {', '.join(shown)}{more}, {what}. Make them agree: restore, move or delete the folders, or "
+                "change the list. To publish a part of a suite, copy the wanted folders without suite.json and give "
+                "model=."
+            )
 
 
 def _exported(folder: Path, model: str | None, site: str | None) -> tuple[str | None, Sequence[SAERow] | None]:

@@ -27,11 +27,13 @@ from gemma_scope_tl.files import file_sha256, reason, sync_folder, sync_to_disk,
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
 from gemma_scope_tl.training.shard import WHOLE, Shard
+from gemma_scope_tl.weights.checks import PARAMS_NAME
 
 if TYPE_CHECKING:
     import pandas as pd
 
 RUN_NAME, SUITE_NAME, METRICS_NAME, CHECKPOINTS = "run.json", "suite.json", "metrics.jsonl", "checkpoints"
+RUNS_NAME = "runs.jsonl"
 LOCK_NAME = ".lock"
 MANIFEST_NAME, UNFINISHED, KEPT = "manifest.json", ".unfinished", 2
 
@@ -98,10 +100,21 @@ def suite_table(folder: Path) -> pd.DataFrame:
     """The table of a finished run, with one row for each SAE.
 
     It has a column ``affine`` if there are skip transcoders among them.
+
+    Raises:
+        TrainingStateError: ``suite.json`` cannot be read, or SAEs that it lists are not in the folder.
     """
     import pandas as pd
 
     rows = read_record(folder / SUITE_NAME)["saes"]
+    missing = [row["path"] for row in rows if not (folder / row["path"] / PARAMS_NAME).is_file()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise TrainingStateError(
+            f"The run in {folder} is finished, but {len(missing)} of its {len(rows)} SAEs are missing: "
+            f"{', '.join(missing[:3])}{more}. Restore their {PARAMS_NAME}, or train them again with resume=False "
+            "(gemma-scope train --restart)."
+        )
     if any(row.get("affine") for row in rows):
         rows = [{**row, "affine": bool(row.get("affine"))} for row in rows]
     return pd.DataFrame(rows).astype({"layer": "Int64"})

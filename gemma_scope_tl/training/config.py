@@ -2,103 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
-    StrictBool,
-    Tag,
     ValidationError,
     model_serializer,
     model_validator,
 )
 
-from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError, UnknownNameError, unknown_name
-from gemma_scope_tl.files import checked_path
+from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError
 from gemma_scope_tl.registry.locate import configuration_file
-from gemma_scope_tl.registry.widths import parse_width
-from gemma_scope_tl.sites import SITES, get_site
-from gemma_scope_tl.training.config_file import device_name, each_once, number, override_key, problem, read_config
-from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER, Recipe, fast
+from gemma_scope_tl.sites import SITES
+from gemma_scope_tl.training.config_file import each_once, number, override_key, plain_copy, problem, read_config
+from gemma_scope_tl.training.config_values import (
+    Count,
+    DeviceName,
+    FolderPath,
+    Layers,
+    Positive,
+    RecipeValues,
+    SiteKey,
+    Skip,
+    Start,
+    Width,
+    merged_recipe,
+)
+from gemma_scope_tl.training.recipe import FAST_WIDTH, Recipe
 from gemma_scope_tl.training.spec import LATER
 
-PRESETS: Mapping[str, Recipe] = {"paper": PAPER, "fast": FAST, "gemma_scope_2": GEMMA_SCOPE_2}
 NO_EFFECT = ("output", "threads", "checkpoint_every", "loggers")
 """Keys that may differ between a run and its continuation, because results do not depend on them."""
 _SHOWN_PROBLEMS = 50
-
-
-def _width(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    try:
-        return parse_width(str(value))
-    except GemmaScopeError as error:
-        raise ValueError(str(error)) from None
-
-
-def _site(value: object) -> object:
-    try:
-        return get_site(str(value)).name
-    except UnknownNameError as error:
-        raise ValueError(str(error)) from None
-
-
-def _path(value: str) -> str:
-    try:
-        return str(checked_path(value))
-    except GemmaScopeError as error:
-        raise ValueError(str(error)) from None
-
-
-def _recipe(value: object) -> object:
-    """Check the values of a recipe by themselves; other values are merged into them later."""
-    if not isinstance(value, Mapping):
-        raise ValueError("a recipe is a mapping, such as {preset: fast, batch_size: 1024}")
-    given = {str(key): number(item) for key, item in cast("Mapping[object, object]", value).items()}
-    try:
-        merged_recipe(given)
-    except GemmaScopeError as error:
-        raise ValueError(str(error)) from None
-    return given
-
-
-def _all_or_list(value: object) -> str | None:
-    if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
-        return "list"
-    return "word" if value == "all" else None
-
-
-def _one_or_list(value: object) -> str | None:
-    if isinstance(value, list):
-        return "list"
-    return "word" if isinstance(value, bool) else None
-
-
-Count = Annotated[int, BeforeValidator(number), Field(gt=0)]
-Positive = Annotated[float, BeforeValidator(number), Field(gt=0, allow_inf_nan=False)]
-Layer = Annotated[int, BeforeValidator(number), Field(ge=0)]
-DeviceName = Annotated[str, BeforeValidator(device_name)]
-Layers = Annotated[
-    Annotated[Literal["all"], Tag("word")] | Annotated[list[Layer], Tag("list")],
-    Discriminator(_all_or_list, "layers", "should be 'all' or a list, such as [1, 2]"),
-]
-Skip = Annotated[
-    Annotated[StrictBool, Tag("word")] | Annotated[list[StrictBool], Field(min_length=1), Tag("list")],
-    Discriminator(_one_or_list, "skip", "should be true, false or [false, true]"),
-]
-Width = Annotated[int, BeforeValidator(_width), Field(gt=0)]
-SiteKey = Annotated[str, BeforeValidator(_site)]
-RecipeValues = Annotated[dict[str, Any], BeforeValidator(_recipe)]
 
 
 class Section(BaseModel):
@@ -201,7 +143,7 @@ class GridEntry(Section):
     tokens: Count | None = None
     recipe: RecipeValues = Field(default_factory=dict[str, Any])
     skip: Skip = False
-    init_from: Annotated[str, Field(min_length=1)] | None = None
+    init_from: Start | None = None
 
     @property
     def skips(self) -> list[bool]:
@@ -269,7 +211,7 @@ class SuiteConfig(Section):
         loggers: see their section.
     """
 
-    output: Annotated[str, AfterValidator(_path)]
+    output: FolderPath
     model: ModelSection = ModelSection()
     data: DataSection | None = None
     source: SourceSection = SourceSection()
@@ -289,7 +231,9 @@ class SuiteConfig(Section):
 
     @model_validator(mode="after")
     def _goes_together(self) -> SuiteConfig:
-        problems: list[str] = []
+        problems = self._unfit()
+        if problems:  # what follows needs recipes
+            raise ValueError("; ".join(problems))
         each_once(only=self.only)
         if self.steps is not None and self.tokens is not None:
             problems.append("give one of steps and tokens")
@@ -310,6 +254,18 @@ class SuiteConfig(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _unfit(self) -> list[str]:
+        """Problems of recipes that do not suit the widths and L0s of their entries."""
+        found: list[str] = []
+        for index, entry in enumerate(self.grid):
+            aims: list[dict[str, Any]] = [{"target_l0": value} for value in entry.target_l0s or ()] or [{}]
+            try:
+                for d_sae, aim in itertools.product(entry.widths, aims):
+                    self.recipe_at(entry, FAST_WIDTH, d_sae=d_sae, **aim).prefixes_of(d_sae)
+            except GemmaScopeError as error:
+                found.append(f"grid.{index}: {error}")
+        return found
 
     def _undivided(self) -> list[str]:
         """Problems of a mesh that cannot divide the work equally."""
@@ -340,25 +296,6 @@ class SuiteConfig(Section):
         return self.model_dump(mode="json", exclude=left_out)
 
 
-def merged_recipe(values: Mapping[str, Any], d_in: int | None = None, **sae: Any) -> Recipe:
-    """The recipe that ``preset`` (by default the paper's) and further values describe.
-
-    Args:
-        values: values of a recipe, as in a configuration.
-        d_in: the width of the activations, for the preset ``fast``, which depends on it.
-        sae: what else :func:`~gemma_scope_tl.training.recipe.fast` depends on: ``d_sae``, ``target_l0``, ``steps``.
-
-    Raises:
-        GemmaScopeError: the preset or a key is unknown, or a value is out of range.
-    """
-    rest = dict(values)
-    preset = rest.pop("preset", "paper")
-    if preset not in PRESETS:
-        raise unknown_name("recipe preset", preset, PRESETS)
-    recipe = fast(d_in, **sae) if preset == "fast" and d_in is not None else PRESETS[preset]
-    return Recipe.from_json({**asdict(recipe), **rest})
-
-
 def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: Sequence[str] = ()) -> SuiteConfig:
     """Read and check a configuration.
 
@@ -376,7 +313,7 @@ def load_config(path: str | Path | SuiteConfig | Mapping[str, Any], overrides: S
     if isinstance(path, SuiteConfig):
         data, source = path.model_dump(mode="json"), "the configuration"
     elif isinstance(path, Mapping):
-        data, source = dict(path), "the configuration"
+        data, source = plain_copy(path), "the configuration"
     else:
         file = configuration_file(path)
         data, source = read_config(file), str(file)

@@ -19,6 +19,8 @@ from gemma_scope_tl.errors import TrainingStateError
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.problems import error_text
 
+LARGEST = 1 << 53
+"""The largest number in a configuration: up to it floats, as which YAML reads ``4e9``, hold every whole number."""
 _MAX_EXTENDS = 8
 _A_SECTION, _A_WORD = "should be a section of keys", "should be a word"
 _WHOLE, _NUMBER, _SWITCH = "should be a whole number", "should be a number", "should be true or false"
@@ -38,6 +40,18 @@ _WORDS = {
 }
 
 
+class ValueAt(ValueError):
+    """A wrong value inside a value that is checked as a whole.
+
+    Attributes:
+        at: the path of the wrong value from there.
+    """
+
+    def __init__(self, at: str, message: str) -> None:
+        super().__init__(message)
+        self.at = at
+
+
 def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     """Read a file and the files that it extends. The only check is that each file holds a mapping.
 
@@ -55,6 +69,15 @@ def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     if not isinstance(base, str) or depth >= _MAX_EXTENDS:
         raise TrainingStateError(f"{path}: extends names one file, and at most {_MAX_EXTENDS} may extend each other.")
     return _merged(read_config(path.parent / base, depth + 1), found)
+
+
+def plain_copy(value: Any) -> Any:
+    """Mappings as dicts, lists and tuples as lists, at every depth: changes do not reach the caller's values."""
+    if isinstance(value, Mapping):
+        return {key: plain_copy(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_copy(item) for item in cast("Sequence[Any]", value)]
+    return value
 
 
 def override_key(data: dict[str, Any], override: str) -> None:
@@ -95,6 +118,9 @@ def number(value: object) -> object:
             return value
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"not a finite number: {value}")
+    if isinstance(value, (int, float)) and abs(value) > LARGEST:
+        shown = f"{value:.3g}" if isinstance(value, float) else f"a number of {value.bit_length()} bits"
+        raise ValueError(f"should be at most {LARGEST:,}, not {shown}")
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -132,6 +158,9 @@ def problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
         section, keys = _known(loc, root)
     if detail["type"] == "list_type" and isinstance(detail["input"], (str, int, float)):
         words = {"list_type": f"should be a list, such as [{detail['input']}]"}
+    error = detail.get("ctx", {}).get("error")
+    if isinstance(error, ValueAt):
+        keys = [*keys, error.at]
     path = ".".join(map(str, keys)) + ": " if keys else ""
     return path + error_text(detail, section.model_fields, words)
 

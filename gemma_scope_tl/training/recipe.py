@@ -5,22 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
+from numbers import Integral, Real
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 
 PENALTIES = ("linear", "quadratic")
 STARTS = ("zero", "mean")
-KINDS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("lr_warm_up_steps", "batch_size", "l0_warm_up_steps"), (int,)),
-    **dict.fromkeys(("betas", "matryoshka"), (tuple,)),
-    **dict.fromkeys(("l0_penalty", "b_dec_start"), (str,)),
-}
-"""The types of values that are not any number."""
+WHOLE = ("lr_warm_up_steps", "batch_size", "l0_warm_up_steps")
+LISTS = ("betas", "matryoshka")
+WORDS = ("l0_penalty", "b_dec_start")
+"""The values that are whole numbers, several numbers, and words; all others are numbers."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,9 @@ class Recipe:
     b_dec_start: Literal["zero", "mean"] = "zero"
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not _has_type(name, value):
+                raise GemmaScopeError(f"recipe.{name} cannot be {value!r}.")
         for name in ("lr", "eps", "batch_size", "init_threshold", "bandwidth", "frequency_limit", "init_encoder_scale"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise GemmaScopeError(f"{name} must be greater than 0, not {getattr(self, name)!r}.")
@@ -123,10 +125,6 @@ class Recipe:
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
-        for key, value in values.items():
-            expected = KINDS.get(key, (int, float))
-            if not isinstance(value, expected) or isinstance(value, bool):
-                raise GemmaScopeError(f"recipe.{key} cannot be {value!r}.")
         return cls(**values)
 
     def prefixes_of(self, d_sae: int) -> tuple[int, ...]:
@@ -247,6 +245,18 @@ class Recipe:
         }
 
 
+def _has_type(name: str, value: object) -> bool:
+    if name in WORDS:
+        return isinstance(value, str)
+    if name in LISTS:
+        return isinstance(value, (tuple, list)) and all(_is_number(item) for item in cast("Sequence[object]", value))
+    return _is_number(value, Integral if name in WHOLE else Real)
+
+
+def _is_number(value: object, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 PAPER = Recipe()
 """The values of the paper, for runs of a million steps and more."""
 
@@ -287,8 +297,15 @@ def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int =
     >>> sparse, dense = fast(128, target_l0=8), fast(128, target_l0=32)
     >>> sparse.init_threshold > dense.init_threshold, sparse.l0_coefficient > dense.l0_coefficient
     (True, True)
+
+    Raises:
+        GemmaScopeError: a number is below 1 latent, step or dimension, or ``target_l0`` is too small for the width.
     """
+    if min(d_in, d_sae, steps) < 1:
+        raise GemmaScopeError(f"d_in, d_sae and steps must be 1 or more, not {d_in}, {d_sae} and {steps}.")
     share = min(0.3, 2.0 * target_l0 / d_sae)  # of the latents that are active at the start
+    if not (target_l0 > 0.0 and 1.0 - share < 1.0):  # the quantile would be infinite
+        raise GemmaScopeError(f"The preset fast knows no start for an L0 of {target_l0:g} among {d_sae} latents.")
     normal = NormalDist()
     quantile = normal.inv_cdf(1.0 - share)
     spread = math.sqrt(0.75 / d_in)

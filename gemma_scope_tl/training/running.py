@@ -84,13 +84,14 @@ class TrainingRun:
         source: OpenSource,
         metrics: Path,
         checkpoints: Path,
+        begun: Callable[[], None] = lambda: None,
         *,
         progress: bool = True,
         shard: Shard = WHOLE,
     ) -> None:
-        """Read the last checkpoint, if there is one, or measure the scales."""
+        """Read the last checkpoint, if there is one, or measure the scales. ``begun`` is called after step 1."""
         self.config, self.groups, self.checkpoints, self.shard = config, groups, checkpoints, shard
-        self.progress = progress and shard.leads
+        self.progress, self._begun = progress and shard.leads, begun
         self.threads = torch.get_num_threads()
         self.ends = sorted({group.steps for group in groups})
         self.status: dict[str, dict[str, Any]] = {}
@@ -169,6 +170,8 @@ class TrainingRun:
                 batch = next(batches)
                 for_each(lambda group, batch=batch: self._step(group, batch), active)
                 self.step += 1
+                if self.step == 1:
+                    self._begun()
                 rows = self._log(active) if self.step % self.config.log_every == 0 or self.step == end else []
                 seen = self.shard.most(stop.seen or 0)
                 if seen or self.step % self.config.checkpoint_every == 0 or self.step == end:

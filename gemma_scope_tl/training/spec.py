@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.sites import Place, parse_place, target_of
 from gemma_scope_tl.training.recipe import Recipe
 
 LATER = ("skip", "init_from")
 """Fields that plain data has only where they differ from their defaults, so that it is the same as before them."""
+
+MARKS = ("site", "layer", "width", "affine")
+"""What ``init_from`` may have in braces: ``{affine}`` is ``_affine`` for skip transcoders and empty for others."""
+
+
+def marks_of(text: str) -> list[str]:
+    """The marks of an ``init_from``, in order. Attributes, items, conversions and formats are refused.
+
+    >>> marks_of("runs/{site}/layer_{layer}")
+    ['site', 'layer']
+
+    Raises:
+        GemmaScopeError: something else than a mark is in braces.
+    """
+    known = f"its marks are {', '.join(f'{{{mark}}}' for mark in MARKS)}"
+    try:
+        fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
+    except ValueError as error:
+        raise GemmaScopeError(f"init_from {text!r}: {error}; {known}.") from None
+    for _, name, format_spec, conversion in fields:
+        if name is not None and name.isidentifier() and name not in MARKS:
+            raise unknown_name("mark of init_from", name, MARKS, f"In {text!r}, {known}.")
+        if name not in MARKS or format_spec or conversion:
+            tail = f"{'!' + conversion if conversion else ''}{':' + format_spec if format_spec else ''}"
+            raise GemmaScopeError(f"init_from {text!r}: {{{name}{tail}}} is not a mark; {known}.")
+    return [str(name) for _, name, _, _ in fields]
 
 
 @dataclass(frozen=True)
@@ -59,6 +87,18 @@ class SAESpec:
                 f"{self.name}: only a transcoder has a skip path. With one, an SAE would copy {self.place.key}."
             )
         self.recipe.prefixes_of(self.d_sae)
+
+    @property
+    def start(self) -> str:
+        """``init_from`` with its marks replaced by what the SAE has.
+
+        Raises:
+            GemmaScopeError: something else than a mark is in braces.
+        """
+        marks_of(self.init_from)
+        layer = "" if self.place.layer is None else str(self.place.layer)
+        values = (self.place.site, layer, width_label(self.d_sae), "_affine" if self.skip else "")
+        return self.init_from.format(**dict(zip(MARKS, values, strict=True)))
 
     @property
     def is_transcoder(self) -> bool:

@@ -7,25 +7,22 @@ here, with the scale of the activations on which the new training runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
+from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError, UnknownNameError, unknown_name
 from gemma_scope_tl.files import checked_path, is_file, is_folder
 from gemma_scope_tl.model.sizes import family_and_sizes
-from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.training.checkpoint import SUITE_NAME, read_record
+from gemma_scope_tl.training.grid import Group
 from gemma_scope_tl.training.spec import SAESpec
 
 if TYPE_CHECKING:
     from gemma_scope_tl.training.place import PlaceTrainer
-
-MARKS = ("site", "layer", "width", "affine")
-"""What ``init_from`` may have in braces: ``{affine}`` is ``_affine`` for skip transcoders and empty for others."""
 
 
 def begin(trainer: PlaceTrainer, scale: float, model: str) -> None:
@@ -61,7 +58,7 @@ def read_start(spec: SAESpec, d_in: int, d_out: int, model: str) -> dict[str, Te
         GemmaScopeError: nothing has that name, or what is found is of another place, size or kind.
         WeightsError: a file cannot be obtained or fails a check.
     """
-    text = _filled(spec)
+    text = spec.start
     sae = _load(text, spec, model)
     place = (getattr(sae, "site", None), getattr(sae, "layer", None))
     if place != (spec.place.site, spec.place.layer):
@@ -74,6 +71,22 @@ def read_start(spec: SAESpec, d_in: int, d_out: int, model: str) -> dict[str, Te
     if "W_skip" in arrays and not spec.skip:
         raise GemmaScopeError(f"{spec.name}: {text} has a skip path, which would be lost: write skip: true.")
     return arrays
+
+
+def check_starts(groups: Sequence[Group], folder: Path) -> None:
+    """Raise where an SAE would start from files in the run's own folder, which the run replaces.
+
+    Raises:
+        TrainingStateError: ``init_from`` names such files.
+    """
+    own = folder.resolve()
+    for spec in (spec for group in groups for spec in group.specs if spec.init_from):
+        path = checked_path(spec.start)
+        if (is_folder(path) or is_file(path)) and path.resolve().is_relative_to(own):
+            raise TrainingStateError(
+                f"{spec.name}: init_from {spec.start!r} is inside the output, {folder}, whose SAEs this run would "
+                "replace: choose another output, or copy the SAEs elsewhere."
+            )
 
 
 def absolute_start(text: str) -> str:
@@ -124,22 +137,6 @@ def unfolded(arrays: Mapping[str, Tensor], scale: float, *, pre_encoder_bias: bo
         "log_threshold": threshold.log(),
     }
     return found | ({"skip": arrays["W_skip"].T} if "W_skip" in arrays else {})
-
-
-def _filled(spec: SAESpec) -> str:
-    values = {
-        "site": spec.place.site,
-        "layer": "" if spec.place.layer is None else spec.place.layer,
-        "width": width_label(spec.d_sae),
-        "affine": "_affine" if spec.skip else "",
-    }
-    try:
-        return spec.init_from.format_map(values)
-    except KeyError as error:
-        raise unknown_name("mark of init_from", str(error.args[0]), MARKS) from None
-    except (ValueError, IndexError, AttributeError) as error:
-        marks = ", ".join(f"{{{mark}}}" for mark in MARKS)
-        raise GemmaScopeError(f"init_from {spec.init_from!r}: {error}; its marks are {marks}.") from None
 
 
 def _load(text: str, spec: SAESpec, model: str) -> Any:

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from gemma_scope_tl.training.checkpoint import (
     CHECKPOINTS,
     METRICS_NAME,
     RUN_NAME,
+    RUNS_NAME,
     SUITE_NAME,
     alone,
     check_same_run,
@@ -30,12 +31,14 @@ from gemma_scope_tl.training.checkpoint import (
     write_suite,
 )
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
+from gemma_scope_tl.training.earlier import EarlierRun
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
 from gemma_scope_tl.training.plan import plan_suite
 from gemma_scope_tl.training.release import STAGE, write_release
 from gemma_scope_tl.training.running import TrainingRun, torch_threads
 from gemma_scope_tl.training.shard import Shard, agreed, led, process_mesh
 from gemma_scope_tl.training.source_factory import OpenSource, source_opener
+from gemma_scope_tl.training.start import check_starts
 from gemma_scope_tl.weights.modes import ordinary_tensors
 
 if TYPE_CHECKING:
@@ -75,7 +78,9 @@ def train_suite(
         overrides: ``"key=value"``, as ``--set`` on the command line.
         model: a model from ``load_model``; by default the configuration's model is loaded.
         source: a function that makes the source of some places, in place of the configuration's source.
-        resume: continue an unfinished run; False starts it over.
+        resume: continue an unfinished run, and return the table of a finished one. False starts over: what the
+            folder's run has done, finished or not, is removed after the first step of the new run. If that step is not
+            reached, all of it is kept. Packed tokens stay.
         force: train even if the plan says that memory or disk do not suffice.
         progress: show progress bars.
 
@@ -84,7 +89,7 @@ def train_suite(
 
     Raises:
         TrainingStateError: the configuration has problems, its folder holds another run or other files, a checkpoint is
-            damaged, or memory or disk do not suffice.
+            damaged, SAEs of a finished run are missing, or memory or disk do not suffice.
         TrainingStopped: SIGINT or SIGTERM was received, and a checkpoint was written.
         GemmaScopeError: the model, the text or the store cannot be used.
     """
@@ -98,13 +103,20 @@ def train_suite(
         agreed({"resume": resume, **checked.results})
         with ExitStack() as held:
             led(shard, lambda: held.enter_context(alone(folder)))
+            earlier: list[EarlierRun] = []
+            led(shard, lambda: earlier.append(held.enter_context(EarlierRun(folder))))
             if resume and (folder / SUITE_NAME).exists():
                 return _finished(folder, checked, shard)
             if not (force or source or model) and mesh.processes == 1:  # the plan knows released models only
                 plan_suite(checked, measure=False).check()
-            led(shard, lambda: _prepare(folder, checked, groups, resume))
+            led(shard, lambda: begin_run(folder, checked, groups, earlier[0], resume))
             opener = source or source_opener(checked, model, progress and shard.leads)
-            return _train(folder, checked, groups, family, opener, progress=progress, shard=shard)
+
+            def begun() -> None:
+                for run in earlier:  # none on processes that do not lead
+                    run.discard()
+
+            return _train(folder, checked, groups, family, opener, begun, progress=progress, shard=shard)
 
 
 def _family_and_dims(name: str) -> tuple[Family, ModelDims]:
@@ -118,6 +130,7 @@ def _train(
     groups: Sequence[Group],
     family: Family,
     source: OpenSource,
+    begun: Callable[[], None],
     *,
     progress: bool,
     shard: Shard,
@@ -125,7 +138,7 @@ def _train(
     began = time.time()
     with torch_threads(config.threads or torch.get_num_threads()):
         run = TrainingRun(
-            config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, progress=progress, shard=shard
+            config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, begun, progress=progress, shard=shard
         )
         first = run.step
         try:
@@ -156,7 +169,7 @@ def _record_process(folder: Path, began: float, first: int, run: TrainingRun) ->
     """Append to ``runs.jsonl`` which steps this process did, and when."""
     facts = {"began": round(began), "seconds": round(time.time() - began, 1), "threads": run.threads}
     try:
-        append_line(folder / "runs.jsonl", json.dumps({"from_step": first, "to_step": run.step, **facts}))
+        append_line(folder / RUNS_NAME, json.dumps({"from_step": first, "to_step": run.step, **facts}))
     except WriteError as error:  # results do not depend on the file, and raising would hide how the run ended
         warnings.warn(f"The times of this run are not recorded: {error}", stacklevel=2)
 
@@ -165,26 +178,38 @@ def _finished(folder: Path, config: SuiteConfig, shard: Shard) -> pd.DataFrame:
     """The table of a finished run, whose checkpoints are removed."""
     shard.gather(None)  # waits for the leading process, which writes it
     check_same_run(read_record(folder / SUITE_NAME)["config"], config.results, folder)
+    table = suite_table(folder)
     if shard.leads:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return suite_table(folder)
+    return table
 
 
-def _prepare(folder: Path, config: SuiteConfig, groups: Sequence[Group], resume: bool) -> None:
-    """Begin a run in a folder; raise unless the folder is free or holds a run of the same configuration."""
+def begin_run(
+    folder: Path, config: SuiteConfig, groups: Sequence[Group], earlier: EarlierRun, resume: bool = True
+) -> None:
+    """Begin a run in a folder, whose lock is held.
+
+    Args:
+        folder: the run's folder.
+        config, groups: the run.
+        earlier: the folder's earlier run.
+        resume: False moves the files of the earlier run aside.
+
+    Raises:
+        TrainingStateError: the folder holds other files, or a run of another configuration; or the run would start from
+            SAEs in its own folder.
+    """
     for name in (RUN_NAME, SUITE_NAME):
         for left in folder.glob(f".{name}.*"):  # left by a process that was killed while writing
             left.unlink(missing_ok=True)
     shutil.rmtree(folder / STAGE, ignore_errors=True)
-    sites = sorted({place.site for place in places_of(groups)})
+    if resume and (folder / RUN_NAME).exists():
+        check_same_run(read_record(folder / RUN_NAME)["config"], config.results, folder)
+        return
+    check_starts(groups, folder)
     if (folder / RUN_NAME).exists():
-        if resume:
-            check_same_run(read_record(folder / RUN_NAME)["config"], config.results, folder)
-            return
-        for name in (CHECKPOINTS, *sites):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (SUITE_NAME, METRICS_NAME, "runs.jsonl"):
-            (folder / name).unlink(missing_ok=True)
+        earlier.set_aside()
+    sites = sorted({place.site for place in places_of(groups)})
     taken = [name for name in (*sites, CHECKPOINTS, SUITE_NAME, METRICS_NAME) if (folder / name).exists()]
     if taken:
         raise TrainingStateError(f"{folder} holds {', '.join(taken)}, but no run: choose another output.")

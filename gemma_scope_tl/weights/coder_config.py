@@ -100,6 +100,8 @@ class CoderConfig:
 
     def _sound(self) -> CoderConfig:
         """This configuration, if it does not contradict itself."""
+        if self.width is not None and self.l0 is not None and self.l0 > self.width:
+            raise weights_error(self.source, f"has l0 {self.l0:g}, more than its width {self.width}", _CHECK)
         if self.reads is None:
             if self.writes is not None:
                 raise weights_error(

@@ -68,6 +68,12 @@ def test_a_valid_file_gives_rows_with_the_releases_fields() -> None:
         first.l0 = 3.0
 
 
+def test_no_more_latents_are_active_than_there_are() -> None:
+    assert parse_release(release(row(l0=1024)), "x").saes[0].l0 == 1024
+    (problem,) = problems(release(row(l0=5000)))
+    assert problem == "layer_0/width_1k/average_l0_20: l0: 5000 latents cannot be active of 1024"
+
+
 def test_all_problems_of_a_file_are_reported_at_once_with_row_and_field() -> None:
     rows = [
         row(id="a", site="ress", d_sae=1000),

@@ -136,16 +136,23 @@ def test_saes_of_two_sites_with_one_l0(trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_suite_that_was_changed_by_hand(trained: Path, tmp_path: Path) -> None:
-    """Folders that were taken out, put in or renamed count; the model's name comes from ``suite.json`` all the same."""
+    """Only what ``suite.json`` lists is exported, and all of it. Other folders may be those of another run."""
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     shutil.copytree(copy / "res", copy / "jobs" / "one" / "res")  # as a run on Ray leaves it
+    shutil.copytree(copy / "res", copy / ".earlier" / "res")  # as a process leaves it that was killed
     (out,) = gs.export_suite(copy, tmp_path / "whole", gs.About("mit"), progress=False)
     assert len(gs.registry.read_release(out / "whole.yaml").rows) == len(SITES) + 1
     shutil.rmtree(copy / "jobs")
-    shutil.rmtree(copy / "att")
-    (out,) = gs.export_suite(copy, tmp_path / "less", gs.About("mit"), progress=False)
-    assert {row.site for row in gs.registry.read_release(out / "less.yaml").rows} == {*SITES, "embedding"} - {"att"}
+    (copy / "att").rename(tmp_path / "att")
+    with pytest.raises(GemmaScopeError, match=f"{copy} lacks att/layer_1/.*, which its suite.json lists. Make them"):
+        gs.export_suite(copy, tmp_path / "less", gs.About("mit"), progress=False)
+    (tmp_path / "att").rename(copy / "att")
+    shutil.copytree(copy / "res" / "layer_1", copy / "res" / "layer_3")
+    with pytest.raises(GemmaScopeError, match="suite.json does not list res/layer_3/.*, which the folder holds"):
+        gs.export_suite(copy, tmp_path / "more", gs.About("mit"), progress=False)
+    assert not (tmp_path / "less").exists() and not (tmp_path / "more").exists()
+    shutil.rmtree(copy / "res" / "layer_3")
     facts = json.loads((copy / "suite.json").read_text())
     (copy / "suite.json").write_text("{")
     with pytest.raises(GemmaScopeError, match="is not JSON"):

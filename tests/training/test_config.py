@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ from gemma_scope_tl.training.recipe import FAST, PAPER, fast
 from tests.training.planted import DIMS, tiny_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def _not_a_mark(text: str) -> str:
+    marks = "{site}, {layer}, {width}, {affine}"
+    return f"grid.0.init_from: init_from {text!r}: {text} is not a mark; its marks are {marks}."
 
 
 def test_all_problems_at_once_with_nearest_names(tmp_path: Path) -> None:
@@ -202,6 +208,30 @@ def test_fast_is_in_the_units_of_each_sae(tmp_path: Path) -> None:
         ("model.name", 3, "model.name: should be a word, not 3"),
         ("steps", [1], "steps: should be a whole number, not [1]"),
         ("loggers", ["wandb"], "loggers.0: should be a section of keys, not 'wandb'"),
+        ("recipe.preset", ["fast"], "recipe.preset: should be a word, such as fast, not ['fast']"),
+        ("recipe.preset", None, "recipe.preset: should be a word, such as fast, not None"),
+        ("recipe.betas", [False, 0.9], "recipe.betas.0: not a number: False"),
+        ("recipe.betas", [0.9, "b"], "recipe.betas.1: should be a number, not 'b'"),
+        ("recipe.betas", [0.9, [1]], "recipe.betas.1: should be a number, not [1]"),
+        ("recipe.betas", 0.9, "recipe: recipe.betas cannot be 0.9."),
+        ("recipe.matryoshka", ["a"], "recipe.matryoshka.0: should be a number, not 'a'"),
+        ("recipe.lr", True, "recipe.lr: not a number: True"),
+        ("grid.0.recipe", {"preset": {}}, "grid.0.recipe.preset: should be a word, such as fast, not {}"),
+        ("steps", 1e30, "steps: should be at most 9,007,199,254,740,992, not 1e+30"),
+        ("steps", 10**400, "steps: should be at most 9,007,199,254,740,992, not a number of 1329 bits"),
+        ("tokens", "1e30", "tokens: should be at most 9,007,199,254,740,992, not 1e+30"),
+        ("grid.0.widths", [10**18], f"grid.0.widths.0: Input should be less than or equal to {2**30}, not {10**18}"),
+        ("grid.0.init_from", "{site.__class__}", _not_a_mark("{site.__class__}")),
+        ("grid.0.init_from", "{layer:1000000000}", _not_a_mark("{layer:1000000000}")),
+        ("grid.0.init_from", "{site!r}", _not_a_mark("{site!r}")),
+        ("grid.0.init_from", "{}", _not_a_mark("{}")),
+        ("grid.0.init_from", "{0}", _not_a_mark("{0}")),
+        ("grid.0.init_from", "{site[0]}", _not_a_mark("{site[0]}")),
+        (
+            "grid.0.target_l0s",
+            [1e-300],
+            "grid.0: The preset fast knows no start for an L0 of 1e-300 among 64 latents.",
+        ),
     ],
 )
 def test_a_wrong_type_is_one_line_of_words(tmp_path: Path, key: str, value: object, words: str) -> None:
@@ -211,9 +241,34 @@ def test_a_wrong_type_is_one_line_of_words(tmp_path: Path, key: str, value: obje
     for part in above:
         section = section[part]
     section[last] = value
+    if key == "tokens":
+        del bad["steps"]
     with pytest.raises(TrainingStateError) as caught:
         load_config(bad)
     assert str(caught.value) == f"the configuration has 1 problem:\n  {words}"
+
+
+def test_numbers_may_be_written_as_text_in_lists_too(tmp_path: Path) -> None:
+    """YAML reads 9e-1 as a word."""
+    recipe = {**tiny_config(tmp_path)["recipe"], "betas": ["0.9", "95e-2"], "matryoshka": ("25e-2", 0.5)}
+    (found, *_) = load_config(tiny_config(tmp_path, recipe=recipe)).recipes
+    assert (found.betas, found.matryoshka) == ((0.9, 0.95), (0.25, 0.5))
+
+
+def test_a_recipe_that_does_not_suit_a_width_is_a_problem_of_its_entry(tmp_path: Path) -> None:
+    recipe = {**tiny_config(tmp_path)["recipe"], "matryoshka": [0.001]}
+    with pytest.raises(TrainingStateError, match=r"grid\.0: Matryoshka shares .*; grid\.1: Matryoshka shares"):
+        load_config(tiny_config(tmp_path, recipe=recipe))
+
+
+def test_overrides_do_not_change_the_callers_mapping(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config["grid"] = tuple(config["grid"])
+    before = copy.deepcopy(config)
+    overrides = ["grid.0.widths=[128]", "grid.1.layers.0=0", "recipe.batch_size=32", "source.scale_rows=1024", "seed=9"]
+    read = load_config(config, overrides)
+    assert config == before
+    assert (read.grid[0].widths, read.grid[1].layers, read.batch_size, read.seed) == ([128], [0], 32, 9)
 
 
 def test_layers_may_be_all_or_any_numbers(tmp_path: Path) -> None:

@@ -172,6 +172,39 @@ def test_presets() -> None:
         PAPER.lr = 1.0  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("betas", ("0.9", 0.95)),
+        ("betas", (False, 0.9)),
+        ("betas", 0.9),
+        ("matryoshka", ("a",)),
+        ("lr", "a"),
+        ("lr", True),
+        ("batch_size", 64.0),
+        ("l0_penalty", ["linear"]),
+    ],
+)
+def test_values_of_other_types_are_refused(name: str, value: Any) -> None:
+    """In plain data and in the constructor."""
+    for make in (lambda: Recipe(**{name: value}), lambda: Recipe.from_json({name: value})):
+        with pytest.raises(GemmaScopeError, match=rf"recipe\.{name} cannot be "):
+            make()
+    assert Recipe(lr=np.float32(0.5), batch_size=np.int64(8)).lr == 0.5  # type: ignore[arg-type]
+
+
+def test_fast_knows_its_limits() -> None:
+    """The quantile of a share that vanishes beside 1 is infinite; of the last one above it, it is not."""
+    assert math.isfinite(fast(128, d_sae=1 << 30, target_l0=1e-6).init_threshold)
+    sizes: dict[str, Any]
+    for sizes in ({"target_l0": 1e-300}, {"d_sae": 10**18, "target_l0": 6}, {"target_l0": 0}, {"target_l0": math.nan}):
+        with pytest.raises(GemmaScopeError, match="knows no start for an L0 of"):
+            fast(128, **sizes)
+    for sizes in ({"d_sae": 0}, {"steps": 0}):
+        with pytest.raises(GemmaScopeError, match="1 or more"):
+            fast(128, **sizes)
+
+
 def test_learning_rate() -> None:
     rates = [PAPER.lr_at(t) for t in range(1002)]
     assert rates[0] == pytest.approx(7e-6)

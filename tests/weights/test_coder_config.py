@@ -139,6 +139,7 @@ def test_every_file_is_mapped_where_nobody_writes_it(tmp_path: Path) -> None:
         ({"width": 0}, "has width 0, which is not a number of latents"),
         ({"width": True}, "has width True, which is not a number of latents"),
         ({"width": "wide"}, "has width 'wide', which is not a number of latents"),
+        ({"l0": 513, "width": 512}, "has l0 513, more than its width 512"),
         ({"l0": -1}, "has l0 -1, which is not a positive number"),
         ({"l0": float("nan")}, "has l0 nan, which is not a positive number"),
         ({"l0": 10**400}, "has l0 .* which is not a positive number"),

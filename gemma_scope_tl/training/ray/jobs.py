@@ -9,7 +9,6 @@ process finds the results there.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -23,21 +22,19 @@ from gemma_scope_tl.model.sizes import family_and_sizes
 from gemma_scope_tl.sites import parse_place
 from gemma_scope_tl.training.checkpoint import (
     LOCK_NAME,
-    METRICS_NAME,
-    RUN_NAME,
     SUITE_NAME,
     alone,
     check_same_run,
     read_record,
     suite_table,
-    write_run,
 )
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
+from gemma_scope_tl.training.earlier import EarlierRun
 from gemma_scope_tl.training.grid import Group, groups_of, places_of
 from gemma_scope_tl.training.ray.cluster import Job, JobStatus, Report, run_jobs
 from gemma_scope_tl.training.ray.merge_jobs import merge_jobs
 from gemma_scope_tl.training.start import absolute_start
-from gemma_scope_tl.training.suite import train_suite
+from gemma_scope_tl.training.suite import begin_run, train_suite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +81,8 @@ def train_on_ray(
         by: one job for each place (and length), or for each place and width.
         harvesters: jobs that share the harvest, each with its own copy of the model.
         retries: how often a job is started again after its worker or node was lost.
-        resume: False discards what jobs have done, but not the store.
+        resume: False starts over: what jobs have done, and the finished suite, are removed after the first step of a
+            job. If that step is not reached, all of it is kept. The store stays.
         show: called with the statuses of all jobs from time to time.
 
     Raises:
@@ -99,16 +97,27 @@ def train_on_ray(
             "A job on Ray is one process and cannot have a mesh: remove mesh, or start the run with torchrun."
         )
     folder = Path(checked.output).absolute()
-    make_folder(folder / JOBS)
+    make_folder(folder)
     with alone(folder):
         family, sizes = family_and_sizes(checked.model.name)
         groups = groups_of(checked, sizes.dims, family)
-        _begin(folder, checked, resume)
-        if not (folder / SUITE_NAME).exists():
+        with EarlierRun(folder, (JOBS,)) as earlier:
+            if resume and (folder / SUITE_NAME).exists():
+                check_same_run(read_record(folder / SUITE_NAME)["config"], checked.results, folder)
+                return suite_table(folder)
             jobs = jobs_of(checked, groups, by, harvesters)
-            _check_done(folder, run_jobs(jobs, address=address, retries=retries, show=show))
-            parts = [folder / JOBS / job.name for job in jobs if job.function is train_job]
-            merge_jobs(folder, checked, groups, parts, family)
+            training = [job.name for job in jobs if job.function is train_job]
+            begin_run(folder, checked, groups, earlier, resume)
+            make_folder(folder / JOBS)
+
+            def seen(statuses: Sequence[JobStatus]) -> None:
+                if any(status.step or status.state == "done" for status in statuses if status.name in training):
+                    earlier.discard()
+                show(statuses)
+
+            statuses = run_jobs(jobs, address=address, retries=retries, show=seen)
+        _check_done(folder, statuses)
+        merge_jobs(folder, checked, groups, [folder / JOBS / name for name in training], family)
         return suite_table(folder)
 
 
@@ -262,20 +271,6 @@ def _is_store(path: str) -> bool:
     from gemma_scope_tl.activations.manifest import STORE_NAME
 
     return STORE_NAME in open_folder(path).sizes("")
-
-
-def _begin(folder: Path, config: SuiteConfig, resume: bool) -> None:
-    """Record that the run has begun in its folder; raise if the folder holds another run."""
-    if not resume:
-        for name in (RUN_NAME, SUITE_NAME, METRICS_NAME):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / JOBS, ignore_errors=True)
-        make_folder(folder / JOBS)
-    for name in (SUITE_NAME, RUN_NAME):
-        if (folder / name).exists():
-            check_same_run(read_record(folder / name)["config"], config.results, folder)
-            return
-    write_run(folder, config)
 
 
 def _check_done(folder: Path, statuses: Sequence[JobStatus]) -> None:
