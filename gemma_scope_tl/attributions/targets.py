@@ -7,7 +7,7 @@ are those of the padded ids, while the metrics here know where each text begins 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sae.arguments import as_indices, is_index
+from gemma_scope_tl.sae.arguments import as_indices, is_index, listed
 from gemma_scope_tl.text.batch import TokenBatch
 from gemma_scope_tl.text.tokenizing import text_ids
 
@@ -71,22 +71,23 @@ def logit(token: Tokens, position: int = -1) -> TargetMetric:
     """The logit of ``token`` at ``position``.
 
     Args:
-        token: an id or a word that is one token, such as ``" earth"`` (note the space); or a list, one per sequence.
+        token: an id or a word that is one token, such as ``" earth"`` (note the space); or several, one per sequence,
+            as a list, an array, a tensor or a column of a table.
         position: position in the text: -1 is the last token, for padding on either side. If a metric is called on
             logits directly, outside :func:`~gemma_scope_tl.attribute` and the like, it takes ids only and positions
             are columns.
     """
-    return TargetMetric(_logit, (token,), position)
+    return TargetMetric(_logit, (listed(token),), position)
 
 
 def logit_difference(token_a: Tokens, token_b: Tokens, position: int = -1) -> TargetMetric:
     """``logit(a) - logit(b)`` at ``position``; arguments as for :func:`logit`."""
-    return TargetMetric(_difference, (token_a, token_b), position)
+    return TargetMetric(_difference, (listed(token_a), listed(token_b)), position)
 
 
 def token_loss(token: Tokens, position: int = -1) -> TargetMetric:
     """``-log softmax(logits)[token]`` at ``position``, in nats: the loss when ``token`` comes next (:func:`logit`)."""
-    return TargetMetric(_loss, (token,), position)
+    return TargetMetric(_loss, (listed(token),), position)
 
 
 def single_token(model: GemmaModel, text: str) -> int:
@@ -113,7 +114,8 @@ def metric_on(model: GemmaModel, metric: Metric | Tokens, batch: TokenBatch) -> 
     Raises:
         GemmaScopeError: the value is not a metric, or a word is not one token.
     """
-    if isinstance(metric, (str, list, tuple)) or is_index(metric):
+    several = isinstance(metric, Iterable) and not isinstance(metric, (bytes, Mapping, set, frozenset))
+    if not callable(metric) and (several or is_index(metric)):
         metric = logit(metric)  # pyright: ignore[reportArgumentType]
     if not callable(metric):
         raise GemmaScopeError(

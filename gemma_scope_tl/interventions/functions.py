@@ -11,7 +11,7 @@ from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, SteerLatents, SteerRows
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.access import chosen_latents, locate
-from gemma_scope_tl.sae.arguments import shown
+from gemma_scope_tl.sae.arguments import shown, to_tensor
 from gemma_scope_tl.text.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _hook_name(sae: SAEOrLatents, on: On, reads: bool) -> str:
 def _numbers(given: Numbers, latents: list[int], name: str) -> torch.Tensor:
     """One number for each latent, float32 or wider."""
     try:
-        numbers = torch.as_tensor(given)
+        numbers = to_tensor(given)
     except (TypeError, ValueError, RuntimeError):
         raise SpliceError(f"{name}= takes numbers; given: {shown(given)}.") from None
     if numbers.is_complex() or numbers.dtype == torch.bool:
@@ -218,13 +218,23 @@ def _numbers(given: Numbers, latents: list[int], name: str) -> torch.Tensor:
     return numbers.expand(len(latents))
 
 
-def _looked_up(mean_norm: float | pd.DataFrame | None, hook: str) -> float:
+def _one_number(mean_norm: Any) -> float:
+    try:
+        number = to_tensor(mean_norm)
+        if number.numel() != 1 or number.dtype == torch.bool or number.is_complex():
+            raise TypeError
+    except (TypeError, ValueError, RuntimeError):
+        raise SpliceError(
+            f"mean_norm= takes a number, or the table of mean_norms; given: {shown(mean_norm)}."
+        ) from None
+    return float(number)
+
+
+def _looked_up(mean_norm: Any, hook: str) -> float:
     if mean_norm is None:
         raise SpliceError('unit="mean_norm" needs mean_norm=: a number, or the table of mean_norms(model, texts).')
-    if isinstance(mean_norm, (int, float)):
-        return float(mean_norm)
     if not hasattr(mean_norm, "columns"):
-        raise SpliceError(f"mean_norm= takes a number, or the table of mean_norms; given: {shown(mean_norm)}.")
+        return _one_number(mean_norm)
     rows = mean_norm[mean_norm["hook"] == hook]
     if rows.empty:
         raise unknown_name("hook in mean_norm", hook, mean_norm["hook"], "Measure that site and layer too.")

@@ -13,11 +13,10 @@ from transformer_lens.factories.architecture_adapter_factory import Architecture
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
-from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.families import Backend, Family, ModelDims
 from gemma_scope_tl.model.generation import TrackedGenerate, fill_id, prompts_of, stop_ids
 from gemma_scope_tl.model.hooked import GemmaModel, HookName
-from gemma_scope_tl.model.keywords import cache_name, named
+from gemma_scope_tl.model.keywords import cache_name, named, taken_input
 from gemma_scope_tl.model.tokenizer import HasTokenizer
 from gemma_scope_tl.text.tokens import attendable
 
@@ -88,8 +87,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         seen = 0 if cache is None else int(cache.get_seq_length())
         if ids is None:
-            if self._embedding_is_spliced():
-                raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
+            self._check_embedding_is_not_edited()
             self.token_tracker.observe(None)
             return
         given = kwargs.get("attention_mask")
@@ -122,23 +120,25 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
             positions = torch.where(mask[:, :1], positions, columns)
         call["position_ids"] = positions[:, -new:]
 
-    def hf_generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
+    def hf_generate(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Run Hugging Face's ``generate`` on the hooked model. Attached SAEs have access to the token ids.
 
         Args:
-            input: as for :meth:`generate`.
+            input: as for :meth:`generate`, also as ``input_ids=``.
             *args, **kwargs: the arguments of TransformerLens's ``hf_generate``, with its defaults (it samples), and all
                 arguments of Hugging Face. Without ``eos_token_id`` it stops at the model's stop tokens.
 
         Returns:
-            Text for texts, ids for ids, a ``ModelOutput`` if Hugging Face's options request one, or the type that
-            ``return_type`` names.
+            Text for texts, ids for ids, or the type that ``return_type`` names. Ids are in a ``ModelOutput`` if Hugging
+            Face's options request one. A single text gives a text, or a list with ``num_return_sequences`` above 1.
 
         Raises:
             UnknownKeywordError: for a keyword that neither library accepts.
             GemmaScopeError: as :meth:`generate`.
         """
         call = self._named_cache(named(self, "hf_generate", args, kwargs))
+        input = taken_input("hf_generate", input, call)
+        single = isinstance(input, str) or getattr(input, "ndim", 1) == 0
         prompts = prompts_of(self, input, call)
         wanted = call.pop("return_type", "input")
         as_text = wanted == "str" or (wanted in ("input", None) and prompts.as_text)
@@ -153,7 +153,7 @@ class GemmaBridge(HasTokenizer, GemmaModel, TransformerBridge):  # pyright: igno
             return output
         rows = getattr(output, "sequences", output)
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-        return texts[0] if isinstance(input, str) else texts
+        return texts[0] if single and len(texts) == 1 else texts
 
     def _hf_options(self, call: dict[str, Any]) -> dict[str, Any]:
         """Convert arguments of TransformerLens's ``hf_generate`` to those of Hugging Face's ``generate``.

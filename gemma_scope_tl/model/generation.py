@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.model.keywords import named
+from gemma_scope_tl.model.keywords import named, taken_input
 from gemma_scope_tl.model.positions import move_rows
 from gemma_scope_tl.model.tracker import Generation, TokenTracker
 from gemma_scope_tl.sae.arguments import as_indices
@@ -87,7 +87,12 @@ def is_text(given: Any) -> bool:
     while not isinstance(given, (str, Mapping)):
         if isinstance(given, (torch.Tensor, TokenBatch)):
             return False
-        if not hasattr(given, "__len__") or len(given) == 0:
+        if not hasattr(given, "__len__"):
+            return False
+        if getattr(given, "ndim", 1) == 0:  # one text or number in an array, which has no length
+            given = given.item()
+            continue
+        if len(given) == 0:
             return False
         given = next(iter(given))
     return isinstance(given, str) or "role" in given
@@ -100,7 +105,7 @@ def stop_ids(model: Any, call: dict[str, Any]) -> list[int] | int | None:
         GemmaScopeError: when no stop token is known.
     """
     given = call.get("eos_token_id")
-    if isinstance(given, (torch.Tensor, set, frozenset, tuple)):
+    if given is not None and not isinstance(given, (int, list)):
         given = sorted(as_indices(given))
     if given is not None or not call.get("stop_at_eos", True):
         return given
@@ -148,12 +153,12 @@ class Generates:
     token_tracker: TokenTracker
     tokenizer: Any
 
-    def generate(self, input: Any = "", *args: Any, **kwargs: Any) -> Any:
+    def generate(self, input: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as in TransformerLens, from texts in any form. Attached SAEs have access to the token ids.
 
         Args:
-            input: as for ``forward``. Padding is masked. New tokens are added after the last column, so rows that are
-                padded on the right are moved to the right edge, and returned in that form.
+            input: as for ``forward``, also as ``input_ids=``. Padding is masked. New tokens are added after the last
+                column, so rows that are padded on the right are moved to the right edge, and returned in that form.
             *args, **kwargs: arguments of the backend's ``generate``, and ``attention_mask`` over the prompt. Without
                 ``eos_token_id`` generation stops at the tokens of the model's ``generation_config``
                 (:attr:`stop_token_ids`), as in Hugging Face.
@@ -163,8 +168,7 @@ class Generates:
 
         Raises:
             UnknownKeywordError: for a keyword that ``generate`` does not accept.
-            GemmaScopeError: for no text, no new tokens, or an unknown stop token.
-            SpliceError: with an SAE on the embedding of a ``HookedTransformer``, whose ``generate`` skips that hook.
+            GemmaScopeError: for no prompt, no new tokens, or an unknown stop token. The empty text is a prompt: BOS.
         """
         prompts, call = self._prepared("generate", input, args, kwargs)
         with self.token_tracker.running(prompts.generation()):
@@ -173,7 +177,7 @@ class Generates:
             return result
         return _filled(result, Filler(call["eos_token_id"], self.tokenizer, prompts.ids.shape[1]))
 
-    def generate_stream(self, input: Any = "", *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def generate_stream(self, input: Any = None, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Generate in pieces, as in TransformerLens. The first piece includes the prompt.
 
         Between pieces the model may be used for other passes.
@@ -206,7 +210,7 @@ class Generates:
     ) -> tuple[Prompts, dict[str, Any]]:
         """The prompts, and the arguments for TransformerLens's method."""
         call = named(self, method, args, kwargs)
-        prompts = prompts_of(self, input, call)
+        prompts = prompts_of(self, taken_input(method, input, call), call)
         call["eos_token_id"] = stop_ids(self, call)
         call.setdefault("verbose", False)
         if prompts.as_text and call.get("return_type", "input") == "input":

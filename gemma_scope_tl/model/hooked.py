@@ -20,7 +20,7 @@ from gemma_scope_tl.model.hook_names import (
     positional_hooks,
     translate_hook_name,
 )
-from gemma_scope_tl.model.keywords import check_keywords, named
+from gemma_scope_tl.model.keywords import check_keywords, check_layers, named, taken_input
 from gemma_scope_tl.model.owners import OwnedHook, Owner, Turns
 from gemma_scope_tl.model.protocol import BindsToPass
 from gemma_scope_tl.model.splicing import SpliceMixin
@@ -163,6 +163,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         Hooks may follow the input as positional arguments, as in TransformerLens's bridge.
         """
         check_keywords(self, "run_with_hooks", kwargs)
+        model_args = model_args or (taken_input("run_with_hooks", None, kwargs),)
         model_args, given = positional_hooks(model_args, fwd_hooks, bwd_hooks)
         if len(model_args) > 1:  # arguments after the input and the hooks belong to forward
             kwargs = named(self, "forward", model_args[1:], kwargs)
@@ -212,8 +213,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
                 "run_with_cache() takes return_cache_object (a bool) after the input on the bridge: give saes=, "
                 "names_filter= and return_type= by name."
             )
-        if not model_args and "input_ids" in kwargs:
-            model_args = (kwargs.pop("input_ids"),)
+        model_args = model_args or (taken_input("run_with_cache", None, kwargs),)
         if self.tokenizer is None and model_args and isinstance(model_args[0], str):
             text_ids(None, model_args[:1])  # raises a better error than the bridge's assertion
         self._check_asked(names_filter)
@@ -259,20 +259,13 @@ class GemmaModel(Generates, SpliceMixin, _Module):
             UnknownNameError: for a return type that does not exist.
         """
         call = self._named_cache(named(self, "forward", args, kwargs))
-        if input is None:
-            input = call.pop("input_ids", None)
-            input = call.pop("inputs_embeds", None) if input is None else input
+        input = taken_input("forward", input, call)
         if call.get("return_type", "logits") not in self.return_types:
             given, hint = call["return_type"], "It follows the input; SAEs and hooks are given by name (saes=)."
             shown = given if isinstance(given, str) else f"a {type(given).__name__}"
             raise unknown_name("return_type", shown, map(str, self.return_types), "" if given is shown else hint)
-        for name in ("start_at_layer", "stop_at_layer"):
-            layer = call.get(name)
-            if layer is not None and not -self.dims.n_layers <= layer <= self.dims.n_layers:
-                raise SpliceError(f"{name}={layer} does not exist: the model's layers are 0..{self.dims.n_layers - 1}.")
         embedded = isinstance(input, torch.Tensor) and input.is_floating_point() and input.ndim == 3
-        if call.get("start_at_layer") is not None and not embedded:
-            raise SpliceError("start_at_layer= takes the residual stream before that layer, [batch, pos, d_model].")
+        check_layers(self, call, embedded)
         if embedded:
             return self._forward_embedded(input, call)
         cache, seen = self._cache_of(call)
@@ -344,7 +337,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         """Run a pass from embeddings, or from the residual stream before a layer.
 
         Raises:
-            SpliceError: with an SAE on the embedding, which such a pass skips.
+            SpliceError: with an SAE or an intervention on the embedding, which such a pass skips.
         """
         total = embeddings.shape[1] + self._cache_of(call)[1]
         mask = self.token_tracker.growing_mask(total)
@@ -352,8 +345,8 @@ class GemmaModel(Generates, SpliceMixin, _Module):
             call["attention_mask"] = attendable(mask).long()
             with self.token_tracker.under_way():
                 return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]
-        if not call.get("start_at_layer") and self._embedding_is_spliced():
-            raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
+        if not call.get("start_at_layer"):
+            self._check_embedding_is_not_edited()
         with self.token_tracker.expecting(None, None, 0):
             self.token_tracker.clear()
             return super().forward(embeddings, **call)  # pyright: ignore[reportAttributeAccessIssue]

@@ -17,7 +17,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedTransformer import Output
 
-from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.families import Backend, Family, ModelDims
 from gemma_scope_tl.model.attached import AttachedSAE
 from gemma_scope_tl.model.generation import decoded
@@ -39,8 +39,6 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
         self.token_tracker.observe_embedded(args[0], self.tokenizer)
 
     def _prepared(self, method: str, input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._embedding_is_spliced():
-            raise SpliceError('HookedTransformer.generate skips hook_embed: load with backend="bridge".')
         prompts, call = super()._prepared(method, input, args, kwargs)
         total = prompts.ids.shape[1] + int(call.get("max_new_tokens", 10)) - 1  # the last token is not read again
         if total > int(self.cfg.n_ctx):
@@ -55,6 +53,11 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
 
     def _forward_embedded(self, embeddings: Any, call: dict[str, Any]) -> Any:
         call.setdefault("start_at_layer", 0)
+        if self.token_tracker.growing_mask(embeddings.shape[1] + self._cache_of(call)[1]) is not None:
+            # generate embeds the ids itself and leaves out this hook point. Positions are rotary, so the embedding of
+            # the columns of this pass is its residual stream.
+            with self.token_tracker.under_way():
+                embeddings = self.hook_embed(embeddings)
         return super()._forward_embedded(embeddings, call)
 
     def _cache_of(self, call: dict[str, Any]) -> tuple[Any, int]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from gemma_scope_tl.errors import UnknownKeywordError, unknown_keyword
+from gemma_scope_tl.errors import GemmaScopeError, KeywordError, SpliceError, UnknownKeywordError, unknown_keyword
 
 # Keywords of other methods, with the method to use.
 ELSEWHERE = {
@@ -22,12 +22,15 @@ ELSEWHERE = {
     "fwd_hooks": "run_with_hooks() or run_with_hooks_with_saes(), or model.hooks() around this call",
     "bwd_hooks": "run_with_hooks() or run_with_hooks_with_saes(), or model.hooks() around this call",
     "streamer": "generate_stream(), or hf_generate() on the bridge",
+    "num_return_sequences": "hf_generate() on the bridge",
+    "num_beams": "hf_generate() on the bridge",
     "names_filter": "run_with_cache() or run_with_cache_with_saes()",
 }
 # TransformerBridge accepts these for models of other kinds; here they would have no effect.
 _OTHER_MODELS = {"pixel_values", "input_values", "decoder_input", "multimodal_kwargs", "forced_bos_token_id"}
 _CACHE_NAMES = {"past_key_values", "cache", "use_past_kv_cache", "one_zero_attention_mask"}
 _INPUTS = {"input_ids", "inputs_embeds"}
+_INPUT_NAMES = ("input", "input_ids", "inputs_embeds")
 
 
 def named(model: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,6 +50,29 @@ def named(model: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, A
     return {**call, **kwargs}
 
 
+def taken_input(method: str, given: Any, call: dict[str, Any]) -> Any:
+    """The input of a call: the first argument, or the keyword ``input_ids`` or ``inputs_embeds`` of Hugging Face.
+
+    Args:
+        method: the name of the method, for the message.
+        given: the first argument, None if it was left out.
+        call: the other arguments by name; those that name an input are removed.
+
+    Raises:
+        GemmaScopeError: for no input. The methods of TransformerLens would fail, or generate from an empty prompt.
+        KeywordError: for two inputs.
+    """
+    found = {"the first argument": given, **{name: call.pop(name, None) for name in _INPUT_NAMES}}
+    found = {name: value for name, value in found.items() if value is not None}
+    if not found:
+        raise GemmaScopeError(
+            f"{method}() was given no input: give texts, token ids, the output of a tokenizer, or input_ids=."
+        )
+    if len(found) > 1:
+        raise KeywordError(f"{method}() was given several inputs: {' and '.join(found)}. Give one.")
+    return next(iter(found.values()))
+
+
 def check_keywords(model: Any, method: str, given: Mapping[str, Any]) -> None:
     """Raise for a keyword that a method of the model does not accept.
 
@@ -62,6 +88,33 @@ def check_keywords(model: Any, method: str, given: Mapping[str, Any]) -> None:
             raise unknown_keyword(method, keyword, valid)
 
 
+def check_layers(model: Any, call: Mapping[str, Any], embedded: bool) -> None:
+    """Check the layers at which a pass begins and ends.
+
+    Args:
+        model: the model of the pass.
+        call: its arguments by name.
+        embedded: whether its input is embeddings or the residual stream.
+
+    Raises:
+        SpliceError: for a layer that does not exist, or at which this backend or input cannot begin.
+    """
+    count = model.dims.n_layers
+    for name in ("start_at_layer", "stop_at_layer"):
+        layer = call.get(name)
+        if layer is not None and not -count <= layer <= count:
+            raise SpliceError(f"{name}={layer} does not exist: the model's layers are 0..{count - 1}.")
+    if call.get("start_at_layer") is None:
+        return
+    if model.backend == "bridge":
+        raise SpliceError(
+            "start_at_layer= takes the residual stream before a layer, but Hugging Face's forward pass, which the "
+            'bridge runs, begins at the embedding: load with backend="hooked_transformer".'
+        )
+    if not embedded:
+        raise SpliceError("start_at_layer= takes the residual stream before that layer, [batch, pos, d_model].")
+
+
 @cache
 def accepted(model_class: type, hf_class: type | None, method: str) -> frozenset[str]:
     """The keywords of a method of TransformerLens's model class, and of the functions to which it passes keywords."""
@@ -75,7 +128,7 @@ def accepted(model_class: type, hf_class: type | None, method: str) -> frozenset
         elif hf_class is not None:
             valid -= {"names_filter"}  # the bridge accepts it without effect
     elif method in ("generate", "generate_stream"):
-        valid |= {"attention_mask"}
+        valid |= {"attention_mask"} | _INPUTS
         if method == "generate" and hf_class is None:
             valid |= {"output_logits", "return_dict_in_generate"}
     elif method == "hf_generate" and hf_class is not None:

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Int, Shaped
 
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.model.tracker import TokenTracker
+from gemma_scope_tl.sae.arguments import to_tensor
 
 Positions = int | slice | Sequence[int] | torch.Tensor | None
 
@@ -85,7 +86,7 @@ def chosen_columns(positions: Positions, rows: Rows) -> Bool[torch.Tensor, "batc
         return _in_slice(positions, rows)
     if positions is None:
         return torch.ones(rows.place.shape, dtype=torch.bool, device=rows.start.device)
-    wanted = torch.as_tensor(positions, device=rows.start.device)
+    wanted = to_tensor(positions).to(rows.start.device)
     if wanted.dtype == torch.bool:
         if wanted.ndim == 2:
             return _under_mask(wanted, rows)

@@ -55,7 +55,7 @@ class SpliceOptions:
     chain: bool = False
 
     def __post_init__(self) -> None:
-        checked_positions(self.positions)
+        object.__setattr__(self, "positions", checked_positions(self.positions))
         choice = excluded_choice(self.exclude_special_tokens)  # an iterator is consumed once, for all SAEs
         object.__setattr__(self, "exclude_special_tokens", choice)
 

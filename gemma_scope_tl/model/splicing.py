@@ -13,6 +13,7 @@ from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.model import copies
 from gemma_scope_tl.model.attached import AttachedSAE
 from gemma_scope_tl.model.owners import ADVICE, Owner, Turns
+from gemma_scope_tl.model.protocol import BindsToPass
 from gemma_scope_tl.model.splice_options import SpliceKeywords, SpliceOptions, shows_options
 from gemma_scope_tl.model.tracker import TokenTracker
 from gemma_scope_tl.sae.access import locate
@@ -214,9 +215,25 @@ class SpliceMixin:
         else:
             owner.keep()
 
-    def _embedding_is_spliced(self) -> bool:
-        """Whether an SAE writes the embedding, which a pass that begins after it would skip."""
-        return any(attached.site.joins == "embedding" for attached in self._attached.values())
+    def _check_embedding_is_not_edited(self) -> None:
+        """Check, for a pass that begins after the embedding, that it skips no SAE and no intervention there.
+
+        Other functions that are hooked there are skipped as in TransformerLens, since they may only read.
+
+        Raises:
+            SpliceError: for an SAE or an intervention on the embedding.
+        """
+        for attached in self._attached.values():
+            if attached.site.joins == "embedding":
+                raise SpliceError("A pass from embeddings skips the SAE on the embedding: pass token ids.")
+        for site in self.family.sites.values():
+            if site.joins != "embedding":
+                continue
+            name = site.hook_name(None, self.backend)
+            for handle in self.site_hook_point(name).fwd_hooks:
+                edit = handle.user_hook
+                if isinstance(getattr(edit, "fn", edit), BindsToPass):
+                    raise SpliceError(f"A pass from embeddings skips the intervention on {name}: pass token ids.")
 
     def _attach(self, sae: SAE[Any], options: SpliceOptions, owner: Owner) -> AttachedSAE:
         with _bookkeeping:

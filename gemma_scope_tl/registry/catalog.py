@@ -15,12 +15,12 @@ from typing import cast
 
 from gemma_scope_tl.errors import RegistryError, nearest, unknown_name
 from gemma_scope_tl.families import family_of_model, plain_name
-from gemma_scope_tl.registry.choice import CANONICAL, pick
+from gemma_scope_tl.registry.choice import CANONICAL, checked_number, pick
 from gemma_scope_tl.registry.index import forget_indexes, indexed
 from gemma_scope_tl.registry.locate import forget_packages, is_registered, release_files
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.schema import LABELS, SERIES, ReleaseFile, SAERow, read_release
-from gemma_scope_tl.registry.widths import DEFAULT_WIDTH, width_label
+from gemma_scope_tl.registry.widths import label_of
 from gemma_scope_tl.sites import SITES, get_site
 
 
@@ -112,6 +112,7 @@ def find(
     """
     model = checked_model(model)
     get_site(site)
+    layer = None if layer is None else checked_number("layer", layer)
     rows = [row for header in releases_of(model, release, series) for row in rows_of(header)]
     within = f"{release or model}{f' (series {series})' if series else ''}"
     found = _at_place(rows, within, _base_hint(model), (site, layer, width))
@@ -123,7 +124,7 @@ def _at_place(
 ) -> list[SAERow]:
     """The rows of a site, layer and width among those of ``within``; an error names the nearest that exist."""
     site, layer, width = place
-    label = DEFAULT_WIDTH if width is None else width_label(width) if isinstance(width, int) else width
+    label = label_of(width)
     at_site = [row for row in rows if row.site == site]
     if not at_site:
         raise unknown_name(f"site of {within}", site, sorted({row.site for row in rows}), hint)

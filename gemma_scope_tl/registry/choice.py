@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
+from typing import TypeVar, cast
 
 from gemma_scope_tl.errors import RegistryError, UnknownNameError, unknown_name
 from gemma_scope_tl.registry.schema import LABELS, SERIES, SAERow
 
+T = TypeVar("T")
 CANONICAL = "canonical"
 CLOSEST = "closest:"
 NEARBY = 2.0
@@ -132,3 +135,25 @@ def _no_such_l0(rows: Sequence[SAERow], l0: float | str) -> str:
     closest = _closest(rows, target)
     near = f" l0='closest:{target:g}' takes {closest[0].l0:g}." if closest else ""
     return f"{place} has no SAE with L0 {target:g}. L0s: {listed}.{near}"
+
+
+def several(value: T | Iterable[T]) -> list[T]:
+    """One value or several, as a list; a string is one, and so is an array without dimensions."""
+    if isinstance(value, str) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        return [cast("T", value)]
+    return list(cast("Iterable[T]", value))
+
+
+def checked_number(what: str, number: object) -> int:
+    """A layer or a seed as an int, from any library's integer, or from a whole float of a column that has gaps.
+
+    Raises:
+        UnknownNameError: for anything else.
+    """
+    given = int(number) if isinstance(number, float) and number.is_integer() else number
+    try:
+        if "bool" in str(getattr(given, "dtype", type(given).__name__)):
+            raise TypeError
+        return index(given)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise unknown_name(what, repr(number), ["a number from 0, such as 20"]) from None

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 from gemma_scope_tl.errors import RegistryError, unknown_name
 from gemma_scope_tl.registry.catalog import checked_model, header_of, headers, rows_of
+from gemma_scope_tl.registry.choice import checked_number, several
 from gemma_scope_tl.registry.locate import BUNDLED_DATA, bundle_folder
 from gemma_scope_tl.registry.schema import LABELS, SERIES, SAERow
-from gemma_scope_tl.registry.widths import width_label
+from gemma_scope_tl.registry.widths import label_of
 from gemma_scope_tl.sites import SITES, get_site
 
 if TYPE_CHECKING:
@@ -130,17 +131,17 @@ def select_rows(
     Raises:
         UnknownNameError: for a model, site, width, release, label or series that does not exist; with the nearest.
     """
-    models = None if model is None else {checked_model(name) for name in _several(model)}
-    sites = None if site is None else {get_site(name).name for name in _several(site)}
-    layers = None if layer is None else {_checked_number("layer", number) for number in _several(layer)}
-    names = None if release is None else set(_several(release))
+    models = None if model is None else {checked_model(name) for name in several(model)}
+    sites = None if site is None else {get_site(name).name for name in several(site)}
+    layers = None if layer is None else {checked_number("layer", number) for number in several(layer)}
+    names = None if release is None else set(several(release))
     for name in names or ():
         header_of(name)
-    labels = None if label is None else {_one_of("label", name, LABELS) for name in _several(label)}
-    seeds = None if seed is None else {_checked_number("seed", number) for number in _several(seed)}
+    labels = None if label is None else {_one_of("label", name, LABELS) for name in several(label)}
+    seeds = None if seed is None else {checked_number("seed", number) for number in several(seed)}
     wanted = None if series is None else _one_of("series", series, SERIES)
     rows = _of_releases(models, names, wanted)
-    widths = None if width is None else _checked_widths(_several(width), (row for _, row in rows))
+    widths = None if width is None else _checked_widths(several(width), (row for _, row in rows))
     fitting = [
         row
         for canonical_release, row in rows
@@ -232,19 +233,6 @@ def _matches(row: SAERow, canonical_release: str | None, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 
 
-def _several(value: T | Iterable[T]) -> list[T]:
-    """One value or several, as a list; a string is one."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        return [cast("T", value)]
-    return list(cast("Iterable[T]", value))
-
-
-def _checked_number(what: str, number: object) -> int:
-    if isinstance(number, bool) or not hasattr(number, "__index__"):
-        raise unknown_name(what, repr(number), ["a number from 0, such as 20"])
-    return number.__index__()  # pyright: ignore
-
-
 def _one_of(what: str, name: str, known: Sequence[str]) -> str:
     if name not in known:
         raise unknown_name(what, name, known)
@@ -253,7 +241,7 @@ def _one_of(what: str, name: str, known: Sequence[str]) -> str:
 
 def _checked_widths(widths: Iterable[str | int], rows: Iterable[SAERow]) -> set[str]:
     """The labels of ``widths``. A width without a row among ``rows`` is valid if another release has it."""
-    labels = {width if isinstance(width, str) else width_label(width) for width in widths}
+    labels = {label_of(width) for width in widths}
     known = {row.width for row in rows}
     if not labels <= known:
         sizes = {row.width: row.d_sae for header in headers() for row in rows_of(header)}

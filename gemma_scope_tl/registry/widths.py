@@ -6,7 +6,9 @@ Any other number of latents is written out.
 
 from __future__ import annotations
 
-from gemma_scope_tl.errors import RegistryError
+from operator import index
+
+from gemma_scope_tl.errors import RegistryError, UnknownNameError
 
 DEFAULT_WIDTH = "16k"
 """The default width, which every Gemma Scope model has at every layer."""
@@ -28,6 +30,22 @@ def width_label(d_sae: int) -> str:
     if d_sae & (d_sae - 1) or d_sae < 1024 or d_sae > _LARGEST:
         return str(d_sae)
     return f"{d_sae // 1_000}k" if d_sae < 1_000_000 else f"{d_sae // 1_000_000}m"
+
+
+def label_of(width: str | int | None) -> str:
+    """The label of a width that a user gives: a label, a number of latents of any integer type, or None for 16k.
+
+    >>> [label_of(width) for width in ("65k", 1024, "1024", None)]
+    ['65k', '1k', '1k', '16k']
+    """
+    if width is None:
+        return DEFAULT_WIDTH
+    if isinstance(width, str):
+        return width_label(int(width)) if width.isascii() and width.isdecimal() and int(width) else width
+    try:
+        return width_label(index(width))
+    except TypeError:
+        raise UnknownNameError(f"A width is a label such as '16k', or a number of latents, not {width!r}.") from None
 
 
 def parse_width(label: str) -> int:

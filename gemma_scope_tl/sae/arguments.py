@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 
 from gemma_scope_tl.errors import SpliceError, device_mismatch
@@ -65,6 +66,36 @@ def is_index(value: Any) -> bool:
     except SpliceError:
         return False
     return True
+
+
+def to_tensor(values: Any) -> torch.Tensor:
+    """Convert numbers in any form to a tensor, in their order: torch takes a Series by its labels, not its rows.
+
+    Args:
+        values: a number, a list (also of tensors), an array, a column of a table, any other iterable, or a tensor.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for anything else, as ``torch.as_tensor``, and for a set, without order.
+    """
+    if isinstance(values, torch.Tensor):
+        return values
+    if isinstance(values, (str, bytes, Mapping, set, frozenset)):
+        raise TypeError(f"A {type(values).__name__} is not numbers.")
+    if hasattr(values, "__array__"):
+        array: Any = np.array(values)  # a copy, since tables return views that torch must not write to
+        if array.dtype.kind == "O":  # of Python's numbers, or with a gap, which torch refuses
+            return torch.as_tensor(array.tolist())
+        return torch.as_tensor(array.astype("int64") if array.dtype.kind == "u" else array)
+    return torch.as_tensor(list(values) if isinstance(values, Iterable) else values)
+
+
+def listed(values: Any) -> Any:
+    """Convert an array, a column of a table or an iterable to a list, or an array without dimensions to its value."""
+    if hasattr(values, "__array__"):
+        plain: Any = values if hasattr(values, "tolist") else np.asarray(values)
+        return plain.tolist()
+    kept = isinstance(values, (str, bytes, Mapping, list, set, frozenset)) or not isinstance(values, Iterable)
+    return values if kept else list(values)
 
 
 def checked_tensor(x: Any, name: str, device: torch.device) -> torch.Tensor:

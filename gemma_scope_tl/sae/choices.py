@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.sae.arguments import shown
+from gemma_scope_tl.sae.arguments import shown, to_tensor
 from gemma_scope_tl.sae.latents import Latents
 
 T = TypeVar("T")
@@ -78,13 +78,15 @@ def bring(source: T, device: torch.device) -> T:
 def checked_positions(positions: Any) -> Any:
     """Return ``positions`` if they have a valid type. Whether the positions exist is known only in a pass.
 
+    Arrays, columns of tables and iterators are converted to tensors, once for all passes.
+
     Raises:
         SpliceError: for anything but None, an int, a slice, a list of ints or a boolean mask.
     """
     if positions is None or isinstance(positions, slice):
         return positions
     try:
-        found = torch.as_tensor(positions)
+        found = to_tensor(positions)
     except (TypeError, ValueError, RuntimeError):
         found = None
     flat = found is not None and (found.ndim <= 1 if found.dtype != torch.bool else found.ndim in (1, 2))
@@ -93,7 +95,7 @@ def checked_positions(positions: Any) -> Any:
             f"Positions must be an int, a slice, a list of ints, or a boolean mask [pos] or [batch, pos]; given: "
             f"{shown(positions)}."
         )
-    return positions
+    return positions if isinstance(positions, (int, list, tuple)) else found
 
 
 def _is_sae(value: Any) -> bool:

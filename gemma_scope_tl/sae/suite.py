@@ -15,8 +15,9 @@ import torch
 from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
 from gemma_scope_tl.registry import catalog
+from gemma_scope_tl.registry.choice import checked_number, several
 from gemma_scope_tl.registry.schema import LABELS, SERIES
-from gemma_scope_tl.registry.widths import DEFAULT_WIDTH, width_label
+from gemma_scope_tl.registry.widths import label_of
 from gemma_scope_tl.sae.loading import load_row
 from gemma_scope_tl.sites import get_site
 
@@ -33,7 +34,7 @@ Key = tuple[str, int | None]
 def load_suite(
     model: str,
     sites: str | Iterable[str] = ("res", "mlp", "att"),
-    layers: str | int | Iterable[int] = "all",
+    layers: str | int | Iterable[int] | None = "all",
     width: str | int | None = None,
     l0: int | float | str = "canonical",
     device: str | torch.device = "cpu",
@@ -50,7 +51,8 @@ def load_suite(
     Args:
         model: a name such as ``"gemma-2-2b"``.
         sites: one or several of ``res``, ``mlp``, ``att``, ``embedding`` (whose layer is None), ``transcoder``.
-        layers: ``"all"`` layers that have an SAE of this width (and label, if ``l0`` is a label), or a list of layers.
+        layers: ``"all"`` (or None) for the layers that have an SAE of this width (and label, if ``l0`` is a label); or
+            one or several layers.
         width, l0, affine, seed: as for :func:`load_sae`.
         device, dtype: as for :meth:`JumpReLUSAE.from_pretrained`.
         memory: limit in bytes for the loaded SAEs. Beyond it, the least recently used SAEs are dropped, and loaded
@@ -66,28 +68,35 @@ def load_suite(
         UnknownNameError: when a site, layer, width or L0 does not exist, before anything is loaded.
     """
     device, dtype = parse_device(device), parse_dtype(dtype)
-    if isinstance(layers, str) and layers != "all":
-        raise unknown_name("choice of layers", layers, ["all"], "Or give numbers.")
-    label = DEFAULT_WIDTH if width is None else width_label(width) if isinstance(width, int) else width
+    numbers = _numbers(layers)
+    label = label_of(width)
     candidates = [
         row
         for header in catalog.releases_of(catalog.checked_model(model), release, series)
         for row in catalog.rows_of(header)
         if row.width == label and affine in (None, bool(row.affine)) and (l0 not in LABELS or row.label == l0)
     ]
-    layers = layers if isinstance(layers, (str, int)) else list(layers)
-    keys = [key for site in ([sites] if isinstance(sites, str) else sites) for key in _keys(site, layers, candidates)]
+    keys = [key for site in several(sites) for key in _keys(site, numbers, candidates)]
     series = series or _series_of(keys, candidates, l0)
     chosen: dict[str, Any] = {"affine": affine, "seed": seed, "series": series, "release": release}
     rows = {(site, n): catalog.find(model, site, n, width, l0, **chosen) for site, n in keys}
     return SAESuite(rows, lambda row: load_row(row, device=device, dtype=dtype), memory)
 
 
-def _keys(site: str, layers: str | int | Iterable[int], candidates: Iterable[SAERow]) -> list[Key]:
+def _numbers(layers: Any) -> list[int | None] | None:
+    """The numbers of one layer or several (None for no layer, as of the embedding); None for all layers."""
+    if layers is None or (isinstance(layers, str) and layers == "all"):
+        return None
+    if isinstance(layers, str):
+        raise unknown_name("choice of layers", layers, ["all"], "Or give numbers.")
+    return [None if n is None else checked_number("layer", n) for n in several(layers)]
+
+
+def _keys(site: str, layers: list[int | None] | None, candidates: Iterable[SAERow]) -> list[Key]:
     """The places of a site: all that have a candidate, or those of the given layers."""
     once = not get_site(site).per_layer
-    if not (isinstance(layers, str) or once):
-        return [(site, n) for n in ([layers] if isinstance(layers, int) else layers)]
+    if layers is not None and not once:
+        return [(site, n) for n in layers]
     found = {row.layer for row in candidates if row.site == site}
     # find() raises an error for the places of the second list that names the existing layers
     return [(site, n) for n in sorted(found, key=lambda n: n or 0) or [None if once else 0]]
@@ -124,6 +133,8 @@ class SAESuite(Mapping[Key, Any]):
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def __getitem__(self, key: Key) -> Any:
+        if isinstance(key, tuple) and len(key) == 2 and isinstance(key[1], torch.Tensor):
+            key = key[0], checked_number("layer", key[1])  # a tensor's hash is not that of its number
         if key not in self.rows:
             raise unknown_name("SAE of this suite", key, map(str, self.rows))
         with self._lock:
@@ -168,16 +179,22 @@ class SAESuite(Mapping[Key, Any]):
         with self._lock:
             return sum(_nbytes(sae) for sae in self._held.values())
 
-    def select(self, site: str | None = None, layers: Iterable[int | None] | None = None) -> SAESuite:
+    def select(
+        self, site: str | Iterable[str] | None = None, layers: str | int | Iterable[int | None] | None = None
+    ) -> SAESuite:
         """A suite of some of these SAEs. It shares the SAEs that are in memory now, but none that are loaded later.
+
+        Args:
+            site: one or several sites; None for all.
+            layers: one or several layers, in which None is the embedding's; ``"all"`` or None for all.
 
         Raises:
             UnknownNameError: when no SAE meets the conditions.
         """
-        chosen = None if layers is None else set(layers)
-        keep = [k for k in self.rows if site in (None, k[0]) and (chosen is None or k[1] in chosen)]
+        sites, numbers = None if site is None else several(site), _numbers(layers)
+        keep = [k for k in self.rows if (sites is None or k[0] in sites) and (numbers is None or k[1] in numbers)]
         if not keep:
-            raise UnknownNameError(f"No SAE of this suite has site {site!r} and layers {layers!r}: {list(self.rows)}.")
+            raise UnknownNameError(f"No SAE of this suite has site {site!r} and layers {numbers!r}: {list(self.rows)}.")
         with self._lock:
             held = OrderedDict((key, sae) for key, sae in self._held.items() if key in keep)
         return SAESuite({key: self.rows[key] for key in keep}, self.load, self.memory, held)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.sae.arguments import as_index, is_index, shown
+from gemma_scope_tl.sae.arguments import as_index, is_index, shown, to_tensor
 from gemma_scope_tl.text.tokenizing import pad_id, padded, rendered, tokenize, too_long
 from gemma_scope_tl.text.tokens import special_mask, text_mask
 
@@ -289,7 +289,7 @@ def _checked_ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def _checked_mask(mask: Any, ids: torch.Tensor) -> torch.Tensor:
     try:
-        tensor = mask if isinstance(mask, torch.Tensor) else torch.as_tensor(mask)
+        tensor = to_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
         raise GemmaScopeError(f"attention_mask is not an array of numbers: {shown(mask)}.") from error
     tensor = tensor[None] if tensor.ndim == 1 else tensor

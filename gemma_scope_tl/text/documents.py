@@ -92,8 +92,8 @@ def _from_list(texts: Sequence[Any]) -> Documents:
     if not texts:
         raise GemmaScopeError("No texts were given.")
     digest = hashlib.sha256()
-    for text in texts:
-        encoded = _checked([text])[0].encode(errors="surrogatepass")
+    for number, text in enumerate(texts):
+        encoded = _checked([text], number)[0].encode(errors="surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
 
     def read(start: int) -> Iterator[DocumentBatch]:
@@ -108,7 +108,8 @@ def _from_iterator(texts: Iterable[Any]) -> Documents:
 
     def read(start: int) -> Iterator[DocumentBatch]:
         while batch := list(islice(iterator, _BATCH)):
-            yield _checked(batch)
+            yield _checked(batch, start)
+            start += len(batch)
 
     return Documents(None, False, None, read)
 
@@ -128,8 +129,9 @@ def _from_dataset(dataset: Any, source: str | None, column: str | None) -> Docum
 
     def read(start: int) -> Iterator[DocumentBatch]:
         try:
-            for batch in (narrow.skip(start) if start else narrow).iter(batch_size=_BATCH):
-                yield list(batch[chosen]) if tokenised else _checked(list(batch[chosen]))
+            for number, batch in enumerate((narrow.skip(start) if start else narrow).iter(batch_size=_BATCH)):
+                found = list(batch[chosen])
+                yield found if tokenised else _checked(found, start + number * _BATCH)
         except GemmaScopeError:
             raise
         except Exception as error:  # as above, and interrupted downloads
@@ -210,10 +212,12 @@ def _file_id(path: Path) -> str:
     return f"{path.name}:{size}:{digest[:32]}"
 
 
-def _checked(texts: DocumentBatch) -> DocumentBatch:
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    if wrong is not None or None in texts:
-        raise GemmaScopeError(f"Documents must be texts, not {type(wrong).__name__}: {str(wrong)[:80]!r}.")
+def _checked(texts: DocumentBatch, first: int) -> DocumentBatch:
+    """Return the texts, the first of which has the number ``first`` among all documents."""
+    for number, text in enumerate(texts, first):
+        if not isinstance(text, str):
+            given = f"{type(text).__name__}: {str(text)[:80]!r}"
+            raise GemmaScopeError(f"Documents must be texts, not {given} (document {number}).")
     return texts
 
 

@@ -141,7 +141,7 @@ class Packer:
     def _encode(self, batch: DocumentBatch, read: int) -> list[Ids]:
         """Ids of each document, without a leading BOS unless the documents are tokenised rows."""
         if batch and isinstance(batch[0], str):
-            found = text_ids(self.tokenizer, batch)
+            found = text_ids(self.tokenizer, batch, read)
             return [np.array(without_bos(self.tokenizer, ids), np.int32) for ids in found]
         documents: list[Ids] = []
         for number, ids in enumerate(batch, read):

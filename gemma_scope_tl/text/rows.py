@@ -42,8 +42,8 @@ def pack_texts(
         raise GemmaScopeError("Texts are packed between BOS and EOS, but this tokenizer lacks one: give token ids.")
     stream: list[int] = []
     body = context - 1
-    for text in texts:
-        (ids,) = text_ids(tokenizer, [text])
+    for number, text in enumerate(texts):
+        (ids,) = text_ids(tokenizer, [text], number)
         stream += [*without_bos(tokenizer, ids), tokenizer.eos_token_id]
         if limit is not None and len(stream) >= limit * body:
             break

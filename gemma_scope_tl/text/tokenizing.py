@@ -11,6 +11,7 @@ import torch
 
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.families import Family, families
+from gemma_scope_tl.sae.arguments import shown
 
 Padded = tuple[torch.Tensor, torch.Tensor]
 """Ids and mask, both ``[batch, pos]``."""
@@ -41,6 +42,8 @@ def tokenize(
         GemmaScopeError: for no tokenizer, a value that is not text or not valid Unicode, or no token at all.
     """
     tokenizer, several = getattr(model, "tokenizer", None), _listed(texts)
+    if not several:
+        raise GemmaScopeError(f"An empty {type(texts).__name__} was given: there is no text.")
     rows = text_ids(tokenizer, several)
     bos = getattr(tokenizer, "bos_token_id", None)
     if prepend_bos is None:
@@ -48,7 +51,8 @@ def tokenize(
     if prepend_bos and bos is not None:
         rows = [[bos, *without_bos(tokenizer, row)] for row in rows]
     if not any(rows):
-        raise GemmaScopeError("The texts have no tokens and no BOS is added to them, so there is nothing to run on.")
+        why = "prepend_bos is False" if bos is not None else "the tokenizer has no BOS"
+        raise GemmaScopeError(f"The texts have no tokens, and no BOS is added ({why}), so there is nothing to run on.")
     side = padding_side or getattr(tokenizer, "padding_side", None) or "left"
     if side not in ("left", "right"):
         raise GemmaScopeError(f"padding_side must be 'left' or 'right', not {padding_side!r}.")
@@ -61,6 +65,8 @@ def tokenize(
 
 def _listed(texts: Any) -> list[Any]:
     """Convert one text or several to a list. Mappings and tables are refused, since iteration gives their keys."""
+    if getattr(texts, "ndim", 1) == 0:  # an array of one text
+        texts = texts.item()
     if isinstance(texts, str):
         return [texts]
     if isinstance(texts, Mapping) or (hasattr(texts, "iloc") and texts.ndim != 1) or not hasattr(texts, "__iter__"):
@@ -71,17 +77,22 @@ def _listed(texts: Any) -> list[Any]:
     return list(texts)
 
 
-def text_ids(tokenizer: Any, texts: Sequence[Any]) -> list[list[int]]:
+def text_ids(tokenizer: Any, texts: Sequence[Any], first: int = 0) -> list[list[int]]:
     """Token ids of each text, without special tokens that the tokenizer would add.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        texts: a part of the user's texts, or all of them.
+        first: the number of the first of them among all texts, for messages.
 
     Raises:
         GemmaScopeError: for no tokenizer, a value that is not text, or a text that is not valid Unicode.
     """
     if tokenizer is None:
         raise GemmaScopeError("The model has no tokenizer: give token ids instead of text, or load it with tokenizer=.")
-    for number, text in enumerate(texts):
+    for number, text in enumerate(texts, first):
         if not isinstance(text, str):
-            raise GemmaScopeError(f"Text {number} is a {type(text).__name__}, not a str.")
+            raise GemmaScopeError(f"Text {number} is {shown(text)}, not a str.")
         try:
             text.encode()
         except UnicodeEncodeError as error:
