@@ -26,6 +26,10 @@ Address = Annotated[
     str | None, typer.Option("--ray-address", help="Train as jobs on this Ray cluster; auto, host:port.")
 ]
 
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Start over: the earlier run is removed after the first step.")
+]
+
 
 def train(
     config: Annotated[
@@ -49,10 +53,7 @@ def train(
     device_flops: Annotated[
         float | None, typer.Option(min=1.0, help="FLOP/s to plan for; by default measured.")
     ] = None,
-    restart: Annotated[
-        bool,
-        typer.Option("--restart", help="Start over: the earlier run is removed after the first step."),
-    ] = False,
+    restart: Restart = False,
     force: Annotated[bool, typer.Option("--force", help="Run even if the plan says that it does not fit.")] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Train as jobs on a Ray on this machine.")] = False,
     ray_address: Address = None,

@@ -299,13 +299,11 @@ def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int =
     (True, True)
 
     Raises:
-        GemmaScopeError: a number is below 1 latent, step or dimension, or ``target_l0`` is too small for the width.
+        GemmaScopeError: a number is out of range.
     """
     if min(d_in, d_sae, steps) < 1:
         raise GemmaScopeError(f"d_in, d_sae and steps must be 1 or more, not {d_in}, {d_sae} and {steps}.")
-    share = min(0.3, 2.0 * target_l0 / d_sae)  # of the latents that are active at the start
-    if not (target_l0 > 0.0 and 1.0 - share < 1.0):  # the quantile would be infinite
-        raise GemmaScopeError(f"The preset fast knows no start for an L0 of {target_l0:g} among {d_sae} latents.")
+    share = _share(target_l0, d_sae)
     normal = NormalDist()
     quantile = normal.inv_cdf(1.0 - share)
     spread = math.sqrt(0.75 / d_in)
@@ -326,6 +324,14 @@ def fast(d_in: int, *, d_sae: int = 1_024, target_l0: float = 16.0, steps: int =
         ste_to_input=1.0,
         b_dec_start="mean",
     )
+
+
+def _share(target_l0: float, d_sae: int) -> float:
+    """The share of the latents that are active at the start of :func:`fast`."""
+    share = min(0.3, 2.0 * target_l0 / d_sae)
+    if not (target_l0 > 0.0 and 1.0 - share < 1.0):  # the quantile would be infinite
+        raise GemmaScopeError(f"The preset fast knows no start for an L0 of {target_l0:g} among {d_sae} latents.")
+    return share
 
 
 FAST = fast(FAST_WIDTH)

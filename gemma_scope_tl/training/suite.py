@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,9 +78,8 @@ def train_suite(
         overrides: ``"key=value"``, as ``--set`` on the command line.
         model: a model from ``load_model``; by default the configuration's model is loaded.
         source: a function that makes the source of some places, in place of the configuration's source.
-        resume: continue an unfinished run, and return the table of a finished one. False starts over: what the
-            folder's run has done, finished or not, is removed after the first step of the new run. If that step is not
-            reached, all of it is kept. Packed tokens stay.
+        resume: continue an unfinished run, and return the table of a finished one. False starts over: after the first
+            step of the new run all of the earlier one is removed, finished or not, but for packed tokens.
         force: train even if the plan says that memory or disk do not suffice.
         progress: show progress bars.
 
@@ -88,35 +87,34 @@ def train_suite(
         A row for each SAE: the registry's columns, ``l0``, ``fvu``, ``silent``, and how the SAE was trained.
 
     Raises:
-        TrainingStateError: the configuration has problems, its folder holds another run or other files, a checkpoint is
-            damaged, SAEs of a finished run are missing, or memory or disk do not suffice.
+        TrainingStateError: there are problems in the configuration, in the folder or with memory or disk.
         TrainingStopped: SIGINT or SIGTERM was received, and a checkpoint was written.
         GemmaScopeError: the model, the text or the store cannot be used.
     """
     checked = load_config(config, overrides)
     family, dims = (model.family, model.dims) if model is not None else _family_and_dims(checked.model.name)
     groups = groups_of(checked, dims, family)
-    folder = Path(checked.output)
-    make_folder(folder)
+    folder = make_folder(checked.output)
     mesh = checked.mesh
     with process_mesh(mesh.latents, mesh.data, device=checked.device) as shard:
         agreed({"resume": resume, **checked.results})
         with ExitStack() as held:
-            led(shard, lambda: held.enter_context(alone(folder)))
-            earlier: list[EarlierRun] = []
-            led(shard, lambda: earlier.append(held.enter_context(EarlierRun(folder))))
+            earlier: list[EarlierRun] = []  # none on processes that do not lead
+            led(shard, lambda: earlier.append(held.enter_context(_held(folder))))
             if resume and (folder / SUITE_NAME).exists():
                 return _finished(folder, checked, shard)
             if not (force or source or model) and mesh.processes == 1:  # the plan knows released models only
                 plan_suite(checked, measure=False).check()
             led(shard, lambda: begin_run(folder, checked, groups, earlier[0], resume))
-            opener = source or source_opener(checked, model, progress and shard.leads)
+            source = source or source_opener(checked, model, progress and shard.leads)
+            return _train(folder, checked, groups, family, source, earlier, progress=progress, shard=shard)
 
-            def begun() -> None:
-                for run in earlier:  # none on processes that do not lead
-                    run.discard()
 
-            return _train(folder, checked, groups, family, opener, begun, progress=progress, shard=shard)
+@contextmanager
+def _held(folder: Path) -> Generator[EarlierRun]:
+    """Hold the lock of a run's folder, and what the folder holds of an earlier run."""
+    with alone(folder), EarlierRun(folder) as earlier:
+        yield earlier
 
 
 def _family_and_dims(name: str) -> tuple[Family, ModelDims]:
@@ -130,12 +128,17 @@ def _train(
     groups: Sequence[Group],
     family: Family,
     source: OpenSource,
-    begun: Callable[[], None],
+    earlier: Sequence[EarlierRun],
     *,
     progress: bool,
     shard: Shard,
 ) -> pd.DataFrame:
     began = time.time()
+
+    def begun() -> None:
+        for run in earlier:
+            run.discard()
+
     with torch_threads(config.threads or torch.get_num_threads()):
         run = TrainingRun(
             config, groups, source, folder / METRICS_NAME, folder / CHECKPOINTS, begun, progress=progress, shard=shard

@@ -109,16 +109,23 @@ def train_on_ray(
             training = [job.name for job in jobs if job.function is train_job]
             begin_run(folder, checked, groups, earlier, resume)
             make_folder(folder / JOBS)
-
-            def seen(statuses: Sequence[JobStatus]) -> None:
-                if any(status.step or status.state == "done" for status in statuses if status.name in training):
-                    earlier.discard()
-                show(statuses)
-
-            statuses = run_jobs(jobs, address=address, retries=retries, show=seen)
+            statuses = run_jobs(jobs, address=address, retries=retries, show=_discarding(earlier, training, show))
         _check_done(folder, statuses)
         merge_jobs(folder, checked, groups, [folder / JOBS / name for name in training], family)
         return suite_table(folder)
+
+
+def _discarding(
+    earlier: EarlierRun, training: Sequence[str], show: Callable[[Sequence[JobStatus]], None]
+) -> Callable[[Sequence[JobStatus]], None]:
+    """``show``, which also discards the earlier run as soon as one of the training jobs has done a step."""
+
+    def seen(statuses: Sequence[JobStatus]) -> None:
+        if any(status.step or status.state == "done" for status in statuses if status.name in training):
+            earlier.discard()
+        show(statuses)
+
+    return seen
 
 
 def jobs_of(
