@@ -108,9 +108,8 @@ def attribute(
             whole tensor has one row, of kind ``unspliced``.
         attention_mask: ``[batch, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
         batch_size: number of texts in a pass, which texts of similar length share. None is 8 for words, ids and the
-            metrics of ``attributions.targets``, and all texts for a function of your own, which may look at any of
-            them. With a number, it gets the logits of a part of the texts at a time, without columns that are padding
-            in all of them, and has to be a sum over texts.
+            metrics of ``attributions.targets``, and all texts for a function of your own. With a number, that function
+            gets the logits of some texts, without columns that are all padding, and has to be a sum over texts.
 
     Returns:
         A table, strongest first within a sequence: ``sequence, position, token, site, layer, kind, latent, activation,
@@ -118,33 +117,46 @@ def attribute(
         ``skip`` (of skip transcoders); only a latent has ``latent`` and ``activation``. Positions count from 0 at the
         first token that is not padding; padding has no rows. ``attrs["metric"]`` is the metric on ``text``. For
         integrated gradients, ``attrs["baseline_metric"]`` lists the metric at each SAE's baseline, and ``attrs["gap"]``
-        how much the attributions of each SAE exceed the difference of the two; a gap of more than a tenth of the
-        difference is warned of.
+        how much the attributions of each SAE exceed the difference of the two, with a warning from a tenth of it on.
 
     Raises:
         SpliceError: an SAE does not fit the model, or a text lacks one of the positions.
         UnknownNameError: the method or the baseline is unknown.
-        GemmaScopeError: the metric is not one differentiable number, the counterfactual has another shape, or a number
-            is out of range.
+        GemmaScopeError: the metric is not one differentiable number, or the counterfactual or a number does not fit.
     """
     chosen = _checked(method, baseline, counterfactual, steps, top, batch_size)
     where: dict[str, Any] = {"exclude": exclude_special_tokens, "positions": positions}
     placed = placed_saes(model, saes, **where)
     prompt = prompt_of(model, text, attention_mask=attention_mask, **where)
-    metric = metric_on(model, metric, prompt)
     other = None if counterfactual is None else prompt_of(model, counterfactual, **where)
+    inputs, nodes = (prompt, other, metric_on(model, metric, prompt)), steps if method == "integrated" else None
+    return strongest(_attributed(model, placed, *inputs, batch_size, baseline=chosen, steps=nodes), top)
+
+
+def _attributed(
+    model: GemmaModel,
+    placed: list[PlacedSAE],
+    prompt: SplicedPrompt,
+    other: SplicedPrompt | None,
+    metric: Metric,
+    batch_size: int | None,
+    *,
+    baseline: str,
+    steps: int | None,
+) -> pd.DataFrame:
+    """The rows of every SAE and text, unsorted."""
     if other is not None:
         _check_alike(prompt, other)
-    nodes, tables = steps if method == "integrated" else None, list[Any]()
+    tables: list[pd.DataFrame] = []
     with differentiable(model, placed):
         for rows, part, against, its_metric in _parts(prompt, other, metric, batch_size):
-            table = _attributions(model, part, against, its_metric, placed, baseline=chosen, steps=nodes)
+            table = _attributions(model, part, against, its_metric, placed, baseline=baseline, steps=steps)
             table["sequence"] = rows.numpy()[table["sequence"]]
             tables.append(table)
     table = _joined(tables)
-    if nodes is not None:
-        _warn_of_gaps(model, placed, table.attrs, nodes)
-    return strongest(table, top)
+    if steps is not None:
+        _warn_of_gaps(model, placed, table.attrs, steps)
+    return table
 
 
 def _parts(
@@ -185,7 +197,7 @@ def _warn_of_gaps(model: GemmaModel, placed: Sequence[PlacedSAE], attrs: Mapping
                 f"The attributions at {one.place.key} add up to {difference + gap:.3g}, but the metric differs from "
                 f"that of the baseline by {difference:.3g}, so the mean gradient on the path is not accurate: give "
                 f"more steps= (now {steps}).",
-                stacklevel=3,
+                stacklevel=4,  # the caller of attribute
             )
 
 

@@ -61,8 +61,7 @@ def mean_norms(
     places = _places(model, sites, layers)
     given = as_batch(model, text, attention_mask)
     written = [target_of(place) for place in places]
-    counted = counted_tokens(given, special_token_ids(model.tokenizer), positions)
-    whole = CountedBatch(given.ids, given.mask, counted)
+    whole = CountedBatch(given.ids, given.mask, counted_tokens(given, special_token_ids(model.tokenizer), positions))
     sums, count = dict.fromkeys(written, 0.0), 0
     for rows, columns in whole.parts(batch_size):
         part = whole.part(rows, columns)

@@ -128,16 +128,15 @@ def measure_probes(
         if name not in known:
             raise unknown_name(kind, name, known)
     text = _counted(model, data, positions)
-    counted = text.counted
     split = split_documents(data.kinds, data.groups or None, seed=seed)
-    asked = [_units(concept, data, split, counted, most, seed) for concept in data.concepts]
+    asked = [_units(concept, data, split, text.counted, most, seed) for concept in data.concepts]
     subjects = subjects_of(model, saes)
     found = Probes(Resamples(split.weights(resamples, seed), confidence))
     run = _Run(data, split, asked, tuple(k), select, frequency, l0_band, seed, found)
     for place in _shown(list(dict.fromkeys(subject.place for subject in subjects)), progress):
         fit = rows_that_fit(model, [place], data.tokens.shape[1], batch_size, memory_budget)
         passes = partial(read_batches, model, text, [place], fit)
-        run.probe([(n, one) for n, one in enumerate(subjects) if one.place == place], passes, counted)
+        run.probe([(n, one) for n, one in enumerate(subjects) if one.place == place], passes, text.counted)
     return found
 
 
