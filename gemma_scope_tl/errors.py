@@ -82,6 +82,22 @@ def unknown_name(kind: str, given: object, valid: Iterable[str], hint: str = "")
     return UnknownNameError(f"{text} {hint}".rstrip())
 
 
+def known_name(kind: str, given: str, valid: Iterable[str]) -> str:
+    """Return the valid name that ``given`` means; ``-`` and ``_`` are the same, as projects write either.
+
+    Raises:
+        UnknownNameError: there is none.
+
+    >>> known_name("layout", "gemma-scope-2", ["gemma-scope", "gemma_scope_2"])
+    'gemma_scope_2'
+    """
+    names = list(valid)
+    for name in names:
+        if str(given).replace("-", "_") == name.replace("-", "_"):
+            return name
+    raise unknown_name(kind, given, names)
+
+
 def unknown_keyword(function: str, given: str, valid: Iterable[str]) -> UnknownKeywordError:
     """Return an :class:`UnknownKeywordError` (a ``TypeError``) that names the nearest valid keyword.
 

@@ -15,7 +15,16 @@ from pathlib import Path
 
 from benchmarks.pages import with_page_tables, with_readme_table
 from gemma_scope_tl.files import write_atomically
-from scripts import hardware_table, paper_tables, plan_cluster, plan_tables, release_table, results_page, study_page
+from scripts import (
+    hardware_table,
+    paper_tables,
+    plan_cluster,
+    plan_tables,
+    preset_table,
+    release_table,
+    results_page,
+    study_page,
+)
 from scripts.page_numbers import filled
 from scripts.page_numbers.registry import NUMBERS
 from scripts.page_numbers.sources import ROOT
@@ -38,6 +47,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "docs/hardware.md": _hardware,
     "docs/clusters.md": _clusters,
     "docs/how-to/load.md": lambda page: with_tables(page, release_table.tables()),
+    "docs/how-to/train.md": lambda page: with_tables(page, preset_table.tables()),
     "docs/paper.md": lambda page: with_tables(page, paper_tables.tables()),
 }
 """Page to the function that puts its tables in."""

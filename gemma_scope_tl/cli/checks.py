@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl import dtypes
-from gemma_scope_tl.errors import DeviceError, GemmaScopeError, unknown_name
+from gemma_scope_tl.errors import DeviceError, GemmaScopeError, known_name, unknown_name
 from gemma_scope_tl.families import bundled_names, hub_ids
 
 if TYPE_CHECKING:
@@ -57,6 +57,12 @@ def one_of(kind: str, names: Iterable[str]) -> Callable[[Any], Any]:
             raise unknown_name(kind, name, valid)
 
     return each(check)
+
+
+def spelled(kind: str, names: Iterable[str]) -> Callable[[Any], Any]:
+    """An option's callback for one of ``names``, with ``-`` or ``_`` alike, or none."""
+    valid = tuple(names)
+    return lambda name: None if name is None else known_name(kind, name, valid)
 
 
 def site(name: str) -> None:

@@ -38,7 +38,11 @@ def export(
     ] = None,
     name: Annotated[str | None, typer.Option(help="The release's name.")] = None,
     layout: Annotated[
-        str, typer.Option(help=", ".join(checks.LAYOUTS), callback=checks.one_of("layout", checks.LAYOUTS))
+        str,
+        typer.Option(
+            help=f"{', '.join(checks.LAYOUTS)}; both means gemma-scope and sae-lens.",
+            callback=checks.spelled("layout", checks.LAYOUTS),
+        ),
     ] = "gemma-scope",
     repos: Annotated[
         str, typer.Option(help="one, or one a site.", callback=checks.one_of("choice of repositories", checks.REPOS))

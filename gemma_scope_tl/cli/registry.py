@@ -50,7 +50,7 @@ def new(
         str | None,
         typer.Option(
             help="gemma-scope, sae-lens or gemma_scope_2, if the source has several.",
-            callback=checks.one_of("format", checks.LAYOUTS[:3]),
+            callback=checks.spelled("format", checks.LAYOUTS[:3]),
         ),
     ] = None,
     setting: Settings = None,

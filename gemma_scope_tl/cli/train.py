@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
     from gemma_scope_tl.training.plan import Plan
 
 GIB = 2.0**30
+Config = Annotated[
+    Path,
+    typer.Argument(
+        help="A YAML file, or the name of one that comes with the package: demo, bundled, gemma-2-2b-paper, "
+        "gemma-2-9b-paper, gemma_scope_2, gemma_scope_2_short, bundled-gemma3.",
+        callback=checks.config_file,
+    ),
+]
+Show = Annotated[
+    bool, typer.Option("--show", help="Print the file, as a start for one of your own, and do nothing else.")
+]
 Places = Annotated[
     Literal["place", "width"], typer.Option("--jobs-by", help="On Ray: one job per place, or per place and width.")
 ]
@@ -32,22 +44,13 @@ Restart = Annotated[
 
 
 def train(
-    config: Annotated[
-        Path,
-        typer.Argument(
-            help="A YAML file, or the name of one that comes with the package: demo, bundled, gemma-2-2b-paper, "
-            "gemma-2-9b-paper, gemma_scope_2, gemma_scope_2_short, bundled-gemma3.",
-            callback=checks.config_file,
-        ),
-    ],
+    config: Config,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, which overrides the file's value.")
     ] = None,
+    show: Show = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print the resources that the run takes, without running it.")
-    ] = False,
-    show: Annotated[
-        bool, typer.Option("--show", help="Print the file, as a start for one of your own, and do nothing else.")
     ] = False,
     memory: Annotated[float | None, typer.Option(min=0.01, help="GiB of memory to plan for.")] = None,
     device_flops: Annotated[
@@ -76,35 +79,45 @@ def train(
     if show:
         say(config.read_text(encoding="utf-8").rstrip())
         return
-    overrides = set_ or []
-    for override in overrides:
-        if not re.fullmatch(r"[^=\s]+=.*", override, flags=re.DOTALL):
-            raise typer.BadParameter(f"{override!r} is not key=value.", param_hint="'--set'")
-    from gemma_scope_tl.training.plan import plan_suite
-    from gemma_scope_tl.training.running import TrainingStopped
-    from gemma_scope_tl.training.suite import train_suite
-
+    overrides = _checked(set_ or [])
     if plan:
+        from gemma_scope_tl.training.plan import plan_suite
+
         budget = None if memory is None else memory * GIB
         found = plan_suite(config, overrides=overrides, memory=budget, device_flops=device_flops)
         _print_plan(found, as_json)
         if found.refusals and not force:
             raise typer.Exit(1)
-        return
-    on_ray = ray or ray_address is not None
-    if not on_ray:
+    elif ray or ray_address is not None:
+        _print_table(lambda: _on_ray(config, overrides, ray_address, jobs_by, harvesters, not restart), as_json)
+    else:
         _check_devices(config, overrides)
+        _print_table(lambda: _here(config, overrides, not restart, force), as_json)
+
+
+def _checked(overrides: list[str]) -> list[str]:
+    for override in overrides:
+        if not re.fullmatch(r"[^=\s]+=.*", override, flags=re.DOTALL):
+            raise typer.BadParameter(f"{override!r} is not key=value.", param_hint="'--set'")
+    return overrides
+
+
+def _print_table(trained: Callable[[], pd.DataFrame], as_json: bool) -> None:
+    """Train, and print the table of the SAEs; leave with the status of a signal that stopped it."""
+    from gemma_scope_tl.training.running import TrainingStopped
+
     try:
-        if on_ray:
-            table = _on_ray(config, overrides, ray_address, jobs_by, harvesters, not restart)
-        else:
-            table = train_suite(
-                config, overrides=overrides, resume=not restart, force=force, progress=sys.stderr.isatty()
-            )
+        table = trained()
     except TrainingStopped as stopped:
         note(str(stopped))
         raise typer.Exit(128 + stopped.signal) from None
     print_frame(table, f"{len(table)} SAEs", as_json, ("path", "l0", "fvu", "silent", "steps"))
+
+
+def _here(config: Path, overrides: list[str], resume: bool, force: bool) -> pd.DataFrame:
+    from gemma_scope_tl.training.suite import train_suite
+
+    return train_suite(config, overrides=overrides, resume=resume, force=force, progress=sys.stderr.isatty())
 
 
 def _check_devices(config: Path, overrides: list[str]) -> None:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gemma_scope_tl.contributing.coder_paths import parse_coder_path
 from gemma_scope_tl.contributing.repositories import Repository, sizes_of
-from gemma_scope_tl.errors import GemmaScopeError, RegistryError, unknown_name
+from gemma_scope_tl.errors import GemmaScopeError, RegistryError, known_name
 from gemma_scope_tl.families import Family, families, family_named
 from gemma_scope_tl.registry.schema import WEIGHTS_FILES, Format
 from gemma_scope_tl.registry.widths import parse_width
@@ -232,9 +232,4 @@ def checked_format(name: str | None) -> Format | None:
     Raises:
         UnknownNameError: there is no such layout.
     """
-    for known in WEIGHTS_FILES:
-        if name == known:
-            return known
-    if name is not None:
-        raise unknown_name("format", name, WEIGHTS_FILES)
-    return None
+    return None if name is None else cast("Format", known_name("format", name, WEIGHTS_FILES))

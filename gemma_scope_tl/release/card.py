@@ -49,7 +49,7 @@ def render_card(
         f"## Loading\n\n{_loading(name, paths[0], layouts)}",
         f"## SAEs\n\n{_table(saes, paths, rows, about)}",
         f"## Training data\n\n{about.data or NOT_STATED}",
-        f"## Recipe\n\n{_recipe(about)}",
+        f"## Recipe\n\n{_recipe(about, saes)}",
         f"## Licence\n\nThe weights: {cell(about.license)}.",
         *([f"## Notes\n\n{notes}"] if notes else []),
     ]
@@ -161,14 +161,38 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, (int, float)) and value == value else ""
 
 
-def _recipe(about: About) -> str:
-    if not about.recipe:
+def recorded_recipe(saes: Sequence[ReleaseSAE]) -> dict[str, Any]:
+    """The hyper-parameters that a trained suite has recorded of all these SAEs; where they differ, from which to which.
+
+    Empty if they are not known of every SAE.
+    """
+    if not all(sae.recipe for sae in saes):
+        return {}
+    names = dict.fromkeys(name for sae in saes for name in sae.recipe)
+    return {name: _span([sae.recipe.get(name) for sae in saes]) for name in names}
+
+
+def _span(values: Sequence[Any]) -> Any:
+    """The value that all have; of numbers the least and the greatest, and of other things all."""
+    different = [value for index, value in enumerate(values) if value not in values[:index]]
+    if len(different) == 1:
+        (value,) = different
+        short = f"{value:.4g}" if isinstance(value, float) else ""
+        return short if short and float(short) != value else value
+    if all(isinstance(value, (int, float)) for value in different):
+        return f"{min(different):.3g} to {max(different):.3g}"
+    return ", ".join(str(value) for value in different)
+
+
+def _recipe(about: About, saes: Sequence[ReleaseSAE]) -> str:
+    recipe = about.recipe or recorded_recipe(saes)
+    if not recipe:
         return NOT_STATED
     from gemma_scope_tl.training.recipe import PAPER
 
     papers = {field.name: getattr(PAPER, field.name) for field in fields(PAPER)}
     lines = ["| setting | here | paper | chosen by |", "|---|---|---|---|"]
-    for name, value in about.recipe.items():
+    for name, value in recipe.items():
         paper = papers.get(name, "")
         same = name in papers and (list(value) if isinstance(value, (list, tuple)) else value) == (
             list(paper) if isinstance(paper, tuple) else paper
@@ -176,4 +200,6 @@ def _recipe(about: About) -> str:
         by = "search" if name in about.searched else "the paper" if same else "set beforehand"
         lines.append(f"| {cell(name)} | {cell(value)} | {cell(paper)} | {by} |")
     source = "Gemma Scope (Lieberum et al., 2024)"
+    if not about.recipe and "target_l0" in recipe:
+        lines += ["", "`l0_coefficient` is lambda at first. It was adjusted in training, to reach the target L0."]
     return "\n".join([*lines, "", f"The paper is {source}; it has no value where the column is empty."])

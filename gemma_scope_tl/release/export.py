@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.errors import GemmaScopeError, known_name, unknown_name
 from gemma_scope_tl.families import stated_family
 from gemma_scope_tl.files import checked_path, make_folder, replace_files, write_atomically
 from gemma_scope_tl.registry.schema import NAME, WEIGHTS_FILES
@@ -60,7 +60,7 @@ def export_suite(
         about: facts that the files do not hold; only the licence is required.
         name: name of the release; by default the name of ``out``.
         layout: ``"gemma-scope"`` writes ``params.npz`` as released, below a folder for the site if there are several
-            sites; ``"sae-lens"`` writes SAELens's two files below ``sae_lens/``; ``"both"`` writes both.
+            sites; ``"sae-lens"`` writes SAELens's two files below ``sae_lens/``; ``"both"`` writes these two.
             ``"gemma_scope_2"`` writes ``params.safetensors`` and ``config.json`` in Gemma Scope 2's folders.
         repos: ``"one"``, or ``"site"`` for one repository per site, named ``<name>-<site>`` as Google's are; SAEs of
             the embedding are in the repository of the residual stream.
@@ -77,7 +77,8 @@ def export_suite(
         GemmaScopeError: a fact is missing, two SAEs would get the same folder, or a folder already holds other SAEs.
         WeightsError: a file of the source fails a check.
     """
-    _check_choices(layout, repos, circuit_tracer, about)
+    layout = cast("Layout", known_name("layout", layout, get_args(Layout)))
+    _check_choices(repos, circuit_tracer, about)
     root = checked_path(out)
     title = name or root.resolve().name
     saes = collect(source, model, site, metrics, coders=layout == "gemma_scope_2", family=family)
@@ -143,9 +144,7 @@ def _place(sae: ReleaseSAE, coders: bool) -> tuple[str, str]:
     return sae.site, sae.coder_folder if coders else sae.folder
 
 
-def _check_choices(layout: str, repos: str, circuit_tracer: bool, about: About) -> None:
-    if layout not in get_args(Layout):
-        raise unknown_name("layout", layout, get_args(Layout))
+def _check_choices(repos: str, circuit_tracer: bool, about: About) -> None:
     if repos not in get_args(Repos):
         raise unknown_name("choice of repositories", repos, get_args(Repos))
     if not isinstance(about, About):  # pyright: ignore[reportUnnecessaryIsInstance]

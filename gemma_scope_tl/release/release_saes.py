@@ -36,7 +36,8 @@ class About:
         description: description of the SAEs in one or more sentences.
         data: the training data and their licence.
         evaluated_on: the text on which the metrics were measured.
-        recipe: hyper-parameters by name; the card shows the paper's values beside them.
+        recipe: hyper-parameters by name; the card shows the paper's values beside them. Of a trained suite they are
+            read from the suite, unless some are given.
         searched: names of ``recipe`` whose values were searched for; all others were set beforehand.
         notes: further information for users.
     """
@@ -83,6 +84,7 @@ class ReleaseSAE:
         row: the registry row of the SAE's files; None for an SAE in memory.
         sae: the SAE in memory, or None.
         named: release and id of an SAE in memory that was loaded from the registry.
+        recipe: the hyper-parameters that a trained suite has recorded; empty where none are known.
     """
 
     site: str
@@ -94,6 +96,7 @@ class ReleaseSAE:
     sae: Any = None
     decimals: int = 0
     named: tuple[str, str] | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def family(self) -> Family:
@@ -193,7 +196,8 @@ def _from_files(
     source: str | PathLike[str], model: str | None, site: str | None, family: str | None
 ) -> list[ReleaseSAE]:
     folder = folder_of(source)
-    said, listed = (model, None) if folder is None else _trained_suite(folder, model)
+    recipes: dict[str, dict[str, Any]] = {}
+    said, listed = (model, None) if folder is None else _trained_suite(folder, model, recipes)
     if folder is not None and listed is None:
         said, listed = _exported(folder, said, site)
     if listed is not None:
@@ -211,13 +215,13 @@ def _from_files(
         from gemma_scope_tl.registry.catalog import load_release
 
         rows = load_release(str(source)).rows
-    return [_from_row(row) for row in rows]
+    return [_from_row(row, recipes.get(row.id, {})) for row in rows]
 
 
-def _from_row(row: SAERow) -> ReleaseSAE:
+def _from_row(row: SAERow, recipe: Mapping[str, Any]) -> ReleaseSAE:
     if row.l0 is None:
         raise GemmaScopeError(f"{row.release}/{row.id} has no L0, which the exported folder's name needs.")
-    return ReleaseSAE(row.site, row.layer, row.d_sae, row.l0, row.model, row=row)
+    return ReleaseSAE(row.site, row.layer, row.d_sae, row.l0, row.model, row=row, recipe=recipe)
 
 
 def _from_memory(sae: Any, model: str | None) -> ReleaseSAE:
@@ -239,8 +243,10 @@ def _from_memory(sae: Any, model: str | None) -> ReleaseSAE:
     return ReleaseSAE(site.name, layer, int(sae.cfg.d_sae), float(l0), model, sae=sae, named=named)
 
 
-def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequence[SAERow] | None]:
-    """The model's name and the SAEs according to a trained suite's ``suite.json``.
+def _trained_suite(
+    folder: Path, model: str | None, recipes: dict[str, dict[str, Any]]
+) -> tuple[str | None, Sequence[SAERow] | None]:
+    """The model's name and the SAEs according to a trained suite's ``suite.json``; their recipes go into ``recipes``.
 
     The SAEs are None in a folder without that file, and where it states no model, or no SAEs.
 
@@ -268,6 +274,7 @@ def _trained_suite(folder: Path, model: str | None) -> tuple[str | None, Sequenc
     for row in listed:
         if row.get("l0") == 0:
             raise GemmaScopeError(f"{folder / str(row['path'])}: its SAE has an L0 of 0. {DEAD}")
+    recipes |= {str(row["path"]): _recipe_of(row) for row in listed}
     # The ids there lack the site, so SAEs of two sites may share one; their paths are unique.
     saes = [{**{key: row.get(key) for key in _COLUMNS}, "id": row["path"]} for row in listed]
     head = {"release": "draft", "repo": str(folder.resolve()), "model": name, "license": "unknown", "description": "-"}
@@ -292,6 +299,15 @@ def _check_listed(folder: Path, listed: set[str]) -> None:
                 "change the list. To publish a part of a suite, copy the wanted folders without suite.json and give "
                 "model=."
             )
+
+
+def _recipe_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """How an SAE was trained; nothing in the records of versions that did not write recipes."""
+    recipe = row.get("recipe")
+    if not isinstance(recipe, dict):
+        return {}
+    head = {key: row[key] for key in ("steps", "target_l0") if row.get(key) is not None}
+    return {**head, **cast("dict[str, Any]", recipe)}
 
 
 def _exported(folder: Path, model: str | None, site: str | None) -> tuple[str | None, Sequence[SAERow] | None]:

@@ -7,13 +7,13 @@ import zipfile
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.errors import GemmaScopeError, known_name
 from gemma_scope_tl.files import checked_path, replace_files
 from gemma_scope_tl.sae.building import class_of
 from gemma_scope_tl.sae.coder_files import refuse_table_units, written_config
@@ -65,8 +65,7 @@ def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope"
         WeightsError: when the arrays of the SAE fail the checks.
         GemmaScopeError: when the layout cannot represent the SAE.
     """
-    if format not in get_args(Format):
-        raise unknown_name("format", format, get_args(Format))
+    format = cast("Format", known_name("format", format, get_args(Format)))
     class_of(sae.cfg.architecture())
     if sae.cfg.normalize_activations not in (None, "none"):
         raise GemmaScopeError(

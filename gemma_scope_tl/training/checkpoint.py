@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 RUN_NAME, SUITE_NAME, METRICS_NAME, CHECKPOINTS = "run.json", "suite.json", "metrics.jsonl", "checkpoints"
 RUNS_NAME = "runs.jsonl"
+RECIPE = "recipe"
+"""The key of the recipe in a row of ``suite.json``, which is no column of the table."""
 LOCK_NAME = ".lock"
 MANIFEST_NAME, UNFINISHED, KEPT = "manifest.json", ".unfinished", 2
 
@@ -70,7 +72,10 @@ def write_suite(
     scales: Mapping[Place, float],
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Record in ``suite.json`` that the suite is complete: the model's family, all scales, and a row for each SAE."""
+    """Record in ``suite.json`` that the suite is complete: the model's family, all scales, and a row for each SAE.
+
+    A row has the SAE's recipe, as it was used.
+    """
     facts: dict[str, Any] = {"family": family.name}
     facts |= {"scales": {place.key: scale for place, scale in scales.items()}, "saes": list(rows)}
     _write_record(folder / SUITE_NAME, "suite", config, facts)
@@ -115,6 +120,7 @@ def suite_table(folder: Path) -> pd.DataFrame:
             f"{', '.join(missing[:3])}{more}. Restore their {PARAMS_NAME}, or train them again with resume=False "
             "(gemma-scope train --restart)."
         )
+    rows = [{key: value for key, value in row.items() if key != RECIPE} for row in rows]
     if any(row.get("affine") for row in rows):
         rows = [{**row, "affine": bool(row.get("affine"))} for row in rows]
     return pd.DataFrame(rows).astype({"layer": "Int64"})

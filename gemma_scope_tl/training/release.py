@@ -21,6 +21,7 @@ from gemma_scope_tl.families import Family
 from gemma_scope_tl.files import file_sha256, make_folder, replace_files, writing
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.sites import Place, target_of
+from gemma_scope_tl.training.checkpoint import RECIPE
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.spec import SAESpec
 
@@ -258,4 +259,5 @@ def _row(sae: TrainedSAE, name: str, path: Path, metrics: Mapping[str, float]) -
         "steps": sae.steps,
         "batch_size": spec.recipe.batch_size,
         "seed": spec.seed,
+        RECIPE: spec.to_json()["recipe"],
     }

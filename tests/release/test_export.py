@@ -72,6 +72,16 @@ def test_a_folder_is_copied_byte_for_byte(trained: Path, tmp_path: Path) -> None
     assert report.problems == [] and len(report.rows) == 4 and all(row.sha256 for row in report.rows)
 
 
+@pytest.mark.parametrize("written", ["gemma-scope-2", "gemma_scope_2"])
+def test_layouts_are_known_by_either_spelling(written: str, saes: list[Any], tmp_path: Path) -> None:
+    (out,) = export_suite(saes[:1], tmp_path / "out", ABOUT, layout=written, progress=False)  # pyright: ignore
+    assert len(list(out.rglob("params.safetensors"))) == 1
+    alone = save_sae(saes[0], tmp_path / "alone", format=written)  # pyright: ignore
+    assert (alone / "params.safetensors").is_file()
+    with pytest.raises(UnknownNameError, match="Unknown layout 'gemma'"):
+        export_suite(saes[:1], tmp_path / "no", ABOUT, layout="gemma", progress=False)  # pyright: ignore
+
+
 def test_saes_in_memory_keep_their_bits(saes: list[Any], tmp_path: Path) -> None:
     (out,) = export_suite(saes, tmp_path / "mine", ABOUT, progress=False)
     rows = {(r.site, r.layer, r.l0): r for r in read_release(out / "mine.yaml").rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import gemma_scope_tl as gs
 from gemma_scope_tl.cli import app
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.registry import locate
+from gemma_scope_tl.training.recipe_table import trained_recipes
 from tests.hub.server import LocalHub
 from tests.training.planted import PlantedSource, tiny_config
 
@@ -104,6 +106,23 @@ def test_from_the_command_line(trained: Path, hub: LocalHub, token: str, tmp_pat
     run("registry", "check", pinned, "--remote")
     gs.register_release(pinned)
     _assert_same_bits(trained, gs.registry.read_release(pinned).rows, "my-saes")
+
+
+def test_the_card_states_the_recipe_that_the_suite_has_recorded(trained: Path, tmp_path: Path) -> None:
+    def rows_of(about: gs.About, name: str) -> dict[str, list[str]]:
+        (out,) = gs.export_suite(trained, tmp_path / name, about, progress=False)
+        section = (out / "README.md").read_text().partition("## Recipe\n")[2].partition("\n## ")[0]
+        lines = [line.strip("| ").replace("\\", "").split(" | ") for line in section.splitlines() if line[:1] == "|"]
+        return {html.unescape(line[0]): line[1:] for line in lines[2:]}
+
+    recipes, found = trained_recipes(trained), rows_of(gs.About("mit"), "recorded")
+    assert set(found) == set(recipes.columns)
+    assert found["steps"][0] == "12" and found["batch_size"] == ["128", "4096", "set beforehand"]
+    assert found["eps"] == ["1e-08", "1e-08", "the paper"]
+    assert found["target_l0"][0] == "10 to 20"
+    low, high = recipes["bandwidth"].min(), recipes["bandwidth"].max()
+    assert found["bandwidth"][0] == f"{low:.3g} to {high:.3g}" and low < high
+    assert list(rows_of(gs.About("mit", recipe={"lr": 0.5}), "given")) == ["lr"]
 
 
 def test_l0s_that_round_to_one_number(tmp_path: Path) -> None:

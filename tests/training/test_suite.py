@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
@@ -18,7 +20,8 @@ import gemma_scope_tl as gs
 from gemma_scope_tl.registry.schema import parse_release
 from gemma_scope_tl.sites import Place, target_of
 from gemma_scope_tl.training.config import TrainingStateError
-from gemma_scope_tl.training.recipe import FAST
+from gemma_scope_tl.training.recipe import FAST, fast
+from gemma_scope_tl.training.recipe_table import planned_recipes, trained_recipes
 from gemma_scope_tl.training.release import folder_names
 from gemma_scope_tl.training.spec import SAESpec
 from gemma_scope_tl.training.suite import train_suite
@@ -89,6 +92,34 @@ def test_scales_are_root_mean_squares_and_transcoders_use_their_input(finished: 
     x = np.concatenate([p[Place("transcoder", 1)].double().numpy() for p in source.pieces(0, 512)])
     assert first.shape == (64, 128)
     assert facts["scales"]["transcoder/layer_1"] == pytest.approx(math.sqrt((x**2).sum(1).mean()), rel=1e-12)
+
+
+def test_recipes_are_those_of_each_sae_and_not_of_the_preset(finished: Path) -> None:
+    """``fast`` as it was resolved for each SAE, with the values that the configuration gives, in plan and record."""
+    planned, trained = planned_recipes(tiny_config(finished)), trained_recipes(finished)
+    pd.testing.assert_frame_equal(planned.loc[trained.index], trained)
+    for name, row in trained.to_dict("index").items():
+        target = {} if math.isnan(row["target_l0"]) else {"target_l0": row["target_l0"]}
+        own = {"batch_size": 64, "l0_warm_up_steps": 4, "lr_warm_up_steps": 4}
+        own |= {} if target else {"l0_coefficient": 0.01}
+        expected = replace(fast(128, d_sae=64, steps=row["steps"], **target), **own)
+        assert {key: row[key] for key in asdict(expected)} == asdict(expected), name
+    assert trained["steps"].nunique() == 2 and trained["init_threshold"].nunique() > 1
+    assert "recipe" not in _train(finished).columns
+
+
+def test_a_record_of_before_recipes_is_read(finished: Path, tmp_path: Path) -> None:
+    old = tmp_path / "run"
+    shutil.copytree(finished, old)
+    facts = json.loads((old / "suite.json").read_text())
+    for row in facts["saes"]:
+        del row["recipe"]
+    (old / "suite.json").write_text(json.dumps(facts))
+    assert _train(old).equals(_train(finished))
+    with pytest.raises(TrainingStateError, match="did not record recipes"):
+        trained_recipes(old)
+    (out,) = gs.export_suite(old, tmp_path / "out", gs.About("mit"), progress=False)
+    assert "## Recipe\n\nNot stated by the authors." in (out / "README.md").read_text()
 
 
 def test_metrics_have_a_row_per_sae_and_logged_step(finished: Path) -> None:

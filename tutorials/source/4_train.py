@@ -6,7 +6,7 @@
 
 # %%
 CONFIG = {
-    "output": "my-suite",
+    "output": "tutorial-suite",
     "model": {"name": "bundled", "device": "cpu"},
     "data": {"dataset": "bundled", "column": "text", "context": 256},
     "source": {"bucket_rows": 16384, "scale_rows": 16384, "batch_rows": 16},
@@ -19,9 +19,10 @@ CONFIG = {
 }
 
 # %% [markdown]
-# `preset: paper` is the paper's recipe, for runs of a million steps. The documentation of `fast` explains what that
-# preset changes and why. For Gemma 2 2B, start from `configs/gemma-2-2b-paper.yaml`:
-# `gs.train_suite("configs/gemma-2-2b-paper.yaml", overrides=["only=[res/layer_12/*]"])`.
+# `preset: paper` is the paper's recipe, for runs of a million steps. `preset: fast` is for short runs, and follows the
+# place, width and target L0 of each SAE and the number of steps; its documentation explains what it changes and why.
+# For Gemma 2 2B, start from a configuration that comes with the package:
+# `gs.train_suite("gemma-2-2b-paper", overrides=["only=[res/layer_12/*]"])`.
 #
 # ## Plan
 #
@@ -34,16 +35,21 @@ from pathlib import Path
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.training.plan import plan_suite
-from gemma_scope_tl.training.recipe import FAST, PAPER
+from gemma_scope_tl.training.recipe import PAPER
+from gemma_scope_tl.training.recipe_table import planned_recipes
 from gemma_scope_tl.viz.training_figures import training_curves
 
 plan = plan_suite(CONFIG, measure=False)
 plan.jobs[["place", "saes", "widths", "tokens", "steps", "parameters", "memory", "released"]]
 
+# %% [markdown]
+# The values of the recipe with which each SAE of this run will be trained, beside the paper's:
+
 # %%
-print(f"{'':18}{'paper':>10}{'fast':>10}")
-for name in ("lr", "batch_size", "l0_coefficient", "l0_warm_up_steps", "bandwidth", "init_threshold"):
-    print(f"{name:18}{getattr(PAPER, name):>10g}{getattr(FAST, name):>10g}")
+names = ["lr", "batch_size", "l0_coefficient", "l0_warm_up_steps", "bandwidth", "init_threshold"]
+recipes = planned_recipes(CONFIG)[names].T
+recipes.insert(0, "paper", [getattr(PAPER, name) for name in names])
+recipes.map("{:g}".format)
 
 # %% [markdown]
 # ## Train

@@ -7,7 +7,7 @@
 # %%
 # The run of tutorial 4. Where it is finished in this folder, it is read; else it trains now.
 CONFIG = {
-    "output": "my-suite",
+    "output": "tutorial-suite",
     "model": {"name": "bundled", "device": "cpu"},
     "data": {"dataset": "bundled", "column": "text", "context": 256},
     "source": {"bucket_rows": 16384, "scale_rows": 16384, "batch_rows": 16},

@@ -7,7 +7,7 @@
 # %%
 # The run of tutorial 4. Where it is finished in this folder, it is read; else it trains now.
 CONFIG = {
-    "output": "my-suite",
+    "output": "tutorial-suite",
     "model": {"name": "bundled", "device": "cpu"},
     "data": {"dataset": "bundled", "column": "text", "context": 256},
     "source": {"bucket_rows": 16384, "scale_rows": 16384, "batch_rows": 16},
@@ -44,8 +44,8 @@ metrics[["site", "layer", "d_sae", "l0", "fvu", "delta_loss"]].round(3)
 # %% [markdown]
 # ## A repository
 #
-# `About` holds what cannot be read from the files: licence, data and recipe. The model card states which of this
-# information is missing.
+# `About` holds what cannot be read from the files: the licence and the data. The recipe of each SAE is in `suite.json`,
+# which training wrote, and goes from there into the model card. The card states which information is missing.
 
 # %%
 about = gs.About(
@@ -53,7 +53,6 @@ about = gs.About(
     description="Two small SAEs of the bundled model, from a tutorial.",
     data="The held-out text of gemma_scope_tl.",
     evaluated_on="The same text, so the metrics flatter.",
-    recipe={"lr": 6e-3, "batch_size": 1024, "bandwidth": 0.1},
 )
 (repo,) = gs.export_suite(
     CONFIG["output"],
@@ -70,7 +69,7 @@ for path in sorted(repo.rglob("*")):
         print(path.as_posix())
 
 # %%
-Markdown("\n".join(line for line in (repo / "README.md").read_text().split("---", 2)[2].splitlines())[:2500])
+Markdown((repo / "README.md").read_text().split("---", 2)[2])
 
 # %% [markdown]
 # ## The registry file
