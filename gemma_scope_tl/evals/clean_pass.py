@@ -29,7 +29,8 @@ from jaxtyping import Bool, Float, Int
 from gemma_scope_tl.errors import AdapterMismatch, unknown_name
 from gemma_scope_tl.evals.metrics import scored_positions
 from gemma_scope_tl.families import Family
-from gemma_scope_tl.model.read import EndOfPass, read_places
+from gemma_scope_tl.model.finite import all_finite, check_finite, not_finite, visit_finite_places
+from gemma_scope_tl.model.read import EndOfPass
 from gemma_scope_tl.sites import Place, flatten_heads, unflatten_heads, with_targets
 from gemma_scope_tl.text.tokens import special_mask
 
@@ -215,10 +216,16 @@ def clean_batches(
         batch_size: rows in a pass; see :func:`rows_that_fit`.
         start: number of the first row.
         mask: True at text, for padding whose id is not among ``special``.
+
+    Raises:
+        GemmaScopeError: activations of tokens that count are not finite; the message says where first.
     """
     kept = with_targets(list(places))
     for first, rows, left_out in _rows(model, tokens, special, batch_size, start, mask):
         clean = CleanPass.run(model, rows, kept)
+        check_finite(model, rows, clean.values, ~left_out, start=first)
+        if not all_finite(clean.final, ~left_out):
+            raise not_finite(model, rows, ~left_out, start=first)
         yield CleanBatch(first, rows, ~left_out, clean.values, scored_positions(left_out), clean)
 
 
@@ -235,10 +242,15 @@ def read_batches(
     """The activations of each batch of rows, to the bit as in :func:`clean_batches`, which takes the same arguments.
 
     A pass ends at the last of ``places``, and targets of transcoders are not added to these.
+
+    Raises:
+        GemmaScopeError: activations of tokens that count are not finite; the message says where first.
     """
     kept = list(places)
     for first, rows, left_out in _rows(model, tokens, special, batch_size, start, mask):
-        yield ReadBatch(first, rows, ~left_out, read_places(model, rows, kept))
+        values: dict[Place, torch.Tensor] = {}
+        visit_finite_places(model, rows, kept, values.__setitem__, ~left_out, start=first)
+        yield ReadBatch(first, rows, ~left_out, values)
 
 
 def _rows(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.model.read import visit_places
+from gemma_scope_tl.model.finite import visit_finite_places
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sites import Place, target_of
 from gemma_scope_tl.text.batch import Text, as_batch
@@ -50,7 +50,7 @@ def mean_norms(
     Raises:
         UnknownNameError: for a site that does not exist.
         SpliceError: for a layer that does not exist.
-        GemmaScopeError: when the text has no ordinary token.
+        GemmaScopeError: when the text has no ordinary token, or an activation is not finite.
     """
     import pandas as pd
 
@@ -58,6 +58,7 @@ def mean_norms(
     given = as_batch(model, text, attention_mask)
     written = [target_of(place) for place in places]
     sums, count, counted = dict.fromkeys(written, 0.0), 0, given.ordinary(special_token_ids(model.tokenizer))
+    start = 0
     parts = (one.split(batch_size) for one in (given.ids, given.attention_mask, counted))
     for ids, mask, ordinary in zip(*parts, strict=True):
         count += int(ordinary.sum())
@@ -66,7 +67,8 @@ def mean_norms(
             norms = x[ordinary.to(x.device)].float().norm(dim=-1)
             sums[place] += norms.double().sum().item()
 
-        visit_places(model, ids, written, add, mask)
+        visit_finite_places(model, ids, written, add, ordinary, mask, start)
+        start += len(ids)
     if count == 0:
         raise GemmaScopeError("The text has no tokens except BOS, EOS and padding: give more text.")
     return pd.DataFrame(

@@ -34,8 +34,9 @@ from gemma_scope_tl.training.grid import Group, groups_of, places_of
 from gemma_scope_tl.training.plan import plan_suite
 from gemma_scope_tl.training.release import STAGE, write_release
 from gemma_scope_tl.training.running import TrainingRun, torch_threads
+from gemma_scope_tl.training.same_model import check_same_model
 from gemma_scope_tl.training.shard import Shard, agreed, led, process_mesh
-from gemma_scope_tl.training.source_factory import OpenSource, source_opener
+from gemma_scope_tl.training.source_factory import OpenSource, load_run_model, source_opener
 from gemma_scope_tl.weights.modes import ordinary_tensors
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def train_suite(
     Args:
         config: a YAML file, its content, or a configuration.
         overrides: ``"key=value"``, as ``--set`` on the command line.
-        model: a model from ``load_model``; by default the configuration's model is loaded.
+        model: a model from ``load_model``; by default the configuration's model is loaded. A folder continues, and
+            gives its table, only with the model of its run: the same weights, backend and configuration.
         source: a function that makes the source of some places, in place of the configuration's source.
         resume: continue an unfinished run; False starts it over.
         force: train even if the plan says that memory or disk do not suffice.
@@ -83,8 +85,8 @@ def train_suite(
         A row for each SAE: the registry's columns, ``l0``, ``fvu``, ``silent``, and how the SAE was trained.
 
     Raises:
-        TrainingStateError: the configuration has problems, its folder holds another run or other files, a checkpoint is
-            damaged, or memory or disk do not suffice.
+        TrainingStateError: the configuration has problems, its folder holds another run, one on another model, or other
+            files, a checkpoint is damaged, or memory or disk do not suffice.
         TrainingStopped: SIGINT or SIGTERM was received, and a checkpoint was written.
         GemmaScopeError: the model, the text or the store cannot be used.
     """
@@ -98,12 +100,18 @@ def train_suite(
         agreed({"resume": resume, **checked.results})
         with ExitStack() as held:
             led(shard, lambda: held.enter_context(alone(folder)))
+            streams = source is None and checked.source.path is None  # other sources do not read the model
             if resume and (folder / SUITE_NAME).exists():
+                if streams and model is not None:
+                    led(shard, lambda: check_same_model(folder, model))
                 return _finished(folder, checked, shard)
             if not (force or source or model) and mesh.processes == 1:  # the plan knows released models only
                 plan_suite(checked, measure=False).check()
             led(shard, lambda: _prepare(folder, checked, groups, resume))
-            opener = source or source_opener(checked, model, progress and shard.leads)
+            reads = (model or load_run_model(checked)) if streams else None
+            if reads is not None:
+                led(shard, lambda: check_same_model(folder, reads))
+            opener = source or source_opener(checked, reads, progress and shard.leads)
             return _train(folder, checked, groups, family, opener, progress=progress, shard=shard)
 
 
