@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-_CHUNK = 1 << 24  # bytes that one thread hashes at a time
+CHUNK = 1 << 24
+"""Bytes that one thread hashes at a time."""
 _SPARSE_SAMPLE = 64
 
 
@@ -55,10 +56,10 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     if not rows.numel():
         return iter(())
     row_bytes = rows[0].numel() * rows.element_size()
-    return iter(rows.split(max(1, _CHUNK // row_bytes)))
+    return iter(rows.split(max(1, CHUNK // row_bytes)))
 
 
 def _sha256(part: torch.Tensor) -> bytes:
     """The hash of the entries in the order of their indices. It lets other threads run meanwhile."""
     entries = part.resolve_conj().resolve_neg().contiguous().cpu()
-    return hashlib.sha256(entries.reshape(-1).view(torch.uint8).numpy()).digest()
+    return hashlib.sha256(entries.reshape(-1).view(torch.uint8).numpy().data).digest()

@@ -117,10 +117,10 @@ EDITS: dict[str, Edit] = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("chunk", [module._CHUNK, 1 << 12])
+@pytest.mark.parametrize("chunk", [module.CHUNK, 1 << 12])
 def test_fingerprints_see_each_moved_entry(chunk: int, dtype: torch.dtype) -> None:
     held = torch.nn.Linear(301, 40, dtype=dtype)
-    with patch.object(module, "_CHUNK", chunk), torch.no_grad():
+    with patch.object(module, "CHUNK", chunk), torch.no_grad():
         held.weight[5, 7] = 0.0
         values = held.weight.clone()
         found = {"none": fingerprint(held)}
@@ -154,7 +154,7 @@ def test_fingerprints_of_other_tensors() -> None:
 
 def test_fingerprints_do_not_depend_on_the_number_of_threads() -> None:
     held, before = torch.nn.Linear(64, 300), torch.get_num_threads()
-    with patch.object(module, "_CHUNK", 1 << 10):
+    with patch.object(module, "CHUNK", 1 << 10):
         try:
             torch.set_num_threads(1)
             one = fingerprint(held)
