@@ -31,7 +31,8 @@ from gemma_scope_tl.errors import AdapterMismatch, unknown_name
 from gemma_scope_tl.evals.metrics import scored_positions
 from gemma_scope_tl.families import Family
 from gemma_scope_tl.model.counted import CountedBatch
-from gemma_scope_tl.model.read import EndOfPass, read_places
+from gemma_scope_tl.model.finite import all_finite, check_finite, not_finite, visit_finite_places
+from gemma_scope_tl.model.read import EndOfPass
 from gemma_scope_tl.sites import Place, flatten_heads, unflatten_heads, with_targets
 from gemma_scope_tl.text.tokens import TextRead
 
@@ -223,10 +224,16 @@ def clean_batches(
         places: the places whose tensors are kept.
         batch_size: rows in a pass; see :func:`rows_that_fit`.
         start: number of rows that earlier batches had (:attr:`ReadBatch.done`).
+
+    Raises:
+        GemmaScopeError: activations of tokens that count are not finite; the message says where first.
     """
     kept = with_targets(list(places))
     for first, rows, part in _parts(model, text, batch_size, start):
         clean = CleanPass.run(model, part.ids, kept)
+        check_finite(model, part.ids, clean.values, part.counted, rows)
+        if not all_finite(clean.final, part.counted):
+            raise not_finite(model, part.ids, part.counted, numbers=rows)
         yield CleanBatch(first, rows, part.ids, part.counted, clean.values, scored_positions(part.counted), clean)
 
 
@@ -237,10 +244,15 @@ def read_batches(
     """The activations of each batch of rows, to the bit as in :func:`clean_batches`, which takes the same arguments.
 
     A pass ends at the last of ``places``, and targets of transcoders are not added to these.
+
+    Raises:
+        GemmaScopeError: activations of tokens that count are not finite; the message says where first.
     """
     kept = list(places)
     for first, rows, part in _parts(model, text, batch_size, start):
-        yield ReadBatch(first, rows, part.ids, part.counted, read_places(model, part.ids, kept))
+        values: dict[Place, torch.Tensor] = {}
+        visit_finite_places(model, part.ids, kept, values.__setitem__, part.counted, numbers=rows)
+        yield ReadBatch(first, rows, part.ids, part.counted, values)
 
 
 def _parts(

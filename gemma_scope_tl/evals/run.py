@@ -6,7 +6,6 @@ for each batch a clean pass, and a :class:`BatchMeasurements` that measures ever
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,13 +24,13 @@ from gemma_scope_tl.evals.clean_pass import (
     read_batches,
     rows_that_fit,
 )
+from gemma_scope_tl.evals.facts import facts_of
 from gemma_scope_tl.evals.metrics import l0, latent_importance, squared_error, uniformity
 from gemma_scope_tl.evals.next_token import LogitHead, logit_gradients, sampled_positions
 from gemma_scope_tl.evals.saes import Subject, latents_and_output
 from gemma_scope_tl.evals.sums import Centre, Piece, Sums
 from gemma_scope_tl.model.counted import CountedBatch
 from gemma_scope_tl.sites import Place, flatten_heads, target_of
-from gemma_scope_tl.weights.fingerprint import fingerprint
 from gemma_scope_tl.weights.modes import make_ordinary
 
 if TYPE_CHECKING:
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch", bound=ReadBatch)
 
 ABLATIONS = ("zero", "mean")
-CONFIG_VALUES = ("output_logits_soft_cap", "attn_scores_soft_cap", "eps", "window_size", "attn_scale", "rotary_base")
-"""Values of a TransformerLens config that affect a model's results and are in none of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ class EvaluationRun:
             for kind, piece in sums.pieces().items():
                 piece.key = key_of({**common, "unit": kind, "place": place.key})
         for number, subject in enumerate(self.subjects):
-            facts = {**common, "place": subject.place.key, "sae": subject.fingerprint()}
+            facts = {**common, "place": subject.place.key, "sae": subject.facts()}
             self.sums.saes[number].key = key_of({**facts, "unit": "sae"})
             if self.sums.uniformity:
                 facts["positions"] = str(self.settings.uniformity)
@@ -330,26 +327,3 @@ def _replacement(ablation: str, y: torch.Tensor, centre: Centre) -> torch.Tensor
             return centre.mean.value.to(y.device).expand_as(y)
         case _:
             raise unknown_name("ablation", ablation, ABLATIONS)
-
-
-def facts_of(model: GemmaModel, rows: CountedBatch, special: tuple[int, ...]) -> dict[str, Any]:
-    """The facts about model and token rows on which all measurements depend, as a part of each cache key.
-
-    Raises:
-        GemmaScopeError: there are hooks on the model, which no key can describe.
-    """
-    hooked = [name for name, point in model.hook_dict.items() if point.fwd_hooks]
-    if hooked:
-        raise GemmaScopeError(
-            f"There are hooks on the model ({', '.join(hooked[:3])}), and a cache key cannot describe what they do: "
-            "remove them, or measure without cache=."
-        )
-    return {
-        "model": fingerprint(model),
-        "config": [model.backend, *(repr(getattr(model.cfg, name, None)) for name in CONFIG_VALUES)],
-        "tokens": hashlib.sha256(rows.ids.contiguous().numpy().tobytes()).hexdigest(),
-        "shape": list(rows.ids.shape),
-        "special": list(special),
-        **({} if bool(rows.mask.all()) else {"lengths": rows.length.tolist()}),
-        **rows.chosen(special),
-    }

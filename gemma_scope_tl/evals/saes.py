@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 
+from gemma_scope_tl.model.identity import NO_CACHE, as_plain, check_no_hooks, hooked_modules
 from gemma_scope_tl.sae.access import decode_with_skip, flat_heads, locate
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.choices import as_saes, bring
@@ -20,6 +21,9 @@ from gemma_scope_tl.weights.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
+
+
+_NOT_COMPUTED = ("metadata", "device", "dtype")  # values of an SAE's configuration; weights say their own dtype
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,17 @@ class Subject:
         named = {"release": self.release, "id": self.id, "site": self.place.site, "layer": self.place.layer}
         return {**named, "d_sae": self.d_sae}
 
-    def fingerprint(self) -> str:
-        """The SAE's class and a hash of its weights; loads the SAE."""
+    def facts(self) -> dict[str, Any]:
+        """What the SAE computes, as a part of cache keys: its class, weights and configuration. It is loaded for this.
+
+        Raises:
+            GemmaScopeError: there are hooks on the SAE, which no key can describe.
+        """
         sae = self.get()
-        return f"{type(sae).__name__} {fingerprint(sae)}"
+        check_no_hooks(f"the SAE of {self.place.key}", hooked_modules(sae), NO_CACHE)
+        config = {name: value for name, value in sae.cfg.to_dict().items() if name not in _NOT_COMPUTED}
+        kind = f"{type(sae).__module__}.{type(sae).__qualname__}"
+        return {"class": kind, "weights": fingerprint(sae), "config": as_plain(config)}
 
 
 def subjects_of(model: GemmaModel, saes: Any) -> list[Subject]:

@@ -31,9 +31,9 @@ from gemma_scope_tl.interp.examples import Examples, chosen_latents, passes, top
 from gemma_scope_tl.interp.sampling import Sampling
 from gemma_scope_tl.latents.logit_lens import latent_logits
 from gemma_scope_tl.model.counted import CountedBatch, counted_rows
+from gemma_scope_tl.model.identity import digest_of, model_facts, refuse_hooks
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.text.rows import special_ids
-from gemma_scope_tl.weights.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
@@ -80,8 +80,8 @@ def export_neuronpedia(
         The paths of all batches.
 
     Raises:
-        GemmaScopeError: the folder holds an export with other settings, more than one SAE was given, or
-            ``features_per_batch`` is below 1.
+        GemmaScopeError: the folder holds an export with other settings, more than one SAE was given,
+            ``features_per_batch`` is below 1, or there are hooks on model or SAE, which the settings cannot describe.
     """
     subjects, text = subjects_of(model, sae), counted_rows(model, data, context, special_ids(model), positions)
     if len(subjects) != 1 or features_per_batch < 1:
@@ -136,10 +136,11 @@ def _settings(
     drawn: Sampling,
 ) -> dict[str, Any]:
     """The settings on which the content of the batches depends."""
+    refuse_hooks(model, "remove them, as files of an earlier export are kept.")
     return {
         "sae_id": subject.id,
-        "sae": subject.fingerprint(),
-        "model": fingerprint(model),
+        "sae": digest_of(subject.facts()),
+        "model": digest_of(model_facts(model)),
         "tokens": hashlib.sha256(text.ids.numpy().tobytes()).hexdigest(),
         "latents": hashlib.sha256(latents.tobytes()).hexdigest(),
         "n_features_per_batch": features_per_batch,

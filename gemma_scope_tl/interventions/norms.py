@@ -9,8 +9,8 @@ import torch
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.model.counted import CountedBatch, counted_tokens
+from gemma_scope_tl.model.finite import visit_finite_places
 from gemma_scope_tl.model.positions import Positions
-from gemma_scope_tl.model.read import visit_places
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sites import Place, target_of
 from gemma_scope_tl.text.batch import Text, as_batch
@@ -54,7 +54,7 @@ def mean_norms(
     Raises:
         UnknownNameError: for a site that does not exist.
         SpliceError: for a layer or a position that does not exist.
-        GemmaScopeError: when the text has no ordinary token at these positions.
+        GemmaScopeError: when the text has no ordinary token at these positions, or an activation is not finite.
     """
     import pandas as pd
 
@@ -71,7 +71,7 @@ def mean_norms(
             norms = x[counted.to(x.device)].float().norm(dim=-1)
             sums[place] += norms.double().sum().item()
 
-        visit_places(model, part.ids, written, add, part.attention_mask)
+        visit_finite_places(model, part.ids, written, add, part.counted, part.attention_mask, rows)
     if count == 0:
         raise GemmaScopeError("The text has no tokens except BOS, EOS and padding: give more text, or more positions=")
     return pd.DataFrame(

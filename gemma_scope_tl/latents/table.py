@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.model.counted import CountedBatch, counted_tokens
+from gemma_scope_tl.model.finite import visit_finite_places
 from gemma_scope_tl.model.positions import Positions
-from gemma_scope_tl.model.read import visit_places
 from gemma_scope_tl.sae.access import encode_latents, locate
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.choices import as_saes, bring
@@ -73,7 +73,7 @@ def features(
 
     Raises:
         GemmaScopeError: for ``top`` or ``batch_size`` below 1, ``min_activation`` below 0, no text, or a text that is
-            too long.
+            too long; when activations of the model or latents of an SAE are not finite.
         SpliceError: for no SAE, an SAE of unknown site, or a position that a text does not have.
     """
     import pandas as pd
@@ -143,14 +143,16 @@ class _Reader:
         def visit(place: Place, x: torch.Tensor) -> None:
             for number, sae in enumerate(self.saes):
                 if self.places[number] == place:
-                    found[number] = self._active(sae, x, rows, batch)
+                    found[number] = self._active(sae, place, x, rows, batch)
 
-        visit_places(model, batch.ids, self.places, visit, batch.attention_mask)
+        ordinary = batch.ordinary(self.special)
+        visit_finite_places(model, batch.ids, self.places, visit, ordinary, batch.attention_mask, rows)
         return [found[number] for number in range(len(self.saes))]
 
     def _active(
         self,
         sae: Any,
+        place: Place,
         x: Float[torch.Tensor, "batch pos d_in"],
         rows: Int[torch.Tensor, " batch"],
         batch: CountedBatch,
@@ -159,6 +161,7 @@ class _Reader:
         # All ordinary tokens are encoded, as products of other shapes would round the same token differently.
         ordinary = batch.ordinary(self.special)
         acts = _encoded(sae, x[ordinary.to(x.device)])
+        _check_latents(sae, place, acts)
         tokens, values = acts.tokens(), acts.values.float()
         order = values.argsort(descending=True, stable=True)  # sort by value, then stably by token
         order = order[tokens[order].argsort(stable=True)]
@@ -170,8 +173,8 @@ class _Reader:
         if isinstance(sae, Latents):
             latents = torch.tensor(sae.latents)[latents]
         row, column = (at.cpu()[tokens] for at in ordinary.nonzero(as_tuple=True))
-        ids, place = batch.ids.cpu(), batch.place.cpu()
-        return _Active(rows.cpu()[row], place[row, column], ids[row, column], latents, values)
+        ids, position = batch.ids.cpu(), batch.place.cpu()
+        return _Active(rows.cpu()[row], position[row, column], ids[row, column], latents, values)
 
 
 def _encoded(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> SparseActs:
@@ -184,6 +187,21 @@ def _encoded(sae: Any, x: Float[torch.Tensor, "n d_in"]) -> SparseActs:
     counts = torch.cat([part.offsets.diff() for part in parts])
     latents, values = torch.cat([part.latents for part in parts]), torch.cat([part.values for part in parts])
     return SparseActs(starts_of(counts), latents, values, (x.shape[0], parts[0].d_sae))
+
+
+def _check_latents(sae: Any, place: Place, acts: SparseActs) -> None:
+    """Raise for latents that are not finite, though the activations were. A NaN would be left out of the table."""
+    threshold = getattr(sae, "threshold", None)
+    wrong = acts.latents[~acts.values.isfinite()]
+    if threshold is not None and not len(wrong):
+        wrong = threshold.detach().isnan().nonzero().flatten()
+    if len(wrong):
+        latent = int(wrong[0])
+        latent = sae.latents[latent] if isinstance(sae, Latents) else latent
+        raise GemmaScopeError(
+            f"Latent {latent} of the SAE of {place.key} is not finite on activations that are: its "
+            "weights hold an infinity or NaN, or overflow in its dtype."
+        )
 
 
 def _ranks(acts: SparseActs) -> Int[torch.Tensor, " nnz"]:

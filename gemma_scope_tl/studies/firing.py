@@ -13,7 +13,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import LatentCounts
 from gemma_scope_tl.evals.cache import Checkpoint, MetricsCache, key_of
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, read_batches, rows_that_fit
-from gemma_scope_tl.evals.run import facts_of
+from gemma_scope_tl.evals.facts import facts_of
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.model.counted import CountedBatch, counted_rows
 from gemma_scope_tl.model.positions import Positions
@@ -122,7 +122,7 @@ def count_firing(
 
 def _keys(model: GemmaModel, rows: CountedBatch, special: tuple[int, ...], subjects: Sequence[Subject]) -> list[str]:
     common = facts_of(model, rows, special)
-    return [key_of({**common, "unit": "fired", "place": s.place.key, "sae": s.fingerprint()}) for s in subjects]
+    return [key_of({**common, "unit": "fired", "place": s.place.key, "sae": s.facts()}) for s in subjects]
 
 
 def _rows(subject: Subject, counts: LatentCounts, bins: int) -> list[dict[str, Any]]:

@@ -49,18 +49,29 @@ def source_opener(config: SuiteConfig, model: GemmaModel | None = None, progress
     return lambda places: StreamSource(loaded, rows, places, batch_rows=section.batch_rows, **shared)
 
 
+def load_run_model(config: SuiteConfig) -> GemmaModel:
+    """Load the model that a configuration names.
+
+    Raises:
+        GemmaScopeError: the model cannot be used.
+    """
+    from gemma_scope_tl.model.loading import load_model
+
+    section = config.model
+    return load_model(section.name, backend=section.backend, dtype=section.dtype, device=section.device)
+
+
 def load_data(config: SuiteConfig, model: GemmaModel | None = None, progress: bool = True) -> tuple[Any, TokenRows]:
     """Load the model of a run and its packed tokens; the configuration must have ``data``.
 
     Raises:
         GemmaScopeError: the model or the text cannot be used.
     """
-    from gemma_scope_tl.model.loading import load_model
     from gemma_scope_tl.text.pack import pack_tokens
 
-    data, section = config.data, config.model
+    data = config.data
     assert data is not None  # the configuration was checked
-    loaded = model or load_model(section.name, backend=section.backend, dtype=section.dtype, device=section.device)
+    loaded = model or load_run_model(config)
     rows = pack_tokens(
         str(HELD_OUT_TEXT) if data.dataset == "bundled" else data.dataset,
         loaded.tokenizer,

@@ -36,8 +36,9 @@ from gemma_scope_tl.training.grid import Group, groups_of, places_of
 from gemma_scope_tl.training.plan import plan_suite
 from gemma_scope_tl.training.release import STAGE, write_release
 from gemma_scope_tl.training.running import TrainingRun, torch_threads
+from gemma_scope_tl.training.same_model import check_same_model
 from gemma_scope_tl.training.shard import Shard, agreed, led, process_mesh
-from gemma_scope_tl.training.source_factory import OpenSource, source_opener
+from gemma_scope_tl.training.source_factory import OpenSource, load_run_model, source_opener
 from gemma_scope_tl.training.start import check_starts
 from gemma_scope_tl.weights.modes import ordinary_tensors
 
@@ -76,7 +77,8 @@ def train_suite(
     Args:
         config: a YAML file or the name of one that comes with the package, its content, or a configuration.
         overrides: ``"key=value"``, as ``--set`` on the command line.
-        model: a model from ``load_model``; by default the configuration's model is loaded.
+        model: a model from ``load_model``; by default the configuration's model is loaded. A folder continues, and
+            gives its table, only with the model of its run: the same weights, backend and configuration.
         source: a function that makes the source of some places, in place of the configuration's source.
         resume: continue an unfinished run, and return the table of a finished one. False starts over: after the first
             step of the new run all of the earlier one is removed, finished or not, but for packed tokens.
@@ -87,7 +89,8 @@ def train_suite(
         A row for each SAE: the registry's columns, ``l0``, ``fvu``, ``silent``, and how the SAE was trained.
 
     Raises:
-        TrainingStateError: there are problems in the configuration, in the folder or with memory or disk.
+        TrainingStateError: the configuration has problems, its folder holds another run, one on another model, or other
+            files, a checkpoint is damaged, or memory or disk do not suffice.
         TrainingStopped: SIGINT or SIGTERM was received, and a checkpoint was written.
         GemmaScopeError: the model, the text or the store cannot be used.
     """
@@ -101,13 +104,19 @@ def train_suite(
         with ExitStack() as held:
             earlier: list[EarlierRun] = []  # none on processes that do not lead
             led(shard, lambda: earlier.append(held.enter_context(_held(folder))))
+            streams = source is None and checked.source.path is None  # other sources do not read the model
             if resume and (folder / SUITE_NAME).exists():
+                if streams and model is not None:
+                    led(shard, lambda: check_same_model(folder, model))
                 return _finished(folder, checked, shard)
             if not (force or source or model) and mesh.processes == 1:  # the plan knows released models only
                 plan_suite(checked, measure=False).check()
             led(shard, lambda: begin_run(folder, checked, groups, earlier[0], resume))
-            source = source or source_opener(checked, model, progress and shard.leads)
-            return _train(folder, checked, groups, family, source, earlier, progress=progress, shard=shard)
+            reads = (model or load_run_model(checked)) if streams else None
+            if reads is not None:
+                led(shard, lambda: check_same_model(folder, reads))
+            opener = source or source_opener(checked, reads, progress and shard.leads)
+            return _train(folder, checked, groups, family, opener, earlier, progress=progress, shard=shard)
 
 
 @contextmanager

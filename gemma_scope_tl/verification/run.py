@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from gemma_scope_tl.dtypes import parse_dtype
 from gemma_scope_tl.errors import AdapterMismatch, GemmaScopeError
+from gemma_scope_tl.model.identity import digest_of, model_facts, refuse_hooks
 from gemma_scope_tl.registry.catalog import checked_model
 from gemma_scope_tl.registry.schema import SAERow
 from gemma_scope_tl.verification.bands import bounds
@@ -23,7 +24,6 @@ from gemma_scope_tl.verification.ordering import orderings
 from gemma_scope_tl.verification.probe import Probe
 from gemma_scope_tl.verification.report import CACHE_FOLDER, Report, Store, make_report, surroundings
 from gemma_scope_tl.verification.sample import Chosen, candidates, draw
-from gemma_scope_tl.weights.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
@@ -145,7 +145,8 @@ def verify(
         **conditions: what is sampled (:class:`Conditions`).
 
     Raises:
-        GemmaScopeError: files are missing and ``download`` is False; the model or the text cannot be loaded.
+        GemmaScopeError: files are missing and ``download`` is False; the model or the text cannot be loaded; there are
+            hooks on the model, with ``out``.
     """
     ready = prepared or prepare(model, offline=offline, **conditions)
     if ready.plan.to_download and (offline or not download):
@@ -182,6 +183,8 @@ def _run(
         fault = _refusal(ready.model, loading, text, str(error))
         facts |= surroundings(loading["device"] or "cpu")
         return make_report(facts, [fault], [], [], [], folder)
+    if folder is not None:
+        refuse_hooks(model, "remove them, or verify without out=.")
     rows, special = text.rows(model, _is_tuned(model, ready.registry_model))
     probe = Probe(model, rows, special)
     checks = check_model(model, probe)
@@ -236,7 +239,7 @@ def _is_tuned(model: GemmaModel, registry_model: str) -> bool:
 
 
 def _facts(facts: dict[str, Any], model: GemmaModel, rows: Any, special: Any, texts: Any) -> dict[str, Any]:
-    device = str(model.cfg.device)
+    device, identity = str(model.cfg.device), model_facts(model)
     described = {
         **facts["model"],
         "backend": model.backend,
@@ -244,7 +247,8 @@ def _facts(facts: dict[str, Any], model: GemmaModel, rows: Any, special: Any, te
         "dims": asdict(model.dims),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": device,
-        "fingerprint": fingerprint(model),
+        "fingerprint": identity["weights"],
+        "configuration": digest_of(identity["config"]),
         "check": "every site agrees with plain Hugging Face, with and without a cache",
         "worked_around": list(model.fixes),
     }
@@ -266,7 +270,7 @@ def _examine_all(
     from rich.progress import Progress
 
     same = {
-        "model": [facts["model"][name] for name in ("fingerprint", "backend", "dtype")],
+        "model": [facts["model"][name] for name in ("fingerprint", "configuration", "backend", "dtype")],
         "text": [facts["text"]["sha256"], facts["text"]["left_out_ids"]],
         "version": facts["versions"]["gemma-scope-tl"],
     }

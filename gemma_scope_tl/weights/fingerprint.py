@@ -6,24 +6,31 @@ There are two strengths, because existing file formats contain both. New formats
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-_SAMPLE = 1024  # entries of each tensor that are hashed directly
+CHUNK = 1 << 24
+"""Bytes that one thread hashes at a time."""
 _SPARSE_SAMPLE = 64
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """A hash of a module's parameters and buffers: names, dtypes, shapes, a sample of entries, and sums of all bits.
+    """A hash of a module's parameters and buffers: names, dtypes, shapes, and all bytes in the order of the indices.
 
-    The bits of the entries are summed as integers, by row, so the sums are exact and every entry counts. The speed is
-    that of memory. The hash distinguishes weights that differ by training, editing or rounding. It does not detect
-    deliberate forgery.
+    It depends on every entry and its position, and on neither device nor strides. Each of PyTorch's threads hashes
+    about 2 GB in a second; weights on a GPU are copied to the host in parts of 16 MiB.
     """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    workers = torch.get_num_threads()
     digest = hashlib.sha256()
-    for name, tensor in sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_bits(tensor.detach()))
+    with ThreadPoolExecutor(workers, "fingerprint") as pool:
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            parts = _parts(tensor.detach())
+            for part in pool.map(_sha256, parts) if workers > 1 else map(_sha256, parts):
+                digest.update(part)
     return digest.hexdigest()
 
 
@@ -42,16 +49,17 @@ def sampled_fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-@torch.no_grad()
-def _bits(tensor: torch.Tensor) -> bytes:
-    if tensor.is_sparse or not tensor.numel():
-        return repr(tensor).encode()
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    by_row = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(1, -1)
-    if by_row.stride(1) != 1:
-        by_row = by_row.T if by_row.stride(0) == 1 else by_row.contiguous()
-    bits = by_row.view(whole)
-    sums = torch.cat([part.sum(1, dtype=torch.int64) for part in bits.split(4096)])
-    stride = max(1, tensor.numel() // _SAMPLE)
-    sample = bits.reshape(-1)[::stride] if bits.is_contiguous() else bits[:, :8].reshape(-1)
-    return b"".join(part.contiguous().cpu().numpy().tobytes() for part in (sums, sample))
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views of a tensor, as many rows in each as a thread hashes at a time. Their cut depends on the shape alone."""
+    dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    rows = dense.reshape(1) if dense.ndim == 0 else dense
+    if not rows.numel():
+        return iter(())
+    row_bytes = rows[0].numel() * rows.element_size()
+    return iter(rows.split(max(1, CHUNK // row_bytes)))
+
+
+def _sha256(part: torch.Tensor) -> bytes:
+    """The hash of the entries in the order of their indices. It lets other threads run meanwhile."""
+    entries = part.resolve_conj().resolve_neg().contiguous().cpu()
+    return hashlib.sha256(entries.reshape(-1).view(torch.uint8).numpy().data).digest()

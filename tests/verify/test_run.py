@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import gemma_scope_tl as gs
 from gemma_scope_tl.cli import app
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.registry import clear_cache, locate, register_release
 from gemma_scope_tl.verification import examine
 from gemma_scope_tl.verification import measure as measuring
@@ -310,3 +311,30 @@ def _with(site: Any, **changes: Any) -> Any:
 
 def test_gs_has_it() -> None:
     assert gs.verify is verify and torch.get_num_threads() > 0
+
+
+@pytest.mark.parametrize("changed", [{"final_logit_softcapping": 5.0}, {"query_pre_attn_scalar": 4}])
+def test_another_configuration_is_measured_anew(
+    changed: dict[str, Any], small: World, text: Path, tmp_path: Path
+) -> None:
+    """As after a repair of ``config.json``: the weights are the same, and every loss is another."""
+    register_release(write_release(tmp_path, entries(small)))
+    options: dict[str, Any] = {"sample": 1, "sites": ["res"], "layers": [1], "out": tmp_path / "out"}
+    first = checked(small, text, **options)
+    model = load_model(hf_model=small_gemma(**changed), tokenizer=CharTokenizerFactory.get())
+    options |= {"sae_model": "small", "texts": text, "tokens": 16 * CONTEXT, "context": CONTEXT, "progress": False}
+    other = verify(model, **options)
+    assert other.content["model"]["fingerprint"] == first.content["model"]["fingerprint"]
+    losses = [one.saes[0]["measured"]["loss_clean"] for one in (first, other)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_hooks_are_refused_where_results_are_kept(small: World, text: Path, tmp_path: Path) -> None:
+    register_release(write_release(tmp_path, entries(small)))
+    options: dict[str, Any] = {"sample": 1, "sites": ["res"], "layers": [1]}
+    with small.model.hooks([("blocks.0.hook_resid_post", lambda value, hook: value * 0.5)]):
+        with pytest.raises(GemmaScopeError, match=r"hooks on the model.*verify without out="):
+            checked(small, text, out=tmp_path / "out", **options)
+        hooked = checked(small, text, **options).saes[0]["measured"]
+    after = checked(small, text, out=tmp_path / "out", **options).saes[0]["measured"]
+    assert after["loss_clean"] != pytest.approx(hooked["loss_clean"], rel=1e-3)

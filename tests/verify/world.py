@@ -24,10 +24,10 @@ SPECIAL = (0, 1, 2)
 BOS = 2
 
 
-def small_gemma(seed: int = 0, layers: int = 4) -> Gemma2ForCausalLM:
+def small_gemma(seed: int = 0, layers: int = 4, **changes: Any) -> Gemma2ForCausalLM:
     """A random Gemma 2 whose norms have gains far from 1 and whose BOS has a huge embedding, as in the real ones."""
     torch.manual_seed(seed)
-    config = Gemma2Config(**{**DEFAULT, "num_hidden_layers": layers}, attn_implementation="eager")
+    config = Gemma2Config(**{**DEFAULT, "num_hidden_layers": layers, **changes}, attn_implementation="eager")
     model = Gemma2ForCausalLM(config)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.8 if "norm" in name else 0.15)
