@@ -16,10 +16,10 @@ from gemma_scope_tl.evals.facts import facts_of
 from gemma_scope_tl.evals.saes import subjects_of
 from gemma_scope_tl.evals.suite import measure_suite
 from gemma_scope_tl.interp.neuronpedia import export_neuronpedia
+from gemma_scope_tl.model.counted import CountedBatch
 from gemma_scope_tl.model.identity import model_facts
 from gemma_scope_tl.sites import BACKENDS
 from gemma_scope_tl.studies.firing import count_firing
-from gemma_scope_tl.text.batch import TokenBatch
 from gemma_scope_tl.weights import fingerprint as module
 from gemma_scope_tl.weights.fingerprint import fingerprint
 from tests.helpers import CONFIGS, CONFIGS_3, hooked, random_gemma, random_sae, random_tokens, shared_model
@@ -57,7 +57,7 @@ def _made(config: str, backend: str, **changes: Any) -> Any:
 
 def _key(model: Any) -> str:
     ids = random_tokens(model, batch=2)
-    return key_of(facts_of(model, TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool)), ()))
+    return key_of(facts_of(model, CountedBatch(ids, *(torch.ones_like(ids, dtype=torch.bool),) * 2), ()))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
