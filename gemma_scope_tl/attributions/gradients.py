@@ -49,6 +49,7 @@ from gemma_scope_tl.attributions.passes import (
     token_row,
 )
 from gemma_scope_tl.attributions.targets import Metric, Tokens, metric_on, metric_value
+from gemma_scope_tl.counts import checked_count, checked_top
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, unknown_name
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.arguments import as_indices
@@ -172,10 +173,8 @@ def _checked(method: str, baseline: str | None, counterfactual: Any, steps: int,
         raise unknown_name("baseline", baseline, BASELINES)
     if baseline is not None and counterfactual is not None:
         raise GemmaScopeError("Give baseline= or counterfactual=, not both: activations are compared with one of them.")
-    if steps < 1:
-        raise GemmaScopeError(f"steps must be 1 or more, not {steps}.")
-    if top is not None and top < 1:
-        raise GemmaScopeError(f"top must be 1 or more, or None for all latents, not {top}.")
+    checked_count(steps, "steps")
+    checked_top(top)
     return baseline or ("zero" if method == "gradient" else "latents")
 
 
@@ -263,6 +262,7 @@ def ablation_effects(
         SpliceError: the SAE does not fit the model or has no such latent, or the text lacks one of ``positions``.
         GemmaScopeError: several texts were given, or a position is beyond the end of the text.
     """
+    batch_size = checked_count(batch_size, "batch_size")
     placed_saes(model, sae, exclude_special_tokens, positions)
     prompt = one_prompt(model, text, exclude_special_tokens, attention_mask, positions, "Ablations are measured on")
     metric = metric_on(model, metric, prompt)

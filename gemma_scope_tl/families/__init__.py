@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_scope_tl.errors import AdapterError, GemmaScopeError, unknown_name
+from gemma_scope_tl.errors import AdapterError, GemmaScopeError, checked_text, unknown_name
 from gemma_scope_tl.families.base import BACKENDS, Backend, Family, ModelDims, ModelSizes, Place, Site, Wrapper
 from gemma_scope_tl.families.gemma2 import GEMMA2
 from gemma_scope_tl.families.gemma3 import GEMMA3
@@ -31,6 +31,7 @@ __all__ = [
     "family_of_model",
     "forget_family",
     "hub_ids",
+    "known_family",
     "plain_name",
     "register_family",
     "stated_family",
@@ -77,7 +78,7 @@ def family_named(name: str) -> Family:
     Raises:
         UnknownNameError: with the nearest names.
     """
-    if name not in _FAMILIES:
+    if checked_text("model family", name, _FAMILIES) not in _FAMILIES:
         raise unknown_name("model family", name, _FAMILIES)
     return _FAMILIES[name]
 
@@ -106,11 +107,20 @@ def family_of_model(model: str | None, site: str | None = None) -> Family:
     This includes the small models that come with this package. For a name that no family lists (a user's own model, or
     None) it is the first family that has the ``site``, and the default family without a ``site``.
     """
+    return known_family(model) or next((family for family in families() if site in family.sites), families()[0])
+
+
+def known_family(model: str | None) -> Family | None:
+    """The family that released a model, by its name; None for a name that no family lists.
+
+    >>> known_family("google/gemma-3-1b-pt").name, known_family("my-model")
+    ('gemma3', None)
+    """
     name = (model or "").rpartition("/")[2].lower()
     for family in families():
         if family.base_name(name) in family.sizes or (name and name == family.bundled):
             return family
-    return next((family for family in families() if site in family.sites), families()[0])
+    return None
 
 
 def stated_family(family: Family, model: str | None, site: str | None = None) -> str | None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 
-from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.counts import whole_number
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError, brief
 from gemma_scope_tl.model.gain import gain_of
-from gemma_scope_tl.sae.access import chosen_latents, decoder_rows, locate
+from gemma_scope_tl.sae.access import check_family, chosen_latents, decoder_rows, locate
 from gemma_scope_tl.sites import Place, target_of
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ def top_tokens(model: GemmaModel, sae: SAEOrLatents, latent: int | Iterable[int]
 
     chosen = chosen_latents(sae, latent)
     logits = latent_logits(model, sae, chosen)
-    if not 1 <= k <= logits.shape[-1]:
-        raise GemmaScopeError(f"k must be between 1 and {logits.shape[-1]}, the size of the vocabulary; given: {k}.")
+    if whole_number(k) is None or not 1 <= k <= logits.shape[-1]:
+        size = logits.shape[-1]
+        raise GemmaScopeError(f"k must be between 1 and {size}, the size of the vocabulary; given: {brief(k)}.")
     frames: list[pd.DataFrame] = []
     for i, row in zip(chosen, logits, strict=True):
         for kind, largest in (("promoted", True), ("suppressed", False)):
@@ -88,6 +90,7 @@ def latent_logits(model: GemmaModel, sae: SAEOrLatents, latents: list[int]) -> F
         SpliceError: for an SAE that does not match the layers and widths of the model.
     """
     site, layer = locate(sae, model.family)
+    check_family(sae, model.family)
     site.check_layer(layer, model.dims)
     return _logits(model, site, layer, decoder_rows(sae, latents))
 

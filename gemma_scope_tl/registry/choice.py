@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from gemma_scope_tl.errors import RegistryError, UnknownNameError, unknown_name
+from gemma_scope_tl.counts import checked_flag, whole_number
+from gemma_scope_tl.errors import GemmaScopeError, RegistryError, UnknownNameError, unknown_name
 from gemma_scope_tl.registry.schema import LABELS, SERIES, SAERow
 
 CANONICAL = "canonical"
@@ -26,7 +27,7 @@ def pick(
         UnknownNameError: when none fits; names what exists.
         RegistryError: when several fit; names them and what chooses one.
     """
-    rows = _of_kind(rows, affine, seed)
+    rows = _of_kind(rows, checked_affine(affine), seed)
     fitting = _with_l0(rows, l0)
     if not fitting:
         raise UnknownNameError(f"{_no_such_l0(rows, l0)} {hint}".rstrip())
@@ -41,8 +42,6 @@ def pick(
 
 def _of_kind(rows: Sequence[SAERow], affine: bool | None, seed: int | None) -> list[SAERow]:
     """The rows with or without a skip connection, and with this seed."""
-    if affine not in (None, True, False):
-        raise unknown_name("affine", affine, ["True", "False", "None"])
     kept = [row for row in rows if affine in (None, bool(row.affine))]
     if not kept:
         which = "with a skip connection (affine)" if affine else "without a skip connection: all are affine"
@@ -54,6 +53,35 @@ def _of_kind(rows: Sequence[SAERow], affine: bool | None, seed: int | None) -> l
         seeds = sorted({row.seed for row in kept if row.seed is not None})
         hint = "" if seeds else "No further run is released here: omit seed=."
         raise unknown_name(f"seed of {place_of(rows[0])}", seed, map(str, seeds), hint)
+    return found
+
+
+def checked_affine(affine: object) -> bool | None:
+    """True, False or None.
+
+    Raises:
+        UnknownNameError: for anything else.
+    """
+    try:
+        return checked_flag(affine, "affine", unset=True)
+    except GemmaScopeError:
+        raise unknown_name("affine", affine, ["True", "False", "None"]) from None
+
+
+def checked_number(what: str, number: object, least: int | None = 0) -> int:
+    """A layer or a seed as an int.
+
+    Args:
+        what: ``"layer"`` or ``"seed"``, for the message.
+        number: the argument.
+        least: the smallest number; None for any.
+
+    Raises:
+        UnknownNameError: for a smaller number, and for anything but an integer.
+    """
+    found = whole_number(number)
+    if found is None or (least is not None and found < least):
+        raise unknown_name(what, repr(number) if found is None else found, [f"a number from {least or 0}, such as 20"])
     return found
 
 
@@ -87,9 +115,9 @@ def _several(fitting: Sequence[SAERow], l0: float | str) -> RegistryError:
 def _l0_number(l0: float | str) -> float:
     try:
         value = float(l0.removeprefix(CLOSEST) if isinstance(l0, str) else l0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
-    if isinstance(l0, bool) or not (math.isfinite(value) and value > 0):
+    if isinstance(l0, (bool, bytes)) or not (math.isfinite(value) and value > 0):
         known = [CANONICAL, *LABELS, f"{CLOSEST}100", "100"]
         raise unknown_name("l0", l0, known, "Or any other positive number.")
     return value

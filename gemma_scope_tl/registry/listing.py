@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from gemma_scope_tl.errors import RegistryError, unknown_name
+from gemma_scope_tl.errors import RegistryError, checked_text, unknown_name
 from gemma_scope_tl.registry.catalog import checked_model, header_of, headers, rows_of
+from gemma_scope_tl.registry.choice import checked_affine, checked_number
 from gemma_scope_tl.registry.locate import BUNDLED_DATA, bundle_folder
 from gemma_scope_tl.registry.schema import LABELS, SERIES, SAERow
 from gemma_scope_tl.registry.widths import width_label
@@ -132,12 +133,15 @@ def select_rows(
     """
     models = None if model is None else {checked_model(name) for name in _several(model)}
     sites = None if site is None else {get_site(name).name for name in _several(site)}
-    layers = None if layer is None else {_checked_number("layer", number) for number in _several(layer)}
+    layers = None if layer is None else {checked_number("layer", number) for number in _several(layer)}
     names = None if release is None else set(_several(release))
     for name in names or ():
         header_of(name)
+    affine = checked_affine(affine)
+    if pattern is not None:
+        pattern = checked_text("pattern", pattern, ["*layer_20/width_16k*"])
     labels = None if label is None else {_one_of("label", name, LABELS) for name in _several(label)}
-    seeds = None if seed is None else {_checked_number("seed", number) for number in _several(seed)}
+    seeds = None if seed is None else {checked_number("seed", number) for number in _several(seed)}
     wanted = None if series is None else _one_of("series", series, SERIES)
     rows = _of_releases(models, names, wanted)
     widths = None if width is None else _checked_widths(_several(width), (row for _, row in rows))
@@ -237,12 +241,6 @@ def _several(value: T | Iterable[T]) -> list[T]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         return [cast("T", value)]
     return list(cast("Iterable[T]", value))
-
-
-def _checked_number(what: str, number: object) -> int:
-    if isinstance(number, bool) or not hasattr(number, "__index__"):
-        raise unknown_name(what, repr(number), ["a number from 0, such as 20"])
-    return number.__index__()  # pyright: ignore
 
 
 def _one_of(what: str, name: str, known: Sequence[str]) -> str:

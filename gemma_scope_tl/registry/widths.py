@@ -6,7 +6,8 @@ Any other number of latents is written out.
 
 from __future__ import annotations
 
-from gemma_scope_tl.errors import RegistryError
+from gemma_scope_tl.counts import whole_number
+from gemma_scope_tl.errors import RegistryError, brief
 
 DEFAULT_WIDTH = "16k"
 """The default width, which every Gemma Scope model has at every layer."""
@@ -23,8 +24,10 @@ def width_label(d_sae: int) -> str:
     >>> [width_label(n) for n in (512, 1024, 16384, 65536, 2**20, 24576)]
     ['512', '1k', '16k', '65k', '1m', '24576']
     """
-    if d_sae < 1:
-        raise RegistryError(f"A width is a positive number of latents, not {d_sae}.")
+    number = whole_number(d_sae)
+    if number is None or number < 1:
+        raise RegistryError(f"A width is a positive number of latents, not {brief(d_sae)}.")
+    d_sae = number
     if d_sae & (d_sae - 1) or d_sae < 1024 or d_sae > _LARGEST:
         return str(d_sae)
     return f"{d_sae // 1_000}k" if d_sae < 1_000_000 else f"{d_sae // 1_000_000}m"

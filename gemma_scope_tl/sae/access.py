@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.families import Family, families, family_of_model
+from gemma_scope_tl.families import Family, families, family_of_model, known_family
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sae.config import FAMILY
@@ -60,10 +60,45 @@ def trained_family(sae: SAEOrLatents) -> Family:
     row = getattr(sae, "row", None)
     if row is not None:
         return row.model_family
+    return _said_family(sae) or family_of_model(None, getattr(sae, "site", None))
+
+
+def check_family(sae: SAEOrLatents, family: Family) -> None:
+    """Check that an SAE or latents were not trained on a model of another family than ``family``.
+
+    A hook of one name may give another tensor there, and an embedding may have another scale. An SAE that says nothing,
+    or names a model that no family knows, may belong to any family.
+
+    Raises:
+        SpliceError: for an SAE of another family.
+    """
+    row = getattr(sae, "row", None)
+    if row is not None:
+        if row.model_family is not family:  # which decided the units of an embedding's SAE
+            raise SpliceError(
+                f"{row.release}/{row.id} was loaded as an SAE of a {row.model_family.title}, and this model is a "
+                f"{family.title}. If the SAE is of such a model, its registry file needs `family: {family.name}`."
+            )
+        return
+    said = _said_family(sae)
+    if said is not None and said is not family:
+        name = _model_of(sae)
+        trained = f" ({name})" if name else ""
+        raise SpliceError(f"The SAE was trained on a {said.title}{trained}, and this model is a {family.title}.")
+
+
+def _said_family(sae: SAEOrLatents) -> Family | None:
+    """The family that the metadata state, or that released the model in them; None if neither is known."""
     metadata = {} if isinstance(sae, Latents) else sae.cfg.metadata
     said = {family.name: family for family in families()}.get(str(metadata.get(FAMILY)))
-    name = getattr(sae, "model_name", None) or metadata.get("model_name")
-    return said or family_of_model(name if isinstance(name, str) else None, getattr(sae, "site", None))
+    return said or known_family(_model_of(sae))
+
+
+def _model_of(sae: SAEOrLatents) -> str | None:
+    name = getattr(sae, "model_name", None)
+    if not name and not isinstance(sae, Latents):
+        name = sae.cfg.metadata.get("model_name")
+    return name if isinstance(name, str) else None
 
 
 def chosen_latents(sae: SAEOrLatents, latents: int | Iterable[int]) -> list[int]:

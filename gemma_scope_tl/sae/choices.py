@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from gemma_scope_tl.counts import whole_number
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sae.arguments import shown
 from gemma_scope_tl.sae.latents import Latents
@@ -79,11 +80,15 @@ def checked_positions(positions: Any) -> Any:
     """Return ``positions`` if they have a valid type. Whether the positions exist is known only in a pass.
 
     Raises:
-        SpliceError: for anything but None, an int, a slice, a list of ints or a boolean mask.
+        SpliceError: for anything but None, an int, a slice of ints, a list of ints or a boolean mask.
     """
-    if positions is None or isinstance(positions, slice):
+    if isinstance(positions, slice):
+        return _checked_slice(positions)
+    if positions is None:
         return positions
     try:
+        if isinstance(positions, (list, tuple)) and len({isinstance(one, bool) for one in positions}) == 2:
+            raise TypeError  # torch reads True in [True, 3] as position 1
         found = torch.as_tensor(positions)
     except (TypeError, ValueError, RuntimeError):
         found = None
@@ -93,6 +98,15 @@ def checked_positions(positions: Any) -> Any:
             f"Positions must be an int, a slice, a list of ints, or a boolean mask [pos] or [batch, pos]; given: "
             f"{shown(positions)}."
         )
+    return positions
+
+
+def _checked_slice(positions: slice) -> slice:
+    for bound in (positions.start, positions.stop, positions.step):
+        if bound is not None and whole_number(bound) is None:
+            raise SpliceError(f"A slice of positions has ints or None as bounds and step; given: {shown(positions)}.")
+    if positions.step is not None and positions.step < 1:
+        raise SpliceError(f"A slice of positions must have a positive step; given: step {positions.step}.")
     return positions
 
 

@@ -12,6 +12,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUSkipTranscoderConfig, JumpReLUTranscoderConfig
 
+from gemma_scope_tl.counts import checked_layer
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError, WeightsError
 from gemma_scope_tl.families import Family, families, family_of_model
 from gemma_scope_tl.sites import ModelDims, site_of_hook
@@ -66,6 +67,9 @@ class Identity:
         transcoder: whether the SAELens configuration describes a transcoder. None without a configuration; site and
             shapes decide then.
         of_model: the family of a given model object; None for the family of the row or of the name of the model.
+
+    Raises:
+        SpliceError: for a layer that is no integer from 0.
     """
 
     source: str
@@ -76,6 +80,9 @@ class Identity:
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     transcoder: bool | None = None
     of_model: Family | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer", checked_layer(self.layer, self.site))
 
     @classmethod
     def of(cls, row: SAERow, source: str) -> Identity:

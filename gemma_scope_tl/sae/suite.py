@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_scope_tl.counts import LARGEST, checked_count, checked_real, whole_number
 from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
 from gemma_scope_tl.registry import catalog
+from gemma_scope_tl.registry.choice import checked_number
 from gemma_scope_tl.registry.schema import LABELS, SERIES
 from gemma_scope_tl.registry.widths import DEFAULT_WIDTH, width_label
 from gemma_scope_tl.sae.loading import load_row
@@ -73,19 +75,30 @@ def load_suite(
         for row in catalog.rows_of(header)
         if row.width == label and affine in (None, bool(row.affine)) and (l0 not in LABELS or row.label == l0)
     ]
-    layers = layers if isinstance(layers, (str, int)) else list(layers)
-    keys = [key for site in ([sites] if isinstance(sites, str) else sites) for key in _keys(site, layers, candidates)]
+    layers = layers if isinstance(layers, str) else _numbers(layers)
+    memory = None if memory is None else int(min(checked_real(memory, "memory", least=0), LARGEST))
+    keys = [
+        key
+        for site in ([sites] if isinstance(sites, str) or not isinstance(sites, Iterable) else sites)
+        for key in _keys(site, layers, candidates)
+    ]
     series = series or _series_of(keys, candidates, l0)
     chosen: dict[str, Any] = {"affine": affine, "seed": seed, "series": series, "release": release}
     rows = {(site, n): catalog.find(model, site, n, width, l0, **chosen) for site, n in keys}
     return SAESuite(rows, lambda row: load_row(row, device=device, dtype=dtype), memory)
 
 
-def _keys(site: str, layers: str | int | Iterable[int], candidates: Iterable[SAERow]) -> list[Key]:
+def _numbers(layers: int | Iterable[int]) -> list[int]:
+    """One layer or several as a list of ints, which also find the SAE in ``suite[site, layer]``."""
+    one = isinstance(layers, bytes) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) == 0
+    return [checked_number("layer", number, least=None) for number in ([layers] if one else layers)]  # pyright: ignore
+
+
+def _keys(site: str, layers: str | list[int], candidates: Iterable[SAERow]) -> list[Key]:
     """The places of a site: all that have a candidate, or those of the given layers."""
     once = not get_site(site).per_layer
     if not (isinstance(layers, str) or once):
-        return [(site, n) for n in ([layers] if isinstance(layers, int) else layers)]
+        return [(site, n) for n in layers]
     found = {row.layer for row in candidates if row.site == site}
     # find() raises an error for the places of the second list that names the existing layers
     return [(site, n) for n in sorted(found, key=lambda n: n or 0) or [None if once else 0]]
@@ -122,7 +135,7 @@ class SAESuite(Mapping[Key, Any]):
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def __getitem__(self, key: Key) -> Any:
-        if key not in self.rows:
+        if not _is_key(key) or key not in self.rows:
             raise unknown_name("SAE of this suite", key, map(str, self.rows))
         with self._lock:
             if key in self._held:
@@ -160,7 +173,7 @@ class SAESuite(Mapping[Key, Any]):
         Raises:
             UnknownNameError: when no SAE meets the conditions.
         """
-        chosen = None if layers is None else set(layers)
+        chosen = None if layers is None else {n if n is None else checked_number("layer", n) for n in layers}
         keep = [k for k in self.rows if site in (None, k[0]) and (chosen is None or k[1] in chosen)]
         if not keep:
             raise UnknownNameError(f"No SAE of this suite has site {site!r} and layers {layers!r}: {list(self.rows)}.")
@@ -179,8 +192,7 @@ class SAESuite(Mapping[Key, Any]):
         """
         from tqdm.auto import tqdm
 
-        if workers < 1:
-            raise GemmaScopeError(f"prefetch needs at least one worker, not {workers}.")
+        workers = checked_count(workers, "workers")
         failed: list[str] = []
         with ThreadPoolExecutor(workers) as pool, tqdm(total=len(self), unit="SAE", disable=not progress) as bar:
             futures = {key: pool.submit(self.__getitem__, key) for key in self.rows}
@@ -220,6 +232,16 @@ class SAESuite(Mapping[Key, Any]):
             while self.memory is not None and len(self._held) > 1 and self.nbytes > self.memory:
                 self._held.popitem(last=False)
         promise.set_result(sae)
+
+
+def _is_key(key: Any) -> bool:
+    """Whether ``key`` is a site and a layer. ``("res", True)`` is none, although Python finds layer 1 with it."""
+    return (
+        isinstance(key, tuple)
+        and len(key) == 2
+        and isinstance(key[0], str)
+        and (key[1] is None or whole_number(key[1]) is not None)
+    )
 
 
 def _nbytes(sae: Any) -> int:
