@@ -262,11 +262,10 @@ def ablation_effects(
         SpliceError: the SAE does not fit the model or has no such latent, or the text lacks one of ``positions``.
         GemmaScopeError: several texts were given, or a position is beyond the end of the text.
     """
-    batch_size = checked_count(batch_size, "batch_size")
     placed_saes(model, sae, exclude_special_tokens, positions)
     prompt = one_prompt(model, text, exclude_special_tokens, attention_mask, positions, "Ablations are measured on")
     metric = metric_on(model, metric, prompt)
-    wanted = [as_indices(pair) for pair in pairs]
+    wanted, batch_size = [as_indices(pair) for pair in pairs], checked_count(batch_size, "batch_size")
     wrong = [latent for _, latent in wanted if not 0 <= latent < sae.cfg.d_sae]
     if wrong:
         raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{sae.cfg.d_sae - 1}.")

@@ -79,8 +79,7 @@ def evaluate(
     Returns:
         A row per SAE: ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss,
         loss_zero_ablated, loss_recovered, tokens, kl`` (clean to spliced, nats), ``loss_mean_ablated,
-        loss_recovered_mean, dead, dense`` (shares of latents), ``uniformity, sequences``, and the confidence interval
-        of each metric, ``<metric>_low, <metric>_high``.
+        loss_recovered_mean, dead, dense`` (shares of latents), ``uniformity, sequences``, intervals ``*_low, *_high``.
 
     Raises:
         SpliceError: an SAE does not fit the model, or a row lacks one of the positions.

@@ -80,6 +80,11 @@ def probe_concepts(model: GemmaModel, saes: Any, data: LabelledRows, *args: Any,
     return measure_probes(model, saes, data, *args, **options).table()
 
 
+def _check_k(k: Sequence[int]) -> None:
+    if not k or any(whole_number(number) is None or number < 1 for number in k):
+        raise GemmaScopeError(f"A probe reads 1 latent or more, not {list(k)}.")
+
+
 def measure_probes(
     model: GemmaModel,
     saes: Any,
@@ -124,8 +129,7 @@ def measure_probes(
             every label on both sides, or the L0 of a random twin is outside the band.
     """
     _need_sklearn()
-    if not k or any(whole_number(number) is None or number < 1 for number in k):
-        raise GemmaScopeError(f"A probe reads 1 latent or more, not {list(k)}.")
+    _check_k(k)
     check_intervals(resamples, confidence, seed)
     for kind, name, known in (("way to select latents", select, SELECT), ("frequency", frequency, FREQUENCIES)):
         if name not in known:
