@@ -55,8 +55,7 @@ def mean_norms(
     Raises:
         UnknownNameError: for a site that does not exist.
         SpliceError: for a layer or a position that does not exist.
-        GemmaScopeError: when the text has no ordinary token at these positions, an activation is not finite, or
-            ``batch_size`` is below 1.
+        GemmaScopeError: no ordinary token is at these positions, an activation is not finite, or a number is invalid.
     """
     import pandas as pd
 
