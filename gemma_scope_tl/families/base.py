@@ -217,7 +217,8 @@ class Site:
         """Raise :class:`SpliceError` when a model of these sizes has no such layer."""
         if not self.per_layer:
             return
-        if checked_layer(layer, self.name) is None or not 0 <= layer < dims.n_layers:
+        layer = checked_layer(layer, self.name)
+        if layer is None or layer >= dims.n_layers:
             raise SpliceError(
                 f"Site {self.name!r} has no layer {layer}: this model's layers are 0..{dims.n_layers - 1}."
             )
