@@ -76,9 +76,9 @@ def unknown_name(kind: str, given: object, valid: Iterable[str], hint: str = "")
     >>> print(unknown_name("site", "ress", ["res", "mlp", "att"]))
     Unknown site 'ress'. Nearest: res, mlp, att.
     """
-    names = list(valid)
-    listed = ", ".join(nearest(str(given), names)) or "none exist"
-    text = f"Unknown {kind} {str(given)!r}. Nearest: {listed}."
+    names, told = list(valid), brief(given)
+    listed = ", ".join(nearest(told, names)) or "none exist"
+    text = f"Unknown {kind} {told!r}. Nearest: {listed}."
     return UnknownNameError(f"{text} {hint}".rstrip())
 
 
@@ -96,6 +96,30 @@ def known_name(kind: str, given: str, valid: Iterable[str]) -> str:
         if str(given).replace("-", "_") == name.replace("-", "_"):
             return name
     raise unknown_name(kind, given, names)
+
+
+def checked_text(kind: str, given: object, valid: Iterable[str]) -> str:
+    """Return a name that a user gives. Whether it exists is not checked.
+
+    Raises:
+        UnknownNameError: for anything but text, with valid names.
+    """
+    if not isinstance(given, str):
+        raise unknown_name(kind, given, valid, f"A name is text, not a value of type {type(given).__name__}.")
+    return given
+
+
+def brief(value: object, most: int = 100) -> str:
+    """The text of a value in a message, cut after ``most`` characters.
+
+    >>> brief("ress"), brief(10**6, most=4)
+    ('ress', '1000...')
+    """
+    try:
+        text = str(value)
+    except ValueError:  # Python refuses to write integers of thousands of digits
+        text = f"a very large {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def unknown_keyword(function: str, given: str, valid: Iterable[str]) -> UnknownKeywordError:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from gemma_scope_tl.errors import GemmaScopeError, SpliceError, unknown_name
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError, checked_text, unknown_name
 from gemma_scope_tl.families import BACKENDS, Backend, Family, ModelDims, Place, Site, families, family_named
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def get_site(name: str, family: str | Family | None = None) -> Site:
     if family is not None:
         return (family_named(family) if isinstance(family, str) else family).site(name)
     try:
-        return SITES[name]
+        return SITES[checked_text("site", name, SITES)]
     except KeyError:
         raise unknown_name("site", name, SITES) from None
 

@@ -22,6 +22,7 @@ ROOT = PACKAGE.parent
 # fmt: off
 ORDER = [
     "errors",
+    "counts",
     "files",
     "dtypes",
     "moved",

@@ -51,6 +51,7 @@ from gemma_scope_tl.attributions.passes import (
     token_row,
 )
 from gemma_scope_tl.attributions.targets import Metric, TargetMetric, Tokens, metric_on, metric_value
+from gemma_scope_tl.counts import checked_count, checked_top
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, unknown_name
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.arguments import as_indices
@@ -249,12 +250,10 @@ def _checked(
         raise unknown_name("baseline", baseline, BASELINES)
     if baseline is not None and counterfactual is not None:
         raise GemmaScopeError("Give baseline= or counterfactual=, not both: activations are compared with one of them.")
-    if steps < 1:
-        raise GemmaScopeError(f"steps must be 1 or more, not {steps}.")
-    if batch_size is not None and batch_size < 1:
-        raise GemmaScopeError(f"batch_size must be 1 or more, or None, not {batch_size}.")
-    if top is not None and top < 1:
-        raise GemmaScopeError(f"top must be 1 or more, or None for all latents, not {top}.")
+    checked_count(steps, "steps")
+    checked_top(top)
+    if batch_size is not None:
+        checked_count(batch_size, "batch_size")
     return baseline or ("zero" if method == "gradient" else "latents")
 
 
@@ -344,7 +343,7 @@ def ablation_effects(
     placed_saes(model, sae, exclude_special_tokens, positions)
     prompt = one_prompt(model, text, exclude_special_tokens, attention_mask, positions, "Ablations are measured on")
     metric = metric_on(model, metric, prompt)
-    wanted = [as_indices(pair) for pair in pairs]
+    wanted, batch_size = [as_indices(pair) for pair in pairs], checked_count(batch_size, "batch_size")
     wrong = [latent for _, latent in wanted if not 0 <= latent < sae.cfg.d_sae]
     if wrong:
         raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{sae.cfg.d_sae - 1}.")

@@ -44,6 +44,7 @@ from gemma_scope_tl.attributions.passes import (
     token_row,
 )
 from gemma_scope_tl.attributions.targets import Metric, Tokens, metric_on, metric_value
+from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.arguments import as_indices
@@ -136,8 +137,7 @@ def circuit(
     """
     import pandas as pd
 
-    if nodes < 1 or edges < 1:
-        raise GemmaScopeError(f"A circuit needs at least 1 node and 1 edge, not nodes={nodes} and edges={edges}.")
+    nodes, edges = checked_count(nodes, "nodes"), checked_count(edges, "edges")
     placed, prompt = _checked_inputs(model, text, saes, exclude_special_tokens, attention_mask, positions)
     metric = metric_on(model, metric, prompt)
     with differentiable(model, placed):

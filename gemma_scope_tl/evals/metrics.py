@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from gemma_scope_tl.counts import checked_count, checked_real
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sae import sparse_ops
 from gemma_scope_tl.sae.sparse import SparseActs
@@ -125,6 +126,17 @@ def max_cosine(w_dec: Float[torch.Tensor, "d_sae d"], chunk: int = 1024) -> Floa
     return out.masked_fill(empty | (out == -torch.inf), torch.nan)
 
 
+def check_intervals(resamples: int, level: float, seed: int) -> tuple[int, int]:
+    """Check the parameters of :class:`Bootstrap`, and return resamples and seed as ints.
+
+    Raises:
+        GemmaScopeError: as :class:`Bootstrap`.
+    """
+    if not checked_real(level, "confidence", above=0) < 1:
+        raise GemmaScopeError(f"confidence must be above 0 and below 1, not {level}.")
+    return checked_count(resamples, "resamples"), checked_count(seed, "seed", least=0, most=None)
+
+
 class Bootstrap:
     """Resamples of the same sequences for every metric, so that differences are paired.
 
@@ -138,12 +150,11 @@ class Bootstrap:
         seed: seed of the draws.
 
     Raises:
-        GemmaScopeError: the level is outside (0, 1), or there are no resamples.
+        GemmaScopeError: the level is outside (0, 1), there are no resamples, or the seed is negative.
     """
 
     def __init__(self, rows: int, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> None:
-        if not 0 < level < 1 or resamples < 1:
-            raise GemmaScopeError(f"Intervals need a level in (0, 1) and 1 resample or more, not {level}, {resamples}.")
+        resamples, seed = check_intervals(resamples, level, seed)
         self.rows, self.level = rows, level
         draws = np.random.default_rng(seed)
         self._weights = draws.multinomial(rows, np.full(rows, 1 / rows), resamples) if rows else np.zeros((1, 0))

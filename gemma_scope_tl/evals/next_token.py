@@ -205,8 +205,10 @@ def sampled_positions(
 ) -> Int[torch.Tensor, "batch count"]:
     """Draw ``count`` different positions of each row whose predictions count; -1 where a row has fewer.
 
-    The draw depends only on the seed and the row's number, one of ``rows``, so it is the same for all batch sizes.
+    The draw depends only on the seed and the row's number, one of ``rows``, so it is the same for all batch sizes. A
+    ``count`` above the number of positions is that number.
     """
+    count = min(count, max(scored.shape[1], 1))  # a pass of rows of one token scores nothing
     out = torch.full((scored.shape[0], count), -1, dtype=torch.int64)
     for row, (number, valid) in enumerate(zip(rows.tolist(), scored.cpu(), strict=True)):
         places = valid.nonzero().squeeze(1).numpy()

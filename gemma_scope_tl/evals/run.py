@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.counts import LARGEST, checked_count, checked_real
+from gemma_scope_tl.errors import unknown_name
 from gemma_scope_tl.evals.accumulators import TokenMean
 from gemma_scope_tl.evals.cache import Checkpoint, MetricsCache, key_of
 from gemma_scope_tl.evals.clean_pass import (
@@ -58,7 +59,7 @@ class Settings:
 
     Raises:
         UnknownNameError: an ablation is unknown.
-        GemmaScopeError: a number is too small.
+        GemmaScopeError: a number is too small, or none.
     """
 
     batch_size: int = 8
@@ -72,11 +73,10 @@ class Settings:
         for name in self.ablations:
             if name not in ABLATIONS:
                 raise unknown_name("ablation", name, ABLATIONS)
-        for name in ("batch_size", "memory_budget", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise GemmaScopeError(f"{name} must be 1 or more, not {getattr(self, name)}.")
-        if self.uniformity < 0:
-            raise GemmaScopeError(f"uniformity is a number of positions, 0 or more, not {self.uniformity}.")
+        for name, least in (("batch_size", 1), ("checkpoint_every", 1), ("uniformity", 0)):
+            object.__setattr__(self, name, checked_count(getattr(self, name), name, least))
+        budget = min(checked_real(self.memory_budget, "memory_budget", least=1), LARGEST)  # bytes, also as 1e9
+        object.__setattr__(self, "memory_budget", int(budget))
 
 
 @dataclass

@@ -15,7 +15,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.accumulators import LatentCounts
 from gemma_scope_tl.evals.cache import MetricsCache
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET
-from gemma_scope_tl.evals.metrics import Bootstrap, fvu, loss_recovered, scored_positions
+from gemma_scope_tl.evals.metrics import Bootstrap, check_intervals, fvu, loss_recovered, scored_positions
 from gemma_scope_tl.evals.run import ABLATIONS, EvaluationRun, Settings
 from gemma_scope_tl.evals.saes import Subject, subjects_of
 from gemma_scope_tl.evals.sums import Sums
@@ -79,14 +79,14 @@ def evaluate(
     Returns:
         A row per SAE: ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss,
         loss_zero_ablated, loss_recovered, tokens, kl`` (clean to spliced, nats), ``loss_mean_ablated,
-        loss_recovered_mean, dead, dense`` (shares of latents), ``uniformity, sequences``, and the confidence interval
-        of each metric, ``<metric>_low, <metric>_high``.
+        loss_recovered_mean, dead, dense`` (shares of latents), ``uniformity, sequences``, intervals ``*_low, *_high``.
 
     Raises:
         SpliceError: an SAE does not fit the model, or a row lacks one of the positions.
         GemmaScopeError: there is less text than one row, no token to predict, or an invalid argument.
         AdapterMismatch: re-running layers does not reproduce the full pass.
     """
+    check_intervals(resamples, confidence, seed)  # before the measurement, which may take hours
     found = measure_suite(
         model, saes, data, context, batch_size, progress, ablations=ablations, uniformity=uniformity, cache=cache,
         memory_budget=memory_budget, exclude_special_tokens=exclude_special_tokens, attention_mask=attention_mask,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from gemma_scope_tl.errors import AdapterError, GemmaScopeError, unknown_name
+from gemma_scope_tl.errors import AdapterError, GemmaScopeError, checked_text, unknown_name
 from gemma_scope_tl.families.base import BACKENDS, Backend, Family, ModelDims, ModelSizes, Place, Site, Wrapper
 from gemma_scope_tl.families.gemma2 import GEMMA2
 from gemma_scope_tl.families.gemma3 import GEMMA3
@@ -91,7 +91,7 @@ def family_named(name: str) -> Family:
     Raises:
         UnknownNameError: with the nearest names.
     """
-    if name not in _FAMILIES:
+    if checked_text("model family", name, _FAMILIES) not in _FAMILIES:
         raise unknown_name("model family", name, _FAMILIES)
     return _FAMILIES[name]
 

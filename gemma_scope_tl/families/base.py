@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-from gemma_scope_tl.errors import SpliceError, unknown_name
+from gemma_scope_tl.counts import checked_layer
+from gemma_scope_tl.errors import SpliceError, checked_text, unknown_name
 
 Backend = Literal["bridge", "hooked_transformer"]
 BACKENDS: tuple[Backend, ...] = ("bridge", "hooked_transformer")
@@ -186,7 +187,7 @@ class Site:
 
         Raises:
             UnknownNameError: for an unknown backend.
-            SpliceError: when the site needs a layer and none is given.
+            SpliceError: when the site needs a layer and none is given, or the layer is no integer from 0.
         """
         return self._format(self.bridge if _checked(backend) == "bridge" else self.hooked_transformer, layer)
 
@@ -195,6 +196,10 @@ class Site:
         bridge, hooked_transformer = self.bridge_out or self.bridge, self.hooked_transformer_out
         written = bridge if _checked(backend) == "bridge" else hooked_transformer or self.hooked_transformer
         return self._format(written, layer)
+
+    def module_name(self, layer: int | None = None) -> str:
+        """Path, below the decoder, of the Hugging Face module that the tensor passes. Errors are those of hooks."""
+        return self._format(self.module, layer)
 
     def reads_at(self, layer: int | None) -> tuple[Place, ...]:
         """The places that a coder at this site and layer reads."""
@@ -212,7 +217,8 @@ class Site:
         """Raise :class:`SpliceError` when a model of these sizes has no such layer."""
         if not self.per_layer:
             return
-        if layer is None or not 0 <= layer < dims.n_layers:
+        layer = checked_layer(layer, self.name)
+        if layer is None or layer >= dims.n_layers:
             raise SpliceError(
                 f"Site {self.name!r} has no layer {layer}: this model's layers are 0..{dims.n_layers - 1}."
             )
@@ -220,9 +226,10 @@ class Site:
     def _format(self, template: str, layer: int | None) -> str:
         if not self.per_layer:
             return template
-        if layer is None:
+        number = checked_layer(layer, self.name)
+        if number is None:
             raise SpliceError(f"Site {self.name!r} exists in every layer: give layer=N.")
-        return template.format(layer=layer)
+        return template.format(layer=number)
 
 
 @dataclass(frozen=True)
@@ -343,7 +350,7 @@ class Family:
         Raises:
             UnknownNameError: with the nearest names.
         """
-        if name not in self.sites:
+        if checked_text(f"site of {self.title}", name, self.sites) not in self.sites:
             raise unknown_name(f"site of {self.title}", name, self.sites)
         return self.sites[name]
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Int
 
+from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.saes import subjects_of
 
@@ -42,7 +43,8 @@ class FixedTokens:
     """
 
     def __init__(self, tokens: Int[torch.Tensor, "rows pos"], batch: int) -> None:
-        if batch < 1 or tokens.shape[0] % batch:
+        batch = checked_count(batch, "batch_size")
+        if tokens.shape[0] % batch:
             raise GemmaScopeError(f"Batches of {batch} do not divide {tokens.shape[0]} rows, so means would be off.")
         self.batches, self.served = list(tokens.split(batch)), 0
         self.store_batch_size_prompts, self.context_size = batch, tokens.shape[1]

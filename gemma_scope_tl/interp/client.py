@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from gemma_scope_tl.counts import checked_count, checked_real
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.files import append_line
 
@@ -141,8 +142,9 @@ class ChatClient:
         parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise GemmaScopeError(f"{self.base_url!r} is not the URL of an endpoint, such as http://127.0.0.1:8000/v1.")
-        if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
-            raise GemmaScopeError("concurrency must be 1 or more, retries 0 or more, and timeout positive.")
+        self.concurrency = checked_count(self.concurrency, "concurrency")
+        self.retries = checked_count(self.retries, "retries", least=0)
+        self.timeout = checked_real(self.timeout, "timeout", above=0)
         self._log = self.log if isinstance(self.log, AnswerLog) else AnswerLog(self.log)
 
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.evals.metrics import Bootstrap
 from gemma_scope_tl.interp.client import Answerer, Prompt
 from gemma_scope_tl.interp.examples import Example, Examples
@@ -101,8 +101,7 @@ def detection_scores(
     """
     import pandas as pd
 
-    if shown < 1:
-        raise GemmaScopeError(f"shown must be 1 or more, not {shown}.")
+    shown = checked_count(shown, "shown")
     parts: list[tuple[int, list[Example]]] = []
     for latent in explanations:
         mixed = examples.of(latent, "quantile", "silent")

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, rows_that_fit
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
@@ -84,8 +85,9 @@ def export_neuronpedia(
             ``features_per_batch`` is below 1, or there are hooks on model or SAE, which the settings cannot describe.
     """
     subjects, text = subjects_of(model, sae), counted_rows(model, data, context, special_ids(model), positions)
-    if len(subjects) != 1 or features_per_batch < 1:
-        raise GemmaScopeError("An export takes one SAE, and features_per_batch of 1 or more.")
+    if len(subjects) != 1:
+        raise GemmaScopeError("An export takes one SAE.")
+    features_per_batch = checked_count(features_per_batch, "features_per_batch")
     subject, place = subjects[0], Path(folder)
     drawn = sampling or Sampling(window=min(64, text.ids.shape[1]))
     chosen = chosen_latents(subject, latents)

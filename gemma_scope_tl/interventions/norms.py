@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.model.counted import CountedBatch, counted_tokens
 from gemma_scope_tl.model.finite import visit_finite_places
@@ -54,11 +55,11 @@ def mean_norms(
     Raises:
         UnknownNameError: for a site that does not exist.
         SpliceError: for a layer or a position that does not exist.
-        GemmaScopeError: when the text has no ordinary token at these positions, or an activation is not finite.
+        GemmaScopeError: no ordinary token is at these positions, an activation is not finite, or a number is invalid.
     """
     import pandas as pd
 
-    places = _places(model, sites, layers)
+    places, batch_size = _places(model, sites, layers), checked_count(batch_size, "batch_size")
     given = as_batch(model, text, attention_mask)
     written = [target_of(place) for place in places]
     whole = CountedBatch(given.ids, given.mask, counted_tokens(given, special_token_ids(model.tokenizer), positions))

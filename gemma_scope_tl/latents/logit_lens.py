@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from gemma_scope_tl.errors import GemmaScopeError, SpliceError
+from gemma_scope_tl.counts import whole_number
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError, brief
 from gemma_scope_tl.model.gain import gain_of
-from gemma_scope_tl.sae.access import chosen_latents, decoder_rows, locate
+from gemma_scope_tl.sae.access import check_family, chosen_latents, decoder_rows, locate
 from gemma_scope_tl.sites import Place, target_of
 from gemma_scope_tl.text.tokenizing import decoded_ids
 
@@ -61,8 +62,8 @@ def top_tokens(model: GemmaModel, sae: SAEOrLatents, latent: int | Iterable[int]
 
     chosen, vocabulary = chosen_latents(sae, latent), model.W_U.shape[1]
     u = _written(model, sae, chosen)
-    if not 1 <= k <= vocabulary:
-        raise GemmaScopeError(f"k must be between 1 and {vocabulary}, the size of the vocabulary; given: {k}.")
+    if whole_number(k) is None or not 1 <= k <= vocabulary:
+        raise GemmaScopeError(f"k must be between 1 and {vocabulary}, the size of the vocabulary; given: {brief(k)}.")
     tops = [
         [logits.topk(k, largest=largest) for largest in (True, False)]
         for logits in (_logits(model, some) for some in u.split(max(1, _HELD // vocabulary)))
@@ -95,6 +96,7 @@ def latent_logits(model: GemmaModel, sae: SAEOrLatents, latents: list[int]) -> F
 def _written(model: GemmaModel, sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "k d_model"]:
     """What each latent adds to the residual stream, times the gain of the final norm."""
     site, layer = locate(sae, model.family)
+    check_family(sae, model.family)
     site.check_layer(layer, model.dims)
     rows = decoder_rows(sae, latents)
     written = model.family.site(target_of(Place(site.name, layer)).site)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 
+from gemma_scope_tl.counts import checked_count, checked_real, checked_top
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.model.counted import CountedBatch, counted_tokens
 from gemma_scope_tl.model.finite import visit_finite_places
 from gemma_scope_tl.model.positions import Positions
-from gemma_scope_tl.sae.access import encode_latents, locate
+from gemma_scope_tl.sae.access import check_family, encode_latents, locate
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.choices import as_saes, bring
 from gemma_scope_tl.sae.latents import Latents
@@ -78,12 +79,11 @@ def features(
     """
     import pandas as pd
 
-    if (top is not None and top < 1) or batch_size < 1 or not min_activation >= 0:
-        raise GemmaScopeError(
-            f"top and batch_size must be at least 1 and min_activation at least 0; given: {top}, {batch_size}, "
-            f"{min_activation}."
-        )
+    top, batch_size = checked_top(top), checked_count(batch_size, "batch_size")
+    min_activation = checked_real(min_activation, "min_activation", least=0)
     several, batch = as_saes(saes), as_batch(model, text, attention_mask)
+    for sae in several:
+        check_family(sae, model.family)
     places = [Place(site.name, layer) for site, layer in (locate(sae, model.family) for sae in several)]
     special = excluded_ids(model.tokenizer, exclude_special_tokens)
     whole = CountedBatch(batch.ids, batch.mask, counted_tokens(batch, special, positions))

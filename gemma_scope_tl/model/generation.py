@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 
+from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.model.keywords import named, taken_input
 from gemma_scope_tl.model.positions import move_rows
@@ -51,10 +52,11 @@ def prompts_of(model: Any, given: Any, call: dict[str, Any]) -> Prompts:
     New tokens are added after the last column, so rows that are padded on the right are moved to the right edge.
 
     Raises:
-        GemmaScopeError: for an input that is not text, or ``max_new_tokens`` below 1.
+        GemmaScopeError: for an input that is not text, or a number of new tokens that is no integer from 1.
     """
-    if int(call.get("max_new_tokens", 1)) < 1:
-        raise GemmaScopeError(f"max_new_tokens must be at least 1; given: {call['max_new_tokens']}.")
+    for name in ("max_new_tokens", "max_tokens_per_yield"):
+        if name in call:
+            call[name] = checked_count(call[name], name)
     how: dict[str, Any] = {
         name: call.pop(name) for name in ("attention_mask", "prepend_bos", "padding_side") if name in call
     }

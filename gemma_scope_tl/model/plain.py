@@ -57,7 +57,7 @@ def run_reference(
     taps = _Taps(change, config)
     for site in family.sites.values():
         for layer in range(ModelDims.from_config(config).n_layers) if site.per_layer else (None,):
-            taps.tap(decoder.get_submodule(site.module.format(layer=layer)), site, Place(site.name, layer))
+            taps.tap(decoder.get_submodule(site.module_name(layer)), site, Place(site.name, layer))
     try:
         logits = hf_model(tokens, attention_mask=attention_mask, **{"use_cache": False, **kwargs}).logits
     finally:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict, TypeVar
 
-from gemma_scope_tl.errors import KeywordError, unknown_keyword
+from gemma_scope_tl.counts import checked_flag
+from gemma_scope_tl.errors import KeywordError, SpliceError, unknown_keyword
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.choices import checked_positions
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_choice
@@ -46,7 +47,8 @@ class SpliceOptions:
     """The checked values of :class:`SpliceKeywords`, with the defaults.
 
     Raises:
-        SpliceError: for invalid positions or an invalid ``exclude_special_tokens``.
+        SpliceError: for invalid positions or an invalid ``exclude_special_tokens``, and for an ``error_term`` or a
+            ``chain`` that is no bool.
     """
 
     error_term: bool | None = None
@@ -56,6 +58,9 @@ class SpliceOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "positions", checked_positions(self.positions))
+        error_term = checked_flag(self.error_term, "error_term", unset=True, error=SpliceError)
+        object.__setattr__(self, "error_term", error_term)
+        object.__setattr__(self, "chain", checked_flag(self.chain, "chain", error=SpliceError))
         choice = excluded_choice(self.exclude_special_tokens)  # an iterator is consumed once, for all SAEs
         object.__setattr__(self, "exclude_special_tokens", choice)
 
@@ -90,8 +95,11 @@ class SpliceOptions:
         if twice := given.keys() & keywords.keys():
             raise TypeError(f"{function}() got two values for {sorted(twice)[0]!r}.")
         given |= keywords
-        first, second = given.pop("error_term", None), given.pop("use_error_term", None)
-        if first is not None and second is not None and bool(first) != bool(second):
+        first, second = (
+            checked_flag(given.pop(name, None), name, unset=True, error=SpliceError)
+            for name in ("error_term", "use_error_term")
+        )
+        if first is not None and second is not None and first != second:
             raise KeywordError(
                 f"{function}() got error_term={first!r} and use_error_term={second!r}, which are two names of one "
                 "option: give one."

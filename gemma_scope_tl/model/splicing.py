@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 
+from gemma_scope_tl.counts import checked_flag
 from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.model import copies
 from gemma_scope_tl.model.attached import AttachedSAE
@@ -16,7 +17,7 @@ from gemma_scope_tl.model.owners import ADVICE, Owner, Turns
 from gemma_scope_tl.model.protocol import BindsToPass
 from gemma_scope_tl.model.splice_options import SpliceKeywords, SpliceOptions, shows_options
 from gemma_scope_tl.model.tracker import TokenTracker
-from gemma_scope_tl.sae.access import locate
+from gemma_scope_tl.sae.access import check_family, locate
 from gemma_scope_tl.sae.choices import as_saes, bring
 from gemma_scope_tl.sites import Backend, Family, ModelDims, Site
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
@@ -199,6 +200,7 @@ class SpliceMixin:
     @contextmanager
     def _spliced(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[Self]:
         """Attach ``saes`` as :meth:`saes`, with checked options."""
+        reset_at_end = checked_flag(reset_at_end, "reset_saes_end", error=SpliceError)
         added: list[AttachedSAE] = []
         owner = Owner()
         try:
@@ -277,13 +279,7 @@ class SpliceMixin:
         ours = getattr(self, "model_id", None)
         if theirs and ours and self._base_name(theirs) != self._base_name(ours):
             raise SpliceError(f"The SAE was trained on {theirs!r}; this model is {ours!r}.")
-        row = getattr(sae, "row", None)
-        if row is not None and row.model_family is not self.family:  # which decided the units of an embedding's SAE
-            raise SpliceError(
-                f"{row.release}/{row.id} was loaded as an SAE of a {row.model_family.title}, and this model is a "
-                f"{self.family.title}. If the SAE is of such a model, its registry file needs `family: "
-                f"{self.family.name}`."
-            )
+        check_family(sae, self.family)
 
     def _base_name(self, model_name: str) -> str:
         """The base model's name, since its SAEs fit the instruction-tuned model too (Gemma Scope, section 4.5)."""

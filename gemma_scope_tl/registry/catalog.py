@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import cast
 
-from gemma_scope_tl.errors import RegistryError, nearest, unknown_name
+from gemma_scope_tl.errors import RegistryError, checked_text, nearest, unknown_name
 from gemma_scope_tl.families import family_of_model, plain_name
 from gemma_scope_tl.registry.choice import CANONICAL, checked_number, pick
 from gemma_scope_tl.registry.index import forget_indexes, indexed
@@ -69,6 +69,7 @@ def resolve(release: str, id: str) -> SAERow:
     71.0
     """
     by_id = _by_id(header_of(release).path)
+    id = checked_text(f"id in {release}", id, by_id)
     try:
         return by_id[id]
     except KeyError:
@@ -112,7 +113,8 @@ def find(
     """
     model = checked_model(model)
     get_site(site)
-    layer = None if layer is None else checked_number("layer", layer)
+    layer = None if layer is None else checked_number("layer", layer, least=None)
+    seed = None if seed is None else checked_number("seed", seed)
     rows = [row for header in releases_of(model, release, series) for row in rows_of(header)]
     within = f"{release or model}{f' (series {series})' if series else ''}"
     found = _at_place(rows, within, _base_hint(model), (site, layer, width))
@@ -204,8 +206,8 @@ def checked_model(model: str) -> str:
         UnknownNameError: with the nearest names. For an instruction-tuned model it also names the releases of the base
             model, and for a release or a folder of SAEs it says how to load from it.
     """
-    name = plain_name(model)
     known = dict.fromkeys(h.model for h in headers())
+    name = plain_name(checked_text("model", model, known))
     if name not in known:
         raise unknown_name("model", model, known, _release_hint(model) or _folder_hint(model) or _base_hint(name))
     return name

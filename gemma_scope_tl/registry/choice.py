@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from operator import index
 from typing import TypeVar, cast
 
-from gemma_scope_tl.errors import RegistryError, UnknownNameError, unknown_name
+from gemma_scope_tl.counts import checked_flag, whole_number
+from gemma_scope_tl.errors import GemmaScopeError, RegistryError, UnknownNameError, unknown_name
 from gemma_scope_tl.registry.schema import LABELS, SERIES, SAERow
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ def pick(
         UnknownNameError: when none fits; names what exists.
         RegistryError: when several fit; names them and what chooses one.
     """
-    rows = _of_kind(rows, affine, seed)
+    rows = _of_kind(rows, checked_affine(affine), seed)
     fitting = _with_l0(rows, l0)
     if not fitting:
         raise UnknownNameError(f"{_no_such_l0(rows, l0)} {hint}".rstrip())
@@ -46,8 +46,6 @@ def pick(
 
 def _of_kind(rows: Sequence[SAERow], affine: bool | None, seed: int | None) -> list[SAERow]:
     """The rows with or without a skip connection, and with this seed."""
-    if affine not in (None, True, False):
-        raise unknown_name("affine", affine, ["True", "False", "None"])
     kept = [row for row in rows if affine in (None, bool(row.affine))]
     if not kept:
         which = "with a skip connection (affine)" if affine else "without a skip connection: all are affine"
@@ -59,6 +57,35 @@ def _of_kind(rows: Sequence[SAERow], affine: bool | None, seed: int | None) -> l
         seeds = sorted({row.seed for row in kept if row.seed is not None})
         hint = "" if seeds else "No further run is released here: omit seed=."
         raise unknown_name(f"seed of {place_of(rows[0])}", seed, map(str, seeds), hint)
+    return found
+
+
+def checked_affine(affine: object) -> bool | None:
+    """True, False or None.
+
+    Raises:
+        UnknownNameError: for anything else.
+    """
+    try:
+        return checked_flag(affine, "affine", unset=True)
+    except GemmaScopeError:
+        raise unknown_name("affine", affine, ["True", "False", "None"]) from None
+
+
+def checked_number(what: str, number: object, least: int | None = 0) -> int:
+    """A layer or a seed as an int, from any library's integer, or from a whole float of a column that has gaps.
+
+    Args:
+        what: ``"layer"`` or ``"seed"``, for the message.
+        number: the argument.
+        least: the smallest number; None for any.
+
+    Raises:
+        UnknownNameError: for a smaller number, and for anything else.
+    """
+    found = whole_number(int(number) if isinstance(number, float) and number.is_integer() else number)
+    if found is None or (least is not None and found < least):
+        raise unknown_name(what, repr(number) if found is None else found, [f"a number from {least or 0}, such as 20"])
     return found
 
 
@@ -105,9 +132,9 @@ def _several(fitting: Sequence[SAERow], l0: float | str) -> RegistryError:
 def _l0_number(l0: float | str) -> float:
     try:
         value = float(l0.removeprefix(CLOSEST) if isinstance(l0, str) else l0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
-    if isinstance(l0, bool) or not (math.isfinite(value) and value > 0):
+    if isinstance(l0, (bool, bytes)) or not (math.isfinite(value) and value > 0):
         known = [CANONICAL, *LABELS, f"{CLOSEST}100", "100"]
         raise unknown_name("l0", l0, known, "Or any other positive number.")
     return value
@@ -138,22 +165,7 @@ def _no_such_l0(rows: Sequence[SAERow], l0: float | str) -> str:
 
 
 def several(value: T | Iterable[T]) -> list[T]:
-    """One value or several, as a list; a string is one, and so is an array without dimensions."""
-    if isinstance(value, str) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+    """One value or several, as a list; text is one, and so is an array without dimensions."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         return [cast("T", value)]
     return list(cast("Iterable[T]", value))
-
-
-def checked_number(what: str, number: object) -> int:
-    """A layer or a seed as an int, from any library's integer, or from a whole float of a column that has gaps.
-
-    Raises:
-        UnknownNameError: for anything else.
-    """
-    given = int(number) if isinstance(number, float) and number.is_integer() else number
-    try:
-        if "bool" in str(getattr(given, "dtype", type(given).__name__)):
-            raise TypeError
-        return index(given)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        raise unknown_name(what, repr(number), ["a number from 0, such as 20"]) from None

@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from gemma_scope_tl.errors import RegistryError, unknown_name
+from gemma_scope_tl.errors import RegistryError, checked_text, unknown_name
 from gemma_scope_tl.registry.catalog import checked_model, header_of, headers, rows_of
-from gemma_scope_tl.registry.choice import checked_number, several
+from gemma_scope_tl.registry.choice import checked_affine, checked_number, several
 from gemma_scope_tl.registry.locate import BUNDLED_DATA, bundle_folder
 from gemma_scope_tl.registry.schema import LABELS, SERIES, SAERow
 from gemma_scope_tl.registry.widths import label_of
@@ -137,6 +137,9 @@ def select_rows(
     names = None if release is None else set(several(release))
     for name in names or ():
         header_of(name)
+    affine = checked_affine(affine)
+    if pattern is not None:
+        pattern = checked_text("pattern", pattern, ["*layer_20/width_16k*"])
     labels = None if label is None else {_one_of("label", name, LABELS) for name in several(label)}
     seeds = None if seed is None else {checked_number("seed", number) for number in several(seed)}
     wanted = None if series is None else _one_of("series", series, SERIES)

@@ -6,9 +6,8 @@ Any other number of latents is written out.
 
 from __future__ import annotations
 
-from operator import index
-
-from gemma_scope_tl.errors import RegistryError, UnknownNameError
+from gemma_scope_tl.counts import whole_number
+from gemma_scope_tl.errors import RegistryError, UnknownNameError, brief
 
 DEFAULT_WIDTH = "16k"
 """The default width, which every Gemma Scope model has at every layer."""
@@ -26,7 +25,7 @@ def width_label(d_sae: int) -> str:
     ['512', '1k', '16k', '65k', '1m', '24576']
     """
     if d_sae < 1:
-        raise RegistryError(f"A width is a positive number of latents, not {d_sae}.")
+        raise RegistryError(f"A width is a positive number of latents, not {brief(d_sae)}.")
     if d_sae & (d_sae - 1) or d_sae < 1024 or d_sae > _LARGEST:
         return str(d_sae)
     return f"{d_sae // 1_000}k" if d_sae < 1_000_000 else f"{d_sae // 1_000_000}m"
@@ -42,10 +41,10 @@ def label_of(width: str | int | None) -> str:
         return DEFAULT_WIDTH
     if isinstance(width, str):
         return width_label(int(width)) if width.isascii() and width.isdecimal() and int(width) else width
-    try:
-        return width_label(index(width))
-    except TypeError:
-        raise UnknownNameError(f"A width is a label such as '16k', or a number of latents, not {width!r}.") from None
+    number = whole_number(width)
+    if number is None:
+        raise UnknownNameError(f"A width is a label such as '16k', or a number of latents, not {brief(repr(width))}.")
+    return width_label(number)
 
 
 def parse_width(label: str) -> int:

@@ -17,7 +17,7 @@ from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.families import Family, family_of_model
 from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sae.choices import bring
-from gemma_scope_tl.sae.config import OF_IDENTITY, Identity
+from gemma_scope_tl.sae.config import FAMILY, OF_IDENTITY, Identity
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import Site, site_of_hook
 
@@ -61,10 +61,44 @@ def trained_family(sae: SAEOrLatents) -> Family:
     row = getattr(sae, "row", None)
     if row is not None:
         return row.model_family
-    said = {} if isinstance(sae, Latents) else {name: sae.cfg.metadata.get(name) for name in OF_IDENTITY}
-    name, site = getattr(sae, "model_name", None), getattr(sae, "site", None)
-    identity = Identity("", name if isinstance(name, str) else None, site, metadata=said)
-    return identity.known_family or family_of_model(None, site)
+    return _said_family(sae, OF_IDENTITY) or family_of_model(None, getattr(sae, "site", None))
+
+
+def check_family(sae: SAEOrLatents, family: Family) -> None:
+    """Check that an SAE or latents were not trained on a model of another family than ``family``.
+
+    A hook of one name may give another tensor there, and an embedding may have another scale. An SAE that says nothing,
+    or names a model that no family knows, may belong to any family; the hooks in its metadata may be assumed ones.
+
+    Raises:
+        SpliceError: for an SAE of another family.
+    """
+    row = getattr(sae, "row", None)
+    if row is not None:
+        if row.model_family is not family:  # which decided the units of an embedding's SAE
+            raise SpliceError(
+                f"{row.release}/{row.id} was loaded as an SAE of a {row.model_family.title}, and this model is a "
+                f"{family.title}. If the SAE is of such a model, its registry file needs `family: {family.name}`."
+            )
+        return
+    said = _said_family(sae, ("model_name", FAMILY))
+    if said is not None and said is not family:
+        name = _model_of(sae)
+        trained = f" ({name})" if name else ""
+        raise SpliceError(f"The SAE was trained on a {said.title}{trained}, and this model is a {family.title}.")
+
+
+def _said_family(sae: SAEOrLatents, names: Iterable[str]) -> Family | None:
+    """The family that the model's name or these entries of the metadata tell; None if they tell none."""
+    said = {} if isinstance(sae, Latents) else {name: sae.cfg.metadata.get(name) for name in names}
+    return Identity("", _model_of(sae), getattr(sae, "site", None), metadata=said).known_family
+
+
+def _model_of(sae: SAEOrLatents) -> str | None:
+    name = getattr(sae, "model_name", None)
+    if not name and not isinstance(sae, Latents):
+        name = sae.cfg.metadata.get("model_name")
+    return name if isinstance(name, str) else None
 
 
 def chosen_latents(sae: SAEOrLatents, latents: int | Iterable[int]) -> list[int]:

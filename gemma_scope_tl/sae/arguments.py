@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from operator import index
 from typing import Any
 
 import numpy as np
 import torch
 
+from gemma_scope_tl.counts import whole_number
 from gemma_scope_tl.errors import SpliceError, device_mismatch
 
 
@@ -19,14 +19,24 @@ def checked_latents(latents: int | Iterable[int], d_sae: int) -> list[int]:
     Raises:
         SpliceError: for no latent, or an index that does not exist, is not an integer, or is given twice.
     """
+    chosen = distinct_indices(latents)
+    wrong = [latent for latent in chosen if not 0 <= latent < d_sae]
+    if wrong:
+        raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{d_sae - 1}.")
+    return chosen
+
+
+def distinct_indices(latents: int | Iterable[int]) -> list[int]:
+    """Indices of latents as a list. Whether they exist is not checked.
+
+    Raises:
+        SpliceError: for no latent, or an index that is not an integer or is given twice.
+    """
     chosen = as_indices(latents)
     if not chosen:
         raise SpliceError("No latents were given: name at least one.")
     if len(set(chosen)) < len(chosen):
         raise SpliceError(f"Latent {Counter(chosen).most_common(1)[0][0]} is given twice.")
-    wrong = [latent for latent in chosen if not 0 <= latent < d_sae]
-    if wrong:
-        raise SpliceError(f"No latent {wrong[0]}: this SAE has latents 0..{d_sae - 1}.")
     return chosen
 
 
@@ -50,13 +60,10 @@ def as_index(value: Any) -> int:
     Raises:
         SpliceError: for anything else, including bools and floats.
     """
-    kind = str(getattr(value, "dtype", ""))
-    try:
-        if isinstance(value, bool) or "bool" in kind or getattr(value, "ndim", 0):
-            raise TypeError
-        return index(value)
-    except TypeError:
-        raise SpliceError(f"An integer was expected; given: {shown(value)}.") from None
+    number = whole_number(value)
+    if number is None:
+        raise SpliceError(f"An integer was expected; given: {shown(value)}.")
+    return number
 
 
 def is_index(value: Any) -> bool:

@@ -207,17 +207,28 @@ class GemmaScopeMixin(LoadingMixin, SavingMixin):
             ``[..., d_out]``, or ``[..., n_heads, d_head]`` at the att site.
 
         Raises:
-            SpliceError: for an argument that is not a tensor of real numbers.
+            SpliceError: for latents of another width, or an argument that is not a tensor of real numbers.
             DeviceError: for latents on another device.
         """
         feature_acts = checked_tensor(feature_acts, self.get_name(), self.W_dec.device)
+        if feature_acts.shape[-1:] != (self.cfg.d_sae,):
+            what = f"{self.get_name()} decodes [..., {self.cfg.d_sae}]"
+            raise SpliceError(f"{what}, but the given tensor is {list(feature_acts.shape)}.")
         acts = feature_acts.to(self.dtype)
         sparse = decoded_sparsely(acts, self.W_dec, self.b_dec)
         recons = decode_sparse(acts, self.W_dec, self.b_dec) if sparse else acts @ self.W_dec + self.b_dec
         recons = self.hook_sae_recons(recons)
         if like is None:
             return self.reshape_fn_out(recons, self.d_head)
-        return self.reshape_fn_out(recons, like.shape[-1] if like.shape[-1] != self.cfg.d_in else None)
+        return self.reshape_fn_out(recons, self._heads_of(like, recons.shape[-1]))
+
+    def _heads_of(self, like: torch.Tensor, width: int) -> int | None:
+        """The width of a head in ``like``, a tensor of the site; None if it is flat."""
+        if like.shape[-1:] in ((self.cfg.d_in,), (width,)):
+            return None
+        if like.ndim > 1 and like.shape[-2] * like.shape[-1] == width:
+            return like.shape[-1]
+        raise SpliceError(f"{self.get_name()} returns [..., {width}], and like= is {list(like.shape)}: no such layout.")
 
     def skip(self, x: torch.Tensor) -> torch.Tensor | None:
         """The linear path around the latents, which only skip transcoders have; None here."""

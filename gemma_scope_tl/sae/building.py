@@ -64,7 +64,7 @@ def build(arrays: Mapping[str, torch.Tensor], identity: Identity, device: torch.
     sae = class_of(cfg.architecture())(cfg)
     wide = torch.promote_types(torch.float32, dtype)
     state = {
-        name: _cast(array, name, wide if name == "threshold" else dtype, identity.source).to(device)
+        name: cast_array(array, name, wide if name == "threshold" else dtype, identity.source).to(device)
         for name, array in arrays.items()
     }
     sae.load_state_dict(state, assign=True)
@@ -76,7 +76,18 @@ def build(arrays: Mapping[str, torch.Tensor], identity: Identity, device: torch.
     return sae
 
 
-def _cast(array: torch.Tensor, name: str, dtype: torch.dtype, source: str) -> torch.Tensor:
+def cast_array(array: torch.Tensor, name: str, dtype: torch.dtype, source: str) -> torch.Tensor:
+    """An array of an SAE in another dtype.
+
+    Args:
+        array: the array.
+        name: its canonical name, for the message.
+        dtype: the dtype of the result.
+        source: the origin of the array, for the message.
+
+    Raises:
+        WeightsError: when a value is too large for ``dtype``, where the result would have infinities.
+    """
     cast = array.to(dtype)
     if dtype == torch.float16 and array.dtype != dtype and not math.isfinite(sum(value_range(cast))):
         raise WeightsError(f"{source} has values in {name} too large for float16. Use dtype='bfloat16' or 'float32'.")

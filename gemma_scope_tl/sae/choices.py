@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from gemma_scope_tl.counts import whole_number
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sae.arguments import shown, to_tensor
 from gemma_scope_tl.sae.latents import Latents
@@ -81,11 +82,15 @@ def checked_positions(positions: Any) -> Any:
     Arrays, columns of tables and iterators are converted to tensors, once for all passes.
 
     Raises:
-        SpliceError: for anything but None, an int, a slice, a list of ints or a boolean mask.
+        SpliceError: for anything but None, an int, a slice of ints, a list of ints or a boolean mask.
     """
-    if positions is None or isinstance(positions, slice):
+    if isinstance(positions, slice):
+        return _checked_slice(positions)
+    if positions is None:
         return positions
     try:
+        if isinstance(positions, (list, tuple)) and len({isinstance(one, bool) for one in positions}) == 2:
+            raise TypeError  # torch reads True in [True, 3] as position 1
         found = to_tensor(positions)
     except (TypeError, ValueError, RuntimeError):
         found = None
@@ -96,6 +101,15 @@ def checked_positions(positions: Any) -> Any:
             f"{shown(positions)}."
         )
     return positions if isinstance(positions, (int, list, tuple)) else found
+
+
+def _checked_slice(positions: slice) -> slice:
+    for bound in (positions.start, positions.stop, positions.step):
+        if bound is not None and whole_number(bound) is None:
+            raise SpliceError(f"A slice of positions has ints or None as bounds and step; given: {shown(positions)}.")
+    if positions.step is not None and positions.step < 1:
+        raise SpliceError(f"A slice of positions must have a positive step; given: step {positions.step}.")
+    return positions
 
 
 def _is_sae(value: Any) -> bool:

@@ -13,6 +13,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUSkipTranscoderConfig, JumpReLUTranscoderConfig
 
+from gemma_scope_tl.counts import checked_layer
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError, WeightsError
 from gemma_scope_tl.families import (
     Family,
@@ -79,6 +80,9 @@ class Identity:
             shapes decide then.
         of_model: the family that the user states, by its name or by a model; None for the family of the row, of the
             metadata or of the name of the model.
+
+    Raises:
+        SpliceError: for a layer that is no integer from 0.
     """
 
     source: str
@@ -89,6 +93,9 @@ class Identity:
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     transcoder: bool | None = None
     of_model: Family | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer", checked_layer(self.layer, self.site))
 
     @classmethod
     def of(cls, row: SAERow, source: str) -> Identity:

@@ -11,7 +11,8 @@ import torch
 from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.registry import catalog
-from gemma_scope_tl.sae.arguments import as_indices
+from gemma_scope_tl.sae.arguments import distinct_indices
+from gemma_scope_tl.sae.building import cast_array
 from gemma_scope_tl.sae.config import Identity, expected_of_row
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sae.reading import checked_config
@@ -56,19 +57,23 @@ def load_latents(
 
     Raises:
         UnknownNameError: for a release, id or dtype that does not exist, with the nearest ones.
-        WeightsError: for a latent that does not exist, or a file that cannot be obtained or fails a check.
+        SpliceError: for no latent, one that is given twice, or an index that is no integer.
+        WeightsError: for a latent that does not exist, a value that is too large for ``dtype``, or a file that cannot
+            be obtained or fails a check.
     """
     to, device = parse_dtype(dtype), parse_device(device)
-    row, chosen = catalog.resolve(release, sae_id), as_indices(latents)
-    if not chosen:
-        raise GemmaScopeError("No latents were given: name at least one.")
+    row = catalog.resolve(release, sae_id)
+    chosen = distinct_indices(latents)
     warn_if_unverified(row)
     path = find_local(row)
     arrays = _read(row, path, chosen, encoder if encoder is not None else path is not None, cache_rows)
     units = site_units(row.site, row.d_in, Identity.of(row, f"{row.release}/{row.id}").family)
     arrays = {name: units[name](array) if name in units else array for name, array in arrays.items()}
-    wide = torch.promote_types(torch.float32, to)
-    cast: dict[str, Any] = {n: a.to(device, wide if n == "threshold" else to) for n, a in arrays.items()}
+    wide, source = torch.promote_types(torch.float32, to), f"{row.release}/{row.id}"
+    cast: dict[str, Any] = {
+        name: cast_array(array, name, wide if name == "threshold" else to, source).to(device)
+        for name, array in arrays.items()
+    }
     return Latents(tuple(chosen), **cast, site=row.site, layer=row.layer, model_name=row.model, row=row)
 
 

@@ -110,7 +110,8 @@ def read_given(
 ) -> Checked:
     """Check arrays that a user gives. The arguments are those of :meth:`LoadingMixin.from_arrays`."""
     identity = _named("The set of arrays given", model, site, layer, family)
-    return canonical_arrays(arrays, identity.source, expected_sizes(model, site, layer, identity.of_model)), identity
+    expected = expected_sizes(model, site, identity.layer, identity.of_model)
+    return canonical_arrays(arrays, identity.source, expected), identity
 
 
 def read_converted(config: SAELensConfig, state: Mapping[str, torch.Tensor], identity: Identity) -> Checked:

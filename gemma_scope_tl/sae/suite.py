@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_scope_tl.counts import LARGEST, checked_count, checked_real
 from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
 from gemma_scope_tl.registry import catalog
@@ -76,6 +77,7 @@ def load_suite(
         for row in catalog.rows_of(header)
         if row.width == label and affine in (None, bool(row.affine)) and (l0 not in LABELS or row.label == l0)
     ]
+    memory = None if memory is None else int(min(checked_real(memory, "memory", least=0), LARGEST))
     keys = [key for site in several(sites) for key in _keys(site, numbers, candidates)]
     series = series or _series_of(keys, candidates, l0)
     chosen: dict[str, Any] = {"affine": affine, "seed": seed, "series": series, "release": release}
@@ -89,7 +91,7 @@ def _numbers(layers: Any) -> list[int | None] | None:
         return None
     if isinstance(layers, str):
         raise unknown_name("choice of layers", layers, ["all"], "Or give numbers.")
-    return [None if n is None else checked_number("layer", n) for n in several(layers)]
+    return [None if n is None else checked_number("layer", n, least=None) for n in several(layers)]
 
 
 def _keys(site: str, layers: list[int | None] | None, candidates: Iterable[SAERow]) -> list[Key]:
@@ -133,10 +135,10 @@ class SAESuite(Mapping[Key, Any]):
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def __getitem__(self, key: Key) -> Any:
-        if isinstance(key, tuple) and len(key) == 2 and isinstance(key[1], torch.Tensor):
-            key = key[0], checked_number("layer", key[1])  # a tensor's hash is not that of its number
-        if key not in self.rows:
+        found = _as_key(key)
+        if found is None or found not in self.rows:
             raise unknown_name("SAE of this suite", key, map(str, self.rows))
+        key = found
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)
@@ -210,8 +212,7 @@ class SAESuite(Mapping[Key, Any]):
         """
         from tqdm.auto import tqdm
 
-        if workers < 1:
-            raise GemmaScopeError(f"prefetch needs at least one worker, not {workers}.")
+        workers = checked_count(workers, "workers")
         failed: list[str] = []
         with ThreadPoolExecutor(workers) as pool, tqdm(total=len(self), unit="SAE", disable=not progress) as bar:
             futures = {key: pool.submit(self.__getitem__, key) for key in self.rows}
@@ -266,6 +267,19 @@ def _spans(numbers: Iterable[int]) -> str:
         else:
             spans.append([number])
     return ", ".join("-".join(map(str, span)) for span in spans)
+
+
+def _as_key(key: Any) -> Key | None:
+    """A site and a layer, a number of any library, as a key of a suite; None for anything else.
+
+    ``("res", True)`` is none, although Python finds layer 1 with it.
+    """
+    if not (isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], str)):
+        return None
+    try:
+        return key[0], None if key[1] is None else checked_number("layer", key[1], least=None)
+    except UnknownNameError:
+        return None
 
 
 def _nbytes(sae: Any) -> int:

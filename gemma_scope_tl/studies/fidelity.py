@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.registry.widths import width_label
@@ -59,8 +60,7 @@ def importance_uniformity(
     Raises:
         GemmaScopeError: ``sampled`` is below 1.
     """
-    if sampled < 1:
-        raise GemmaScopeError(f"Uniformity needs 1 position of each row or more, not {sampled}.")
+    sampled = checked_count(sampled, "sampled")
     options = {"ablations": (), **options}
     table = evaluate(model, saes, data, by_position=False, uniformity=sampled, **options)
     kept = table[[*NAMES, "l0", "uniformity", "uniformity_low", "uniformity_high", "sequences"]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.progress import track
 
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.evals.accumulators import LatentCounts
 from gemma_scope_tl.evals.cache import Checkpoint, MetricsCache, key_of
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, read_batches, rows_that_fit
@@ -59,8 +59,7 @@ def firing_frequencies(
     """
     import pandas as pd
 
-    if bins < 1:
-        raise GemmaScopeError(f"A histogram needs 1 bin or more, not {bins}.")
+    bins = checked_count(bins, "bins")
     counted = count_firing(
         model, saes, data, context, batch_size, progress, memory_budget=memory_budget, cache=cache, positions=positions
     )

@@ -23,8 +23,10 @@ import torch
 from jaxtyping import Bool
 from numpy.typing import NDArray
 
+from gemma_scope_tl.counts import whole_number
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.evals.clean_pass import MEMORY_BUDGET, ReadBatch, read_batches, rows_that_fit
+from gemma_scope_tl.evals.metrics import check_intervals
 from gemma_scope_tl.evals.saes import Subject, latents_of, subjects_of
 from gemma_scope_tl.model.counted import CountedBatch, counted_tokens
 from gemma_scope_tl.model.positions import Positions
@@ -78,6 +80,11 @@ def probe_concepts(model: GemmaModel, saes: Any, data: LabelledRows, *args: Any,
     return measure_probes(model, saes, data, *args, **options).table()
 
 
+def _check_k(k: Sequence[int]) -> None:
+    if not k or any(whole_number(number) is None or number < 1 for number in k):
+        raise GemmaScopeError(f"A probe reads 1 latent or more, not {list(k)}.")
+
+
 def measure_probes(
     model: GemmaModel,
     saes: Any,
@@ -122,8 +129,8 @@ def measure_probes(
             every label on both sides, or the L0 of a random twin is outside the band.
     """
     _need_sklearn()
-    if not k or min(k) < 1:
-        raise GemmaScopeError(f"A probe reads 1 latent or more, not {list(k)}.")
+    _check_k(k)
+    check_intervals(resamples, confidence, seed)
     for kind, name, known in (("way to select latents", select, SELECT), ("frequency", frequency, FREQUENCIES)):
         if name not in known:
             raise unknown_name(kind, name, known)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from rich.progress import track
 
+from gemma_scope_tl.counts import checked_count, checked_real
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.text.tokenizing import chat_wrapping, text_ids, turn_end_id, without_bos
 
@@ -74,11 +75,9 @@ def roll_out(
     Raises:
         GemmaScopeError: no text is long enough, the model's context is too short, or a number is out of range.
     """
-    if min(prompt_tokens, new_tokens, batch_size) < 1 or temperature <= 0:
-        raise GemmaScopeError(
-            "prompt_tokens, new_tokens and batch_size must be 1 or more, and temperature above 0, not "
-            f"{prompt_tokens}, {new_tokens}, {batch_size}, {temperature}."
-        )
+    prompt_tokens = checked_count(prompt_tokens, "prompt_tokens")
+    new_tokens, batch_size = checked_count(new_tokens, "new_tokens"), checked_count(batch_size, "batch_size")
+    temperature, seed = checked_real(temperature, "temperature", above=0), checked_count(seed, "seed", least=0)
     starts = _framed(model.tokenizer, _cut(model.tokenizer, prompts, prompt_tokens))
     length = starts.shape[1]
     if length + new_tokens > model.cfg.n_ctx:

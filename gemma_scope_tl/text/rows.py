@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.counts import whole_number
+from gemma_scope_tl.errors import GemmaScopeError, brief
 from gemma_scope_tl.text.batch import Text, TokenBatch, as_batch
 from gemma_scope_tl.text.token_rows import cut_rows
 from gemma_scope_tl.text.tokenizing import pad_id, text_ids, without_bos
@@ -36,8 +37,8 @@ def pack_texts(
     """
     if tokenizer is None:
         raise GemmaScopeError("The model has no tokenizer: give token ids instead of texts.")
-    if context < 2:
-        raise GemmaScopeError(f"A row has BOS and at least one token, so context cannot be {context}.")
+    if whole_number(context) is None or context < 2:
+        raise GemmaScopeError(f"A row has BOS and at least one token, so context cannot be {brief(context)}.")
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise GemmaScopeError("Texts are packed between BOS and EOS, but this tokenizer lacks one: give token ids.")
     stream: list[int] = []

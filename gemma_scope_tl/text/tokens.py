@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 
-from gemma_scope_tl.errors import SpliceError
+from gemma_scope_tl.errors import SpliceError, brief
 
 ExcludeTokens = bool | Iterable[int] | torch.Tensor
+_IDS = 1 << 31  # every token id is below
 
 
 def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -31,7 +32,8 @@ def excluded_choice(exclude: Any) -> bool | tuple[int, ...]:
     """Normalise a value of ``exclude_special_tokens`` to True, False, or sorted token ids.
 
     Raises:
-        SpliceError: for anything but a bool or an iterable of ids, such as a single int, a mask, or a negative id.
+        SpliceError: for anything but a bool or an iterable of ids, such as a single int, a mask, or a number that is
+            no id.
     """
     single = exclude.item() if getattr(exclude, "ndim", None) == 0 else exclude
     if isinstance(single, bool):
@@ -43,10 +45,10 @@ def excluded_choice(exclude: Any) -> bool | tuple[int, ...]:
         ids = sorted({index(one) for one in given})
     except TypeError:
         ids = [-1]
-    if ids and ids[0] < 0:
+    if ids and not 0 <= ids[0] <= ids[-1] < _IDS:
         raise SpliceError(
             "exclude_special_tokens takes True (BOS, EOS and padding), False, or token ids such as [0, 1, 2]; given: "
-            f"{exclude!r}."
+            f"{brief(exclude)}."
         )
     return tuple(ids)
 

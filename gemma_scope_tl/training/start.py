@@ -39,7 +39,8 @@ def begin(trainer: PlaceTrainer, scale: float, model: str) -> None:
     for index, spec in enumerate(trainer.specs):
         if spec.init_from:
             arrays = read_start(spec, trainer.d_in, trainer.d_out, model)
-            trainer.start_from(index, unfolded(arrays, scale, pre_encoder_bias=not spec.is_transcoder))
+            source = f"{spec.name}: {spec.start}"
+            trainer.start_from(index, unfolded(arrays, scale, pre_encoder_bias=not spec.is_transcoder, source=source))
 
 
 def read_start(spec: SAESpec, d_in: int, d_out: int, model: str) -> dict[str, Tensor]:
@@ -98,7 +99,9 @@ def absolute_start(text: str) -> str:
 
 
 @torch.no_grad()
-def unfolded(arrays: Mapping[str, Tensor], scale: float, *, pre_encoder_bias: bool) -> dict[str, Tensor]:
+def unfolded(
+    arrays: Mapping[str, Tensor], scale: float, *, pre_encoder_bias: bool, source: str = "The set of arrays given"
+) -> dict[str, Tensor]:
     """The trained parameters of an SAE for activations divided by ``scale``: the inverse of folding.
 
     With decoder rows of length ``n_i``, which become 1::
@@ -112,6 +115,7 @@ def unfolded(arrays: Mapping[str, Tensor], scale: float, *, pre_encoder_bias: bo
         arrays: ``W_enc [d_in, d_sae]``, ``W_dec``, ``b_enc``, ``b_dec``, ``threshold``, and ``W_skip [d_out, d_in]``.
         scale: ``C``.
         pre_encoder_bias: whether ``b_dec`` is subtracted before the encoder while training.
+        source: the origin of the arrays, for the message.
 
     Returns:
         ``enc [d_sae, d_in]``, ``dec``, ``b_enc``, ``b_dec``, ``log_threshold``, and ``skip [d_in, d_out]``.
@@ -123,7 +127,10 @@ def unfolded(arrays: Mapping[str, Tensor], scale: float, *, pre_encoder_bias: bo
     threshold = arrays["threshold"].double() * norm / scale
     dead = (~(threshold > 0.0)).nonzero().flatten().tolist()
     if dead:
-        raise GemmaScopeError(f"Latent {dead[0]} has a decoder row of 0 or a threshold that is not positive.")
+        latent = dead[0]
+        what = "a decoder row of 0" if not bool(norm[latent] > 0) else "a threshold that is not positive"
+        others = f" ({len(dead)} latents are so)" if len(dead) > 1 else ""
+        raise GemmaScopeError(f"{source} cannot be trained further. Latent {latent} has {what}{others}.")
     b_dec = arrays["b_dec"].double() / scale
     b_enc = arrays["b_enc"].double() / scale
     if pre_encoder_bias:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.registry.listing import select_rows
 from gemma_scope_tl.registry.schema import SAERow
@@ -68,8 +69,7 @@ def draw(rows: Sequence[SAERow], number: int, seed: int = 0) -> list[Chosen]:
     Raises:
         GemmaScopeError: the number is not positive.
     """
-    if number < 1:
-        raise GemmaScopeError(f"A sample has one SAE or more, not {number}.")
+    number = checked_count(number, "sample")
     drawn = random.Random(seed)
     by_site: dict[str, list[SAERow]] = {}
     for row in rows:

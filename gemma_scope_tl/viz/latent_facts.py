@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float
 
+from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.latents.logit_lens import top_tokens
 from gemma_scope_tl.model.counted import counted_rows
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.model.read import read_places
-from gemma_scope_tl.sae.access import chosen_latents, decoder_rows, encode_latents, locate
+from gemma_scope_tl.sae.access import check_family, chosen_latents, decoder_rows, encode_latents, locate
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.batch import Text
@@ -64,8 +65,7 @@ class PageText:
         memory: int = 1 << 29,
         positions: Positions = None,
     ) -> None:
-        if rows < 1 or batch_size < 1:
-            raise GemmaScopeError(f"rows and batch_size must be 1 or more, not {rows} and {batch_size}.")
+        rows, batch_size = checked_count(rows, "rows"), checked_count(batch_size, "batch_size")
         special, data = special_token_ids(model.tokenizer), read_texts() if data is None else data
         batch = counted_rows(model, data, context, special, positions, limit=rows)
         self.model, self.tokens, self.batch_size, self.memory = model, batch.ids, batch_size, memory
@@ -76,6 +76,7 @@ class PageText:
     @torch.no_grad()
     def activations(self, sae: Any) -> Float[torch.Tensor, "rows pos d_in"]:
         """The activations that ``sae`` reads at every token, with flattened heads, on the CPU; zero at padding."""
+        check_family(sae, self.model.family)
         site, layer = locate(sae, self.model.family)
         site.check_layer(layer, self.model.dims)
         place = Place(site.name, layer)
@@ -179,11 +180,8 @@ def latent_facts(
     """
     if isinstance(sae, Latents):
         raise GemmaScopeError("A latent's page compares it with all others: load the whole SAE with load_sae.")
-    if min(examples, k, neighbours) < 1 or around < 0:
-        raise GemmaScopeError(
-            f"examples, k and neighbours must be 1 or more, and around 0 or more, not {examples}, {k}, {neighbours} "
-            f"and {around}."
-        )
+    examples, k = checked_count(examples, "examples"), checked_count(k, "k")
+    neighbours, around = checked_count(neighbours, "neighbours"), checked_count(around, "around", least=0)
     (index,) = chosen_latents(sae, latent)
     site, layer = locate(sae, text.model.family)
     x = text.activations(sae).to(text.model.device_of(layer))

@@ -192,7 +192,7 @@ def module_hook(site: Site, layer: int | None) -> str | None:
     """
     if site.side not in ("input", "output"):
         return None
-    return f"{_DECODER}.{site.module.format(layer=layer)}.{site.side}"
+    return f"{_DECODER}.{site.module_name(layer)}.{site.side}"
 
 
 def module_hooks(family: Family, name: str, layer: int | None) -> tuple[str, str] | None:

@@ -134,7 +134,7 @@ def test_select_and_unknown_keys() -> None:
         suite.select("mlp")
     with pytest.raises(UnknownNameError, match=r"Unknown SAE of this suite"):
         suite["mlp", 3]
-    with pytest.raises(GemmaScopeError, match="at least one worker"):
+    with pytest.raises(GemmaScopeError, match="workers must be 1 or more"):
         suite.prefetch(workers=0)
 
 

@@ -41,5 +41,5 @@ def test_histograms_of_several_widths_by_hand() -> None:
 
 def test_no_bins_raise() -> None:
     model = shared_model("grouped", "bridge")
-    with pytest.raises(GemmaScopeError, match="1 bin or more"):
+    with pytest.raises(GemmaScopeError, match="bins must be 1 or more"):
         firing_frequencies(model, random_sae(model.dims, "res", 1), random_tokens(model), bins=0, progress=False)

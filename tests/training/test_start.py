@@ -99,8 +99,12 @@ def test_decoder_rows_of_any_length_give_the_same_reconstruction() -> None:
     f = {name: value.numpy() for name, value in found.items()}
     scaled = out(x / 3.0, f["enc"].T, f["dec"], f["b_enc"], f["b_dec"], np.exp(f["log_threshold"]))
     np.testing.assert_allclose(3.0 * scaled, raw, rtol=1e-11, atol=1e-12)
-    with pytest.raises(GemmaScopeError, match="Latent 0 has"):
+    with pytest.raises(GemmaScopeError, match=r"^The set of arrays .* Latent 0 has a decoder row of 0 \(20 latents"):
         unfolded({k: torch.from_numpy(v * (k != "W_dec")) for k, v in w.items()}, 3.0, pre_encoder_bias=False)
+    w["threshold"][3] = 0.0
+    with pytest.raises(GemmaScopeError, match=r"^res/x: folder/x .* Latent 3 has a threshold that is not positive\.$"):
+        arrays = {k: torch.from_numpy(v) for k, v in w.items()}
+        unfolded(arrays, 3.0, pre_encoder_bias=False, source="res/x: folder/x")
 
 
 def test_a_run_starts_from_the_saes_of_another_model(finished: Path, tmp_path: Path) -> None:

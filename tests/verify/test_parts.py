@@ -42,7 +42,7 @@ def test_the_sample_has_pairs_that_differ_in_l0_only() -> None:
 def test_the_sample_is_at_most_everything() -> None:
     rows, _ = candidates("gemma-2-9b-it", layers=[20])
     assert len(draw(rows, 500)) == len(rows) == 10
-    with pytest.raises(GemmaScopeError, match="one SAE or more"):
+    with pytest.raises(GemmaScopeError, match="sample must be 1 or more"):
         draw(rows, 0)
     with pytest.raises(GemmaScopeError, match="6 do, but all are larger than 4 GiB"):
         candidates("gemma-2-2b", layers=[12], widths=["524k"])
