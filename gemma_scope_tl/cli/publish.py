@@ -66,22 +66,25 @@ def export(
 
         gemma-scope export my-run my-saes --license cc-by-4.0 --base-model google/gemma-2-2b --layout both
     """
-    if not Path(source).expanduser().is_dir():
-        checks.release(source)
+    _check_source(source)
     checks.folder(out)
     from gemma_scope_tl.release.export import Layout, Repos, export_suite
     from gemma_scope_tl.release.release_saes import About
 
-    said = _recipe(recipe) if recipe else {}
-    about = About(
-        license, base_model, description, data, evaluated_on, said, tuple(searched or ()), tuple(note or ())
-    )  # fmt: skip
+    said, listed = _recipe(recipe) if recipe else {}, (tuple(searched or ()), tuple(note or ()))
+    about = About(license, base_model, description, data, evaluated_on, said, *listed)
     folders = export_suite(
         source, out, about, name=name, layout=cast("Layout", layout), repos=cast("Repos", repos),
         circuit_tracer=circuit_tracer, model=model, site=site, metrics=_table(metrics) if metrics else None,
         canonical=canonical, family=family,
     )  # fmt: skip
     _print_folders(folders, as_json)
+
+
+def _check_source(source: str) -> None:
+    """Check the name of a release; a folder is read later."""
+    if not Path(source).expanduser().is_dir():
+        checks.release(source)
 
 
 def _print_folders(folders: Sequence[Path], as_json: bool) -> None:

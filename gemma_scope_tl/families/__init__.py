@@ -204,7 +204,7 @@ def stated_family(family: Family, model: str | None, *sites: str) -> str | None:
     named = named_family(model)
     if named is None and not any(map(depends_on_family, sites)):
         named = family_of_model(model, *sites[:1])
-    return None if named is family else family.name
+    return None if named is not None and named.name == family.name else family.name
 
 
 def bundled_names() -> tuple[str, ...]:

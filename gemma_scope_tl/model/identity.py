@@ -34,7 +34,7 @@ NOT_COMPUTED = frozenset({
 """Values of configurations that no activation depends on. All others count, those of future versions included."""
 
 NO_CACHE = "remove them, or measure without cache=."
-_LIBRARIES = ("gemma_scope_tl", "transformer_lens")  # whose own hooks belong to the model
+_LIBRARIES = ("gemma_scope_tl", "transformer_lens", "transformers")  # whose own hooks belong to the model
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -62,8 +62,7 @@ def export_suite(
         layout: ``"gemma-scope"`` writes ``params.npz`` as released, below a folder for the site if there are several
             sites; ``"sae-lens"`` writes SAELens's two files below ``sae_lens/``; ``"both"`` writes these two.
             ``"gemma_scope_2"`` writes ``params.safetensors`` and ``config.json`` in Gemma Scope 2's folders.
-        repos: ``"one"``, or ``"site"`` for one repository per site, named ``<name>-<site>`` as Google's are; SAEs of
-            the embedding are in the repository of the residual stream.
+        repos: ``"one"``, or ``"site"`` for one repository per site, named ``<name>-<site>`` as Google's are.
         circuit_tracer: also write transcoders for circuit-tracer (``circuit_tracer/width_W/``).
         model, site, family: the model's name, the site and the model's family, for a source that does not state them.
         metrics: the table that ``evaluate`` returned; it provides the L0 of SAEs that were fine-tuned after loading.

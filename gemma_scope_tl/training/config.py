@@ -22,7 +22,7 @@ from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError
 from gemma_scope_tl.registry.locate import configuration_file
 from gemma_scope_tl.sites import SITES
 from gemma_scope_tl.training.config_file import each_once, number, override_key, plain_copy, problem, read_config
-from gemma_scope_tl.training.config_values import (
+from gemma_scope_tl.training.config_types import (
     Count,
     DeviceName,
     FolderPath,

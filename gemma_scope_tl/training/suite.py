@@ -61,24 +61,22 @@ def train_suite(
 ) -> pd.DataFrame:
     """Train the SAEs of a configuration together, and write them in Gemma Scope's layout.
 
-    All SAEs are stepped from one stream of batches. The activations of a place are divided by one scalar,
+    All SAEs are stepped from one stream. The activations of a place are divided by one scalar,
     ``C = sqrt(E ||x||^2)`` (section 3.1); the target of a transcoder by the scalar of its input (appendix B). A run
-    that was stopped by a signal or a crash continues from its last checkpoint and ends with the same bits; the table of
-    a finished run is returned at once.
+    that was stopped continues from its last checkpoint and ends with the same bits.
 
     The run's folder gets ``<site>/layer_L/width_W/average_l0_N/params.npz``, where N is the L0 on batches after
     training; ``suite.json`` (configuration, scales, a row per SAE); ``metrics.jsonl``; and ``runs.jsonl``, which
     records when each process ran.
 
-    With ``mesh`` in the configuration, several processes (started by ``torchrun``, with one folder that all see) divide
-    every SAE and every batch. Each calls this function, the first one writes, and the result equals that of one process
-    up to rounding. A run must continue with the mesh with which it began. Its memory and disk are not planned.
+    With ``mesh``, several processes (started by ``torchrun``, with one folder that all see) divide every SAE and every
+    batch. Each calls this function; the result equals that of one process up to rounding. A run must continue with the
+    mesh with which it began. Its memory and disk are not planned.
 
     Args:
         config: a YAML file or the name of one that comes with the package, its content, or a configuration.
         overrides: ``"key=value"``, as ``--set`` on the command line.
-        model: a model from ``load_model``; by default the configuration's model is loaded. A folder continues, and
-            gives its table, only with the model of its run: the same weights, backend and configuration.
+        model: a model from ``load_model``, the one of the folder's run; by default the configuration's model is loaded.
         source: a function that makes the source of some places, in place of the configuration's source.
         resume: continue an unfinished run, and return the table of a finished one. False starts over: after the first
             step of the new run all of the earlier one is removed, finished or not, but for packed tokens.
@@ -89,34 +87,36 @@ def train_suite(
         A row for each SAE: the registry's columns, ``l0``, ``fvu``, ``silent``, and how the SAE was trained.
 
     Raises:
-        TrainingStateError: the configuration has problems, its folder holds another run, one on another model, or other
-            files, a checkpoint is damaged, or memory or disk do not suffice.
-        TrainingStopped: SIGINT or SIGTERM was received, and a checkpoint was written.
+        TrainingStateError: the configuration, the folder's run or its model, or memory or disk do not suit.
+        TrainingStopped: by a signal, after a checkpoint.
         GemmaScopeError: the model, the text or the store cannot be used.
     """
     checked = load_config(config, overrides)
     family, dims = (model.family, model.dims) if model is not None else _family_and_dims(checked.model.name)
-    groups = groups_of(checked, dims, family)
-    folder = make_folder(checked.output)
-    mesh = checked.mesh
-    with process_mesh(mesh.latents, mesh.data, device=checked.device) as shard:
+    groups, folder, mesh = groups_of(checked, dims, family), make_folder(checked.output), checked.mesh
+    with process_mesh(mesh.latents, mesh.data, device=checked.device) as shard, ExitStack() as held:
         agreed({"resume": resume, **checked.results})
-        with ExitStack() as held:
-            earlier: list[EarlierRun] = []  # none on processes that do not lead
-            led(shard, lambda: earlier.append(held.enter_context(_held(folder))))
-            streams = source is None and checked.source.path is None  # other sources do not read the model
-            if resume and (folder / SUITE_NAME).exists():
-                if streams and model is not None:
-                    led(shard, lambda: check_same_model(folder, model))
-                return _finished(folder, checked, shard)
-            if not (force or source or model) and mesh.processes == 1:  # the plan knows released models only
-                plan_suite(checked, measure=False).check()
-            led(shard, lambda: begin_run(folder, checked, groups, earlier[0], resume))
-            reads = (model or load_run_model(checked)) if streams else None
-            if reads is not None:
-                led(shard, lambda: check_same_model(folder, reads))
-            opener = source or source_opener(checked, reads, progress and shard.leads)
-            return _train(folder, checked, groups, family, opener, earlier, progress=progress, shard=shard)
+        earlier: list[EarlierRun] = []  # none on processes that do not lead
+        led(shard, lambda: earlier.append(held.enter_context(_held(folder))))
+        streams = source is None and checked.source.path is None  # other sources do not read the model
+        if resume and (folder / SUITE_NAME).exists():
+            if streams and model is not None:
+                led(shard, lambda: check_same_model(folder, model))
+            return _finished(folder, checked, shard)
+        if not (force or source or model) and mesh.processes == 1:  # the plan knows released models only
+            plan_suite(checked, measure=False).check()
+        led(shard, lambda: begin_run(folder, checked, groups, earlier[0], resume))
+        reads = _recorded_model(folder, checked, model, shard) if streams else None
+        opener = source or source_opener(checked, reads, progress and shard.leads)
+        return _train(folder, checked, groups, family, opener, earlier, progress=progress, shard=shard)
+
+
+def _recorded_model(folder: Path, config: SuiteConfig, model: GemmaModel | None, shard: Shard) -> GemmaModel | None:
+    """The model whose activations are read, after a comparison with the one that the run's folder records."""
+    reads = model or load_run_model(config)
+    if reads is not None:
+        led(shard, lambda: check_same_model(folder, reads))
+    return reads
 
 
 @contextmanager

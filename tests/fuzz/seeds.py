@@ -147,7 +147,7 @@ def config_seeds() -> list[bytes]:
     """Gemma Scope 2's configurations: of an SAE, with a label for the width, of a transcoder, and of several layers."""
     point = "model.layers.3.output"
     sae = {"hf_hook_point_in": point, "hf_hook_point_out": point, "width": D_SAE, "architecture": "jump_relu"}
-    sae |= {"model_name": "google/gemma-3-1b-pt", "l0": 60, "affine_connection": False, "type": "sae"}
+    sae |= {"model_name": "google/gemma-3-1b-pt", "l0": 6, "affine_connection": False, "type": "sae"}
     norms = [f"model.layers.3.{name}_feedforward_layernorm.output" for name in ("pre", "post")]
     transcoder = {**sae, "hf_hook_point_in": norms[0], "hf_hook_point_out": norms[1], "type": "transcoder"}
     made = [

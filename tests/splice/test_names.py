@@ -135,7 +135,8 @@ def test_the_bridge_collects_its_names_no_oftener_for_many_hooks(monkeypatch: py
     monkeypatch.setattr(TransformerBridge, "_add_aliases_to_hooks", counted)
     seen: list[str] = []
     hook = ("blocks.0.hook_out", lambda x, hook: seen.append(hook.name))
-    model.run_with_hooks(random_tokens(model, length=3), fwd_hooks=[hook] * hooks)
+    with model.hooks(fwd_hooks=[hook] * hooks):
+        model(random_tokens(model, length=3))
     assert len(seen) == hooks
-    assert len(calls) <= 4  # to resolve names in both calls, to check them, and to add the hooks
+    assert len(calls) <= 4  # to check the names, to resolve them, and to add the hooks
     assert "_held_hooks" not in vars(model)
