@@ -95,7 +95,11 @@ def checked_flag(value: Any, name: str, unset: bool = False, error: type[GemmaSc
         return None
     if isinstance(value, bool):
         return value
-    if type(value).__module__ == "numpy" and str(getattr(value, "dtype", "")) == "bool" and not value.ndim:
+    if (
+        type(value).__module__ == "numpy"
+        and str(getattr(value, "dtype", "")) == "bool"
+        and not getattr(value, "ndim", 1)
+    ):
         return bool(value)
     valid = "True, False or None" if unset else "True or False"
     raise error(f"{name} must be {valid}, not {brief(value)} ({_kind(value)}).")

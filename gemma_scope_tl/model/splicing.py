@@ -232,7 +232,8 @@ class SpliceMixin:
             if site.joins != "embedding":
                 continue
             name = site.hook_name(None, self.backend)
-            for handle in self.site_hook_point(name).fwd_hooks:
+            point: Any = self.site_hook_point(name)  # pyright: ignore[reportAttributeAccessIssue]
+            for handle in point.fwd_hooks:
                 edit = handle.user_hook
                 if isinstance(getattr(edit, "fn", edit), BindsToPass):
                     raise SpliceError(f"A pass from embeddings skips the intervention on {name}: pass token ids.")

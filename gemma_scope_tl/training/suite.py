@@ -111,11 +111,10 @@ def train_suite(
         return _train(folder, checked, groups, family, opener, earlier, progress=progress, shard=shard)
 
 
-def _recorded_model(folder: Path, config: SuiteConfig, model: GemmaModel | None, shard: Shard) -> GemmaModel | None:
+def _recorded_model(folder: Path, config: SuiteConfig, model: GemmaModel | None, shard: Shard) -> GemmaModel:
     """The model whose activations are read, after a comparison with the one that the run's folder records."""
     reads = model or load_run_model(config)
-    if reads is not None:
-        led(shard, lambda: check_same_model(folder, reads))
+    led(shard, lambda: check_same_model(folder, reads))
     return reads
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError, WeightsError
-from gemma_scope_tl.families import Family, Site, bare_name, families, family_named, family_of_model
+from gemma_scope_tl.families import Family, Site, bare_name, families, family_named, family_of_model, named_family
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.weights.checks import CONFIG_NAME, NOT_YET, Expected, short, weights_error
 from gemma_scope_tl.weights.safetensors_file import read_json
@@ -213,8 +213,8 @@ def place_of_modules(reads: str, writes: str | None, family: Family) -> tuple[Si
 
 
 def is_released(name: str) -> bool:
-    """Whether a family lists the model of this name, base or instruction-tuned."""
-    return any(family.base_name(name.rpartition("/")[2].lower()) in family.sizes for family in families())
+    """Whether a family lists the model of this name, base, instruction-tuned or bundled."""
+    return named_family(name) is not None
 
 
 def _several(kind: str) -> str:

@@ -153,7 +153,7 @@ def test_what_has_no_circuit_raises() -> None:
         circuit(model, ["hi", "hello"], mlp, METRIC)
     with pytest.raises(SpliceError, match="hook_mlp_out is taken: 2"):
         circuit(model, "hi", [mlp, random_sae(model.dims, "transcoder", 1)], METRIC)
-    with pytest.raises(GemmaScopeError, match="nodes=0"):
+    with pytest.raises(GemmaScopeError, match="nodes must be 1 or more, not 0"):
         circuit(model, "hi", mlp, METRIC, nodes=0)
     with pytest.raises(SpliceError, match=r"resid_post is not before .*hook_mlp_out .*swap"):
         latent_edges(model, "hello", res, mlp, [(1, 2)])

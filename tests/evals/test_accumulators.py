@@ -143,7 +143,7 @@ def test_intervals_narrow_as_the_root_of_n_and_are_as_wide_as_theory_says() -> N
 
 
 def test_intervals_refuse_nonsense_and_pass_nan_on() -> None:
-    with pytest.raises(GemmaScopeError, match="level"):
+    with pytest.raises(GemmaScopeError, match="confidence must be above 0 and below 1"):
         Bootstrap(4, level=1.0)
     with pytest.raises(GemmaScopeError, match="resample"):
         Bootstrap(4, resamples=0)

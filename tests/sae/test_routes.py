@@ -21,6 +21,7 @@ from sae_lens import JumpReLUSAE as StockSAE
 from sae_lens import JumpReLUSAEConfig
 from torch import Tensor
 
+from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sae import few_tokens, hooked_pass, routes
 from gemma_scope_tl.sae import sparse_ops as ops
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
@@ -338,7 +339,7 @@ def test_empty_batches_and_other_arguments() -> None:
         close(sae.decode(some.to_sparse()), sae.decode(some), torch.float32)
         close(sae.decode(some.long()), sae.decode(some), torch.float32)
         close(sae.decode(some.T.contiguous().T), sae.decode(some), torch.float32)
-        with pytest.raises(RuntimeError, match="shape"):
+        with pytest.raises(SpliceError, match=f"the given tensor is .3, {D_SAE + 1}"):
             sae.decode(torch.zeros(3, D_SAE + 1))
 
 

@@ -53,5 +53,5 @@ def test_uniformity_stays_within_its_bounds() -> None:
     assert table["l0"].is_monotonic_increasing
     assert ((table["uniformity"] > 1 / table["l0"]) & (table["uniformity"] < 1)).all()  # appendix C.3
     assert (table["uniformity_low"] < table["uniformity"]).all()
-    with pytest.raises(GemmaScopeError, match="1 position of each row"):
+    with pytest.raises(GemmaScopeError, match="sampled must be 1 or more, not 0"):
         importance_uniformity(model, saes, random_tokens(model), sampled=0)

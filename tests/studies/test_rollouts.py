@@ -104,7 +104,7 @@ def test_what_cannot_be_rolled_out(model: Any) -> None:
         roll_out(model, ["short"], 40, progress=False)
     with pytest.raises(GemmaScopeError, match="do not fit the model's context, 512"):
         roll_out(model, TEXTS, 8, 600, progress=False)
-    with pytest.raises(GemmaScopeError, match="temperature above 0"):
+    with pytest.raises(GemmaScopeError, match="temperature must be a number above 0"):
         roll_out(model, TEXTS, 8, 8, temperature=0.0, progress=False)
     with pytest.raises(GemmaScopeError, match=r"ids \[rows, pos\]"):
         roll_out(model, torch.zeros(3), progress=False)
