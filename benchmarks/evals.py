@@ -30,6 +30,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import gemma_scope_tl as gs
 from benchmarks.generation import random_model, share
+from benchmarks.machine import memory_bytes, peak
 from benchmarks.splice import random_weights
 from benchmarks.timing import child_flags, compared, in_turn, main, paired, ratios
 from gemma_scope_tl.evals.suite import measure_suite
@@ -207,7 +208,7 @@ def _difference(ours: Any, theirs: list[dict[str, float]], name: str) -> float:
 
 
 def _memory(quick: bool) -> dict[str, Any]:
-    peer_rows = 8 if _total_memory() > 100 << 30 else 1
+    peer_rows = 8 if memory_bytes() > 100 << 30 else 1
     runs = 1 if quick else MEMORY_RUNS
     pairs = [(_child("ours", 8, quick), _child("peer", peer_rows, quick)) for _ in range(runs)]
     return {
@@ -250,22 +251,12 @@ def measure_memory(side: str, rows: int, vocabulary: int = VOCABULARY) -> float:
     tokens[:, 0] = 2
     peer = stock_model(model) if side == "peer" else None
     Path("/proc/self/clear_refs").write_text("5")
-    before = _peak()
+    before = peak()
     if peer is None:
         measure_suite(model, sae, tokens, batch_size=rows, progress=False)
     else:
         evaluate_stock(peer, stock_copy(sae), tokens, rows)
-    return (_peak() - before) / 1024
-
-
-def _peak() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-
-
-def _total_memory() -> int:
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith("MemTotal")).split()[1]) * 1024
+    return (peak() - before) / 1024
 
 
 if __name__ == "__main__":

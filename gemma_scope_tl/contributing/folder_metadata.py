@@ -17,12 +17,12 @@ from typing import Any, cast
 from gemma_scope_tl.contributing.coder_paths import parse_coder_path
 from gemma_scope_tl.contributing.repositories import Repository, sizes_of
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError, known_name
-from gemma_scope_tl.families import Family, families, family_named
+from gemma_scope_tl.families import Family, families, family_named, named_family
 from gemma_scope_tl.registry.schema import WEIGHTS_FILES, Format
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.sites import SITES, get_site, site_of_hook
 from gemma_scope_tl.weights.checks import CONFIG_NAME, SKIP_KEYS, Expected
-from gemma_scope_tl.weights.coder_config import CoderConfig, is_released
+from gemma_scope_tl.weights.coder_config import CoderConfig
 
 ARCHITECTURES = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 KEYS = ("site", "layer", "l0", "model")
@@ -148,7 +148,7 @@ def _read_coder(metadata: FolderMetadata, repository: Repository, has_skip: bool
         place = config.place()
         said = {"site": place and place[1].name, "layer": place and place[2], "model": config.model}
         if place is not None:
-            one = config.family or (place[0].name if is_released(config.model or "") else None)
+            one = config.family or (place[0].name if named_family(config.model) else None)
             metadata.families = _families(one, lambda family: config.place(family))
         for key, value in said.items():
             if value is not None:

@@ -75,14 +75,14 @@ def check_family(sae: SAEOrLatents, family: Family) -> None:
     """
     row = getattr(sae, "row", None)
     if row is not None:
-        if row.model_family is not family:  # which decided the units of an embedding's SAE
+        if row.model_family.name != family.name:  # which decided the units of an embedding's SAE
             raise SpliceError(
                 f"{row.release}/{row.id} was loaded as an SAE of a {row.model_family.title}, and this model is a "
                 f"{family.title}. If the SAE is of such a model, its registry file needs `family: {family.name}`."
             )
         return
     said = _said_family(sae, ("model_name", FAMILY))
-    if said is not None and said is not family:
+    if said is not None and said.name != family.name:  # by name, as a copy of a model has a copy of its family
         name = _model_of(sae)
         trained = f" ({name})" if name else ""
         raise SpliceError(f"The SAE was trained on a {said.title}{trained}, and this model is a {family.title}.")

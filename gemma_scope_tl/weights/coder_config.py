@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError, WeightsError
-from gemma_scope_tl.families import Family, Site, bare_name, families, family_named, family_of_model, named_family
+from gemma_scope_tl.families import Family, Site, bare_name, families, family_named, named_family
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.weights.checks import CONFIG_NAME, NOT_YET, Expected, short, weights_error
 from gemma_scope_tl.weights.safetensors_file import read_json
@@ -137,8 +137,8 @@ class CoderConfig:
             return None
         if family is None and self.family is not None:
             family = family_named(self.family)
-        if family is None and self.model is not None and is_released(self.model):
-            family = family_of_model(self.model)
+        if family is None:
+            family = named_family(self.model)
         searched = families() if family is None else (family,)
         for one in searched:
             found = place_of_modules(self.reads, self.writes, one)
@@ -210,11 +210,6 @@ def place_of_modules(reads: str, writes: str | None, family: Family) -> tuple[Si
         if site.per_layer == (layer is not None) and module_hooks(family, site.name, layer) == (reads, writes or reads):
             return site, layer
     return None
-
-
-def is_released(name: str) -> bool:
-    """Whether a family lists the model of this name, base, instruction-tuned or bundled."""
-    return named_family(name) is not None
 
 
 def _several(kind: str) -> str:

@@ -224,3 +224,12 @@ def test_what_cannot_be_detached_stays_known_and_the_model_is_plain(
     with pytest.raises(SpliceError, match="attached already"), model.saes([other, other]):
         pass
     assert not model.acts_to_saes
+
+
+def test_a_copy_takes_saes_that_name_their_model(made: tuple[Any, Callable[[Any], Any]]) -> None:
+    model, copied = made
+    twin, sae = copied(model), random_sae(model.dims, "res", 1, d_sae=64)
+    sae.cfg.metadata.model_name = "gemma-2-2b"
+    tokens = random_tokens(model)
+    with torch.no_grad():
+        assert torch.equal(twin.run_with_saes(tokens, saes=[sae]), model.run_with_saes(tokens, saes=[sae]))
