@@ -25,7 +25,7 @@ AGAINST_NUMPY = """
 import glob, numpy as np
 directory = __import__("sae_lens").loading.pretrained_saes_directory.get_pretrained_saes_directory()
 assert type(sae) is sae_lens.saes.jumprelu_sae.JumpReLUSAE, type(sae)
-for release, folders in (("my-saes", sys.argv[1]), ("local-saes", sys.argv[1])):
+for release, folders in (("contributed-saes", sys.argv[1]), ("local-saes", sys.argv[1])):
     for id in directory[release].saes_map:
         if id.endswith("canonical"):
             continue
@@ -44,8 +44,8 @@ for release, folders in (("my-saes", sys.argv[1]), ("local-saes", sys.argv[1])):
         hook = one.cfg.metadata.hook_name
         assert hook == {"r": "blocks.2.hook_resid_post", "a": "blocks.1.attn.hook_z", "e": "hook_embed"}[id[0]]
         print("stock SAELens", release, id, hook, "equals NumPy")
-assert sae_lens.SAE.from_pretrained("my-saes", "res/layer_2/width_1k/average_l0_90").cfg.metadata.l0 == 90
-assert (sae.W_dec == sae_lens.SAE.from_pretrained("my-saes", "res/layer_2/width_1k/average_l0_90").W_dec).all()
+assert sae_lens.SAE.from_pretrained("contributed-saes", "res/layer_2/width_1k/average_l0_90").cfg.metadata.l0 == 90
+assert (sae.W_dec == sae_lens.SAE.from_pretrained("contributed-saes", "res/layer_2/width_1k/average_l0_90").W_dec).all()
 """
 
 
@@ -75,7 +75,7 @@ def bash(script: str, folder: Path, extra: dict[str, str]) -> list[str]:
 def test_from_a_folder(made_up: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (first, script), (second, code) = blocks("From a folder")
     assert (first, second) == ("bash", "python")
-    shutil.copytree(made_up["gemma-scope"], tmp_path / "my-saes")
+    shutil.copytree(made_up["gemma-scope"], tmp_path / "contributed-saes")
     new, check, show = bash(script, tmp_path, {"HF_HUB_OFFLINE": "1"})
     assert "4 SAEs of bundled" in new and "no problems" in check and check.count("measured") == 2
     assert "average_l0_90" in show and "blocks.2.hook_resid_post" in show
@@ -91,7 +91,7 @@ def test_from_the_hub(made_up: dict[str, Path], tmp_path: Path) -> None:
     (first, script), (second, code) = blocks("From the Hub")
     assert (first, second) == ("bash", "python")
     with LocalHub() as hub:
-        commit = hub.repo("my-name/my-saes").commit_folder(made_up["gemma-scope"])
+        commit = hub.repo("my-name/contributed-saes").commit_folder(made_up["gemma-scope"])
         extra = {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "cache"),
@@ -102,7 +102,7 @@ def test_from_the_hub(made_up: dict[str, Path], tmp_path: Path) -> None:
         }
         new, check = bash(script, tmp_path, extra)
         assert "4 SAEs of bundled" in new and "no problems" in check
-        assert (tmp_path / "my-saes.yaml").read_text().count(commit) == 4
+        assert (tmp_path / "contributed-saes.yaml").read_text().count(commit) == 4
         assert not list((tmp_path / "cache").rglob("*.npz")), "headers only"
         folder = made_up["gemma-scope"]
         local = f"--model bundled --license MIT --release local-saes --out {tmp_path}"
