@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-from gemma_scope_tl.families import families
+from gemma_scope_tl.families import BACKENDS, Backend, bundled_names, families
 
 PACKAGES = (
     "gemma-scope-tl",
@@ -99,7 +100,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Check versions, registry, devices, the Hub and disk space, and run the bundled model on both backends."""
+    """Check versions, registry, devices, the Hub and disk space, and run the bundled models on both backends."""
     diagnosis = Diagnosis({"python": platform.python_version(), "platform": platform.platform()})
     installed = {name: installed_version(name) for name in PACKAGES}
     diagnosis.facts.update({name: number or "not installed" for name, number in installed.items()})
@@ -109,8 +110,11 @@ def diagnose() -> Diagnosis:
         ("devices", _devices),
         ("hub", _hub),
         ("disk", _disk),
-        ("bundled model on bridge", lambda: (_self_check("bridge"), [])),
-        ("bundled model on hooked_transformer", lambda: (_self_check("hooked_transformer"), [])),
+        *(
+            (f"{name} model on {backend}", lambda folder=folder, backend=backend: (_self_check(folder, backend), []))
+            for name, folder in _bundled_models().items()
+            for backend in BACKENDS
+        ),
     )
     for name, check in checks:
         try:
@@ -250,15 +254,24 @@ def disk_advice(free: float, folder: str) -> Iterator[Advice]:
         yield Advice(f"{free / 1e9:.1f} GB are free at {folder}", do)
 
 
-def _self_check(backend: str) -> str:
+def _bundled_models() -> dict[str, Path]:
+    """The folders of the bundled models by name. A package may have been built without those after the first."""
+    from gemma_scope_tl.registry.locate import MODEL_FOLDER, bundle_folder
+
+    folders = {name: folder / MODEL_FOLDER for name in bundled_names() if (folder := bundle_folder(name)) is not None}
+    first = next(iter(folders))
+    return {name: folder for name, folder in folders.items() if name == first or folder.is_dir()}
+
+
+def _self_check(folder: Path, backend: Backend) -> str:
+    import torch
     from transformers import AutoModelForCausalLM
 
     from gemma_scope_tl.model.check import self_check
     from gemma_scope_tl.model.loading import load_model
     from gemma_scope_tl.model.plain import run_plain
-    from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 
-    hf_model: Any = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, attn_implementation="eager")
+    hf_model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     plain = run_plain(hf_model)
     model = load_model(hf_model=hf_model, backend=backend, check=False)
     worst = max(self_check(model, plain).values())

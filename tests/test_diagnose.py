@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 
 from gemma_scope_tl import diagnose as doctor
 from gemma_scope_tl.cli import app
+from gemma_scope_tl.families import bundled_names
+from gemma_scope_tl.registry.locate import MODEL_FOLDER, bundle_folder
 from tests.hub.conftest import hub, token  # noqa: F401  (fixtures)
 from tests.hub.server import LocalHub
 
@@ -106,11 +109,12 @@ def test_a_failed_check_is_shown_and_the_rest_goes_on(monkeypatch: pytest.Monkey
         raise RuntimeError("no [such] device")
 
     monkeypatch.setattr(doctor, "_devices", broken)
-    monkeypatch.setattr(doctor, "_self_check", lambda backend: f"fine on {backend}")
+    monkeypatch.setattr(doctor, "_self_check", lambda folder, backend: f"fine on {backend}")
     monkeypatch.setattr(doctor, "_hub", lambda: ("fine", [doctor.Advice("a note", "nothing")]))
     found = doctor.diagnose()
     assert found.facts["devices"] == "FAILED: RuntimeError: no [such] device"
-    assert found.facts["bundled model on bridge"] == "fine on bridge"
+    present = [name for name in bundled_names() if ((bundle_folder(name) or Path()) / MODEL_FOLDER).is_dir()]
+    assert all(found.facts[f"{name} model on bridge"] == "fine on bridge" for name in present)
     assert not found.healthy and found.advice[0].serious
     plain = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
     assert plain.exit_code == 1
