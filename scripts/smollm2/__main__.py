@@ -8,6 +8,7 @@ quantised. These steps do not run in CI.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -35,6 +36,7 @@ from benchmarks.recipe_search import (
     train_all,
     trained_file,
 )
+from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.sites import Place
 from scripts.bundled.files import write_atomic
 from scripts.smollm2.data import describe, load_activations, token_rows
@@ -45,7 +47,7 @@ from scripts.smollm2.model import LAYER, make_model
 ROOT = Path(__file__).parents[2]
 FIGURE = ROOT / "docs" / "pareto_smollm2.png"
 NAME, SEARCH, BUNDLED = "smollm2_pareto", "smollm2", "bundled"
-TOKENS, HELD_ROWS, HELDOUT_TOKENS = 500_000, 50_000, 64 * 256
+TOKENS, HELD_ROWS, HELDOUT_TOKENS = 500_000, 50_000, 32 * 256
 BUDGET = Budget(d_sae=1_024, steps=400)
 PLACE = Place("res", LAYER)
 STAGES = (("lr", (0.5, 2.0)), ("scale", (0.5, 2.0)))
@@ -119,25 +121,39 @@ def _search_peer(
 def run(work: Work = DEFAULT_WORK, threads: Threads = 2, seeds: int = len(SEEDS)) -> None:
     """Train both at every sparsity with every seed on the stored activations, and evaluate on held-out text."""
     torch.set_num_threads(threads)
-    trained: list[Trained] = []
-    for seed in SEEDS[:seeds]:
-        budget = replace(BUDGET, seed=seed)
-        path = trained_file(work, NAME, chosen(SEARCH), budget)
-        if not path.exists():
-            found = train_all(_data(work, budget), chosen(SEARCH))
-            write_atomic(path, lambda temporary, found=found: torch.save(found, temporary))
-        trained += torch.load(path, weights_only=False)  # our own file
+    points = [point for seed in SEEDS[:seeds] for point in _points(work, seed)]
     setting: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct, weights 4-bit quantised (GGUF Q4_1)",
         "place": f"residual stream after layer {LAYER} of 30",
         "budget": asdict(BUDGET),
         "tokens": BUDGET.steps * BUDGET.batch_size,
     }
-    points = evaluated(work / "model", token_rows(work, "heldout", HELDOUT_TOKENS), trained)
     rows = comparison(points, "SmolLM2-135M (4-bit), middle residual stream")
     typer.echo(save_points(NAME, rows, setting=setting, points=points))
     for point in points:
         typer.echo({key: point[key] for key in ("recipe", "seed", "l0", "fvu", "delta_loss", "alive")})
+
+
+@app.command(name="seed")
+def seed_command(seed: int, work: Work = DEFAULT_WORK, threads: Threads = 1) -> None:
+    """Do ``run``'s work of one seed; seeds can run side by side, and ``run`` continues from what they keep."""
+    torch.set_num_threads(threads)
+    typer.echo(f"seed {seed}: {len(_points(work, seed))} SAEs trained and evaluated")
+
+
+def _points(work: Path, seed: int) -> list[dict[str, Any]]:
+    """The SAEs of one seed, trained and evaluated: from the files of an earlier run where they exist."""
+    budget = replace(BUDGET, seed=seed)
+    path = trained_file(work, NAME, chosen(SEARCH), budget)
+    if not path.exists():
+        found = train_all(_data(work, budget), chosen(SEARCH))
+        write_atomic(path, lambda temporary: torch.save(found, temporary))
+    kept = path.with_suffix(f".{HELDOUT_TOKENS}.json")
+    if not kept.exists():
+        trained: list[Trained] = torch.load(path, weights_only=False)  # our own file
+        points = evaluated(work / "model", token_rows(work, "heldout", HELDOUT_TOKENS), trained)
+        write_atomically(kept, json.dumps(points))
+    return json.loads(kept.read_text(encoding="utf-8"))
 
 
 @app.command()
