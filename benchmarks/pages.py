@@ -37,7 +37,7 @@ README_ROWS = (
 )
 """The README's rows in their order: the file of results, and the row's identity (:func:`benchmarks.table.identity`)."""
 
-PENDING = ("generation/saelens-bridge",)
+PENDING: tuple[str, ...] = ()
 """Rows of the README that wait for their first run on an idle machine. They are left out until there are results, and a
 test asserts that nothing stays here which has some."""
 

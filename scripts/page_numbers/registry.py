@@ -19,6 +19,7 @@ HARDWARE, CLUSTERS = "docs/hardware.json", "docs/clusters.json"
 CARD, GPU = "gemma_scope_tl/bundled/saes/README.md", "benchmarks/results/gpu.json"
 RESULTS, LOG = "gemma_scope_tl/bundled/results", "gemma_scope_tl/bundled/saes/training.jsonl"
 MODEL, METRICS = "gemma_scope_tl/bundled/model/config.json", "gemma_scope_tl/bundled/model/metrics.json"
+METRICS3 = "gemma_scope_tl/bundled/gemma3/model/metrics.json"
 CONFIG = "configs/bundled.yaml"
 GEMMA3 = "benchmarks/results/gemma3.json"
 PARETO, SMOLLM2 = "benchmarks/results/pareto.json", "benchmarks/results/smollm2_pareto.json"
@@ -224,6 +225,7 @@ NUMBERS: dict[str, Number] = {
     "shape.vocabulary": Number("gemma_scope_tl/model/sizes.py", lambda _: sizes_of("gemma-2-2b").d_vocab, "{:,}"),
     # The bundled model and suite.
     "model.parameters": Number(METRICS, lambda data: data["parameters"] / 1e6, "{:.1f} million"),
+    "model3.parameters": Number(METRICS3, lambda data: data["parameters"] / 1e6, "{:.1f} million"),
     "model.d_model": Number(MODEL, lambda config: config["hidden_size"]),
     "suite.activations": Number(CONFIG, _trained, "{:.1f} million"),
     "suite.shorter": Number(CONFIG, lambda config: 4e9 / (1e6 * _trained(config)), "{:,.0f}"),
