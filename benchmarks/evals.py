@@ -44,7 +44,9 @@ ROWS, CONTEXT, BATCH = 32, 256, 8
 RUNS, MEMORY_RUNS = 3, 3
 PEER = "SAELens run_evals, SAE by SAE"
 NAMES: tuple[str, ...] = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
-TOLERANCE = 1e-4
+TOLERANCE, FLIP = 1e-4, 5e-4
+"""How much metrics may differ, and how much more the loss of a splice may for each latent that is active on one side
+only: at random weights one of tens of thousands of activations is within rounding of its threshold. It moves a loss."""
 HOOKS = {"res": "blocks.{}.hook_resid_post", "mlp": "blocks.{}.hook_mlp_out", "att": "blocks.{}.attn.hook_z"}
 VOCABULARY, LONG, QUICK_VOCABULARY = 256_000, 1024, 1_000
 
@@ -188,8 +190,9 @@ def _true_width(quick: bool) -> dict[str, Any]:
 
     times = paired(ours, theirs, runs=runs, warmup=1)
     worst = {name: _difference(kept["ours"][name], [kept["theirs"]], name) for name in kept["theirs"]}
+    flips = abs(float(kept["ours"]["l0"].iloc[0]) - kept["theirs"]["l0"]) * float(kept["ours"]["tokens"].iloc[0])
     for name in ("l0", "fvu", "loss_clean", "loss_spliced"):
-        assert worst[name] <= TOLERANCE, (name, worst[name])
+        assert worst[name] <= TOLERANCE + (FLIP * flips if name == "loss_spliced" else 0.0), (name, worst[name], flips)
     what = f"evaluate an SAE of {sizes.latents:,} latents, width {sizes.width}, {sizes.vocabulary:,} words"
     what += f", {sizes.layers} layers"
     return {
