@@ -184,12 +184,17 @@ def peer_arrays(sae: Any) -> Arrays:
 
 @torch.no_grad()
 def _check_same(sae: Any, arrays: Arrays, x: Tensor) -> None:
-    """Check that the converted weights reconstruct as SAELens's own class does, up to float32 rounding."""
-    pre = x @ arrays["W_enc"] + arrays["b_enc"]
-    x_hat = (pre * (pre > arrays["threshold"])) @ arrays["W_dec"] + arrays["b_dec"]
-    own = sae.decode(sae.encode(x))
-    if not float((own - x_hat).norm()) <= 1e-3 * float(own.norm()):  # a rounding may move one latent over its threshold
-        raise GemmaScopeError("The converted SAE is not SAELens's.")
+    """Check that the converted weights reconstruct as SAELens's own class does, up to float32 rounding.
+
+    Rows in which rounding moves a latent over its threshold are left out; there are few.
+    """
+    pre, acts = x @ arrays["W_enc"] + arrays["b_enc"], sae.encode(x)
+    f = pre * (pre > arrays["threshold"])
+    same = ((f > 0) == (acts > 0)).all(dim=1)
+    own, x_hat = sae.decode(acts)[same], (f @ arrays["W_dec"] + arrays["b_dec"])[same]
+    share, error = float(same.float().mean()), float((own - x_hat).norm() / own.norm())
+    if not (share > 0.95 and error <= 1e-4):
+        raise GemmaScopeError(f"The converted SAE is not SAELens's: {share:.1%} of rows alike, error {error:.1e}.")
 
 
 @torch.no_grad()
