@@ -247,6 +247,6 @@ def test_the_grid_of_a_suite_without_canonical_saes_has_every_site() -> None:
     table = gs.list_saes(model="bundled-gemma3", with_metrics=True)
     grid = views.suite_grid(table, "fvu", "256")
     assert grid.index.tolist() == ["res", "mlp", "att", "transcoder"] and grid.columns.tolist() == list("012345")
-    small = table[(table["label"] == "small") & ~table["affine"].fillna(False).astype(bool)]
-    for row in small.itertuples():
-        assert grid.loc[row.site, str(row.layer)] == row.fvu
+    small: Any = table[(table["label"] == "small") & ~table["affine"].fillna(False).astype(bool)]
+    for site, rows in small.groupby("site"):
+        assert grid.loc[str(site)].tolist() == rows.sort_values("layer")["fvu"].tolist()

@@ -63,7 +63,7 @@ def test_transcoders_with_and_without_skip_are_two_series() -> None:
     assert "skip" not in sparsity_fidelity(model, skips[False], tokens, progress=False, ablations=())
     lines = fidelity_figure(table).axes[0].lines
     assert [line.get_label() for line in lines] == ["layer 2, 256 latents", "layer 2, with skip, 256 latents"]
-    assert len({line.get_color() for line in lines}) == 2 and all(len(line.get_xdata()) == 1 for line in lines)
+    assert len({line.get_color() for line in lines}) == 2 and all(np.size(line.get_xdata()) == 1 for line in lines)
     uniform = importance_uniformity(model, skips.values(), tokens, sampled=2, progress=False)
     assert sorted(uniform["skip"]) == [False, True] and len(uniformity_figure(uniform).axes[0].lines) == 2
 
