@@ -35,13 +35,15 @@ Pattern = Annotated[str | None, typer.Argument(help="Glob over release/id or id 
 ModelName = Annotated[
     str,
     typer.Option(
-        help="bundled, gemma-2-2b, gemma-2-9b-it, a Hugging Face id or a folder.", callback=checks.each(checks.model)
+        help="bundled, bundled-gemma3, gemma-2-2b, gemma-3-1b-it, a Hugging Face id or a folder.",
+        callback=checks.each(checks.model),
     ),
 ]
 OtherModel = Annotated[
     str | None,
     typer.Option(
-        help="bundled, gemma-2-2b, gemma-2-9b-it, a Hugging Face id or a folder.", callback=checks.each(checks.model)
+        help="bundled, bundled-gemma3, gemma-2-2b, gemma-3-1b-it, a Hugging Face id or a folder.",
+        callback=checks.each(checks.model),
     ),
 ]
 SaeModel = Annotated[str | None, typer.Option(help="The registry's model; by default that of --model.")]
@@ -202,6 +204,10 @@ class SeveralSAEs(Command):
             series=self.series,
         )
         chosen = [row for row in found if row.canonical or not self.canonical]
+        if found and not chosen:
+            told = {f"--sae-label {row.label}" for row in found if row.label}
+            hint = f"give {' or '.join(sorted(told))}" if told else "choose by --width, or give ids"
+            raise GemmaScopeError(f"None of the {len(found)} SAEs that fit the other conditions is canonical: {hint}.")
         if not chosen:
             raise GemmaScopeError("No SAE fits all of these conditions: run `gemma-scope list` to see what exists.")
         return chosen

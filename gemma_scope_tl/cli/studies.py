@@ -64,7 +64,7 @@ class Fidelity(Study):
     """
 
     drawn_by = "fidelity_figure"
-    shown = ("site", "layer", "width", "l0", "delta_loss", "delta_loss_best", "fvu")
+    shown = ("site", "layer", "width", "skip", "l0", "delta_loss", "delta_loss_best", "fvu")
 
     def measure(self) -> "pd.DataFrame":
         from gemma_scope_tl.studies.fidelity import sparsity_fidelity

@@ -216,6 +216,8 @@ def _rows(folders: Sequence[FolderMetadata], options: Options, problems: list[st
             sizes["d_out"] = folder.d_out
         where = {"site": site, "layer": layer if site is None or get_site(site).per_layer else None}
         rows.append({"id": folder.path, **where, **sizes, "l0": l0, "path": folder.path})
+        if site is not None and get_site(site).is_transcoder:
+            rows[-1]["affine"] = folder.has_skip
         rows[-1] |= {key: value for key, value in folder.named.items() if value is not None}
     if len(models) != 1:
         found = f"is one of {', '.join(sorted(models))}: a release has one" if models else "is not known"

@@ -39,7 +39,8 @@ class FolderMetadata:
         claims: for each of :data:`KEYS`, the claimed value by the source of the claim.
         width_label: the width in the folder's name, in latents.
         families: names of the families in which the tensors that the files name are a place; None if no file names any.
-        named: values of a row that only Gemma Scope 2's layout has: ``label``, ``affine`` and ``seed``.
+        has_skip: whether the weights have a skip connection.
+        named: values of a row that only Gemma Scope 2's layout has: ``label`` and ``seed``.
         problems: problems of the folder, in sentences.
     """
 
@@ -50,6 +51,7 @@ class FolderMetadata:
     claims: dict[str, dict[str, Any]] = field(default_factory=lambda: {key: {} for key in KEYS})
     width_label: int | None = None
     families: frozenset[str] | None = None
+    has_skip: bool = False
     named: dict[str, Any] = field(default_factory=dict[str, Any])
     problems: list[str] = field(default_factory=list[str])
 
@@ -95,9 +97,10 @@ def read_metadata(repository: Repository, folder: str, format_: Format) -> Folde
     try:
         shapes, source = repository.shapes(weights), f"{repository.name}/{weights}"
         metadata.d_in, metadata.d_sae, metadata.d_out = sizes_of(shapes, source)
+        metadata.has_skip = any(name in SKIP_KEYS for name in shapes)
         _read_name(metadata)
         if format_ == "gemma_scope_2":
-            _read_coder(metadata, repository, has_skip=any(name in SKIP_KEYS for name in shapes))
+            _read_coder(metadata, repository)
         if format_ == "sae-lens":
             _read_cfg(metadata, repository.cfg(folder))
     except GemmaScopeError as error:
@@ -129,7 +132,7 @@ def _read_name(metadata: FolderMetadata) -> None:
                 metadata.problems.append(str(error))
 
 
-def _read_coder(metadata: FolderMetadata, repository: Repository, has_skip: bool) -> None:
+def _read_coder(metadata: FolderMetadata, repository: Repository) -> None:
     """Read Gemma Scope 2's name of the folder, and its ``config.json`` if there is one."""
     named = parse_coder_path(metadata.path)
     if named is not None:
@@ -139,12 +142,12 @@ def _read_coder(metadata: FolderMetadata, repository: Repository, has_skip: bool
                 metadata.claims[key][NAME] = value
         metadata.width_label = parse_width(named.width)
         metadata.named |= {"label": named.label, "seed": named.seed}
-        if named.affine != has_skip:
+        if named.affine != metadata.has_skip:
             metadata.problems.append(f"{NAME} and the weights disagree on whether there is a skip connection.")
     path = f"{metadata.path}/{CONFIG_NAME}"
     if path in repository.files:
         config = CoderConfig.parse(repository.config(path), Path(path))
-        config.complete(Expected(d_sae=metadata.d_sae, skip=has_skip, said_by="the weights"))
+        config.complete(Expected(d_sae=metadata.d_sae, skip=metadata.has_skip, said_by="the weights"))
         place = config.place()
         said = {"site": place and place[1].name, "layer": place and place[2], "model": config.model}
         if place is not None:
@@ -157,9 +160,6 @@ def _read_coder(metadata: FolderMetadata, repository: Repository, has_skip: bool
             if abs(metadata.claims["l0"].get(NAME, math.inf) - config.l0) < 1:  # the L0 in a name is rounded
                 del metadata.claims["l0"][NAME]
             metadata.claims["l0"][CONFIG_NAME] = config.l0
-    sites = set(metadata.claims["site"].values())
-    if any(get_site(site).is_transcoder for site in sites):
-        metadata.named["affine"] = has_skip
 
 
 def _read_cfg(metadata: FolderMetadata, cfg: Mapping[str, Any]) -> None:

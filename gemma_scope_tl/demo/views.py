@@ -37,7 +37,9 @@ def widths(table: pd.DataFrame) -> list[str]:
 
 
 def suite_grid(table: pd.DataFrame, metric: str, width: str) -> pd.DataFrame:
-    """A metric of the canonical SAEs of a width; if none is canonical, of those with the label medium and without skip.
+    """A metric of the canonical SAEs of a width; if none is canonical, of those of one label and without skip.
+
+    The label is the one that most sites have, medium if several have as many: one label makes sites comparable.
 
     Args:
         table: the table of :func:`measured`.
@@ -56,9 +58,14 @@ def suite_grid(table: pd.DataFrame, metric: str, width: str) -> pd.DataFrame:
     if width not in widths(table):
         raise unknown_name("width", width, widths(table))
     rows = table[table["width"] == width]
-    skips = rows["affine"].astype("boolean").fillna(False)
-    middle = (rows["label"] == MIDDLE) & ~skips & rows["seed"].isna()
-    rows = rows[rows["canonical"] if rows["canonical"].any() else middle]
+    if rows["canonical"].any():
+        rows = rows[rows["canonical"]]
+    else:
+        rows = rows[~rows["affine"].astype("boolean").fillna(False) & rows["seed"].isna()]
+        sites = rows.groupby("label")["site"].nunique()
+        rows = rows[
+            rows["label"] == max(sites.index, key=lambda label: (sites[label], label == MIDDLE), default=MIDDLE)
+        ]
     named = rows.assign(column=rows["layer"].astype("string").fillna("-"))
     grid = named.pivot_table(index="site", columns="column", values=metric, dropna=False, sort=False)
     order = sorted(grid.columns, key=lambda name: -1 if name == "-" else int(name))

@@ -35,6 +35,7 @@ class Subject:
         place: the place that the SAE reads; it writes ``target_of(place)``.
         d_sae: number of latents.
         release, id: release and id in the registry; None for an SAE that is not in the registry.
+        affine: whether it has a skip connection; None if only the weights say so.
     """
 
     get: Callable[[], Any]
@@ -42,6 +43,12 @@ class Subject:
     d_sae: int
     release: str | None
     id: str | None
+    affine: bool | None = None
+
+    @property
+    def has_skip(self) -> bool:
+        """Whether it is a transcoder with a skip connection. It is loaded for this if its registry row does not say."""
+        return getattr(self.get(), "W_skip", None) is not None if self.affine is None else self.affine
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def subjects_of(model: GemmaModel, saes: Any) -> list[Subject]:
 def _of_module(model: GemmaModel, sae: Any) -> Subject:
     place, row = _checked_place(model, sae), getattr(sae, "row", None)
     names = getattr(row, "release", None), getattr(row, "id", None)
-    return Subject(lambda: sae, place, int(sae.cfg.d_sae), *names)
+    return Subject(lambda: sae, place, int(sae.cfg.d_sae), *names, getattr(sae, "W_skip", None) is not None)
 
 
 def _of_suite(model: GemmaModel, suite: SAESuite, key: tuple[str, int | None]) -> Subject:
@@ -86,7 +93,8 @@ def _of_suite(model: GemmaModel, suite: SAESuite, key: tuple[str, int | None]) -
         return sae
 
     row = suite.rows[key]
-    return Subject(get, Place(row.site, row.layer), row.d_sae, row.release, row.id)
+    affine = row.affine if row.model_family.site(row.site).is_transcoder else False
+    return Subject(get, Place(row.site, row.layer), row.d_sae, row.release, row.id, affine)
 
 
 def _checked_place(model: GemmaModel, sae: Any) -> Place:

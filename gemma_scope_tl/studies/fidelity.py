@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.evals.saes import subjects_of
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.registry.widths import width_label
+from gemma_scope_tl.sae.choices import as_saes
+from gemma_scope_tl.sae.suite import SAESuite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.model.hooked import GemmaModel
 
 NAMES = ["release", "id", "site", "layer", "d_sae"]
+SKIP = "skip"
 FIDELITY = ("delta_loss", "fvu")
 COMPARED = ("l0", "fvu", "delta_loss", "loss_clean")
 
@@ -31,13 +35,14 @@ def sparsity_fidelity(model: GemmaModel, saes: Any, data: Sequence[str] | torch.
     Returns:
         The table of ``evaluate``, sorted by site, layer, width and L0, with three more columns: ``width``, and
         ``delta_loss_best`` and ``fvu_best``. The last two are True on the Pareto frontier of a site and layer, where no
-        other SAE is as good in L0 and the metric and better in one of them.
+        other SAE is as good in L0 and the metric and better in one of them. If a transcoder has a skip connection,
+        there is a column ``skip`` that says which have one.
     """
-    table = evaluate(model, saes, data, by_position=False, **options)
+    table = _with_skip(model, saes, data, **options)
     table.insert(table.columns.get_loc("d_sae"), "width", [width_label(int(d)) for d in table["d_sae"]])  # type: ignore[arg-type]
     for metric in FIDELITY:
         table[f"{metric}_best"] = on_frontier(table, metric)
-    return table.sort_values(["site", "layer", "d_sae", "l0"], ignore_index=True)
+    return table.sort_values(["site", "layer", *_skip(table), "d_sae", "l0"], ignore_index=True)
 
 
 def importance_uniformity(
@@ -55,16 +60,34 @@ def importance_uniformity(
 
     Returns:
         A row per SAE, sorted by site, layer and L0: ``release, id, site, layer, d_sae, l0, uniformity, uniformity_low,
-        uniformity_high, sequences``; low and high are the bounds of the confidence interval.
+        uniformity_high, sequences``; low and high are the bounds of the confidence interval. If a transcoder has a skip
+        connection, there is a column ``skip`` that says which have one.
 
     Raises:
         GemmaScopeError: ``sampled`` is below 1.
     """
     sampled = checked_count(sampled, "sampled")
     options = {"ablations": (), **options}
-    table = evaluate(model, saes, data, by_position=False, uniformity=sampled, **options)
-    kept = table[[*NAMES, "l0", "uniformity", "uniformity_low", "uniformity_high", "sequences"]]
+    table = _with_skip(model, saes, data, uniformity=sampled, **options)
+    kept = table[[*NAMES, *_skip(table), "l0", "uniformity", "uniformity_low", "uniformity_high", "sequences"]]
     return kept.sort_values(["site", "layer", "l0"], ignore_index=True)
+
+
+def _with_skip(model: GemmaModel, saes: Any, data: Sequence[str] | torch.Tensor, **options: Any) -> pd.DataFrame:
+    """The table of ``evaluate``, with a column ``skip`` after ``d_sae`` if a transcoder has a skip connection.
+
+    Transcoders with and without one are two series of SAEs, which one line of a figure must not join.
+    """
+    saes = saes if isinstance(saes, SAESuite) else as_saes(saes, whole=True)  # an iterator can be read once
+    table = evaluate(model, saes, data, by_position=False, **options)
+    skips = [subject.has_skip for subject in subjects_of(model, saes)]
+    if any(skips):
+        table.insert(table.columns.get_loc("d_sae") + 1, SKIP, skips)  # type: ignore[operator]
+    return table
+
+
+def _skip(table: pd.DataFrame) -> list[str]:
+    return [SKIP] if SKIP in table else []
 
 
 def by_dtype(

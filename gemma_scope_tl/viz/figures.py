@@ -101,7 +101,8 @@ def named_groups(table: pd.DataFrame, by: list[str], words: Mapping[str, str]) -
     """The name and the rows of each combination of values in ``by``, in order of appearance.
 
     Missing values (the layer of an embedding, the release of an unregistered SAE) form a group and are left out of
-    its name. ``words`` holds formats for the values of columns, such as ``"layer {}"``.
+    its name. ``words`` holds formats for the values of columns, such as ``"layer {}"``, and for a column of bools what
+    the name says where it is True.
     """
     if not by:
         return [("", table)]
@@ -111,10 +112,14 @@ def named_groups(table: pd.DataFrame, by: list[str], words: Mapping[str, str]) -
 
 def group_name(row: pd.Series[Any], by: list[str], words: Mapping[str, str]) -> str:
     """The name of a row's combination of values; see :func:`named_groups`."""
+    import numpy as np
+
     named: list[str] = []
     for column in by:
         value = row[column]
-        if value is not None and value == value:
+        if isinstance(value, (bool, np.bool_)):
+            named += [words.get(column, column)] if value else []
+        elif value is not None and value == value:
             number = int(value) if isinstance(value, float) and value.is_integer() else value
             named.append(words.get(column, "{}").format(number))
     return ", ".join(named) or "–"

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 _LINES = ("-", "--", ":", "-.")
 _MOST_NAMES = 16
-_WORDS = {"layer": "layer {}", "d_sae": "{} latents"}
+_WORDS = {"layer": "layer {}", "d_sae": "{} latents", "skip": "with skip"}
 _SCORES = {"detection": ("balanced accuracy of detection", 0.5), "simulation": ("correlation of simulation", 0.0)}
 
 
 def fidelity_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "fvu")) -> Figure:
     """Metrics over L0 (section 4.1): a row of panels per metric, a column per site, a line per layer and width.
+
+    Transcoders with a skip connection (column ``skip``) have lines of their own.
 
     Args:
         table: the table of :func:`~gemma_scope_tl.studies.sparsity_fidelity`.
@@ -32,7 +34,7 @@ def fidelity_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss",
     Raises:
         GemmaScopeError: a column is missing, or there are no rows.
     """
-    return _over_l0(table, metrics, ["layer", "d_sae"])
+    return _over_l0(table, metrics, _series(table))
 
 
 def transfer_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss", "fvu")) -> Figure:
@@ -48,10 +50,12 @@ def transfer_figure(table: pd.DataFrame, metrics: Sequence[str] = ("delta_loss",
 def uniformity_figure(table: pd.DataFrame) -> Figure:
     """Uniformity of active latent importance over L0 (appendix C.3): a panel per site, a line per layer and width.
 
+    Transcoders with a skip connection (column ``skip``) have lines of their own.
+
     Args:
         table: the table of :func:`~gemma_scope_tl.studies.importance_uniformity`, with its intervals.
     """
-    return _over_l0(table, ["uniformity"], ["layer", "d_sae"], bounds=True)
+    return _over_l0(table, ["uniformity"], _series(table), bounds=True)
 
 
 def position_figure(table: pd.DataFrame, metrics: Sequence[str] = ("squared_error", "fvu", "delta_loss")) -> Figure:
@@ -237,6 +241,10 @@ def _over_l0(table: pd.DataFrame, metrics: Sequence[str], by: list[str], bounds:
             scale(ax, "y", rows, metric)
     STYLE.legend(figure, panels[0][0], _MOST_NAMES)
     return figure
+
+
+def _series(table: pd.DataFrame) -> list[str]:
+    return ["layer", *(["skip"] if "skip" in table else []), "d_sae"]
 
 
 def _groups(table: pd.DataFrame, by: list[str]) -> list[tuple[str, pd.DataFrame]]:

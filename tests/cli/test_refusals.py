@@ -42,6 +42,8 @@ for call in json.load(sys.stdin):
     print(json.dumps([status, out.getvalue(), err.getvalue(), "torch" in sys.modules]))
 """
 CALLS = {
+    "eval --model bundled-gemma3 --site res --layer 2 --canonical": "None of the 2 SAEs that fit the other conditions "
+    "is canonical: give --sae-label medium or --sae-label small.",
     "features hi --site foo": "Unknown site 'foo'",
     "features hi --backend foo": "Unknown backend 'foo'",
     "features hi --dtype float23": "Unknown dtype 'float23'. Nearest: float32",

@@ -240,3 +240,13 @@ def test_any_model_and_release_by_choice(world: World) -> None:
         load_world("bundledd")
     with pytest.raises(UnknownNameError, match="Nearest"):
         load_world("bundled", "no-such-release")
+
+
+def test_the_grid_of_a_suite_without_canonical_saes_has_every_site() -> None:
+    """Only the residual stream has SAEs of the label medium; small is the label that all sites have."""
+    table = gs.list_saes(model="bundled-gemma3", with_metrics=True)
+    grid = views.suite_grid(table, "fvu", "256")
+    assert grid.index.tolist() == ["res", "mlp", "att", "transcoder"] and grid.columns.tolist() == list("012345")
+    small: Any = table[(table["label"] == "small") & ~table["affine"].fillna(False).astype(bool)]
+    for site, rows in small.groupby("site"):
+        assert grid.loc[str(site)].tolist() == rows.sort_values("layer")["fvu"].tolist()

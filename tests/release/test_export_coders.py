@@ -86,6 +86,30 @@ def test_from_memory_and_from_other_layouts(released: Path, tmp_path: Path, monk
         assert files_of(second) == wanted
 
 
+@pytest.mark.parametrize("layout", ["gemma-scope", "sae-lens", "gemma_scope_2"])
+def test_a_skip_connection_is_asked_for_by_name_in_every_layout(layout: str, released: Path, tmp_path: Path) -> None:
+    """Both transcoders of a layer are exported and exported again, and ``affine=`` tells them apart."""
+    from gemma_scope_tl.registry import locate
+
+    both = [JumpReLUSAE.from_folder(released / KINDS[kind].path) for kind in ("transcoder", "affine")]
+    (first,) = export_suite(both, tmp_path / "first", ABOUT, layout=layout, progress=False)
+    (out,) = export_suite(first, tmp_path / "skips", ABOUT, layout=layout, progress=False)
+    rows = read_release(out / "skips.yaml").rows
+    assert {row.affine for row in rows} == {True, False}
+    assert all(row.path.endswith("_affine") == row.affine for row in rows)
+    assert not check_release(out / "skips.yaml").problems
+    gs.register_release(out / "skips.yaml")
+    try:
+        place = ("gemma-3-1b", "transcoder", LAYER, "512", "closest:60")
+        for affine in (True, False):
+            found = gs.load_sae(*place, release="skips", affine=affine)
+            assert (getattr(found, "W_skip", None) is not None) == affine
+        with pytest.raises(GemmaScopeError, match="affine=True or affine=False"):
+            gs.load_sae(*place, release="skips")
+    finally:
+        locate.remove_file((out / "skips.yaml").resolve())
+
+
 def test_without_a_config_one_is_written(released: Path, tmp_path: Path) -> None:
     for config in released.rglob("config.json"):
         config.unlink()

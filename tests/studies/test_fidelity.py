@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from gemma_scope_tl import load_model, load_sae, load_suite
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.evals.suite import evaluate
 from gemma_scope_tl.studies import importance_uniformity, sparsity_fidelity
 from gemma_scope_tl.studies.fidelity import on_frontier
+from gemma_scope_tl.viz.study_figures import fidelity_figure, uniformity_figure
 from tests.helpers import random_sae, random_tokens, shared_model
 
 
@@ -44,6 +46,26 @@ def test_table_is_that_of_evaluate() -> None:
     assert table["fvu_best"].dtype == bool
     with pytest.raises(TypeError, match="by_position"):
         sparsity_fidelity(model, saes, tokens, by_position=True)
+
+
+def test_transcoders_with_and_without_skip_are_two_series() -> None:
+    """One line of the figures joined them, and no printed column told them apart."""
+    model = load_model("bundled-gemma3")
+    skips = {
+        affine: load_sae("bundled-gemma3", "transcoder", 2, "256", "small", affine=affine) for affine in (False, True)
+    }
+    tokens = random_tokens(model)
+    suite = load_suite("bundled-gemma3", "transcoder", [2], "256", "small", affine=True)
+    for saes in (skips.values(), iter(skips.values())):
+        table = sparsity_fidelity(model, saes, tokens, progress=False, ablations=())
+        assert dict(zip(table["skip"], table["id"], strict=True)) == {k: sae.row.id for k, sae in skips.items()}
+    assert sparsity_fidelity(model, suite, tokens, progress=False, ablations=())["skip"].tolist() == [True]
+    assert "skip" not in sparsity_fidelity(model, skips[False], tokens, progress=False, ablations=())
+    lines = fidelity_figure(table).axes[0].lines
+    assert [line.get_label() for line in lines] == ["layer 2, 256 latents", "layer 2, with skip, 256 latents"]
+    assert len({line.get_color() for line in lines}) == 2 and all(np.size(line.get_xdata()) == 1 for line in lines)
+    uniform = importance_uniformity(model, skips.values(), tokens, sampled=2, progress=False)
+    assert sorted(uniform["skip"]) == [False, True] and len(uniformity_figure(uniform).axes[0].lines) == 2
 
 
 def test_uniformity_stays_within_its_bounds() -> None:
