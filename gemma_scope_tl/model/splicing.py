@@ -17,7 +17,7 @@ from gemma_scope_tl.model.owners import ADVICE, Owner, Turns
 from gemma_scope_tl.model.protocol import BindsToPass
 from gemma_scope_tl.model.splice_options import SpliceKeywords, SpliceOptions, shows_options
 from gemma_scope_tl.model.tracker import TokenTracker
-from gemma_scope_tl.sae.access import check_family, locate
+from gemma_scope_tl.sae.access import check_trained_on, locate
 from gemma_scope_tl.sae.choices import as_saes, bring
 from gemma_scope_tl.sites import Backend, Family, ModelDims, Site
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
@@ -276,15 +276,7 @@ class SpliceMixin:
                 f"The SAE reads {sae.cfg.d_in} dimensions, but site {site.name!r} of this model has {d_in}: "
                 "it belongs to another model."
             )
-        theirs = getattr(sae, "model_name", None) or sae.cfg.metadata.model_name
-        ours = getattr(self, "model_id", None)
-        if theirs and ours and self._base_name(theirs) != self._base_name(ours):
-            raise SpliceError(f"The SAE was trained on {theirs!r}; this model is {ours!r}.")
-        check_family(sae, self.family)
-
-    def _base_name(self, model_name: str) -> str:
-        """The base model's name, since its SAEs fit the instruction-tuned model too (Gemma Scope, section 4.5)."""
-        return self.family.base_name(model_name.split("/")[-1].lower())
+        check_trained_on(sae, self.family, getattr(self, "model_id", None))
 
     def excluded_ids(self, exclude: ExcludeTokens = True) -> tuple[int, ...]:
         """The token ids for ``exclude_special_tokens`` (:func:`~gemma_scope_tl.text.tokens.excluded_ids`).

@@ -64,15 +64,33 @@ def trained_family(sae: SAEOrLatents) -> Family:
     return _said_family(sae, OF_IDENTITY) or family_of_model(None, getattr(sae, "site", None))
 
 
-def check_family(sae: SAEOrLatents, family: Family) -> None:
-    """Check that an SAE or latents were not trained on a model of another family than ``family``.
+def check_trained_on(sae: SAEOrLatents, family: Family, model: str | None) -> None:
+    """Check that an SAE or latents were not trained on another model than the one of this family and name.
 
-    A hook of one name may give another tensor there, and an embedding may have another scale. An SAE that says nothing,
-    or names a model that no family knows, may belong to any family; the hooks in its metadata may be assumed ones.
+    Models of equal width have equal shapes, so a foreign SAE would run and give numbers without a meaning. An SAE that
+    says nothing may belong to any model, and one that names a model which no family knows to any family; the hooks in
+    its metadata may be assumed ones.
+
+    Args:
+        sae: an SAE or latents.
+        family: the family of the model. In another one, a hook of one name may give another tensor.
+        model: the model's name in SAEs; None if it is unknown. An SAE of a base model fits the tuned model too (Gemma
+            Scope, section 4.5), and the other way round.
 
     Raises:
-        SpliceError: for an SAE of another family.
+        SpliceError: for an SAE of another model or family.
     """
+    trained = _model_of(sae)
+    if trained and model and _base_name(trained, family) != _base_name(model, family):
+        raise SpliceError(f"The SAE was trained on {trained!r}; this model is {model!r}.")
+    _check_family(sae, family)
+
+
+def _base_name(model: str, family: Family) -> str:
+    return family.base_name(model.split("/")[-1].lower())
+
+
+def _check_family(sae: SAEOrLatents, family: Family) -> None:
     row = getattr(sae, "row", None)
     if row is not None:
         if row.model_family.name != family.name:  # which decided the units of an embedding's SAE
