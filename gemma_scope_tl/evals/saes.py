@@ -86,6 +86,7 @@ def _of_suite(model: GemmaModel, suite: SAESuite, key: tuple[str, int | None]) -
         return sae
 
     row = suite.rows[key]
+    model.check_row_fits(row)  # before the clean pass, and not when the SAE's turn comes
     return Subject(get, Place(row.site, row.layer), row.d_sae, row.release, row.id)
 
 

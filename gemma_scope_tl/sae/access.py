@@ -24,6 +24,8 @@ from gemma_scope_tl.sites import Site, site_of_hook
 if TYPE_CHECKING:
     from sae_lens import SAE
 
+    from gemma_scope_tl.registry.schema import SAERow
+
     SAEOrLatents = SAE[Any] | Latents
 
 
@@ -80,30 +82,39 @@ def check_trained_on(sae: SAEOrLatents, family: Family, model: str | None) -> No
     Raises:
         SpliceError: for an SAE of another model or family.
     """
-    trained = _model_of(sae)
-    if trained and model and _base_name(trained, family) != _base_name(model, family):
-        raise SpliceError(f"The SAE was trained on {trained!r}; this model is {model!r}.")
-    _check_family(sae, family)
-
-
-def _base_name(model: str, family: Family) -> str:
-    return family.base_name(model.split("/")[-1].lower())
-
-
-def _check_family(sae: SAEOrLatents, family: Family) -> None:
+    _check_name(_model_of(sae), family, model)
     row = getattr(sae, "row", None)
     if row is not None:
-        if row.model_family.name != family.name:  # which decided the units of an embedding's SAE
-            raise SpliceError(
-                f"{row.release}/{row.id} was loaded as an SAE of a {row.model_family.title}, and this model is a "
-                f"{family.title}. If the SAE is of such a model, its registry file needs `family: {family.name}`."
-            )
+        _check_family_of_row(row, family)
         return
     said = _said_family(sae, ("model_name", FAMILY))
     if said is not None and said.name != family.name:  # by name, as a copy of a model has a copy of its family
         name = _model_of(sae)
         trained = f" ({name})" if name else ""
         raise SpliceError(f"The SAE was trained on a {said.title}{trained}, and this model is a {family.title}.")
+
+
+def check_row_trained_on(row: SAERow, family: Family, model: str | None) -> None:
+    """As :func:`check_trained_on`, for the SAE of a row of the registry, which need not be loaded."""
+    _check_name(row.model, family, model)
+    _check_family_of_row(row, family)
+
+
+def _check_name(trained: str | None, family: Family, model: str | None) -> None:
+    if trained and model and _base_name(trained, family) != _base_name(model, family):
+        raise SpliceError(f"The SAE was trained on {trained!r}; this model is {model!r}.")
+
+
+def _check_family_of_row(row: SAERow, family: Family) -> None:
+    if row.model_family.name != family.name:  # which decided the units of an embedding's SAE
+        raise SpliceError(
+            f"{row.release}/{row.id} was loaded as an SAE of a {row.model_family.title}, and this model is a "
+            f"{family.title}. If the SAE is of such a model, its registry file needs `family: {family.name}`."
+        )
+
+
+def _base_name(model: str, family: Family) -> str:
+    return family.base_name(model.split("/")[-1].lower())
 
 
 def _said_family(sae: SAEOrLatents, names: Iterable[str]) -> Family | None:

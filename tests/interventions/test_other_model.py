@@ -99,3 +99,14 @@ def test_another_model_of_the_same_family_is_another_model(name: str) -> None:
     ):
         with pytest.raises(SpliceError, match=f"trained on '{name}'; this model is 'bundled'"):
             call()
+
+
+@pytest.mark.parametrize(("model", "other"), [("bundled", "bundled-gemma3"), ("bundled-gemma3", "bundled")])
+def test_a_suite_of_another_model_is_refused_before_anything_is_measured(model: str, other: str) -> None:
+    """The Gemma 3 has more layers and the Gemma 2 fewer, which is not what is wrong."""
+    suite = gs.load_suite(other, ["res", "att"], width="256", l0="closest:10")
+    hooked = shared_model(model, "bridge") if model == "bundled" else gs.load_model(model)
+    for place in ("res", "att"):
+        with pytest.raises(SpliceError, match=f"trained on '{other}'; this model is '{model}'"):
+            gs.evaluate(hooked, suite.select(place), [TEXT * 40], context=64, progress=False)
+    assert not suite.loaded
