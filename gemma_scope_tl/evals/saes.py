@@ -93,6 +93,8 @@ def _of_suite(model: GemmaModel, suite: SAESuite, key: tuple[str, int | None]) -
         return sae
 
     row = suite.rows[key]
+    row = suite.rows[key]
+    model.check_row_fits(row)  # before the clean pass, and not when the SAE's turn comes
     affine = row.affine if row.model_family.site(row.site).is_transcoder else False
     return Subject(get, Place(row.site, row.layer), row.d_sae, row.release, row.id, affine)
 

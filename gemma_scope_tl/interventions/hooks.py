@@ -11,12 +11,13 @@ from jaxtyping import Float
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.model.positions import Positions, chosen_columns, rows_of
 from gemma_scope_tl.model.tracker import TokenTracker
-from gemma_scope_tl.sae.access import decoder_rows, encode_latents
+from gemma_scope_tl.sae.access import check_trained_on, decoder_rows, encode_latents
 from gemma_scope_tl.sae.choices import checked_positions
 from gemma_scope_tl.sites import flatten_heads, unflatten_heads
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_choice, excluded_ids
 
 if TYPE_CHECKING:
+    from gemma_scope_tl.model.protocol import HasSites
     from gemma_scope_tl.sae.access import SAEOrLatents
 
 
@@ -35,6 +36,8 @@ class Intervention:
         SpliceError: for invalid ``positions`` or ``exclude_special_tokens``.
     """
 
+    source: SAEOrLatents | None = None  # whose latents are edited, if any are
+
     def __init__(self, positions: Positions = None, exclude_special_tokens: ExcludeTokens = True) -> None:
         self.positions, self.exclude_special_tokens = (
             checked_positions(positions),
@@ -47,10 +50,16 @@ class Intervention:
         """The tensor after an edit at every position."""
         raise NotImplementedError  # pragma: no cover - an abstract method
 
-    def bound_to(self, tracker: TokenTracker, tokenizer: Any) -> Intervention:
-        """A copy with access to the token ids of the current pass."""
+    def bound_to(self, model: HasSites) -> Intervention:
+        """A copy with access to the token ids of the current pass.
+
+        Raises:
+            SpliceError: when the latents are of an SAE that was trained on another model.
+        """
+        if self.source is not None:
+            check_trained_on(self.source, model.family, model.model_id)
         bound = copy.copy(self)
-        bound._tracker, bound._tokenizer = tracker, tokenizer
+        bound._tracker, bound._tokenizer = model.token_tracker, model.tokenizer
         return bound
 
     def __call__(self, value: torch.Tensor, hook: Any = None) -> torch.Tensor:

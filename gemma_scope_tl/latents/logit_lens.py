@@ -12,7 +12,7 @@ from jaxtyping import Float
 from gemma_scope_tl.counts import whole_number
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, brief
 from gemma_scope_tl.model.gain import gain_of
-from gemma_scope_tl.sae.access import check_family, chosen_latents, decoder_rows, locate
+from gemma_scope_tl.sae.access import check_trained_on, chosen_latents, decoder_rows, locate
 from gemma_scope_tl.sites import Place, target_of
 from gemma_scope_tl.text.tokenizing import decoded_ids
 
@@ -96,7 +96,7 @@ def latent_logits(model: GemmaModel, sae: SAEOrLatents, latents: list[int]) -> F
 def _written(model: GemmaModel, sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "k d_model"]:
     """What each latent adds to the residual stream, times the gain of the final norm."""
     site, layer = locate(sae, model.family)
-    check_family(sae, model.family)
+    check_trained_on(sae, model.family, model.model_id)
     site.check_layer(layer, model.dims)
     rows = decoder_rows(sae, latents)
     written = model.family.site(target_of(Place(site.name, layer)).site)

@@ -14,7 +14,7 @@ from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.model.counted import CountedBatch, counted_tokens
 from gemma_scope_tl.model.finite import visit_finite_places
 from gemma_scope_tl.model.positions import Positions
-from gemma_scope_tl.sae.access import check_family, encode_latents, locate
+from gemma_scope_tl.sae.access import check_trained_on, encode_latents, locate
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.choices import as_saes, bring
 from gemma_scope_tl.sae.latents import Latents
@@ -83,7 +83,7 @@ def features(
     min_activation = checked_real(min_activation, "min_activation", least=0)
     several, batch = as_saes(saes), as_batch(model, text, attention_mask)
     for sae in several:
-        check_family(sae, model.family)
+        check_trained_on(sae, model.family, model.model_id)
     places = [Place(site.name, layer) for site, layer in (locate(sae, model.family) for sae in several)]
     special = excluded_ids(model.tokenizer, exclude_special_tokens)
     whole = CountedBatch(batch.ids, batch.mask, counted_tokens(batch, special, positions))

@@ -142,7 +142,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         return resolved
 
     def _bound(self, fn: Any) -> Any:
-        return fn.bound_to(self.token_tracker, self.tokenizer) if isinstance(fn, BindsToPass) else fn
+        return fn.bound_to(self) if isinstance(fn, BindsToPass) else fn
 
     def _resolve_filter(self, names: Any) -> Any:
         if names is None:

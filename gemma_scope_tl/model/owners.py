@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.model.protocol import BindsToPass
+from gemma_scope_tl.model.protocol import BindsToPass, HasSites
 
 _held: ContextVar[frozenset[Owner]] = ContextVar("gemma_scope_tl_held", default=frozenset())
 
@@ -81,9 +81,9 @@ class OwnedHook:
     def __repr__(self) -> str:
         return repr(self.fn)
 
-    def bound_to(self, tracker: Any, tokenizer: Any) -> OwnedHook:
+    def bound_to(self, model: HasSites) -> OwnedHook:
         """The same hook, with the function bound to a pass if it needs that."""
-        bound = self.fn.bound_to(tracker, tokenizer) if isinstance(self.fn, BindsToPass) else self.fn
+        bound = self.fn.bound_to(model) if isinstance(self.fn, BindsToPass) else self.fn
         return OwnedHook(bound, self.owner)
 
     def __deepcopy__(self, memo: Any) -> OwnedHook:

@@ -15,8 +15,12 @@ from gemma_scope_tl.model.tracker import TokenTracker
 class BindsToPass(Protocol):
     """A hook function that depends on positions or tokens, and so needs the pass in which it runs."""
 
-    def bound_to(self, tracker: TokenTracker, tokenizer: Any) -> Callable[..., Any]:
-        """The function for one model, whose tracker has the token ids of a pass."""
+    def bound_to(self, model: HasSites) -> Callable[..., Any]:
+        """The function for one model, whose tracker has the token ids of a pass.
+
+        Raises:
+            SpliceError: when the function belongs to another model.
+        """
         ...
 
     def __call__(self, value: torch.Tensor, hook: Any) -> Any:
@@ -29,7 +33,9 @@ class HasSites(Protocol):
 
     backend: Backend
     family: Family
+    model_id: str | None
     token_tracker: TokenTracker
+    tokenizer: Any
 
     def site_hook_point(self, name: str) -> Any:
         """The ``HookPoint`` with this name."""

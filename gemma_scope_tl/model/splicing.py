@@ -17,13 +17,15 @@ from gemma_scope_tl.model.owners import ADVICE, Owner, Turns
 from gemma_scope_tl.model.protocol import BindsToPass
 from gemma_scope_tl.model.splice_options import SpliceKeywords, SpliceOptions, shows_options
 from gemma_scope_tl.model.tracker import TokenTracker
-from gemma_scope_tl.sae.access import check_family, locate
+from gemma_scope_tl.sae.access import check_row_trained_on, check_trained_on, locate
 from gemma_scope_tl.sae.choices import as_saes, bring
 from gemma_scope_tl.sites import Backend, Family, ModelDims, Site
 from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+
+    from gemma_scope_tl.registry.schema import SAERow
 
 _bookkeeping = threading.RLock()  # one lock for all models, which is held only while SAEs are attached or detached
 
@@ -269,22 +271,27 @@ class SpliceMixin:
         Raises:
             SpliceError: for an SAE of another model, family, width or layer.
         """
+        self._check_sizes(site, layer, sae.cfg.d_in)
+        check_trained_on(sae, self.family, getattr(self, "model_id", None))
+
+    def check_row_fits(self, row: SAERow) -> None:
+        """Check that the SAE of a row of the registry can be spliced into this model, without loading it.
+
+        Raises:
+            SpliceError: for an SAE of another model, family, width or layer.
+        """
+        check_row_trained_on(row, self.family, getattr(self, "model_id", None))
+        self._check_sizes(self.family.site(row.site), row.layer, row.d_in)
+
+    def _check_sizes(self, site: Site, layer: int | None, d_in: int) -> None:
+        """Check that a site has this layer and width."""
         site.check_layer(layer, self.dims)
-        d_in = site.d_in(self.dims)
-        if sae.cfg.d_in != d_in:
+        ours = site.d_in(self.dims)
+        if d_in != ours:
             raise SpliceError(
-                f"The SAE reads {sae.cfg.d_in} dimensions, but site {site.name!r} of this model has {d_in}: "
+                f"The SAE reads {d_in} dimensions, but site {site.name!r} of this model has {ours}: "
                 "it belongs to another model."
             )
-        theirs = getattr(sae, "model_name", None) or sae.cfg.metadata.model_name
-        ours = getattr(self, "model_id", None)
-        if theirs and ours and self._base_name(theirs) != self._base_name(ours):
-            raise SpliceError(f"The SAE was trained on {theirs!r}; this model is {ours!r}.")
-        check_family(sae, self.family)
-
-    def _base_name(self, model_name: str) -> str:
-        """The base model's name, since its SAEs fit the instruction-tuned model too (Gemma Scope, section 4.5)."""
-        return self.family.base_name(model_name.split("/")[-1].lower())
 
     def excluded_ids(self, exclude: ExcludeTokens = True) -> tuple[int, ...]:
         """The token ids for ``exclude_special_tokens`` (:func:`~gemma_scope_tl.text.tokens.excluded_ids`).

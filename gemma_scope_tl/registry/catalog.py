@@ -98,7 +98,7 @@ def find(
         width: ``"16k"``, or the number of latents; None for ``"16k"``.
         l0: ``"canonical"`` (SAELens's choice, nearest to 100), a label (``"small"``, ``"medium"`` or ``"big"``), a
             number (exactly that L0), or ``"closest:50"`` (the sparser of two at the same distance). Where no SAE is
-            canonical but only one exists, ``"canonical"`` is that one. Rows that are marked ``unverified`` are not
+            canonical but only one L0 exists, ``"canonical"`` is that one. Rows that are marked ``unverified`` are not
             counted for that, and ``"closest:50"`` takes one only where no other has an L0 from 25 to 100.
         affine: True for a transcoder with a skip connection, False for one without. None for either; if there are
             both, one has to be chosen.

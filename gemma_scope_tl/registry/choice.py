@@ -92,7 +92,8 @@ def checked_number(what: str, number: object, least: int | None = 0) -> int:
 def _with_l0(rows: Sequence[SAERow], l0: float | str) -> list[SAERow]:
     if l0 == CANONICAL:
         confirmed = [row for row in rows if not row.unverified]
-        return [row for row in rows if row.canonical] or (confirmed if len(confirmed) == 1 else [])
+        only_l0 = len({(row.l0, row.series) for row in confirmed}) == 1  # the rest differ by skip connection or seed
+        return [row for row in rows if row.canonical] or (confirmed if only_l0 else [])
     if l0 in LABELS:
         return [row for row in rows if row.label == l0]
     target = _l0_number(l0)
@@ -121,7 +122,8 @@ def _several(fitting: Sequence[SAERow], l0: float | str) -> RegistryError:
         names = ", ".join(f"{row.release} {row.id}" for row in fitting)
         return RegistryError(f"{len(fitting)} SAEs fit: {names}. Say which with release=.")
     names = ", ".join(row.id for row in fitting)
-    text = f"{len(fitting)} SAEs of {fitting[0].release} have L0 {l0}: {names}."
+    have = "may be meant by 'canonical'" if l0 == CANONICAL else f"have L0 {l0}"
+    text = f"{len(fitting)} SAEs of {fitting[0].release} {have}: {names}."
     if {row.affine for row in fitting} == {True, False}:
         return RegistryError(f"{text} Say whether with a skip connection: affine=True or affine=False.")
     if len({row.seed for row in fitting}) == len(fitting):

@@ -24,6 +24,8 @@ from gemma_scope_tl.sites import Site, site_of_hook
 if TYPE_CHECKING:
     from sae_lens import SAE
 
+    from gemma_scope_tl.registry.schema import SAERow
+
     SAEOrLatents = SAE[Any] | Latents
 
 
@@ -64,28 +66,55 @@ def trained_family(sae: SAEOrLatents) -> Family:
     return _said_family(sae, OF_IDENTITY) or family_of_model(None, getattr(sae, "site", None))
 
 
-def check_family(sae: SAEOrLatents, family: Family) -> None:
-    """Check that an SAE or latents were not trained on a model of another family than ``family``.
+def check_trained_on(sae: SAEOrLatents, family: Family, model: str | None) -> None:
+    """Check that an SAE or latents were not trained on another model than the one of this family and name.
 
-    A hook of one name may give another tensor there, and an embedding may have another scale. An SAE that says nothing,
-    or names a model that no family knows, may belong to any family; the hooks in its metadata may be assumed ones.
+    Models of equal width have equal shapes, so a foreign SAE would run and give numbers without a meaning. An SAE that
+    says nothing may belong to any model, and one that names a model which no family knows to any family; the hooks in
+    its metadata may be assumed ones.
+
+    Args:
+        sae: an SAE or latents.
+        family: the family of the model. In another one, a hook of one name may give another tensor.
+        model: the model's name in SAEs; None if it is unknown. An SAE of a base model fits the tuned model too (Gemma
+            Scope, section 4.5), and the other way round.
 
     Raises:
-        SpliceError: for an SAE of another family.
+        SpliceError: for an SAE of another model or family.
     """
+    _check_name(_model_of(sae), family, model)
     row = getattr(sae, "row", None)
     if row is not None:
-        if row.model_family.name != family.name:  # which decided the units of an embedding's SAE
-            raise SpliceError(
-                f"{row.release}/{row.id} was loaded as an SAE of a {row.model_family.title}, and this model is a "
-                f"{family.title}. If the SAE is of such a model, its registry file needs `family: {family.name}`."
-            )
+        _check_family_of_row(row, family)
         return
     said = _said_family(sae, ("model_name", FAMILY))
     if said is not None and said.name != family.name:  # by name, as a copy of a model has a copy of its family
         name = _model_of(sae)
         trained = f" ({name})" if name else ""
         raise SpliceError(f"The SAE was trained on a {said.title}{trained}, and this model is a {family.title}.")
+
+
+def check_row_trained_on(row: SAERow, family: Family, model: str | None) -> None:
+    """As :func:`check_trained_on`, for the SAE of a row of the registry, which need not be loaded."""
+    _check_name(row.model, family, model)
+    _check_family_of_row(row, family)
+
+
+def _check_name(trained: str | None, family: Family, model: str | None) -> None:
+    if trained and model and _base_name(trained, family) != _base_name(model, family):
+        raise SpliceError(f"The SAE was trained on {trained!r}; this model is {model!r}.")
+
+
+def _check_family_of_row(row: SAERow, family: Family) -> None:
+    if row.model_family.name != family.name:  # which decided the units of an embedding's SAE
+        raise SpliceError(
+            f"{row.release}/{row.id} was loaded as an SAE of a {row.model_family.title}, and this model is a "
+            f"{family.title}. If the SAE is of such a model, its registry file needs `family: {family.name}`."
+        )
+
+
+def _base_name(model: str, family: Family) -> str:
+    return family.base_name(model.split("/")[-1].lower())
 
 
 def _said_family(sae: SAEOrLatents, names: Iterable[str]) -> Family | None:

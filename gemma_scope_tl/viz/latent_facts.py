@@ -17,7 +17,7 @@ from gemma_scope_tl.latents.logit_lens import top_tokens
 from gemma_scope_tl.model.counted import counted_rows
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.model.read import read_places
-from gemma_scope_tl.sae.access import check_family, chosen_latents, decoder_rows, encode_latents, locate
+from gemma_scope_tl.sae.access import check_trained_on, chosen_latents, decoder_rows, encode_latents, locate
 from gemma_scope_tl.sae.latents import Latents
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.text.batch import Text
@@ -76,7 +76,7 @@ class PageText:
     @torch.no_grad()
     def activations(self, sae: Any) -> Float[torch.Tensor, "rows pos d_in"]:
         """The activations that ``sae`` reads at every token, with flattened heads, on the CPU; zero at padding."""
-        check_family(sae, self.model.family)
+        check_trained_on(sae, self.model.family, self.model.model_id)
         site, layer = locate(sae, self.model.family)
         site.check_layer(layer, self.model.dims)
         place = Place(site.name, layer)

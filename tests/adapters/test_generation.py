@@ -49,7 +49,7 @@ def _edited(model: Any, run: Callable[..., torch.Tensor], ids: torch.Tensor, pos
         seen.append([row.nonzero().flatten().tolist() for row in (out != value).any(-1)])
         return out
 
-    bound = steer.bound_to(model.token_tracker, model.tokenizer)
+    bound = steer.bound_to(model)
     with model.hooks([(name, watched)]):
         out = run(model, ids, use_past_kv_cache=cache)
     return [seen, out.tolist()]

@@ -199,6 +199,17 @@ def test_skip_connections_and_seeds_are_chosen() -> None:
     assert "omit seed=" in refused(M, "res", 13, "16k", "medium", seed=1)
 
 
+def test_one_l0_with_and_without_a_skip_connection_asks_for_the_kind() -> None:
+    """The default L0 is the only one here, so that what is left to choose is the skip connection."""
+    place: Any = ("bundled-gemma3", "transcoder", 2, "256")
+    with pytest.raises(RegistryError, match=r"2 SAEs of .*: layer_2.*affine=True or affine=False"):
+        find(*place)
+    for affine in (True, False):
+        assert find(*place, affine=affine) == find(*place, l0="small", affine=affine)
+    with pytest.raises(UnknownNameError, match=r"no canonical SAE. L0s: 20 \(small\), 60 \(medium\)"):
+        find("bundled-gemma3", "res", 2, "256")
+
+
 def test_errors_name_what_exists() -> None:
     assert "20 (small), 60 (medium), 120 (big), 150 (big)" in refused(M, "res", 13)
     assert "l0='closest:61' takes 60" in refused(M, "res", 13, l0=61)
