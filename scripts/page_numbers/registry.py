@@ -130,11 +130,11 @@ def _undecided(data: Any) -> str:
     return f"once, for {found[0]}" if len(found) == 1 else f"for {_listed(found)}" if found else "nowhere"
 
 
-def _dense_near(recipe: str) -> Callable[[Any], float]:
-    """The mean share of L0 from dense latents, of the SAEs of a recipe within a quarter of the second largest L0."""
+def _dense_near(recipe: str, rank: int = -2) -> Callable[[Any], float]:
+    """The mean share of L0 from dense latents, of the SAEs of a recipe within a quarter of the L0 of this rank."""
 
     def value(data: Any) -> float:
-        at = int(_labels(data)[-2])
+        at = int(_labels(data)[rank])
         near = [p for p in data["points"] if p["recipe"] == recipe and 0.75 < p["l0"] / at < 1.25]
         return sum(p["dense_share"] for p in near) / len(near)
 
@@ -261,28 +261,20 @@ NUMBERS: dict[str, Number] = {
             ("densest", lambda data: _labels(data)[-1], "{}"),
             ("latents", lambda data: data["setting"]["budget"]["d_sae"], "{:,}"),
             ("ours.dense", lambda data: _densest(data)["dense_share"], "{:.0%}"),
+            ("seeds", lambda data: data["rows"][0]["seeds"], "{}"),
+            ("fvu", _gains("FVU"), "{:.0%} to {:.0%}"),
+            ("loss", _gains("delta loss"), "{:.0%} to {:.0%}"),
+            ("undecided", _undecided, "{}"),
         )
     },
     "pareto.tokens": Number(PARETO, lambda data: data["setting"]["tokens"] / 1e6, "{:.1f} million"),
     "smollm2.steps": Number(SMOLLM2, lambda data: data["setting"]["budget"]["steps"], "{:,}"),
     "smollm2.batch": Number(SMOLLM2, lambda data: data["setting"]["budget"]["batch_size"], "{:,}"),
-    "smollm2.sparser": Number(SMOLLM2, lambda data: _listed(_labels(data)[:-1]), "{}"),
     "pareto.searched": Number("benchmarks/recipe_search.py", lambda m: _listed([f"{t:g}" for t in m.TARGETS])),
-    "pareto.seeds": Number(PARETO, lambda data: data["rows"][0]["seeds"]),
-    "pareto.fvu": Number(PARETO, _gains("FVU"), "{:.0%} to {:.0%}"),
-    "pareto.loss": Number(PARETO, _gains("delta loss"), "{:.0%} to {:.0%}"),
-    "pareto.undecided": Number(PARETO, _undecided),
     "pareto.middle": Number(PARETO, lambda data: _labels(data)[-2]),
     "pareto.ours.middle": Number(PARETO, _dense_near("ours"), "{:.0%}"),
     "pareto.peer.middle": Number(PARETO, _dense_near("SAELens JumpReLU, tanh"), "{:.0%}"),
-    "smollm2.peer.dense": Number(
-        SMOLLM2,
-        lambda data: min(
-            (p for p in data["points"] if p["recipe"].endswith("tanh")),
-            key=lambda p: abs(p["l0"] - int(_labels(data)[-1])),
-        )["dense_share"],
-        "{:.0%}",
-    ),
+    "smollm2.peer.dense": Number(SMOLLM2, _dense_near("SAELens JumpReLU, tanh", -1), "{:.0%}"),
     # Transcoders of Gemma Scope 2, spliced into a random Gemma 3.
     "gemma3.moves": Number(GEMMA3, _spliced("transcoder-released", "moves"), "{:.1f}"),
     "gemma3.moves.skip": Number(GEMMA3, _spliced("skip-transcoder-released", "moves"), "{:.1f}"),
