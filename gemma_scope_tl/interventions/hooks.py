@@ -36,8 +36,6 @@ class Intervention:
         SpliceError: for invalid ``positions`` or ``exclude_special_tokens``.
     """
 
-    source: SAEOrLatents | None = None  # whose latents are edited, if any are
-
     def __init__(self, positions: Positions = None, exclude_special_tokens: ExcludeTokens = True) -> None:
         self.positions, self.exclude_special_tokens = (
             checked_positions(positions),
@@ -50,14 +48,18 @@ class Intervention:
         """The tensor after an edit at every position."""
         raise NotImplementedError  # pragma: no cover - an abstract method
 
+    def _trained(self) -> SAEOrLatents | None:
+        """The SAE or latents that the edit is made of, which were trained on one model; None for a plain vector."""
+        return None
+
     def bound_to(self, model: HasSites) -> Intervention:
         """A copy with access to the token ids of the current pass.
 
         Raises:
             SpliceError: when the latents are of an SAE that was trained on another model.
         """
-        if self.source is not None:
-            check_trained_on(self.source, model.family, model.model_id)
+        if (source := self._trained()) is not None:
+            check_trained_on(source, model.family, model.model_id)
         bound = copy.copy(self)
         bound._tracker, bound._tokenizer = model.token_tracker, model.tokenizer
         return bound
@@ -153,6 +155,9 @@ class SteerRows(Steer):
         self.by_norm, self.per_length = by_norm, per_length
         self._kept: tuple[Any, torch.Tensor] | None = None
 
+    def _trained(self) -> SAEOrLatents | None:
+        return self.source
+
     @property
     def vector(self) -> Float[torch.Tensor, " d"]:
         """v on the device and in the dtype of the decoder."""
@@ -202,6 +207,9 @@ class LatentEdit(Intervention):
     ) -> None:
         super().__init__(positions, exclude_special_tokens)
         self.source, self.latents, self.on_features = source, latents, on_features
+
+    def _trained(self) -> SAEOrLatents | None:
+        return self.source
 
     def changed(self, acts: Float[torch.Tensor, "batch pos k"]) -> Float[torch.Tensor, "batch pos k"]:
         """``g_i`` of the activations of the chosen latents, in the given order."""
