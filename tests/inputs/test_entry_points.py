@@ -264,7 +264,15 @@ NO_TEXT = {
     "unregister_release",
     "verify",  # its texts are a file or a data set: tests/verify/test_run.py
     *("__version__", "reset_saes", "excluded_ids", "get_sae_hook_name", "prepare", "read_cache_kwarg"),
-    *("device_of", "set_tokenizer", "embedding_module", "check_fits", "enable_compatibility_mode", "process_weights_"),
+    *(
+        "device_of",
+        "set_tokenizer",
+        "embedding_module",
+        "check_fits",
+        "check_row_fits",
+        "enable_compatibility_mode",
+        "process_weights_",
+    ),
     *("sae_hook_points", "site_hook_point", "add_hook", "reset_hooks", "add_perma_hook"),
 }
 TABLES = {"attribute", "circuit", "evaluate", "feature_page", "features", "mean_norms"}  # tests/inputs/test_tables.py
