@@ -37,7 +37,8 @@ def test_entries_are_added_beside_sae_lens_own(tmp_path: Path, monkeypatch: pyte
     directory = get_pretrained_saes_directory()
     before = copy.deepcopy(directory)
     added = gs.register_with_sae_lens()
-    ours = ["bundled-att", "bundled-mlp", "bundled-res", "bundled-transcoders"]
+    kinds = ("att", "mlp", "res", "transcoders")
+    ours = sorted(f"{model}-{kind}" for model in ("bundled", "bundled-gemma3") for kind in kinds)
     unlisted = [f"gemma-scope-2-27b-pt-{kind}" for kind in ("att", "att-all", "mlp", "mlp-all", "transcoders")]
     shared = [f"{PREFIX}{name}" for name in gs.registry.releases(canonical=True) if name in before]
     assert added == [*ours, *unlisted, *shared] and len(shared) == 17 + 75
