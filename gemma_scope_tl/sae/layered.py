@@ -1,0 +1,199 @@
+"""Crosscoders and cross-layer transcoders: coders that read several layers and write several layers.
+
+A *layered coder* has one encoder for each of its layers. The latents of a layer write the outputs of that layer and of
+all later ones. With row vectors, ``k`` and ``j`` counting the coder's layers, and ``f_j = JumpReLU(x_j W_enc_j +
+b_enc_j)`` (Gemma Scope 2, section 2.6)::
+
+    crosscoder               x_hat_k = b_dec_k + sum_{j <= k} f_j W_dec_j[:, k]
+    cross-layer transcoder   y_hat_k = b_dec_k + sum_{j <= k} f_j W_dec_j[:, k] + x_k W_skip_k
+
+A crosscoder reads and writes the residual stream, as an SAE does at ``res``. A cross-layer transcoder (CLT) reads what
+transcoders read and writes the MLP output. Only some have the skip connection ``W_skip``.
+
+The released files hold ``W_dec_j`` with an output plane for every layer. The planes of layers before ``j`` are zeros
+and are not part of the object: ``W_dec[j]`` is ``[m_j, K - j, d_out]``, and plane 0 is the output at layer ``j`` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gemma_scope_tl.errors import SpliceError, unknown_name
+from gemma_scope_tl.sae.sparse import SparseActs, decode_sparse, encode_sparse
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.registry.schema import SAERow
+
+LayeredKind = Literal["crosscoder", "clt"]
+LAYERED_KINDS: Mapping[LayeredKind, str] = {"crosscoder": "res", "clt": "transcoder"}
+"""The kinds of layered coders, with the site whose tensors they read and write in each of their layers."""
+
+
+class LayeredCoder(nn.Module):
+    """A crosscoder or cross-layer transcoder.
+
+    Args:
+        kind: ``"crosscoder"`` or ``"clt"``.
+        layers: the model's layers that the coder reads and writes, ascending.
+        W_enc: for each layer ``[d_in, m]``.
+        b_enc, threshold: for each layer ``[m]``. Thresholds are float32 or wider.
+        W_dec: for each layer ``[m, K - k, d_out]``, its outputs at that layer and the later ones.
+        b_dec: for each layer ``[d_out]``.
+        W_skip: for each layer ``[d_in, d_out]``, applied as ``x @ W_skip``; None without skip connections.
+        model_name: name of the model that the coder was trained on.
+
+    Attributes:
+        row: the registry row of the weights, or None.
+
+    Raises:
+        SpliceError: for shapes that contradict each other, or layers that are not ascending.
+        UnknownNameError: for another kind.
+    """
+
+    def __init__(
+        self,
+        kind: LayeredKind,
+        layers: Sequence[int],
+        W_enc: Sequence[Tensor],
+        b_enc: Sequence[Tensor],
+        threshold: Sequence[Tensor],
+        W_dec: Sequence[Tensor],
+        b_dec: Sequence[Tensor],
+        W_skip: Sequence[Tensor] | None = None,
+        *,
+        model_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in LAYERED_KINDS:
+            raise unknown_name("kind of layered coder", kind, LAYERED_KINDS)
+        self.kind: LayeredKind = kind
+        self.layers = tuple(layers)
+        self.model_name = model_name
+        self.row: SAERow | None = None
+        self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec = (
+            _parameters(arrays) for arrays in (W_enc, b_enc, threshold, W_dec, b_dec)
+        )
+        self.W_skip = None if W_skip is None else _parameters(W_skip)
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        count, d_in, d_out = len(self.layers), self.d_in, self.d_out
+        if list(self.layers) != sorted(set(self.layers)) or not self.layers or self.layers[0] < 0:
+            raise SpliceError(f"The layers of a layered coder ascend from 0 on; given: {list(self.layers)}.")
+        for k in range(count):
+            m = self.W_enc[k].shape[-1]
+            expected = {
+                "W_enc": (d_in, m),
+                "b_enc": (m,),
+                "threshold": (m,),
+                "W_dec": (m, count - k, d_out),
+                "b_dec": (d_out,),
+                "W_skip": (d_in, d_out),
+            }
+            for name, shape in expected.items():
+                arrays = getattr(self, name)
+                if arrays is None:
+                    continue
+                if len(arrays) != count or arrays[k].shape != shape:
+                    found = list(arrays[k].shape) if k < len(arrays) else "missing"
+                    raise SpliceError(f"{name}[{k}] of a {self.kind} must be {list(shape)}; given: {found}.")
+
+    @property
+    def site(self) -> str:
+        """Name of the site whose tensors the coder reads, and reconstructs or, for a CLT, whose output it predicts."""
+        return LAYERED_KINDS[self.kind]
+
+    @property
+    def d_in(self) -> int:
+        """Width of each input."""
+        return self.W_enc[0].shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Width of each output."""
+        return self.b_dec[0].shape[0]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Number of latents of each layer."""
+        return tuple(w.shape[-1] for w in self.W_enc)
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents of all layers together."""
+        return sum(self.widths)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, apart from thresholds."""
+        return self.W_enc[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.W_enc[0].device
+
+    def index_of(self, layer: int) -> int:
+        """The position of a model's layer among the coder's layers.
+
+        Raises:
+            SpliceError: when the coder has no such layer.
+        """
+        if layer not in self.layers:
+            raise SpliceError(f"This {self.kind} has the layers {list(self.layers)}, not {layer}.")
+        return self.layers.index(layer)
+
+    def encode_at(self, k: int, x: Tensor) -> SparseActs:
+        """The active latents of layer ``layers[k]`` for its input ``x [..., d_in]``."""
+        return encode_sparse(x.to(self.dtype), self.W_enc[k], self.b_enc[k], self.threshold[k])
+
+    def written_by(self, j: int, acts: SparseActs | Tensor, k: int) -> Tensor:
+        """What the latents of layer ``layers[j]`` write at layer ``layers[k]``, ``f_j W_dec_j[:, k]``.
+
+        Args:
+            j: the layer that was read; at most ``k``.
+            acts: its latents, sparse or ``[..., m]``.
+            k: the layer that is written.
+
+        Returns:
+            ``[..., d_out]``, without ``b_dec``.
+        """
+        plane = self.W_dec[j][:, k - j]
+        return decode_sparse(acts, plane, torch.zeros_like(self.b_dec[k]))
+
+    def decode_at(self, k: int, acts: Sequence[SparseActs | Tensor], x: Tensor | None = None) -> Tensor:
+        """The output at layer ``layers[k]``, ``[..., d_out]``.
+
+        Args:
+            k: the layer that is written.
+            acts: the latents of the layers up to ``k``; later ones are not used.
+            x: the input of layer ``k``, which only coders with skip connections need.
+        """
+        out = self.b_dec[k]
+        for j in range(k + 1):
+            out = out + self.written_by(j, acts[j], k)
+        return out if self.W_skip is None or x is None else out + x.to(self.dtype) @ self.W_skip[k]
+
+    def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Dense latents ``[..., m]`` of every layer for the inputs ``[..., d_in]`` of all layers."""
+        return [self.encode_at(k, x).to_dense() for k, x in enumerate(inputs)]
+
+    def decode(self, acts: Sequence[SparseActs | Tensor], inputs: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Outputs ``[..., d_out]`` of every layer. Coders with skip connections need the inputs, too."""
+        return [self.decode_at(k, acts, None if inputs is None else inputs[k]) for k in range(len(self.layers))]
+
+    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs of every layer for the inputs of all layers."""
+        return self.decode([self.encode_at(k, x) for k, x in enumerate(inputs)], inputs)
+
+    def decoder_rows(self, k: int, latents: Tensor) -> Tensor:
+        """``[n, K - k, d_out]``: what latents of layer ``layers[k]`` write at that layer and the later ones."""
+        return self.W_dec[k][latents]
+
+
+def _parameters(arrays: Sequence[Tensor]) -> nn.ParameterList:
+    return nn.ParameterList([nn.Parameter(array, requires_grad=False) for array in arrays])
