@@ -230,7 +230,7 @@ def _graph(content: dict[str, Any]) -> AttributionGraph:
         rest = {name: value for name, value in content.items() if name not in known}
         held = {record["node_id"]: record for record in records}
         settings["imported"] = {"metadata": metadata, "nodes": held, "file": rest}
-    graph = AttributionGraph(
+    return AttributionGraph(
         model=str(own["model"]) if own else str(metadata.get("scan", "")),
         text=str(own["text"]) if own else str(metadata.get("prompt", "".join(tokens))),
         token_ids=_token_ids(own, nodes, len(tokens)),
@@ -241,7 +241,6 @@ def _graph(content: dict[str, Any]) -> AttributionGraph:
         settings=settings,
         supernodes=_supernodes(view.get("supernodes") or []),
     )
-    return graph
 
 
 def _typed(content: Mapping[str, Any], name: str, kind: type, where: str = "") -> Any:
