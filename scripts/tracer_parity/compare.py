@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from gemma_scope_tl.attributions.attribution_graph import AttributionGraph
 
 Key = tuple[Hashable, ...]

@@ -2,9 +2,10 @@
 
     build/circuit-tracer-venv/bin/python scripts/tracer_parity/reference.py FOLDER [--dtype float64]
 
-FOLDER is a case that ``case.py`` wrote. The results are ``graph.npz`` (nodes, the adjacency matrix with targets in rows,
-the masks of its pruning) and ``graph/case.json``, the file for its viewer.
+FOLDER is a case that ``case.py`` wrote. The results are ``graph.npz`` (nodes, the adjacency matrix with targets in
+rows, the masks of its pruning) and ``graph/case.json``, the file for its viewer.
 """
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
