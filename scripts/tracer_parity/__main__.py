@@ -1,9 +1,10 @@
 """Compare our attribution graphs with circuit-tracer's, on random models that both read.
 
-    python -m scripts.tracer_parity               # all cases; makes the environment of circuit-tracer if it is missing
+    python -m scripts.tracer_parity               # all cases
     python -m scripts.tracer_parity transcoder    # some cases
-    python -m scripts.tracer_parity --keep        # writes docs/circuit-tracer.json and the graphs that tests compare with
+    python -m scripts.tracer_parity --keep        # writes docs/circuit-tracer.json and the files that tests read
 
+The environment of circuit-tracer is made in ``build/`` if it is missing.
 The results of a case lie in ``build/tracer-parity/NAME``.
 """
 
@@ -51,7 +52,8 @@ def measure(case: Case) -> dict[str, Any]:
     compared = compare(our_graph(case), tracer)
     print(
         f"{case.name:11} {compared['nodes']:5} nodes, {compared['edges']:7} edges, largest difference "
-        f"{compared['largest_difference']:.1e} of {compared['largest_edge']:.2f}; pruned "
+        f"{compared['largest_difference']:.1e} of {compared['largest_edge']:.2f}, from BOS "
+        f"{compared['largest_difference_from_bos']:.1e}; the rest is {compared['rest_of_a_logit']:.1%} of a logit; pruned "
         f"{compared['pruned_nodes']} nodes, {compared['pruned_edges']} edges, equal: {compared['pruned_equal']}; "
         f"only ours {compared['only_ours']}, only theirs {compared['only_theirs']}, worst {compared['worst']}",
         flush=True,

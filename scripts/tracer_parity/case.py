@@ -69,7 +69,7 @@ CASES = {
         Case("transcoder", "transcoder", 256, (1.0, 1.6), length=12, window=8),
         Case("skip", "skip", 256, (1.0, 1.6), length=12, window=8, seed=10),
         Case("clt", "clt", 128, (1.0, 1.6), length=10, window=6, seed=20),
-        Case("small", "transcoder", 48, (1.2, 1.8), length=6, window=4, layers=3, seed=30),
+        Case("small", "transcoder", 96, (0.9, 1.5), length=6, window=4, layers=3, seed=30),
         Case("small-skip", "skip", 48, (1.2, 1.8), length=6, window=4, layers=3, seed=40),
         Case("small-clt", "clt", 48, (1.2, 1.8), length=6, window=4, layers=3, seed=50),
     )

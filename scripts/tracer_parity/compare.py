@@ -89,36 +89,43 @@ def restricted(graph: AttributionGraph, wanted: set[Key]) -> AttributionGraph:
 def compare(graph: AttributionGraph, tracer: TracerGraph) -> dict[str, Any]:
     """How far the edges between nodes that both graphs have agree, and what only one of them has.
 
+    circuit-tracer leaves out what MLPs write at BOS but for skip connections, and biases of decoders. Our nodes for
+    these are the *rest*: errors at BOS, and biases.
+
     Returns:
         ``nodes``: how many nodes both have; ``only_ours`` and ``only_theirs``: how many of each kind only one has.
-        ``edges``: shared nodes between which at least one of both has an edge. ``largest_difference`` and
-        ``largest_edge``, absolute. ``worst``: the edge with the largest difference, target and source.
-        ``pruned_nodes``, ``pruned_edges``: of circuit-tracer's pruning; ``pruned_equal``: whether ours of the shared
-        nodes, at the same thresholds, keeps the same nodes and edges.
-        ``largest_share_of_the_rest``: the largest part of a logit, of the sum of its parts' absolute values, that comes
-        from nodes which circuit-tracer does not have.
+        ``edges``: pairs of shared nodes, without the rest, between which at least one of both has an edge.
+        ``largest_edge``: absolute.
+        ``largest_difference``: of edges from sources that are not at BOS. ``worst``: where it is, target and source.
+        ``largest_difference_from_bos``: of edges from the embedding of BOS.
+        ``pruned_nodes``, ``pruned_edges``: of circuit-tracer's pruning. ``pruned_equal``: whether ours at the same
+            thresholds, of our graph without the rest, keeps the same nodes and edges.
+        ``rest_of_a_logit``: the largest share of a logit, of the sum of its parts' absolute values, from the rest.
     """
     ours, numbers = keys_of(graph), tracer.numbers
-    pairs = [(i, numbers[key]) for i, key in enumerate(ours) if key in numbers]
+    rest = {key for key in ours if key[0] == "bias" or (key[0] == "error" and key[2] == 0)}
+    pairs = [(i, numbers[key]) for i, key in enumerate(ours) if key in numbers and key not in rest]
     mine, theirs = (np.array(column, dtype=int) for column in zip(*pairs, strict=True))
     dense = graph.weights.toarray()
     left, right = dense[np.ix_(mine, mine)], tracer.weights[np.ix_(theirs, theirs)]
     difference = np.abs(left - right)
-    target, source = np.unravel_index(int(difference.argmax()), difference.shape)
-    shared = {ours[i] for i in mine}
-    rest = np.setdiff1d(np.arange(len(ours)), mine)
+    bos = np.array([ours[i] == ("embedding", 0) for i in mine])
+    elsewhere = np.where(bos, 0.0, difference)
+    target, source = np.unravel_index(int(elsewhere.argmax()), elsewhere.shape)
     logits = [i for i, key in enumerate(ours) if key[0] == "logit"]
-    shares = np.abs(dense[np.ix_(logits, rest)]).sum(1) / np.abs(dense[logits]).sum(1)
+    others = [i for i, key in enumerate(ours) if key in rest]
+    shares = np.abs(dense[np.ix_(logits, others)]).sum(1) / np.abs(dense[logits]).sum(1)
     return {
-        "nodes": len(shared),
+        "nodes": len({*ours} & {*numbers}),
         "only_ours": _counted([key for key in ours if key not in numbers]),
-        "only_theirs": _counted([key for key in tracer.keys if key not in shared]),
+        "only_theirs": _counted([key for key in tracer.keys if key not in set(ours)]),
         "edges": int(np.count_nonzero((left != 0) | (right != 0))),
-        "largest_difference": float(difference.max()),
         "largest_edge": float(np.abs(right).max()),
+        "largest_difference": float(elsewhere.max()),
         "worst": [list(map(str, ours[mine[target]])), list(map(str, ours[mine[source]]))],
-        **_pruned(graph, tracer, shared),
-        "largest_share_of_the_rest": float(shares.max()),
+        "largest_difference_from_bos": float(difference[:, bos].max()),
+        **_pruned(graph, tracer, {ours[i] for i in mine}),
+        "rest_of_a_logit": float(shares.max()),
     }
 
 

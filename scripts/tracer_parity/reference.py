@@ -115,7 +115,7 @@ def run(folder: Path, dtype: torch.dtype) -> dict[str, np.ndarray]:
         "logit_tokens": graph.logit_token_ids.numpy(),
         "probabilities": graph.logit_probabilities.detach().numpy(),
         "token_ids": graph.input_tokens.numpy(),
-        "logits": logits.detach().numpy(),
+        "logits": logits[graph.logit_token_ids].numpy(),
         "kept_nodes": pruned.node_mask.numpy(),
         "kept_edges": pruned.edge_mask.numpy(),
         "cumulative_influence": pruned.cumulative_scores.numpy(),
