@@ -50,14 +50,16 @@ def measure(case: Case) -> dict[str, Any]:
     """Run circuit-tracer on a case, and compare its graph with ours."""
     tracer = read_tracer(run(case, WORK / case.name), case.layers)
     compared = compare(our_graph(case), tracer)
-    print(
-        f"{case.name:11} {compared['nodes']:5} nodes, {compared['edges']:7} edges, largest difference "
-        f"{compared['largest_difference']:.1e} of {compared['largest_edge']:.2f}, from BOS "
-        f"{compared['largest_difference_from_bos']:.1e}; the rest is {compared['rest_of_a_logit']:.1%} of a logit; pruned "
-        f"{compared['pruned_nodes']} nodes, {compared['pruned_edges']} edges, equal: {compared['pruned_equal']}; "
-        f"only ours {compared['only_ours']}, only theirs {compared['only_theirs']}, worst {compared['worst']}",
-        flush=True,
-    )
+    shown = [
+        f"{case.name}: {compared['nodes']} shared nodes; only ours {compared['only_ours']}",
+        f"    {compared['edges']:,} edges, the largest {compared['largest_edge']:.2f}; largest difference "
+        f"{compared['largest_difference']:.1e} at {compared['worst']}",
+        f"    from the embedding of BOS {compared['largest_difference_from_bos']:.1e}; what circuit-tracer leaves out is "
+        f"{compared['rest_of_a_logit']:.1%} of a logit",
+        f"    pruned: {compared['pruned_nodes']} nodes, {compared['pruned_edges']:,} edges; the same: "
+        f"{compared['pruned_equal']}",
+    ]
+    print("\n".join(shown), flush=True)
     return {"name": case.name, "kind": case.kind, "weights": fingerprint(case), **tracer.facts, **compared}
 
 
