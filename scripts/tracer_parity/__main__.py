@@ -54,7 +54,7 @@ def measure(case: Case) -> dict[str, Any]:
         f"{case.name}: {compared['nodes']} shared nodes; only ours {compared['only_ours']}",
         f"    {compared['edges']:,} edges, the largest {compared['largest_edge']:.2f}; largest difference "
         f"{compared['largest_difference']:.1e} at {compared['worst']}",
-        f"    from the embedding of BOS {compared['largest_difference_from_bos']:.1e}; what circuit-tracer leaves out is "
+        f"    from the embedding of BOS {compared['largest_difference_from_bos']:.1e}; left out there: "
         f"{compared['rest_of_a_logit']:.1%} of a logit",
         f"    pruned: {compared['pruned_nodes']} nodes, {compared['pruned_edges']:,} edges; the same: "
         f"{compared['pruned_equal']}",
