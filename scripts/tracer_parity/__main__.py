@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
 def measure(case: Case) -> dict[str, Any]:
     """Run circuit-tracer on a case, and compare its graph with ours."""
     tracer = read_tracer(run(case, WORK / case.name), case.layers)
-    compared = compare(our_graph(case), tracer)
+    compared = compare(our_graph(case, "hooked_transformer"), tracer, case.skips)
     shown = [
         f"{case.name}: {compared['nodes']} shared nodes; only ours {compared['only_ours']}",
         f"    {compared['edges']:,} edges, the largest {compared['largest_edge']:.2f}; largest difference "
