@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gemma_scope_tl.attributions.graph_json import read_graph, write_graph
 
+from gemma_scope_tl.attributions.graph_json import read_graph, write_graph
 from scripts.tracer_parity.__main__ import COMMITTED, FACTS
 from scripts.tracer_parity.case import CASES, fingerprint
 from scripts.tracer_parity.compare import compare, keys_of, read_tracer, restricted
