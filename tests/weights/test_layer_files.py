@@ -187,7 +187,7 @@ def test_a_model_is_compared_with_the_files(tmp_path: Path) -> None:
     from transformers import Gemma3TextConfig
 
     folder = KINDS["crosscoder"].write(tmp_path, model_name=None)
-    sizes = {"num_attention_heads": 2, "head_dim": 8, "num_hidden_layers": 8}
+    sizes: dict[str, Any] = {"num_attention_heads": 2, "head_dim": 8, "num_hidden_layers": 8}
     assert load_folder(folder, Gemma3TextConfig(hidden_size=D, **sizes)).layers == (2, 5, 7)
     with pytest.raises(WeightsError, match="d_in 24, should be 32; .* according to the model"):
         load_folder(folder, Gemma3TextConfig(hidden_size=32, **sizes))
