@@ -14,13 +14,60 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformer_lens.hook_points import HookPoint
 
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.model.attachment import Attachment
 from gemma_scope_tl.model.tracker import TokenTracker
 from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sae.layered import LayeredCoder
-from gemma_scope_tl.sae.layered_pass import LayeredPass, LayerPoints
+from gemma_scope_tl.sae.layered_pass import LayeredPass
+
+POINTS = (
+    "hook_sae_input",
+    "hook_sae_acts_pre",
+    "hook_sae_acts_post",
+    "hook_sae_recons",
+    "hook_sae_error",
+    "hook_sae_output",
+)
+
+
+class LayerPoints:
+    """One layer of a layered coder with the hook points that an SAE has.
+
+    Attributes:
+        coder: the coder.
+        k: which of its layers.
+        hook_dict: the hook points by name; they are attributes, too.
+    """
+
+    hook_sae_input: HookPoint
+    hook_sae_acts_pre: HookPoint
+    hook_sae_acts_post: HookPoint
+    hook_sae_recons: HookPoint
+
+    def __init__(self, coder: LayeredCoder, k: int, prefix: str) -> None:
+        self.coder, self.k = coder, k
+        self.hook_dict = {name: HookPoint() for name in POINTS}
+        for name, point in self.hook_dict.items():
+            point.name = f"{prefix}.{name}"
+            setattr(self, name, point)
+
+    @property
+    def W_enc(self) -> torch.Tensor:
+        """``[d_in, m]``."""
+        return self.coder.W_enc[self.k]
+
+    @property
+    def b_enc(self) -> torch.Tensor:
+        """``[m]``."""
+        return self.coder.b_enc[self.k]
+
+    @property
+    def threshold(self) -> torch.Tensor:
+        """``[m]``."""
+        return self.coder.threshold[self.k]
 
 
 class Together:

@@ -26,6 +26,8 @@ from gemma_scope_tl.sites import Backend
 if TYPE_CHECKING:
     from sae_lens import SAE
 
+    Coder = SAE[Any] | LayeredCoder
+
 _bookkeeping = threading.RLock()  # one lock for all models, which is held only while SAEs are attached or detached
 
 
@@ -41,7 +43,7 @@ class SpliceMixin(FitsMixin):
     _turns: Turns
 
     @property
-    def acts_to_saes(self) -> dict[str, SAE[Any]]:
+    def acts_to_saes(self) -> dict[str, Coder]:
         """The attached SAEs by the HookedTransformer name of the hook that each reads.
 
         The names of later SAEs of a chain end with ``.1`` and so on.
@@ -50,13 +52,13 @@ class SpliceMixin(FitsMixin):
         return dict(named)
 
     @shows_options
-    def add_sae(self, sae: SAE[Any], *by_position: Any, **options: Unpack[SpliceKeywords]) -> None:
+    def add_sae(self, sae: Coder, *by_position: Any, **options: Unpack[SpliceKeywords]) -> None:
         """Attach ``sae`` until :meth:`reset_saes`, for passes of this thread.
 
         The SAE is moved in place to the device of the weights at its site, and again when the model moves.
 
         Args:
-            sae: any SAELens SAE or transcoder at a site of the model's family.
+            sae: any SAELens SAE or transcoder at a site of the model's family, or a layered coder.
             *by_position: options in the order of :class:`~gemma_scope_tl.model.splice_options.SpliceKeywords`.
             **options: options by the names in that class.
 
@@ -118,9 +120,7 @@ class SpliceMixin(FitsMixin):
         for attached in self._attached.values():
             attached.put_back()
 
-    def get_sae_hook_name(
-        self, sae: SAE[Any] | LayeredCoder, internal: str = "hook_sae_acts_post", layer: int | None = None
-    ) -> str:
+    def get_sae_hook_name(self, sae: Coder, internal: str = "hook_sae_acts_post", layer: int | None = None) -> str:
         """Name of a hook point of ``sae`` while it is attached, which is its key in caches on both backends.
 
         Args:
@@ -145,7 +145,7 @@ class SpliceMixin(FitsMixin):
     @shows_options
     def saes(
         self,
-        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        saes: Coder | Iterable[Coder] = (),
         reset_saes_end: bool = True,
         *by_position: Any,
         **options: Unpack[SpliceKeywords],
@@ -156,7 +156,8 @@ class SpliceMixin(FitsMixin):
         without them.
 
         Args:
-            saes: one, several, a mapping of them or a suite.
+            saes: one, several, a mapping of them or a suite. A layered coder, which is attached in all its layers, may
+                stand for an SAE.
             reset_saes_end: whether to detach the SAEs at the end of the block. False keeps them, as :meth:`add_sae`.
             *by_position, **options: as for :meth:`add_sae`.
 
@@ -169,7 +170,7 @@ class SpliceMixin(FitsMixin):
     def run_with_saes(
         self,
         *model_args: Any,
-        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        saes: Coder | Iterable[Coder] = (),
         reset_saes_end: bool = True,
         **kwargs: Any,
     ) -> Any:
@@ -180,7 +181,7 @@ class SpliceMixin(FitsMixin):
     def run_with_cache_with_saes(
         self,
         *model_args: Any,
-        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        saes: Coder | Iterable[Coder] = (),
         reset_saes_end: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
@@ -196,7 +197,7 @@ class SpliceMixin(FitsMixin):
     def run_with_hooks_with_saes(
         self,
         *model_args: Any,
-        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        saes: Coder | Iterable[Coder] = (),
         reset_saes_end: bool = True,
         **kwargs: Any,
     ) -> Any:
@@ -341,7 +342,7 @@ class SpliceMixin(FitsMixin):
 
 @shows_options
 def splice(
-    model: Any, saes: SAE[Any] | Iterable[SAE[Any]], *by_position: Any, **options: Unpack[SpliceKeywords]
+    model: Any, saes: Coder | Iterable[Coder], *by_position: Any, **options: Unpack[SpliceKeywords]
 ) -> AbstractContextManager[Any]:
     """Attach ``saes`` to a model from :func:`~gemma_scope_tl.load_model` inside a ``with`` block.
 
@@ -350,7 +351,7 @@ def splice(
 
     Args:
         model: from ``load_model``.
-        saes: one, several, a mapping of them or a suite.
+        saes: one, several, a mapping of them or a suite. Layered coders are attached in all their layers.
         *by_position: options in the order of :class:`~gemma_scope_tl.model.splice_options.SpliceKeywords`.
         **options: ``error_term``, ``exclude_special_tokens``, ``positions`` and ``chain`` of that class.
 

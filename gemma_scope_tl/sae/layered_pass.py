@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
 from gemma_scope_tl.sae.hooked_pass import HookedPass, clean_latents, hooked_latents, is_hooked, offered
 from gemma_scope_tl.sae.layered import LayeredCoder
@@ -25,52 +24,6 @@ from gemma_scope_tl.sae.sparse import SparseActs
 
 SUMS_BYTES = 256 << 20
 """Memory of the running sums of a pass, above which the latents are kept instead."""
-
-POINTS = (
-    "hook_sae_input",
-    "hook_sae_acts_pre",
-    "hook_sae_acts_post",
-    "hook_sae_recons",
-    "hook_sae_error",
-    "hook_sae_output",
-)
-
-
-class LayerPoints:
-    """One layer of a layered coder with the hook points that an SAE has.
-
-    Attributes:
-        coder: the coder.
-        k: which of its layers.
-        hook_dict: the hook points by name; they are attributes, too.
-    """
-
-    hook_sae_input: HookPoint
-    hook_sae_acts_pre: HookPoint
-    hook_sae_acts_post: HookPoint
-    hook_sae_recons: HookPoint
-
-    def __init__(self, coder: LayeredCoder, k: int, prefix: str) -> None:
-        self.coder, self.k = coder, k
-        self.hook_dict = {name: HookPoint() for name in POINTS}
-        for name, point in self.hook_dict.items():
-            point.name = f"{prefix}.{name}"
-            setattr(self, name, point)
-
-    @property
-    def W_enc(self) -> Tensor:
-        """``[d_in, m]``."""
-        return self.coder.W_enc[self.k]
-
-    @property
-    def b_enc(self) -> Tensor:
-        """``[m]``."""
-        return self.coder.b_enc[self.k]
-
-    @property
-    def threshold(self) -> Tensor:
-        """``[m]``."""
-        return self.coder.threshold[self.k]
 
 
 class LayeredPass:
@@ -85,11 +38,12 @@ class LayeredPass:
         self._sums = _Sums(coder)
         self._clean: _Sums | None = None  # the sums without the changes of hooks, after the first change
 
-    def layer(self, points: LayerPoints, x: Tensor, need_clean: bool) -> HookedPass:
+    def layer(self, points: Any, x: Tensor, need_clean: bool) -> HookedPass:
         """The output at the next layer.
 
         Args:
-            points: the next layer.
+            points: the next layer: its number ``k``, ``W_enc``, ``b_enc``, ``threshold``, and hook points with the
+                names of an SAE's, also in its ``hook_dict``.
             x: ``[..., d_in]``, what the layer reads, in any floating dtype.
             need_clean: whether ``clean`` of the result is needed, the output if no hook had changed anything at this
                 or an earlier layer of the coder. The model's own changes after such an edit stay in it.
@@ -108,7 +62,7 @@ class LayeredPass:
         self._sums.add(k, found.through)
         return self._output(points, x_clean, found.x, need_clean)
 
-    def _output(self, points: LayerPoints, x_clean: Tensor, x_in: Tensor, need_clean: bool) -> HookedPass:
+    def _output(self, points: Any, x_clean: Tensor, x_in: Tensor, need_clean: bool) -> HookedPass:
         coder, k = self.coder, points.k
         self.done = k + 1
         decoded = self._sums.at(k) + coder.b_dec[k]

@@ -189,7 +189,7 @@ def test_gradients_are_those_of_the_dense_equations(backend: str) -> None:
         with model.saes(coder, exclude_special_tokens=False):
             hooks = [(names[layer], keep(layer)) for layer in coder.layers]
             model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1, 5].backward()
-            grads = {layer: acts.grad.clone() for layer, acts in found.items()}
+            grads = {layer: _grad(acts) for layer, acts in found.items()}
             shift = torch.zeros_like(grads[1])
             latent = int(found[1][0, -1].argmax())
             shift[0, -1, latent] = 1e-2
@@ -205,3 +205,8 @@ def test_gradients_are_those_of_the_dense_equations(backend: str) -> None:
     slope = (moved[0] - moved[1]) / 2e-2
     assert all(grad.abs().max() > 0 for grad in grads.values())
     assert abs(slope - grads[1][0, -1, latent].item()) < 2e-2 * abs(slope) + 1e-3  # a difference quotient in float32
+
+
+def _grad(acts: torch.Tensor) -> torch.Tensor:
+    assert acts.grad is not None
+    return acts.grad.clone()
