@@ -98,6 +98,17 @@ class LayeredSpec:
         return tuple(target_of(place) for place in self.reads)
 
     @property
+    def folder(self) -> str:
+        """The folder of a release that holds the coder's, below the release's own."""
+        return self.kind
+
+    @property
+    def release_head(self) -> str:
+        """What the coder's path in a release begins with, as in Gemma Scope 2's; its L0 follows."""
+        layers = "" if self.all_layers else f"layer_{'_'.join(map(str, self.layers))}_"
+        return f"{self.kind}/{layers}width_{width_label(self.d_sae)}_l0_"
+
+    @property
     def where(self) -> dict[str, Any]:
         """What a row of metrics says of the coder, beside its name."""
         return {"site": self.kind, "layer": None, "layers": list(self.layers), "d_sae": self.d_sae}

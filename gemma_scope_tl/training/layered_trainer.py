@@ -34,8 +34,8 @@ class LayeredTrainer:
 
     The recipe is applied as to SAEs: Adam, rates, warm-ups, thresholds and kernel, the frequency penalty on each
     latent, Matryoshka prefixes, of which each layer has its share (the first latents of every layer together must
-    reconstruct the outputs), and the pre-encoder bias of crosscoders. What spans layers: the error is the sum of all outputs'
-    squared errors, the L0 penalty is on the active latents of all layers together, ``L0*`` may fall
+    reconstruct the outputs), and the pre-encoder bias of crosscoders. What spans layers: the error is the sum of the
+    squared errors of all outputs, the L0 penalty is on the active latents of all layers together, ``L0*`` may fall
     (:meth:`LayeredSpec.target_at`), and rows of unit length are those of
     :mod:`~gemma_scope_tl.training.layered_stack`.
 
