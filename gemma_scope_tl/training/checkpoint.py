@@ -112,18 +112,25 @@ def suite_table(folder: Path) -> pd.DataFrame:
     import pandas as pd
 
     rows = read_record(folder / SUITE_NAME)["saes"]
-    missing = [row["path"] for row in rows if not (folder / row["path"] / PARAMS_NAME).is_file()]
+    missing = [
+        row["path"] for row in rows if not all((folder / row["path"] / name).is_file() for name in files_of(row))
+    ]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise TrainingStateError(
             f"The run in {folder} is finished, but {len(missing)} of its {len(rows)} SAEs are missing: "
-            f"{', '.join(missing[:3])}{more}. Restore their {PARAMS_NAME}, or train them again with resume=False "
+            f"{', '.join(missing[:3])}{more}. Restore their files, or train them again with resume=False "
             "(gemma-scope train --restart)."
         )
     rows = [{key: value for key, value in row.items() if key != RECIPE} for row in rows]
     if any(row.get("affine") for row in rows):
         rows = [{**row, "affine": bool(row.get("affine"))} for row in rows]
     return pd.DataFrame(rows).astype({"layer": "Int64"})
+
+
+def files_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the files of an SAE, or of a coder over several layers, in its row of ``suite.json``."""
+    return tuple(row.get("files") or (PARAMS_NAME,))
 
 
 def _write_record(path: Path, kind: str, config: SuiteConfig, facts: Mapping[str, Any]) -> None:
