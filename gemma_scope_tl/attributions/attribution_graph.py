@@ -152,12 +152,12 @@ class AttributionGraph:
         """The influence of every node on the logits along all paths, in the order of ``nodes``.
 
         It is the sum over paths of the products of the shares that each edge has in its target's inputs, weighted with
-        the probabilities of the logits (:mod:`gemma_scope_tl.attributions.influence`). The column ``influence`` has
-        these numbers for the graph as it was made.
+        the probabilities of the logits (:mod:`gemma_scope_tl.attributions.influence`). Biases are left out. The column
+        ``influence`` has these numbers for the graph as it was made.
         """
         import pandas as pd
 
-        found = node_influence(self.weights, self._probabilities())
+        found = node_influence(self._explained(), self._probabilities())
         return pd.Series(found, index=self.nodes.index, name="influence")
 
     def edge_influence(self) -> pd.Series:
@@ -166,9 +166,9 @@ class AttributionGraph:
 
         pairs = self.weights.tocoo()
         order = np.argsort(-np.abs(pairs.data), kind="stable")
-        found = edge_influence(self.weights, self._probabilities())
-        values = np.asarray(found[pairs.row, pairs.col]).ravel() if pairs.nnz else np.zeros(0)
-        return pd.Series(values[order], name="influence")
+        found = edge_influence(self._explained(), self._probabilities())
+        values = np.asarray(found[pairs.row[order], pairs.col[order]]).ravel() if pairs.nnz else np.zeros(0)
+        return pd.Series(values, name="influence")
 
     def pruned(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
         """The graph without nodes and edges of little influence; ``checks`` and influence are those of this graph.
@@ -177,19 +177,29 @@ class AttributionGraph:
             node_threshold: the most influential nodes with this share of all influence are kept, and all embeddings and
                 logits.
             edge_threshold: of the edges between these, the most influential with this share of their influence are
-                kept. Then nodes that have no way to a logit, and latents without a source, are removed.
+                kept. Then nodes that have no way to a logit, and latents without a source, are removed, and so are
+                all biases.
 
         Raises:
             GemmaScopeError: for thresholds outside of 0..1.
         """
         kinds = self.nodes["kind"].to_numpy(dtype=object)
-        keep, left = pruned_masks(self.weights, self._probabilities(), kinds, node_threshold, edge_threshold)
+        keep, left = pruned_masks(self._explained(), self._probabilities(), kinds, node_threshold, edge_threshold)
         return self._only(keep, left, {"node_threshold": node_threshold, "edge_threshold": edge_threshold})
 
     def scores(self) -> GraphScores:
         """How much of the computation the graph explains without errors (:class:`GraphScores`)."""
         kinds = self.nodes["kind"].to_numpy(dtype=object)
-        return GraphScores(*scores_of(self.weights, self._probabilities(), kinds))
+        return GraphScores(*scores_of(self._explained(), self._probabilities(), kinds))
+
+    def _explained(self) -> csr_array:
+        """The weights without those of biases, which are the same for every prompt."""
+        from scipy.sparse import diags_array
+
+        kept = (self.nodes["kind"] != "bias").to_numpy()
+        out = (self.weights @ diags_array(kept.astype(self.weights.dtype))).tocsr()
+        out.eliminate_zeros()
+        return out
 
     def _probabilities(self) -> Any:
         logits = (self.nodes["kind"] == "logit").to_numpy()

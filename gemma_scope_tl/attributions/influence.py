@@ -10,8 +10,8 @@ target's influence, ``A[t, s] (influence_t + p_t)``. Pruning keeps the most infl
 ``node_threshold`` of the influence of all nodes; then, with influence computed again in the pruned graph, the edges
 that together have ``edge_threshold``; and then removes nodes that have lost their connection. Embeddings and logits are
 kept. Influence, pruning and the two scores are defined as in circuit-tracer (Hanna et al., 2025), so numbers of the two
-can be compared, apart from nodes of kind ``bias``, which circuit-tracer lacks: they count as errors do in pruning, and
-in neither side of the scores.
+can be compared. Biases are no nodes there, and the functions here are given weights without theirs: a bias explains
+nothing about a prompt.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def pruned_masks(
             raise GemmaScopeError(f"{name} must be at most 1, not {value}: it is a share of all influence.")
     influence = node_influence(weights, probabilities)
     always = np.isin(kinds, ("embedding", "logit"))
-    keep = (influence >= threshold_of(influence, node_threshold)) | always
+    keep = ((influence >= threshold_of(influence, node_threshold)) & (kinds != "bias")) | always
     left = _only(weights, keep)
     scores = edge_influence(left, probabilities)
     lowest = threshold_of(scores.data, edge_threshold)
