@@ -26,7 +26,7 @@ _NAMES = {
     "JumpReLUTranscoder": "sae.jumprelu",
     "ablate": "interventions",
     "attribute": "attributions.gradients",
-    "attribution_graph": "attributions.attribution_graph",
+    "attribution_graph": "attributions.making",
     "circuit": "attributions.graph",
     "clamp": "interventions",
     "evaluate": "evals.suite",
@@ -58,9 +58,9 @@ __all__ = ["__version__", *_NAMES, *_MODULES]
 # pyright: reportUnusedImport=false, reportUnsupportedDunderAll=false
 if TYPE_CHECKING:
     from gemma_scope_tl import attributions, errors, evals, model, registry, sae, sites, training, viz, weights
-    from gemma_scope_tl.attributions.attribution_graph import attribution_graph
     from gemma_scope_tl.attributions.gradients import attribute
     from gemma_scope_tl.attributions.graph import circuit
+    from gemma_scope_tl.attributions.making import attribution_graph
     from gemma_scope_tl.errors import AdapterMismatch, GemmaScopeError
     from gemma_scope_tl.evals.suite import evaluate
     from gemma_scope_tl.interop.releases import register_with_sae_lens

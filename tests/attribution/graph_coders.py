@@ -33,8 +33,8 @@ def layered_of(model: Any, kind: Any, layers: list[int], seed: int = 0, skip: bo
         torch.randn(WIDTH + j, count - j, d, generator=generator, dtype=torch.float64) * d**-0.5 for j in range(count)
     ]
     skips = [0.3 * torch.randn(d, d, generator=generator, dtype=torch.float64) * d**-0.5 for _ in layers]
-    columns = ([one[name] for one in each] for name in ("W_enc", "b_enc", "threshold"))
-    return LayeredCoder(kind, layers, *columns, planes, [one["b_dec"] for one in each], skips if skip else None)
+    w_enc, b_enc, threshold, b_dec = ([one[name] for one in each] for name in ("W_enc", "b_enc", "threshold", "b_dec"))
+    return LayeredCoder(kind, layers, w_enc, b_enc, threshold, planes, b_dec, skips if skip else None)
 
 
 def mixtures(model: Any) -> dict[str, list[Any]]:

@@ -185,8 +185,10 @@ class Oracle:
     def effects(self, target: Tensor) -> dict[Key, float]:
         """The derivative of a number with respect to every source."""
         keys = list(self.scales)
-        found = torch.autograd.grad(target, [self.scales[key] for key in keys], retain_graph=True, allow_unused=True)
-        return {key: 0.0 if g is None else float(g) for key, g in zip(keys, found, strict=True)}
+        found = torch.autograd.grad(
+            target, [self.scales[key] for key in keys], retain_graph=True, materialize_grads=True
+        )
+        return {key: float(g) for key, g in zip(keys, found, strict=True)}
 
 
 @torch.no_grad()

@@ -40,8 +40,8 @@ def _column(row: Any) -> tuple[Any, ...]:
             return ("mlp", layer, position) if raw else ("error", row.site, layer, position)
 
 
-CASES = [(config, kind, "bridge") for config in ("grouped", "gemma3") for kind in KINDS]
-CASES += [("grouped", "mixture", "hooked_transformer"), ("gemma3", "clt", "hooked_transformer")]
+SPLIT = [(config, kind, "bridge") for config in ("grouped", "gemma3") for kind in KINDS]
+CASES = [*SPLIT, ("grouped", "mixture", "hooked_transformer"), ("gemma3", "clt", "hooked_transformer")]
 
 
 @pytest.mark.parametrize(("config", "kind", "backend"), CASES)
@@ -51,7 +51,8 @@ def test_weights_are_the_jacobian_of_a_frozen_pass(config: str, kind: str, backe
     graph = gs.attribution_graph(model, ids, coders, logits=3, probability=1.0, budget=40_000)
     assert graph.settings["dtype"] == "float64"
     oracle = Oracle(plain, ids, coders, config == "grouped", ids != 2, recorded(model, ids))
-    columns = [i for i, row in graph.nodes.iterrows() if row["kind"] != "logit" and row["node_id"] != "bias_encoders"]
+    sources = (graph.nodes["kind"] != "logit") & (graph.nodes["node_id"] != "bias_encoders")
+    columns = np.flatnonzero(sources)
     names = [_column(row) for row in graph.nodes.iloc[columns].itertuples()]
     latents = graph.nodes[graph.nodes["kind"] == "latent"]
     assert len(latents) == sum(int((f != 0).sum()) for f in oracle.acts.values()) > 10
@@ -70,7 +71,7 @@ def test_weights_are_the_jacobian_of_a_frozen_pass(config: str, kind: str, backe
         cap = plain.config.final_logit_softcapping
         ratio = torch.ones_like(u) if cap is None else (cap * (u / cap).tanh() / u).detach()
         logit = u * ratio
-        wanted = oracle.effects(logit[int(graph.nodes.loc[number, "token_id"])] - logit.mean())
+        wanted = oracle.effects(logit[graph.nodes["token_id"].tolist()[number]] - logit.mean())
         expected = np.array([wanted[name] for name in names])
         np.testing.assert_allclose(dense[number, columns], expected, rtol=0, atol=tolerance * np.abs(expected).max())
     assert graph.checks["missing_share"].max() < 1e-13
