@@ -15,7 +15,7 @@ function polygon(corners, r, turn) {
 }
 
 function shapeOf(node) {
-  if (node.kind === "latent") return LAYERED.has(node.site) ? "hexagon" : "circle";
+  if (node.kind === "latent") return node.layered ? "hexagon" : "circle";
   return { error: "diamond", bias: "triangle", embedding: "square", logit: "pill" }[node.kind];
 }
 
@@ -91,7 +91,7 @@ function place(list, row, column, pitch, most) {
 function rowName(node, banded) {
   if (node.kind === "embedding") return "tokens";
   if (node.kind === "logit") return "logits";
-  if (node.layer === null) return "";
+  if (node.layer === null) return "constants";
   return banded && node.band !== "other" ? `L${node.layer} ${node.band}` : `L${node.layer}`;
 }
 
