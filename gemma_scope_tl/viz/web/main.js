@@ -285,3 +285,10 @@ refresh();
 if (state.clicked && state.clicked.node !== undefined) reveal(state.clicked.node); else plot.scrollLeft = plot.scrollWidth;
 addEventListener("hashchange", () => { if (location.hash !== link()) { follow(location.hash); refresh(); } });
 addEventListener("resize", () => soon(redraw));
+
+// For scripts and the console: what is shown, by the names of nodes.
+window.graphPage = {
+  view: () => ({ nodes: now.shown.map((n) => n.id), link: link(), supernodes: state.groups.map((g) => [g.name, ...g.members.map((i) => nodes[i].id)]),
+    edges: now.shownEdges.map((e) => [nodes[graph.source[e]].id, nodes[graph.target[e]].id]) }),
+  place: (id) => { const node = nodes[rowOfId.get(id)], box = plot.getBoundingClientRect(); return [node.x - plot.scrollLeft + box.left, node.y - plot.scrollTop + box.top]; },
+};

@@ -24,6 +24,7 @@ const BANDS = { att: "att", transcoder: "mlp", clt: "mlp", mlp: "mlp", res: "res
 const BAND_ORDER = ["other", "att", "mlp", "res"];
 const WORDS = { transcoder: "transcoder", clt: "cross-layer transcoder", mlp: "MLP output", att: "attention",
   res: "residual stream", crosscoder: "crosscoder", embedding: "embedding" };
+const SHORT = { transcoder: "clt", res: "crosscoder" };
 const JOINED = { transcoder: "cross-layer transcoder", res: "crosscoder" };
 
 function buildNodes() {
@@ -46,7 +47,7 @@ function buildNodes() {
 function titleOf(node) {
   const place = node.layer === null ? "" : ` L${node.layer}`;
   switch (node.kind) {
-    case "latent": return `${node.site || "latent"}${place} #${node.latent === null ? "?" : node.latent}`;
+    case "latent": return `${node.layered && SHORT[node.site] || node.site || "latent"}${place} #${node.latent === null ? "?" : node.latent}`;
     case "error": return node.label || `error, ${node.site || ""}${place}`;
     case "bias": return node.label || `bias, ${node.site || ""}${place}`;
     case "embedding": return `embedding “${node.word}”`;
