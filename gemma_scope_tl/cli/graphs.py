@@ -42,7 +42,7 @@ class Graph(Command):
 
         gemma-scope graph "The king said unto the" --model bundled-gemma3 --site transcoder --site att --save graph.json
 
-        gemma-scope graph "The bridge is in San" --model gemma-3-1b-pt --width 262k --target " Francisco" --budget 4
+        gemma-scope graph "The bridge is in San" --model gemma-2-2b --target " Francisco" --budget 4 --save graph.json
 
         gemma-scope graph --read graph.json --out graph.html --table edges.csv
     """
@@ -169,7 +169,7 @@ class Graph(Command):
         from gemma_scope_tl.dtypes import parse_device
 
         device = parse_device(self.device)
-        from gemma_scope_tl.attributions.attribution_graph import attribution_graph
+        from gemma_scope_tl.attributions.making import attribution_graph
         from gemma_scope_tl.model.loading import load_model
         from gemma_scope_tl.sae.loading import load_row
 
@@ -250,7 +250,7 @@ class Graph(Command):
             print_facts({**facts, "logits": told, "latents": rows}, True)
             return
         if rows:
-            print_rows(rows, "", False)
+            print_rows(rows, "the most influential latents\n", False)
         likely = ", ".join(f"{one['token']!r} {one['probability']:.3f}" for one in told[:6])
         print_facts({**facts, "next tokens": likely})
 
