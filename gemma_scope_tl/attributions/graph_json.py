@@ -41,7 +41,7 @@ def write_graph(
     slug: str | None = None,
     scan: str | None = None,
     listed: bool = False,
-    node_threshold: float = 0.8,
+    node_threshold: float | None = None,
     source_set: str | None = None,
 ) -> Path:
     """Write a graph as JSON for circuit-tracer's viewer, Neuronpedia and :func:`read_graph`, completely or not at all.
@@ -50,23 +50,26 @@ def write_graph(
     of up to 100 MiB. Its scores of replacement and completeness know no biases, and are wrong for a graph with them.
 
     Args:
-        graph: the graph. ``settings`` must be plain data that JSON can hold.
+        graph: the graph. Tuples in its ``settings`` become lists, and values that JSON lacks become text.
         path: the file, ``<slug>.json``.
         slug: the graph's name in viewers, by default the file's name without its suffix.
         scan: what viewers call the model; Neuronpedia expects its own id of the model. By default that of the graph.
         listed: also enter the graph into ``graph-metadata.json`` in the same folder, the menu of circuit-tracer's
             viewer. The file's name must then be the slug.
-        node_threshold: the threshold that viewers begin with.
+        node_threshold: the share of influence whose nodes viewers show at first. By default 0.8, and all nodes of a
+            graph that was pruned.
         source_set: Neuronpedia's name of the set of latents, such as ``gemmascope-transcoder-16k``.
 
     Raises:
-        GemmaScopeError: for settings that JSON cannot hold, a threshold outside 0..1, or ``listed`` with another slug.
+        GemmaScopeError: for NaN in the settings, a threshold outside 0..1, or ``listed`` with another slug.
         WriteError: when a file cannot be written.
     """
     target = checked_path(path)
     slug = target.stem if slug is None else slug
     if listed and target.name != f"{slug}.json":
         raise GemmaScopeError(f"The viewer looks for {slug}.json, not {target.name}: name the file as the slug.")
+    if node_threshold is None:
+        node_threshold = 1.0 if "node_threshold" in graph.settings else 0.8
     if not 0 <= node_threshold <= 1:
         raise GemmaScopeError(f"node_threshold is a share between 0 and 1; given: {brief(node_threshold)}.")
     metadata = _metadata(graph, slug, scan, node_threshold, source_set)
@@ -182,7 +185,7 @@ def _encoded(content: Any, indent: int | None = None) -> str:
 def _refused(value: Any) -> Any:
     if hasattr(value, "item"):  # a number of NumPy's
         return value.item()
-    raise GemmaScopeError(f"The graph's settings hold a {type(value).__name__}, which is no plain data for JSON.")
+    return str(value)
 
 
 def _listed_beside(target: Path, slug: str) -> list[Any]:
@@ -230,7 +233,7 @@ def _graph(content: dict[str, Any]) -> AttributionGraph:
         rest = {name: value for name, value in content.items() if name not in known}
         held = {record["node_id"]: record for record in records}
         settings["imported"] = {"metadata": metadata, "nodes": held, "file": rest}
-    return AttributionGraph(
+    graph = AttributionGraph(
         model=str(own["model"]) if own else str(metadata.get("scan", "")),
         text=str(own["text"]) if own else str(metadata.get("prompt", "".join(tokens))),
         token_ids=_token_ids(own, nodes, len(tokens)),
@@ -241,6 +244,9 @@ def _graph(content: dict[str, Any]) -> AttributionGraph:
         settings=settings,
         supernodes=_supernodes(view.get("supernodes") or []),
     )
+    if not own:
+        nodes["influence"] = graph.influence()
+    return graph
 
 
 def _typed(content: Mapping[str, Any], name: str, kind: type, where: str = "") -> Any:

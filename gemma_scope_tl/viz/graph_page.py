@@ -25,12 +25,14 @@ from gemma_scope_tl.attributions.graph_records import plain_values
 from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.errors import GemmaScopeError, brief
 from gemma_scope_tl.files import checked_path, write_atomically
+from gemma_scope_tl.viz.graph_notes import LatentKey, LatentNote, latent_key
 
 if TYPE_CHECKING:
-    from gemma_scope_tl.viz.graph_notes import LatentKey, LatentNote
+    import pandas as pd
 
 _SCRIPTS = ("influence.js", "model.js", "plot.js", "panel.js", "groups.js", "main.js")
 _COLUMNS = ("site", "layer", "position", "latent", "activation", "probability", "token_id", "label")
+_KEY = ("coder", "layer", "latent")
 _NO_NOTES = "This page was made without examples and promoted tokens of latents."
 
 
@@ -119,10 +121,11 @@ def page_data(
     nodes = graph.nodes.iloc[rows]
     at = {int(row): n for n, row in enumerate(rows)}
     coders = list(dict.fromkeys(nodes["coder"].dropna()))
-    kept = [_note_key(key) for key in zip(nodes["coder"], nodes["layer"], nodes["latent"], strict=True)]
+    kept = [_note_key(*one) for one in zip(*(plain_values(nodes[name]) for name in _KEY), strict=True)]
     known = notes or {}
     listed = [key for key in dict.fromkeys(kept) if key in known]
     columns: dict[str, list[Any]] = {name: plain_values(nodes[name]) for name in _COLUMNS}
+    columns["label"] = _labels(columns)
     weights = graph.weights.data[pairs]
     target = np.repeat(np.arange(len(graph)), np.diff(graph.weights.indptr))[pairs]
     totals = np.asarray(abs(graph.weights).sum(axis=1)).ravel()[rows]
@@ -145,6 +148,7 @@ def page_data(
         },
         "totals": [float(f"{one:.6g}") for one in totals],
         "coders": coders,
+        "layered": _layered(nodes, coders),
         "notes": [known[key].as_data() for key in listed],
         "notes_said": _NO_NOTES if notes is None else "Nothing was collected for this latent.",
         "supernodes": _supernodes(graph, set(nodes["node_id"])),
@@ -161,11 +165,27 @@ def page_data(
     }
 
 
-def _note_key(key: tuple[Any, Any, Any]) -> LatentKey | None:
-    coder, layer, latent = key
-    if not isinstance(coder, str) or latent != latent or not isinstance(latent, (int, np.integer)):
-        return None
-    return coder, int(layer) if isinstance(layer, (int, np.integer)) else None, int(latent)
+def _note_key(coder: Any, layer: Any, latent: Any) -> LatentKey | None:
+    """None for nodes that are no latents of a known coder."""
+    return latent_key(coder, layer, latent) if isinstance(coder, str) and isinstance(latent, int) else None
+
+
+def _layered(nodes: pd.DataFrame, coders: list[str]) -> list[int]:
+    """Numbers of the coders whose latents read several layers."""
+    latents = nodes[(nodes["kind"] == "latent") & nodes["coder"].notna()]
+    counts = latents.groupby("coder")["layer"].nunique()
+    return [coders.index(name) for name in counts.index[counts > 1]]
+
+
+def _labels(columns: Mapping[str, list[Any]]) -> list[str | None]:
+    """Labels without those of latents that only repeat their coder's site, layer and number."""
+    found: list[str | None] = []
+    for site, layer, latent, label in zip(
+        *(columns[name] for name in ("site", "layer", "latent", "label")), strict=True
+    ):
+        repeated = latent is not None and label == f"{site} {'' if layer is None else f'{layer} '}#{latent}"
+        found.append(None if repeated else label)
+    return found
 
 
 def _chosen(graph: AttributionGraph, max_nodes: int, max_edges: int) -> tuple[Any, Any, Any]:

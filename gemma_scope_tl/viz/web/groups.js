@@ -49,7 +49,9 @@ function placed(boxes) {
   const places = new Map();
   for (const [key, list] of rows) {
     list.sort((a, b) => mean(a, (n) => n.position || 0) - mean(b, (n) => n.position || 0));
-    list.forEach((box, k) => places.set(box, [(k + 0.5) / list.length, 1 - (keys.indexOf(key) + 0.5) / keys.length]));
+    // Rows are shifted in turn, so that an edge does not run behind the boxes between its ends.
+    const row = keys.indexOf(key), shift = keys.length > 2 ? [0, 0.13, -0.13][row % 3] / list.length : 0;
+    list.forEach((box, k) => places.set(box, [(k + 0.5) / list.length + shift, 1 - (row + 0.5) / keys.length]));
   }
   for (const box of boxes) if (state.places[boxKey(box)]) places.set(box, state.places[boxKey(box)]);
   return places;
@@ -65,7 +67,7 @@ function showSummary() {
     const on = state.clicked && (group ? state.clicked.group === box.name : state.clicked.node === box.i);
     const element = make("button", { class: `box ${on ? "on" : ""}`, "data-key": boxKey(box), title: group ? box.name : describe(box) },
       make("strong", {}, visible(group ? box.name : shownLabel(box) || box.title)),
-      make("small", {}, group ? `${box.members.length} nodes` : visible(shownLabel(box) && box.kind === "latent" ? box.title : box.word)));
+      make("small", {}, group ? `${box.members.length} ${box.members.length === 1 ? "node" : "nodes"}` : visible(shownLabel(box) && box.kind === "latent" ? box.title : box.word)));
     element.style.left = `${x * 100}%`;
     element.style.top = `${y * 100}%`;
     if (group) element.style.borderColor = groupColour(state.groups.indexOf(box));

@@ -258,15 +258,15 @@ byId("theme").addEventListener("click", () => {
 });
 
 function showLegend() {
-  const mark = (kind, site) => {
-    const one = { kind, site, band: BANDS[site] || "other" }, picture = draw("svg", { width: 15, height: 15, viewBox: "-7.5 -7.5 15 15" });
+  const mark = (one) => {
+    const picture = draw("svg", { width: 15, height: 15, viewBox: "-7.5 -7.5 15 15" });
     picture.append(draw("path", { class: `node ${styleOf(one)}`, d: SHAPES[shapeOf(one)](5) }));
     return picture;
   };
   const kinds = new Map(), legend = byId("legend");
   for (const node of nodes) {
-    const word = node.kind === "latent" ? `latent (${WORDS[node.site] || node.site || "of the coder"})` : { error: "error of a coder", bias: "constant terms", embedding: "token", logit: "next token" }[node.kind];
-    if (!kinds.has(word)) kinds.set(word, mark(node.kind, node.site));
+    const word = node.kind === "latent" ? `latent (${kindOf(node)})` : { error: "error, or what has no coder", bias: "constant terms", embedding: "token", logit: "next token" }[node.kind];
+    if (!kinds.has(word)) kinds.set(word, mark(node));
   }
   for (const [word, picture] of kinds) legend.append(make("span", {}, picture, word));
   const line = (name, dash) => { const picture = draw("svg", { width: 24, height: 8 }), path = draw("path", { d: "M0,4H24" }); path.style.cssText = `stroke:var(--${name});stroke-width:2.5;${dash}`; picture.append(path); return picture; };
@@ -285,3 +285,10 @@ refresh();
 if (state.clicked && state.clicked.node !== undefined) reveal(state.clicked.node); else plot.scrollLeft = plot.scrollWidth;
 addEventListener("hashchange", () => { if (location.hash !== link()) { follow(location.hash); refresh(); } });
 addEventListener("resize", () => soon(redraw));
+
+// For scripts and the console: what is shown, by the names of nodes.
+window.graphPage = {
+  view: () => ({ nodes: now.shown.map((n) => n.id), link: link(), supernodes: state.groups.map((g) => [g.name, ...g.members.map((i) => nodes[i].id)]),
+    edges: now.shownEdges.map((e) => [nodes[graph.source[e]].id, nodes[graph.target[e]].id]) }),
+  place: (id) => { const node = nodes[rowOfId.get(id)], box = plot.getBoundingClientRect(); return [node.x - plot.scrollLeft + box.left, node.y - plot.scrollTop + box.top]; },
+};

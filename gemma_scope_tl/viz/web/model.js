@@ -22,9 +22,10 @@ function draw(tag, attributes = {}) {
 
 const BANDS = { att: "att", transcoder: "mlp", clt: "mlp", mlp: "mlp", res: "res", crosscoder: "res" };
 const BAND_ORDER = ["other", "att", "mlp", "res"];
-const LAYERED = new Set(["clt", "crosscoder"]);
-const WORDS = { transcoder: "transcoder", clt: "cross-layer transcoder", mlp: "MLP", att: "attention",
-  res: "residual stream", crosscoder: "crosscoder" };
+const WORDS = { transcoder: "transcoder", clt: "cross-layer transcoder", mlp: "MLP output", att: "attention",
+  res: "residual stream", crosscoder: "crosscoder", embedding: "embedding" };
+const SHORT = { transcoder: "clt", res: "crosscoder" };
+const JOINED = { transcoder: "cross-layer transcoder", res: "crosscoder" };
 
 function buildNodes() {
   const n = data.nodes;
@@ -33,6 +34,7 @@ function buildNodes() {
       coder: n.coder[i] === null ? null : data.coders[n.coder[i]], activation: n.activation[i], probability: n.probability[i],
       token: n.token_id[i], label: n.label[i] || "", note: n.note[i] === null ? null : data.notes[n.note[i]], into: [], from: [] };
     one.band = BANDS[one.site] || "other";
+    one.layered = one.kind === "latent" && (data.layered.includes(n.coder[i]) || one.site === "clt" || one.site === "crosscoder");
     one.word = one.position === null ? "" : data.tokens[one.position];
     one.title = titleOf(one);
     const promoted = one.note ? one.note.planes.flatMap((plane) => plane.promoted.map((pair) => pair[0])) : [];
@@ -45,13 +47,15 @@ function buildNodes() {
 function titleOf(node) {
   const place = node.layer === null ? "" : ` L${node.layer}`;
   switch (node.kind) {
-    case "latent": return `${node.site || "latent"}${place} #${node.latent === null ? "?" : node.latent}`;
-    case "error": return `error ${node.site || ""}${place}`.replace("  ", " ");
-    case "bias": return `bias ${node.site || ""}${place}`.replace("  ", " ");
+    case "latent": return `${node.layered && SHORT[node.site] || node.site || "latent"}${place} #${node.latent === null ? "?" : node.latent}`;
+    case "error": return node.label || `error, ${node.site || ""}${place}`;
+    case "bias": return node.label || `bias, ${node.site || ""}${place}`;
     case "embedding": return `embedding “${node.word}”`;
     default: return `logit “${node.label || node.token}”`;
   }
 }
+
+const kindOf = (node) => (node.layered && JOINED[node.site]) || WORDS[node.site] || node.site || "of the coder";
 
 function describe(node) {
   const parts = [node.title];

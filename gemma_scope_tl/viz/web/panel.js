@@ -1,6 +1,7 @@
 // The panel: what is known of a node or a supernode, its edges by weight, and the tools to pin and to group it.
 
-const shownOf = { into: 25, from: 25 };
+const FEW = 9;
+const shownOf = { into: FEW, from: FEW };
 const token = (text) => make("span", { class: "token" }, visible(text));
 
 function facts(pairs) {
@@ -23,13 +24,14 @@ function nodePanel(node) {
   return [
     make("h2", {}, visible(node.title)),
     label && node.kind === "latent" ? make("p", {}, visible(label)) : null,
-    facts([["token", at], ["coder", node.coder && make("code", {}, node.coder)],
+    facts([["token", at], ["kind", node.kind === "latent" ? kindOf(node) : null], ["coder", node.coder && make("code", {}, node.coder)],
       ["activation", node.activation === null ? null : figure(node.activation)],
       ["probability", node.probability === null ? null : percent(node.probability)],
       ["influence", node.kind === "logit" ? null : `${percent(node.influence)} of all`], ["node", make("code", {}, visible(node.id))]]),
     nodeTools(node),
-    node.kind === "error" ? make("p", { class: "soft" }, "What the coder does not reconstruct at this token. It is a source of edges only.") : null,
+    node.kind === "error" ? make("p", { class: "soft" }, "What the coder does not reconstruct at this token, or a part of the model without a coder. It is a source of edges only.") : null,
     node.kind === "bias" ? make("p", { class: "soft" }, "Constant terms of the model and the coders at this layer, summed over the tokens.") : null,
+    ...promotedOf(node),
     ...edgeList("Edges into it", node.into, "into", sum(node.into.map((e) => Math.abs(graph.weight[e]))) || 1, graph.totals[node.i]),
     ...edgeList("Edges from it", node.from, "from", null, null),
     ...latentPage(node),
@@ -68,7 +70,7 @@ function rowsOfEnds(ends, side, total) {
   const strongest = Math.abs(ends[0][1]) || 1, list = make("ul", { class: "list" }), most = shownOf[side];
   ends.slice(0, most).forEach(([end, weight]) => list.append(make("li", {}, endRow(end, weight, strongest, total))));
   if (ends.length > most) {
-    list.append(make("li", {}, make("button", { class: "plain", onclick: () => { shownOf[side] = Infinity; showPanel(); shownOf[side] = 25; } }, `Show all ${ends.length}`)));
+    list.append(make("li", {}, make("button", { class: "plain", onclick: () => { shownOf[side] = Infinity; showPanel(); shownOf[side] = FEW; } }, `Show all ${ends.length}`)));
   }
   return list;
 }
@@ -88,18 +90,22 @@ function endRow(end, weight, strongest, total) {
   return row;
 }
 
-// The latent's page: label, promoted tokens of each output, examples, density.
-function latentPage(node) {
+// The latent's page: label and promoted tokens of each output first, examples and the rest behind the edges.
+function promotedOf(node) {
   if (node.kind !== "latent") return [];
-  const note = node.note;
-  if (!note) return [make("h3", {}, "Latent"), make("p", { class: "soft" }, data.notes_said)];
-  const parts = [];
-  if (note.planes.length) parts.push(make("h3", {}, "Promoted tokens"), planesOf(note.planes, "promoted"), make("h3", {}, "Suppressed tokens"), planesOf(note.planes, "suppressed"));
+  if (!node.note) return [make("p", { class: "soft" }, data.notes_said)];
+  return node.note.planes.length ? [make("h3", {}, "Promoted tokens"), planesOf(node.note.planes, "promoted")] : [];
+}
+
+function latentPage(node) {
+  const note = node.note, parts = [];
+  if (!note) return [];
   if (note.fired !== null) {
     const share = note.tokens ? note.fired / note.tokens : 0;
-    parts.push(make("h3", {}, "Where it fires"), make("p", {}, note.fired ? `On ${note.fired} of ${note.tokens} tokens of the text looked at (${percent(share)}), at most with ${figure(note.maximum)}.` : `On none of the ${note.tokens} tokens of the text looked at.`));
+    parts.push(make("h3", {}, "Where it fires"), make("p", {}, note.fired ? `On ${counted(note.fired)} of ${counted(note.tokens)} tokens of the text looked at (${percent(share)}), at most with ${figure(note.maximum)}.` : `On none of the ${counted(note.tokens)} tokens of the text looked at.`));
   }
   for (const example of note.examples) parts.push(exampleOf(example, note.maximum));
+  if (note.planes.length) parts.push(make("h3", {}, "Suppressed tokens"), planesOf(note.planes, "suppressed"));
   if (note.neuronpedia) parts.push(make("p", {}, make("a", { href: note.neuronpedia, target: "_blank", rel: "noopener noreferrer" }, "Dashboard on Neuronpedia"), note.neuronpedia_warning ? ` (${note.neuronpedia_warning})` : ""));
   return parts;
 }
@@ -107,7 +113,7 @@ function latentPage(node) {
 function planesOf(planes, side) {
   const row = (plane) => make("div", { class: "tokens" }, ...plane[side].map(([text, logit]) => { const one = token(text); one.title = `${signed(logit)} per unit of activation`; return one; }));
   if (planes.length === 1) return row(planes[0]);
-  return make("table", { class: "planes" }, make("tbody", {}, ...planes.map((plane) => make("tr", {}, make("th", { scope: "row" }, `to L${plane.layer}`), make("td", {}, row(plane))))));
+  return make("div", { class: "scroll" }, make("table", { class: "planes" }, make("tbody", {}, ...planes.map((plane) => make("tr", {}, make("th", { scope: "row" }, `to L${plane.layer}`), make("td", {}, row(plane)))))));
 }
 
 function exampleOf(example, maximum) {
@@ -168,11 +174,17 @@ function overview() {
     ...data.left_out.map((text) => make("p", { class: "warn" }, text)),
     data.checks ? make("p", { class: "soft" }, data.checks) : null,
     ...(state.query ? [make("h3", {}, `Found (${found.length})`), nodeList(found.slice(0, 60))] : []),
+    ...(state.groups.length ? [make("div", { class: "row-tools" }, make("button", { onclick: copyGroups, title: "Lines for AttributionGraph.grouped" }, "Copy supernodes as Python"))] : []),
     make("h3", {}, "Next tokens"), nodeList(logits.map((n) => n.i), (n) => (n.probability === null ? "" : percent(n.probability))),
     ...(state.pinned.size ? [make("h3", {}, "Pinned"), nodeList([...state.pinned])] : []),
     make("h3", {}, "Most influential latents"),
     nodeList(nodes.filter((n) => n.kind === "latent").sort((a, b) => b.influence - a.influence).slice(0, 12).map((n) => n.i), (n) => percent(n.influence)),
   ];
+}
+
+async function copyGroups(event) {
+  const lines = state.groups.map((g) => `graph = graph.grouped(${JSON.stringify(g.name)}, ${JSON.stringify(g.members.map((i) => nodes[i].id))})`);
+  try { await navigator.clipboard.writeText(lines.join("\n")); event.target.textContent = "Copied"; } catch { event.target.replaceWith(make("pre", { class: "example" }, lines.join("\n"))); }
 }
 
 function nodeList(rows, number = () => "") {

@@ -15,7 +15,7 @@ function polygon(corners, r, turn) {
 }
 
 function shapeOf(node) {
-  if (node.kind === "latent") return LAYERED.has(node.site) ? "hexagon" : "circle";
+  if (node.kind === "latent") return node.layered ? "hexagon" : "circle";
   return { error: "diamond", bias: "triangle", embedding: "square", logit: "pill" }[node.kind];
 }
 
@@ -57,8 +57,13 @@ function layOut() {
   const left = flat ? 8 : 44, right = 78, above = 76;
   view.flat = flat;
   view.depth = flat ? 26 : 84;
-  byId("axis-x").style.height = `${view.depth}px`; // before the plot's size is read
   const keys = [...rows.keys()].sort((a, b) => a - b);
+  const banded = new Set(nodes.filter((n) => n.layer !== null).map((n) => n.band)).size > 1;
+  const names = keys.map((key) => rowName(now.shown.find((node) => node.row === key), banded));
+  view.gutter = Math.max(46, ...names.map((name) => name.length * 6.6 + 14));
+  // The axes get their sizes before that of the plot is read.
+  byId("axis-x").style.height = `${view.depth}px`;
+  byId("axis-y").style.width = `${view.gutter}px`;
   const heights = keys.map((key) => rows.get(key) * pitch + 9);
   const spareX = plot.clientWidth - left - right - sum(sizes), spareY = plot.clientHeight - above - sum(heights);
   if (spareX > 0) sizes.forEach((size, c) => { sizes[c] += spareX / sizes.length; });
@@ -68,11 +73,9 @@ function layOut() {
   view.width = Math.max(plot.clientWidth, x + right);
   view.height = Math.max(plot.clientHeight, sum(heights) + above);
   let y = view.height;
-  const banded = new Set(nodes.filter((n) => n.layer !== null).map((n) => n.band)).size > 1;
   view.rows = keys.map((key, r) => {
     y -= heights[r];
-    const first = now.shown.find((node) => node.row === key);
-    return { key, y: y + heights[r] / 2, top: y, height: heights[r], name: rowName(first, banded) };
+    return { key, y: y + heights[r] / 2, top: y, height: heights[r], name: names[r] };
   });
   const rowAt = new Map(view.rows.map((row) => [row.key, row]));
   for (const list of cells.values()) place(list, rowAt.get(list[0].row), view.columns[list[0].column], pitch, most);
@@ -91,7 +94,7 @@ function place(list, row, column, pitch, most) {
 function rowName(node, banded) {
   if (node.kind === "embedding") return "tokens";
   if (node.kind === "logit") return "logits";
-  if (node.layer === null) return "";
+  if (node.layer === null) return "constants";
   return banded && node.band !== "other" ? `L${node.layer} ${node.band}` : `L${node.layer}`;
 }
 
@@ -137,7 +140,7 @@ function slanted(text, x, y, angle, anchor) {
 }
 
 function drawAxes() {
-  const gutter = Math.max(46, ...view.rows.map((row) => row.name.length * 6.6 + 14)), depth = view.depth;
+  const { gutter, depth } = view;
   const side = draw("svg", { class: "axis", width: gutter, height: view.height });
   for (const row of view.rows) {
     const text = draw("text", { x: gutter - 7, y: row.y + 4, "text-anchor": "end" });
@@ -150,7 +153,6 @@ function drawAxes() {
     below.append(text);
   }
   byId("axis-y").replaceChildren(side);
-  byId("axis-y").style.width = `${gutter}px`;
   byId("axis-x").replaceChildren(below);
   scrolled();
 }
@@ -213,7 +215,7 @@ function drawEdges() {
   const colours = { up: style.getPropertyValue("--up").trim(), down: style.getPropertyValue("--down").trim() };
   const chosen = selected();
   const near = chosen.size ? now.shownEdges.filter((e) => chosen.has(graph.source[e]) || chosen.has(graph.target[e])) : [];
-  if (state.all && !chosen.size) strokes(pen, now.shownEdges, colours, Math.min(0.75, 0.1 + 12 / Math.sqrt(now.shownEdges.length + 100)), 2.2);
+  if (state.all && !chosen.size) strokes(pen, now.shownEdges, colours, Math.min(0.7, 0.05 + 8 / Math.sqrt(now.shownEdges.length + 60)), 2.2);
   if (near.length) strokes(pen, near, colours, 0.85, 4.5);
 }
 
