@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.attributions.attribution_graph import AttributionGraph, attribution_graph
+from gemma_scope_tl.attributions.attribution_graph import AttributionGraph
 from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sae.layered import LayeredCoder
@@ -45,4 +45,4 @@ def our_model(case: Case, backend: str = "bridge") -> Any:
 def our_graph(case: Case, backend: str = "bridge") -> AttributionGraph:
     """The graph of the case's prompt, as circuit-tracer makes it."""
     tokens = torch.tensor([case.token_ids])
-    return attribution_graph(our_model(case, backend), tokens, coders_of(case), **SETTINGS)
+    return gs.attribution_graph(our_model(case, backend), tokens, coders_of(case), **SETTINGS)
