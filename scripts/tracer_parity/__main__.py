@@ -11,10 +11,10 @@ The results of a case lie in ``build/tracer-parity/NAME``.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 from gemma_scope_tl.files import write_atomically
@@ -71,8 +71,9 @@ def keep(found: list[dict[str, Any]]) -> None:
     COMMITTED.mkdir(parents=True, exist_ok=True)
     for name in (name for name in CASES if name.startswith("small")):
         shutil.copyfile(WORK / name / "graph.npz", COMMITTED / f"{name}.npz")
-    shutil.copyfile(WORK / "small" / "graph" / "case.json", COMMITTED / "small.json")
-    size = sum(path.stat().st_size for path in Path(COMMITTED).iterdir())
+    viewed = (WORK / "small" / "graph" / "case.json").read_bytes()
+    (COMMITTED / "small.json.gz").write_bytes(gzip.compress(viewed, mtime=0))
+    size = sum(path.stat().st_size for path in COMMITTED.iterdir())
     if size > LARGEST:
         raise SystemExit(f"The committed graphs have {size:,} bytes, at most {LARGEST:,} are wanted.")
 
