@@ -155,7 +155,8 @@ def attribution_graph(
             mixture, at most one for each written tensor: one, several, a suite, or a mapping from names to coders. They
             stay on their device, and a decoder in a mapped file is read row by row.
         logits, probability, position, centred, soft_cap, max_latent_nodes, smallest_edge, exclude_special_tokens,
-            positions, attention_mask, budget, batch_size, dtype: see :class:`~gemma_scope_tl.attributions.making.Request`.
+            positions, attention_mask, budget, batch_size, dtype: see
+            :class:`~gemma_scope_tl.attributions.making.Request`.
         progress: True for a bar on standard error, or a function of the number of targets done and to do.
 
     Returns:
