@@ -22,7 +22,7 @@ assert gs.__file__.startswith({root!r}), gs.__file__
 row = gs.registry.resolve("gemma-scope-2b-pt-res", "layer_20/width_16k/canonical")
 table = gs.list_saes()
 bundled = table[table["model"].str.startswith("bundled")]
-assert row.l0 == 71 and len(table) == 12061 + len(bundled) and len(bundled) > 0
+assert row.l0 == 71 and len(table) == 12173 + len(bundled) and len(bundled) > 0
 assert set(bundled["model"]) == set(bundled_names())
 folders = [BUNDLED_MODEL, *(bundle_folder(name) / MODEL_FOLDER for name in bundled_names())]
 assert all((folder / "model.safetensors").is_file() for folder in folders)
