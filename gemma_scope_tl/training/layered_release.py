@@ -19,13 +19,14 @@ from torch import Tensor
 
 from gemma_scope_tl.families import Family, hub_ids
 from gemma_scope_tl.files import file_sha256, make_folder, replace_files
+from gemma_scope_tl.registry.schema import LAYER_FILE
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.checkpoint import RECIPE
 from gemma_scope_tl.training.layered_spec import LayeredSpec
 from gemma_scope_tl.training.release import PARTS, SKIP_KEY, UNDIVIDED, columns, gathered
 from gemma_scope_tl.training.shard import WHOLE, Shard
-from gemma_scope_tl.weights.checks import CONFIG_NAME, LAYER_NAME
+from gemma_scope_tl.weights.checks import CONFIG_NAME
 from gemma_scope_tl.weights.coder_config import ARCHITECTURE
 from gemma_scope_tl.weights.layers_config import ALL, tensors_of
 from gemma_scope_tl.weights.safetensors_file import safetensors_header
@@ -119,7 +120,7 @@ class TrainedLayered:
         folder, parts = make_folder(stage / name), stage / PARTS
         for k, layer in enumerate(self.layers):
             arrays = self._whole(layer, shard, parts)
-            replace_files(folder, {LAYER_NAME.format(k): lambda path, k=k, arrays=arrays: self._save(path, k, arrays)})
+            replace_files(folder, {LAYER_FILE.format(k): lambda path, k=k, arrays=arrays: self._save(path, k, arrays)})
             del arrays
             for path in parts.glob("*.npy"):
                 path.unlink()
@@ -177,7 +178,7 @@ class TrainedLayered:
 
     def _row(self, folder: Path, name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         spec = self.spec
-        files = [LAYER_NAME.format(k) for k in range(len(spec.layers))]
+        files = [folder / LAYER_FILE.format(k) for k in range(len(spec.layers))]
         return {
             "id": name.removeprefix(f"{spec.folder}/"),
             "site": spec.kind,
@@ -188,7 +189,7 @@ class TrainedLayered:
             "path": name,
             "sha256": None,
             "layers": list(spec.layers),
-            "files": {file: file_sha256(folder / file) for file in files},
+            "sha256s": [file_sha256(file) for file in files],
             **({"affine": True} if spec.skip else {}),
             **metrics,
             "name": spec.name,
