@@ -24,6 +24,7 @@ from torch import Tensor
 from gemma_scope_tl import __version__
 from gemma_scope_tl.families import Family
 from gemma_scope_tl.files import file_sha256, reason, sync_folder, sync_to_disk, write_atomically, writing
+from gemma_scope_tl.registry.schema import LAYER_FILE
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
 from gemma_scope_tl.training.shard import WHOLE, Shard
@@ -130,7 +131,8 @@ def suite_table(folder: Path) -> pd.DataFrame:
 
 def files_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the files of an SAE, or of a coder over several layers, in its row of ``suite.json``."""
-    return tuple(row.get("files") or (PARAMS_NAME,))
+    count = len(row.get("layers") or ())
+    return tuple(LAYER_FILE.format(number) for number in range(count)) or (PARAMS_NAME,)
 
 
 def _write_record(path: Path, kind: str, config: SuiteConfig, facts: Mapping[str, Any]) -> None:

@@ -178,7 +178,7 @@ class TrainedLayered:
 
     def _row(self, folder: Path, name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         spec = self.spec
-        files = [LAYER_FILE.format(k) for k in range(len(spec.layers))]
+        files = [folder / LAYER_FILE.format(k) for k in range(len(spec.layers))]
         return {
             "id": name.removeprefix(f"{spec.folder}/"),
             "site": spec.kind,
@@ -189,7 +189,7 @@ class TrainedLayered:
             "path": name,
             "sha256": None,
             "layers": list(spec.layers),
-            "files": {file: file_sha256(folder / file) for file in files},
+            "sha256s": [file_sha256(file) for file in files],
             **({"affine": True} if spec.skip else {}),
             **metrics,
             "name": spec.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class LayeredOracle:
         self.v = {name: np.zeros_like(value) for name, value in start.items()}
         self.recipe, self.l0_plan, self.steps, self.centred = recipe, l0, steps, centred
         self.t = self.idle = 0
+        self.touched: np.ndarray = np.zeros(0)
 
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pre-activations, gates ``[K, n, m]`` and thresholds for ``x [K, n, d_in]``."""
@@ -49,6 +51,7 @@ class LayeredOracle:
         grads = {name: np.zeros_like(value) for name, value in p.items()}
         d_f = np.zeros_like(f)
         sizes = [round(share * latents) for share in r.matryoshka] + [latents]
+        error = np.zeros_like(y)
         for size in sizes:
             part = np.where(np.arange(latents) < size, f, 0.0)
             error = self.outputs(x, part) - y
@@ -75,7 +78,7 @@ class LayeredOracle:
         if r.ste_to_input:
             fade = max(0.0, 1.0 - self.t / (r.ste_to_input_fade * self.steps))
             d_pre = d_pre - r.ste_to_input * fade * d_theta
-        self.touched = (on + kernel).any(1)
+        self.touched = np.asarray((on + kernel) > 0).any(1)
         self.idle += int((~self.touched).sum())
         shift = p["c"][:, None, :] if self.centred else 0.0
         grads["E"] = np.einsum("knm,knd->kmd", d_pre, x - shift)
@@ -98,7 +101,7 @@ class LayeredOracle:
         lr *= min(1.0, (self.steps - self.t) / (r.lr_decay * self.steps))
         self.t += 1
         one, two = r.betas
-        moved = {"E": self.touched[..., None], "W": self.touched[..., None, None], "c": True, "S": True}
+        moved: dict[str, Any] = {"E": self.touched[..., None], "W": self.touched[..., None, None], "c": True, "S": True}
         for name, g in grads.items():
             self.m[name] = one * self.m[name] + (1 - one) * g
             self.v[name] = two * self.v[name] + (1 - two) * g**2
