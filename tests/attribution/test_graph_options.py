@@ -165,7 +165,7 @@ def test_what_cannot_be_a_graph_raises(model: Any, ids: torch.Tensor) -> None:
             gs.attribution_graph(model, ids, coders)
     with pytest.raises(UnknownNameError, match="soft_cap 'none'"):
         gs.attribution_graph(model, ids, sae, soft_cap="none")
-    for how, message in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"dtype": "bfloat16"}, "float32 or float64"),
         ({"position": 6}, "No position 6"),
         ({"position": 1.5}, "position must be"),
@@ -174,13 +174,14 @@ def test_what_cannot_be_a_graph_raises(model: Any, ids: torch.Tensor) -> None:
         ({"centred": "yes"}, "centred"),
         ({"smallest_edge": -1}, "smallest_edge"),
         ({"batch_size": True}, "batch_size"),
-    ):
+    )
+    for how, message in wrong:
         with pytest.raises(GemmaScopeError, match=message):
             gs.attribution_graph(model, ids, sae, **how)
     with pytest.raises(GemmaScopeError, match="2 were given"):
         gs.attribution_graph(model, ids.expand(2, -1), sae)
     with gs.splice(model, sae_of(model, "res", 0)), pytest.raises(SpliceError, match="attached"):
         gs.attribution_graph(model, ids, sae)
-    with model.hooks([("blocks.1.hook_resid_post", lambda x, hook: 2 * x)]):
-        with pytest.raises(GemmaScopeError, match="does not reproduce"):
-            gs.attribution_graph(model, ids, sae)
+    doubled = model.hooks([("blocks.1.hook_resid_post", lambda x, hook: 2 * x)])
+    with doubled, pytest.raises(GemmaScopeError, match="does not reproduce"):
+        gs.attribution_graph(model, ids, sae)
