@@ -1,4 +1,4 @@
-"""Interventions on latents of attribution graphs: what the graph predicts, and what is measured; for each kind of coder.
+"""Interventions on latents of attribution graphs, predicted and measured, for each kind of coder.
 
 Example: python -m scripts.interventions --prompts 4 --sources 12
 
