@@ -17,7 +17,6 @@ from gemma_scope_tl.text.tokens import ExcludeTokens
 if TYPE_CHECKING:
     import pandas as pd
     import torch
-    import torch
 
     from gemma_scope_tl.sae.access import LatentNames, SAEOrLatents
 
