@@ -4,6 +4,7 @@ together.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -253,6 +254,13 @@ class SAERow(SAEEntry):
         if self.layers is None:
             return (self.sha256,)
         return self.sha256s or (None,) * len(self.layers)
+
+    @property
+    def digest(self) -> str | None:
+        """A hash of all weights: that of the one file, or the sha256 of those of several files; None if unknown."""
+        if self.layers is None or self.sha256s is None:
+            return self.sha256
+        return hashlib.sha256("".join(self.sha256s).encode()).hexdigest()
 
     @property
     def base_site(self) -> str:
