@@ -9,6 +9,7 @@ import typer
 
 from gemma_scope_tl.cli import options
 from gemma_scope_tl.cli.output import print_facts, print_rows
+from gemma_scope_tl.sites import layers_text
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -87,11 +88,23 @@ def show(
     if row.layers is not None:
         facts["files"] = list(row.weights_paths)
     facts["load"] = f'gemma_scope_tl.JumpReLUSAE.from_pretrained("{row.release}", "{row.id}")'
+    if not as_json:
+        facts = {name: _lines(value) for name, value in facts.items()}
     print_facts(facts, as_json)
+
+
+def _lines(value: Any) -> Any:
+    """A list as text: layers in short, and a line for each name."""
+    if not isinstance(value, list):
+        return value
+    items: list[Any] = value
+    return layers_text(items) if all(isinstance(one, int) for one in items) else "\n".join(items)
 
 
 def _row(row: SAERow, columns: Sequence[str], unverified: set[tuple[str, str]]) -> dict[str, Any]:
     values = {name: getattr(row, name) for name in columns}
+    if row.layers is not None and "layers" not in columns:
+        values["layer"] = layers_text(row.layers)
     return values | ({"unverified": (row.release, row.id) in unverified} if "unverified" in values else {})
 
 

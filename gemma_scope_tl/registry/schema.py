@@ -161,8 +161,8 @@ class SAEEntry(BaseModel):
         layers, several = info.data.get("layers"), isinstance(hashes, tuple)
         if hashes is not None and info.data.get("site") is not None and several != (layers is not None):
             raise ValueError("one file has sha256, and the files of several layers have sha256s, in their order")
-        if several and layers is not None and len(cast("tuple[str, ...]", hashes)) != len(layers):
-            raise ValueError(f"{len(layers)} layers have as many files, but there are {len(hashes)} hashes")
+        if several and layers is not None and len(hashes or ()) != len(layers):
+            raise ValueError(f"{len(layers)} layers have as many files, but there are {len(hashes or ())} hashes")
         return hashes
 
     @field_validator("d_out", mode="after")
