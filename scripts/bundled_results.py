@@ -78,7 +78,7 @@ def main() -> int:
     suite = SAESuite(keyed, lambda row: load_row(row, device=device, dtype=options.dtype), options.sae_memory << 30)
     keywords: dict[str, Any] = {"batch_size": options.batch_size, "uniformity": options.uniformity, **INTERVALS}
     table = evaluate(model, suite, tokens, cache=options.cache, **keywords)
-    table.insert(2, "sha256", [row.sha256 for row in rows])
+    table.insert(2, "sha256", [row.digest for row in rows])
     for release, found in table.groupby("release", sort=False):
         write(folder, str(release), found, configuration(options, tokens))
     print(table[["release", "id", "l0", "fvu", "delta_loss", "dead"]].to_string(index=False))
@@ -100,7 +100,7 @@ def stale(rows: list[Any], folder: Path) -> list[str]:
         if path.is_file():
             found = pd.read_csv(path, dtype={"id": str, "sha256": str})
             known |= {(str(r.release), str(r.id), str(r.sha256)) for r in found.itertuples()}
-    return [f"{row.release}/{row.id}: no result" for row in rows if (row.release, row.id, str(row.sha256)) not in known]
+    return [f"{row.release}/{row.id}: no result" for row in rows if (row.release, row.id, str(row.digest)) not in known]
 
 
 def configuration(options: argparse.Namespace, tokens: torch.Tensor) -> dict[str, Any]:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUNDLED, SECOND = "gemma_scope_tl/bundled", "gemma_scope_tl/bundled/gemma3"
 """The folder of what comes with the package, and within it that of the second bundled model."""
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-ROW = ("release", "id", "site", "layer", "width", "l0", "path", "canonical")
+ROW = ("release", "id", "site", "layer", "width", "l0", "path", "canonical", "layers")
 """What an artefact may depend on of a row of the registry."""
 TRAINED_BY = ("data", "source", "steps", "tokens", "grid", "seed")
 """The keys of a configuration on which trained weights depend, beside the recipe of each SAE."""
