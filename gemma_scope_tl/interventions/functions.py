@@ -16,6 +16,7 @@ from gemma_scope_tl.text.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from gemma_scope_tl.sae.access import LatentNames, SAEOrLatents
 
