@@ -72,6 +72,14 @@ def site(name: str) -> None:
     get_site(name)
 
 
+def site_or_kind(name: str) -> None:
+    """Raise unless the site, or the kind of coders of several layers, exists."""
+    from gemma_scope_tl.sites import LAYERED_SITES
+
+    if name not in LAYERED_SITES:
+        site(name)
+
+
 def backend(name: str) -> None:
     """Raise unless the backend exists."""
     from gemma_scope_tl.sites import BACKENDS
