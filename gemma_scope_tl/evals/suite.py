@@ -115,10 +115,10 @@ def measure_suite(
     positions: Positions = None,
 ) -> Evaluation:
     """Measure as :func:`evaluate` does, and return all sums instead of one table."""
-    saes, coders = _without_layered(saes)
+    saes = saes if isinstance(saes, SAESuite) else as_saes(saes, whole=True, layered=True)
+    subjects, coders = subjects_of(model, saes, skip_layered=True), _layered(saes)
     if coders and uniformity:
         raise GemmaScopeError("uniformity= is of SAEs: a latent of a layered coder has a gradient in every layer.")
-    subjects = [] if coders and not len(saes) else subjects_of(model, saes)
     special = excluded_ids(model.tokenizer, exclude_special_tokens, must_know=True)
     rows = counted_rows(model, data, context, special, positions, attention_mask)
     held = rows.mask.any(-1)  # a row of padding alone is not a sequence
@@ -137,13 +137,11 @@ def measure_suite(
     return Evaluation(subjects, sums, len(rows.ids), runs)
 
 
-def _without_layered(saes: Any) -> tuple[Any, dict[int, LayeredCoder]]:
-    """The SAEs without the layered coders among them, which follow by their place in the list."""
+def _layered(saes: SAESuite | list[Any]) -> dict[int, LayeredCoder]:
+    """The layered coders by their number among all that are given. Those of a suite are loaded."""
     if isinstance(saes, SAESuite):
-        return saes, {}
-    several = as_saes(saes, whole=True, layered=True)
-    coders = {number: one for number, one in enumerate(several) if isinstance(one, LayeredCoder)}
-    return [one for number, one in enumerate(several) if number not in coders], coders
+        return {number: saes[key] for number, key in enumerate(saes) if saes.rows[key].layers}
+    return {number: one for number, one in enumerate(saes) if isinstance(one, LayeredCoder)}
 
 
 @dataclass
