@@ -66,8 +66,7 @@ def train_suite(
     that was stopped continues from its last checkpoint and ends with the same bits.
 
     The run's folder gets ``<site>/layer_L/width_W/average_l0_N/params.npz``, where N is the L0 on batches after
-    training; for coders over several layers ``clt/width_W_l0_N/params_layer_0.safetensors`` and so on, in Gemma Scope
-    2's layout; ``suite.json`` (configuration, scales, a row per SAE); ``metrics.jsonl``; and ``runs.jsonl``, which
+    training (for coders over several layers ``clt/width_W_l0_N/params_layer_K.safetensors``); ``suite.json`` (configuration, scales, a row per SAE); ``metrics.jsonl``; and ``runs.jsonl``, which
     records when each process ran.
 
     With ``mesh``, several processes (started by ``torchrun``, with one folder that all see) divide every SAE and every
