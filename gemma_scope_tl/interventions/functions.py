@@ -16,6 +16,7 @@ from gemma_scope_tl.text.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from gemma_scope_tl.sae.access import LatentNames, SAEOrLatents
 
@@ -84,9 +85,8 @@ def steer(
         on: ``"activations"``, for a plain model; ``"features"``, for a model with the SAE spliced in, whose latents
             become ``f_i + a_i``. Both are equal with the error term. ``unit="norm"`` is not available for features.
         layers: for a layered coder, the only layers of the model that are steered; None for all that a latent writes.
-            A latent has one amount at all of them. ``"mean_norm"`` makes it ``a = s M / R``, with the root of the sum
-            of squares over these layers of their mean norms (M) and of the lengths of the latent's rows (R).
-            ``"norm"`` needs a single layer.
+            A latent has one amount at all of them: for ``"mean_norm"``, ``a = s M / R``, with the roots of the sums of
+            squares of the layers' mean norms (M) and of the lengths of its rows (R). ``"norm"`` needs one layer.
 
     Returns:
         ``(hook name, hook)`` for ``fwd_hooks``, ``add_hook`` or ``hooks``; for a layered coder a list of such pairs,
@@ -98,12 +98,7 @@ def steer(
         UnknownNameError: for an unknown ``unit`` or ``on``, a latent that was not loaded, or a site that is not in
             ``mean_norm``.
     """
-    if unit not in UNITS:
-        raise unknown_name("unit", unit, UNITS)
-    if unit == "norm" and on == "features":
-        raise SpliceError('A hook on features has no access to ||x||: use unit="mean_norm", or on="activations".')
-    if unit != "mean_norm" and mean_norm is not None:
-        raise SpliceError(f'mean_norm= needs unit="mean_norm", but the given unit is {unit!r}.')
+    _check_unit(unit, mean_norm, on)
     where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
     if isinstance(sae, LayeredCoder):
         several = _layered(sae, latent, layers, on)
@@ -114,10 +109,25 @@ def steer(
     if unit == "mean_norm":
         norm = mean_norm_at(mean_norm, name.removesuffix(".hook_sae_acts_post"))
         amounts = amounts * one_for_each(norm, chosen, "mean_norm").to(amounts.device)
-    where |= {"per_length": unit != "activation"}
+    return name, _steered(sae, chosen, amounts, unit, on, where)
+
+
+def _check_unit(unit: str, mean_norm: float | pd.DataFrame | None, on: On) -> None:
+    if unit not in UNITS:
+        raise unknown_name("unit", unit, UNITS)
+    if unit == "norm" and on == "features":
+        raise SpliceError('A hook on features has no access to ||x||: use unit="mean_norm", or on="activations".')
+    if unit != "mean_norm" and mean_norm is not None:
+        raise SpliceError(f'mean_norm= needs unit="mean_norm", but the given unit is {unit!r}.')
+
+
+def _steered(
+    sae: SAEOrLatents, chosen: list[int], amounts: torch.Tensor, unit: Unit, on: On, where: dict[str, Any]
+) -> Intervention:
+    where = where | {"per_length": unit != "activation"}
     if on == "features":
-        return name, SteerLatents(sae, chosen, amounts, on_features=True, **where)
-    return name, SteerRows(sae, chosen, amounts, by_norm=unit == "norm", **where)
+        return SteerLatents(sae, chosen, amounts, on_features=True, **where)
+    return SteerRows(sae, chosen, amounts, by_norm=unit == "norm", **where)
 
 
 @overload

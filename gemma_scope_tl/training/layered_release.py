@@ -211,7 +211,7 @@ def config_of(spec: LayeredSpec, family: Family, model: str) -> dict[str, Any]:
     from gemma_scope_tl.families import stated_family
     from gemma_scope_tl.sae.config import FAMILY
 
-    hooks = tensors_of(spec.kind, family, ALL if spec.all_layers else spec.layers)
+    hooks = tensors_of(spec.kind, family, ALL if spec.said_all else spec.layers)
     said: dict[str, Any] = {
         "hf_hook_point_in": None if hooks is None else hooks[0],
         "hf_hook_point_out": None if hooks is None else hooks[1],
