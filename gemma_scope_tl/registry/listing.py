@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -66,6 +67,7 @@ METRICS = {
     "tokens": "Int64",
 }
 """Columns that ``with_metrics`` adds, from the results in :data:`RESULTS`."""
+_KEY = "weights_key"
 RESULTS = BUNDLED_DATA / "results"
 """Folder with ``<release>.csv`` for each release that was measured, and the configuration of the measurement."""
 
@@ -88,7 +90,8 @@ def list_saes(
 
     Args and errors are those of :func:`select_rows`, and:
         with_metrics: add the measured metrics that come with the package (:data:`METRICS`). They are missing where an
-            SAE was not measured or its weights have changed since (results are found by the sha256 of the weights).
+            SAE was not measured or its weights have changed since (results are found by the sha256 of the weights,
+            those of coders of several layers by :func:`weights_key`).
 
     Returns:
         A table with the columns of :data:`COLUMNS`. ``canonical`` marks the rows that have a canonical id as well;
@@ -102,7 +105,7 @@ def list_saes(
         model, site, layer, width, release, pattern, label=label, affine=affine, seed=seed, series=series
     )
     table = _table(rows)
-    return _with_metrics(table) if with_metrics else table
+    return _with_metrics(table, rows) if with_metrics else table
 
 
 def select_rows(
@@ -198,10 +201,20 @@ def _table(rows: Sequence[SAERow]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _with_metrics(table: pd.DataFrame) -> pd.DataFrame:
+def weights_key(row: SAERow) -> str | None:
+    """By what results are found: the sha256 of the weights file, or for several files that of their hashes in a row.
+
+    None if a hash is not known.
+    """
+    if row.layers is None or row.sha256s is None:
+        return row.sha256
+    return hashlib.sha256("".join(row.sha256s).encode()).hexdigest()
+
+
+def _with_metrics(table: pd.DataFrame, rows: Sequence[SAERow]) -> pd.DataFrame:
     import pandas as pd
 
-    keys = ["release", "id", "sha256"]
+    keys = ["release", "id", _KEY]
     empty = pd.DataFrame(
         {name: pd.Series(dtype=dtype) for name, dtype in {**dict.fromkeys(keys, "string"), **METRICS}.items()}
     )  # pyright: ignore
@@ -209,7 +222,8 @@ def _with_metrics(table: pd.DataFrame) -> pd.DataFrame:
     files = [results_folder(str(repo)) / f"{release}.csv" for release, repo in owners]
     frames = [empty, *(_results(path) for path in files if path.is_file())]
     measured = pd.concat([frame[[*keys, *METRICS]] for frame in frames if len(frame)] or [empty])
-    joined = table.merge(measured, on=keys, how="left", validate="one_to_one")
+    keyed = table.assign(**{_KEY: pd.Series([weights_key(row) for row in rows], dtype="string", index=table.index)})
+    joined = keyed.merge(measured, on=keys, how="left", validate="one_to_one").drop(columns=_KEY)
     return joined.astype({**COLUMNS, **METRICS})  # pyright: ignore
 
 
@@ -224,7 +238,7 @@ def _results(path: Path) -> pd.DataFrame:
 
     try:
         frame = pd.read_csv(path, dtype=dict.fromkeys(("release", "id", "sha256"), "string"))
-        found = frame.rename(columns={"l0": "l0_measured"})
+        found = frame.rename(columns={"l0": "l0_measured", "sha256": _KEY})
         return found.astype(METRICS)  # pyright: ignore
     except OSError as error:
         raise RegistryError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error

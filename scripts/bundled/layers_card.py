@@ -42,7 +42,7 @@ def write_card(
 def _table(trained: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| folder | layer | L0 of its latents | FVU of its output |", "|---|---|---|---|"]
     for found, row in zip(trained, rows, strict=True):
-        lines.append(f"| `{row['path']}` | all | {found['l0']:.1f} (target {row['l0']:g}) | {found['fvu']:.4f} |")
+        lines.append(f"| `{row['path']}` | all | {found['l0']:.1f} (target {row['l0']:g}) | |")
         for layer, l0, fvu in zip(row["layers"], found["l0_layers"], found["fvu_layers"], strict=True):
             lines.append(f"| | {layer} | {l0:.1f} | {fvu:.4f} |")
     return lines
