@@ -1,4 +1,4 @@
-"""Interventions on latents of attribution graphs: what the graph predicts, and what is measured; for each kind of coder.
+"""Interventions on latents of attribution graphs: what a graph predicts, and what is measured, for each kind of coder.
 
 Example: python -m scripts.interventions --prompts 4 --sources 12
 
@@ -93,7 +93,7 @@ def main() -> None:
         model, frozen = measure(KINDS[name], args)
         points.append(model.assign(kind=name))
         fits += [{"kind": name, **row, "frozen_error": frozen} for row in fitted(model)]
-        for row in fits[-len(TARGETS) :]:
+        for row in [row for row in fits if row["kind"] == name]:
             print(f"{name}, {row['target']}: {row['n']} effects, r {row['pearson']:.2f}, slope {row['slope']:.2f}")
         print(f"    direct effects in the frozen pass: largest error {frozen:.0e} of the largest", flush=True)
     table = pd.concat(points, ignore_index=True)
@@ -143,6 +143,8 @@ def fitted(table: pd.DataFrame) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for group in TARGETS:
         x, y = table.loc[table["group"] == group, ["predicted", "measured"]].to_numpy(dtype=float).T
+        if not len(x):  # an MLP is a constant of the pass, so latents of MLP outputs have no edges to each other
+            continue
         r = float(np.corrcoef(x, y)[0, 1])
         rows.append({"target": group, "n": len(x), "pearson": r, "slope": float(x @ y / (x @ x))})
     return rows
