@@ -14,13 +14,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, checked_text, unknown_name
-from gemma_scope_tl.families import BACKENDS, Backend, Family, ModelDims, Place, Site, families, family_named
+from gemma_scope_tl.families import (
+    BACKENDS,
+    LAYERED_SITES,
+    Backend,
+    Family,
+    ModelDims,
+    Place,
+    Site,
+    families,
+    family_named,
+    refused_layered,
+)
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
     "BACKENDS",
+    "LAYERED_SITES",
     "SITES",
     "Backend",
     "ModelDims",
@@ -30,6 +42,7 @@ __all__ = [
     "check_hook_is_not_refused",
     "flatten_heads",
     "get_site",
+    "known_site",
     "layer_of_hook",
     "parse_place",
     "site_of_hook",
@@ -84,7 +97,19 @@ def get_site(name: str, family: str | Family | None = None) -> Site:
     try:
         return SITES[checked_text("site", name, SITES)]
     except KeyError:
-        raise unknown_name("site", name, SITES) from None
+        raise (refused_layered(name) or unknown_name("site", name, SITES)) from None
+
+
+def known_site(name: str) -> SiteName:
+    """Return the name of a site, or of a kind of coders that span several layers, which rows name in its place.
+
+    Raises:
+        UnknownNameError: with the nearest names.
+    """
+    known = [*SITES, *LAYERED_SITES]
+    if checked_text("site", name, known) not in known:
+        raise unknown_name("site", name, known)
+    return name
 
 
 def parse_place(key: str) -> Place:

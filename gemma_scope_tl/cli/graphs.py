@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 _LABELS = ("small", "medium", "big")
-_SHARE = {"min": 0.0, "max": 1.0}
 _NOTED = 150  # latents with promoted tokens on the page, unless another number is given
 _FILES = "Files"
 
@@ -42,7 +41,7 @@ class Graph(Command):
 
         gemma-scope graph "The king said unto the" --model bundled-gemma3 --site transcoder --site att --save graph.json
 
-        gemma-scope graph "The bridge is in San" --model gemma-3-1b-pt --width 262k --target " Francisco" --budget 4
+        gemma-scope graph "The bridge is in San" --model gemma-2-2b --target " Francisco" --budget 4 --save graph.json
 
         gemma-scope graph --read graph.json --out graph.html --table edges.csv
     """
@@ -66,8 +65,8 @@ class Graph(Command):
     budget: Annotated[float, typer.Option(min=0.001, help="GiB for gradients and decoder rows at a time.")] = 2.0
     max_nodes: Annotated[int, typer.Option(min=1, help="Most latents in the graph.")] = 7500
     positions: options.Positions = None
-    node_threshold: Annotated[float, typer.Option(help="Share of influence whose nodes are kept.", **_SHARE)] = 0.8
-    edge_threshold: Annotated[float, typer.Option(help="Share of influence whose edges are kept.", **_SHARE)] = 0.98
+    node_threshold: Annotated[float, typer.Option(min=0, max=1, help="Share of influence whose nodes are kept.")] = 0.8
+    edge_threshold: Annotated[float, typer.Option(min=0, max=1, help="Share of influence whose edges are kept.")] = 0.98
     top: Annotated[int, typer.Option(min=0, help="Latents to print.")] = 12
     out: Annotated[
         Path | None,
@@ -169,7 +168,7 @@ class Graph(Command):
         from gemma_scope_tl.dtypes import parse_device
 
         device = parse_device(self.device)
-        from gemma_scope_tl.attributions.attribution_graph import attribution_graph
+        from gemma_scope_tl.attributions.making import attribution_graph
         from gemma_scope_tl.model.loading import load_model
         from gemma_scope_tl.sae.loading import load_row
 
@@ -210,8 +209,13 @@ class Graph(Command):
         if self.out is not None:
             from gemma_scope_tl.viz.graph_page import write_graph_page
 
-            shares = {"node_threshold": self.node_threshold, "edge_threshold": self.edge_threshold}
-            write_graph_page(graph, self.out, notes=notes, **shares)
+            write_graph_page(
+                graph,
+                self.out,
+                notes=notes,
+                node_threshold=self.node_threshold,
+                edge_threshold=self.edge_threshold,
+            )
         if self.save is not None:
             from gemma_scope_tl.attributions.graph_json import write_graph
 
@@ -236,21 +240,21 @@ class Graph(Command):
         latents = (
             nodes[nodes["kind"] == "latent"].sort_values("influence", ascending=False, kind="stable").head(self.top)
         )
-        told = [{"token": one.label, "probability": one.probability} for one in logits.itertuples()]
+        told = [{"token": one["label"], "probability": one["probability"]} for one in logits.to_dict("records")]
         rows = [
             {
-                "latent": one.label or one.node_id,
-                "token": repr(graph.tokens[int(one.position)]),
-                "activation": one.activation,
-                "influence": one.influence,
+                "latent": one["label"] or one["node_id"],
+                "token": repr(graph.tokens[one["position"]]),
+                "activation": one["activation"],
+                "influence": one["influence"],
             }
-            for one in latents.head(self.top).itertuples()
+            for one in latents.head(self.top).to_dict("records")
         ]
         if self.as_json:
             print_facts({**facts, "logits": told, "latents": rows}, True)
             return
         if rows:
-            print_rows(rows, "", False)
+            print_rows(rows, "the most influential latents\n", False)
         likely = ", ".join(f"{one['token']!r} {one['probability']:.3f}" for one in told[:6])
         print_facts({**facts, "next tokens": likely})
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gemma_scope_tl.errors import KeywordError, SpliceError, UnknownNameError, unknown_name
 from gemma_scope_tl.families import Backend, Family, ModelDims
-from gemma_scope_tl.model.attached import AttachedSAE
+from gemma_scope_tl.model.attachment import Attachment
 from gemma_scope_tl.sites import site_of_hook
 
 
@@ -39,7 +39,7 @@ def translate_hook_name(name: str, valid: Iterable[str], backend: Backend, famil
     raise unknown_name("hook", name, names, hint)
 
 
-def other_names(attached: Iterable[AttachedSAE], family: Family, dims: ModelDims, backend: Backend) -> dict[str, str]:
+def other_names(attached: Iterable[Attachment], family: Family, dims: ModelDims, backend: Backend) -> dict[str, str]:
     """The other backend's name of every hook point of attached SAEs and of every site, by the name in this backend."""
     named: dict[str, str] = {}
     other: Backend = "bridge" if backend == "hooked_transformer" else "hooked_transformer"
@@ -84,20 +84,26 @@ def add_other_names(stored: dict[str, Any], wanted: Callable[[str], bool] | None
 
 
 def listed_hooks(hooks: Any) -> list[Any]:
-    """Convert pairs of a name and a function, or a single pair as from ``steer``, to a list.
+    """Convert pairs of a name and a function, a single pair as from ``steer``, and lists of pairs among them to a list.
 
     Raises:
         SpliceError: for anything but such pairs.
     """
     if isinstance(hooks, tuple) and len(hooks) == 2 and callable(hooks[1]):
         return [hooks]
-    pairs = list(hooks)
+    pairs: list[Any] = []
+    for item in hooks:
+        pairs += item if isinstance(item, list) and all(map(_is_pair, item)) else [item]
     for pair in pairs:
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and callable(pair[1])):
+        if not _is_pair(pair):
             raise SpliceError(
                 f"Hooks must be pairs of a name (or a filter of names) and a function; given: {pair!r:.80}."
             )
     return pairs
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, (tuple, list)) and len(item) == 2 and callable(item[1])
 
 
 def positional_hooks(args: tuple[Any, ...], fwd: Any, bwd: Any) -> tuple[tuple[Any, ...], tuple[Any, Any]]:

@@ -6,19 +6,21 @@ other packages need not distinguish them.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.families import Family, family_of_model
-from gemma_scope_tl.sae.arguments import as_indices
+from gemma_scope_tl.sae.arguments import as_index, as_indices, is_index, shown
 from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sae.config import FAMILY, OF_IDENTITY, Identity
 from gemma_scope_tl.sae.latents import Latents
+from gemma_scope_tl.sae.layered import LayeredCoder
 from gemma_scope_tl.sites import Site, site_of_hook
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
     SAEOrLatents = SAE[Any] | Latents
+    LatentNames = tuple[int, int] | Iterable[tuple[int, int]] | torch.Tensor
 
 
 def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int | None]:
@@ -39,9 +42,10 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
         family: the family of the site; None for :func:`trained_family`.
 
     Raises:
-        SpliceError: when the site is unknown.
+        SpliceError: when the site is unknown, or for a layered coder, which belongs to several layers.
         UnknownNameError: for a site or a hook that does not exist.
     """
+    check_is_not_layered(sae)
     name = getattr(sae, "site", None)
     if name is not None:
         return (family or trained_family(sae)).site(name), getattr(sae, "layer", None)
@@ -53,8 +57,26 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
     return site_of_hook(hook, sae.cfg.metadata.hook_name_out, family)
 
 
-def trained_family(sae: SAEOrLatents) -> Family:
-    """The family of the model that an SAE or latents were trained on.
+def check_is_not_layered(sae: Any) -> None:
+    """Raise :class:`SpliceError` for a layered coder, for functions of one SAE."""
+    if isinstance(sae, LayeredCoder):
+        raise SpliceError(f"A {sae.kind} reads and writes several layers, which is not supported here.")
+
+
+def places_of(coder: SAEOrLatents | LayeredCoder, family: Family | None = None) -> list[tuple[Site, int | None]]:
+    """The site and layer of :func:`locate`, or those of every layer of a layered coder.
+
+    Raises:
+        SpliceError, UnknownNameError: as :func:`locate`.
+    """
+    if not isinstance(coder, LayeredCoder):
+        return [locate(coder, family)]
+    site = (family or trained_family(coder)).site(coder.site)
+    return [(site, layer) for layer in coder.layers]
+
+
+def trained_family(sae: SAEOrLatents | LayeredCoder) -> Family:
+    """The family of the model that an SAE, a layered coder or latents were trained on.
 
     It is the one that the registry row or the metadata states, or else the one that the name of the model belongs to,
     or the only one that has the hooks in the metadata. If all of that is unknown, it is the first family that has the
@@ -66,7 +88,7 @@ def trained_family(sae: SAEOrLatents) -> Family:
     return _said_family(sae, OF_IDENTITY) or family_of_model(None, getattr(sae, "site", None))
 
 
-def check_trained_on(sae: SAEOrLatents, family: Family, model: str | None) -> None:
+def check_trained_on(sae: SAEOrLatents | LayeredCoder, family: Family, model: str | None) -> None:
     """Check that an SAE or latents were not trained on another model than the one of this family and name.
 
     Models of equal width have equal shapes, so a foreign SAE would run and give numbers without a meaning. An SAE that
@@ -74,7 +96,7 @@ def check_trained_on(sae: SAEOrLatents, family: Family, model: str | None) -> No
     its metadata may be assumed ones.
 
     Args:
-        sae: an SAE or latents.
+        sae: an SAE, a layered coder or latents.
         family: the family of the model. In another one, a hook of one name may give another tensor.
         model: the model's name in SAEs; None if it is unknown. An SAE of a base model fits the tuned model too (Gemma
             Scope, section 4.5), and the other way round.
@@ -117,15 +139,18 @@ def _base_name(model: str, family: Family) -> str:
     return family.base_name(model.split("/")[-1].lower())
 
 
-def _said_family(sae: SAEOrLatents, names: Iterable[str]) -> Family | None:
+def _said_family(sae: SAEOrLatents | LayeredCoder, names: Iterable[str]) -> Family | None:
     """The family that the model's name or these entries of the metadata tell; None if they tell none."""
-    said = {} if isinstance(sae, Latents) else {name: sae.cfg.metadata.get(name) for name in names}
+    if isinstance(sae, LayeredCoder):
+        said = {FAMILY: sae.family}
+    else:
+        said = {} if isinstance(sae, Latents) else {name: sae.cfg.metadata.get(name) for name in names}
     return Identity("", _model_of(sae), getattr(sae, "site", None), metadata=said).known_family
 
 
-def _model_of(sae: SAEOrLatents) -> str | None:
+def _model_of(sae: SAEOrLatents | LayeredCoder) -> str | None:
     name = getattr(sae, "model_name", None)
-    if not name and not isinstance(sae, Latents):
+    if not name and not isinstance(sae, (Latents, LayeredCoder)):
         name = sae.cfg.metadata.get("model_name")
     return name if isinstance(name, str) else None
 
@@ -139,12 +164,50 @@ def chosen_latents(sae: SAEOrLatents, latents: int | Iterable[int]) -> list[int]
     """
     from gemma_scope_tl.sae.base import checked_latents
 
+    check_is_not_layered(sae)
     if not isinstance(sae, Latents):
         return checked_latents(latents, sae.cfg.d_sae)
     chosen = as_indices(latents)
     for latent in chosen:
         sae.position(latent)
     return checked_latents(chosen, max(chosen, default=0) + 1)
+
+
+def layered_latents(coder: LayeredCoder, latents: LatentNames) -> list[tuple[int, int]]:
+    """Latents of a layered coder as pairs of the coder's layer, counted from 0, and the index within that layer.
+
+    Args:
+        coder: a layered coder.
+        latents: a pair ``(model's layer, index)``, several, or an array ``[n, 2]`` of them.
+
+    Raises:
+        SpliceError: for no latent, one that does not exist or is given twice, or anything but such pairs.
+    """
+    given: list[Any] = latents.tolist() if isinstance(latents, (torch.Tensor, np.ndarray)) else _listed(latents)
+    pairs = [tuple(given)] if len(given) == 2 and all(map(is_index, given)) else given
+    chosen: list[tuple[int, int]] = []
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise SpliceError(
+                f"A latent of a {coder.kind} is a pair of a layer and an index, such as ({coder.layers[0]}, 17); "
+                f"given: {shown(pair)}."
+            )
+        k, index = coder.index_of(as_index(pair[0])), as_index(pair[1])
+        if not 0 <= index < coder.widths[k]:
+            raise SpliceError(
+                f"No latent {index}: layer {coder.layers[k]} of this {coder.kind} has latents 0..{coder.widths[k] - 1}."
+            )
+        chosen.append((k, index))
+    if not chosen:
+        raise SpliceError("No latents were given: name at least one.")
+    if len(set(chosen)) < len(chosen):
+        raise SpliceError(f"A latent is given twice: {[(coder.layers[k], index) for k, index in chosen]}.")
+    return chosen
+
+
+def _listed(latents: Any) -> list[Any]:
+    several = isinstance(latents, Iterable) and not isinstance(latents, (str, bytes, Mapping))
+    return list(latents) if several else [latents]
 
 
 def decoder_rows(sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "k d_out"]:

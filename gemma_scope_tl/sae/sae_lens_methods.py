@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from gemma_scope_tl.files import checked_path, replace_files
 from gemma_scope_tl.registry import catalog
 from gemma_scope_tl.sae.building import build, class_of
 from gemma_scope_tl.sae.config import Identity
+from gemma_scope_tl.sae.layered import LayeredCoder
+from gemma_scope_tl.sae.layered_loading import is_layered_folder, load_layered_folder, load_layered_row
 from gemma_scope_tl.sae.reading import Checked, read_converted, read_folder, read_given, read_row, saved_dtype
 from gemma_scope_tl.sae.sae_lens_config import SAELensConfig
 from gemma_scope_tl.weights.checks import CFG_NAME, WEIGHTS_NAME
@@ -61,7 +63,7 @@ class LoadingMixin(_Base):
         converter: Any = None,
         fold_W_dec_norm: bool = False,
     ) -> Any:
-        """Load the SAE (or transcoder) with an id in a release.
+        """Load the SAE (or transcoder) with an id in a release, or a coder of several layers, as :meth:`from_row`.
 
         Args:
             release: a name such as ``"gemma-scope-2b-pt-res"``.
@@ -79,6 +81,10 @@ class LoadingMixin(_Base):
             UnknownNameError: for a release, id or dtype that does not exist, with the nearest ones.
             WeightsError: when the file cannot be obtained or fails a check.
         """
+        if converter is None and (row := catalog.resolve(release, sae_id)).layers is not None:
+            if fold_W_dec_norm:
+                raise GemmaScopeError(f"{release}/{sae_id} is a {row.site}, whose decoder norms are not folded.")
+            return cls.from_row(row, device, dtype, force_download)
         return cls.from_pretrained_with_cfg_and_sparsity(
             release, sae_id, device, dtype, force_download, converter, fold_W_dec_norm
         )[0]
@@ -96,7 +102,11 @@ class LoadingMixin(_Base):
     ) -> tuple[Any, dict[str, Any], torch.Tensor | None]:
         """Load as :meth:`from_pretrained`, and also return the config as a dict and a ``converter``'s sparsity."""
         if converter is None:
-            sae, sparsity = cls.from_row(catalog.resolve(release, sae_id), device, dtype, force_download), None
+            row = catalog.resolve(release, sae_id)
+            if row.layers is not None:
+                what = f"{release}/{sae_id} is a {row.site}, which has no configuration of SAELens"
+                raise GemmaScopeError(f"{what}. Load it with from_pretrained.")
+            sae, sparsity = cls.from_row(row, device, dtype, force_download), None
         else:
             row = None if "/" in release else catalog.resolve(release, sae_id)
             repo, folder = (release, sae_id) if row is None else (row.repo, row.path)
@@ -122,6 +132,8 @@ class LoadingMixin(_Base):
     ) -> Any:
         """Fetch and load the SAE (or transcoder) of a registry row, and check it against the row.
 
+        For a row of several layers the result is a :class:`~gemma_scope_tl.sae.layered.LayeredCoder`.
+
         Args:
             row: a row, such as from :func:`gemma_scope_tl.registry.resolve`.
             device, dtype, force_download: as for :meth:`from_pretrained`.
@@ -130,6 +142,9 @@ class LoadingMixin(_Base):
             UnknownNameError: for a dtype that does not exist.
             WeightsError: when the file cannot be obtained or fails a check.
         """
+        if row.layers is not None:
+            cls._check_class(LayeredCoder)
+            return load_layered_row(row, device, dtype, force_download)
         return cls._loaded(lambda to, kind: read_row(row, to, kind, force_download), device, dtype)
 
     @classmethod
@@ -143,9 +158,11 @@ class LoadingMixin(_Base):
         dtype: str | torch.dtype = "float32",
         *,
         family: str | None = None,
+        layers: Sequence[int] | None = None,
     ) -> Any:
         """Load an SAE from a folder with ``params.npz``; with ``cfg.json`` and ``sae_weights.safetensors``; or with
-        ``params.safetensors`` and, if there is one, ``config.json``.
+        ``params.safetensors`` and, if there is one, ``config.json``. From a folder with ``params_layer_k.safetensors``
+        for each of several layers, the result is a :class:`~gemma_scope_tl.sae.layered.LayeredCoder`.
 
         Args:
             path: the folder, or the ``params.npz`` or ``.safetensors`` file.
@@ -156,6 +173,8 @@ class LoadingMixin(_Base):
             device, dtype: as for :meth:`from_pretrained`.
             family: family of a model of your own, such as ``"gemma2"``, whose name does not tell it. Transcoders of
                 different families read different tensors.
+            layers: the layers of a crosscoder whose folder has no ``config.json``. Such a folder also needs ``site``,
+                ``"crosscoder"`` or ``"clt"``. Coders of several layers have no ``layer``.
 
         Raises:
             WeightsError: when the files are missing or fail a check.
@@ -164,6 +183,13 @@ class LoadingMixin(_Base):
         Warns:
             AssumedFamilyWarning: nothing says the family, and SAEs at this site differ between families.
         """
+        if is_layered_folder(path):
+            if layer is not None:
+                raise GemmaScopeError(f"{path} holds a coder of several layers: omit layer={layer!r}.")
+            cls._check_class(LayeredCoder)
+            return load_layered_folder(path, model, site, layers, device, dtype, family=family)
+        if layers is not None:
+            raise GemmaScopeError(f"{path} holds no coder of several layers: give layer= in place of layers=.")
         place = (model, site, layer, family)
         return cls._loaded(lambda to, kind: read_folder(path, place, to, kind), device, dtype)
 
@@ -253,9 +279,14 @@ class LoadingMixin(_Base):
         kind, to = parse_dtype(dtype), parse_device(device)  # checked before a download
         arrays, identity = read(to, kind)
         sae = build(arrays, identity, to, kind)
-        if cls.is_transcoder and not isinstance(sae, cls):
-            raise GemmaScopeError(f"This is a {type(sae).__name__}, not a {cls.__name__}: load it with that class.")
+        cls._check_class(type(sae))
         return sae
+
+    @classmethod
+    def _check_class(cls, found: type) -> None:
+        """Raise unless a coder of class ``found`` may be the result, which on a transcoder class must be of it."""
+        if cls.is_transcoder and not issubclass(found, cls):
+            raise GemmaScopeError(f"This is a {found.__name__}, not a {cls.__name__}: load it with that class.")
 
 
 class SavingMixin(_Base):

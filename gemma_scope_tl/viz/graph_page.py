@@ -123,7 +123,8 @@ def page_data(
     coders = list(dict.fromkeys(nodes["coder"].dropna()))
     kept = [_note_key(*one) for one in zip(*(plain_values(nodes[name]) for name in _KEY), strict=True)]
     known = notes or {}
-    listed = [key for key in dict.fromkeys(kept) if key in known]
+    listed = [key for key in dict.fromkeys(kept) if key is not None and key in known]
+    numbers = {key: n for n, key in enumerate(listed)}
     columns: dict[str, list[Any]] = {name: plain_values(nodes[name]) for name in _COLUMNS}
     columns["label"] = _labels(columns)
     weights = graph.weights.data[pairs]
@@ -138,7 +139,7 @@ def page_data(
             "id": nodes["node_id"].tolist(),
             "kind": nodes["kind"].tolist(),
             "coder": [coders.index(one) if one in coders else None for one in plain_values(nodes["coder"])],
-            "note": [listed.index(key) if key in known else None for key in kept],
+            "note": [None if key is None else numbers.get(key) for key in kept],
             **columns,
         },
         "edges": {

@@ -58,13 +58,19 @@ STUDIES = ("position", "frequency", "domains", "precision", "uniformity", "probe
 """Names of ``scripts.study_page.STUDIES``, which importing that module here would make slow to list."""
 
 MEASURED = ("model", "suite", "text")
+ALL_MEASURED = (*MEASURED, "model-gemma3", "suite-gemma3")
 
 SECOND_STEPS = (
     Step(
         "suite-gemma3",
         ("scripts/train_bundled.py saes --bundle bundled-gemma3",),
         ("model-gemma3", "text", "recipe-gemma3"),
-        (f"{SECOND}/saes/**/*", "pretrained_yaml/bundled-gemma3-*.yaml"),
+        (
+            f"{SECOND}/saes/*_all/**/*",
+            f"{SECOND}/saes/README.md",
+            f"{SECOND}/saes/training.jsonl",
+            "pretrained_yaml/bundled-gemma3-[!c]*.yaml",
+        ),
         corpus,
         note="trains all SAEs; a stopped run is continued",
     ),
@@ -72,7 +78,7 @@ SECOND_STEPS = (
         "results-gemma3",
         ("scripts/bundled_results.py --model bundled-gemma3",),
         ("model-gemma3", "suite-gemma3", "text"),
-        (f"{SECOND}/results/*",),
+        (f"{SECOND}/results/bundled-gemma3-[!c]*",),
     ),
 )
 """The steps of the second bundled model."""
@@ -109,6 +115,12 @@ STEPS = (
         for name in STUDIES
     ),
     Step("attribution", ("scripts/attribution_check.py",), MEASURED, ("docs/attribution.json", "docs/attribution.png")),
+    Step(
+        "interventions",
+        ("-m scripts.interventions",),
+        ALL_MEASURED,
+        ("docs/interventions.csv", "docs/interventions.json", "docs/interventions.png"),
+    ),
     Step("tour", ("scripts/demo.py --out docs",), MEASURED, ("docs/demo.png", "docs/circuit.png")),
     Step("tutorials", ("-m scripts.tutorials",), (*MEASURED, "notebook sources"), ("tutorials/*.ipynb",)),
     Step(
