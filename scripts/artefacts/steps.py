@@ -58,6 +58,7 @@ STUDIES = ("position", "frequency", "domains", "precision", "uniformity", "probe
 """Names of ``scripts.study_page.STUDIES``, which importing that module here would make slow to list."""
 
 MEASURED = ("model", "suite", "text")
+ALL_MEASURED = (*MEASURED, "model-gemma3", "suite-gemma3")
 
 
 def _releases(*names: str) -> str:
@@ -139,6 +140,12 @@ STEPS = (
         for name in STUDIES
     ),
     Step("attribution", ("scripts/attribution_check.py",), MEASURED, ("docs/attribution.json", "docs/attribution.png")),
+    Step(
+        "interventions",
+        ("-m scripts.interventions",),
+        ALL_MEASURED,
+        ("docs/interventions.csv", "docs/interventions.json", "docs/interventions.png"),
+    ),
     Step("tour", ("scripts/demo.py --out docs",), MEASURED, ("docs/demo.png", "docs/circuit.png")),
     Step("tutorials", ("-m scripts.tutorials",), (*MEASURED, "notebook sources"), ("tutorials/*.ipynb",)),
     Step(
