@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
+    "LAYERED_SITES",
     "SITES",
     "Backend",
     "ModelDims",
@@ -62,6 +63,13 @@ class _Sites(Mapping[str, Site]):
 SITES: Mapping[str, Site] = _Sites()
 
 
+LAYERED_SITES: Mapping[str, SiteName] = {"crosscoder": "res", "clt": "transcoder"}
+"""The kinds of coders that span several layers, which registry rows name in place of a site.
+
+The value is the site whose tensors the coder reads and writes in each of its layers. A kind is in no site table.
+"""
+
+
 def get_site(name: str, family: str | Family | None = None) -> Site:
     """The row of the site table with this name.
 
@@ -84,7 +92,17 @@ def get_site(name: str, family: str | Family | None = None) -> Site:
     try:
         return SITES[checked_text("site", name, SITES)]
     except KeyError:
+        refuse_layered(name)
         raise unknown_name("site", name, SITES) from None
+
+
+def refuse_layered(name: str) -> None:
+    """Raise :class:`SpliceError` if ``name`` is a kind of coders that span several layers, and so is no site."""
+    if name in LAYERED_SITES:
+        raise SpliceError(
+            f"{name!r} is a kind of coders that span several layers, and no site of a single one: they read the "
+            f"tensors of site {LAYERED_SITES[name]!r} at each of their layers. This function takes sites."
+        )
 
 
 def parse_place(key: str) -> Place:

@@ -11,7 +11,8 @@ A crosscoder reads and writes the residual stream, as an SAE does at ``res``. A 
 transcoders read and writes the MLP output. Only some have the skip connection ``W_skip``.
 
 The released files hold ``W_dec_j`` with an output plane for every layer. The planes of layers before ``j`` are zeros
-and are not part of the object: ``W_dec[j]`` is ``[m_j, K - j, d_out]``, and plane 0 is the output at layer ``j`` itself.
+and are not part of the object: ``W_dec[j]`` is ``[m_j, K - j, d_out]``, and plane 0 is the output at layer ``j``
+itself.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from torch import Tensor, nn
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.sae.sparse import SparseActs, decode_sparse, encode_sparse
+from gemma_scope_tl.sites import LAYERED_SITES
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 LayeredKind = Literal["crosscoder", "clt"]
-LAYERED_KINDS: Mapping[LayeredKind, str] = {"crosscoder": "res", "clt": "transcoder"}
+LAYERED_KINDS: Mapping[str, str] = LAYERED_SITES
 """The kinds of layered coders, with the site whose tensors they read and write in each of their layers."""
 
 
@@ -45,6 +47,8 @@ class LayeredCoder(nn.Module):
         b_dec: for each layer ``[d_out]``.
         W_skip: for each layer ``[d_in, d_out]``, applied as ``x @ W_skip``; None without skip connections.
         model_name: name of the model that the coder was trained on.
+        family: name of that model's family, if it is known.
+        l0: the target of the mean number of active latents of all layers together, if it is known.
 
     Attributes:
         row: the registry row of the weights, or None.
@@ -66,13 +70,15 @@ class LayeredCoder(nn.Module):
         W_skip: Sequence[Tensor] | None = None,
         *,
         model_name: str | None = None,
+        family: str | None = None,
+        l0: float | None = None,
     ) -> None:
         super().__init__()
         if kind not in LAYERED_KINDS:
             raise unknown_name("kind of layered coder", kind, LAYERED_KINDS)
         self.kind: LayeredKind = kind
         self.layers = tuple(layers)
-        self.model_name = model_name
+        self.model_name, self.family, self.l0 = model_name, family, l0
         self.row: SAERow | None = None
         self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec = (
             _parameters(arrays) for arrays in (W_enc, b_enc, threshold, W_dec, b_dec)

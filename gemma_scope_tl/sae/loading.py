@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,10 @@ def load_folder(
     dtype: str | torch.dtype = "float32",
     *,
     family: str | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Any:
-    """Load the SAE or transcoder in a folder; see :meth:`JumpReLUSAE.from_folder`."""
-    return JumpReLUSAE.from_folder(path, model, site, layer, device, dtype, family=family)
+    """Load the SAE, transcoder, crosscoder or cross-layer transcoder in a folder.
+
+    See :meth:`JumpReLUSAE.from_folder`.
+    """
+    return JumpReLUSAE.from_folder(path, model, site, layer, device, dtype, family=family, layers=layers)

@@ -25,9 +25,9 @@ from gemma_scope_tl.sae.units import fold_b_dec, site_units
 from gemma_scope_tl.weights.checks import (
     CFG_NAME,
     CODER_NAME,
-    NOT_YET,
     PARAMS_NAME,
     WEIGHTS_NAME,
+    WHOLE_FOLDER,
     Expected,
     weights_error,
 )
@@ -153,7 +153,7 @@ def find_file(path: str | PathLike[str]) -> Path:
         layered = not files and any(given.glob("params_layer_*.safetensors"))
     if layered:
         raise weights_error(
-            given, "holds a crosscoder or a cross-layer transcoder, with a file for each layer", NOT_YET
+            given, "holds a crosscoder or a cross-layer transcoder, with a file for each layer", WHOLE_FOLDER
         )
     if len(files) != 1:
         none = f"has neither {PARAMS_NAME} nor {CODER_NAME} nor {CFG_NAME} with {WEIGHTS_NAME}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from gemma_scope_tl.files import checked_path, replace_files
 from gemma_scope_tl.registry import catalog
 from gemma_scope_tl.sae.building import build, class_of
 from gemma_scope_tl.sae.config import Identity
+from gemma_scope_tl.sae.layered import LayeredCoder
+from gemma_scope_tl.sae.layered_loading import is_layered_folder, load_layered_folder
 from gemma_scope_tl.sae.reading import Checked, read_converted, read_folder, read_given, read_row, saved_dtype
 from gemma_scope_tl.sae.sae_lens_config import SAELensConfig
 from gemma_scope_tl.weights.checks import CFG_NAME, WEIGHTS_NAME
@@ -143,9 +145,11 @@ class LoadingMixin(_Base):
         dtype: str | torch.dtype = "float32",
         *,
         family: str | None = None,
+        layers: Sequence[int] | None = None,
     ) -> Any:
         """Load an SAE from a folder with ``params.npz``; with ``cfg.json`` and ``sae_weights.safetensors``; or with
-        ``params.safetensors`` and, if there is one, ``config.json``.
+        ``params.safetensors`` and, if there is one, ``config.json``. From a folder with ``params_layer_k.safetensors``
+        for each of several layers, the result is a :class:`~gemma_scope_tl.sae.layered.LayeredCoder`.
 
         Args:
             path: the folder, or the ``params.npz`` or ``.safetensors`` file.
@@ -156,6 +160,8 @@ class LoadingMixin(_Base):
             device, dtype: as for :meth:`from_pretrained`.
             family: family of a model of your own, such as ``"gemma2"``, whose name does not tell it. Transcoders of
                 different families read different tensors.
+            layers: the layers of a crosscoder whose folder has no ``config.json``. Such a folder also needs ``site``,
+                ``"crosscoder"`` or ``"clt"``. Coders of several layers have no ``layer``.
 
         Raises:
             WeightsError: when the files are missing or fail a check.
@@ -164,6 +170,13 @@ class LoadingMixin(_Base):
         Warns:
             AssumedFamilyWarning: nothing says the family, and SAEs at this site differ between families.
         """
+        if is_layered_folder(path):
+            if layer is not None:
+                raise GemmaScopeError(f"{path} holds a coder of several layers: omit layer={layer!r}.")
+            cls._check_class(LayeredCoder)
+            return load_layered_folder(path, model, site, layers, device, dtype, family=family)
+        if layers is not None:
+            raise GemmaScopeError(f"{path} holds no coder of several layers: give layer= in place of layers=.")
         place = (model, site, layer, family)
         return cls._loaded(lambda to, kind: read_folder(path, place, to, kind), device, dtype)
 
@@ -253,9 +266,14 @@ class LoadingMixin(_Base):
         kind, to = parse_dtype(dtype), parse_device(device)  # checked before a download
         arrays, identity = read(to, kind)
         sae = build(arrays, identity, to, kind)
-        if cls.is_transcoder and not isinstance(sae, cls):
-            raise GemmaScopeError(f"This is a {type(sae).__name__}, not a {cls.__name__}: load it with that class.")
+        cls._check_class(type(sae))
         return sae
+
+    @classmethod
+    def _check_class(cls, found: type) -> None:
+        """Raise unless a coder of class ``found`` may be the result, which on a transcoder class must be of it."""
+        if cls.is_transcoder and not issubclass(found, cls):
+            raise GemmaScopeError(f"This is a {found.__name__}, not a {cls.__name__}: load it with that class.")
 
 
 class SavingMixin(_Base):

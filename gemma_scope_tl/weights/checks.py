@@ -31,7 +31,9 @@ CODER_NAME, CONFIG_NAME = "params.safetensors", "config.json"
 """The files of Gemma Scope 2's layout; some of its folders have no ``config.json``."""
 MAX_ARRAYS = 64
 """The largest number of arrays in a weights file. An SAE has five; more arrays cost memory and lengthen messages."""
-NOT_YET = "They are not supported yet: load an SAE or a transcoder of a single layer."
+WHOLE_FOLDER = "It is loaded together with the files of its other layers: give the folder that holds them."
+LAYER_NAME = "params_layer_{}.safetensors"
+"""The file of one layer of a crosscoder or a cross-layer transcoder, counted among the coder's layers."""
 REMEDY = "Delete the file and download it again (`hf download REPO FILE --force-download`)."
 NOT_READ = "Check its permissions and the disk; the file may be sound."
 _HEAD = 512
@@ -193,7 +195,7 @@ def matrix_shape(name: str, shape: tuple[int, ...], source: str) -> tuple[int, i
     """
     if name == "W_dec" and len(shape) == 3:
         what = f"has w_dec {list(shape)}, so it is a layer of a crosscoder or of a cross-layer transcoder"
-        raise weights_error(source, what, NOT_YET)
+        raise weights_error(source, what, WHOLE_FOLDER)
     if len(shape) != 2 or 0 in shape:
         raise weights_error(source, f"has {name} of shape {shape}, which is not a matrix", _WRONG_SAE)
     return shape[0], shape[1]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError, WeightsError
 from gemma_scope_tl.families import Family, Site, bare_name, families, family_named, named_family
 from gemma_scope_tl.registry.widths import parse_width
-from gemma_scope_tl.weights.checks import CONFIG_NAME, NOT_YET, Expected, short, weights_error
+from gemma_scope_tl.weights.checks import CONFIG_NAME, WHOLE_FOLDER, Expected, short, weights_error
 from gemma_scope_tl.weights.safetensors_file import read_json
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ ARCHITECTURE = "jump_relu"
 SINGLE, SEVERAL = ("sae", "transcoder"), ("clt", "crosscoder")
 _DECODER = "model"  # the text model's own path, also where it is part of a larger one
 _LONGEST = 200  # characters of a text
-_CHECK = "Check that the files belong together, then delete them and download them again."
+CHECK = "Check that the files belong together, then delete them and download them again."
 
 
 @dataclass(frozen=True)
@@ -77,43 +77,27 @@ class CoderConfig:
     @classmethod
     def parse(cls, raw: dict[str, Any], source: Path) -> CoderConfig:
         """Check the content of a file; raises as :meth:`beside`."""
-        reads, writes, kind, architecture, model, family = (
-            _text(raw, key, source)
-            for key in ("hf_hook_point_in", "hf_hook_point_out", "type", "architecture", "model_name", "family")
-        )
-        if kind in SEVERAL or "{" in f"{reads}{writes}":
+        said = said_values(raw, source)
+        kind = said["kind"]
+        if spans_layers(said):
             what = f"describes a {kind or 'coder'} that spans several layers" if kind not in SEVERAL else _several(kind)
-            raise weights_error(source, what, NOT_YET)
-        if kind not in (None, *SINGLE):
-            raise weights_error(source, f"has type {short(kind)}, not one of {', '.join((*SINGLE, *SEVERAL))}", _CHECK)
-        if architecture not in (None, ARCHITECTURE):
-            what = f"has architecture {short(architecture)}, not {ARCHITECTURE}"
-            raise weights_error(source, what, "Only JumpReLU SAEs and transcoders can be loaded.")
-        affine = raw.get("affine_connection")
-        if affine is not None and not isinstance(affine, bool):
-            raise weights_error(source, f"has affine_connection {short(affine)}, not true or false", _CHECK)
-        if family is not None:
-            _named_family(family, source)
-        named = None if model is None else bare_name(model)
-        width, l0 = _width(raw.get("width"), source), _l0(raw.get("l0"), source)
-        return cls(source, reads, writes, kind, affine, width, l0, named, family)._sound()
+            raise weights_error(source, what, WHOLE_FOLDER)
+        return cls(source, **said)._sound()
 
     def _sound(self) -> CoderConfig:
         """This configuration, if it does not contradict itself."""
         if self.width is not None and self.l0 is not None and self.l0 > self.width:
-            raise weights_error(self.source, f"has l0 {self.l0:g}, more than its width {self.width}", _CHECK)
+            raise weights_error(self.source, f"has l0 {self.l0:g}, more than its width {self.width}", CHECK)
         if self.reads is None:
             if self.writes is not None:
-                raise weights_error(
-                    self.source, f"names the tensor {self.writes} that is written but none read", _CHECK
-                )
+                raise weights_error(self.source, f"names the tensor {self.writes} that is written but none read", CHECK)
             return self
         crosses = self.writes not in (None, self.reads)
         if self.kind is not None and crosses != (self.kind == "transcoder"):
             what = f"is of type {self.kind}, but reads {self.reads} and writes {self.writes or self.reads}"
-            raise weights_error(self.source, what, _CHECK)
+            raise weights_error(self.source, what, CHECK)
         if self.affine and not crosses:
-            raise weights_error(self.source, "describes an SAE with an affine_connection", _CHECK)
+            raise weights_error(self.source, "describes an SAE with an affine_connection", CHECK)
         return self
 
     @property
@@ -164,7 +148,7 @@ class CoderConfig:
             if value is not None and getattr(expected, name) not in (None, value)
         ]
         if off:
-            raise weights_error(self.source, f"has {'; '.join(off)} according to {expected.said_by}", _CHECK)
+            raise weights_error(self.source, f"has {'; '.join(off)} according to {expected.said_by}", CHECK)
         known: dict[str, Any] = {name: value for name, value in said.items() if getattr(expected, name) is None}
         return replace(expected, **known, said_by=f"{expected.said_by} or {CONFIG_NAME}")
 
@@ -180,7 +164,38 @@ class CoderConfig:
             texts.append(f"site {found[1].name}, layer {found[2]}, should be {row.site}, layer {row.layer}")
         if texts:
             what = f"has {'; '.join(texts)} according to the registry ({row.release}/{row.id})"
-            raise weights_error(self.source, what, _CHECK)
+            raise weights_error(self.source, what, CHECK)
+
+
+def said_values(raw: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The checked values of a file by the names of :class:`CoderConfig`'s attributes, None where the file has none.
+
+    Raises:
+        WeightsError: for a value of a wrong type, another architecture, or an unknown type of coder.
+    """
+    reads, writes, kind, architecture, model, family = (
+        _text(raw, key, source)
+        for key in ("hf_hook_point_in", "hf_hook_point_out", "type", "architecture", "model_name", "family")
+    )
+    if kind not in (None, *SINGLE, *SEVERAL):
+        raise weights_error(source, f"has type {short(kind)}, not one of {', '.join((*SINGLE, *SEVERAL))}", CHECK)
+    if architecture not in (None, ARCHITECTURE):
+        what = f"has architecture {short(architecture)}, not {ARCHITECTURE}"
+        raise weights_error(source, what, "Only JumpReLU SAEs and transcoders can be loaded.")
+    affine = raw.get("affine_connection")
+    if affine is not None and not isinstance(affine, bool):
+        raise weights_error(source, f"has affine_connection {short(affine)}, not true or false", CHECK)
+    if family is not None:
+        _named_family(family, source)
+    named = None if model is None else bare_name(model)
+    width, l0 = _width(raw.get("width"), source), _l0(raw.get("l0"), source)
+    names = ("reads", "writes", "kind", "affine", "width", "l0", "model", "family")
+    return dict(zip(names, (reads, writes, kind, affine, width, l0, named, family), strict=True))
+
+
+def spans_layers(said: dict[str, Any]) -> bool:
+    """Whether the values of a configuration describe a coder of several layers."""
+    return said["kind"] in SEVERAL or "{" in f"{said['reads']}{said['writes']}"
 
 
 def module_hook(site: Site, layer: int | None) -> str | None:
@@ -220,17 +235,17 @@ def _text(raw: dict[str, Any], key: str, source: Path) -> str | None:
     value = raw.get(key)
     if value is None or (isinstance(value, str) and 0 < len(value) <= _LONGEST and value.isprintable()):
         return value
-    raise weights_error(source, f"has {key} {short(value)}, which is not a name", _CHECK)
+    raise weights_error(source, f"has {key} {short(value)}, which is not a name", CHECK)
 
 
 def _width(value: Any, source: Path) -> int | None:
     try:
         number = parse_width(value) if isinstance(value, str) else value
     except RegistryError as error:
-        raise weights_error(source, f"has width {short(value)}, which is not a number of latents", _CHECK) from error
+        raise weights_error(source, f"has width {short(value)}, which is not a number of latents", CHECK) from error
     if number is None or (type(number) is int and number > 0):
         return number
-    raise weights_error(source, f"has width {short(value)}, which is not a number of latents", _CHECK)
+    raise weights_error(source, f"has width {short(value)}, which is not a number of latents", CHECK)
 
 
 def _l0(value: Any, source: Path) -> float | None:
@@ -240,7 +255,7 @@ def _l0(value: Any, source: Path) -> float | None:
         with_limits = float(value) if abs(value) < 1e9 else math.inf
         if 0 < with_limits < math.inf:
             return with_limits
-    raise weights_error(source, f"has l0 {short(value)}, which is not a positive number", _CHECK)
+    raise weights_error(source, f"has l0 {short(value)}, which is not a positive number", CHECK)
 
 
 def _named_family(name: str, source: Path) -> Family:

@@ -116,35 +116,12 @@ def load_arrays(
     try:
         with read_errors(path):
             mapped = (path.exists() and may_map(path)) if mapped is None else mapped
-        return _load(path, expected, _Reading(path, dtype, torch.device(device), elementwise or {}, mapped), sha256)
+        read = Reading(path, dtype, torch.device(device), elementwise or {}, mapped)
+        return _finished(read.run(inspect(path, expected), sha256), str(path))
     except WeightsError:
         if sha256 is not None and is_file(path):  # report a wrong file as such, not by the first check that it fails
             check_sha256(path, sha256)
         raise
-
-
-def _load(path: Path, expected: Expected | None, read: _Reading, sha256: str | None) -> dict[str, torch.Tensor]:
-    layouts = inspect(path, expected)
-    with read_errors(path):
-        key = file_key(path)
-    stamp = read_stamp(path)
-    fits = stamp is not None and sha256 in (None, stamp.sha256) and stamp.ranges.keys() == layouts.keys()
-    known = stamp if fits else None
-    for name, layout in layouts.items():
-        read.plan(name, layout, check=known is None)
-    digest = hashlib.sha256() if known is None and sha256 is not None else None
-    with read_errors(path):
-        stream(path, layouts, read.sinks, read.verify, digest)
-    if digest is not None and sha256 is not None and digest.hexdigest() != sha256:
-        raise wrong_hash(path, digest.hexdigest(), sha256)
-    found = {name: (one.low, one.high) for name, one in read.ranges.items()}
-    ranges = {**(known.ranges if known else {}), **found}
-    for name, (low, high) in ranges.items():
-        check_range(name, low, high, str(path))
-        read.check_fits(name, low, high)
-    if known is None:
-        write_stamp(path, Stamp(ranges, sha256), key)
-    return _finished(read.tensors, str(path))
 
 
 @ordinary_tensors()
@@ -154,13 +131,13 @@ def load_array(path: Path, layout: ArrayLayout) -> torch.Tensor:
     Raises:
         WeightsError: when it is truncated or corrupt.
     """
-    tensor = _allocated(path, layout.shape, layout.dtype, torch.device("cpu"))
+    tensor = allocated(path, layout.shape, layout.dtype, torch.device("cpu"))
     with read_errors(path):
-        stream(path, {layout.name: layout}, {layout.name: [_copier(tensor, layout.fortran, None)]}, (layout.name,))
+        stream(path, {layout.name: layout}, {layout.name: [copier(tensor, layout.fortran, None)]}, (layout.name,))
     return tensor
 
 
-class _Range:
+class ValueRange:
     """A sink that records the smallest and largest value, both NaN if any value is NaN."""
 
     def __init__(self) -> None:
@@ -175,8 +152,17 @@ class _Range:
 
 
 @dataclass
-class _Reading:
-    """The destination and the checks of each array of one file."""
+class Reading:
+    """The destination and the checks of each array of one file, which is read in one pass (:meth:`run`).
+
+    Attributes:
+        path: the file.
+        dtype, device, elementwise, mapped: as for :func:`load_arrays`.
+        tensors: the destination of each array.
+        sinks: the consumers of each array.
+        ranges: the sinks that find the smallest and largest values that are checked.
+        verify: names of the arrays whose checksum is compared.
+    """
 
     path: Path
     dtype: torch.dtype | None
@@ -185,32 +171,70 @@ class _Reading:
     mapped: bool
     tensors: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     sinks: dict[str, list[Sink]] = field(default_factory=dict[str, "list[Sink]"])
-    ranges: dict[str, _Range] = field(default_factory=dict[str, _Range])
+    ranges: dict[str, ValueRange] = field(default_factory=dict[str, ValueRange])
     verify: set[str] = field(default_factory=set[str])
+
+    def run(self, layouts: Mapping[str, ArrayLayout], sha256: str | None) -> dict[str, torch.Tensor]:
+        """Read and check all arrays; what a stamp says to be checked already is not read again.
+
+        Args:
+            layouts: the arrays by canonical name.
+            sha256: the required sha256 of the whole file.
+
+        Raises:
+            WeightsError: when a check fails.
+        """
+        path = self.path
+        with read_errors(path):
+            key = file_key(path)
+        stamp = read_stamp(path)
+        fits = stamp is not None and sha256 in (None, stamp.sha256) and stamp.ranges.keys() == self.checked(layouts)
+        known = stamp if fits else None
+        for name, layout in layouts.items():
+            self.plan(name, layout, check=known is None)
+        digest = hashlib.sha256() if known is None and sha256 is not None else None
+        with read_errors(path):
+            stream(path, layouts, self.sinks, self.verify, digest)
+        if digest is not None and sha256 is not None and digest.hexdigest() != sha256:
+            raise wrong_hash(path, digest.hexdigest(), sha256)
+        found = {name: (one.low, one.high) for name, one in self.ranges.items()}
+        ranges = {**(known.ranges if known else {}), **found}
+        for name, (low, high) in ranges.items():
+            self.check_range(name, low, high)
+        if known is None:
+            write_stamp(path, Stamp(ranges, sha256), key)
+        return self.tensors
+
+    def checked(self, layouts: Mapping[str, ArrayLayout]) -> set[str]:
+        """The names of the ranges that the full check of a file finds."""
+        return set(layouts)
+
+    def check_range(self, name: str, low: float, high: float) -> None:
+        """Check the smallest and largest value of an array: finite, and not too large for the destination."""
+        check_range(name, low, high, str(self.path))
+        self.check_fits(name, low, high)
 
     def plan(self, name: str, layout: ArrayLayout, check: bool) -> None:
         """Map the array, or create the tensor for its copy. Small arrays are always checked."""
         check = check or len(layout.shape) < 2
-        to = self._dtype_of(name, layout)
+        to = self.dtype_of(name, layout)
         sinks: list[Sink] = []
         if check:
-            self.ranges[name] = one = _Range()
+            self.ranges[name] = one = ValueRange()
             self.verify.add(name)
             sinks.append(one)
-        stays = (
-            self.mapped
-            and layout.mappable
-            and to == layout.dtype
-            and self.device.type == "cpu"
-            and name not in self.elementwise
-        )
-        if stays and len(layout.shape) > 1:
+        if self.stays(name, layout) and len(layout.shape) > 1:
             with read_errors(self.path):
                 self.tensors[name] = map_array(self.path, layout)
         else:
-            self.tensors[name] = _allocated(self.path, layout.shape, to, self.device)
-            sinks.append(_copier(self.tensors[name], layout.fortran, self.elementwise.get(name)))
+            self.tensors[name] = allocated(self.path, layout.shape, to, self.device)
+            sinks.append(copier(self.tensors[name], layout.fortran, self.elementwise.get(name)))
         self.sinks[name] = sinks
+
+    def stays(self, name: str, layout: ArrayLayout) -> bool:
+        """Whether an array can be mapped, as no conversion is needed."""
+        same = self.dtype_of(name, layout) == layout.dtype and self.device.type == "cpu"
+        return self.mapped and layout.mappable and same and name not in self.elementwise
 
     def check_fits(self, name: str, low: float, high: float) -> None:
         """Raise if values would become infinite in float16."""
@@ -223,13 +247,14 @@ class _Reading:
             what = f"has values in {name} too large for float16"
             raise weights_error(self.path, what, "Use dtype='bfloat16' or 'float32'.")
 
-    def _dtype_of(self, name: str, layout: ArrayLayout) -> torch.dtype:
+    def dtype_of(self, name: str, layout: ArrayLayout) -> torch.dtype:
+        """The dtype of the destination of an array."""
         to = self.dtype or layout.dtype
         wide = name in ("threshold", "log_threshold")
         return torch.promote_types(torch.float32, to) if wide and self.dtype is not None else to
 
 
-def _allocated(path: Path, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def allocated(path: Path, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An uninitialised tensor. If memory is insufficient, the error says so instead of reporting a broken file."""
     try:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -241,7 +266,7 @@ def _allocated(path: Path, shape: tuple[int, ...], dtype: torch.dtype, device: t
         raise weights_error(path, what, "Free memory, give dtype='bfloat16', or use a narrower SAE.") from error
 
 
-def _copier(target: torch.Tensor, fortran: bool, function: Elementwise | None) -> Sink:
+def copier(target: torch.Tensor, fortran: bool = False, function: Elementwise | None = None) -> Sink:
     """A sink that writes chunks into ``target``, whose memory is in C order for either order of the file."""
 
     def copy(index: int, chunk: torch.Tensor) -> None:

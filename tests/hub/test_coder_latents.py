@@ -71,7 +71,7 @@ def test_three_latents(kind: str, hub: LocalHub, repo: Repo, monkeypatch: pytest
         ({}, {"w_dec": np.full((WIDTH, 24), np.nan, np.float32)}, [3], "W_dec that are not finite"),
         ({}, {"threshold": np.full(WIDTH, -1, np.float32)}, [3], "negative thresholds"),
         ({}, {"w_enc": np.ones((23, WIDTH), np.float32)}, [3], "has d_in 23, should be 24|do not fit together"),
-        ({}, {"w_dec": np.ones((WIDTH, 4, 24), np.float32)}, [3], "not supported yet"),
+        ({}, {"w_dec": np.ones((WIDTH, 4, 24), np.float32)}, [3], "a layer of a crosscoder"),
         ({}, {"w_gate": np.ones(3, np.float32)}, [3], "unknown arrays w_gate"),
         ({"affine": False}, {}, [3], "has a skip connection, should have none"),
         ({"d_sae": 1024}, {}, [3], "d_sae 512, should be 1024"),

@@ -73,7 +73,7 @@ def double(arrays: Arrays) -> None:
         (missing, "lacks b_dec"),
         (unknown, "unknown arrays w_gate"),
         (both_skips, "two arrays for the same parameter"),
-        (several_layers, r"w_dec \[512, 4, 24\], so it is a layer of a crosscoder .*not supported yet"),
+        (several_layers, r"w_dec \[512, 4, 24\], so it is a layer of a crosscoder .*give the folder"),
         (without_skip, r"lacks affine_skip_connection \(the skip connection\) according to"),
         (double, r"b_enc is \[1024\], should be \[512\]"),
     ],
@@ -123,8 +123,8 @@ def test_every_file_is_mapped_where_nobody_writes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"type": "clt"}, r"describes a cross-layer transcoder \(clt\), which spans several layers. They are not"),
-        ({"type": "crosscoder"}, "describes a crosscoder, which spans several layers. They are not supported yet"),
+        ({"type": "clt"}, r"describes a cross-layer transcoder \(clt\), which spans several layers. It is loaded"),
+        ({"type": "crosscoder"}, "describes a crosscoder, which spans several layers. It is loaded together"),
         ({"hf_hook_point_in": "model.layers.{5,9,12,15}.output"}, "describes a sae that spans several layers"),
         ({"hf_hook_point_in": "model.layers.{all}.output", "type": None}, "a coder that spans several layers"),
         ({"type": "lorsa"}, "has type 'lorsa', not one of sae, transcoder, clt, crosscoder"),
@@ -175,10 +175,10 @@ def test_a_config_of_huge_size_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_over_several_layers_are_refused(kind: str, tmp_path: Path) -> None:
+def test_the_file_of_a_layer_beside_the_config_of_an_sae(kind: str, tmp_path: Path) -> None:
     folder = KINDS[kind].write(tmp_path)
     (folder / "params.safetensors").rename(folder / "params_layer_0.safetensors")
-    with pytest.raises(WeightsError, match="holds a crosscoder or a cross-layer transcoder.*not supported yet"):
+    with pytest.raises(WeightsError, match=r"config\.json describes a (sae|transcoder) of a single layer"):
         JumpReLUSAE.from_folder(folder)
 
 
@@ -279,7 +279,7 @@ def test_by_a_registry_row(kind: str, with_config: bool, tmp_path: Path) -> None
         ("affine", {"affine_connection": False}, "has skip False, should be True"),
         ("transcoder", {"affine_connection": True}, "has skip True, should be False"),
         ("mlp", {"width": 1024}, "has d_sae 1024, should be 512"),
-        ("mlp", {"type": "clt"}, "not supported yet"),
+        ("mlp", {"type": "clt"}, "spans several layers"),
     ],
 )
 def test_a_config_that_contradicts_its_row(kind: str, changed: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_errors_that_are_not_the_files_are_left_alone(
 
             return sink
 
-        monkeypatch.setattr(load, "_copier", broken)
+        monkeypatch.setattr(load, "copier", broken)
         with pytest.raises(type(error), match=str(error)) as caught:
             load_arrays(folders["stored"] / "params.npz", dtype=torch.bfloat16)
         assert not isinstance(caught.value, GemmaScopeError)
