@@ -13,17 +13,25 @@ defines the pass and its sources.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from gemma_scope_tl.attributions.influence import edge_influence, node_influence, pruned_masks, scores_of
+from gemma_scope_tl.counts import checked_count, checked_flag, checked_real, checked_top
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
+from gemma_scope_tl.model.positions import Positions
+from gemma_scope_tl.text.batch import Text
+from gemma_scope_tl.text.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
     from scipy.sparse import csr_array
+
+    from gemma_scope_tl.model.hooked import GemmaModel
 
 KINDS = ("embedding", "latent", "error", "bias", "logit")
 """The kinds of nodes. Nodes of kind ``latent`` and ``logit`` are the targets of edges."""
@@ -47,6 +55,19 @@ CHECKS: tuple[str, ...] = ("node_id", "value", "sum", "missing", "missing_share"
 """The columns of ``checks``."""
 
 
+class GraphScores(NamedTuple):
+    """Two scores of a graph, each from 0 to 1, defined as in circuit-tracer.
+
+    Attributes:
+        replacement: the influence of embeddings as a share of that of embeddings and errors: how much of the way from
+            the tokens to the logits passes through latents alone.
+        completeness: the share of inputs of all targets, weighted with their influence, that do not come from errors.
+    """
+
+    replacement: float
+    completeness: float
+
+
 @dataclass(frozen=True, eq=False)
 class AttributionGraph:
     """Nodes of a prompt and the direct effects between them.
@@ -65,7 +86,7 @@ class AttributionGraph:
             reads; of errors and biases, the written place. ``position``: index into ``tokens``; missing for biases,
             which are sums over positions. ``latent``: index within the layer. ``coder``: release and id, or a given
             name. ``activation``: of a latent its activation, of a logit its value. ``probability``: of the logit's
-            token. ``influence``: see :meth:`influences`. ``label``: a short text for people.
+            token. ``influence``: see :meth:`influence`. ``label``: a short text for people.
         weights: ``[n, n]``; ``weights[target, source]`` is the direct effect of source on target.
         checks: a row per target: ``node_id``, ``value`` in the frozen pass, ``sum`` of all its parts before any node or
             edge was left out, ``missing`` (value minus sum), and ``missing_share``, the missing part divided by the sum
@@ -127,6 +148,65 @@ class AttributionGraph:
         columns = {"source": ids[pairs.col[order]], "target": ids[pairs.row[order]], "weight": pairs.data[order]}
         return pd.DataFrame(columns)
 
+    def influence(self) -> pd.Series:
+        """The influence of every node on the logits along all paths, in the order of ``nodes``.
+
+        It is the sum over paths of the products of the shares that each edge has in its target's inputs, weighted with
+        the probabilities of the logits (:mod:`gemma_scope_tl.attributions.influence`). The column ``influence`` has
+        these numbers for the graph as it was made.
+        """
+        import pandas as pd
+
+        found = node_influence(self.weights, self._probabilities())
+        return pd.Series(found, index=self.nodes.index, name="influence")
+
+    def edge_influence(self) -> pd.Series:
+        """The influence of every edge on the logits, in the order of :meth:`edges`."""
+        import pandas as pd
+
+        pairs = self.weights.tocoo()
+        order = np.argsort(-np.abs(pairs.data), kind="stable")
+        found = edge_influence(self.weights, self._probabilities())
+        values = np.asarray(found[pairs.row, pairs.col]).ravel() if pairs.nnz else np.zeros(0)
+        return pd.Series(values[order], name="influence")
+
+    def pruned(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
+        """The graph without nodes and edges of little influence; ``checks`` and influence are those of this graph.
+
+        Args:
+            node_threshold: the most influential nodes with this share of all influence are kept, and all embeddings and
+                logits.
+            edge_threshold: of the edges between these, the most influential with this share of their influence are
+                kept. Then nodes that have no way to a logit, and latents without a source, are removed.
+
+        Raises:
+            GemmaScopeError: for thresholds outside of 0..1.
+        """
+        kinds = self.nodes["kind"].to_numpy(dtype=object)
+        keep, left = pruned_masks(self.weights, self._probabilities(), kinds, node_threshold, edge_threshold)
+        return self._only(keep, left, {"node_threshold": node_threshold, "edge_threshold": edge_threshold})
+
+    def scores(self) -> GraphScores:
+        """How much of the computation the graph explains without errors (:class:`GraphScores`)."""
+        kinds = self.nodes["kind"].to_numpy(dtype=object)
+        return GraphScores(*scores_of(self.weights, self._probabilities(), kinds))
+
+    def _probabilities(self) -> Any:
+        logits = (self.nodes["kind"] == "logit").to_numpy()
+        return np.where(logits, self.nodes["probability"].to_numpy(dtype=float), 0.0)
+
+    def _only(self, keep: Any, weights: csr_array, settings: dict[str, Any]) -> AttributionGraph:
+        """The graph of some nodes, with these weights between them."""
+        chosen = np.flatnonzero(keep)
+        nodes = self.nodes.iloc[chosen].reset_index(drop=True)
+        known = set(nodes["node_id"])
+        checks = self.checks[self.checks["node_id"].isin(known)].reset_index(drop=True)
+        groups = ((name, tuple(one for one in members if one in known)) for name, members in self.supernodes)
+        left = tuple((name, members) for name, members in groups if members)
+        smaller = weights[chosen][:, chosen].tocsr()
+        said = {**self.settings, **settings}
+        return replace(self, nodes=nodes, weights=smaller, checks=checks, supernodes=left, settings=said)
+
     def grouped(self, name: str, node_ids: Iterable[str]) -> AttributionGraph:
         """This graph with one more supernode. Nodes that are in another supernode move to the new one.
 
@@ -168,3 +248,79 @@ def _check_weights(weights: csr_array, nodes: pd.DataFrame) -> None:
     into = np.diff(weights.indptr) > 0
     if stray := nodes["kind"][into & ~nodes["kind"].isin(TARGETS).to_numpy()].tolist():
         raise GemmaScopeError(f"Edges lead to nodes of kind latent and logit, but some lead to {stray[0]!r}.")
+
+
+def attribution_graph(
+    model: GemmaModel,
+    text: Text,
+    coders: Any,
+    *,
+    logits: int | str | Sequence[Any] = 10,
+    probability: float = 0.95,
+    position: int = -1,
+    centred: bool = True,
+    soft_cap: str = "ratio",
+    max_latent_nodes: int | None = 7500,
+    smallest_edge: float = 0.0,
+    exclude_special_tokens: ExcludeTokens = True,
+    positions: Positions = None,
+    attention_mask: Any = None,
+    budget: int = 2 << 30,
+    batch_size: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    progress: bool | Callable[[int, int], None] = False,
+) -> AttributionGraph:
+    """The attribution graph of one prompt: latents, errors and embeddings, and their direct effects up to the logits.
+
+    Args:
+        model: a model from ``load_model``, without attached SAEs and hooks. It is not changed.
+        text: one text, token ids or messages, as for :func:`~gemma_scope_tl.attribute`.
+        coders: SAEs, transcoders with or without skip connections, crosscoders and cross-layer transcoders in any
+            mixture, at most one for each written tensor: one, several, a suite, or a mapping from names to coders. They
+            stay on their device, and a decoder in a mapped file is read row by row.
+        logits: the number of logits at most; or the tokens to explain, as words or ids.
+        probability: the most probable tokens that have this probability together are taken, at most ``logits`` of them.
+        position: whose logits are explained, from 0 or from the end of the text.
+        centred: whether a logit node is the logit minus the mean of all, as in circuit-tracer, or the logit itself.
+        soft_cap: for a model with a soft-cap of its logits, ``"ratio"`` freezes the ratio of the logit behind it to the
+            one before it, ``"before"`` takes the logit before it.
+        max_latent_nodes: the number of latents in the graph. If more are active, the most influential are taken, by the
+            effects that are known when they are chosen; None takes all.
+        smallest_edge: edges below this share of the sum of their target's absolute effects are left out; by default
+            none is. ``checks`` are computed before.
+        exclude_special_tokens, positions: where coders are applied, as in :func:`~gemma_scope_tl.splice`. Elsewhere
+            the whole tensor is one error node.
+        attention_mask: ``[1, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
+        budget: bytes for gradients and decoder rows at a time, beside the model, its attention patterns and the active
+            latents. The effects themselves are in a temporary file if they need more.
+        batch_size: number of targets in a backward walk; None for as many as the budget allows, at most 256.
+        dtype: of the pass; None for the model's, but at least float32.
+        progress: True for a bar on standard error, or a function of the number of targets done and to do.
+
+    Returns:
+        The graph, not pruned. ``settings`` records the arguments, the number of active latents and of edges left out,
+        the deviation of the frozen pass from the model, and the versions of the libraries.
+
+    Raises:
+        SpliceError: a coder does not fit the model, or two write one tensor; or the text lacks one of ``positions``.
+        GemmaScopeError: several texts were given, or a value is out of range.
+        UnknownNameError: for another ``soft_cap``.
+    """
+    from gemma_scope_tl.attributions.making import Request, make_graph
+
+    request = Request(
+        logits=logits,
+        probability=probability,
+        position=position,
+        centred=checked_flag(centred, "centred"),
+        soft_cap=soft_cap,
+        max_latent_nodes=checked_top(max_latent_nodes, "max_latent_nodes"),
+        smallest_edge=checked_real(smallest_edge, "smallest_edge", least=0.0),
+        exclude_special_tokens=exclude_special_tokens,
+        positions=positions,
+        attention_mask=attention_mask,
+        budget=checked_count(budget, "budget"),
+        batch_size=None if batch_size is None else checked_count(batch_size, "batch_size"),
+        dtype=dtype,
+    )
+    return make_graph(model, text, coders, request, progress)

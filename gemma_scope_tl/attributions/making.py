@@ -1,0 +1,155 @@
+"""From a model, a text and coders to an attribution graph: the pass, its sources, their effects, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma_scope_tl.attributions.assembling import Prompt, assembled
+from gemma_scope_tl.attributions.attribution_graph import AttributionGraph
+from gemma_scope_tl.attributions.frozen import frozen_pass
+from gemma_scope_tl.attributions.passes import one_prompt, token_row
+from gemma_scope_tl.attributions.placing import placed_coders
+from gemma_scope_tl.attributions.readout import readout
+from gemma_scope_tl.attributions.sources import Sources, sources_of
+from gemma_scope_tl.attributions.tracing import Progress, trace
+from gemma_scope_tl.dtypes import parse_dtype
+from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.model.positions import Positions
+from gemma_scope_tl.text.batch import Text
+from gemma_scope_tl.text.tokenizing import decoded_ids
+from gemma_scope_tl.text.tokens import ExcludeTokens
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.model.hooked import GemmaModel
+
+LARGEST_BATCH = 256
+_PACKAGES = ("gemma-scope-tl", "torch", "transformer-lens", "transformers")
+_COPIES = 4  # of a batch's largest gradient that a step of the walk holds at a time
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of :func:`~gemma_scope_tl.attribution_graph` by the same names, with the same defaults."""
+
+    logits: Any = 10
+    probability: float = 0.95
+    position: int = -1
+    centred: bool = True
+    soft_cap: str = "ratio"
+    max_latent_nodes: int | None = 7500
+    smallest_edge: float = 0.0
+    exclude_special_tokens: ExcludeTokens = True
+    positions: Positions = None
+    attention_mask: Any = None
+    budget: int = 2 << 30
+    batch_size: int | None = None
+    dtype: torch.dtype | str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A frozen pass of a text with its sources.
+
+    Attributes:
+        sources: of the pass.
+        prompt: the tokens.
+        text: the prompt as text.
+    """
+
+    sources: Sources
+    prompt: Prompt
+    text: str
+
+
+def prepared(model: GemmaModel, text: Text, coders: Any, request: Request) -> Prepared:
+    """Run the frozen pass of a text, and find its sources.
+
+    Raises:
+        SpliceError, GemmaScopeError, UnknownNameError: as :func:`~gemma_scope_tl.attribution_graph`.
+    """
+    placed = placed_coders(model, coders)
+    exclude, positions = request.exclude_special_tokens, request.positions
+    spliced = one_prompt(model, text, exclude, request.attention_mask, positions, "An attribution graph is of")
+    inside = spliced.mask[0]
+    ids, applied = spliced.ids[0, inside], spliced.spliced[0, inside]
+    at = request.position
+    at = token_row(spliced, at if at >= 0 else int(spliced.length[0]) + at) - int(spliced.start[0])
+    dtype = None if request.dtype is None else parse_dtype(request.dtype)
+    if dtype is not None and dtype.itemsize < 4:
+        raise GemmaScopeError(f"A frozen pass is computed in float32 or float64, not in {request.dtype}.")
+    with torch.inference_mode(False):
+        frozen = frozen_pass(model, ids, dtype, at)
+        room = request.budget // (2 * frozen.dtype.itemsize)
+        sources = sources_of(frozen, placed, applied.to(frozen.embedding.device), room)
+    listed = tuple(ids.tolist())
+    tokens = tuple(decoded_ids(model.tokenizer, list(listed)))
+    return Prepared(sources, Prompt(listed, tokens), text if isinstance(text, str) else "".join(tokens))
+
+
+def make_graph(
+    model: GemmaModel, text: Text, coders: Any, request: Request, progress: bool | Progress = False
+) -> AttributionGraph:
+    """The graph of a request (:func:`~gemma_scope_tl.attribution_graph`)."""
+    ready = prepared(model, text, coders, request)
+    sources = ready.sources
+    with torch.inference_mode(False), _shown(progress) as report:
+        read = readout(sources.frozen, request.logits, request.probability, request.centred, request.soft_cap)
+        most = sources.n_latents if request.max_latent_nodes is None else request.max_latent_nodes
+        batch = request.batch_size or _batch_of(sources, request.budget)
+        traced = trace(sources, read, most, batch, request.budget, report)
+        nodes, weights, checks, dropped = assembled(sources, read, traced, ready.prompt, request.smallest_edge)
+    settings = {
+        **{name: value for name, value in vars(request).items() if name not in ("dtype", "attention_mask")},
+        "dtype": str(sources.frozen.dtype).removeprefix("torch."),
+        "batch_size": batch,
+        "coders": list(sources.placed.names),
+        "backend": model.backend,
+        "active_latents": sources.n_latents,
+        "latents_left_out": sources.n_latents - len(traced.latents),
+        "edges_left_out": dropped,
+        "deviation": sources.frozen.deviation,
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+    name = model.model_id or model.family.name
+    ids, tokens = ready.prompt.ids, ready.prompt.tokens
+    graph = AttributionGraph(name, ready.text, ids, tokens, nodes, weights, checks, settings)
+    nodes["influence"] = graph.influence()
+    return graph
+
+
+def _batch_of(sources: Sources, budget: int) -> int:
+    """Targets in a walk, so that its gradients and effects take half of the budget."""
+    dims, frozen = sources.frozen.model.dims, sources.frozen
+    widest = max(dims.d_model, dims.n_heads * dims.d_head)
+    each = (_COPIES * frozen.length * widest + 2 * sources.count) * frozen.dtype.itemsize
+    return max(1, min(LARGEST_BATCH, budget // 2 // each))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@contextmanager
+def _shown(progress: bool | Progress) -> Generator[Progress | None]:
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    if not progress:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("tracing", total=None)
+        report: Callable[[int, int], None] = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        yield report
