@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
 from gemma_scope_tl.model.loading import load_model
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sae.jumprelu import JumpReLUSAE
+from gemma_scope_tl.sae.layered import LayeredCoder
 from gemma_scope_tl.sites import ModelDims, get_site
 
 DEFAULT = {
@@ -184,3 +186,36 @@ def random_sae(
     if skip:
         arrays["W_skip"] = normal(d_out, d_in, scale=d_in**-0.5)
     return JumpReLUSAE.from_arrays(arrays, site=site, layer=layer).requires_grad_(False)
+
+
+def random_layered(
+    dims: ModelDims,
+    kind: str = "clt",
+    layers: Sequence[int] = (0, 1, 2, 3),
+    widths: Sequence[int] | int = 96,
+    skip: bool = False,
+    seed: int = 0,
+    model_name: str | None = None,
+) -> LayeredCoder:
+    """A random crosscoder or cross-layer transcoder, of which a third of the latents fire, as if mapped from its files.
+
+    The planes lie within those of all layers, as in a file, so that latents are not adjacent in memory.
+    """
+    generator, count, d = torch.Generator().manual_seed(seed), len(layers), dims.d_model
+    sizes = [widths] * count if isinstance(widths, int) else list(widths)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    whole = [torch.nn.functional.normalize(normal(m, count, d), dim=2) for m in sizes]
+    return LayeredCoder(
+        cast("Any", kind),
+        layers,
+        W_enc=[normal(d, m, scale=d**-0.5) for m in sizes],
+        b_enc=[normal(m, scale=0.1) for m in sizes],
+        threshold=[normal(m).abs() for m in sizes],
+        W_dec=[planes[:, k:] for k, planes in enumerate(whole)],
+        b_dec=[normal(d, scale=0.1) for _ in layers],
+        W_skip=[normal(d, d, scale=d**-0.5) for _ in layers] if skip else None,
+        model_name=model_name,
+    )

@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.model.attached import AttachedSAE
+from gemma_scope_tl.model.attachment import Attachment
 from gemma_scope_tl.model.protocol import BindsToPass
 from gemma_scope_tl.model.splice_options import SpliceOptions
 
@@ -54,7 +54,8 @@ def reduced(model: Any) -> Any:
         bare._after_detach(attached)
     bare._attached.clear()
     check_picklable(bare)
-    return restored, (bare, [(attached.sae, attached.options) for attached in held])
+    once = {id(attached.sae): (attached.sae, attached.options) for attached in held}  # not once for each layer
+    return restored, (bare, list(once.values()))
 
 
 def check_picklable(model: Any, own_hooks: bool = True) -> None:
@@ -107,7 +108,7 @@ def _copied(model: Any, memo: dict[int, Any]) -> Any:
     twin.__setstate__(copy.deepcopy(vars(model), memo))
     for point in {id(point): point for point in twin.hook_dict.values()}.values():
         for handle in point.fwd_hooks:
-            if isinstance(handle.user_hook, BindsToPass) or isinstance(_self_of(handle.user_hook), AttachedSAE):
+            if isinstance(handle.user_hook, BindsToPass) or isinstance(_self_of(handle.user_hook), Attachment):
                 _bind(point, handle)
     return twin
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gemma_scope_tl.errors import KeywordError, SpliceError, UnknownNameError, unknown_name
 from gemma_scope_tl.families import Backend, Family, ModelDims
-from gemma_scope_tl.model.attached import AttachedSAE
+from gemma_scope_tl.model.attachment import Attachment
 from gemma_scope_tl.sites import site_of_hook
 
 
@@ -39,7 +39,7 @@ def translate_hook_name(name: str, valid: Iterable[str], backend: Backend, famil
     raise unknown_name("hook", name, names, hint)
 
 
-def other_names(attached: Iterable[AttachedSAE], family: Family, dims: ModelDims, backend: Backend) -> dict[str, str]:
+def other_names(attached: Iterable[Attachment], family: Family, dims: ModelDims, backend: Backend) -> dict[str, str]:
     """The other backend's name of every hook point of attached SAEs and of every site, by the name in this backend."""
     named: dict[str, str] = {}
     other: Backend = "bridge" if backend == "hooked_transformer" else "hooked_transformer"

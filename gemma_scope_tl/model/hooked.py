@@ -10,7 +10,7 @@ import torch
 
 from gemma_scope_tl.errors import KeywordError, SpliceError, unknown_name
 from gemma_scope_tl.families import Family, ModelDims, families
-from gemma_scope_tl.model.attached import AttachedSAE
+from gemma_scope_tl.model.attachment import Attachment
 from gemma_scope_tl.model.generation import Generates
 from gemma_scope_tl.model.hook_names import (
     add_other_names,
@@ -69,7 +69,7 @@ class GemmaModel(Generates, SpliceMixin, _Module):
         """Set up the state of this class. The loader calls it once."""
         self.dims, self.model_id, self.family = dims, model_id, family
         self.fixes = []
-        self._attached: dict[str, AttachedSAE] = {}
+        self._attached: dict[str, Attachment] = {}
         self._turns = Turns()
         self.token_tracker = TokenTracker()
         self._watch()

@@ -19,7 +19,7 @@ from transformer_lens.HookedTransformer import Output
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.families import Backend, Family, ModelDims
-from gemma_scope_tl.model.attached import AttachedSAE
+from gemma_scope_tl.model.attachment import Attachment
 from gemma_scope_tl.model.generation import decoded
 from gemma_scope_tl.model.hooked import GemmaModel
 from gemma_scope_tl.model.tokenizer import HasTokenizer
@@ -73,11 +73,11 @@ class HookedGemma(  # pyright: ignore[reportIncompatibleMethodOverride, reportIn
     def _both(self, logits: torch.Tensor, loss: torch.Tensor) -> Any:
         return Output(logits, loss)
 
-    def _after_attach(self, attached: AttachedSAE) -> None:
+    def _after_attach(self, attached: Attachment) -> None:
         self.hook_dict.update(attached.hook_points)
         self.mod_dict.update(attached.hook_points)
 
-    def _after_detach(self, attached: AttachedSAE) -> None:
+    def _after_detach(self, attached: Attachment) -> None:
         for name in attached.hook_points:
             self.hook_dict.pop(name, None)
             self.mod_dict.pop(name, None)

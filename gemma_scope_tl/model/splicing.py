@@ -7,44 +7,43 @@ from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-import torch
-
 from gemma_scope_tl.counts import checked_flag
 from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.model import copies
 from gemma_scope_tl.model.attached import AttachedSAE
+from gemma_scope_tl.model.attached_layer import AttachedLayer, Together
+from gemma_scope_tl.model.attachment import Attachment
+from gemma_scope_tl.model.fits import FitsMixin
 from gemma_scope_tl.model.owners import ADVICE, Owner, Turns
 from gemma_scope_tl.model.protocol import BindsToPass
 from gemma_scope_tl.model.splice_options import SpliceKeywords, SpliceOptions, shows_options
 from gemma_scope_tl.model.tracker import TokenTracker
-from gemma_scope_tl.sae.access import check_row_trained_on, check_trained_on, locate
+from gemma_scope_tl.sae.access import locate, places_of
 from gemma_scope_tl.sae.choices import as_saes, bring
-from gemma_scope_tl.sites import Backend, Family, ModelDims, Site
-from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_ids
+from gemma_scope_tl.sae.layered import LayeredCoder
+from gemma_scope_tl.sites import Backend
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-    from gemma_scope_tl.registry.schema import SAERow
+    Coder = SAE[Any] | LayeredCoder
 
 _bookkeeping = threading.RLock()  # one lock for all models, which is held only while SAEs are attached or detached
 
 
-class SpliceMixin:
+class SpliceMixin(FitsMixin):
     """SAE methods of a hooked model, with the names and cache keys of SAELens's ``HookedSAETransformer``.
 
     The class with this mixin is :class:`~gemma_scope_tl.model.hooked.GemmaModel`.
     """
 
     backend: Backend
-    family: Family
-    dims: ModelDims
     token_tracker: TokenTracker
-    _attached: dict[str, AttachedSAE]
+    _attached: dict[str, Attachment]
     _turns: Turns
 
     @property
-    def acts_to_saes(self) -> dict[str, SAE[Any]]:
+    def acts_to_saes(self) -> dict[str, Coder]:
         """The attached SAEs by the HookedTransformer name of the hook that each reads.
 
         The names of later SAEs of a chain end with ``.1`` and so on.
@@ -53,13 +52,13 @@ class SpliceMixin:
         return dict(named)
 
     @shows_options
-    def add_sae(self, sae: SAE[Any], *by_position: Any, **options: Unpack[SpliceKeywords]) -> None:
+    def add_sae(self, sae: Coder, *by_position: Any, **options: Unpack[SpliceKeywords]) -> None:
         """Attach ``sae`` until :meth:`reset_saes`, for passes of this thread.
 
         The SAE is moved in place to the device of the weights at its site, and again when the model moves.
 
         Args:
-            sae: any SAELens SAE or transcoder at a site of the model's family.
+            sae: any SAELens SAE or transcoder at a site of the model's family, or a layered coder.
             *by_position: options in the order of :class:`~gemma_scope_tl.model.splice_options.SpliceKeywords`.
             **options: options by the names in that class.
 
@@ -86,7 +85,7 @@ class SpliceMixin:
             names = list(dict.fromkeys(attached.read_name for attached in self._attached.values()))
         else:
             names = [act_names] if isinstance(act_names, str) else list(act_names)
-        found = [one for name in dict.fromkeys(names) for one in self._find(name)]
+        found = list({one.name: one for name in names for one in self._find(name)}.values())
         for one in found:
             if not one.owner.may_undo():
                 raise SpliceError(
@@ -121,18 +120,32 @@ class SpliceMixin:
         for attached in self._attached.values():
             attached.put_back()
 
-    def get_sae_hook_name(self, sae: SAE[Any], internal: str = "hook_sae_acts_post") -> str:
-        """Name of a hook point of ``sae`` while it is attached, which is its key in caches on both backends."""
+    def get_sae_hook_name(self, sae: Coder, internal: str = "hook_sae_acts_post", layer: int | None = None) -> str:
+        """Name of a hook point of ``sae`` while it is attached, which is its key in caches on both backends.
+
+        Args:
+            sae: an SAE, or a layered coder.
+            internal: name of the hook point.
+            layer: the model's layer, which a layered coder needs.
+
+        Raises:
+            SpliceError: for a layer that the coder does not have.
+        """
+        if isinstance(sae, LayeredCoder):
+            if layer is None:
+                raise SpliceError(f"A {sae.kind} has hook points in several layers: give layer=.")
+            site, layer = places_of(sae, self.family)[sae.index_of(layer)]
+        else:
+            site, layer = locate(sae, self.family)
         for attached in self._attached.values():
-            if attached.sae is sae:
+            if attached.sae is sae and attached.layer == layer:
                 return f"{attached.name}.{internal}"
-        site, layer = locate(sae, self.family)
         return f"{site.hook_name_out(layer, 'hooked_transformer')}.{internal}"
 
     @shows_options
     def saes(
         self,
-        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        saes: Coder | Iterable[Coder] = (),
         reset_saes_end: bool = True,
         *by_position: Any,
         **options: Unpack[SpliceKeywords],
@@ -143,7 +156,8 @@ class SpliceMixin:
         without them.
 
         Args:
-            saes: one, several, a mapping of them or a suite.
+            saes: one, several, a mapping of them or a suite. A layered coder, which is attached in all its layers, may
+                stand for an SAE.
             reset_saes_end: whether to detach the SAEs at the end of the block. False keeps them, as :meth:`add_sae`.
             *by_position, **options: as for :meth:`add_sae`.
 
@@ -156,7 +170,7 @@ class SpliceMixin:
     def run_with_saes(
         self,
         *model_args: Any,
-        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        saes: Coder | Iterable[Coder] = (),
         reset_saes_end: bool = True,
         **kwargs: Any,
     ) -> Any:
@@ -167,7 +181,7 @@ class SpliceMixin:
     def run_with_cache_with_saes(
         self,
         *model_args: Any,
-        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        saes: Coder | Iterable[Coder] = (),
         reset_saes_end: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
@@ -183,7 +197,7 @@ class SpliceMixin:
     def run_with_hooks_with_saes(
         self,
         *model_args: Any,
-        saes: SAE[Any] | Iterable[SAE[Any]] = (),
+        saes: Coder | Iterable[Coder] = (),
         reset_saes_end: bool = True,
         **kwargs: Any,
     ) -> Any:
@@ -203,11 +217,11 @@ class SpliceMixin:
     def _spliced(self, saes: Any, reset_at_end: bool, options: SpliceOptions) -> Generator[Self]:
         """Attach ``saes`` as :meth:`saes`, with checked options."""
         reset_at_end = checked_flag(reset_at_end, "reset_saes_end", error=SpliceError)
-        added: list[AttachedSAE] = []
+        added: list[Attachment] = []
         owner = Owner()
         try:
-            for sae in as_saes(saes, empty=True, whole=True):
-                added.append(self._attach(sae, options, owner))
+            for sae in as_saes(saes, empty=True, whole=True, layered=True):
+                added += self._attach(sae, options, owner)
             yield self
         except BaseException:
             self._remove(added)
@@ -240,66 +254,41 @@ class SpliceMixin:
                 if isinstance(getattr(edit, "fn", edit), BindsToPass):
                     raise SpliceError(f"A pass from embeddings skips the intervention on {name}: pass token ids.")
 
-    def _attach(self, sae: SAE[Any], options: SpliceOptions, owner: Owner) -> AttachedSAE:
+    def _attach(self, sae: Any, options: SpliceOptions, owner: Owner) -> list[Attachment]:
         with _bookkeeping:
-            site, layer = locate(sae, self.family)
-            self.check_fits(sae, site, layer)
-            if any(attached.sae is sae for attached in self._attached.values()):
-                raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
-            excluded = self.excluded_ids(options.exclude_special_tokens)
-            stage = self._next_stage(site.hook_name_out(layer, "hooked_transformer"), options.chain, site.is_transcoder)
-            if (device := self.device_of(layer)).type != "meta":  # offloaded weights have no device before a pass
-                bring(sae, device)
-            attached = AttachedSAE(sae, site, layer, options, excluded=excluded, stage=stage, owner=owner)
+            made = self._attachments(sae, options, owner)
             try:
-                attached.attach(self)  # pyright: ignore[reportArgumentType]
+                for attached in made:
+                    attached.attach(self)  # pyright: ignore[reportArgumentType]
             except BaseException:
-                attached.detach()
+                for attached in made:
+                    attached.detach()
                 raise
-            self._attached[attached.name] = attached
-            self._after_attach(attached)
-            return attached
+            for attached in made:
+                self._attached[attached.name] = attached
+                self._after_attach(attached)
+            return made
 
-    def device_of(self, layer: int | None) -> torch.device:
-        """The device of a layer's weights, or without a layer that of the embedding, where token ids must be too."""
-        module: Any = self.blocks[layer] if layer is not None else self.embedding_module()  # pyright: ignore
-        return next(module.parameters()).device
-
-    def check_fits(self, sae: SAE[Any], site: Site, layer: int | None) -> None:
-        """Check that ``sae`` can be spliced at a site and layer of this model.
-
-        Raises:
-            SpliceError: for an SAE of another model, family, width or layer.
-        """
-        self._check_sizes(site, layer, sae.cfg.d_in)
-        check_trained_on(sae, self.family, getattr(self, "model_id", None))
-
-    def check_row_fits(self, row: SAERow) -> None:
-        """Check that the SAE of a row of the registry can be spliced into this model, without loading it.
-
-        Raises:
-            SpliceError: for an SAE of another model, family, width or layer.
-        """
-        check_row_trained_on(row, self.family, getattr(self, "model_id", None))
-        self._check_sizes(self.family.site(row.site), row.layer, row.d_in)
-
-    def _check_sizes(self, site: Site, layer: int | None, d_in: int) -> None:
-        """Check that a site has this layer and width."""
-        site.check_layer(layer, self.dims)
-        ours = site.d_in(self.dims)
-        if d_in != ours:
-            raise SpliceError(
-                f"The SAE reads {d_in} dimensions, but site {site.name!r} of this model has {ours}: "
-                "it belongs to another model."
-            )
-
-    def excluded_ids(self, exclude: ExcludeTokens = True) -> tuple[int, ...]:
-        """The token ids for ``exclude_special_tokens`` (:func:`~gemma_scope_tl.text.tokens.excluded_ids`).
-
-        Raises:
-            SpliceError: for True without a tokenizer, which defines the special ids, or for an invalid value.
-        """
-        return excluded_ids(getattr(self, "tokenizer", None), exclude, must_know=True)
+    def _attachments(self, sae: Any, options: SpliceOptions, owner: Owner) -> list[Attachment]:
+        """The attachments of an SAE, or those of all layers of a layered coder, after all checks."""
+        places = places_of(sae, self.family)
+        for site, layer in places:
+            self.check_fits(sae, site, layer)
+        if any(attached.sae is sae for attached in self._attached.values()):
+            raise SpliceError("This SAE is attached already. Detach it with reset_saes() first.")
+        excluded = self.excluded_ids(options.exclude_special_tokens)
+        stages = [
+            self._next_stage(site.hook_name_out(layer, "hooked_transformer"), options.chain, site.is_transcoder)
+            for site, layer in places
+        ]
+        if (device := self.device_of(places[0][1])).type != "meta":  # offloaded weights have no device before a pass
+            bring(sae, device)
+        common: dict[str, Any] = {"excluded": excluded, "owner": owner}
+        if not isinstance(sae, LayeredCoder):
+            return [AttachedSAE(sae, *places[0], options, stage=stages[0], **common)]
+        together = Together(sae)
+        numbered = enumerate(zip(places, stages, strict=True))
+        return [AttachedLayer(together, k, *place, options, stage=stage, **common) for k, (place, stage) in numbered]
 
     def _next_stage(self, write_name: str, chain: bool, is_transcoder: bool) -> int:
         """The position in the chain of a new SAE that writes there: 0 for the first."""
@@ -317,15 +306,15 @@ class SpliceMixin:
             )
         return max((attached.stage for attached in there), default=-1) + 1
 
-    def _find(self, name: str) -> list[AttachedSAE]:
-        """The SAEs that read a hook, including all SAEs of a chain."""
+    def _find(self, name: str) -> list[Attachment]:
+        """The SAEs that read a hook, including all SAEs of a chain, and all layers of a layered coder."""
         names = {id(one): (one.read_name, one.site.hook_name(one.layer, "bridge")) for one in self._attached.values()}
         found = [one for one in self._attached.values() if name in names[id(one)]]
         if not found:
             raise unknown_name("attached SAE", name, self.acts_to_saes)
-        return found
+        return [one for one in self._attached.values() if any(one.sae is other.sae for other in found)]
 
-    def _remove(self, attached: list[AttachedSAE]) -> None:
+    def _remove(self, attached: list[Attachment]) -> None:
         """Detach in reverse order. An SAE that cannot be detached stays listed; the others are detached."""
         failed: list[Exception] = []
         with _bookkeeping:
@@ -344,16 +333,16 @@ class SpliceMixin:
         if failed:
             raise failed[0]
 
-    def _after_attach(self, attached: AttachedSAE) -> None:
+    def _after_attach(self, attached: Attachment) -> None:
         """For a backend that keeps its hook points in a plain dict."""
 
-    def _after_detach(self, attached: AttachedSAE) -> None:
+    def _after_detach(self, attached: Attachment) -> None:
         """For a backend that keeps its hook points in a plain dict."""
 
 
 @shows_options
 def splice(
-    model: Any, saes: SAE[Any] | Iterable[SAE[Any]], *by_position: Any, **options: Unpack[SpliceKeywords]
+    model: Any, saes: Coder | Iterable[Coder], *by_position: Any, **options: Unpack[SpliceKeywords]
 ) -> AbstractContextManager[Any]:
     """Attach ``saes`` to a model from :func:`~gemma_scope_tl.load_model` inside a ``with`` block.
 
@@ -362,7 +351,7 @@ def splice(
 
     Args:
         model: from ``load_model``.
-        saes: one, several, a mapping of them or a suite.
+        saes: one, several, a mapping of them or a suite. Layered coders are attached in all their layers.
         *by_position: options in the order of :class:`~gemma_scope_tl.model.splice_options.SpliceKeywords`.
         **options: ``error_term``, ``exclude_special_tokens``, ``positions`` and ``chain`` of that class.
 

@@ -111,6 +111,11 @@ class TokenTracker:
         return getattr(self._here, "depth", 0)
 
     @property
+    def notes(self) -> dict[Any, Any] | None:
+        """What hooks keep until the innermost active pass ends, also with an error; None outside of passes."""
+        return self._here.stack[-1][1] if self._depth else None
+
+    @property
     def expected(self) -> ExpectedPass | None:
         """The announcement of :meth:`expecting` for the next ids; None after they came, or without an announcement."""
         found: ExpectedPass | None = getattr(self._here, "expected", None)
@@ -223,16 +228,16 @@ class TokenTracker:
 
         A pass inside another one, such as from a hook, does not change the text of the outer pass.
         """
-        stack: list[TextRead] = self._here.__dict__.setdefault("stack", [])
-        stack.append(self.read)
+        stack: list[tuple[TextRead, dict[Any, Any]]] = self._here.__dict__.setdefault("stack", [])
+        stack.append((self.read, {}))
         self._here.depth = self._depth + 1
 
     def leave(self, depth: int | None = None) -> None:
         """End the last pass, or all passes beyond a depth, some of which may have been interrupted."""
-        stack: list[TextRead] = self._here.__dict__.setdefault("stack", [])
+        stack: list[tuple[TextRead, dict[Any, Any]]] = self._here.__dict__.setdefault("stack", [])
         down_to = self._depth - 1 if depth is None else depth
         while stack and self._depth > down_to:
-            read = stack.pop()
+            read, _ = stack.pop()
             self._here.depth = self._depth - 1
             if self._depth or self.generating:
                 self._set(read)

@@ -19,6 +19,7 @@ from gemma_scope_tl.sae.arguments import as_indices
 from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sae.config import FAMILY, OF_IDENTITY, Identity
 from gemma_scope_tl.sae.latents import Latents
+from gemma_scope_tl.sae.layered import LayeredCoder
 from gemma_scope_tl.sites import Site, site_of_hook
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
         family: the family of the site; None for :func:`trained_family`.
 
     Raises:
-        SpliceError: when the site is unknown.
+        SpliceError: when the site is unknown, or for a layered coder, which belongs to several layers.
         UnknownNameError: for a site or a hook that does not exist.
     """
+    if isinstance(sae, LayeredCoder):
+        raise SpliceError(f"A {sae.kind} reads and writes several layers, which is not supported here.")
     name = getattr(sae, "site", None)
     if name is not None:
         return (family or trained_family(sae)).site(name), getattr(sae, "layer", None)
@@ -53,8 +56,20 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
     return site_of_hook(hook, sae.cfg.metadata.hook_name_out, family)
 
 
-def trained_family(sae: SAEOrLatents) -> Family:
-    """The family of the model that an SAE or latents were trained on.
+def places_of(coder: SAEOrLatents | LayeredCoder, family: Family | None = None) -> list[tuple[Site, int | None]]:
+    """The site and layer of :func:`locate`, or those of every layer of a layered coder.
+
+    Raises:
+        SpliceError, UnknownNameError: as :func:`locate`.
+    """
+    if not isinstance(coder, LayeredCoder):
+        return [locate(coder, family)]
+    site = (family or trained_family(coder)).site(coder.site)
+    return [(site, layer) for layer in coder.layers]
+
+
+def trained_family(sae: SAEOrLatents | LayeredCoder) -> Family:
+    """The family of the model that an SAE, a layered coder or latents were trained on.
 
     It is the one that the registry row or the metadata states, or else the one that the name of the model belongs to,
     or the only one that has the hooks in the metadata. If all of that is unknown, it is the first family that has the
@@ -66,7 +81,7 @@ def trained_family(sae: SAEOrLatents) -> Family:
     return _said_family(sae, OF_IDENTITY) or family_of_model(None, getattr(sae, "site", None))
 
 
-def check_trained_on(sae: SAEOrLatents, family: Family, model: str | None) -> None:
+def check_trained_on(sae: SAEOrLatents | LayeredCoder, family: Family, model: str | None) -> None:
     """Check that an SAE or latents were not trained on another model than the one of this family and name.
 
     Models of equal width have equal shapes, so a foreign SAE would run and give numbers without a meaning. An SAE that
@@ -74,7 +89,7 @@ def check_trained_on(sae: SAEOrLatents, family: Family, model: str | None) -> No
     its metadata may be assumed ones.
 
     Args:
-        sae: an SAE or latents.
+        sae: an SAE, a layered coder or latents.
         family: the family of the model. In another one, a hook of one name may give another tensor.
         model: the model's name in SAEs; None if it is unknown. An SAE of a base model fits the tuned model too (Gemma
             Scope, section 4.5), and the other way round.
@@ -117,15 +132,15 @@ def _base_name(model: str, family: Family) -> str:
     return family.base_name(model.split("/")[-1].lower())
 
 
-def _said_family(sae: SAEOrLatents, names: Iterable[str]) -> Family | None:
+def _said_family(sae: SAEOrLatents | LayeredCoder, names: Iterable[str]) -> Family | None:
     """The family that the model's name or these entries of the metadata tell; None if they tell none."""
-    said = {} if isinstance(sae, Latents) else {name: sae.cfg.metadata.get(name) for name in names}
+    said = {} if isinstance(sae, (Latents, LayeredCoder)) else {name: sae.cfg.metadata.get(name) for name in names}
     return Identity("", _model_of(sae), getattr(sae, "site", None), metadata=said).known_family
 
 
-def _model_of(sae: SAEOrLatents) -> str | None:
+def _model_of(sae: SAEOrLatents | LayeredCoder) -> str | None:
     name = getattr(sae, "model_name", None)
-    if not name and not isinstance(sae, Latents):
+    if not name and not isinstance(sae, (Latents, LayeredCoder)):
         name = sae.cfg.metadata.get("model_name")
     return name if isinstance(name, str) else None
 

@@ -11,17 +11,19 @@ from gemma_scope_tl.counts import whole_number
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sae.arguments import shown, to_tensor
 from gemma_scope_tl.sae.latents import Latents
+from gemma_scope_tl.sae.layered import LayeredCoder
 
 T = TypeVar("T")
 
 
-def as_saes(saes: Any, empty: bool = False, whole: bool = False) -> list[Any]:
+def as_saes(saes: Any, empty: bool = False, whole: bool = False, layered: bool = False) -> list[Any]:
     """Convert one SAE (or transcoder, or loaded latents), several, a mapping of them or a suite to a list.
 
     Args:
         saes: the argument of the user.
         empty: whether to accept no SAE at all.
         whole: whether to refuse loaded latents, which are only a part of an SAE.
+        layered: whether to accept crosscoders and cross-layer transcoders, which belong to several layers.
 
     Raises:
         SpliceError: for no SAE (unless ``empty``), or for another object.
@@ -43,13 +45,15 @@ def as_saes(saes: Any, empty: bool = False, whole: bool = False) -> list[Any]:
             raise SpliceError(f"Item {number} of the SAEs is not an SAE: {shown(one)}. Load SAEs with load_sae.")
         if whole and isinstance(one, Latents):
             raise SpliceError("The whole SAE is needed, not some of its latents: load it with load_sae.")
+        if isinstance(one, LayeredCoder) and not layered:
+            raise SpliceError(f"A {one.kind} reads and writes several layers, which is not supported here.")
     if not several and not empty:
         raise SpliceError("No SAE was given: give one or several.")
     return several
 
 
 def bring(source: T, device: torch.device) -> T:
-    """Move an SAE, a transcoder or loaded latents to the device of a model's tensors, and return it.
+    """Move an SAE, a transcoder, a layered coder or loaded latents to the device of a model's tensors, and return it.
 
     An object that is used with a model is moved to the device of the model on first use. It is moved in place, like
     ``nn.Module.to``, so no second copy remains, and every reference to it sees the move. An SAE that is used with two
@@ -59,7 +63,7 @@ def bring(source: T, device: torch.device) -> T:
         SpliceError: for the meta device, where the weights would be lost.
     """
     moved: Any = source
-    if moved.W_dec.device == device:
+    if (moved if isinstance(source, LayeredCoder) else moved.W_dec).device == device:
         return source
     if device.type == "meta":
         raise SpliceError(
@@ -114,4 +118,4 @@ def _checked_slice(positions: slice) -> slice:
 
 def _is_sae(value: Any) -> bool:
     whole = isinstance(value, torch.nn.Module) and hasattr(value, "encode") and hasattr(value, "cfg")
-    return whole or isinstance(value, Latents)
+    return whole or isinstance(value, (Latents, LayeredCoder))

@@ -54,29 +54,62 @@ def hooked_pass(sae: Any, x: Tensor, need_clean: bool) -> HookedPass:
     x_clean = x.to(sae.dtype)
     if _goes_dense(sae, x_clean):
         return _dense_pass(sae, x_clean)
-    x_in, edited_input = _offer(sae.hook_sae_input, x_clean)
-    given, acts, dense = _encode(sae, x_in)
-    edited_acts = given is not acts and not _same(given, acts)
-    through = acts if dense is None else dense
-    if is_hooked(sae.hook_sae_acts_post):
-        offered = acts.to_dense() if dense is None else dense
-        seen = sae.hook_sae_acts_post(offered)
-        edited_post = seen is not offered or not _holds(offered, acts)
-        edited_acts |= edited_post
-        if edited_post or torch.is_grad_enabled():
-            through = seen
-    decoded = decode_sparse(through, sae.W_dec, sae.b_dec)
-    recons, edited_recons = _offer(sae.hook_sae_recons, decoded)
-    skipped = sae.skip(x_in)
+    found = hooked_latents(sae, x_clean)
+    decoded = decode_sparse(found.through, sae.W_dec, sae.b_dec)
+    recons, edited_recons = offered(sae.hook_sae_recons, decoded)
+    skipped = sae.skip(found.x)
     out = recons if skipped is None else recons + skipped
-    if not need_clean or not (edited_input or edited_acts or edited_recons):
+    if not need_clean or not (found.edited or edited_recons):
         return HookedPass(out, out.detach())
     with torch.no_grad():
-        if edited_input:
-            given = encode_sparse(x_clean, sae.W_enc, sae.b_enc, sae.threshold)
-        clean = decode_sparse(given, sae.W_dec, sae.b_dec) if edited_input or edited_acts else decoded
+        clean = decode_sparse(clean_latents(sae, x_clean, found), sae.W_dec, sae.b_dec) if found.edited else decoded
         skipped = sae.skip(x_clean)
         return HookedPass(out, clean.detach() if skipped is None else clean + skipped)
+
+
+@dataclass
+class HookedLatents:
+    """Latents with the changes of hooks.
+
+    Attributes:
+        x: the input after its hooks.
+        through: the latents that are decoded. They are dense after an edit, or if a hook may need their gradient.
+        given: the latents of ``x`` without hooks on them.
+        edited_input: whether hooks changed the input.
+        edited: whether hooks changed the input or the latents.
+    """
+
+    x: Tensor
+    through: SparseActs | Tensor
+    given: SparseActs
+    edited_input: bool
+    edited: bool
+
+
+def hooked_latents(encoder: Any, x: Tensor) -> HookedLatents:
+    """The latents of ``x [..., d_in]`` through the hook points of an encoder, and whether hooks changed anything.
+
+    Args:
+        encoder: an SAE, or anything with ``W_enc``, ``b_enc``, ``threshold`` and the hook points of an SAE.
+        x: in the dtype of the encoder.
+    """
+    x_in, edited_input = offered(encoder.hook_sae_input, x)
+    given, acts, dense = _encode(encoder, x_in)
+    edited = edited_input or (given is not acts and not _same(given, acts))
+    through = acts if dense is None else dense
+    if is_hooked(encoder.hook_sae_acts_post):
+        shown = acts.to_dense() if dense is None else dense
+        seen = encoder.hook_sae_acts_post(shown)
+        edited_post = seen is not shown or not _holds(shown, acts)
+        edited |= edited_post
+        if edited_post or torch.is_grad_enabled():
+            through = seen
+    return HookedLatents(x_in, through, given, edited_input, edited)
+
+
+def clean_latents(encoder: Any, x: Tensor, found: HookedLatents) -> SparseActs:
+    """The latents of ``x`` without hooks, given those with hooks."""
+    return encode_sparse(x, encoder.W_enc, encoder.b_enc, encoder.threshold) if found.edited_input else found.given
 
 
 def _points(sae: Any) -> tuple[torch.nn.Module, ...]:
@@ -135,13 +168,13 @@ def _encode(sae: Any, x: Tensor) -> tuple[SparseActs, SparseActs, Tensor | None]
     return given, compact(pre, sae.threshold), dense
 
 
-def _offer(point: torch.nn.Module, tensor: Tensor) -> tuple[Tensor, bool]:
+def offered(point: torch.nn.Module, tensor: Tensor) -> tuple[Tensor, bool]:
     """A tensor after the hooks of a point, and whether they changed it. Hooks get a copy: they may write to it."""
     if not is_hooked(point):
         return tensor, False
-    offered = tensor.clone()
-    result = point(offered)
-    return result, result is not offered or not torch.equal(offered, tensor)
+    shown = tensor.clone()
+    result = point(shown)
+    return result, result is not shown or not torch.equal(shown, tensor)
 
 
 def _same(one: SparseActs, other: SparseActs) -> bool:

@@ -10,8 +10,8 @@ b_enc_j)`` (Gemma Scope 2, section 2.6)::
 A crosscoder reads and writes the residual stream, as an SAE does at ``res``. A cross-layer transcoder (CLT) reads what
 transcoders read and writes the MLP output. Only some have the skip connection ``W_skip``.
 
-The released files hold ``W_dec_j`` with an output plane for every layer. The planes of layers before ``j`` are zeros
-and are not part of the object: ``W_dec[j]`` is ``[m_j, K - j, d_out]``, and plane 0 is the output at layer ``j``
+The released files hold ``W_dec_j`` with an output plane for every layer. The planes of layers before ``j`` are
+zeros and are not part of the object: ``W_dec[j]`` is ``[m_j, K - j, d_out]``, and plane 0 is the output at layer ``j``
 itself.
 """
 
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
-from gemma_scope_tl.sae.sparse import SparseActs, decode_sparse, encode_sparse
+from gemma_scope_tl.sae.planes import written_planes
+from gemma_scope_tl.sae.sparse import SparseActs, encode_sparse
 from gemma_scope_tl.sites import LAYERED_SITES
 
 if TYPE_CHECKING:
@@ -168,8 +169,7 @@ class LayeredCoder(nn.Module):
         Returns:
             ``[..., d_out]``, without ``b_dec``.
         """
-        plane = self.W_dec[j][:, k - j]
-        return decode_sparse(acts, plane, torch.zeros_like(self.b_dec[k]))
+        return written_planes(acts, self.W_dec[j], k - j, k - j + 1)[0]
 
     def decode_at(self, k: int, acts: Sequence[SparseActs | Tensor], x: Tensor | None = None) -> Tensor:
         """The output at layer ``layers[k]``, ``[..., d_out]``.
@@ -179,9 +179,10 @@ class LayeredCoder(nn.Module):
             acts: the latents of the layers up to ``k``; later ones are not used.
             x: the input of layer ``k``, which only coders with skip connections need.
         """
-        out = self.b_dec[k]
-        for j in range(k + 1):
+        out = self.written_by(0, acts[0], k)
+        for j in range(1, k + 1):
             out = out + self.written_by(j, acts[j], k)
+        out = out + self.b_dec[k]
         return out if self.W_skip is None or x is None else out + x.to(self.dtype) @ self.W_skip[k]
 
     def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
