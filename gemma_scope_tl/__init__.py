@@ -26,6 +26,7 @@ _NAMES = {
     "JumpReLUTranscoder": "sae.jumprelu",
     "ablate": "interventions",
     "attribute": "attributions.gradients",
+    "attribution_graph": "attributions.making",
     "circuit": "attributions.graph",
     "clamp": "interventions",
     "evaluate": "evals.suite",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl import attributions, errors, evals, model, registry, sae, sites, training, viz, weights
     from gemma_scope_tl.attributions.gradients import attribute
     from gemma_scope_tl.attributions.graph import circuit
+    from gemma_scope_tl.attributions.making import attribution_graph
     from gemma_scope_tl.errors import AdapterMismatch, GemmaScopeError
     from gemma_scope_tl.evals.suite import evaluate
     from gemma_scope_tl.interop.releases import register_with_sae_lens

@@ -11,10 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gemma_scope_tl.attributions.attribution_graph import COLUMNS
 from gemma_scope_tl.attributions.placing import Reader
 from gemma_scope_tl.attributions.readout import Readout
 from gemma_scope_tl.attributions.sources import Entries, Sources
 from gemma_scope_tl.attributions.tracing import Traced
+from gemma_scope_tl.text.tokenizing import decoded_ids
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,8 +59,6 @@ def assembled(
         smallest: edges below this share of the sum of a target's absolute effects are left out.
     """
     import pandas as pd
-
-    from gemma_scope_tl.attributions.attribution_graph import COLUMNS
 
     kept = traced.latents.sort().values
     rows = [*latent_rows(sources, kept), *_other_rows(sources, prompt), *_logit_rows(sources, read, prompt)]
@@ -130,8 +130,6 @@ def _other_rows(sources: Sources, prompt: Prompt) -> list[Row]:
 
 
 def _logit_rows(sources: Sources, read: Readout, prompt: Prompt) -> list[Row]:
-    from gemma_scope_tl.text.tokenizing import decoded_ids
-
     position = sources.frozen.position
     names = decoded_ids(sources.frozen.model.tokenizer, read.token_ids)
     return [

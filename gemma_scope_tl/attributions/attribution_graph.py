@@ -7,31 +7,24 @@ sources, so for every target
 
     value_t = sum_s weights[t, s]
 
-holds to rounding, as long as no node was left out; ``checks`` has both sides. :mod:`gemma_scope_tl.attributions.frozen`
-defines the pass and its sources.
+holds to rounding, as long as no node was left out; ``checks`` has both sides. The pass and its sources are
+defined in :mod:`gemma_scope_tl.attributions.frozen`, and graphs are made by :func:`gemma_scope_tl.attribution_graph`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gemma_scope_tl.attributions.influence import edge_influence, node_influence, pruned_masks, scores_of
-from gemma_scope_tl.counts import checked_count, checked_flag, checked_real, checked_top
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.model.positions import Positions
-from gemma_scope_tl.text.batch import Text
-from gemma_scope_tl.text.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
     from scipy.sparse import csr_array
-
-    from gemma_scope_tl.model.hooked import GemmaModel
 
 KINDS = ("embedding", "latent", "error", "bias", "logit")
 """The kinds of nodes. Nodes of kind ``latent`` and ``logit`` are the targets of edges."""
@@ -152,12 +145,12 @@ class AttributionGraph:
         """The influence of every node on the logits along all paths, in the order of ``nodes``.
 
         It is the sum over paths of the products of the shares that each edge has in its target's inputs, weighted with
-        the probabilities of the logits (:mod:`gemma_scope_tl.attributions.influence`). The column ``influence`` has
-        these numbers for the graph as it was made.
+        the probabilities of the logits (:mod:`gemma_scope_tl.attributions.influence`). Biases are left out. The column
+        ``influence`` has these numbers for the graph as it was made.
         """
         import pandas as pd
 
-        found = node_influence(self.weights, self._probabilities())
+        found = node_influence(self._explained(), self._probabilities())
         return pd.Series(found, index=self.nodes.index, name="influence")
 
     def edge_influence(self) -> pd.Series:
@@ -166,9 +159,9 @@ class AttributionGraph:
 
         pairs = self.weights.tocoo()
         order = np.argsort(-np.abs(pairs.data), kind="stable")
-        found = edge_influence(self.weights, self._probabilities())
-        values = np.asarray(found[pairs.row, pairs.col]).ravel() if pairs.nnz else np.zeros(0)
-        return pd.Series(values[order], name="influence")
+        found = edge_influence(self._explained(), self._probabilities())
+        values = np.asarray(found[pairs.row[order], pairs.col[order]]).ravel() if pairs.nnz else np.zeros(0)
+        return pd.Series(values, name="influence")
 
     def pruned(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
         """The graph without nodes and edges of little influence; ``checks`` and influence are those of this graph.
@@ -177,19 +170,30 @@ class AttributionGraph:
             node_threshold: the most influential nodes with this share of all influence are kept, and all embeddings and
                 logits.
             edge_threshold: of the edges between these, the most influential with this share of their influence are
-                kept. Then nodes that have no way to a logit, and latents without a source, are removed.
+                kept. Then nodes that have no way to a logit, and latents without a source, are removed, and so are
+                all biases.
 
         Raises:
             GemmaScopeError: for thresholds outside of 0..1.
         """
         kinds = self.nodes["kind"].to_numpy(dtype=object)
-        keep, left = pruned_masks(self.weights, self._probabilities(), kinds, node_threshold, edge_threshold)
+        keep, left = pruned_masks(self._explained(), self._probabilities(), kinds, node_threshold, edge_threshold)
         return self._only(keep, left, {"node_threshold": node_threshold, "edge_threshold": edge_threshold})
 
     def scores(self) -> GraphScores:
         """How much of the computation the graph explains without errors (:class:`GraphScores`)."""
         kinds = self.nodes["kind"].to_numpy(dtype=object)
-        return GraphScores(*scores_of(self.weights, self._probabilities(), kinds))
+        return GraphScores(*scores_of(self._explained(), self._probabilities(), kinds))
+
+    def _explained(self) -> csr_array:
+        """The weights without those of biases, which are the same for every prompt."""
+        from scipy.sparse import diags_array
+
+        kept = (self.nodes["kind"] != "bias").to_numpy()
+        kept_columns: Any = diags_array(kept.astype(self.weights.dtype))
+        out = (self.weights @ kept_columns).tocsr()
+        out.eliminate_zeros()
+        return out
 
     def _probabilities(self) -> Any:
         logits = (self.nodes["kind"] == "logit").to_numpy()
@@ -203,7 +207,8 @@ class AttributionGraph:
         checks = self.checks[self.checks["node_id"].isin(known)].reset_index(drop=True)
         groups = ((name, tuple(one for one in members if one in known)) for name, members in self.supernodes)
         left = tuple((name, members) for name, members in groups if members)
-        smaller = weights[chosen][:, chosen].tocsr()
+        rows: Any = weights[chosen]
+        smaller = rows[:, chosen].tocsr()
         said = {**self.settings, **settings}
         return replace(self, nodes=nodes, weights=smaller, checks=checks, supernodes=left, settings=said)
 
@@ -241,86 +246,12 @@ def _check_nodes(nodes: pd.DataFrame, ids: int, tokens: int) -> None:
 
 
 def _check_weights(weights: csr_array, nodes: pd.DataFrame) -> None:
-    if tuple(weights.shape) != (len(nodes), len(nodes)):
-        raise GemmaScopeError(f"{len(nodes)} nodes need weights of that many rows and columns, not {weights.shape}.")
+    shape: Any = weights.shape
+    if tuple(shape) != (len(nodes), len(nodes)):
+        raise GemmaScopeError(f"{len(nodes)} nodes need weights of that many rows and columns, not {shape}.")
     if not np.isfinite(weights.data).all():
         raise GemmaScopeError("The weights of a graph must be finite, but some are NaN or infinite.")
-    into = np.diff(weights.indptr) > 0
+    indptr: Any = weights.indptr
+    into = np.diff(indptr) > 0
     if stray := nodes["kind"][into & ~nodes["kind"].isin(TARGETS).to_numpy()].tolist():
         raise GemmaScopeError(f"Edges lead to nodes of kind latent and logit, but some lead to {stray[0]!r}.")
-
-
-def attribution_graph(
-    model: GemmaModel,
-    text: Text,
-    coders: Any,
-    *,
-    logits: int | str | Sequence[Any] = 10,
-    probability: float = 0.95,
-    position: int = -1,
-    centred: bool = True,
-    soft_cap: str = "ratio",
-    max_latent_nodes: int | None = 7500,
-    smallest_edge: float = 0.0,
-    exclude_special_tokens: ExcludeTokens = True,
-    positions: Positions = None,
-    attention_mask: Any = None,
-    budget: int = 2 << 30,
-    batch_size: int | None = None,
-    dtype: torch.dtype | str | None = None,
-    progress: bool | Callable[[int, int], None] = False,
-) -> AttributionGraph:
-    """The attribution graph of one prompt: latents, errors and embeddings, and their direct effects up to the logits.
-
-    Args:
-        model: a model from ``load_model``, without attached SAEs and hooks. It is not changed.
-        text: one text, token ids or messages, as for :func:`~gemma_scope_tl.attribute`.
-        coders: SAEs, transcoders with or without skip connections, crosscoders and cross-layer transcoders in any
-            mixture, at most one for each written tensor: one, several, a suite, or a mapping from names to coders. They
-            stay on their device, and a decoder in a mapped file is read row by row.
-        logits: the number of logits at most; or the tokens to explain, as words or ids.
-        probability: the most probable tokens that have this probability together are taken, at most ``logits`` of them.
-        position: whose logits are explained, from 0 or from the end of the text.
-        centred: whether a logit node is the logit minus the mean of all, as in circuit-tracer, or the logit itself.
-        soft_cap: for a model with a soft-cap of its logits, ``"ratio"`` freezes the ratio of the logit behind it to the
-            one before it, ``"before"`` takes the logit before it.
-        max_latent_nodes: the number of latents in the graph. If more are active, the most influential are taken, by the
-            effects that are known when they are chosen; None takes all.
-        smallest_edge: edges below this share of the sum of their target's absolute effects are left out; by default
-            none is. ``checks`` are computed before.
-        exclude_special_tokens, positions: where coders are applied, as in :func:`~gemma_scope_tl.splice`. Elsewhere
-            the whole tensor is one error node.
-        attention_mask: ``[1, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
-        budget: bytes for gradients and decoder rows at a time, beside the model, its attention patterns and the active
-            latents. The effects themselves are in a temporary file if they need more.
-        batch_size: number of targets in a backward walk; None for as many as the budget allows, at most 256.
-        dtype: of the pass; None for the model's, but at least float32.
-        progress: True for a bar on standard error, or a function of the number of targets done and to do.
-
-    Returns:
-        The graph, not pruned. ``settings`` records the arguments, the number of active latents and of edges left out,
-        the deviation of the frozen pass from the model, and the versions of the libraries.
-
-    Raises:
-        SpliceError: a coder does not fit the model, or two write one tensor; or the text lacks one of ``positions``.
-        GemmaScopeError: several texts were given, or a value is out of range.
-        UnknownNameError: for another ``soft_cap``.
-    """
-    from gemma_scope_tl.attributions.making import Request, make_graph
-
-    request = Request(
-        logits=logits,
-        probability=probability,
-        position=position,
-        centred=checked_flag(centred, "centred"),
-        soft_cap=soft_cap,
-        max_latent_nodes=checked_top(max_latent_nodes, "max_latent_nodes"),
-        smallest_edge=checked_real(smallest_edge, "smallest_edge", least=0.0),
-        exclude_special_tokens=exclude_special_tokens,
-        positions=positions,
-        attention_mask=attention_mask,
-        budget=checked_count(budget, "budget"),
-        batch_size=None if batch_size is None else checked_count(batch_size, "batch_size"),
-        dtype=dtype,
-    )
-    return make_graph(model, text, coders, request, progress)

@@ -10,13 +10,13 @@ target's influence, ``A[t, s] (influence_t + p_t)``. Pruning keeps the most infl
 ``node_threshold`` of the influence of all nodes; then, with influence computed again in the pruned graph, the edges
 that together have ``edge_threshold``; and then removes nodes that have lost their connection. Embeddings and logits are
 kept. Influence, pruning and the two scores are defined as in circuit-tracer (Hanna et al., 2025), so numbers of the two
-can be compared, apart from nodes of kind ``bias``, which circuit-tracer lacks: they count as errors do in pruning, and
-in neither side of the scores.
+can be compared. Biases are no nodes there, and the functions here are given weights without theirs: a bias explains
+nothing about a prompt.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,25 +24,25 @@ import numpy.typing as npt
 from gemma_scope_tl.counts import checked_real
 from gemma_scope_tl.errors import GemmaScopeError
 
-if TYPE_CHECKING:
-    from scipy.sparse import csr_array
-
 Numbers = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Kinds = npt.NDArray[np.object_]
+Sparse = Any
+"""A ``scipy.sparse.csr_array``, whose methods type checkers cannot follow."""
 _LEAST = 1e-10  # the smallest sum that rows are divided by
 
 
-def normalised(weights: csr_array) -> csr_array:
+def normalised(weights: Sparse) -> Sparse:
     """Absolute weights divided by the sum of their row; rows without weights stay empty."""
     from scipy.sparse import diags_array
 
-    absolute = abs(weights).astype(np.float64)
+    absolute: Any = abs(weights).astype(np.float64)
     sums = np.asarray(absolute.sum(axis=1)).ravel()
-    return (diags_array(1.0 / np.maximum(sums, _LEAST)) @ absolute).tocsr()
+    scale: Any = diags_array(1.0 / np.maximum(sums, _LEAST))
+    return (scale @ absolute).tocsr()
 
 
-def path_sums(shares: csr_array, start: Numbers) -> Numbers:
+def path_sums(shares: Sparse, start: Numbers) -> Numbers:
     """``start (A + A^2 + ...)`` for the shares A.
 
     Raises:
@@ -57,7 +57,7 @@ def path_sums(shares: csr_array, start: Numbers) -> Numbers:
     raise GemmaScopeError("The graph has a circle of edges, so influence along its paths has no end.")
 
 
-def node_influence(weights: csr_array, probabilities: Numbers) -> Numbers:
+def node_influence(weights: Sparse, probabilities: Numbers) -> Numbers:
     """The influence of every node, ``[n]``.
 
     Args:
@@ -67,12 +67,13 @@ def node_influence(weights: csr_array, probabilities: Numbers) -> Numbers:
     return path_sums(normalised(weights), probabilities)
 
 
-def edge_influence(weights: csr_array, probabilities: Numbers) -> csr_array:
+def edge_influence(weights: Sparse, probabilities: Numbers) -> Sparse:
     """The influence of every edge, ``[n, n]``."""
     from scipy.sparse import diags_array
 
     shares = normalised(weights)
-    return (diags_array(path_sums(shares, probabilities) + probabilities) @ shares).tocsr()
+    scale: Any = diags_array(path_sums(shares, probabilities) + probabilities)
+    return (scale @ shares).tocsr()
 
 
 def threshold_of(scores: Numbers, share: float) -> float:
@@ -86,8 +87,8 @@ def threshold_of(scores: Numbers, share: float) -> float:
 
 
 def pruned_masks(
-    weights: csr_array, probabilities: Numbers, kinds: Kinds, node_threshold: float, edge_threshold: float
-) -> tuple[Mask, csr_array]:
+    weights: Sparse, probabilities: Numbers, kinds: Kinds, node_threshold: float, edge_threshold: float
+) -> tuple[Mask, Sparse]:
     """Which nodes to keep, ``[n]``, and the weights of the edges to keep, ``[n, n]``.
 
     Args:
@@ -103,7 +104,7 @@ def pruned_masks(
             raise GemmaScopeError(f"{name} must be at most 1, not {value}: it is a share of all influence.")
     influence = node_influence(weights, probabilities)
     always = np.isin(kinds, ("embedding", "logit"))
-    keep = (influence >= threshold_of(influence, node_threshold)) | always
+    keep: Any = ((influence >= threshold_of(influence, node_threshold)) & (kinds != "bias")) | always
     left = _only(weights, keep)
     scores = edge_influence(left, probabilities)
     lowest = threshold_of(scores.data, edge_threshold)
@@ -114,9 +115,7 @@ def pruned_masks(
     left = csr_array((edges.data[kept], (edges.row[kept], edges.col[kept])), shape=weights.shape)
     needs_source = kinds == "latent"
     while True:
-        connected = left != 0
-        out = np.asarray(connected.sum(axis=0)).ravel() > 0
-        into = np.asarray(connected.sum(axis=1)).ravel() > 0
+        into, out = np.diff(left.tocsr().indptr) > 0, np.diff(left.tocsc().indptr) > 0
         still = keep & (out | always) & (into | ~needs_source)
         if (still == keep).all():
             return keep, left
@@ -124,7 +123,7 @@ def pruned_masks(
         left = _only(left, keep)
 
 
-def scores_of(weights: csr_array, probabilities: Numbers, kinds: Kinds) -> tuple[float, float]:
+def scores_of(weights: Sparse, probabilities: Numbers, kinds: Kinds) -> tuple[float, float]:
     """Replacement and completeness (:meth:`~gemma_scope_tl.attributions.AttributionGraph.scores`)."""
     shares = normalised(weights)
     influence = path_sums(shares, probabilities)
@@ -136,11 +135,11 @@ def scores_of(weights: csr_array, probabilities: Numbers, kinds: Kinds) -> tuple
     return float(replacement), float(completeness)
 
 
-def _only(weights: csr_array, keep: Mask) -> csr_array:
+def _only(weights: Sparse, keep: Mask) -> Sparse:
     """The weights between kept nodes, in the shape of all."""
     from scipy.sparse import diags_array
 
-    kept = diags_array(keep.astype(weights.dtype))
+    kept: Any = diags_array(keep.astype(weights.dtype))
     out = (kept @ weights @ kept).tocsr()
     out.eliminate_zeros()
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,8 +18,9 @@ from gemma_scope_tl.attributions.placing import placed_coders
 from gemma_scope_tl.attributions.readout import readout
 from gemma_scope_tl.attributions.sources import Sources, sources_of
 from gemma_scope_tl.attributions.tracing import Progress, trace
+from gemma_scope_tl.counts import checked_count, checked_flag, checked_real, checked_top, whole_number
 from gemma_scope_tl.dtypes import parse_dtype
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.errors import GemmaScopeError, brief
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.text.batch import Text
 from gemma_scope_tl.text.tokenizing import decoded_ids
@@ -35,7 +36,30 @@ _COPIES = 4  # of a batch's largest gradient that a step of the walk holds at a 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of :func:`~gemma_scope_tl.attribution_graph` by the same names, with the same defaults."""
+    """What a graph is to show, and what making it may cost.
+
+    Attributes:
+        logits: the number of logits at most; or the tokens to explain, as words or ids.
+        probability: the most probable tokens that have this probability together are taken, at most ``logits`` of them.
+        position: whose logits are explained, from 0 or from the end of the text.
+        centred: whether a logit node is the logit minus the mean of all, as in circuit-tracer, or the logit itself.
+        soft_cap: for a model with a soft-cap of its logits, ``"ratio"`` freezes the ratio of the logit behind it to the
+            one before it, ``"before"`` takes the logit before it.
+        max_latent_nodes: the number of latents in the graph. If more are active, the most influential are taken, by the
+            effects that are known when they are chosen; None takes all.
+        smallest_edge: edges below this share of the sum of their target's absolute effects are left out; by default
+            none is. ``checks`` are computed before.
+        exclude_special_tokens, positions: where coders are applied, as in :func:`~gemma_scope_tl.splice`. Elsewhere
+            the whole tensor is one error node.
+        attention_mask: ``[1, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
+        budget: bytes for gradients and decoder rows at a time, beside the model, its attention patterns and the active
+            latents. The effects themselves are in a temporary file if they need more.
+        batch_size: number of targets in a backward walk; None for as many as the budget allows, at most 256.
+        dtype: of the pass, float32 or float64; None for the model's, but at least float32.
+
+    Raises:
+        GemmaScopeError: for a value that is out of range.
+    """
 
     logits: Any = 10
     probability: float = 0.95
@@ -50,6 +74,18 @@ class Request:
     budget: int = 2 << 30
     batch_size: int | None = None
     dtype: torch.dtype | str | None = None
+
+    def __post_init__(self) -> None:
+        if whole_number(self.position) is None:
+            raise GemmaScopeError(f"position must be an integer, not {brief(self.position)}.")
+        checked_flag(self.centred, "centred")
+        checked_top(self.max_latent_nodes, "max_latent_nodes")
+        checked_real(self.smallest_edge, "smallest_edge", least=0.0)
+        checked_count(self.budget, "budget")
+        if self.batch_size is not None:
+            checked_count(self.batch_size, "batch_size")
+        if self.dtype is not None and parse_dtype(self.dtype).itemsize < 4:
+            raise GemmaScopeError(f"A frozen pass is computed in float32 or float64, not in {self.dtype}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +117,6 @@ def prepared(model: GemmaModel, text: Text, coders: Any, request: Request) -> Pr
     at = request.position
     at = token_row(spliced, at if at >= 0 else int(spliced.length[0]) + at) - int(spliced.start[0])
     dtype = None if request.dtype is None else parse_dtype(request.dtype)
-    if dtype is not None and dtype.itemsize < 4:
-        raise GemmaScopeError(f"A frozen pass is computed in float32 or float64, not in {request.dtype}.")
     with torch.inference_mode(False):
         frozen = frozen_pass(model, ids, dtype, at)
         room = request.budget // (2 * frozen.dtype.itemsize)
@@ -90,6 +124,52 @@ def prepared(model: GemmaModel, text: Text, coders: Any, request: Request) -> Pr
     listed = tuple(ids.tolist())
     tokens = tuple(decoded_ids(model.tokenizer, list(listed)))
     return Prepared(sources, Prompt(listed, tokens), text if isinstance(text, str) else "".join(tokens))
+
+
+def attribution_graph(
+    model: GemmaModel,
+    text: Text,
+    coders: Any,
+    *,
+    logits: int | str | Sequence[Any] = 10,
+    probability: float = 0.95,
+    position: int = -1,
+    centred: bool = True,
+    soft_cap: str = "ratio",
+    max_latent_nodes: int | None = 7500,
+    smallest_edge: float = 0.0,
+    exclude_special_tokens: ExcludeTokens = True,
+    positions: Positions = None,
+    attention_mask: Any = None,
+    budget: int = 2 << 30,
+    batch_size: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    progress: bool | Callable[[int, int], None] = False,
+) -> AttributionGraph:
+    """The attribution graph of one prompt: latents, errors and embeddings, and their direct effects up to the logits.
+
+    Args:
+        model: a model from ``load_model``, without attached SAEs and hooks. It is not changed.
+        text: one text, token ids or messages, as for :func:`~gemma_scope_tl.attribute`.
+        coders: SAEs, transcoders with or without skip connections, crosscoders and cross-layer transcoders in any
+            mixture, at most one for each written tensor: one, several, a suite, or a mapping from names to coders. They
+            stay on their device, and a decoder in a mapped file is read row by row.
+        logits, probability, position, centred, soft_cap, max_latent_nodes, smallest_edge, exclude_special_tokens,
+            positions, attention_mask, budget, batch_size, dtype: see :class:`~gemma_scope_tl.attributions.making.Request`.
+        progress: True for a bar on standard error, or a function of the number of targets done and to do.
+
+    Returns:
+        The graph, not pruned. ``settings`` records the arguments, the number of active latents and of edges left out,
+        the deviation of the frozen pass from the model, and the versions of the libraries.
+
+    Raises:
+        SpliceError: a coder does not fit the model, or two write one tensor; or the text lacks one of ``positions``.
+        GemmaScopeError: several texts were given, or a value is out of range.
+        UnknownNameError: for another ``soft_cap``.
+    """
+    given = locals()
+    request = Request(**{name: given[name] for name in Request.__dataclass_fields__})
+    return make_graph(model, text, coders, request, progress)
 
 
 def make_graph(

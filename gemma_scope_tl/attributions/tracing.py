@@ -217,9 +217,9 @@ def latent_stages(sources: Sources) -> Tensor:
 def partial_influence(sources: Sources, effects: Tensor, weights: Tensor, latents: Tensor) -> Tensor:
     """The influence of every source on the logits along the effects that are known, ``[sources]`` in float64.
 
-    With the absolute effects of each target normalised to a sum of 1, influence is the sum over all paths of the
-    products of these shares, and of the logits' weights. A latent has effects only on targets at later stages, so one
-    sweep from the last stage to the first adds up all paths.
+    Biases are left out. With the absolute effects of each target normalised to a sum of 1, influence is the sum over
+    all paths of the products of these shares, and of the logits' weights. A latent has effects only on targets at later
+    stages, so one sweep from the last stage to the first adds up all paths.
 
     Args:
         sources: of the pass.
@@ -229,17 +229,19 @@ def partial_influence(sources: Sources, effects: Tensor, weights: Tensor, latent
     """
     count = effects.shape[1]
     total = torch.zeros(count, dtype=torch.float64)
-    _add_shares(total, effects[: len(weights)], weights)
+    biases = [cut.bias for cut in sources.cuts.values()] + [sources.count - 1]
+    _add_shares(total, effects[: len(weights)], weights, biases)
     stages = latent_stages(sources)[latents]
     for stage in sorted(set(stages.tolist()), reverse=True):
         rows = (stages == stage).nonzero().flatten()
         for some in rows.split(_ROWS):
-            _add_shares(total, effects[some + len(weights)], total[latents[some]])
+            _add_shares(total, effects[some + len(weights)], total[latents[some]], biases)
     return total
 
 
-def _add_shares(total: Tensor, rows: Tensor, weights: Tensor) -> None:
+def _add_shares(total: Tensor, rows: Tensor, weights: Tensor, biases: list[int]) -> None:
     absolute = rows.abs()
+    absolute[:, biases] = 0.0
     sums = absolute.sum(1, dtype=torch.float64).clamp_min(1e-30)
     total += (weights / sums).to(absolute.dtype) @ absolute
 
