@@ -5,9 +5,9 @@ the planes of earlier layers. On disk, they have the layout of the release: a fi
 30 GiB there, of which only the rows of latents that fire on a given prompt are written. The rest are holes, which read
 as zeros and take no space. Nothing in the time of a pass depends on the values of rows.
 
-Encoder columns are normal with variance ``1 / d``, divided by the root mean square of the input, so that pre-activations
-are N(0, 1) and one threshold makes as many latents fire as wanted. Decoder rows are scaled so that each output has about
-the root mean square of the tensor it replaces.
+Encoder columns are normal with variance ``1 / d``, divided by the root mean square of the input, so that
+pre-activations are N(0, 1) and one threshold makes as many latents fire as wanted. Decoder rows are scaled so that each
+output has about the root mean square of the tensor it replaces.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from gemma_scope_tl.sites import Place
 from scripts.tracer_parity.case import TOKENIZER
 
 FOLDER = Path(__file__).parents[1] / "build" / "layered"
+QUICK_FOLDER = FOLDER.with_name("layered-quick")
 CLT_FOLDER = "clt/width_262k_l0_medium"
 DONE = "sizes.json"
 SMALL_VOCABULARY = 2_048
@@ -169,7 +170,7 @@ def prepare(folder: Path, sizes: CLTSizes) -> None:
 
 
 def prepared(folder: Path) -> dict[str, Any]:
-    """What :func:`prepare` noted: the ``sizes``, how many latents are ``active`` on the prompt, how many ``distinct``."""
+    """What :func:`prepare` noted: the ``sizes``, and how many latents are ``active`` and how many ``distinct`` ones."""
     return json.loads((folder / DONE).read_text(encoding="utf-8"))
 
 
@@ -180,6 +181,13 @@ def mapped_coder(folder: Path, sizes: CLTSizes) -> LayeredCoder:
     w_enc, b_enc, threshold, w_dec, b_dec = ([file[name] for file in files] for name in names)
     planes = [whole[:, j:] for j, whole in enumerate(w_dec)]
     return LayeredCoder("clt", range(sizes.model.layers), w_enc, b_enc, threshold, planes, b_dec)
+
+
+def loaded_coder(folder: Path) -> LayeredCoder:
+    """The CLT in ``folder`` as users load one."""
+    coder = gs.JumpReLUSAE.from_folder(folder / CLT_FOLDER, family="gemma3")
+    assert isinstance(coder, LayeredCoder)
+    return coder
 
 
 def layer_files(folder: Path, layers: int) -> Iterator[Path]:
@@ -221,7 +229,7 @@ def _config(sizes: CLTSizes) -> dict[str, Any]:
         "hf_hook_point_in": f"{hook}pre_feedforward_layernorm.output",
         "hf_hook_point_out": f"{hook}post_feedforward_layernorm.output",
         "width": sizes.latents * sizes.model.layers,
-        "model_name": "google/gemma-3-1b-pt",
+        "model_name": f"random-gemma-3-{sizes.model.width}",
         "architecture": "jump_relu",
         "l0": sizes.l0,
         "affine_connection": False,
