@@ -123,11 +123,12 @@ def random_coder(
 def with_threshold(coder: LayeredCoder, l0: int) -> LayeredCoder:
     """The coder with its arrays, and thresholds at which ``l0`` latents fire on a token."""
     theta = threshold_of(l0, coder.d_sae)
-    parts: list[Any] = [list(part) for part in (coder.W_enc, coder.b_enc)]
-    thresholds = [torch.full_like(one, theta) for one in coder.threshold]
-    rest: list[Any] = [list(part) for part in (coder.W_dec, coder.b_dec)]
+    arrays = [list(part) for part in (coder.W_enc, coder.b_enc, coder.threshold, coder.W_dec, coder.b_dec)]
+    w_enc, b_enc, threshold, w_dec, b_dec = arrays
+    raised = [torch.full_like(one, theta) for one in threshold]
     skip = None if coder.W_skip is None else list(coder.W_skip)
-    return LayeredCoder(coder.kind, coder.layers, *parts, thresholds, *rest, skip, model_name=coder.model_name)
+    name = coder.model_name
+    return LayeredCoder(coder.kind, coder.layers, w_enc, b_enc, raised, w_dec, b_dec, skip, model_name=name)
 
 
 def sizes_of(ids: Tensor, model: Any, kind: LayeredKind, layers: Sequence[int]) -> list[float]:

@@ -275,7 +275,15 @@ NO_TEXT = {
     ),
     *("sae_hook_points", "site_hook_point", "add_hook", "reset_hooks", "add_perma_hook"),
 }
-TABLES = {"attribute", "attribution_graph", "circuit", "evaluate", "feature_page", "features", "mean_norms"}  # tests/inputs/test_tables.py
+TABLES = {
+    "attribute",
+    "attribution_graph",
+    "circuit",
+    "evaluate",
+    "feature_page",
+    "features",
+    "mean_norms",
+}  # tests/inputs/test_tables.py
 LOSSES = {"loss_fn"}  # test_loss
 TEXT_TOOLS = {"to_tokens", "to_str_tokens", "to_string", "to_single_token", "to_single_str_token"}
 
