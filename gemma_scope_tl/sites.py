@@ -14,7 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, checked_text, unknown_name
-from gemma_scope_tl.families import BACKENDS, Backend, Family, ModelDims, Place, Site, families, family_named
+from gemma_scope_tl.families import (
+    BACKENDS,
+    LAYERED_SITES,
+    Backend,
+    Family,
+    ModelDims,
+    Place,
+    Site,
+    families,
+    family_named,
+    refused_layered,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +42,7 @@ __all__ = [
     "check_hook_is_not_refused",
     "flatten_heads",
     "get_site",
+    "known_site",
     "layer_of_hook",
     "parse_place",
     "site_of_hook",
@@ -63,13 +75,6 @@ class _Sites(Mapping[str, Site]):
 SITES: Mapping[str, Site] = _Sites()
 
 
-LAYERED_SITES: Mapping[str, SiteName] = {"crosscoder": "res", "clt": "transcoder"}
-"""The kinds of coders that span several layers, which registry rows name in place of a site.
-
-The value is the site whose tensors the coder reads and writes in each of its layers. A kind is in no site table.
-"""
-
-
 def get_site(name: str, family: str | Family | None = None) -> Site:
     """The row of the site table with this name.
 
@@ -92,17 +97,19 @@ def get_site(name: str, family: str | Family | None = None) -> Site:
     try:
         return SITES[checked_text("site", name, SITES)]
     except KeyError:
-        refuse_layered(name)
-        raise unknown_name("site", name, SITES) from None
+        raise (refused_layered(name) or unknown_name("site", name, SITES)) from None
 
 
-def refuse_layered(name: str) -> None:
-    """Raise :class:`SpliceError` if ``name`` is a kind of coders that span several layers, and so is no site."""
-    if name in LAYERED_SITES:
-        raise SpliceError(
-            f"{name!r} is a kind of coders that span several layers, and no site of a single one: they read the "
-            f"tensors of site {LAYERED_SITES[name]!r} at each of their layers. This function takes sites."
-        )
+def known_site(name: str) -> SiteName:
+    """Return the name of a site, or of a kind of coders that span several layers, which rows name in its place.
+
+    Raises:
+        UnknownNameError: with the nearest names.
+    """
+    known = [*SITES, *LAYERED_SITES]
+    if checked_text("site", name, known) not in known:
+        raise unknown_name("site", name, known)
+    return name
 
 
 def parse_place(key: str) -> Place:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.registry.index import INDEX_NAME, index_text
 from gemma_scope_tl.registry.render import json_schema, render_release
-from scripts.registry_files import gemma_scope_2
+from scripts.registry_files import gemma_scope_2, gemma_scope_2_layered
 from scripts.registry_files.common import Derived, sae_lens_catalogue
 from scripts.registry_files.gemma_scope import SPECS, TRANSCODER_L0S, derive
 
@@ -33,7 +33,11 @@ FOLDER = Path(__file__).resolve().parents[1] / "pretrained_yaml"
 def derive_all(catalogue: Mapping[str, Any] | None = None) -> list[Derived]:
     """Every release file, derived from SAELens's catalogue (the installed one by default)."""
     catalogue = sae_lens_catalogue() if catalogue is None else catalogue
-    return [*(derive(spec, catalogue) for spec in SPECS), *gemma_scope_2.derive_all(catalogue)]
+    return [
+        *(derive(spec, catalogue) for spec in SPECS),
+        *gemma_scope_2.derive_all(catalogue),
+        *gemma_scope_2_layered.derive_all(),
+    ]
 
 
 def texts(derived: Iterable[Derived]) -> dict[str, str]:

@@ -12,12 +12,23 @@ from dataclasses import replace
 from typing import Any
 
 from gemma_scope_tl.errors import AdapterError, GemmaScopeError, checked_text, unknown_name
-from gemma_scope_tl.families.base import BACKENDS, Backend, Family, ModelDims, ModelSizes, Place, Site, Wrapper
+from gemma_scope_tl.families.base import (
+    BACKENDS,
+    Backend,
+    Family,
+    ModelDims,
+    ModelSizes,
+    Place,
+    Site,
+    Wrapper,
+)
 from gemma_scope_tl.families.gemma2 import GEMMA2
 from gemma_scope_tl.families.gemma3 import GEMMA3
+from gemma_scope_tl.families.layered import LAYERED_SITES, refused_layered
 
 __all__ = [
     "BACKENDS",
+    "LAYERED_SITES",
     "AssumedFamilyWarning",
     "Backend",
     "Family",
@@ -39,6 +50,7 @@ __all__ = [
     "named_family",
     "names_with",
     "plain_name",
+    "refused_layered",
     "register_family",
     "stated_family",
 ]
@@ -132,9 +144,11 @@ def named_family(model: str | None) -> Family | None:
 def family_of_model(model: str | None, site: str | None = None) -> Family:
     """The family of a model by its name, or the first family that has the ``site`` if no family lists the name.
 
-    Without a ``site`` that is the default family. Whether the choice matters says :func:`depends_on_family`; where an
+    For a kind of coders of several layers, the site is the one that they read. Without a ``site`` that is the default
+    family. Whether the choice matters says :func:`depends_on_family`; where an
     SAE gets its hooks and units, :func:`assumed_family` makes it and warns.
     """
+    site = LAYERED_SITES.get(str(site), site)
     first = next((family for family in families() if site in family.sites), families()[0])
     return named_family(model) or first
 
@@ -145,6 +159,7 @@ def depends_on_family(site: str | None) -> bool:
     >>> depends_on_family("res"), depends_on_family("transcoder")
     (False, True)
     """
+    site = LAYERED_SITES.get(str(site), site)
     meanings = [_meaning(family, site) for family in families() if site is not None and site in family.sites]
     return any(one != meanings[0] for one in meanings)
 
@@ -180,7 +195,8 @@ def assumed_family(model: str | None, site: str | None, source: str, how: str = 
 
 def names_with(*sites: str | None) -> str:
     """The names of the families that have these sites, in a sentence."""
-    return " or ".join(family.name for family in families() if set(sites) - {None} <= family.sites.keys())
+    wanted = {LAYERED_SITES.get(str(site), site) for site in sites} - {None}
+    return " or ".join(family.name for family in families() if wanted <= family.sites.keys())
 
 
 def _unknown(model: str | None) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 from gemma_scope_tl.counts import checked_layer
 from gemma_scope_tl.errors import SpliceError, checked_text, unknown_name
+from gemma_scope_tl.families.layered import refused_layered
 
 Backend = Literal["bridge", "hooked_transformer"]
 BACKENDS: tuple[Backend, ...] = ("bridge", "hooked_transformer")
@@ -350,9 +351,9 @@ class Family:
         Raises:
             UnknownNameError: with the nearest names.
         """
-        if checked_text(f"site of {self.title}", name, self.sites) not in self.sites:
-            raise unknown_name(f"site of {self.title}", name, self.sites)
-        return self.sites[name]
+        if checked_text(f"site of {self.title}", name, self.sites) in self.sites:
+            return self.sites[name]
+        raise refused_layered(name) or unknown_name(f"site of {self.title}", name, self.sites)
 
     def d_out(self, site: str, dims: ModelDims) -> int:
         """Width of what a coder at a site writes, heads flattened, in a model of these sizes."""

@@ -13,15 +13,16 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import cast
 
-from gemma_scope_tl.errors import RegistryError, checked_text, nearest, unknown_name
+from gemma_scope_tl.errors import RegistryError, checked_text, unknown_name
 from gemma_scope_tl.families import family_of_model, plain_name
 from gemma_scope_tl.registry.choice import CANONICAL, checked_number, pick
+from gemma_scope_tl.registry.hints import closest_numbers, folder_hint, nearest_ids, no_canonical_hint
 from gemma_scope_tl.registry.index import forget_indexes, indexed
 from gemma_scope_tl.registry.locate import forget_packages, is_registered, release_files
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
 from gemma_scope_tl.registry.schema import LABELS, SERIES, ReleaseFile, SAERow, read_release
 from gemma_scope_tl.registry.widths import label_of
-from gemma_scope_tl.sites import SITES, get_site
+from gemma_scope_tl.sites import LAYERED_SITES, known_site
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def resolve(release: str, id: str) -> SAERow:
     try:
         return by_id[id]
     except KeyError:
-        raise unknown_name(f"id in {release}", id, _nearest_ids(id, by_id), _no_canonical_hint(id, by_id)) from None
+        raise unknown_name(f"id in {release}", id, nearest_ids(id, by_id), no_canonical_hint(id, by_id)) from None
 
 
 def find(
@@ -93,8 +94,8 @@ def find(
     Args:
         model: ``gemma-2-2b`` or ``google/gemma-2-2b``; ``gemma-3-1b-pt`` is ``gemma-3-1b``. An instruction-tuned model
             has only SAEs trained on itself.
-        site: a name of the site table.
-        layer: counts from 0; None for the embedding.
+        site: a name of the site table, or a kind of coders of several layers (``"crosscoder"``, ``"clt"``).
+        layer: counts from 0; None for the embedding, and for coders of several layers.
         width: ``"16k"``, or the number of latents; None for ``"16k"``.
         l0: ``"canonical"`` (SAELens's choice, nearest to 100), a label (``"small"``, ``"medium"`` or ``"big"``), a
             number (exactly that L0), or ``"closest:50"`` (the sparser of two at the same distance). Where no SAE is
@@ -112,7 +113,7 @@ def find(
         RegistryError: when several SAEs fit, as when two releases have such an SAE; names them and what chooses one.
     """
     model = checked_model(model)
-    get_site(site)
+    known_site(site)
     layer = None if layer is None else checked_number("layer", layer, least=None)
     seed = None if seed is None else checked_number("seed", seed)
     rows = [row for header in releases_of(model, release, series) for row in rows_of(header)]
@@ -132,10 +133,11 @@ def _at_place(
         raise unknown_name(f"site of {within}", site, sorted({row.site for row in rows}), hint)
     at_layer = [row for row in at_site if row.layer == layer]
     if not at_layer:
-        layers = _closest_numbers(layer or 0, {row.layer for row in at_site if row.layer is not None})
-        hint = hint if layers else f"The {site} exists once: layer=None."
+        layers = closest_numbers(layer or 0, {row.layer for row in at_site if row.layer is not None})
+        once = f"A {site} spans several layers" if site in LAYERED_SITES else f"The {site} exists once"
+        hint = hint if layers else f"{once}: layer=None."
         raise unknown_name(f"layer of {within} at site {site}", layer, map(str, layers or [None]), hint)
-    found = [row for row in at_layer if row.width == label]
+    found = [row for row in at_layer if label in (row.width, str(row.d_sae))]
     if not found:
         where = site if layer is None else f"{site} layer {layer}"
         widths = [row.width for row in sorted(at_layer, key=lambda row: row.d_sae)]
@@ -143,7 +145,7 @@ def _at_place(
         if width is None:
             hint = f"{label!r} is the default: give one of these as width=. {hint}"
         elif elsewhere:
-            shown = ", ".join(map(str, _closest_numbers(layer or 0, elsewhere)))
+            shown = ", ".join(map(str, closest_numbers(layer or 0, elsewhere)))
             hint = f"Layers with {label}, the nearest first: {shown}. {hint}".strip()
         raise unknown_name(f"width of {within} at {where}", label, dict.fromkeys(widths), hint)
     return found
@@ -209,7 +211,7 @@ def checked_model(model: str) -> str:
     known = dict.fromkeys(h.model for h in headers())
     name = plain_name(checked_text("model", model, known))
     if name not in known:
-        raise unknown_name("model", model, known, _release_hint(model) or _folder_hint(model) or _base_hint(name))
+        raise unknown_name("model", model, known, _release_hint(model) or folder_hint(model) or _base_hint(name))
     return name
 
 
@@ -325,26 +327,6 @@ def _by_id(path: Path) -> dict[str, SAERow]:
     return {row.id: row for row in rows} | {row.canonical_id: row for row in rows if row.canonical_id}
 
 
-def _nearest_ids(given: str, ids: Iterable[str], n: int = 5) -> list[str]:
-    """The ``n`` nearest ids, ordered by the number of leading parts that agree, then by similarity."""
-    parts = given.split("/")
-    by_agreement: dict[int, list[str]] = {}
-    for id_ in ids:
-        pairs = zip(parts, id_.split("/"), strict=False)
-        agreement = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        by_agreement.setdefault(agreement, []).append(id_)
-    found: list[str] = []
-    for _, group in sorted(by_agreement.items(), reverse=True):
-        found += nearest(given, group, n - len(found)) if len(found) < n else []
-    return found
-
-
-def _no_canonical_hint(id_: str, ids: Iterable[str]) -> str:
-    head, slash, last = id_.rpartition("/")
-    exists = any(other.startswith(head + slash) for other in ids)
-    return f"No SAE of {head} is canonical: name one by its L0." if slash and last == CANONICAL and exists else ""
-
-
 def _base_hint(model: str) -> str:
     """The hint for an instruction-tuned model: the releases of its base model, which are never used as a substitute."""
     base = model.removesuffix(family_of_model(model).tuned_suffix)
@@ -360,11 +342,7 @@ def _label_hint(rows: Iterable[SAERow], wanted: SAERow, l0: float | str) -> str:
     layers = {row.layer for row in rows if row.layer is not None and (row.site, row.width, row.label) == place}
     if l0 not in LABELS or not layers or wanted.layer is None:
         return ""
-    return f"Layers with it, the nearest first: {', '.join(map(str, _closest_numbers(wanted.layer, layers)))}."
-
-
-def _closest_numbers(given: int, numbers: Iterable[int], n: int = 5) -> list[int]:
-    return sorted(numbers, key=lambda number: (abs(number - given), number))[:n]
+    return f"Layers with it, the nearest first: {', '.join(map(str, closest_numbers(wanted.layer, layers)))}."
 
 
 def _release_hint(name: str) -> str:
@@ -376,22 +354,4 @@ def _release_hint(name: str) -> str:
         f"This is a release, of SAEs of {header.model}: list_saes(release={name!r}) lists them, "
         f"JumpReLUSAE.from_pretrained({name!r}, id) loads one, "
         f"load_suite({header.model!r}, ..., release={name!r}) loads several."
-    )
-
-
-def _folder_hint(name: str) -> str:
-    """The hint for a folder or file of SAEs given as a model."""
-    path = Path(name)
-    try:
-        file = path / f"{path.absolute().name}.yaml" if path.is_dir() else path
-        if file.suffix in (".yaml", ".yml") and file.is_file():
-            return f"register_release({str(file)!r}) returns the release's name; list_saes(release=...) lists its SAEs."
-        layers = path.is_dir() and next(path.glob("layer_*"), None) is not None
-        if not (layers or any((path / part).exists() for part in (*SITES, "params.npz", "cfg.json"))):
-            return ""
-    except (OSError, ValueError):  # not a valid file name
-        return ""
-    return (
-        f"This is a folder: JumpReLUSAE.from_folder(...) loads an SAE in it, and export_suite({name!r}, ...) makes a "
-        "release of all of them, whose registry file is an argument for register_release."
     )

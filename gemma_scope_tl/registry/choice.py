@@ -92,7 +92,8 @@ def checked_number(what: str, number: object, least: int | None = 0) -> int:
 def _with_l0(rows: Sequence[SAERow], l0: float | str) -> list[SAERow]:
     if l0 == CANONICAL:
         confirmed = [row for row in rows if not row.unverified]
-        only_l0 = len({(row.l0, row.series) for row in confirmed}) == 1  # the rest differ by skip connection or seed
+        l0s = {(row.l0, row.series, row.label if row.l0 is None else None) for row in confirmed}
+        only_l0 = len(l0s) == 1  # the rest differ by skip connection or seed
         return [row for row in rows if row.canonical] or (confirmed if only_l0 else [])
     if l0 in LABELS:
         return [row for row in rows if row.label == l0]
@@ -154,8 +155,11 @@ def _no_such_l0(rows: Sequence[SAERow], l0: float | str) -> str:
     labels = {row.l0: row.label for row in rows if row.l0 is not None and row.label is not None}
     known = sorted({row.l0 for row in rows if row.l0 is not None})
     words = (f"{value:g} ({labels[value]})" if value in labels else f"{value:g}" for value in known)
-    listed = ", ".join(words) or "none is known"
+    unsaid = [label for label in LABELS if any(row.label == label and row.l0 is None for row in rows)]
+    listed = ", ".join([*words, *(f"an unknown number ({label})" for label in unsaid)]) or "none is known"
     if l0 == CANONICAL:
+        if unsaid and not known:
+            return f"{place} has no canonical coder. L0s: {listed}. Take one by its label: l0={unsaid[0]!r}."
         how = "Take one by its number or label" if labels else "Take one"
         return f"{place} has no canonical SAE. L0s: {listed}. {how}, or l0='closest:100'."
     if l0 in LABELS:

@@ -22,12 +22,13 @@ from gemma_scope_tl.registry.schema import ReleaseFile, SAEEntry, SAERow
 INDEX_NAME = "index.jsonl"
 COLUMNS = (
     *("id", "site", "layer", "width", "d_sae", "d_in", "l0", "path", "label", "affine", "seed", "neuronpedia"),
-    *("canonical", "unverified", "sha256", "revision", "note", "neuronpedia_warning", "d_out"),
+    *("canonical", "unverified", "sha256", "revision", "note", "neuronpedia_warning", "d_out", "layers", "sha256s"),
 )
 """The columns of rows, with those that few rows have at the end."""
 _DEFAULTS = [SAEEntry.model_fields[name].get_default() for name in COLUMNS]
 _TEMPLATE = {name: field.get_default() for name, field in SAERow.model_fields.items()}
 _SHARED = ("release", "model", "repo", "format", "family", "series")
+_TUPLES = ("layers", "sha256s")
 _set = object.__setattr__
 _ALL_FIELDS = set(SAERow.model_fields)  # shared by all rows, which are frozen
 
@@ -99,6 +100,9 @@ def _row(values: list[Any], shared: Mapping[str, Any]) -> SAERow:
     fields = _TEMPLATE.copy()
     fields.update(zip(COLUMNS, values, strict=False))
     fields.update(shared)
+    for name in _TUPLES:
+        if fields[name] is not None:
+            fields[name] = tuple(fields[name])
     row = SAERow.__new__(SAERow)
     _set(row, "__dict__", fields)
     _set(row, "__pydantic_fields_set__", _ALL_FIELDS)

@@ -13,7 +13,7 @@ from gemma_scope_tl.registry.choice import checked_affine, checked_number, sever
 from gemma_scope_tl.registry.locate import BUNDLED_DATA, bundle_folder
 from gemma_scope_tl.registry.schema import LABELS, SERIES, SAERow
 from gemma_scope_tl.registry.widths import label_of
-from gemma_scope_tl.sites import SITES, get_site
+from gemma_scope_tl.sites import LAYERED_SITES, SITES, known_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,8 +45,12 @@ COLUMNS = {
     "affine": "boolean",
     "seed": "Int64",
     "series": "string",
+    "layers": "object",
 }
-"""The columns of the table and their dtypes, which an empty table has too."""
+"""The columns of the table and their dtypes, which an empty table has too.
+
+``layers`` has a tuple for each coder of several layers, and None for others.
+"""
 
 METRICS = {
     "l0_measured": "float64",
@@ -118,13 +122,13 @@ def select_rows(
 
     Args:
         model: a name such as ``gemma-2-2b``, or several.
-        site: a name of the site table, or several.
-        layer: an index from 0, or several. The embedding has no layer.
+        site: a name of the site table or a kind of coders of several layers (``crosscoder``, ``clt``), or several.
+        layer: an index from 0, or several. The embedding and coders of several layers have no layer.
         width: ``"16k"`` or the number of latents, or several.
         release: a name, or several; a ``-canonical`` name selects only canonical rows.
         pattern: a glob over ``release/id`` or ``id``, such as ``*layer_20/width_16k*``. Canonical names match too.
         label: ``small``, ``medium`` or ``big``, or several.
-        affine: whether the transcoders have a skip connection. SAEs have none, and are not affine.
+        affine: whether transcoders, also cross-layer ones, have a skip connection. SAEs have none, and are not affine.
         seed: the seed of further training runs, or several.
         series: ``subset`` or ``all``; releases that are not divided into series are left out.
 
@@ -132,7 +136,7 @@ def select_rows(
         UnknownNameError: for a model, site, width, release, label or series that does not exist; with the nearest.
     """
     models = None if model is None else {checked_model(name) for name in several(model)}
-    sites = None if site is None else {get_site(name).name for name in several(site)}
+    sites = None if site is None else {known_site(name) for name in several(site)}
     layers = None if layer is None else {checked_number("layer", number) for number in several(layer)}
     names = None if release is None else set(several(release))
     for name in names or ():
@@ -175,7 +179,7 @@ def _of_releases(
 
 def _order() -> Callable[[SAERow], tuple[int, int, int, int, float, str]]:
     order = {header.release: i for i, header in enumerate(headers())}
-    sites = {name: i for i, name in enumerate(SITES)}
+    sites = {name: i for i, name in enumerate([*SITES, *LAYERED_SITES])}
 
     def key(row: SAERow) -> tuple[int, int, int, int, float, str]:
         layer = -1 if row.layer is None else row.layer

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple, cast
 
 from pydantic_core import ErrorDetails
 
-from gemma_scope_tl.errors import unknown_name
+from gemma_scope_tl.errors import RegistryError, unknown_name
 from gemma_scope_tl.families import families, family_of_model, named_family, names_with
-from gemma_scope_tl.sites import SITES
+from gemma_scope_tl.sites import LAYERED_SITES, SITES
+
+_SHOWN_PROBLEMS = 100
+_MAPPING = "should be a mapping of keys"
 
 
 class Problem(NamedTuple):
@@ -44,6 +47,33 @@ def error_text(detail: ErrorDetails, known: Iterable[str], words: Mapping[str, s
     return f"{words.get(kind, detail['msg'])}, not {shown}"
 
 
+def problem_of(detail: ErrorDetails, data: object, of_row: Iterable[str], of_release: Iterable[str]) -> Problem:
+    """Convert one of pydantic's errors, with the row id and the field in place of a location tuple.
+
+    Args:
+        detail: the error.
+        data: the unchecked content of the file.
+        of_row, of_release: the valid keys of a row and of a release.
+    """
+    loc = list(detail["loc"])
+    row = ""
+    if len(loc) > 1 and loc[0] == "saes" and isinstance(loc[1], int):
+        row = row_name(loc[1], raw_rows(data)[loc[1]])
+        loc = loc[2:]
+    field = ".".join(str(part) for part in loc)
+    return Problem(row, field, error_text(detail, of_row if row else of_release, {"model_type": _MAPPING}))
+
+
+def broken_file(source: str, problems: Sequence[Problem]) -> RegistryError:
+    """The error for a registry file with these problems, of which the first are shown."""
+    shown = [f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
+    if len(problems) > _SHOWN_PROBLEMS:
+        shown.append(f"  and {len(problems) - _SHOWN_PROBLEMS} more")
+    listed = "\n".join(shown)
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return RegistryError(f"{source} breaks the registry schema in {count}:\n{listed}")
+
+
 def cross_row_problems(data: Mapping[str, object]) -> list[Problem]:
     """Problems that involve several rows. ``data`` is unchecked, so that they are reported with all other problems."""
     given = raw_rows(data)
@@ -51,6 +81,7 @@ def cross_row_problems(data: Mapping[str, object]) -> list[Problem]:
     ids = [_id_of(row) or index for index, row in enumerate(given)]
     problems = [Problem(id_, "id", _rows_text(at) + " have this id") for id_, at in _repeated(ids).items()]
     problems += _sites_of_other_families(data, rows)
+    problems += _rows_of_several_layers(data, rows)
     canonical = [row for row in rows if row.get("canonical") is True and isinstance(row.get("id"), str)]
     places = [tuple(str(row.get(key)) for key in ("site", "layer", "width")) for row in canonical]
     crowded = _repeated(places)
@@ -80,11 +111,27 @@ def _sites_of_other_families(data: Mapping[str, object], rows: Sequence[Mapping[
     problems: list[Problem] = []
     for row in rows:
         site = row.get("site")
-        if isinstance(site, str) and site in SITES and site not in family.sites:
+        base = LAYERED_SITES.get(site, site) if isinstance(site, str) else ""
+        if isinstance(site, str) and base in SITES and base not in family.sites:
             unsaid = name is None and named_family(model if isinstance(model, str) else None) is None
             hint = f"If the model is of another family, state it as family: {names_with(site)}." if unsaid else ""
             error = unknown_name(f"site of {family.title}", site, family.sites, hint)
             problems.append(Problem(str(row.get("id")), "site", str(error)))
+    return problems
+
+
+def _rows_of_several_layers(data: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> list[Problem]:
+    """Problems of crosscoders and cross-layer transcoders, which have layers and files of one format."""
+    problems: list[Problem] = []
+    for row in rows:
+        site = row.get("site")
+        if not isinstance(site, str) or site not in LAYERED_SITES:
+            continue
+        if row.get("layers") is None:
+            problems.append(Problem(str(row.get("id")), "layers", f"a {site} needs its layers"))
+        if data.get("format", "gemma-scope") != "gemma_scope_2":
+            text = f"a {site} has a file for each layer, which only format: gemma_scope_2 defines"
+            problems.append(Problem(str(row.get("id")), "site", text))
     return problems
 
 

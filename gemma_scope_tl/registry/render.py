@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from gemma_scope_tl.registry.schema import ReleaseFile, SAEEntry
 
@@ -46,7 +47,9 @@ def _row(entry: SAEEntry) -> str:
     return "{" + ", ".join(f"{key}: {_scalar(value)}" for key, value in kept.items()) + "}"
 
 
-def _scalar(value: str | float | bool | None) -> str:
+def _scalar(value: str | float | bool | tuple[Any, ...] | None) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_scalar, value))}]"
     if isinstance(value, str):
         plain = _PLAIN.fullmatch(value) and value.lower() not in _RESERVED
         return value if plain else json.dumps(value, ensure_ascii=False)

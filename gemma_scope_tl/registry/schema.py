@@ -4,8 +4,7 @@ together.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
@@ -22,15 +21,25 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from gemma_scope_tl.errors import RegistryError, UnknownNameError
-from gemma_scope_tl.families import Family, bundled_names, family_named, family_of_model
+from gemma_scope_tl.families import Family, family_named, family_of_model
+from gemma_scope_tl.registry.fields import (
+    REPO,
+    Hashes,
+    LayerNumbers,
+    Name,
+    RelativePath,
+    Sha256,
+    checked_repo,
+    resolved_repo,
+)
 from gemma_scope_tl.registry.locate import inside
 from gemma_scope_tl.registry.plain_yaml import load_yaml, read_text
-from gemma_scope_tl.registry.problems import Problem, canonical_id, cross_row_problems, error_text, raw_rows, row_name
+from gemma_scope_tl.registry.problems import Problem, broken_file, canonical_id, cross_row_problems, problem_of
 from gemma_scope_tl.registry.widths import parse_width, width_label
-from gemma_scope_tl.sites import SITES, get_site
+from gemma_scope_tl.sites import LAYERED_SITES, SITES, get_site, known_site
 
 Format = Literal["gemma-scope", "sae-lens", "gemma_scope_2"]
 WEIGHTS_FILES: Mapping[Format, str] = {
@@ -38,7 +47,11 @@ WEIGHTS_FILES: Mapping[Format, str] = {
     "sae-lens": "sae_weights.safetensors",
     "gemma_scope_2": "params.safetensors",
 }
+LAYER_FILE = "params_layer_{}.safetensors"
+"""The file of one of several layers, counted among the coder's layers, in the layout ``gemma_scope_2``."""
 CFG_FILE = "cfg.json"
+_OF_NAMED_WIDTH = 0.99  # latents are divided over the layers, in blocks
+_ONE_LAYER = "An SAE or transcoder of one layer is needed here."
 Label = Literal["small", "medium", "big"]
 LABELS: tuple[Label, ...] = get_args(Label)
 """The labels of target L0s, ascending."""
@@ -46,39 +59,6 @@ Series = Literal["subset", "all"]
 SERIES: tuple[Series, ...] = get_args(Series)
 """The series of a release, in the order in which a look-up prefers them."""
 CROSS_ROWS = "cross_rows"
-_SHOWN_PROBLEMS = 100
-
-
-_PLAIN_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
-
-
-def _relative(text: str) -> str:
-    """A relative POSIX path that stays below its root."""
-    if _PLAIN_PATH.fullmatch(text):  # nearly all paths; the checks below take ten times as long
-        return text
-    if not text or any(c.isspace() or c in "\\:" or ord(c) < 32 for c in text):
-        raise ValueError(f"{text!r} is not a relative path with '/' between its parts and no spaces, ':' or '\\'")
-    if any(part in ("", ".", "..") for part in text.split("/")):
-        raise ValueError(f"{text!r} is not a relative path: no leading or double '/', no '.' and no '..'")
-    return text
-
-
-_HUB = r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*"
-_REPO = rf"({'|'.join(bundled_names())}|\./?|\./[^/]+(/[^/]+)*|/.*|{_HUB})"
-
-
-def _repo(text: str) -> str:
-    """Check a ``repo``: a bundled model, ``owner/name``, an absolute folder, or ``./folder`` beside the file."""
-    if not re.fullmatch(_REPO, text) or ".." in text.split("/") or any(ord(c) < 32 for c in text):
-        hint = "'owner/name' on Hugging Face, './folder' relative to this file, or an absolute path"
-        raise ValueError(f"{text!r} is not a repository: write {hint}, without '..'")
-    return text
-
-
-RelativePath = Annotated[str, AfterValidator(_relative)]
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-Name = Annotated[str, Field(pattern=NAME)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class SAEEntry(BaseModel):
@@ -87,9 +67,10 @@ class SAEEntry(BaseModel):
     Attributes:
         id: name within the release; the same as SAELens's if SAELens has the release.
         site: a name of the site table.
-        layer: counts from 0; null for the embedding, which exists once.
-        width: label of ``d_sae``, such as ``16k``.
-        d_sae: number of latents.
+        layer: counts from 0; null for the embedding, which exists once, and for coders of several layers.
+        layers: the layers of a crosscoder or cross-layer transcoder, ascending; null for a coder of one layer.
+        width: label of ``d_sae``, such as ``16k``. The latents of several layers may be a few less than it says.
+        d_sae: number of latents, of all layers together.
         d_in: dimension of the activations that the SAE reads, heads flattened.
         d_out: dimension of the activations that the SAE writes; null if it equals ``d_in``.
         l0: mean number of active latents, from the folder name, or the target of a labelled SAE; null when it is not
@@ -104,6 +85,7 @@ class SAEEntry(BaseModel):
         canonical: whether ``…/canonical`` names this row. At most one for each site, layer and width.
         revision: commit of the repository to read; null for its main branch.
         sha256: hash of the weights file.
+        sha256s: hashes of the files of several layers, in their order.
         note: a remark about this SAE.
         unverified: whether the file is known by name only, from a listing that may be out of date. ``gemma-scope
             verify`` and ``gemma-scope registry check --remote`` look for it (:mod:`gemma_scope_tl.weights.seen`).
@@ -112,8 +94,9 @@ class SAEEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     id: RelativePath
-    site: Annotated[str, WithJsonSchema({"enum": list(SITES), "type": "string"})]
+    site: Annotated[str, WithJsonSchema({"enum": [*SITES, *LAYERED_SITES], "type": "string"})]
     layer: Annotated[int, Field(ge=0)] | None
+    layers: LayerNumbers = None
     width: str
     d_sae: Annotated[int, Field(gt=0)]
     d_in: Annotated[int, Field(gt=0)]
@@ -128,6 +111,7 @@ class SAEEntry(BaseModel):
     canonical: bool = False
     revision: Name | None = None
     sha256: Sha256 | None = None
+    sha256s: Hashes = None
     note: Annotated[str, Field(min_length=1)] | None = None
     unverified: bool = False
 
@@ -140,7 +124,7 @@ class SAEEntry(BaseModel):
     @classmethod
     def _site_is_known(cls, site: object) -> object:
         try:
-            return get_site(str(site)).name
+            return known_site(str(site))
         except UnknownNameError as error:
             raise ValueError(str(error)) from None
 
@@ -155,16 +139,36 @@ class SAEEntry(BaseModel):
     @classmethod
     def _layer_suits_site(cls, layer: int | None, info: ValidationInfo) -> int | None:
         site = info.data.get("site")
-        if site is not None and get_site(site).per_layer != (layer is not None):
+        if site in LAYERED_SITES:
+            if layer is not None:
+                raise ValueError(f"a {site} spans several layers: its layer is null, and layers lists them")
+        elif site is not None and get_site(site).per_layer != (layer is not None):
             needs = "needs a layer" if layer is None else f"exists once: its layer is null, not {layer}"
             raise ValueError(f"site {site!r} {needs}")
         return layer
+
+    @field_validator("layers", mode="after")
+    @classmethod
+    def _layers_suit_site(cls, layers: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        if layers is not None and info.data.get("site") not in (None, *LAYERED_SITES):
+            raise ValueError(f"site {info.data['site']!r} belongs to one layer: omit layers")
+        return layers
+
+    @field_validator("sha256", "sha256s", mode="after")
+    @classmethod
+    def _hashes_suit_files(cls, hashes: Any, info: ValidationInfo) -> Any:
+        layers, several = info.data.get("layers"), isinstance(hashes, tuple)
+        if hashes is not None and info.data.get("site") is not None and several != (layers is not None):
+            raise ValueError("one file has sha256, and the files of several layers have sha256s, in their order")
+        if several and layers is not None and len(cast("tuple[str, ...]", hashes)) != len(layers):
+            raise ValueError(f"{len(layers)} layers have as many files, but there are {len(hashes)} hashes")
+        return hashes
 
     @field_validator("d_out", mode="after")
     @classmethod
     def _d_out_suits_site(cls, d_out: int | None, info: ValidationInfo) -> int | None:
         site, d_in = info.data.get("site"), info.data.get("d_in")
-        if d_out not in (None, d_in) and d_in is not None and site is not None and not get_site(site).is_transcoder:
+        if d_out not in (None, d_in) and d_in is not None and site is not None and not _is_transcoder(site):
             raise ValueError(f"an SAE of site {site!r} writes what it reads, {d_in} values, not {d_out}")
         return d_out
 
@@ -172,7 +176,7 @@ class SAEEntry(BaseModel):
     @classmethod
     def _affine_suits_site(cls, affine: bool | None, info: ValidationInfo) -> bool | None:
         site = info.data.get("site")
-        if affine and site is not None and not get_site(site).is_transcoder:
+        if affine and site is not None and not _is_transcoder(site):
             raise ValueError(f"an SAE of site {site!r} has no skip connection: only transcoders are affine")
         return affine
 
@@ -196,7 +200,10 @@ class SAEEntry(BaseModel):
     @classmethod
     def _d_sae_is_the_width(cls, d_sae: int, info: ValidationInfo) -> int:
         width = info.data.get("width")
-        if width is not None and width_label(d_sae) != width:
+        if width is None or width_label(d_sae) == width:
+            return d_sae
+        named = parse_width(width)
+        if info.data.get("layers") is None or not named * _OF_NAMED_WIDTH <= d_sae <= named:
             raise ValueError(
                 f"width {width!r} is {parse_width(width)} latents; write {width_label(d_sae)!r} for {d_sae}"
             )
@@ -223,9 +230,34 @@ class SAERow(SAEEntry):
         return family_of_model(self.model, self.site) if self.family is None else family_named(self.family)
 
     @property
+    def weights_paths(self) -> tuple[str, ...]:
+        """The paths of the weights files inside the repository: one, or one for each of several layers."""
+        if self.layers is None:
+            return (f"{self.path}/{WEIGHTS_FILES[self.format]}",)
+        return tuple(f"{self.path}/{LAYER_FILE.format(number)}" for number in range(len(self.layers)))
+
+    @property
     def weights_path(self) -> str:
-        """The path of the weights file inside the repository."""
-        return f"{self.path}/{WEIGHTS_FILES[self.format]}"
+        """The path of the weights file inside the repository.
+
+        Raises:
+            RegistryError: for a coder of several layers, which has several files.
+        """
+        if self.layers is not None:
+            raise RegistryError(f"{self.release}/{self.id} is a {self.site} with a file for each layer. {_ONE_LAYER}")
+        return self.weights_paths[0]
+
+    @property
+    def hashes(self) -> tuple[str | None, ...]:
+        """The hashes of :attr:`weights_paths`, each None if it is not known."""
+        if self.layers is None:
+            return (self.sha256,)
+        return self.sha256s or (None,) * len(self.layers)
+
+    @property
+    def base_site(self) -> str:
+        """The site whose tensors the coder reads: the row's, or for several layers the one of each of them."""
+        return LAYERED_SITES.get(self.site, self.site)
 
 
 class ReleaseFile(BaseModel):
@@ -251,7 +283,7 @@ class ReleaseFile(BaseModel):
 
     release: Name
     canonical_release: Name | None = None
-    repo: Annotated[str, AfterValidator(_repo), Field(json_schema_extra={"pattern": f"^{_REPO}$"})]
+    repo: Annotated[str, AfterValidator(checked_repo), Field(json_schema_extra={"pattern": f"^{REPO}$"})]
     model: Name
     family: Name | None = None
     license: Annotated[str, Field(min_length=1)]
@@ -294,6 +326,10 @@ class ReleaseFile(BaseModel):
         return self
 
 
+def _is_transcoder(site: str) -> bool:
+    return get_site(LAYERED_SITES.get(site, site)).is_transcoder
+
+
 def parse_release(data: object, source: str) -> ReleaseFile:
     """Check the content of a registry file.
 
@@ -306,7 +342,7 @@ def parse_release(data: object, source: str) -> ReleaseFile:
     """
     release, problems = validate_release(data)
     if release is None:
-        raise _broken(source, problems)
+        raise broken_file(source, problems)
     return release
 
 
@@ -316,7 +352,7 @@ def validate_release(data: object) -> tuple[ReleaseFile | None, list[Problem]]:
         return ReleaseFile.model_validate(data), []
     except ValidationError as error:
         details = [d for d in error.errors(include_url=False) if d["type"] != CROSS_ROWS]
-    problems = [_problem(detail, data) for detail in details]
+    problems = [problem_of(detail, data, SAEEntry.model_fields, ReleaseFile.model_fields) for detail in details]
     if isinstance(data, Mapping):
         problems += cross_row_problems(cast("Mapping[str, object]", data))
     return None, problems
@@ -337,23 +373,8 @@ def read_release(path: str | Path) -> ReleaseFile:
     except RegistryError as error:  # repo itself leads out of the folder
         raise RegistryError(f"{path}: {error}") from None
     if escapes:
-        raise _broken(str(path), escapes)
+        raise broken_file(str(path), escapes)
     return release
-
-
-def resolved_repo(repo: str, folder: Path | None) -> str:
-    """Make ``repo`` absolute if it is relative to the registry file; any other ``repo`` is returned unchanged.
-
-    Raises:
-        RegistryError: for a relative folder when ``folder`` is None.
-    """
-    if not repo.startswith("."):
-        return repo
-    if folder is None:
-        raise RegistryError(
-            f"The folder {repo!r} is relative to its registry file, but this release was not read from a file."
-        )
-    return str(inside(folder, repo))
 
 
 def escaping_rows(rows: Iterable[SAERow]) -> list[Problem]:
@@ -362,29 +383,8 @@ def escaping_rows(rows: Iterable[SAERow]) -> list[Problem]:
     for row in rows:
         if row.repo.startswith("/"):
             try:
-                inside(Path(row.repo), row.weights_path)
-                inside(Path(row.repo), f"{row.path}/{CFG_FILE}")
+                for path in (*row.weights_paths, f"{row.path}/{CFG_FILE}"):
+                    inside(Path(row.repo), path)
             except RegistryError as error:
                 problems.append(Problem(row.id, "path", str(error)))
     return problems
-
-
-def _problem(detail: ErrorDetails, data: object) -> Problem:
-    """Convert one pydantic error, with the row id and the field in place of a location tuple."""
-    loc = list(detail["loc"])
-    row = ""
-    if len(loc) > 1 and loc[0] == "saes" and isinstance(loc[1], int):
-        row = row_name(loc[1], raw_rows(data)[loc[1]])
-        loc = loc[2:]
-    fields = SAEEntry.model_fields if row else ReleaseFile.model_fields
-    field = ".".join(str(part) for part in loc)
-    return Problem(row, field, error_text(detail, fields, {"model_type": "should be a mapping of keys"}))
-
-
-def _broken(source: str, problems: Sequence[Problem]) -> RegistryError:
-    shown = [f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
-    if len(problems) > _SHOWN_PROBLEMS:
-        shown.append(f"  and {len(problems) - _SHOWN_PROBLEMS} more")
-    listed = "\n".join(shown)
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return RegistryError(f"{source} breaks the registry schema in {count}:\n{listed}")

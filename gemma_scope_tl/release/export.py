@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from gemma_scope_tl.errors import GemmaScopeError, known_name, unknown_name
 from gemma_scope_tl.families import stated_family
 from gemma_scope_tl.files import checked_path, make_folder, replace_files, write_atomically
-from gemma_scope_tl.registry.schema import NAME, WEIGHTS_FILES
+from gemma_scope_tl.registry.fields import NAME
+from gemma_scope_tl.registry.schema import WEIGHTS_FILES
 from gemma_scope_tl.release.card import CIRCUIT_TRACER_FOLDER, SAE_LENS_FOLDER, render_card
 from gemma_scope_tl.release.metrics import match_metrics, with_l0
 from gemma_scope_tl.release.release_saes import DEAD, DECIMALS, About, ReleaseSAE, folder_of, l0_label, read_saes

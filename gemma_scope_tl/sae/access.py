@@ -134,7 +134,10 @@ def _base_name(model: str, family: Family) -> str:
 
 def _said_family(sae: SAEOrLatents | LayeredCoder, names: Iterable[str]) -> Family | None:
     """The family that the model's name or these entries of the metadata tell; None if they tell none."""
-    said = {} if isinstance(sae, (Latents, LayeredCoder)) else {name: sae.cfg.metadata.get(name) for name in names}
+    if isinstance(sae, LayeredCoder):
+        said = {FAMILY: sae.family}
+    else:
+        said = {} if isinstance(sae, Latents) else {name: sae.cfg.metadata.get(name) for name in names}
     return Identity("", _model_of(sae), getattr(sae, "site", None), metadata=said).known_family
 
 

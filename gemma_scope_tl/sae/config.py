@@ -283,7 +283,7 @@ def expected_sizes(model: Any, site: str | None, layer: int | None, family: Fami
 
 def expected_of_row(row: SAERow) -> Expected:
     """The sizes in a registry row."""
-    transcoder = row.model_family.site(row.site).is_transcoder
+    transcoder = row.model_family.site(row.base_site).is_transcoder
     said_by = f"the registry ({row.release}/{row.id})"
     return Expected(row.d_in, row.d_sae, row.d_out or row.d_in, transcoder, row.affine, said_by)
 

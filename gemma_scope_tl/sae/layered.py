@@ -18,13 +18,15 @@ itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.sae.planes import written_planes
+from gemma_scope_tl.sae.provenance import Marks, marks_of
 from gemma_scope_tl.sae.sparse import SparseActs, encode_sparse
 from gemma_scope_tl.sites import LAYERED_SITES
 
@@ -52,7 +54,7 @@ class LayeredCoder(nn.Module):
         l0: the target of the mean number of active latents of all layers together, if it is known.
 
     Attributes:
-        row: the registry row of the weights, or None.
+        row: the registry row of the weights; None outside the registry, and after the weights were changed.
 
     Raises:
         SpliceError: for shapes that contradict each other, or layers that are not ascending.
@@ -80,7 +82,8 @@ class LayeredCoder(nn.Module):
         self.kind: LayeredKind = kind
         self.layers = tuple(layers)
         self.model_name, self.family, self.l0 = model_name, family, l0
-        self.row: SAERow | None = None
+        self._row: SAERow | None = None
+        self._marks: Marks | bool | None = None
         self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec = (
             _parameters(arrays) for arrays in (W_enc, b_enc, threshold, W_dec, b_dec)
         )
@@ -108,6 +111,46 @@ class LayeredCoder(nn.Module):
                 if len(arrays) != count or arrays[k].shape != shape:
                     found = list(arrays[k].shape) if k < len(arrays) else "missing"
                     raise SpliceError(f"{name}[{k}] of a {self.kind} must be {list(shape)}; given: {found}.")
+
+    @property
+    def name(self) -> str:
+        """The release and id of the loaded weights, or else the kind and the model."""
+        if self.row is not None:
+            return f"{self.row.release}/{self.row.id}"
+        return f"{self.kind} of {self.model_name or 'an unnamed model'}"
+
+    def get_name(self) -> str:
+        """:attr:`name`, as a method that SAEs have too."""
+        return self.name
+
+    def __repr__(self) -> str:
+        """One line: name, layers, sizes and dtype."""
+        first, last = self.layers[0], self.layers[-1]
+        whole = len(self.layers) > 2 and list(self.layers) == list(range(first, last + 1))
+        layers = f"{first}-{last}" if whole else ", ".join(map(str, self.layers))
+        parts = [self.name, *([] if self.row is None else [self.kind]), f"layers {layers}", f"{self.d_sae:,} latents"]
+        parts += [f"d {self.d_in}", *([] if self.W_skip is None else ["with skips"]), str(self.dtype)[len("torch.") :]]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    @property
+    def row(self) -> SAERow | None:
+        """The registry row of the weights; None after they were changed (:attr:`as_loaded`)."""
+        return self._row if self._row is not None and self.as_loaded else None
+
+    @row.setter
+    def row(self, row: SAERow | None) -> None:
+        self._row = row
+
+    @property
+    def as_loaded(self) -> bool:
+        """Whether the weights have the loaded values, apart from moves and conversions. True if nothing was loaded."""
+        if self._marks is None or isinstance(self._marks, bool):
+            return self._marks is not False
+        return marks_of(self) == self._marks
+
+    def mark_as_loaded(self) -> None:
+        """Record the current weights as the loaded ones, to which :attr:`row` and ``l0`` apply."""
+        self._marks = marks_of(self)
 
     @property
     def site(self) -> str:
@@ -197,10 +240,49 @@ class LayeredCoder(nn.Module):
         """Outputs of every layer for the inputs of all layers."""
         return self.decode([self.encode_at(k, x) for k, x in enumerate(inputs)], inputs)
 
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keep thresholds in float32 or wider in ``to``, ``half`` and so on; moves do not count as changes."""
+        before = [threshold.data for threshold in self.threshold]
+        as_loaded = self._marks is not None and self.as_loaded
+        out = super()._apply(fn, *args, **kwargs)
+        for k, threshold in enumerate(self.threshold):
+            wide = torch.promote_types(torch.float32, self.dtype)
+            if threshold.dtype != wide:
+                threshold.data = before[k].to(device=threshold.device, dtype=wide)
+        if as_loaded:
+            self._marks = marks_of(self)
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state, without the planes of earlier layers that a mapped decoder steps over."""
+        planes = [weight.data.contiguous() for weight in self.W_dec]
+        return self._portable({**self._modules, "W_dec": _parameters(planes, self.W_dec)})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayeredCoder:
+        """A copy, for which the planes are copied once."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(deepcopy(self._portable(self._modules), memo))
+        return copied
+
+    def _portable(self, modules: Mapping[str, nn.Module | None]) -> dict[str, Any]:
+        """The attributes, with a bool for whether the weights are as loaded in place of marks of these tensors."""
+        marks = None if self._marks is None else self.as_loaded
+        return {**self.__dict__, "_marks": marks, "_modules": dict(modules)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore whether the weights are as loaded."""
+        super().__setstate__(state)
+        if self._marks is True:
+            self._marks = marks_of(self)
+
     def decoder_rows(self, k: int, latents: Tensor) -> Tensor:
         """``[n, K - k, d_out]``: what latents of layer ``layers[k]`` write at that layer and the later ones."""
         return self.W_dec[k][latents]
 
 
-def _parameters(arrays: Sequence[Tensor]) -> nn.ParameterList:
-    return nn.ParameterList([nn.Parameter(array, requires_grad=False) for array in arrays])
+def _parameters(arrays: Sequence[Tensor], like: nn.ParameterList | None = None) -> nn.ParameterList:
+    """Parameters that require gradients where those of ``like`` do."""
+    tracked = [False] * len(arrays) if like is None else [parameter.requires_grad for parameter in like]
+    pairs = zip(arrays, tracked, strict=True)
+    return nn.ParameterList([nn.Parameter(array, requires_grad=gradient) for array, gradient in pairs])

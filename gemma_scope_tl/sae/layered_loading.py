@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -15,15 +15,20 @@ from gemma_scope_tl.dtypes import parse_device, parse_dtype
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
 from gemma_scope_tl.families import Family, assumed_family, bare_name, family_named, named_family
 from gemma_scope_tl.files import checked_path, is_folder
-from gemma_scope_tl.sae.config import expected_sizes, family_given, name_of
+from gemma_scope_tl.sae.config import expected_of_row, expected_sizes, family_given, name_of
 from gemma_scope_tl.sae.layered import LayeredCoder, LayeredKind
 from gemma_scope_tl.sites import LAYERED_SITES, ModelDims
 from gemma_scope_tl.weights.checks import CONFIG_NAME, Expected, weights_error
+from gemma_scope_tl.weights.fetch import fetch_layers
 from gemma_scope_tl.weights.hub_cache import known_sha256
 from gemma_scope_tl.weights.layer_files import find_layers, holds_layers, inspect_layers, load_layer
 from gemma_scope_tl.weights.layers_config import ALL, LayersConfig
 from gemma_scope_tl.weights.modes import ordinary_tensors
 from gemma_scope_tl.weights.npz import read_errors
+from gemma_scope_tl.weights.seen import warn_if_unverified
+
+if TYPE_CHECKING:
+    from gemma_scope_tl.registry.schema import SAERow
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,58 @@ def load_layered_folder(
         expected = config.complete(expected)
     paths = find_layers(folder, _count(model, place))
     return _read(paths, place, expected, wanted, to, (None,) * len(paths))
+
+
+@ordinary_tensors()
+def load_layered_row(
+    row: SAERow,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    force_download: bool = False,
+) -> LayeredCoder:
+    """Fetch and load the crosscoder or cross-layer transcoder of a registry row, and check it against the row.
+
+    Args:
+        row: a row with ``layers``.
+        device, dtype: device and dtype of the parameters; thresholds are float32 or wider.
+        force_download: download files of the Hub again even if they are in the cache.
+
+    Raises:
+        WeightsError: when a file cannot be obtained or fails a check.
+
+    Warns:
+        UnverifiedSAEWarning: once, for a row whose files nobody has confirmed.
+    """
+    to, wanted = parse_dtype(dtype), parse_device(device)
+    warn_if_unverified(row)
+    paths = fetch_layers(row, force_download=force_download)
+    config = checked_layers_config(paths[0].parent, row)
+    place, expected = place_of_row(row, config), expected_of_row(row)
+    if config is not None:
+        expected = config.complete(expected)
+    coder = _read(paths, place, expected, wanted, to, row.hashes)
+    coder.row = row
+    return coder
+
+
+def checked_layers_config(folder: Path, row: SAERow) -> LayersConfig | None:
+    """The ``config.json`` in the folder of a row of several layers, checked against the row; None without it.
+
+    Raises:
+        WeightsError: when the two contradict each other. Sizes are compared when the files are read.
+    """
+    with read_errors(folder):
+        config = LayersConfig.of_folder(folder)
+    if config is not None:
+        config.check_row(row)
+        config.check_layers(row.layers or (), f"the registry ({row.release}/{row.id})")
+    return config
+
+
+def place_of_row(row: SAERow, config: LayersConfig | None = None) -> LayeredPlace:
+    """What a registry row of several layers says of its coder, with the L0 of the ``config.json``."""
+    l0 = config.l0 if config is not None and config.l0 is not None else row.l0
+    return LayeredPlace(cast("LayeredKind", row.site), row.layers, row.model, row.model_family, l0)
 
 
 def expected_of_model(model: Any, place: LayeredPlace) -> Expected:
@@ -172,7 +229,7 @@ def _read(
         for number, (path, layouts) in enumerate(zip(files.paths, files.layouts, strict=True))
     ]
     names = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec", *(["W_skip"] if files.has_skip else []))
-    return LayeredCoder(
+    coder = LayeredCoder(
         place.kind,
         place.layers or range(len(paths)),
         **{name: [arrays[name] for arrays in layers] for name in names},
@@ -180,3 +237,5 @@ def _read(
         family=None if place.family is None else place.family.name,
         l0=place.l0,
     )
+    coder.mark_as_loaded()
+    return coder

@@ -31,17 +31,19 @@ def load_sae(
 ) -> Any:
     """Load the SAE of a model at a site, by its properties instead of a release and id.
 
+    A crosscoder or cross-layer transcoder (CLT) is loaded as a :class:`~gemma_scope_tl.sae.layered.LayeredCoder`.
+
     Args:
         model: a name such as ``"gemma-2-2b"`` or ``"gemma-3-1b"``, with or without ``google/`` and ``-pt``.
-        site: ``res``, ``mlp``, ``att``, ``embedding`` or ``transcoder``.
-        layer: counts from 0; None for the embedding.
+        site: ``res``, ``mlp``, ``att``, ``embedding`` or ``transcoder``; or ``crosscoder`` or ``clt``.
+        layer: counts from 0; None for the embedding, and for crosscoders and CLTs, which span several layers.
         width: a label such as ``"65k"``, or the number of latents; by default ``"16k"``.
         l0: ``"canonical"`` (nearest to 100, or the only one where only one is confirmed), an existing L0,
             ``"closest:50"`` (an unverified SAE only where no confirmed one has half to twice this L0; it warns), or the
             label ``"small"``, ``"medium"`` or ``"big"``.
         device, dtype: as for :meth:`JumpReLUSAE.from_pretrained`.
         release: the only release to search; needed if two releases have such an SAE.
-        affine: whether a transcoder with a skip connection is meant; needed if there is one with and one without.
+        affine: whether a transcoder or CLT with a skip connection is meant; needed if there are both.
         seed: the seed of a further training run; by default the SAE whose name has no seed.
         series: ``"subset"`` (few layers, more widths and L0s) or ``"all"`` (every layer). By default the SAE of the
             subset is taken where both have one.
@@ -61,7 +63,7 @@ def load_row(
     dtype: str | torch.dtype = "float32",
     force_download: bool = False,
 ) -> Any:
-    """Load the SAE or transcoder of a registry row; see :meth:`JumpReLUSAE.from_row`."""
+    """Load the SAE, transcoder, crosscoder or CLT of a registry row; see :meth:`JumpReLUSAE.from_row`."""
     return JumpReLUSAE.from_row(row, device, dtype, force_download)
 
 

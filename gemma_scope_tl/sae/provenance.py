@@ -16,7 +16,7 @@ from torch import nn
 FACTS = ("release", "id", "l0", "neuronpedia_id")
 """Metadata that apply only to the loaded weights. Site, layer, width and model apply to changed weights too."""
 _SAMPLE, _WHOLE = 64, 1 << 16  # entries of a matrix in the sample; vectors up to this length are compared completely
-_STEP = 7919  # a prime, which spreads the columns of the sample
+_STEP, _STEP_2 = 7919, 6007  # primes, which spread the columns of the sample
 
 Marks = dict[str, tuple[int, int, bytes]]
 
@@ -36,9 +36,10 @@ def _sample(values: torch.Tensor) -> bytes:
     """A hash of some entries, or of no entries on the meta device, which has no values."""
     if values.is_meta or not values.numel():
         return b""
-    if values.ndim == 2:
+    if values.ndim > 1:  # also of a view with strides, which flattening would copy
         at = torch.arange(_SAMPLE, device=values.device)
-        chosen = values[at * values.shape[0] // _SAMPLE, at * _STEP % values.shape[1]]
+        spread = (at * step % size for step, size in zip((_STEP, _STEP_2), values.shape[1:], strict=False))
+        chosen = values[at * values.shape[0] // _SAMPLE, *spread]
     else:
         chosen = values.flatten()[:: max(1, values.numel() // _WHOLE)]
     return hashlib.blake2b(chosen.double().cpu().numpy().tobytes(), digest_size=16).digest()

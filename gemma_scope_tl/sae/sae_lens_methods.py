@@ -18,7 +18,7 @@ from gemma_scope_tl.registry import catalog
 from gemma_scope_tl.sae.building import build, class_of
 from gemma_scope_tl.sae.config import Identity
 from gemma_scope_tl.sae.layered import LayeredCoder
-from gemma_scope_tl.sae.layered_loading import is_layered_folder, load_layered_folder
+from gemma_scope_tl.sae.layered_loading import is_layered_folder, load_layered_folder, load_layered_row
 from gemma_scope_tl.sae.reading import Checked, read_converted, read_folder, read_given, read_row, saved_dtype
 from gemma_scope_tl.sae.sae_lens_config import SAELensConfig
 from gemma_scope_tl.weights.checks import CFG_NAME, WEIGHTS_NAME
@@ -63,7 +63,7 @@ class LoadingMixin(_Base):
         converter: Any = None,
         fold_W_dec_norm: bool = False,
     ) -> Any:
-        """Load the SAE (or transcoder) with an id in a release.
+        """Load the SAE (or transcoder) with an id in a release, or a coder of several layers, as :meth:`from_row`.
 
         Args:
             release: a name such as ``"gemma-scope-2b-pt-res"``.
@@ -81,6 +81,10 @@ class LoadingMixin(_Base):
             UnknownNameError: for a release, id or dtype that does not exist, with the nearest ones.
             WeightsError: when the file cannot be obtained or fails a check.
         """
+        if converter is None and (row := catalog.resolve(release, sae_id)).layers is not None:
+            if fold_W_dec_norm:
+                raise GemmaScopeError(f"{release}/{sae_id} is a {row.site}, whose decoder norms are not folded.")
+            return cls.from_row(row, device, dtype, force_download)
         return cls.from_pretrained_with_cfg_and_sparsity(
             release, sae_id, device, dtype, force_download, converter, fold_W_dec_norm
         )[0]
@@ -98,7 +102,11 @@ class LoadingMixin(_Base):
     ) -> tuple[Any, dict[str, Any], torch.Tensor | None]:
         """Load as :meth:`from_pretrained`, and also return the config as a dict and a ``converter``'s sparsity."""
         if converter is None:
-            sae, sparsity = cls.from_row(catalog.resolve(release, sae_id), device, dtype, force_download), None
+            row = catalog.resolve(release, sae_id)
+            if row.layers is not None:
+                what = f"{release}/{sae_id} is a {row.site}, which has no configuration of SAELens"
+                raise GemmaScopeError(f"{what}. Load it with from_pretrained.")
+            sae, sparsity = cls.from_row(row, device, dtype, force_download), None
         else:
             row = None if "/" in release else catalog.resolve(release, sae_id)
             repo, folder = (release, sae_id) if row is None else (row.repo, row.path)
@@ -124,6 +132,8 @@ class LoadingMixin(_Base):
     ) -> Any:
         """Fetch and load the SAE (or transcoder) of a registry row, and check it against the row.
 
+        For a row of several layers the result is a :class:`~gemma_scope_tl.sae.layered.LayeredCoder`.
+
         Args:
             row: a row, such as from :func:`gemma_scope_tl.registry.resolve`.
             device, dtype, force_download: as for :meth:`from_pretrained`.
@@ -132,6 +142,9 @@ class LoadingMixin(_Base):
             UnknownNameError: for a dtype that does not exist.
             WeightsError: when the file cannot be obtained or fails a check.
         """
+        if row.layers is not None:
+            cls._check_class(LayeredCoder)
+            return load_layered_row(row, device, dtype, force_download)
         return cls._loaded(lambda to, kind: read_row(row, to, kind, force_download), device, dtype)
 
     @classmethod

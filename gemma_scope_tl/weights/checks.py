@@ -32,8 +32,6 @@ CODER_NAME, CONFIG_NAME = "params.safetensors", "config.json"
 MAX_ARRAYS = 64
 """The largest number of arrays in a weights file. An SAE has five; more arrays cost memory and lengthen messages."""
 WHOLE_FOLDER = "It is loaded together with the files of its other layers: give the folder that holds them."
-LAYER_NAME = "params_layer_{}.safetensors"
-"""The file of one layer of a crosscoder or a cross-layer transcoder, counted among the coder's layers."""
 REMEDY = "Delete the file and download it again (`hf download REPO FILE --force-download`)."
 NOT_READ = "Check its permissions and the disk; the file may be sound."
 _HEAD = 512

@@ -18,6 +18,7 @@ from gemma_scope_tl.weights.checks import (
     weights_error,
 )
 from gemma_scope_tl.weights.hub_errors import download_errors
+from gemma_scope_tl.weights.layer_files import find_layers
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -74,6 +75,42 @@ def find_local(row: SAERow) -> Path | None:
     return None if None in files else files[-1]
 
 
+def fetch_layers(row: SAERow, *, force_download: bool = False) -> list[Path]:
+    """Return the files of the layers of a row of several layers, in their order, as :func:`fetch` does for one file.
+
+    All files of the Hub are of one commit, also where a branch moves while they are downloaded.
+
+    Raises:
+        WeightsError: when a file is missing, surplus or cannot be downloaded.
+        GemmaScopeError: when the row's path leaves its folder.
+    """
+    root, names = _root(row), list(row.weights_paths)
+    if root is not None:
+        folder = inside(root, row.path)
+        if not folder.is_dir():
+            raise weights_error(folder, "does not exist", f"Expected {names[0]} under {root}.")
+        return [inside(root, f"{row.path}/{path.name}") for path in find_layers(folder, len(names))]
+    first = _from_hub(row, names[0], force_download)
+    same = row.model_copy(update={"revision": _commit_of(row, first)})
+    files = [first, *(_from_hub(same, name, force_download) for name in names[1:])]
+    _fetch_config(row, first, force_download)
+    return files
+
+
+def find_local_layers(row: SAERow) -> list[Path] | None:
+    """As :func:`find_local`, for a row of several layers; None unless all files are on this machine.
+
+    Raises:
+        WeightsError: when a bundled or local file is missing.
+        GemmaScopeError: when the row's path leaves its folder.
+    """
+    if _root(row) is not None:
+        return fetch_layers(row)
+    files = [_cached(row, name) for name in row.weights_paths]
+    found = [path for path in files if path is not None]
+    return found if len(found) == len(files) else None
+
+
 def bundled_root(repo: str = "bundled") -> Path:
     """The folder in this package with the SAEs of a bundled model, whose name is the ``repo`` of its rows.
 
@@ -88,16 +125,24 @@ def bundled_root(repo: str = "bundled") -> Path:
 
 def _files(row: SAERow) -> tuple[Path | None, list[str]]:
     """The local folder that is the repository of a row (None for the Hub), and the names of its files, weights last."""
+    root, weights = _root(row), PurePosixPath(row.weights_path)
+    return root, [str(weights.with_name(name)) for name in _NAMES[row.format]]
+
+
+def _root(row: SAERow) -> Path | None:
+    """The local folder that is the repository of a row; None for the Hub."""
     folder = PurePosixPath(row.path)
     if folder.is_absolute() or ".." in folder.parts:
         raise GemmaScopeError(f"Row {row.release}/{row.id} has the path {row.path!r}, which leaves its repository.")
-    names = _NAMES[row.format]
-    root = None
     if is_bundled(row.repo):
-        root = bundled_root(row.repo)
-    elif Path(row.repo).is_absolute():  # a relative folder could have the name of a repository on the Hub
-        root = Path(row.repo)
-    return root, [str(folder / name) for name in names]
+        return bundled_root(row.repo)
+    # a relative folder could have the name of a repository on the Hub
+    return Path(row.repo) if Path(row.repo).is_absolute() else None
+
+
+def _commit_of(row: SAERow, weights: Path) -> str:
+    """The commit of a file in the Hub's cache."""
+    return weights.parents[len(PurePosixPath(row.path).parts)].name
 
 
 def _fetch_config(row: SAERow, weights: Path, force_download: bool) -> None:
@@ -109,7 +154,7 @@ def _fetch_config(row: SAERow, weights: Path, force_download: bool) -> None:
     from huggingface_hub.errors import EntryNotFoundError
 
     name = str(PurePosixPath(row.path) / CONFIG_NAME)
-    commit = weights.parents[len(PurePosixPath(row.path).parts)].name
+    commit = _commit_of(row, weights)
     with download_errors(row.repo, name, commit):
         if not force_download and try_to_load_from_cache(row.repo, name, revision=commit) is not None:
             return  # it is there, or it is known that there is none

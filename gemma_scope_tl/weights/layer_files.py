@@ -24,8 +24,8 @@ import torch
 
 from gemma_scope_tl.errors import WeightsError
 from gemma_scope_tl.files import is_file
+from gemma_scope_tl.registry.schema import LAYER_FILE
 from gemma_scope_tl.weights.checks import (
-    LAYER_NAME,
     REQUIRED,
     Expected,
     canonical_names,
@@ -41,8 +41,8 @@ from gemma_scope_tl.weights.safetensors_file import inspect_safetensors
 
 SKIP_NAME = "affine_skip_connection"
 EARLIER = "W_dec of earlier layers"
-_PATTERN = re.compile(LAYER_NAME.replace(".", r"\.").format(r"(\d+)"))
-_ANY = LAYER_NAME.format("*")
+_PATTERN = re.compile(LAYER_FILE.replace(".", r"\.").format(r"(\d+)"))
+_ANY = LAYER_FILE.format("*")
 _INCOMPLETE = "Download the whole folder again."
 _WRONG = "Check that the files belong together, then delete them and download them again."
 Layouts = dict[str, ArrayLayout]
@@ -96,7 +96,7 @@ def find_layers(folder: Path, count: int | None = None) -> list[Path]:
     if not names:
         raise weights_error(folder, f"has no {_ANY}", _INCOMPLETE)
     found = len(names) if count is None else count
-    wanted = [LAYER_NAME.format(number) for number in range(found)]
+    wanted = [LAYER_FILE.format(number) for number in range(found)]
     surplus = [name for name in names if name not in wanted]
     missing = [name for name in wanted if name not in names]
     if missing or surplus:

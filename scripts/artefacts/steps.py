@@ -64,7 +64,12 @@ SECOND_STEPS = (
         "suite-gemma3",
         ("scripts/train_bundled.py saes --bundle bundled-gemma3",),
         ("model-gemma3", "text", "recipe-gemma3"),
-        (f"{SECOND}/saes/**/*", "pretrained_yaml/bundled-gemma3-*.yaml"),
+        (
+            f"{SECOND}/saes/*_all/**/*",
+            f"{SECOND}/saes/README.md",
+            f"{SECOND}/saes/training.jsonl",
+            "pretrained_yaml/bundled-gemma3-[!c]*.yaml",
+        ),
         corpus,
         note="trains all SAEs; a stopped run is continued",
     ),
@@ -72,7 +77,7 @@ SECOND_STEPS = (
         "results-gemma3",
         ("scripts/bundled_results.py --model bundled-gemma3",),
         ("model-gemma3", "suite-gemma3", "text"),
-        (f"{SECOND}/results/*",),
+        (f"{SECOND}/results/bundled-gemma3-[!c]*",),
     ),
 )
 """The steps of the second bundled model."""

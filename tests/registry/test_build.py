@@ -60,7 +60,7 @@ def derived(build: ModuleType, catalogue: dict[str, Any]) -> list[Any]:
 def test_the_committed_files_are_as_derived(build: ModuleType, derived: list[Any]) -> None:
     wanted = build.texts(derived)
     schema = json.loads(wanted.pop("schema.json"))
-    assert len(wanted) == 9 + 80 + 1 and build.differing(build.FOLDER, wanted) == []
+    assert len(wanted) == 9 + 80 + 14 + 1 and build.differing(build.FOLDER, wanted) == []
     assert json.loads((build.FOLDER / "schema.json").read_text()) == schema
 
 

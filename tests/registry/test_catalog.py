@@ -81,8 +81,8 @@ def test_releases_are_in_natural_order() -> None:
     names = [name for name in releases() if name.startswith("gemma-scope-")]
     first = [name for name in names if not name.startswith("gemma-scope-2-")]
     assert first[0] == "gemma-scope-2b-pt-att" and first[-1] == "gemma-scope-27b-pt-res" and len(first) == 9
-    assert names[0] == "gemma-scope-2-1b-it-att" and len(names) == 9 + 80
-    assert len([name for name in releases(canonical=True) if name.startswith("gemma-scope-")]) == 17 + 80
+    assert names[0] == "gemma-scope-2-1b-it-att" and len(names) == 9 + 80 + 14
+    assert len([name for name in releases(canonical=True) if name.startswith("gemma-scope-")]) == 17 + 80 + 14
     assert load_release(f"{RES_2B}-canonical") is load_release(RES_2B)
 
 
