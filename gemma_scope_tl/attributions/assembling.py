@@ -72,6 +72,12 @@ def assembled(
     return nodes, weights, checks_of(ids, values, traced.effects), dropped
 
 
+def numbers(sources: Sources, prompt: Prompt) -> dict[str, int]:
+    """The number of every source by the id of its node."""
+    rows = [*latent_rows(sources, torch.arange(sources.n_latents)), *_other_rows(sources, prompt)]
+    return {row["node_id"]: number for number, row in enumerate(rows)}
+
+
 def latent_rows(sources: Sources, numbers: Tensor) -> list[Row]:
     """Rows of the table of nodes for latents with these numbers, ascending."""
     layers = Counter(one.reader.layer for one in sources.entries)

@@ -15,7 +15,7 @@ from gemma_scope_tl.attributions.attribution_graph import AttributionGraph
 from gemma_scope_tl.attributions.frozen import frozen_pass
 from gemma_scope_tl.attributions.passes import one_prompt, token_row
 from gemma_scope_tl.attributions.placing import placed_coders
-from gemma_scope_tl.attributions.readout import readout
+from gemma_scope_tl.attributions.readout import Readout, readout
 from gemma_scope_tl.attributions.sources import Sources, sources_of
 from gemma_scope_tl.attributions.tracing import Progress, trace
 from gemma_scope_tl.counts import checked_count, checked_flag, checked_real, checked_top, whole_number
@@ -126,6 +126,32 @@ def prepared(model: GemmaModel, text: Text, coders: Any, request: Request) -> Pr
     return Prepared(sources, Prompt(listed, tokens), text if isinstance(text, str) else "".join(tokens))
 
 
+def prepared_again(model: GemmaModel, graph: AttributionGraph, coders: Any) -> Prepared:
+    """The pass and the sources of a graph.
+
+    Raises:
+        GemmaScopeError: the coders are not those of the graph, or it was made elsewhere and has no settings.
+        SpliceError: as :func:`prepared`.
+    """
+    names = {name for name in Request.__dataclass_fields__ if name != "attention_mask"}
+    if missing := names - set(graph.settings):
+        raise GemmaScopeError(f"The graph's settings do not say {sorted(missing)}: it was not made by this package.")
+    request = Request(**{name: graph.settings[name] for name in names})
+    ids = torch.tensor(graph.token_ids, device=model.device_of(None))
+    ready = prepared(model, ids, coders, request)
+    if list(ready.sources.placed.names) != list(graph.settings["coders"]):
+        raise GemmaScopeError(f"The graph has the coders {graph.settings['coders']}: give these.")
+    return ready
+
+
+def readout_again(ready: Prepared, graph: AttributionGraph) -> Readout:
+    """The logits of a graph's nodes, in their order."""
+    said, logits = graph.settings, graph.nodes[graph.nodes["kind"] == "logit"]
+    ids = [int(one) for one in logits["token_id"]]
+    with torch.inference_mode(False):
+        return readout(ready.sources.frozen, ids, said["probability"], said["centred"], said["soft_cap"])
+
+
 def attribution_graph(
     model: GemmaModel,
     text: Text,
@@ -155,7 +181,8 @@ def attribution_graph(
             mixture, at most one for each written tensor: one, several, a suite, or a mapping from names to coders. They
             stay on their device, and a decoder in a mapped file is read row by row.
         logits, probability, position, centred, soft_cap, max_latent_nodes, smallest_edge, exclude_special_tokens,
-            positions, attention_mask, budget, batch_size, dtype: see :class:`~gemma_scope_tl.attributions.making.Request`.
+            positions, attention_mask, budget, batch_size, dtype: the attributes of
+            :class:`~gemma_scope_tl.attributions.making.Request`.
         progress: True for a bar on standard error, or a function of the number of targets done and to do.
 
     Returns:

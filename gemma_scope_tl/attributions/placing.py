@@ -52,7 +52,7 @@ class Reader:
 
     Attributes:
         coder: number of the coder in the graph.
-        k: number of the tensor among those that the coder reads.
+        kind: ``"clt"``, ``"crosscoder"``, or the site of an SAE or transcoder.
         name: name of the coder.
         site: the site whose tensor is read.
         layer: its layer in the model; None for the embedding.
@@ -63,7 +63,7 @@ class Reader:
     """
 
     coder: int
-    k: int
+    kind: str
     name: str
     site: Site
     layer: int | None
@@ -214,7 +214,7 @@ def _single(model: GemmaModel, sae: Any, number: int, name: str) -> tuple[list[R
     out = model.family.site(places[0].site)
     if tuple(sae.W_dec.shape) != (W_enc.shape[1], out.d_in(model.dims)):
         raise SpliceError(f"{name} writes {list(sae.W_dec.shape)}, but {out.name} has {out.d_in(model.dims)}.")
-    reader = Reader(number, 0, name, site, layer, places, W_enc, b_enc, threshold, sae.W_dec.detach()[:, None])
+    reader = Reader(number, site.name, name, site, layer, places, W_enc, b_enc, threshold, sae.W_dec.detach()[:, None])
     turned = None if skip is None else skip.detach().T
     return [reader], [Written(number, places[0], out, b_dec, turned, site)]
 
@@ -240,7 +240,7 @@ def _layered(model: GemmaModel, coder: LayeredCoder, number: int, name: str) -> 
     written: list[Written] = []
     for k, layer in enumerate(coder.layers):
         arrays = (getattr(coder, array)[k].detach() for array in ("W_enc", "b_enc", "threshold", "W_dec"))
-        readers.append(Reader(number, k, name, site, layer, tuple(places[k:]), *arrays))
+        readers.append(Reader(number, coder.kind, name, site, layer, tuple(places[k:]), *arrays))
         skip = None if coder.W_skip is None else coder.W_skip[k].detach()
         written.append(Written(number, places[k], out, coder.b_dec[k].detach(), skip, site))
     return readers, written

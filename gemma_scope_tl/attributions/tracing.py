@@ -13,7 +13,7 @@ few thousand backward walks. circuit-tracer (Hanna et al., 2025) orders its work
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,10 @@ from torch import Tensor
 from gemma_scope_tl.attributions.placing import layer_stage
 from gemma_scope_tl.attributions.readout import Readout
 from gemma_scope_tl.attributions.sources import Sources
+from gemma_scope_tl.errors import unknown_name
 
 Progress = Callable[[int, int], None]
+AtHeads = Callable[[int, Tensor], None]
 TURN = 4
 """Batches that are traced between two orderings of the latents."""
 _ROWS = 256  # rows of effects normalised at a time
@@ -60,6 +62,33 @@ class Traced:
     batch: int
 
 
+def targets_of(sources: Sources, read: Readout, node_ids: Sequence[str], numbers: Mapping[str, int]) -> list[Targets]:
+    """One item for each node that is a target, in the order of ``node_ids``.
+
+    Args:
+        sources: of the pass.
+        read: the logits.
+        node_ids: ids of latents and logits.
+        numbers: the number of every source by its node's id (:func:`~gemma_scope_tl.attributions.assembling.numbers`).
+
+    Raises:
+        UnknownNameError: for another node.
+    """
+    logits = logit_targets(sources, read)
+    at = {f"logit_{one}_{sources.frozen.position}": row for row, one in enumerate(read.token_ids)}
+    found: list[Targets] = []
+    for name in node_ids:
+        if name in at:
+            row = slice(at[name], at[name] + 1)
+            found.append(Targets(logits.stage, logits.positions[row], logits.vectors[row]))
+        elif name in numbers and numbers[name] < sources.n_latents:
+            found += latent_targets(sources, torch.tensor([numbers[name]], device=sources.frozen.embedding.device))
+        else:
+            latents = [one for one, number in numbers.items() if number < sources.n_latents]
+            raise unknown_name("target of edges (a latent or a logit)", name, [*at, *latents])
+    return found
+
+
 def latent_targets(sources: Sources, numbers: Tensor) -> list[Targets]:
     """The targets of latents, one item for each tensor that is read, in the order of ``numbers`` (ascending)."""
     found: list[Targets] = []
@@ -80,12 +109,15 @@ def logit_targets(sources: Sources, read: Readout) -> Targets:
 
 
 @torch.no_grad()
-def direct_effects(sources: Sources, targets: Sequence[Targets]) -> Tensor:
+def direct_effects(sources: Sources, targets: Sequence[Targets], at_heads: AtHeads | None = None) -> Tensor:
     """The direct effect of every source on every target, ``[targets, sources]``, without the bias of encoders.
 
     Args:
         sources: of the pass.
         targets: any targets; their rows are in the order of this list.
+        at_heads: called with each layer and the gradient ``[targets, pos, heads * d_head]`` at its heads. With it, the
+            walk does not go on through attention, so the effects are those that bypass all heads, and the gradients
+            those of paths from the heads of a layer that pass no later ones.
     """
     walk = _Walk(sources, targets)
     frozen = sources.frozen
@@ -98,9 +130,11 @@ def direct_effects(sources: Sources, targets: Sequence[Targets]) -> Tensor:
         g = walk.mlp_input(layer, g)
         z = None if g is None else frozen.after_heads_back(layer, g)
         z = walk.through(stage + 1, z, frozen.model.dims.n_heads * frozen.model.dims.d_head)
-        if z is not None:
-            at_heads = frozen.heads_back(layer, z)
-            g = at_heads if g is None else g + at_heads
+        if z is not None and at_heads is not None:
+            at_heads(layer, z)
+        elif z is not None:
+            read = frozen.heads_back(layer, z)
+            g = read if g is None else g + read
     walk.through(0, g, frozen.embedding.shape[-1])
     return walk.out
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from gemma_scope_tl.dtypes import parse_device, parse_dtype
-from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError
 from gemma_scope_tl.registry import catalog
 from gemma_scope_tl.sae.arguments import distinct_indices
 from gemma_scope_tl.sae.building import cast_array
 from gemma_scope_tl.sae.config import Identity, expected_of_row
 from gemma_scope_tl.sae.latents import Latents
+from gemma_scope_tl.sae.layered_latents import LayeredLatents, load_layered_latents
 from gemma_scope_tl.sae.reading import checked_config
 from gemma_scope_tl.sae.sae_lens_config import SAELensConfig
 from gemma_scope_tl.sae.units import site_units
@@ -28,7 +29,19 @@ if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 
-@ordinary_tensors()
+@overload
+def load_latents(
+    release: str,
+    sae_id: str,
+    latents: Mapping[int, int | Iterable[int]],
+    encoder: bool | None = None,
+    cache_rows: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+) -> LayeredLatents: ...
+
+
+@overload
 def load_latents(
     release: str,
     sae_id: str,
@@ -37,7 +50,19 @@ def load_latents(
     cache_rows: bool = False,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
-) -> Latents:
+) -> Latents: ...
+
+
+@ordinary_tensors()
+def load_latents(
+    release: str,
+    sae_id: str,
+    latents: int | Iterable[int] | Mapping[int, int | Iterable[int]],
+    encoder: bool | None = None,
+    cache_rows: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+) -> Latents | LayeredLatents:
     """Load decoder rows, biases and thresholds of chosen latents, and read only the bytes that they need.
 
     A file in the Hub's cache, in a local folder or in this package is read in place. A file that is only on the Hub is
@@ -45,15 +70,21 @@ def load_latents(
 
     Args:
         release, sae_id: as for :meth:`JumpReLUSAE.from_pretrained`.
-        latents: indices of the latents.
+        latents: indices of the latents. For a crosscoder or cross-layer transcoder, they are named by the layer of the
+            model that they read: ``{7: [1, 2], 9: [5]}``.
         encoder: whether to read the encoder columns too, which ablating and clamping need. The default is True for a
             local file and False for a remote one. True is an error for a remote file, because its columns are spread
             over the whole file: download it first.
         cache_rows: whether to keep a local copy of the encoder with latents as rows (as large as the encoder) and to
             read columns from it. The first call writes the copy. It is useful for files on slow disks and for many
-            calls on one SAE: a column of 2,304 values is then in 3 pages instead of 2,304.
+            calls on one SAE: a column of 2,304 values is then in 3 pages instead of 2,304. Coders of several layers
+            have no such copy.
         device: device of the result.
         dtype: dtype of the result, except thresholds, which stay float32 or wider.
+
+    Returns:
+        :class:`~gemma_scope_tl.sae.latents.Latents`, or for a coder of several layers
+        :class:`~gemma_scope_tl.sae.layered_latents.LayeredLatents`.
 
     Raises:
         UnknownNameError: for a release, id or dtype that does not exist, with the nearest ones.
@@ -63,6 +94,12 @@ def load_latents(
     """
     to, device = parse_dtype(dtype), parse_device(device)
     row = catalog.resolve(release, sae_id)
+    if row.layers is not None:
+        if cache_rows:
+            raise GemmaScopeError(f"{release}/{sae_id} spans several layers, of which no copy by rows is kept.")
+        return load_layered_latents(row, latents, encoder, device, dtype)
+    if isinstance(latents, Mapping):
+        raise SpliceError(f"{release}/{sae_id} belongs to one layer: give a list of its latents.")
     chosen = distinct_indices(latents)
     warn_if_unverified(row)
     path = find_local(row)

@@ -66,9 +66,8 @@ def train_suite(
     that was stopped continues from its last checkpoint and ends with the same bits.
 
     The run's folder gets ``<site>/layer_L/width_W/average_l0_N/params.npz``, where N is the L0 on batches after
-    training; for coders over several layers ``clt/width_W_l0_N/params_layer_0.safetensors`` and so on, in Gemma Scope
-    2's layout; ``suite.json`` (configuration, scales, a row per SAE); ``metrics.jsonl``; and ``runs.jsonl``, which
-    records when each process ran.
+    training; ``clt/width_W_l0_N/params_layer_0.safetensors`` and so on for coders over several layers; ``suite.json``
+    (configuration, scales, a row per SAE); ``metrics.jsonl``; and ``runs.jsonl``, which records each process's times.
 
     With ``mesh``, several processes (started by ``torchrun``, with one folder that all see) divide every SAE and every
     batch. Each calls this function; the result equals that of one process up to rounding. A run must continue with the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -97,18 +98,30 @@ def fetch_layers(row: SAERow, *, force_download: bool = False) -> list[Path]:
     return files
 
 
-def find_local_layers(row: SAERow) -> list[Path] | None:
-    """As :func:`find_local`, for a row of several layers; None unless all files are on this machine.
+def find_local_layers(row: SAERow, places: Iterable[int]) -> dict[int, Path] | None:
+    """As :func:`find_local`, for files of a row of several layers.
+
+    Args:
+        row: the registry row.
+        places: the numbers of the files among the coder's layers.
+
+    Returns:
+        The path of each of these files; None unless all of them are on this machine.
 
     Raises:
         WeightsError: when a bundled or local file is missing.
         GemmaScopeError: when the row's path leaves its folder.
     """
     if _root(row) is not None:
-        return fetch_layers(row)
-    files = [_cached(row, name) for name in row.weights_paths]
-    found = [path for path in files if path is not None]
-    return found if len(found) == len(files) else None
+        files = fetch_layers(row)
+        return {place: files[place] for place in places}
+    found: dict[int, Path] = {}
+    for place in places:
+        path = _cached(row, row.weights_paths[place])
+        if path is None:
+            return None
+        found[place] = path
+    return found
 
 
 def bundled_root(repo: str = "bundled") -> Path:

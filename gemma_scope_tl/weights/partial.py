@@ -113,14 +113,14 @@ def read_local(path: Path, latents: Sequence[int], expected: Expected, encoder: 
         WeightsError: as :func:`load_arrays`, for the values that are read.
     """
     layouts = inspect(path, expected)
-    _check_latents(latents, layouts["W_dec"].shape[0], str(path))
+    check_latents(latents, layouts["W_dec"].shape[0], str(path))
     index = torch.tensor(latents)
     found = {"W_dec": _whole(path, layouts["W_dec"]).index_select(0, index)}
     found |= {name: _whole(path, layouts[name]).index_select(0, index) for name in _VECTORS if name in layouts}
     if encoder:
         found["W_enc"] = _whole(path, layouts["W_enc"]).index_select(1, index)
         found["b_dec"] = _whole(path, layouts["b_dec"]).clone()
-    return _checked(found, str(path))
+    return checked_arrays(found, str(path))
 
 
 def read_remote(remote: RemoteFile, latents: Sequence[int], expected: Expected) -> Arrays:
@@ -135,26 +135,36 @@ def read_remote(remote: RemoteFile, latents: Sequence[int], expected: Expected) 
     d_sae, d_out = matrix_shape("W_dec", shapes["W_dec"], source)
     check_shapes({"W_enc": (expected.d_in or d_out, d_sae), "b_dec": (d_out,), **shapes}, source, expected)
     layouts = {name: layout for name, layout in layouts.items() if name in _ROWS}
-    _check_latents(latents, d_sae, source)
+    check_latents(latents, d_sae, source)
     whole = "Load the whole SAE instead."
     for name, layout in layouts.items():
         if layout.deflated or layout.fortran or layout.swapped:
             raise weights_error(source, f"stores {name} compressed or by columns, so single rows cannot be read", whole)
     found = read_rows(remote, {name: (layout, latents) for name, layout in layouts.items()})
-    return _checked({name: a.squeeze(-1) if len(shapes[name]) == 1 else a for name, a in found.items()}, source)
+    return checked_arrays({name: a.squeeze(-1) if len(shapes[name]) == 1 else a for name, a in found.items()}, source)
 
 
-def read_rows(source: RemoteFile, wanted: Mapping[str, tuple[ArrayLayout, Sequence[int]]]) -> Arrays:
+def read_rows(
+    source: RemoteFile,
+    wanted: Mapping[str, tuple[ArrayLayout, Sequence[int]]],
+    first: Mapping[str, int] | None = None,
+) -> Arrays:
     """Read rows of stored arrays (entries of vectors) with one set of requests.
+
+    Args:
+        source: the file.
+        wanted: the arrays, each with the rows to read.
+        first: by array, the first value of each row to read; without it, rows are read whole.
 
     Returns:
         Arrays ``[number of rows, row width]`` by the same names.
     """
     names, ranges = [], []
     for name, (layout, rows) in wanted.items():
-        width = layout.count // layout.shape[0]
+        width, begin = layout.count // layout.shape[0], (first or {}).get(name, 0)
+        size = (width - begin) * layout.dtype.itemsize
         names += [name] * len(rows)
-        ranges += [(layout.element_offset(row * width), width * layout.dtype.itemsize) for row in rows]
+        ranges += [(layout.element_offset(row * width + begin), size) for row in rows]
     found: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
     for name, raw in zip(names, source.read_many(ranges), strict=True):
         found[name].append(torch.frombuffer(bytearray(raw), dtype=wanted[name][0].dtype))
@@ -177,13 +187,15 @@ def _whole(path: Path, layout: ArrayLayout) -> torch.Tensor:
     return map_array(path, layout) if layout.mappable else load_array(path, layout)
 
 
-def _check_latents(latents: Iterable[int], d_sae: int, source: str) -> None:
+def check_latents(latents: Iterable[int], d_sae: int, source: str) -> None:
+    """Raise :class:`WeightsError` for an index that the file ``source`` with ``d_sae`` latents does not have."""
     wrong = [latent for latent in latents if not 0 <= latent < d_sae]
     if wrong:
         raise WeightsError(f"{source} has no latent {wrong[0]}: it has 0..{d_sae - 1}.")
 
 
-def _checked(arrays: Arrays, source: str) -> Arrays:
+def checked_arrays(arrays: Arrays, source: str) -> Arrays:
+    """The arrays with thresholds in place of their logarithms, of finite values and with no negative threshold."""
     if "log_threshold" in arrays:
         arrays["threshold"] = arrays.pop("log_threshold").exp()
     check_values(arrays, source)

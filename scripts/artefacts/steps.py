@@ -156,6 +156,7 @@ APART = {
     "docs/artefacts.json": "the record of all this",
     "docs/hardware.json": "computed from shapes by scripts.hardware_table",
     "docs/clusters.json": "computed by scripts.plan_cluster",
+    "docs/circuit-tracer.json": "of random models, by scripts.tracer_parity",
     "docs/pareto_smollm2.png": "of another model",
     "benchmarks/results/smollm2_pareto.json": "of another model",
     "benchmarks/results/*.json": "of random weights, or times that no retraining of the suite changes",

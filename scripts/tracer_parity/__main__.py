@@ -11,10 +11,10 @@ The results of a case lie in ``build/tracer-parity/NAME``.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 from gemma_scope_tl.files import write_atomically
@@ -49,15 +49,17 @@ def main(arguments: list[str]) -> int:
 def measure(case: Case) -> dict[str, Any]:
     """Run circuit-tracer on a case, and compare its graph with ours."""
     tracer = read_tracer(run(case, WORK / case.name), case.layers)
-    compared = compare(our_graph(case), tracer)
-    print(
-        f"{case.name:11} {compared['nodes']:5} nodes, {compared['edges']:7} edges, largest difference "
-        f"{compared['largest_difference']:.1e} of {compared['largest_edge']:.2f}, from BOS "
-        f"{compared['largest_difference_from_bos']:.1e}; the rest is {compared['rest_of_a_logit']:.1%} of a logit; pruned "
-        f"{compared['pruned_nodes']} nodes, {compared['pruned_edges']} edges, equal: {compared['pruned_equal']}; "
-        f"only ours {compared['only_ours']}, only theirs {compared['only_theirs']}, worst {compared['worst']}",
-        flush=True,
-    )
+    compared = compare(our_graph(case, "hooked_transformer"), tracer, case.skips)
+    shown = [
+        f"{case.name}: {compared['nodes']} shared nodes; only ours {compared['only_ours']}",
+        f"    {compared['edges']:,} edges, the largest {compared['largest_edge']:.2f}; largest difference "
+        f"{compared['largest_difference']:.1e} at {compared['worst']}",
+        f"    from the embedding of BOS {compared['largest_difference_from_bos']:.1e}; left out there: "
+        f"{compared['rest_of_a_logit']:.1%} of a logit",
+        f"    pruned: {compared['pruned_nodes']} nodes, {compared['pruned_edges']:,} edges; the same: "
+        f"{compared['pruned_equal']}",
+    ]
+    print("\n".join(shown), flush=True)
     return {"name": case.name, "kind": case.kind, "weights": fingerprint(case), **tracer.facts, **compared}
 
 
@@ -69,8 +71,9 @@ def keep(found: list[dict[str, Any]]) -> None:
     COMMITTED.mkdir(parents=True, exist_ok=True)
     for name in (name for name in CASES if name.startswith("small")):
         shutil.copyfile(WORK / name / "graph.npz", COMMITTED / f"{name}.npz")
-    shutil.copyfile(WORK / "small" / "graph" / "case.json", COMMITTED / "small.json")
-    size = sum(path.stat().st_size for path in Path(COMMITTED).iterdir())
+    viewed = (WORK / "small" / "graph" / "case.json").read_bytes()
+    (COMMITTED / "small.json.gz").write_bytes(gzip.compress(viewed, mtime=0))
+    size = sum(path.stat().st_size for path in COMMITTED.iterdir())
     if size > LARGEST:
         raise SystemExit(f"The committed graphs have {size:,} bytes, at most {LARGEST:,} are wanted.")
 

@@ -57,6 +57,11 @@ class Case:
     seed: int = 0
 
     @property
+    def skips(self) -> bool:
+        """Whether the transcoders have skip connections."""
+        return self.kind != "transcoder"
+
+    @property
     def token_ids(self) -> list[int]:
         """The prompt: BOS and ordinary tokens of the bundled tokenizer, ``length`` of them."""
         drawn = np.random.default_rng(self.seed + 2).integers(300, 2000, self.length - 1)
@@ -128,7 +133,7 @@ def _layer(case: Case, layer: int, generator: np.random.Generator) -> Arrays:
     if case.kind == "clt":
         decoder[:, :layer] = 0.0
     drawn["W_dec"] = decoder if case.kind == "clt" else decoder[:, 0]
-    if case.kind != "transcoder":
+    if case.skips:
         drawn["W_skip"] = generator.standard_normal((d, d)) * 0.5 * d**-0.5
     return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in drawn.items()}
 

@@ -80,17 +80,20 @@ def keys_of(graph: AttributionGraph) -> list[Key]:
 
 
 def restricted(graph: AttributionGraph, wanted: set[Key]) -> AttributionGraph:
-    """Our graph without the nodes that are not ``wanted``, to prune what circuit-tracer prunes."""
+    """Our graph without the nodes that are not ``wanted``, to prune what circuit-tracer prunes.
+
+    The influence in its table stays that of the whole graph.
+    """
     keep = np.flatnonzero([key in wanted for key in keys_of(graph)])
     nodes = graph.nodes.iloc[keep].reset_index(drop=True)
     return replace(graph, nodes=nodes, weights=graph.weights[keep][:, keep])
 
 
-def compare(graph: AttributionGraph, tracer: TracerGraph) -> dict[str, Any]:
+def compare(graph: AttributionGraph, tracer: TracerGraph, skips: bool) -> dict[str, Any]:
     """How far the edges between nodes that both graphs have agree, and what only one of them has.
 
-    circuit-tracer leaves out what MLPs write at BOS but for skip connections, and biases of decoders. Our nodes for
-    these are the *rest*: errors at BOS, and biases.
+    circuit-tracer leaves out what MLPs write at BOS, and biases. Our nodes for these are the *rest*: errors at BOS, and
+    biases. But it follows skip connections at BOS, where we apply no coder, so edges from the embedding of BOS differ.
 
     Returns:
         ``nodes``: how many nodes both have; ``only_ours`` and ``only_theirs``: how many of each kind only one has.
@@ -99,7 +102,8 @@ def compare(graph: AttributionGraph, tracer: TracerGraph) -> dict[str, Any]:
         ``largest_difference``: of edges from sources that are not at BOS. ``worst``: where it is, target and source.
         ``largest_difference_from_bos``: of edges from the embedding of BOS.
         ``pruned_nodes``, ``pruned_edges``: of circuit-tracer's pruning. ``pruned_equal``: whether ours at the same
-            thresholds, of our graph without the rest, keeps the same nodes and edges.
+            thresholds keeps the same nodes and edges, of our graph without the rest and, where there are skip
+            connections, with circuit-tracer's edges from the embedding of BOS.
         ``rest_of_a_logit``: the largest share of a logit, of the sum of its parts' absolute values, from the rest.
     """
     ours, numbers = keys_of(graph), tracer.numbers
@@ -124,14 +128,17 @@ def compare(graph: AttributionGraph, tracer: TracerGraph) -> dict[str, Any]:
         "largest_difference": float(elsewhere.max()),
         "worst": [list(map(str, ours[mine[target]])), list(map(str, ours[mine[source]]))],
         "largest_difference_from_bos": float(difference[:, bos].max()),
-        **_pruned(graph, tracer, {ours[i] for i in mine}),
+        **_pruned(graph, tracer, {ours[i] for i in mine}, skips),
         "rest_of_a_logit": float(shares.max()),
     }
 
 
-def _pruned(graph: AttributionGraph, tracer: TracerGraph, shared: set[Key]) -> dict[str, Any]:
+def _pruned(graph: AttributionGraph, tracer: TracerGraph, shared: set[Key], skips: bool) -> dict[str, Any]:
     thresholds = {name: tracer.facts[name] for name in ("node_threshold", "edge_threshold")}
-    kept = restricted(graph, shared).pruned(**thresholds)
+    smaller = restricted(graph, shared)
+    if skips:
+        smaller = _with_their_bos(smaller, tracer)
+    kept = smaller.pruned(**thresholds)
     keys, edges = keys_of(kept), kept.weights.tocoo()
     pairs = {(keys[t], keys[s]) for t, s in zip(edges.row, edges.col, strict=True)}
     return {
@@ -139,6 +146,17 @@ def _pruned(graph: AttributionGraph, tracer: TracerGraph, shared: set[Key]) -> d
         "pruned_edges": len(tracer.kept_edges),
         "pruned_equal": set(keys) == tracer.kept_nodes and pairs == tracer.kept_edges,
     }
+
+
+def _with_their_bos(graph: AttributionGraph, tracer: TracerGraph) -> AttributionGraph:
+    """Our graph with circuit-tracer's edges from the embedding of BOS."""
+    from scipy.sparse import csr_array
+
+    keys, numbers = keys_of(graph), tracer.numbers
+    dense = graph.weights.toarray()
+    column = ("embedding", 0)
+    dense[:, keys.index(column)] = tracer.weights[[numbers[key] for key in keys], numbers[column]]
+    return replace(graph, weights=csr_array(dense))
 
 
 def _counted(keys: list[Key]) -> dict[str, int]:

@@ -6,6 +6,7 @@ graphs of three small cases are read from files that it wrote.
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 from functools import cache
@@ -14,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gemma_scope_tl.attributions.graph_json import read_graph, write_graph
 
+from gemma_scope_tl.attributions.graph_json import read_graph, write_graph
 from scripts.tracer_parity.__main__ import COMMITTED, FACTS
 from scripts.tracer_parity.case import CASES, fingerprint
 from scripts.tracer_parity.compare import compare, keys_of, read_tracer, restricted
@@ -27,7 +28,7 @@ SMALL = [name for name in CASES if name.startswith("small")]
 # circuit-tracer computes in float64 and keeps edges in float32; the largest are near 4, so 2^-22 is half a unit there.
 STORED = 2.5e-7
 # With the bridge, the norms of the model run in float32 whatever its dtype, as in Hugging Face.
-BRIDGE = 2e-5
+BRIDGE = 2e-6
 
 
 @cache
@@ -49,8 +50,8 @@ def test_the_committed_graphs_are_of_the_weights_that_are_made_here(name: str) -
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("backend", ["bridge", "hooked_transformer"])
 def test_edges_and_pruning_are_those_of_circuit_tracer(name: str, backend: str) -> None:
-    found = compare(graph_of(name, backend), committed(name))
-    assert_same(found, STORED if backend == "hooked_transformer" else BRIDGE, CASES[name].kind != "transcoder")
+    found = compare(graph_of(name, backend), committed(name), CASES[name].skips)
+    assert_same(found, STORED if backend == "hooked_transformer" else BRIDGE, CASES[name].skips)
 
 
 def assert_same(found: dict[str, Any], tolerance: float, skips: bool) -> None:
@@ -75,8 +76,9 @@ def test_activations_logits_and_probabilities_are_those_of_circuit_tracer(name: 
             assert nodes["probability"][number] == pytest.approx(tracer.arrays["probabilities"][place], rel=1e-12)
 
 
-def test_a_file_of_circuit_tracer_is_read_as_the_graph_that_it_holds() -> None:
-    graph, tracer = read_graph(COMMITTED / "small.json"), committed("small")
+def test_a_file_of_circuit_tracer_is_read_as_the_graph_that_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "small.json").write_bytes(gzip.decompress((COMMITTED / "small.json.gz").read_bytes()))
+    graph, tracer = read_graph(tmp_path / "small.json"), committed("small")
     keys = keys_of(graph)
     assert set(keys) == tracer.kept_nodes
     edges = graph.weights.tocoo()
@@ -92,8 +94,8 @@ def test_a_file_of_circuit_tracer_is_read_as_the_graph_that_it_holds() -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if name not in SMALL])
 def test_larger_graphs(name: str, tmp_path: Path) -> None:
     tracer = read_tracer(run(CASES[name], tmp_path), CASES[name].layers)
-    found = compare(graph_of(name, "hooked_transformer"), tracer)
-    assert_same(found, STORED, CASES[name].kind != "transcoder")
+    found = compare(graph_of(name, "hooked_transformer"), tracer, CASES[name].skips)
+    assert_same(found, STORED, CASES[name].skips)
     assert found["edges"] > 50_000
 
 
@@ -103,7 +105,8 @@ def test_larger_graphs(name: str, tmp_path: Path) -> None:
 def test_circuit_tracer_reads_what_we_write(pruned: bool, tmp_path: Path) -> None:
     graph = graph_of("small", "bridge")
     if pruned:
-        graph = restricted(graph, committed("small").numbers.keys()).pruned().grouped("two", graph.nodes["node_id"][:2])
+        graph = restricted(graph, set(committed("small").keys)).pruned()
+        graph = graph.grouped("two", graph.nodes["node_id"][:2])
     write_graph(graph, tmp_path / "graph.json")
     command = [str(PYTHON), str(REFERENCE.with_name("viewer.py")), str(tmp_path / "graph.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
