@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from scripts.tracer_parity.case import TOKENIZER
 
 FOLDER = Path(__file__).parents[1] / "build" / "layered"
 QUICK_FOLDER = FOLDER.with_name("layered-quick")
+CUT_FOLDER, QUICK_CUT_FOLDER = FOLDER.with_name("layered-cut"), FOLDER.with_name("layered-cut-quick")
 CLT_FOLDER = "clt/width_262k_l0_medium"
 DONE = "sizes.json"
 SMALL_VOCABULARY = 2_048
@@ -65,6 +66,9 @@ class CLTSizes:
 TRUE = CLTSizes(Sizes(vocabulary=SMALL_VOCABULARY, tokens=512), 10_080, 200)
 """262k of 1B, and about 100,000 active latents on a prompt, as users report of the released one."""
 QUICK = CLTSizes(Sizes(64, 128, 2, 32, SMALL_VOCABULARY, 6, 8, 256, 8, 24), 64, 24)
+CUT = CLTSizes(replace(TRUE.model, layers=6), 10_080, 46, "gemma2")
+QUICK_CUT = replace(QUICK, family="gemma2")
+"""What circuit-tracer attributes on TransformerLens, with as many latents active in a layer."""
 
 
 def threshold_of(l0: float, latents: int) -> float:
