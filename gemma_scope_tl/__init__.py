@@ -26,18 +26,21 @@ _NAMES = {
     "JumpReLUTranscoder": "sae.jumprelu",
     "ablate": "interventions",
     "attribute": "attributions.gradients",
+    "attribution_graph": "attributions.making",
     "circuit": "attributions.graph",
     "clamp": "interventions",
     "evaluate": "evals.suite",
     "export_suite": "release.export",
     "feature_page": "viz.latent_page",
     "features": "latents.table",
+    "graph_notes": "viz.graph_notes",
     "list_saes": "registry",
     "load_latents": "sae.partial",
     "load_model": "model.loading",
     "load_sae": "sae.loading",
     "load_suite": "sae.suite",
     "mean_norms": "interventions",
+    "read_graph": "attributions.graph_json",
     "register_release": "registry",
     "register_with_sae_lens": "interop.releases",
     "save_sae": "sae.save",
@@ -49,6 +52,8 @@ _NAMES = {
     "unregister_release": "registry",
     "upload_suite": "release.upload",
     "verify": "verification.run",
+    "write_graph": "attributions.graph_json",
+    "write_graph_page": "viz.graph_page",
 }
 _MODULES = ("attributions", "errors", "evals", "model", "registry", "sae", "sites", "training", "viz", "weights")
 
@@ -59,6 +64,8 @@ if TYPE_CHECKING:
     from gemma_scope_tl import attributions, errors, evals, model, registry, sae, sites, training, viz, weights
     from gemma_scope_tl.attributions.gradients import attribute
     from gemma_scope_tl.attributions.graph import circuit
+    from gemma_scope_tl.attributions.graph_json import read_graph, write_graph
+    from gemma_scope_tl.attributions.making import attribution_graph
     from gemma_scope_tl.errors import AdapterMismatch, GemmaScopeError
     from gemma_scope_tl.evals.suite import evaluate
     from gemma_scope_tl.interop.releases import register_with_sae_lens
@@ -78,6 +85,8 @@ if TYPE_CHECKING:
     from gemma_scope_tl.sae.suite import load_suite
     from gemma_scope_tl.training.suite import train_suite
     from gemma_scope_tl.verification.run import verify
+    from gemma_scope_tl.viz.graph_notes import graph_notes
+    from gemma_scope_tl.viz.graph_page import write_graph_page
     from gemma_scope_tl.viz.latent_page import feature_page
 
 

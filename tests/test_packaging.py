@@ -18,17 +18,19 @@ from gemma_scope_tl.families import bundled_names
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL, MODEL_FOLDER, bundle_folder
 from gemma_scope_tl.weights.fetch import fetch
 from gemma_scope_tl.training.config import load_config
+from gemma_scope_tl.viz.graph_page import page_html
 assert gs.__file__.startswith({root!r}), gs.__file__
 row = gs.registry.resolve("gemma-scope-2b-pt-res", "layer_20/width_16k/canonical")
 table = gs.list_saes()
 bundled = table[table["model"].str.startswith("bundled")]
-assert row.l0 == 71 and len(table) == 12061 + len(bundled) and len(bundled) > 0
+assert row.l0 == 71 and len(table) == 12173 + len(bundled) and len(bundled) > 0
 assert set(bundled["model"]) == set(bundled_names())
 folders = [BUNDLED_MODEL, *(bundle_folder(name) / MODEL_FOLDER for name in bundled_names())]
 assert all((folder / "model.safetensors").is_file() for folder in folders)
 assert gs.list_saes(model="bundled-gemma3", with_metrics=True)["fvu"].notna().all()
 assert all(fetch(gs.registry.resolve(r.release, r.id)).is_file() for r in bundled.itertuples())
 assert load_config("demo").steps > 0
+assert page_html("a", {{}}).endswith("</html>\\n")  # its parts are data files
 print("found")
 """
 

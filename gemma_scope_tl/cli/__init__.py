@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_scope_tl.cli import catalogue, evals, interp, models, publish, studies, tools, train, verify
+from gemma_scope_tl.cli import catalogue, evals, graphs, interp, models, publish, studies, tools, train, verify
 from gemma_scope_tl.cli.command import Root, add
 from gemma_scope_tl.cli.failures import run
 from gemma_scope_tl.cli.output import say
@@ -28,6 +28,7 @@ add(app, models.Features, "features")
 add(app, models.Steer, "steer")
 add(app, models.TopTokens, "top-tokens")
 add(app, models.Attribute, "attribute")
+add(app, graphs.Graph, "graph")
 add(app, evals.Evaluate, "eval")
 add(app, interp.Explain, "explain")
 add(app, interp.Neuronpedia, "neuronpedia")

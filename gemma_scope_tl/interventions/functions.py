@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, SteerLatents, SteerRows
+from gemma_scope_tl.interventions.layered import LayeredLatents, Pairs, edit_layered, steer_layered
+from gemma_scope_tl.interventions.numbers import Numbers, mean_norm_at, one_for_each
 from gemma_scope_tl.model.positions import Positions
 from gemma_scope_tl.sae.access import chosen_latents, locate
-from gemma_scope_tl.sae.arguments import shown, to_tensor
+from gemma_scope_tl.sae.layered import LayeredCoder
 from gemma_scope_tl.text.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
-    from gemma_scope_tl.sae.access import SAEOrLatents
+    from gemma_scope_tl.sae.access import LatentNames, SAEOrLatents
 
 On = Literal["activations", "features"]
 Unit = Literal["activation", "norm", "mean_norm"]
-Numbers = float | Sequence[float] | torch.Tensor
 ON: tuple[On, ...] = ("activations", "features")
 UNITS: tuple[Unit, ...] = ("activation", "norm", "mean_norm")
 
 
+@overload
 def steer(
     sae: SAEOrLatents,
     latent: int | Iterable[int],
@@ -35,7 +36,31 @@ def steer(
     unit: Unit = "activation",
     mean_norm: float | pd.DataFrame | None = None,
     on: On = "activations",
-) -> tuple[str, Intervention]:
+    layers: int | Iterable[int] | None = None,
+) -> tuple[str, Intervention]: ...
+@overload
+def steer(
+    sae: LayeredCoder,
+    latent: LatentNames,
+    scale: Numbers,
+    positions: Positions = None,
+    exclude_special_tokens: ExcludeTokens = True,
+    unit: Unit = "activation",
+    mean_norm: float | pd.DataFrame | None = None,
+    on: On = "activations",
+    layers: int | Iterable[int] | None = None,
+) -> Pairs: ...
+def steer(
+    sae: SAEOrLatents | LayeredCoder,
+    latent: int | Iterable[int] | LatentNames,
+    scale: Numbers,
+    positions: Positions = None,
+    exclude_special_tokens: ExcludeTokens = True,
+    unit: Unit = "activation",
+    mean_norm: float | pd.DataFrame | None = None,
+    on: On = "activations",
+    layers: int | Iterable[int] | None = None,
+) -> tuple[str, Intervention] | Pairs:
     """Add decoder rows to a site's activations: ``x + sum_i a_i W_dec[i]``, with ``a_i`` from ``scale`` and ``unit``.
 
     If a norm follows W_O, as in Gemma 2, it divides by the norm of its input, so the effect of steering at the att site
@@ -43,8 +68,8 @@ def steer(
 
     Args:
         sae: an SAE, a transcoder (whose output is steered), or :class:`~gemma_scope_tl.sae.latents.Latents`. Gradients
-            reach its rows.
-        latent: index or indices.
+            reach its rows. Or a layered coder, of which a latent is steered at all layers that it writes.
+        latent: index or indices; for a layered coder a pair ``(model's layer, index)``, or several.
         scale: s, one number for all latents or one for each; a negative number steers away.
         positions: an int, slice, list, or boolean mask; None for all. They count in the whole text, also during
             generation, from the first token of each row that is not padding (:mod:`gemma_scope_tl.model.positions`).
@@ -59,9 +84,13 @@ def steer(
         mean_norm: the number m, or the table of :func:`mean_norms`, in which the site and layer are looked up.
         on: ``"activations"``, for a plain model; ``"features"``, for a model with the SAE spliced in, whose latents
             become ``f_i + a_i``. Both are equal with the error term. ``unit="norm"`` is not available for features.
+        layers: for a layered coder, the only layers of the model that are steered; None for all that a latent writes.
+            A latent has one amount at all of them: for ``"mean_norm"``, ``a = s M / R``, with the roots of the sums of
+            squares of the layers' mean norms (M) and of the lengths of its rows (R). ``"norm"`` needs one layer.
 
     Returns:
-        ``(hook name, hook)`` for ``fwd_hooks``, ``add_hook`` or ``hooks``.
+        ``(hook name, hook)`` for ``fwd_hooks``, ``add_hook`` or ``hooks``; for a layered coder a list of such pairs,
+        which ``fwd_hooks`` accepts as an item.
 
     Raises:
         SpliceError: for a latent that does not exist, a wrong number of values, a missing ``mean_norm``, a number that
@@ -69,25 +98,39 @@ def steer(
         UnknownNameError: for an unknown ``unit`` or ``on``, a latent that was not loaded, or a site that is not in
             ``mean_norm``.
     """
+    _check_unit(unit, mean_norm, on)
+    where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
+    if isinstance(sae, LayeredCoder):
+        several = _layered(sae, latent, layers, on)
+        return steer_layered(several, one_for_each(scale, several.chosen, "scale"), unit, mean_norm, on, where)
+    name = _hook_name(sae, on, reads=False, layers=layers)
+    chosen = chosen_latents(sae, latent)
+    amounts = one_for_each(scale, chosen, "scale")
+    if unit == "mean_norm":
+        norm = mean_norm_at(mean_norm, name.removesuffix(".hook_sae_acts_post"))
+        amounts = amounts * one_for_each(norm, chosen, "mean_norm").to(amounts.device)
+    return name, _steered(sae, chosen, amounts, unit, on, where)
+
+
+def _check_unit(unit: str, mean_norm: float | pd.DataFrame | None, on: On) -> None:
     if unit not in UNITS:
         raise unknown_name("unit", unit, UNITS)
-    name = _hook_name(sae, on, reads=False)
-    chosen = chosen_latents(sae, latent)
-    amounts = _numbers(scale, chosen, "scale")
     if unit == "norm" and on == "features":
         raise SpliceError('A hook on features has no access to ||x||: use unit="mean_norm", or on="activations".')
-    if unit == "mean_norm":
-        norm = _looked_up(mean_norm, name.removesuffix(".hook_sae_acts_post"))
-        amounts = amounts * _numbers(norm, chosen, "mean_norm").to(amounts.device)
-    elif mean_norm is not None:
+    if unit != "mean_norm" and mean_norm is not None:
         raise SpliceError(f'mean_norm= needs unit="mean_norm", but the given unit is {unit!r}.')
-    where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
-    where |= {"per_length": unit != "activation"}
+
+
+def _steered(
+    sae: SAEOrLatents, chosen: list[int], amounts: torch.Tensor, unit: Unit, on: On, where: dict[str, Any]
+) -> Intervention:
+    where = where | {"per_length": unit != "activation"}
     if on == "features":
-        return name, SteerLatents(sae, chosen, amounts, on_features=True, **where)
-    return name, SteerRows(sae, chosen, amounts, by_norm=unit == "norm", **where)
+        return SteerLatents(sae, chosen, amounts, on_features=True, **where)
+    return SteerRows(sae, chosen, amounts, by_norm=unit == "norm", **where)
 
 
+@overload
 def clamp(
     sae: SAEOrLatents,
     latents: int | Iterable[int],
@@ -95,31 +138,61 @@ def clamp(
     positions: Positions = None,
     exclude_special_tokens: ExcludeTokens = True,
     on: On = "activations",
-) -> tuple[str, Clamp]:
+    layers: int | Iterable[int] | None = None,
+) -> tuple[str, Clamp]: ...
+@overload
+def clamp(
+    sae: LayeredCoder,
+    latents: LatentNames,
+    value: Numbers,
+    positions: Positions = None,
+    exclude_special_tokens: ExcludeTokens = True,
+    on: On = "activations",
+    layers: int | Iterable[int] | None = None,
+) -> Pairs: ...
+def clamp(
+    sae: SAEOrLatents | LayeredCoder,
+    latents: int | Iterable[int] | LatentNames,
+    value: Numbers,
+    positions: Positions = None,
+    exclude_special_tokens: ExcludeTokens = True,
+    on: On = "activations",
+    layers: int | Iterable[int] | None = None,
+) -> tuple[str, Clamp] | Pairs:
     """Set activations of latents to ``value``: ``x + sum_i (c_i - f_i(x)) W_dec[i]``, or ``f_i = c_i`` on features.
 
     Args:
         sae: an SAE or its :class:`~gemma_scope_tl.sae.latents.Latents` with encoder columns; a transcoder only with
-            ``on="features"``.
-        latents: index or indices.
+            ``on="features"``. Or a layered coder; its latents are read where it reads, and changed at all layers that
+            they write, on models from ``load_model``.
+        latents: index or indices; for a layered coder a pair ``(model's layer, index)``, or several.
         value: c, one number for all latents or one for each, in units of the activations.
         positions, exclude_special_tokens: as for :func:`steer`.
         on: ``"activations"``, for a plain model; ``"features"``, for a model with the SAE spliced in, whose
             activations the hook edits. Both are equal with the error term. Without it, the site has the edited
             reconstruction.
+        layers: for a layered coder on activations, the only layers of the model that are changed; None for all that the
+            latents write.
 
     Returns:
-        ``(hook name, hook)``. :class:`~gemma_scope_tl.interventions.hooks.LatentEdit` describes the edit.
+        ``(hook name, hook)``, or for a layered coder a list of such pairs, which ``fwd_hooks`` accepts as an item.
+        :class:`~gemma_scope_tl.interventions.hooks.LatentEdit` describes the edit.
 
     Raises:
         SpliceError: for a transcoder with ``on="activations"`` (its input is another tensor), latents without encoder
             columns, a latent that does not exist, or a wrong number of values.
         UnknownNameError: for an unknown ``on``, or a latent that was not loaded.
     """
-    name, chosen, where = _edit(sae, latents, positions, exclude_special_tokens, on)
-    return name, Clamp(sae, chosen, _numbers(value, chosen, "value"), **where)
+    where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
+    if isinstance(sae, LayeredCoder):
+        several = _layered(sae, latents, layers, on)
+        return edit_layered(several, Clamp, one_for_each(value, several.chosen, "value"), on, where)
+    name, chosen = _edit(sae, latents, on, layers)
+    numbers = one_for_each(value, chosen, "value")
+    return name, Clamp(sae, chosen, numbers, on_features=on == "features", **where)
 
 
+@overload
 def scale(
     sae: SAEOrLatents,
     latents: int | Iterable[int],
@@ -127,58 +200,109 @@ def scale(
     positions: Positions = None,
     exclude_special_tokens: ExcludeTokens = True,
     on: On = "activations",
-) -> tuple[str, Scale]:
+    layers: int | Iterable[int] | None = None,
+) -> tuple[str, Scale]: ...
+@overload
+def scale(
+    sae: LayeredCoder,
+    latents: LatentNames,
+    factor: Numbers,
+    positions: Positions = None,
+    exclude_special_tokens: ExcludeTokens = True,
+    on: On = "activations",
+    layers: int | Iterable[int] | None = None,
+) -> Pairs: ...
+def scale(
+    sae: SAEOrLatents | LayeredCoder,
+    latents: int | Iterable[int] | LatentNames,
+    factor: Numbers,
+    positions: Positions = None,
+    exclude_special_tokens: ExcludeTokens = True,
+    on: On = "activations",
+    layers: int | Iterable[int] | None = None,
+) -> tuple[str, Scale] | Pairs:
     """Multiply activations of latents: ``x + sum_i (s_i - 1) f_i(x) W_dec[i]``, or ``s_i f_i`` on features.
 
     Multiplying the *whole* output of a sub-layer before a norm (all heads at the att site of Gemma 2) would change
     nothing, because RMSNorm divides by the factor again.
 
     Args:
-        sae, latents, positions, exclude_special_tokens, on: as for :func:`clamp`.
+        sae, latents, positions, exclude_special_tokens, on, layers: as for :func:`clamp`.
         factor: s, one number for all latents or one for each.
 
     Raises:
         SpliceError, UnknownNameError: as :func:`clamp`.
     """
-    name, chosen, where = _edit(sae, latents, positions, exclude_special_tokens, on)
-    return name, Scale(sae, chosen, _numbers(factor, chosen, "factor"), **where)
+    where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
+    if isinstance(sae, LayeredCoder):
+        several = _layered(sae, latents, layers, on)
+        return edit_layered(several, Scale, one_for_each(factor, several.chosen, "factor"), on, where)
+    name, chosen = _edit(sae, latents, on, layers)
+    numbers = one_for_each(factor, chosen, "factor")
+    return name, Scale(sae, chosen, numbers, on_features=on == "features", **where)
 
 
+@overload
 def ablate(
     sae: SAEOrLatents,
     latents: int | Iterable[int],
     positions: Positions = None,
     exclude_special_tokens: ExcludeTokens = True,
     on: On = "activations",
-) -> tuple[str, Ablate]:
+    layers: int | Iterable[int] | None = None,
+) -> tuple[str, Ablate]: ...
+@overload
+def ablate(
+    sae: LayeredCoder,
+    latents: LatentNames,
+    positions: Positions = None,
+    exclude_special_tokens: ExcludeTokens = True,
+    on: On = "activations",
+    layers: int | Iterable[int] | None = None,
+) -> Pairs: ...
+def ablate(
+    sae: SAEOrLatents | LayeredCoder,
+    latents: int | Iterable[int] | LatentNames,
+    positions: Positions = None,
+    exclude_special_tokens: ExcludeTokens = True,
+    on: On = "activations",
+    layers: int | Iterable[int] | None = None,
+) -> tuple[str, Ablate] | Pairs:
     """Remove the contributions of latents: ``x - sum_i f_i(x) W_dec[i]``, or ``f_i = 0`` on features.
 
     This is equal to :func:`scale` with 0 and :func:`clamp` to 0.
 
     Args:
-        sae, latents, positions, exclude_special_tokens, on: as for :func:`clamp`.
+        sae, latents, positions, exclude_special_tokens, on, layers: as for :func:`clamp`.
 
     Raises:
         SpliceError, UnknownNameError: as :func:`clamp`.
     """
-    name, chosen, where = _edit(sae, latents, positions, exclude_special_tokens, on)
-    return name, Ablate(sae, chosen, **where)
+    where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
+    if isinstance(sae, LayeredCoder):
+        return edit_layered(_layered(sae, latents, layers, on), Ablate, None, on, where)
+    name, chosen = _edit(sae, latents, on, layers)
+    return name, Ablate(sae, chosen, on_features=on == "features", **where)
 
 
-def _edit(
-    sae: SAEOrLatents, latents: int | Iterable[int], positions: Positions, exclude_special_tokens: ExcludeTokens, on: On
-) -> tuple[str, list[int], dict[str, Any]]:
-    name = _hook_name(sae, on, reads=True)
-    where = {
-        "positions": positions,
-        "exclude_special_tokens": exclude_special_tokens,
-        "on_features": on == "features",
-    }
-    return name, chosen_latents(sae, latents), where
+def _edit(sae: SAEOrLatents, latents: Any, on: On, layers: Any) -> tuple[str, list[int]]:
+    return _hook_name(sae, on, reads=True, layers=layers), chosen_latents(sae, latents)
 
 
-def _hook_name(sae: SAEOrLatents, on: On, reads: bool) -> str:
+def _layered(coder: LayeredCoder, latents: Any, layers: Any, on: On) -> LayeredLatents:
+    if on not in ON:
+        raise unknown_name("place to edit (on=)", on, ON)
+    if layers is not None and on == "features":
+        raise SpliceError(
+            'A latent of a spliced coder writes all its layers, so layers= needs on="activations", without the splice.'
+        )
+    return LayeredLatents(coder, latents, layers)
+
+
+def _hook_name(sae: SAEOrLatents, on: On, reads: bool, layers: Any) -> str:
     """The name of the hook to edit. ``reads`` says whether the edit needs the activations of the latents there."""
+    if layers is not None:
+        raise SpliceError("layers= is for latents that write several layers, those of crosscoders and CLTs.")
     if on not in ON:
         raise unknown_name("place to edit (on=)", on, ON)
     site, layer = locate(sae)
@@ -197,45 +321,3 @@ def _hook_name(sae: SAEOrLatents, on: On, reads: bool) -> str:
             'local file, or steer, which needs only decoder rows, or splice the SAE and edit with on="features".'
         )
     return site.hook_name_out(layer, "hooked_transformer")
-
-
-def _numbers(given: Numbers, latents: list[int], name: str) -> torch.Tensor:
-    """One number for each latent, float32 or wider."""
-    try:
-        numbers = to_tensor(given)
-    except (TypeError, ValueError, RuntimeError):
-        raise SpliceError(f"{name}= takes numbers; given: {shown(given)}.") from None
-    if numbers.is_complex() or numbers.dtype == torch.bool:
-        raise SpliceError(f"{name}= takes real numbers; given: {shown(given)}.")
-    numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32)).detach()
-    if numbers.ndim > 1 or (numbers.ndim == 1 and len(numbers) != len(latents)):
-        raise SpliceError(
-            f"{name}= takes one number, or one for each of the {len(latents)} latents; given: shape "
-            f"{list(numbers.shape)}."
-        )
-    if not numbers.is_meta and not bool(numbers.isfinite().all()):
-        raise SpliceError(f"{name}= takes finite numbers; given: {given}.")
-    return numbers.expand(len(latents))
-
-
-def _one_number(mean_norm: Any) -> float:
-    try:
-        number = to_tensor(mean_norm)
-        if number.numel() != 1 or number.dtype == torch.bool or number.is_complex():
-            raise TypeError
-    except (TypeError, ValueError, RuntimeError):
-        raise SpliceError(
-            f"mean_norm= takes a number, or the table of mean_norms; given: {shown(mean_norm)}."
-        ) from None
-    return float(number)
-
-
-def _looked_up(mean_norm: Any, hook: str) -> float:
-    if mean_norm is None:
-        raise SpliceError('unit="mean_norm" needs mean_norm=: a number, or the table of mean_norms(model, texts).')
-    if not hasattr(mean_norm, "columns"):
-        return _one_number(mean_norm)
-    rows = mean_norm[mean_norm["hook"] == hook]
-    if rows.empty:
-        raise unknown_name("hook in mean_norm", hook, mean_norm["hook"], "Measure that site and layer too.")
-    return float(rows["mean_norm"].iloc[0])

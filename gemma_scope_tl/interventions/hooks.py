@@ -19,6 +19,7 @@ from gemma_scope_tl.text.tokens import ExcludeTokens, excluded_choice, excluded_
 if TYPE_CHECKING:
     from gemma_scope_tl.model.protocol import HasSites
     from gemma_scope_tl.sae.access import SAEOrLatents
+    from gemma_scope_tl.sae.layered import LayeredCoder
 
 
 class Intervention:
@@ -48,8 +49,8 @@ class Intervention:
         """The tensor after an edit at every position."""
         raise NotImplementedError  # pragma: no cover - an abstract method
 
-    def _trained(self) -> SAEOrLatents | None:
-        """The SAE or latents that the edit is made of, which were trained on one model; None for a plain vector."""
+    def _trained(self) -> SAEOrLatents | LayeredCoder | None:
+        """What the edit is made of, which was trained on one model; None for a plain vector."""
         return None
 
     def bound_to(self, model: HasSites) -> Intervention:
@@ -199,7 +200,7 @@ class LatentEdit(Intervention):
 
     def __init__(
         self,
-        source: SAEOrLatents,
+        source: SAEOrLatents | LayeredCoder,
         latents: list[int],
         positions: Positions = None,
         exclude_special_tokens: ExcludeTokens = True,
@@ -208,7 +209,7 @@ class LatentEdit(Intervention):
         super().__init__(positions, exclude_special_tokens)
         self.source, self.latents, self.on_features = source, latents, on_features
 
-    def _trained(self) -> SAEOrLatents | None:
+    def _trained(self) -> SAEOrLatents | LayeredCoder | None:
         return self.source
 
     def changed(self, acts: Float[torch.Tensor, "batch pos k"]) -> Float[torch.Tensor, "batch pos k"]:
@@ -221,8 +222,9 @@ class LatentEdit(Intervention):
             out = x.clone()
             out[..., self.latents] = self.changed(x[..., self.latents]).to(x.dtype)
             return out
-        acts = encode_latents(self.source, x, self.latents)
-        return x + (self.changed(acts) - acts) @ decoder_rows(self.source, self.latents)
+        source: Any = self.source  # layered coders are edited here on features alone
+        acts = encode_latents(source, x, self.latents)
+        return x + (self.changed(acts) - acts) @ decoder_rows(source, self.latents)
 
 
 class Ablate(LatentEdit):
@@ -237,7 +239,11 @@ class _WithNumbers(LatentEdit):
     """A latent edit with one number for each latent."""
 
     def __init__(
-        self, source: SAEOrLatents, latents: list[int], numbers: Float[torch.Tensor, " k"], **where: Any
+        self,
+        source: SAEOrLatents | LayeredCoder,
+        latents: list[int],
+        numbers: Float[torch.Tensor, " k"],
+        **where: Any,
     ) -> None:
         super().__init__(source, latents, **where)
         self.numbers = numbers
@@ -269,7 +275,7 @@ class SteerLatents(_WithNumbers):
 
     def __init__(
         self,
-        source: SAEOrLatents,
+        source: SAEOrLatents | LayeredCoder,
         latents: list[int],
         numbers: Float[torch.Tensor, " k"],
         per_length: bool = False,
@@ -282,5 +288,6 @@ class SteerLatents(_WithNumbers):
         """The activations plus the amounts."""
         if not self.per_length:
             return acts + self.numbers_for(acts)
-        rows = decoder_rows(self.source, self.latents)
+        source: Any = self.source  # not a layered coder
+        rows = decoder_rows(source, self.latents)
         return acts + steering_amounts(self.numbers, rows, True).to(acts)

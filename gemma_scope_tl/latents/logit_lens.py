@@ -93,17 +93,38 @@ def latent_logits(model: GemmaModel, sae: SAEOrLatents, latents: list[int]) -> F
     return _logits(model, _written(model, sae, latents))
 
 
+@torch.no_grad()
+def written_logits(
+    model: GemmaModel, place: Place, rows: Float[torch.Tensor, "k d"]
+) -> Float[torch.Tensor, "k d_vocab"]:
+    """The change of the logits by vectors that are added to a tensor, in float32 (see :func:`top_tokens`).
+
+    Args:
+        model: from ``load_model``.
+        place: the tensor, such as the output of a transcoder or one of the outputs of a crosscoder.
+        rows: the vectors.
+
+    Raises:
+        SpliceError: for vectors of another width than the tensor, or a tensor that is not added to the residual stream.
+    """
+    return _logits(model, _normed(model, place, rows))
+
+
 def _written(model: GemmaModel, sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "k d_model"]:
     """What each latent adds to the residual stream, times the gain of the final norm."""
     site, layer = locate(sae, model.family)
     check_trained_on(sae, model.family, model.model_id)
     site.check_layer(layer, model.dims)
-    rows = decoder_rows(sae, latents)
-    written = model.family.site(target_of(Place(site.name, layer)).site)
+    return _normed(model, target_of(Place(site.name, layer)), decoder_rows(sae, latents))
+
+
+def _normed(model: GemmaModel, place: Place, rows: Float[torch.Tensor, "k d"]) -> Float[torch.Tensor, "k d_model"]:
+    """What vectors that are added to a tensor add to the residual stream, times the gain of the final norm."""
+    written = model.family.site(place.site)
     width = written.d_in(model.dims)
     if rows.shape[-1] != width:
         raise SpliceError(
-            f"The decoder row has {rows.shape[-1]} dimensions, but site {site.name!r} has {width}: it belongs to "
+            f"The decoder row has {rows.shape[-1]} dimensions, but site {place.site!r} has {width}: it belongs to "
             "another model."
         )
     u = rows.to(model.W_U.device, torch.float32)
@@ -111,7 +132,7 @@ def _written(model: GemmaModel, sae: SAEOrLatents, latents: list[int]) -> Float[
         case "residual" | "embedding" | "branch":
             pass
         case "attention":
-            u = _through_attention(model, model.blocks[layer], u)
+            u = _through_attention(model, model.blocks[place.layer], u)
         case _:
             raise SpliceError(f"The tensor of site {written.name!r} is not added to the residual stream.")
     return u * gain_of(model, model.ln_final).to(u)

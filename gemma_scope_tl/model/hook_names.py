@@ -84,20 +84,26 @@ def add_other_names(stored: dict[str, Any], wanted: Callable[[str], bool] | None
 
 
 def listed_hooks(hooks: Any) -> list[Any]:
-    """Convert pairs of a name and a function, or a single pair as from ``steer``, to a list.
+    """Convert pairs of a name and a function, a single pair as from ``steer``, and lists of pairs among them to a list.
 
     Raises:
         SpliceError: for anything but such pairs.
     """
     if isinstance(hooks, tuple) and len(hooks) == 2 and callable(hooks[1]):
         return [hooks]
-    pairs = list(hooks)
+    pairs: list[Any] = []
+    for item in hooks:
+        pairs += item if isinstance(item, list) and all(map(_is_pair, item)) else [item]
     for pair in pairs:
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and callable(pair[1])):
+        if not _is_pair(pair):
             raise SpliceError(
                 f"Hooks must be pairs of a name (or a filter of names) and a function; given: {pair!r:.80}."
             )
     return pairs
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, (tuple, list)) and len(item) == 2 and callable(item[1])
 
 
 def positional_hooks(args: tuple[Any, ...], fwd: Any, bwd: Any) -> tuple[tuple[Any, ...], tuple[Any, Any]]:

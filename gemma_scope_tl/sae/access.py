@@ -6,16 +6,17 @@ other packages need not distinguish them.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.families import Family, family_of_model
-from gemma_scope_tl.sae.arguments import as_indices
+from gemma_scope_tl.sae.arguments import as_index, as_indices, is_index, shown
 from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sae.config import FAMILY, OF_IDENTITY, Identity
 from gemma_scope_tl.sae.latents import Latents
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
     SAEOrLatents = SAE[Any] | Latents
+    LatentNames = tuple[int, int] | Iterable[tuple[int, int]] | torch.Tensor
 
 
 def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int | None]:
@@ -43,8 +45,7 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
         SpliceError: when the site is unknown, or for a layered coder, which belongs to several layers.
         UnknownNameError: for a site or a hook that does not exist.
     """
-    if isinstance(sae, LayeredCoder):
-        raise SpliceError(f"A {sae.kind} reads and writes several layers, which is not supported here.")
+    check_is_not_layered(sae)
     name = getattr(sae, "site", None)
     if name is not None:
         return (family or trained_family(sae)).site(name), getattr(sae, "layer", None)
@@ -54,6 +55,12 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
     if hook is None:
         raise SpliceError("The site of this SAE is unknown: load it with site= and layer=.")
     return site_of_hook(hook, sae.cfg.metadata.hook_name_out, family)
+
+
+def check_is_not_layered(sae: Any) -> None:
+    """Raise :class:`SpliceError` for a layered coder, for functions of one SAE."""
+    if isinstance(sae, LayeredCoder):
+        raise SpliceError(f"A {sae.kind} reads and writes several layers, which is not supported here.")
 
 
 def places_of(coder: SAEOrLatents | LayeredCoder, family: Family | None = None) -> list[tuple[Site, int | None]]:
@@ -157,12 +164,50 @@ def chosen_latents(sae: SAEOrLatents, latents: int | Iterable[int]) -> list[int]
     """
     from gemma_scope_tl.sae.base import checked_latents
 
+    check_is_not_layered(sae)
     if not isinstance(sae, Latents):
         return checked_latents(latents, sae.cfg.d_sae)
     chosen = as_indices(latents)
     for latent in chosen:
         sae.position(latent)
     return checked_latents(chosen, max(chosen, default=0) + 1)
+
+
+def layered_latents(coder: LayeredCoder, latents: LatentNames) -> list[tuple[int, int]]:
+    """Latents of a layered coder as pairs of the coder's layer, counted from 0, and the index within that layer.
+
+    Args:
+        coder: a layered coder.
+        latents: a pair ``(model's layer, index)``, several, or an array ``[n, 2]`` of them.
+
+    Raises:
+        SpliceError: for no latent, one that does not exist or is given twice, or anything but such pairs.
+    """
+    given: list[Any] = latents.tolist() if isinstance(latents, (torch.Tensor, np.ndarray)) else _listed(latents)
+    pairs = [tuple(given)] if len(given) == 2 and all(map(is_index, given)) else given
+    chosen: list[tuple[int, int]] = []
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise SpliceError(
+                f"A latent of a {coder.kind} is a pair of a layer and an index, such as ({coder.layers[0]}, 17); "
+                f"given: {shown(pair)}."
+            )
+        k, index = coder.index_of(as_index(pair[0])), as_index(pair[1])
+        if not 0 <= index < coder.widths[k]:
+            raise SpliceError(
+                f"No latent {index}: layer {coder.layers[k]} of this {coder.kind} has latents 0..{coder.widths[k] - 1}."
+            )
+        chosen.append((k, index))
+    if not chosen:
+        raise SpliceError("No latents were given: name at least one.")
+    if len(set(chosen)) < len(chosen):
+        raise SpliceError(f"A latent is given twice: {[(coder.layers[k], index) for k, index in chosen]}.")
+    return chosen
+
+
+def _listed(latents: Any) -> list[Any]:
+    several = isinstance(latents, Iterable) and not isinstance(latents, (str, bytes, Mapping))
+    return list(latents) if several else [latents]
 
 
 def decoder_rows(sae: SAEOrLatents, latents: list[int]) -> Float[torch.Tensor, "k d_out"]:

@@ -10,8 +10,8 @@ b_enc_j)`` (Gemma Scope 2, section 2.6)::
 A crosscoder reads and writes the residual stream, as an SAE does at ``res``. A cross-layer transcoder (CLT) reads what
 transcoders read and writes the MLP output. Only some have the skip connection ``W_skip``.
 
-The released files hold ``W_dec_j`` with an output plane for every layer. The planes of layers before ``j`` are
-zeros and are not part of the object: ``W_dec[j]`` is ``[m_j, K - j, d_out]``, and plane 0 is the output at layer ``j``
+The released files hold ``W_dec_j`` with an output plane for every layer. The planes of layers before ``j`` are zeros
+and are not part of the object: ``W_dec[j]`` is ``[m_j, K - j, d_out]``, and plane 0 is the output at layer ``j``
 itself.
 """
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from gemma_scope_tl import __version__
 from gemma_scope_tl.families import Family
 from gemma_scope_tl.files import file_sha256, reason, sync_folder, sync_to_disk, write_atomically, writing
+from gemma_scope_tl.registry.schema import LAYER_FILE
 from gemma_scope_tl.sites import Place
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
 from gemma_scope_tl.training.shard import WHOLE, Shard
@@ -112,18 +113,26 @@ def suite_table(folder: Path) -> pd.DataFrame:
     import pandas as pd
 
     rows = read_record(folder / SUITE_NAME)["saes"]
-    missing = [row["path"] for row in rows if not (folder / row["path"] / PARAMS_NAME).is_file()]
+    missing = [
+        row["path"] for row in rows if not all((folder / row["path"] / name).is_file() for name in files_of(row))
+    ]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise TrainingStateError(
             f"The run in {folder} is finished, but {len(missing)} of its {len(rows)} SAEs are missing: "
-            f"{', '.join(missing[:3])}{more}. Restore their {PARAMS_NAME}, or train them again with resume=False "
+            f"{', '.join(missing[:3])}{more}. Restore their files, or train them again with resume=False "
             "(gemma-scope train --restart)."
         )
     rows = [{key: value for key, value in row.items() if key != RECIPE} for row in rows]
     if any(row.get("affine") for row in rows):
         rows = [{**row, "affine": bool(row.get("affine"))} for row in rows]
     return pd.DataFrame(rows).astype({"layer": "Int64"})
+
+
+def files_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the files of an SAE, or of a coder over several layers, in its row of ``suite.json``."""
+    count = len(row.get("layers") or ())
+    return tuple(LAYER_FILE.format(number) for number in range(count)) or (PARAMS_NAME,)
 
 
 def _write_record(path: Path, kind: str, config: SuiteConfig, facts: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from pydantic import (
 
 from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError
 from gemma_scope_tl.registry.locate import configuration_file
-from gemma_scope_tl.sites import SITES
+from gemma_scope_tl.sites import LAYERED_SITES, SITES
 from gemma_scope_tl.training.config_file import each_once, number, override_key, plain_copy, problem, read_config
 from gemma_scope_tl.training.config_types import (
     Count,
@@ -121,17 +121,24 @@ class GridEntry(Section):
     """SAEs at every combination of these sites, layers, widths, sparsities and values of ``skip``.
 
     Attributes:
-        sites: names of the site table.
-        layers: ``all`` or a list; not for the embedding, which has no layer.
-        widths: numbers of latents, or labels such as ``16k``.
+        sites: names of the site table; or ``crosscoder`` and ``clt`` for coders over several layers, whose entries
+            have no other sites.
+        layers: ``all`` or a list; not for the embedding, which has no layer. A coder over several layers spans them.
+        widths: numbers of latents, or labels such as ``16k``. That of a coder over several layers is of all layers
+            together, and divided equally among them.
         lambdas: fixed sparsity coefficients.
-        target_l0s: in place of lambdas, L0s towards which lambda is steered; each must be below every width.
+        target_l0s: in place of lambdas, L0s towards which lambda is steered; each must be below every width. That of a
+            coder over several layers is of all layers together.
         steps, tokens: length of the training, by default that of the run.
         recipe: values that differ from the run's recipe.
-        skip: whether transcoders have a linear path around the latents; ``[false, true]`` trains both kinds.
+        skip: whether transcoders and CLTs have a linear path around the latents; ``[false, true]`` trains both kinds.
         init_from: where the training starts, in place of the recipe's initial weights: the folder of a finished run,
             the folder of an SAE, or the release and id of a registry row. See
-            :func:`~gemma_scope_tl.training.start.read_start`.
+            :func:`~gemma_scope_tl.training.start.read_start`, and for coders over several layers
+            :mod:`~gemma_scope_tl.training.layered_start`.
+        l0_start, l0_decay_steps: for coders over several layers, the ``L0*`` at the first step and the number of steps
+            over which it falls to the target. By default the sum of the L0s of the coders in ``init_from``, over the
+            steps in which lambda rises; without ``init_from`` it does not fall.
     """
 
     sites: Annotated[list[SiteKey], Field(min_length=1)]
@@ -144,6 +151,22 @@ class GridEntry(Section):
     recipe: RecipeValues = Field(default_factory=dict[str, Any])
     skip: Skip = False
     init_from: Start | None = None
+    l0_start: Positive | None = None
+    l0_decay_steps: Count | None = None
+
+    @property
+    def spans_layers(self) -> bool:
+        """Whether the coders of the entry span several layers each."""
+        return any(site in LAYERED_SITES for site in self.sites)
+
+    def share_of(self, value: float, layers: int | None = None) -> float:
+        """A width or L0 of all layers together as that of one layer; those of SAEs as they are.
+
+        ``layers`` is the number of layers; without it that of a list, and 1 for ``all``.
+        """
+        if not self.spans_layers:
+            return value
+        return value / (layers or (1 if self.layers == "all" else len(self.layers)))
 
     @property
     def skips(self) -> list[bool]:
@@ -153,7 +176,8 @@ class GridEntry(Section):
     @model_serializer(mode="wrap")
     def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Plain data without the keys that are not used, so that it equals that of runs from before these keys."""
-        return {key: value for key, value in dump(self).items() if value or key not in LATER}
+        later = (*LATER, "l0_start", "l0_decay_steps")
+        return {key: value for key, value in dump(self).items() if value or key not in later}
 
     @model_validator(mode="after")
     def _one_sparsity(self) -> GridEntry:
@@ -161,17 +185,36 @@ class GridEntry(Section):
             raise ValueError("give one of lambdas and target_l0s")
         if self.steps is not None and self.tokens is not None:
             raise ValueError("give one of steps and tokens")
-        if self.layers == [] and any(SITES[site].per_layer for site in self.sites):
+        if self.layers == [] and (self.spans_layers or any(SITES[site].per_layer for site in self.sites)):
             raise ValueError("layers is empty: write 'all' or the layers")
+        self._check_layered()
         layers = [] if self.layers == "all" else self.layers
         each_once(sites=self.sites, layers=layers, widths=self.widths, lambdas=self.lambdas, target_l0s=self.target_l0s)
         each_once(skip=self.skips)
-        others = [site for site in self.sites if not SITES[site].is_transcoder]
+        others = [site for site in self.sites if not SITES[LAYERED_SITES.get(site, site)].is_transcoder]
         if any(self.skips) and others:
             raise ValueError(f"skip: only transcoders have a skip path, not {', '.join(others)}")
         if self.target_l0s and max(self.target_l0s) >= min(self.widths):
             raise ValueError(f"target_l0s: {max(self.target_l0s):g} is not below the width {min(self.widths)}")
         return self
+
+    def _check_layered(self) -> None:
+        """Raise ValueError for what only coders over several layers have, or cannot have."""
+        if not self.spans_layers:
+            if self.l0_start is not None or self.l0_decay_steps is not None:
+                raise ValueError(f"l0_start and l0_decay_steps belong to {' and '.join(LAYERED_SITES)}")
+            return
+        single = [site for site in self.sites if site not in LAYERED_SITES]
+        if single:
+            raise ValueError(f"sites: coders over several layers and those of {', '.join(single)} need two entries")
+        if isinstance(self.layers, list):
+            if self.layers != sorted(self.layers):
+                raise ValueError(f"layers must ascend, not {self.layers}")
+            count = len(self.layers)
+            odd = [width for width in self.widths if width % count]
+            if odd:
+                near = max(1, round(odd[0] / count)) * count
+                raise ValueError(f"widths: {odd[0]} is not a multiple of the {count} layers, as {near} is")
 
 
 class LoggerSection(Section):
@@ -261,15 +304,18 @@ class SuiteConfig(Section):
         for index, entry in enumerate(self.grid):
             aims: list[dict[str, Any]] = [{"target_l0": value} for value in entry.target_l0s or ()] or [{}]
             try:
-                for d_sae, aim in itertools.product(entry.widths, aims):
-                    self.recipe_at(entry, FAST_WIDTH, d_sae=d_sae, **aim).prefixes_of(d_sae)
+                for width, aim in itertools.product(entry.widths, aims):
+                    d_sae = max(1, int(entry.share_of(width)))
+                    own = {key: entry.share_of(value) for key, value in aim.items()}
+                    self.recipe_at(entry, FAST_WIDTH, d_sae=d_sae, **own).prefixes_of(d_sae)
             except GemmaScopeError as error:
                 found.append(f"grid.{index}: {error}")
         return found
 
     def _undivided(self) -> list[str]:
         """Problems of a mesh that cannot divide the work equally."""
-        widths = sorted({width for entry in self.grid for width in entry.widths if width % self.mesh.latents})
+        parts = self.mesh.latents
+        widths = sorted({w for entry in self.grid for w in entry.widths if entry.share_of(w) % parts})
         found = [f"mesh.latents, {self.mesh.latents}, does not divide the widths {widths}"] if widths else []
         if self.batch_size % self.mesh.data:
             found.append(f"mesh.data, {self.mesh.data}, does not divide the batch size, {self.batch_size}")

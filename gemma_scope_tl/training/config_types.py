@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Stri
 from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError, unknown_name
 from gemma_scope_tl.files import checked_path
 from gemma_scope_tl.registry.widths import parse_width
-from gemma_scope_tl.sites import get_site
+from gemma_scope_tl.sites import LAYERED_SITES, get_site
 from gemma_scope_tl.training.config_file import ValueAt, device_name, number
 from gemma_scope_tl.training.recipe import FAST, GEMMA_SCOPE_2, PAPER, Recipe, fast
 from gemma_scope_tl.training.spec import marks_of
@@ -50,10 +50,13 @@ def _width(value: object) -> object:
 
 
 def _site(value: object) -> object:
+    if str(value) in LAYERED_SITES:
+        return str(value)
     try:
         return get_site(str(value)).name
     except UnknownNameError as error:
-        raise ValueError(str(error)) from None
+        message = str(error)
+        raise ValueError(f"{message} Coders over several layers are {' and '.join(LAYERED_SITES)}.") from None
 
 
 def _path(value: str) -> str:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gemma_scope_tl.files import make_folder, writing
-from gemma_scope_tl.sites import SITES
+from gemma_scope_tl.sites import LAYERED_SITES, SITES
 from gemma_scope_tl.training.checkpoint import CHECKPOINTS, METRICS_NAME, RUN_NAME, RUNS_NAME, SUITE_NAME, read_record
 
 MOVING, ASIDE, GONE = ".earlier.moving", ".earlier", ".earlier.gone"
@@ -91,6 +91,8 @@ class EarlierRun:
 def sites_of_run(folder: Path) -> list[str]:
     """The sites of a folder's run, in the order of the site table: those of its configuration and of its SAEs.
 
+    The kinds of coders over several layers, which have folders too, come last.
+
     Raises:
         TrainingStateError: ``run.json`` or ``suite.json`` cannot be read.
     """
@@ -101,7 +103,7 @@ def sites_of_run(folder: Path) -> list[str]:
             for entry in record["config"].get("grid") or ():
                 found.update(entry.get("sites") or ())
             found.update(row.get("site") for row in record.get("saes") or ())
-    return [site for site in SITES if site in found]
+    return [site for site in (*SITES, *LAYERED_SITES) if site in found]
 
 
 def _remove(path: Path) -> None:

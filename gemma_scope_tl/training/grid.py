@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,8 +13,9 @@ import numpy as np
 
 from gemma_scope_tl.families import Family
 from gemma_scope_tl.registry.widths import width_label
-from gemma_scope_tl.sites import ModelDims, Place, get_site
+from gemma_scope_tl.sites import LAYERED_SITES, ModelDims, Place, get_site
 from gemma_scope_tl.training.config import GridEntry, SuiteConfig, TrainingStateError
+from gemma_scope_tl.training.layered_spec import LayeredGroup, LayeredSpec
 from gemma_scope_tl.training.recipe import Recipe
 from gemma_scope_tl.training.spec import SAESpec
 
@@ -34,12 +35,21 @@ class Group:
     specs: tuple[SAESpec, ...]
 
     @property
+    def places(self) -> tuple[Place, ...]:
+        """The place that is read, as groups that read several have more."""
+        return (self.place,)
+
+    @property
     def name(self) -> str:
         """The name of the group, unique in a run, from which file names are made."""
         return f"{self.place.key.replace('/', '_')}_{self.steps}_steps"
 
 
-def groups_of(config: SuiteConfig, dims: ModelDims, family: Family | None = None) -> list[Group]:
+AnyGroup = Group | LayeredGroup
+"""SAEs of one place, or a coder over several layers."""
+
+
+def groups_of(config: SuiteConfig, dims: ModelDims, family: Family | None = None) -> list[AnyGroup]:
     """The SAEs of a run, in groups, in the order of the grid.
 
     Args:
@@ -52,27 +62,35 @@ def groups_of(config: SuiteConfig, dims: ModelDims, family: Family | None = None
         SpliceError: the model does not have one of the layers.
         GemmaScopeError: a recipe does not suit a width.
     """
-    groups: dict[tuple[Place, int], list[SAESpec]] = {}
+    groups: dict[tuple[Place | str, int], list[Any]] = {}
     names: list[str] = []
     for entry, recipe in zip(config.grid, config.recipes, strict=True):
         steps = _steps(config, entry, recipe)
-        for place in _places(entry, dims, family):
-            for spec in _specs(config, entry, place, get_site(place.site, family).d_in(dims), steps):
-                names.append(spec.name)
-                if not config.only or any(fnmatchcase(spec.name, pattern) for pattern in config.only):
-                    groups.setdefault((place, steps), []).append(spec)
+        for place, spec in _all_specs(config, entry, dims, family, steps):
+            names.append(spec.name)
+            if not config.only or any(fnmatchcase(spec.name, pattern) for pattern in config.only):
+                groups.setdefault((place or spec.name, steps), []).append(spec)
     double = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if double:
         raise TrainingStateError(f"The grid has these SAEs twice: {', '.join(double[:5])}.")
     idle = [pattern for pattern in config.only if not any(fnmatchcase(name, pattern) for name in names)]
     if idle:
         raise TrainingStateError(f"only: {idle[0]!r} fits no SAE of the grid. Names are like {names[0]!r}.")
-    return [Group(place, steps, tuple(specs)) for (place, steps), specs in groups.items()]
+    return [
+        LayeredGroup(steps, specs[0]) if isinstance(key, str) else Group(key, steps, tuple(specs))
+        for (key, steps), specs in groups.items()
+    ]
 
 
-def places_of(groups: Sequence[Group]) -> list[Place]:
+def places_of(groups: Sequence[AnyGroup]) -> list[Place]:
     """The places that groups read, without repetition."""
-    return list(dict.fromkeys(group.place for group in groups))
+    return list(dict.fromkeys(place for group in groups for place in group.places))
+
+
+def scaled_places_of(groups: Sequence[AnyGroup]) -> list[Place]:
+    """The places that are divided by a scale of their own: what is read, and what coders over several layers write."""
+    layered = [place for group in groups if isinstance(group, LayeredGroup) for place in group.spec.writes]
+    return list(dict.fromkeys([*places_of(groups), *layered]))
 
 
 def last_step(config: SuiteConfig) -> int:
@@ -90,6 +108,45 @@ def _steps(config: SuiteConfig, entry: GridEntry, recipe: Recipe) -> int:
         return steps
     assert tokens is not None  # the configuration was checked
     return -(-tokens // recipe.batch_size)
+
+
+def _all_specs(
+    config: SuiteConfig, entry: GridEntry, dims: ModelDims, family: Family | None, steps: int
+) -> Iterator[tuple[Place | None, SAESpec | LayeredSpec]]:
+    """The coders of an entry, with the place that is read; None for those that read several."""
+    if entry.spans_layers:
+        for kind in entry.sites:
+            for spec in _layered_specs(config, entry, kind, dims, family, steps):
+                yield None, spec
+        return
+    for place in _places(entry, dims, family):
+        for spec in _specs(config, entry, place, get_site(place.site, family).d_in(dims), steps):
+            yield place, spec
+
+
+def _layered_specs(
+    config: SuiteConfig, entry: GridEntry, kind: str, dims: ModelDims, family: Family | None, steps: int
+) -> Iterator[LayeredSpec]:
+    """The coders of one kind. Presets that follow the width and L0 get those of a layer."""
+    site = get_site(LAYERED_SITES[kind], family)
+    layers = tuple(range(dims.n_layers)) if entry.layers == "all" else tuple(entry.layers)
+    for layer in layers:
+        site.check_layer(layer, dims)
+    whole, d_in, count = len(layers) == dims.n_layers, site.d_in(dims), len(layers)
+    shown = "all" if whole else "_".join(map(str, layers))
+    shared: dict[str, Any] = {"init_from": entry.init_from or "", "all_layers": whole}
+    shared |= {"l0_start": entry.l0_start, "l0_decay_steps": entry.l0_decay_steps}
+    for d_sae, skip in itertools.product(entry.widths, entry.skips):
+        head, tail = f"{kind}/layers_{shown}/width_{width_label(d_sae)}", "_affine" if skip else ""
+        own: dict[str, Any] = {"d_sae": max(1, d_sae // count), "steps": steps}
+        for value in entry.lambdas or ():
+            name = f"{head}/lambda_{value:g}{tail}"
+            recipe = replace(config.recipe_at(entry, d_in, **own), l0_coefficient=value)
+            yield LayeredSpec(name, kind, layers, d_sae, recipe, _seed(config.seed, name), skip=skip, **shared)
+        for value in entry.target_l0s or ():
+            name = f"{head}/target_l0_{value:g}{tail}"
+            recipe = config.recipe_at(entry, d_in, target_l0=value / count, **own)
+            yield LayeredSpec(name, kind, layers, d_sae, recipe, _seed(config.seed, name), value, skip, **shared)
 
 
 def _places(entry: GridEntry, dims: ModelDims, family: Family | None) -> list[Place]:

@@ -22,6 +22,7 @@ step.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -198,6 +199,52 @@ def adam_(
         step /= rate.correction(rate.beta1)
         grad = first if moved is None else torch.mul(first, moved, out=grad)
     param.addcdiv_(grad, denominator, value=-step)
+
+
+class Matrix(NamedTuple):
+    """A matrix with a row for each latent, and how it is stepped."""
+
+    param: Tensor
+    moments: Moments
+    update: Callable[..., None]
+    """:func:`adam_` or :func:`on_sphere_`."""
+
+
+def update_rows_(
+    matrices: Iterable[tuple[Matrix, Tensor]],
+    last: Tensor,
+    touched: Tensor | None,
+    rate: Rate,
+    moved: Tensor | None,
+) -> None:
+    """Step some rows of matrices in place, and note the step in ``last``.
+
+    Args:
+        matrices: each matrix with its gradient: of all rows, or of the touched ones.
+        last: ``[rows]``, the last step in which each row was read.
+        touched: which rows have gradients, ``[k]``; None for all.
+        moved: ``[rows]``, as for :func:`adam_`; touched rows move, all of them.
+    """
+    seen = last if touched is None else last.index_select(0, touched)
+    stale = rate.stale(seen)
+    column = None if moved is None or touched is not None else moved.unsqueeze(1)
+    for (whole, moments, update), grad in matrices:
+        if touched is None:
+            update(whole, moments, grad, rate, stale=stale, moved=column)
+            continue
+        part, first = whole.index_select(0, touched), moments.first
+        own = Moments(
+            None if first is None else first.index_select(0, touched), moments.second.index_select(0, touched)
+        )
+        update(part, own, grad, rate, stale=stale)
+        whole.index_copy_(0, touched, part)
+        moments.second.index_copy_(0, touched, own.second)
+        if first is not None and own.first is not None:
+            first.index_copy_(0, touched, own.first)
+    if touched is None:
+        last.fill_(rate.step)
+    else:
+        last.index_fill_(0, touched, rate.step)
 
 
 def on_sphere_(

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.training.dense_pass import DensePass
-from gemma_scope_tl.training.optimizer import Lambda, Moments, Prices, Rate, adam_, on_sphere_
+from gemma_scope_tl.training.optimizer import (
+    Lambda,
+    Matrix,
+    Moments,
+    Prices,
+    Rate,
+    adam_,
+    on_sphere_,
+    update_rows_,
+)
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.sparse_pass import SparsePass
 from gemma_scope_tl.training.spec import SAESpec, check_one_place
@@ -206,9 +215,9 @@ class PlaceTrainer:
         for number, member in enumerate(each.members):
             rate = self._rate(member)
             for chunk in each.chunks(number):
-                self._update_rows(chunk, rate, _moved(member, each, chunk.rows, first))
+                self._update_rows(chunk, rate, moved_latents(member, each, chunk.rows, first))
             own, index = slice(member.rows.start - first, member.rows.stop - first), member.index
-            moved = _moved(member, each, member.rows, first)
+            moved = moved_latents(member, each, member.rows, first)
             for name in ("b_enc", "log_threshold"):
                 grad = getattr(each.vectors, name)[own]
                 moments = self._moments(name, member.rows)
@@ -233,28 +242,11 @@ class PlaceTrainer:
 
     def _update_rows(self, chunk: Chunk, rate: Rate, moved: Tensor | None) -> None:
         """Adam on both matrices where a chunk has gradients; ``moved [rows of the chunk]`` as for :func:`adam_`."""
-        last, at = self.last[chunk.rows], chunk.touched
-        if at is not None:
-            last, moved = last.index_select(0, at), None  # touched rows move, all of them
-        stale = rate.stale(last)
-        column = None if moved is None else moved.unsqueeze(1)
-        for name, grad, update in (("enc", chunk.enc, adam_), ("dec", chunk.dec, on_sphere_)):
-            whole = getattr(self.weights, name)[chunk.rows]
-            moments = self._moments(name, chunk.rows)
-            if at is None:
-                update(whole, moments, grad, rate, stale=stale, moved=column)
-                continue
-            part, first = whole.index_select(0, at), moments.first
-            own = Moments(None if first is None else first.index_select(0, at), moments.second.index_select(0, at))
-            update(part, own, grad, rate, stale=stale)
-            whole.index_copy_(0, at, part)
-            moments.second.index_copy_(0, at, own.second)
-            if first is not None and own.first is not None:
-                first.index_copy_(0, at, own.first)
-        if chunk.touched is None:
-            last.fill_(rate.step)
-        else:
-            self.last[chunk.rows].index_fill_(0, chunk.touched, rate.step)
+        matrices = [
+            (Matrix(getattr(self.weights, name)[chunk.rows], self._moments(name, chunk.rows), update), grad)
+            for name, grad, update in (("enc", chunk.enc, adam_), ("dec", chunk.dec, on_sphere_))
+        ]
+        update_rows_(matrices, self.last[chunk.rows], chunk.touched, rate, moved)
 
     def status(self) -> list[dict[str, float | int | str]]:
         """Report one row for each SAE, and reset the counts of the window.
@@ -335,7 +327,7 @@ class PlaceTrainer:
         return folded(weights, scale, pre_encoder_bias=not self.is_transcoder)
 
 
-def _moved(member: Member, each: Pass, rows: slice, first: int) -> Tensor | None:
+def moved_latents(member: Member, each: Pass, rows: slice, first: int) -> Tensor | None:
     """1 for latents of ``rows`` that are active or near their thresholds, else 0; None if all are, or no momentum.
 
     Args:

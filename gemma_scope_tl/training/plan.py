@@ -15,7 +15,8 @@ import torch
 from gemma_scope_tl.model.sizes import ModelSizes, family_and_sizes
 from gemma_scope_tl.sites import Place, target_of, with_targets
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
-from gemma_scope_tl.training.grid import Group, groups_of, places_of
+from gemma_scope_tl.training.grid import AnyGroup, groups_of, places_of
+from gemma_scope_tl.training.layered_spec import LayeredGroup, LayeredSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +33,8 @@ STEP_PRODUCTS = 5.0
 """A dense step has five products of the encoder's size: encode, decode, and the gradients of latents and matrices."""
 SKIP_PRODUCTS = 2.0
 """The products ``[batch, d_in] x [d_in, d_out]`` of a skip path in a step: output and gradient."""
+ENTRIES, ENTRY_VALUES = 4, 16
+"""Entries of a coder over several layers for each active latent, and the 32-bit values that are kept for each."""
 _LATENTS, _ROWS, _WARM_UP, _RUNS = 1_024, 1_024, 2, 3
 
 
@@ -54,6 +57,28 @@ def step_bytes(d_in: int, d_out: int, widths: Sequence[int], batch: int, *, skip
     """Further bytes of a step: gradients, a batch and its reconstructions, and the pre-activations of all latents."""
     gradients = sum(parameters(d_in, d_out, d_sae) for d_sae in widths) + skips * d_in * d_out
     return FLOAT32 * (gradients + batch * (2 * d_in + 2 * d_out * len(widths) + sum(widths)))
+
+
+def layered_sizes(d_in: int, d_out: int, spec: LayeredSpec) -> tuple[int, int]:
+    """Number of trained parameters of a coder over several layers, and of values in its released files.
+
+    The files have decoder planes of earlier layers too, which are zeros.
+    """
+    count = len(spec.layers)
+    rest = count * d_out + (count * d_in * d_out if spec.skip else 0)
+    planes = spec.width * count * (count + 1) // 2
+    per_latent = spec.d_sae * (d_in + 2) + rest
+    return per_latent + planes * d_out, per_latent + spec.d_sae * count * d_out
+
+
+def layered_step_bytes(d_in: int, d_out: int, spec: LayeredSpec, batch: int) -> int:
+    """Further bytes of a step: a batch, its reconstructions and errors in all layers (two copies), and active latents.
+
+    Pre-activations are compared with thresholds block by block, and gradients are made for some latents at a time.
+    """
+    count, prefixes = len(spec.layers), 1 + len(spec.recipe.matryoshka)
+    entries = batch * min(spec.d_sae, ENTRIES * (spec.target_l0 or spec.d_sae))
+    return int(FLOAT32 * (batch * count * (d_in + (2 * prefixes + 1) * d_out) + ENTRY_VALUES * entries))
 
 
 def released_bytes(d_in: int, d_out: int, d_sae: int, *, skip: bool = False) -> int:
@@ -115,11 +140,12 @@ def stated(flops: float) -> Speed:
     return Speed(flops, flops / STEP_PRODUCTS, f"{flops:.3g} FLOP/s as given; a step is {STEP_PRODUCTS:g} products")
 
 
-def measured(group: Group, d_in: int, d_out: int, d_model: int, d_ff: int, batch: int) -> Speed:
+def measured(group: AnyGroup, d_in: int, d_out: int, d_model: int, d_ff: int, batch: int) -> Speed:
     """Time a product of the model's MLP and a step of a small trainer at the widths of a group, with all threads.
 
     The step has at most 1,024 latents and 1,024 rows; larger ones are assumed to take proportionally longer.
     """
+    from gemma_scope_tl.training.layered_trainer import LayeredTrainer
     from gemma_scope_tl.training.place import PlaceTrainer
 
     generator = torch.Generator().manual_seed(0)
@@ -128,11 +154,19 @@ def measured(group: Group, d_in: int, d_out: int, d_model: int, d_ff: int, batch
     flops = 2.0 * x.numel() * d_ff / _seconds(lambda: x @ w)
     spec = group.specs[0]
     rows, latents = min(batch, _ROWS), min(spec.d_sae, _LATENTS)
-    small = replace(spec, d_sae=latents, skip=False)  # a skip path is counted as two products
-    trainer = PlaceTrainer(d_in, d_out, [small], total_steps=1_000)
     inputs = torch.randn(rows, d_in, generator=generator) * d_in**-0.5
     targets = torch.randn(rows, d_out, generator=generator) * d_out**-0.5 if spec.is_transcoder else None
-    step = 2.0 * rows * d_in * latents / _seconds(lambda: trainer.step(inputs.clone(), targets))
+    if isinstance(spec, LayeredSpec):
+        count = len(spec.layers)
+        latents = max(1, latents // count) * count
+        layered = LayeredTrainer(d_in, d_out, replace(spec, d_sae=latents, skip=False), total_steps=1_000)
+        several = None if targets is None else [targets] * count
+        seconds = _seconds(lambda: layered.step([inputs] * count, several))
+    else:
+        small = replace(spec, d_sae=latents, skip=False)  # a skip path is counted as two products
+        trainer = PlaceTrainer(d_in, d_out, [small], total_steps=1_000)
+        seconds = _seconds(lambda: trainer.step(inputs.clone(), targets))
+    step = 2.0 * rows * d_in * latents / seconds
     threads = torch.get_num_threads()
     basis = (
         f"measured here, {threads} thread{'s' if threads > 1 else ''}: a product of the model's MLP at "
@@ -229,7 +263,8 @@ def plan_suite(
         speed = stated(device_flops)
     elif measure:
         widest = max(groups, key=lambda group: sum(spec.d_sae for spec in group.specs))
-        d_in, d_out = widths[widest.place], widths[target_of(widest.place)]
+        place = widest.places[0]
+        d_in, d_out = widths[place], widths[target_of(place)]
         speed = measured(widest, d_in, d_out, sizes.dims.d_model, sizes.d_ff, checked.batch_size)
     rows = [_job(group, checked, widths, speed) for group in groups]
     totals = _totals(
@@ -240,7 +275,36 @@ def plan_suite(
     return Plan(pd.DataFrame(rows), totals, speed.basis if speed else "not estimated")
 
 
-def _job(group: Group, config: SuiteConfig, dims: Mapping[Place, int], speed: Speed | None) -> dict[str, Any]:
+def _layered_job(
+    group: LayeredGroup, config: SuiteConfig, dims: Mapping[Place, int], speed: Speed | None
+) -> dict[str, Any]:
+    spec, batch, item = group.spec, config.batch_size, _ITEM[config.source.dtype]
+    d_in, d_out = dims[spec.reads[0]], dims[spec.writes[0]]
+    trained, released = layered_sizes(d_in, d_out, spec)
+    state = (3 if spec.recipe.betas[0] > 0.0 else 2) * FLOAT32 * trained
+    own = {place: dims[place] for place in with_targets(spec.reads)}
+    bucket = bucket_bytes(own.values(), config.source.bucket_rows, item)
+    flops = 2.0 * batch * spec.d_sae * d_in * group.steps
+    skip_flops = SKIP_PRODUCTS * 2.0 * batch * d_in * d_out * len(spec.layers) * group.steps if spec.skip else 0.0
+    return {
+        "place": spec.name.rsplit("/width_", 1)[0],
+        "saes": 1,
+        "widths": str(spec.d_sae),
+        "tokens": group.steps * batch,
+        "steps": group.steps,
+        "parameters": trained,
+        "memory": state + layered_step_bytes(d_in, d_out, spec, batch) + bucket,
+        "bucket": bucket,
+        "store": sum(store_bytes(width, group.steps * batch, item) for width in own.values()),
+        "checkpoint": state,
+        "released": FLOAT32 * released,
+        "seconds": flops / speed.step_flops + skip_flops / speed.flops if speed else None,
+    }
+
+
+def _job(group: AnyGroup, config: SuiteConfig, dims: Mapping[Place, int], speed: Speed | None) -> dict[str, Any]:
+    if isinstance(group, LayeredGroup):
+        return _layered_job(group, config, dims, speed)
     d_in, d_out = dims[group.place], dims[target_of(group.place)]
     widths, batch, item = [spec.d_sae for spec in group.specs], config.batch_size, _ITEM[config.source.dtype]
     momentum, skips = any(spec.recipe.betas[0] > 0.0 for spec in group.specs), sum(spec.skip for spec in group.specs)
@@ -267,7 +331,7 @@ def _job(group: Group, config: SuiteConfig, dims: Mapping[Place, int], speed: Sp
 
 def _totals(
     rows: Sequence[Mapping[str, Any]],
-    groups: Sequence[Group],
+    groups: Sequence[AnyGroup],
     config: SuiteConfig,
     widths: Mapping[Place, int],
     sizes: ModelSizes,
@@ -303,12 +367,12 @@ def _totals(
     }
 
 
-def _forward(groups: Sequence[Group], config: SuiteConfig, sizes: ModelSizes, speed: Speed) -> float:
+def _forward(groups: Sequence[AnyGroup], config: SuiteConfig, sizes: ModelSizes, speed: Speed) -> float:
     """Seconds of all forward passes, each of which runs as deep as the deepest place that still trains."""
     assert config.data is not None  # a streaming source has text
     seconds, done = 0.0, 0
     for end in sorted({group.steps for group in groups}):
-        layers = [group.place.layer for group in groups if group.steps >= end]
+        layers = [place.layer for group in groups if group.steps >= end for place in group.places]
         blocks = max((layer + 1 for layer in layers if layer is not None), default=0)
         tokens = (end - done) * config.batch_size
         seconds += tokens * sizes.flops_per_token(blocks, config.data.context) / speed.flops

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,11 +22,14 @@ from gemma_scope_tl.files import file_sha256, make_folder, replace_files, writin
 from gemma_scope_tl.registry.widths import width_label
 from gemma_scope_tl.sites import Place, target_of
 from gemma_scope_tl.training.checkpoint import RECIPE
+from gemma_scope_tl.training.layered_spec import LayeredSpec
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.spec import SAESpec
+from gemma_scope_tl.weights.checks import PARAMS_NAME
 
-STAGE = ".release"
-"""Hidden folder in which a release is written before it is moved to its final place."""
+AnySpec = SAESpec | LayeredSpec
+STAGE, PARTS = ".release", "parts"
+"""Hidden folder in which a release is written before it is moved to its final place, and in it one for parts."""
 _VALUES = 1 << 25  # pre-activations that are computed at a time while measuring
 _DECIMALS = 3
 SKIP_KEY = "affine_skip_connection"
@@ -61,6 +64,10 @@ class TrainedSAE:
     total: Tensor | None = None
     fired: Tensor | None = field(default=None, repr=False)
 
+    def observe(self, batch: Mapping[Place, Tensor]) -> None:
+        """Measure on raw activations of all places."""
+        self.update(batch[self.spec.place], batch[target_of(self.spec.place)])
+
     @torch.no_grad()
     def update(self, x: Tensor, y: Tensor) -> None:
         """Measure on raw activations ``[n, d_in]`` and their targets ``[n, d_out]``."""
@@ -81,6 +88,19 @@ class TrainedSAE:
             self.total = wide.sum(0) if self.total is None else self.total + wide.sum(0)
             self.fired = fired if self.fired is None else self.fired | fired
 
+    def write(self, stage: Path, name: str, family: Family, shard: Shard, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """See :class:`Trained`."""
+        from gemma_scope_tl.sae.save import write_npz
+
+        found = _whole_arrays(self, family, shard, stage / PARTS)
+        replace_files(stage / name, {PARAMS_NAME: lambda path: write_npz(path, found)})
+        return _row(self, name, stage / name / PARAMS_NAME, metrics)
+
+    def take_part(self, family: Family, shard: Shard) -> None:
+        """See :class:`Trained`."""
+        for array in _divided(_release_arrays(self, family)).values():
+            deque(shard.whole(array, columns(self.spec.d_sae)), maxlen=0)
+
     @property
     def metrics(self) -> dict[str, float]:
         """``l0``; ``fvu``, the squared error over the variance of the target; ``silent``, the share of latents that
@@ -94,14 +114,41 @@ class TrainedSAE:
         }
 
 
-def measure(saes: Sequence[TrainedSAE], batches: Iterable[Mapping[Place, Tensor]], count: int) -> None:
+class Trained(Protocol):
+    """A trained SAE, or a coder over several layers.
+
+    Attributes:
+        spec: its description.
+        metrics: what was measured: ``l0`` and others.
+    """
+
+    @property
+    def spec(self) -> AnySpec: ...
+
+    @property
+    def metrics(self) -> dict[str, Any]: ...
+
+    def observe(self, batch: Mapping[Place, Tensor]) -> None:
+        """Measure on raw activations of all places."""
+        ...
+
+    def write(self, stage: Path, name: str, family: Family, shard: Shard, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the files into ``stage / name``, and return the row of ``suite.json``."""
+        ...
+
+    def take_part(self, family: Family, shard: Shard) -> None:
+        """On a process that does not lead: give the leading process this process's latents, as it writes them."""
+        ...
+
+
+def measure(saes: Sequence[Trained], batches: Iterable[Mapping[Place, Tensor]], count: int) -> None:
     """Measure all SAEs on the next ``count`` batches."""
     for batch in islice(batches, count):
         for sae in saes:
-            sae.update(batch[sae.spec.place], batch[target_of(sae.spec.place)])
+            sae.observe(batch)
 
 
-def folder_names(saes: Sequence[tuple[SAESpec, float]]) -> list[str]:
+def folder_names(saes: Sequence[tuple[AnySpec, float]]) -> list[str]:
     """``res/layer_3/width_1k/average_l0_12`` for SAEs with these measured L0s, each unique.
 
     The names of skip transcoders end in ``_affine``, as in Gemma Scope 2's releases.
@@ -114,7 +161,7 @@ def folder_names(saes: Sequence[tuple[SAESpec, float]]) -> list[str]:
     >>> [name.split("/")[-1] for name in folder_names([(spec, 12.2), (spec, 12.4), (spec, 30.0)])]
     ['average_l0_12.2', 'average_l0_12.4', 'average_l0_30']
     """
-    heads = [f"{spec.place.key}/width_{width_label(spec.d_sae)}/average_l0_" for spec, _ in saes]
+    heads = [spec.release_head for spec, _ in saes]
     tails = ["_affine" if spec.skip else "" for spec, _ in saes]
     names = [f"{head}{l0:.0f}{tail}" for head, (_, l0), tail in zip(heads, saes, tails, strict=True)]
     for decimals in range(1, _DECIMALS + 1):
@@ -130,10 +177,8 @@ def folder_names(saes: Sequence[tuple[SAESpec, float]]) -> list[str]:
     return names
 
 
-def write_release(
-    folder: Path, saes: Sequence[TrainedSAE], family: Family, shard: Shard = WHOLE
-) -> list[dict[str, Any]]:
-    """Write ``<site>/layer_L/width_W/average_l0_N/params.npz`` of every SAE.
+def write_release(folder: Path, saes: Sequence[Trained], family: Family, shard: Shard = WHOLE) -> list[dict[str, Any]]:
+    """Write ``<site>/layer_L/width_W/average_l0_N/params.npz`` of every SAE, and the folders of layered coders.
 
     Files of an interrupted call are replaced. Where processes divide the latents, all must call this function. The
     leading process writes, a few columns at a time, and never holds a whole matrix in memory.
@@ -144,25 +189,17 @@ def write_release(
     Raises:
         WriteError: a file cannot be written; the folder has no release then.
     """
-    from gemma_scope_tl.sae.save import write_npz
-    from gemma_scope_tl.weights.checks import PARAMS_NAME
-
     measured = [sae.metrics for sae in saes]
     names = folder_names([(sae.spec, row["l0"]) for sae, row in zip(saes, measured, strict=True)])
     if not shard.leads:
         for sae in saes:
-            for array in _divided(_release_arrays(sae, family)).values():
-                deque(shard.whole(array, _columns(sae)), maxlen=0)
+            sae.take_part(family, shard)
         return []
     rows: list[dict[str, Any]] = []
     with staged(folder, [sae.spec for sae in saes]) as stage:
         for sae, name, metrics in zip(saes, names, measured, strict=True):
-            parts = stage / "parts"
-            found = _whole_arrays(sae, family, shard, parts)
-            replace_files(stage / name, {PARAMS_NAME: lambda path, found=found: write_npz(path, found)})
-            del found
-            shutil.rmtree(parts, ignore_errors=True)
-            rows.append(_row(sae, name, stage / name / PARAMS_NAME, metrics))
+            rows.append(sae.write(stage, name, family, shard, metrics))
+            shutil.rmtree(stage / PARTS, ignore_errors=True)
     return rows
 
 
@@ -187,20 +224,30 @@ def _whole_arrays(sae: TrainedSAE, family: Family, shard: Shard, parts: Path) ->
     if shard.latent_ranks == 1:
         return {key: value.numpy() for key, value in own.items()}
     make_folder(parts)
-    found = {key: _gathered(local, key, sae, shard, parts) for key, local in _divided(own).items()}
+    found = {
+        key: gathered(local, parts / f"{key}.npy", sae.spec.d_sae, shard, by_latent=key != "W_enc")
+        for key, local in _divided(own).items()
+    }
     return {key: found[key] if key in found else value.numpy() for key, value in own.items()}
 
 
-def _gathered(local: Tensor, key: str, sae: TrainedSAE, shard: Shard, parts: Path) -> np.ndarray:
-    """A whole array, filled a few columns at a time; a matrix is mapped from a file."""
+def gathered(local: Tensor, path: Path, latents: int, shard: Shard, *, by_latent: bool = True) -> np.ndarray:
+    """A whole array, filled a few columns at a time; a matrix is mapped from a new file.
+
+    Args:
+        local: this process's rows of ``latents``.
+        path: the file.
+        latents: number of rows on all processes together.
+        shard: this process's part.
+        by_latent: False for the transposed matrix.
+    """
     if local.ndim == 1:
         return next(shard.whole(local)).numpy()
-    shape = (sae.spec.d_sae, local.shape[1])
-    encoder = key == "W_enc"
-    array = _new_memmap(parts / f"{key}.npy", shape[::-1] if encoder else shape)
-    by_latent, at = array.T if encoder else array, 0
-    for piece in shard.whole(local, _columns(sae)):
-        by_latent[:, at : at + piece.shape[1]] = piece.numpy()
+    shape = (latents, local.shape[1])
+    array = _new_memmap(path, shape if by_latent else shape[::-1])
+    rows, at = array if by_latent else array.T, 0
+    for piece in shard.whole(local, columns(latents)):
+        rows[:, at : at + piece.shape[1]] = piece.numpy()
         at += piece.shape[1]
     return array
 
@@ -217,16 +264,16 @@ def _new_memmap(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def _columns(sae: TrainedSAE) -> int:
-    """Number of columns of a matrix that are gathered at a time, about 64 MiB."""
-    return max(1, (1 << 24) // sae.spec.d_sae)
+def columns(latents: int) -> int:
+    """Number of columns of a matrix ``[latents, ...]`` that are gathered at a time, about 64 MiB."""
+    return max(1, (1 << 24) // latents)
 
 
 @contextmanager
-def staged(folder: Path, specs: Sequence[SAESpec]) -> Generator[Path]:
+def staged(folder: Path, specs: Sequence[AnySpec]) -> Generator[Path]:
     """A hidden folder for the folders of all sites, which replace those in ``folder`` at the end of the context."""
     stage = folder / STAGE
-    for old in [stage, *(folder / site for site in {spec.place.site for spec in specs})]:
+    for old in [stage, *(folder / site for site in {spec.folder for spec in specs})]:
         shutil.rmtree(old, ignore_errors=True)
     try:
         yield stage

@@ -29,7 +29,11 @@ from gemma_scope_tl.training.checkpoint import (
     steps_of,
 )
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
-from gemma_scope_tl.training.grid import Group, last_step, places_of
+from gemma_scope_tl.training.grid import AnyGroup, Group, last_step, places_of, scaled_places_of
+from gemma_scope_tl.training.layered_release import TrainedLayered
+from gemma_scope_tl.training.layered_spec import LayeredGroup, LayeredSpec
+from gemma_scope_tl.training.layered_start import begin_layered
+from gemma_scope_tl.training.layered_trainer import LayeredTrainer
 from gemma_scope_tl.training.logs import Logger, MetricsFile, open_loggers
 from gemma_scope_tl.training.place import PlaceTrainer
 from gemma_scope_tl.training.release import TrainedSAE, measure
@@ -41,7 +45,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 UpdateBar = Callable[[int, Sequence[Mapping[str, Any]]], None]
 """A function of the number of steps done and the newest rows of metrics, if any."""
-ForEach = Callable[[Callable[[Group], None], Iterable[Group]], Any]
+ForEach = Callable[[Callable[[AnyGroup], None], Iterable[AnyGroup]], Any]
 """A function that calls another with every group."""
 
 
@@ -80,7 +84,7 @@ class TrainingRun:
     def __init__(
         self,
         config: SuiteConfig,
-        groups: Sequence[Group],
+        groups: Sequence[AnyGroup],
         source: OpenSource,
         metrics: Path,
         checkpoints: Path,
@@ -101,9 +105,13 @@ class TrainingRun:
         manifest = self._restored(checkpoints / f"step_{steps[-1]}") if steps else None
         if manifest is None:
             squares = self._source.mean_squares(config.source.scale_rows)
-            self.step, self.scales = 0, {place: _scale(place, squares) for place in places_of(groups)}
+            self.step, self.scales = 0, {place: _scale(place, squares) for place in scaled_places_of(groups)}
             for group in groups:
-                begin(self.trainers[group.name], self.scales[group.place], config.model.name)
+                trainer = self.trainers[group.name]
+                if isinstance(trainer, LayeredTrainer):
+                    begin_layered(trainer, *self._scales_of(trainer.spec), config.model.name)
+                elif isinstance(group, Group):
+                    begin(trainer, self.scales[group.place], config.model.name)
         else:
             self.step = manifest.step
             self.scales = {parse_place(key): value for key, value in manifest.scales.items()}
@@ -112,7 +120,7 @@ class TrainingRun:
         if self.metrics is not None:
             self.loggers += [self.metrics, *open_loggers(config, metrics.parent, self.step)]
 
-    def to_the_end(self) -> list[TrainedSAE]:
+    def to_the_end(self) -> list[TrainedSAE | TrainedLayered]:
         """Train all groups, then measure their SAEs on later batches.
 
         Raises:
@@ -122,22 +130,36 @@ class TrainingRun:
             for end in self.ends:
                 if end > self.step:
                     self._segment(end, stop, bar)
-        saes = [
-            TrainedSAE(
-                spec,
-                group.steps,
-                self.trainers[group.name].released(index, self.scales[group.place]),
-                self.status.get(spec.name, {}),
-                self.shard,
-            )
-            for group in self.groups
-            for index, spec in enumerate(group.specs)
-        ]
+        saes = [sae for group in self.groups for sae in self._trained(group)]
         if self._served_places() != set(places_of(self.groups)):
             self._source = self._open(places_of(self.groups))
         unseen = self._source.batches(self.config.batch_size, last_step(self.config))
         measure(saes, unseen, self.config.eval_batches)
         return saes
+
+    def _trained(self, group: AnyGroup) -> list[TrainedSAE | TrainedLayered]:
+        """The SAEs of a group for raw activations."""
+        trainer = self.trainers[group.name]
+        if isinstance(trainer, LayeredTrainer):
+            spec = trainer.spec
+            arrays = trainer.released(*self._scales_of(spec))
+            status, model = self.status.get(spec.name, {}), self.config.model.name
+            return [TrainedLayered(spec, group.steps, arrays, status, self.shard, model)]
+        assert isinstance(group, Group)
+        return [
+            TrainedSAE(
+                spec,
+                group.steps,
+                trainer.released(index, self.scales[group.place]),
+                self.status.get(spec.name, {}),
+                self.shard,
+            )
+            for index, spec in enumerate(group.specs)
+        ]
+
+    def _scales_of(self, spec: LayeredSpec) -> tuple[list[float], list[float]]:
+        """The scales of what a coder over several layers reads, and of what it writes."""
+        return [self.scales[place] for place in spec.reads], [self.scales[place] for place in spec.writes]
 
     def save(self) -> Path:
         """Write a checkpoint, and return its folder."""
@@ -186,13 +208,24 @@ class TrainingRun:
                 bar(self.step, rows)
 
     @torch.no_grad()
-    def _step(self, group: Group, batch: Mapping[Place, torch.Tensor]) -> None:
-        """Step a group on the activations of its places, all divided by the scale of the place that is read."""
-        scale, own = self.scales[group.place], self.shard.rows(self.config.batch_size)
-        target = target_of(group.place)
-        x = (batch[group.place][own] / scale).to(self.config.device)
-        y = None if target == group.place else (batch[target][own] / scale).to(self.config.device)
-        self.trainers[group.name].step(x, y)
+    def _step(self, group: AnyGroup, batch: Mapping[Place, torch.Tensor]) -> None:
+        """Step a group on the activations of its places.
+
+        All are divided by the scale of the place that is read; those of a coder over several layers each by its own.
+        """
+        own, trainer = self.shard.rows(self.config.batch_size), self.trainers[group.name]
+
+        def scaled(place: Place, by: Place) -> torch.Tensor:
+            return (batch[place][own] / self.scales[by]).to(self.config.device)
+
+        if isinstance(trainer, LayeredTrainer):
+            spec = trainer.spec
+            x = [scaled(place, place) for place in spec.reads]
+            trainer.step(x, [scaled(place, place) for place in spec.writes] if spec.is_transcoder else None)
+            return
+        (place,) = group.places
+        target = target_of(place)
+        trainer.step(scaled(place, place), None if target == place else scaled(target, place))
 
     @contextmanager
     def _for_each(self, groups: int) -> Generator[ForEach, None, None]:
@@ -203,7 +236,7 @@ class TrainingRun:
             return
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
 
-            def for_each(function: Callable[[Group], None], active: Iterable[Group]) -> None:
+            def for_each(function: Callable[[AnyGroup], None], active: Iterable[AnyGroup]) -> None:
                 # Some of PyTorch's libraries share one number of threads among all callers, so this thread's number
                 # must be 1, too. Batches are made between the calls, with all threads.
                 with torch_threads(1):
@@ -211,12 +244,12 @@ class TrainingRun:
 
             yield for_each
 
-    def _log(self, active: Sequence[Group]) -> list[dict[str, Any]]:
+    def _log(self, active: Sequence[AnyGroup]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         for group in active:
             statuses = self.trainers[group.name].status()
             for spec, status in zip(group.specs, statuses, strict=True):
-                where = {"name": spec.name, "site": spec.place.site, "layer": spec.place.layer, "d_sae": spec.d_sae}
+                where = {"name": spec.name, **spec.where}
                 numbers = {key: value for key, value in status.items() if key not in ("step", *where)}
                 rows.append({**where, "target_l0": spec.target_l0, **numbers})
                 self.status[spec.name] = numbers
@@ -228,7 +261,7 @@ class TrainingRun:
         """Load the trainers' states from a checkpoint."""
         manifest = load_manifest(folder)
         check_same_run(manifest.config, self.config.results, folder)
-        missing = [place.key for place in places_of(self.groups) if place.key not in manifest.scales]
+        missing = [place.key for place in scaled_places_of(self.groups) if place.key not in manifest.scales]
         if missing:
             raise TrainingStateError(f"{folder} has no scale of {missing[0]}: it is damaged. Remove it.")
         for group in self.groups:
@@ -236,16 +269,13 @@ class TrainingRun:
         self.status = {name: dict(values) for name, values in manifest.status.items()}
         return manifest
 
-    def _trainer(self, group: Group) -> PlaceTrainer:
-        widths = self._source.widths
-        return PlaceTrainer(
-            widths[group.place],
-            widths[target_of(group.place)],
-            group.specs,
-            total_steps=group.steps,
-            device=self.config.device,
-            shard=self.shard,
-        )
+    def _trainer(self, group: AnyGroup) -> PlaceTrainer | LayeredTrainer:
+        widths, place = self._source.widths, group.places[0]
+        sizes = widths[place], widths[target_of(place)]
+        options: dict[str, Any] = {"total_steps": group.steps, "device": self.config.device, "shard": self.shard}
+        if isinstance(group, LayeredGroup):
+            return LayeredTrainer(*sizes, group.spec, **options)
+        return PlaceTrainer(*sizes, group.specs, **options)
 
     def _served_places(self) -> set[Place]:
         """The places of the run that the current source serves."""

@@ -134,13 +134,18 @@ class SparsePass:
             latents = self.latents.index_select(0, order)
             charge = torch.addcmul(columns[:, 1], columns[:, 3], often.index_select(0, latents))
             self.g_pre.addcmul_(charge, share.index_select(0, latents))
+        self.b_dec, self.skip = self._direct_gradients(self.g_out.view(-1, count, self.g_out.shape[1]))
+
+    def _direct_gradients(self, by_segment: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """The gradients of what is added to reconstructions without latents: ``b_dec``, and skip paths.
+
+        Args:
+            by_segment: ``[tokens, segments, d_out]``, the gradient at each row's reconstruction.
+        """
         firsts = [sum(len(m.segments) for m in self.members[:i]) for i in range(len(self.members))]
-        by_segment = self.g_out.view(-1, count, self.g_out.shape[1])
-        self.b_dec = shard.sum_data(torch.stack([by_segment[:, first].sum(0) for first in firsts]))
+        b_dec = self.batch.shard.sum_data(torch.stack([by_segment[:, first].sum(0) for first in firsts]))
         pairs = zip(self.members, firsts, strict=True)
-        self.skip: Sequence[Tensor | None] = [
-            skip_gradient(member, self.batch, by_segment[:, first]) for member, first in pairs
-        ]
+        return b_dec, [skip_gradient(member, self.batch, by_segment[:, first]) for member, first in pairs]
 
     def _input_share(self, prices: Sequence[Prices]) -> Tensor | None:
         """For each latent ``to_input / epsilon``; None if all are 0."""
@@ -168,7 +173,7 @@ class SparsePass:
         """See :class:`~gemma_scope_tl.training.stack.Pass`."""
         own, shard = self._own(self.members[member]), self.batch.shard
         size = chunk_rows(self.enc, max(self.enc.shape[1], self.dec.shape[1]))
-        pulled = torch.zeros_like(self.b_dec[member])
+        pulled = torch.zeros_like(self.b_dec_old[member])
         for i in range(own.start, own.stop, size):
             j = min(i + size, own.stop)
             starts = self.starts[i : j + 1]

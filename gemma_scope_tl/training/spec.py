@@ -101,6 +101,26 @@ class SAESpec:
         return self.init_from.format(**dict(zip(MARKS, values, strict=True)))
 
     @property
+    def starts(self) -> tuple[str]:
+        """:attr:`start`, as coders over several layers have one for each layer."""
+        return (self.start,)
+
+    @property
+    def folder(self) -> str:
+        """The folder of a release that holds the SAE's, below the release's own."""
+        return self.place.site
+
+    @property
+    def release_head(self) -> str:
+        """What the SAE's path in a release begins with; its L0 follows."""
+        return f"{self.place.key}/width_{width_label(self.d_sae)}/average_l0_"
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """What a row of metrics says of the SAE, beside its name."""
+        return {"site": self.place.site, "layer": self.place.layer, "d_sae": self.d_sae}
+
+    @property
     def is_transcoder(self) -> bool:
         """Whether the SAE reconstructs a tensor other than its input."""
         return target_of(self.place) != self.place

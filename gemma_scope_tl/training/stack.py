@@ -131,14 +131,19 @@ def members_of(specs: Sequence[SAESpec], shard: Shard) -> list[Member]:
     at = skips = 0
     for index, spec in enumerate(specs):
         own = shard.latents(spec.d_sae)
-        ends = [min(max(size, own.start), own.stop) - own.start for size in spec.recipe.prefixes_of(spec.d_sae)]
-        segments = tuple(slice(at + a, at + b) for a, b in zip([0, *ends[:-1]], ends, strict=True))
+        segments = segments_of(spec.recipe.prefixes_of(spec.d_sae), own, at)
         rows = slice(at, at + own.stop - own.start)
         recipe = spec.recipe
         skip = skips if spec.skip else None
         members.append(Member(index, rows, segments, recipe.bandwidth, spec.d_sae, recipe.betas[0] > 0.0, skip))
         at, skips = rows.stop, skips + spec.skip
     return members
+
+
+def segments_of(prefixes: Sequence[int], own: slice, at: int) -> tuple[slice, ...]:
+    """The latents ``own`` of an SAE, which begin at row ``at`` of a stack, cut where its prefixes end."""
+    ends = [min(max(size, own.start), own.stop) - own.start for size in prefixes]
+    return tuple(slice(at + a, at + b) for a, b in zip([0, *ends[:-1]], ends, strict=True))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from gemma_scope_tl.errors import GemmaScopeError, TrainingStateError, UnknownNa
 from gemma_scope_tl.files import checked_path, is_file, is_folder
 from gemma_scope_tl.model.sizes import family_and_sizes
 from gemma_scope_tl.training.checkpoint import SUITE_NAME, read_record
-from gemma_scope_tl.training.grid import Group
+from gemma_scope_tl.training.grid import AnyGroup
 from gemma_scope_tl.training.spec import SAESpec
 
 if TYPE_CHECKING:
@@ -74,18 +74,19 @@ def read_start(spec: SAESpec, d_in: int, d_out: int, model: str) -> dict[str, Te
     return arrays
 
 
-def check_starts(groups: Sequence[Group], folder: Path) -> None:
+def check_starts(groups: Sequence[AnyGroup], folder: Path) -> None:
     """Raise where an SAE would start from files in the run's own folder, which the run replaces.
 
     Raises:
         TrainingStateError: ``init_from`` names such files.
     """
     own = folder.resolve()
-    for spec in (spec for group in groups for spec in group.specs if spec.init_from):
-        path = checked_path(spec.start)
+    starts = [(spec, start) for group in groups for spec in group.specs if spec.init_from for start in spec.starts]
+    for spec, start in starts:
+        path = checked_path(start)
         if (is_folder(path) or is_file(path)) and path.resolve().is_relative_to(own):
             raise TrainingStateError(
-                f"{spec.name}: init_from {spec.start!r} is inside the output, {folder}, whose SAEs this run would "
+                f"{spec.name}: init_from {start!r} is inside the output, {folder}, whose SAEs this run would "
                 "replace: choose another output, or copy the SAEs elsewhere."
             )
 

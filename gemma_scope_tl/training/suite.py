@@ -32,7 +32,7 @@ from gemma_scope_tl.training.checkpoint import (
 )
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
 from gemma_scope_tl.training.earlier import EarlierRun
-from gemma_scope_tl.training.grid import Group, groups_of, places_of
+from gemma_scope_tl.training.grid import AnyGroup, groups_of
 from gemma_scope_tl.training.plan import plan_suite
 from gemma_scope_tl.training.release import STAGE, write_release
 from gemma_scope_tl.training.running import TrainingRun, torch_threads
@@ -66,8 +66,8 @@ def train_suite(
     that was stopped continues from its last checkpoint and ends with the same bits.
 
     The run's folder gets ``<site>/layer_L/width_W/average_l0_N/params.npz``, where N is the L0 on batches after
-    training; ``suite.json`` (configuration, scales, a row per SAE); ``metrics.jsonl``; and ``runs.jsonl``, which
-    records when each process ran.
+    training; ``clt/width_W_l0_N/params_layer_0.safetensors`` and so on for coders over several layers; ``suite.json``
+    (configuration, scales, a row per SAE); ``metrics.jsonl``; and ``runs.jsonl``, which records each process's times.
 
     With ``mesh``, several processes (started by ``torchrun``, with one folder that all see) divide every SAE and every
     batch. Each calls this function; the result equals that of one process up to rounding. A run must continue with the
@@ -133,7 +133,7 @@ def _family_and_dims(name: str) -> tuple[Family, ModelDims]:
 def _train(
     folder: Path,
     config: SuiteConfig,
-    groups: Sequence[Group],
+    groups: Sequence[AnyGroup],
     family: Family,
     source: OpenSource,
     earlier: Sequence[EarlierRun],
@@ -196,7 +196,7 @@ def _finished(folder: Path, config: SuiteConfig, shard: Shard) -> pd.DataFrame:
 
 
 def begin_run(
-    folder: Path, config: SuiteConfig, groups: Sequence[Group], earlier: EarlierRun, resume: bool = True
+    folder: Path, config: SuiteConfig, groups: Sequence[AnyGroup], earlier: EarlierRun, resume: bool = True
 ) -> None:
     """Begin a run in a folder, whose lock is held.
 
@@ -220,8 +220,8 @@ def begin_run(
     check_starts(groups, folder)
     if (folder / RUN_NAME).exists():
         earlier.set_aside()
-    sites = sorted({place.site for place in places_of(groups)})
-    taken = [name for name in (*sites, CHECKPOINTS, SUITE_NAME, METRICS_NAME) if (folder / name).exists()]
+    folders = sorted({spec.folder for group in groups for spec in group.specs})
+    taken = [name for name in (*folders, CHECKPOINTS, SUITE_NAME, METRICS_NAME) if (folder / name).exists()]
     if taken:
         raise TrainingStateError(f"{folder} holds {', '.join(taken)}, but no run: choose another output.")
     write_run(folder, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,10 @@ class PageText:
         while len(self._held) > 1 and sum(x.nbytes for x in self._held.values()) > self.memory:
             self._held.popitem(last=False)
         return self._held[place]
+
+    def parts(self) -> Iterator[tuple[torch.Tensor, slice]]:
+        """Rows and columns of the text for one pass each: ``tokens[rows, columns]``."""
+        return iter(self._text.parts(self.batch_size))
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         """The text of each token id."""
@@ -199,7 +203,7 @@ def latent_facts(
         tokens=int(text.counted.sum()),
         fired=len(active),
         maximum=float(active.max()) if len(active) else 0.0,
-        examples=_examples(text, acts, examples, around),
+        examples=excerpts(text, acts, examples, around),
         edges=edges,
         counts=counts,
         lens=top_tokens(text.model, sae, index, k=k),
@@ -239,7 +243,8 @@ def _histogram(active: torch.Tensor) -> tuple[list[int], list[float]]:
     return torch.histc(active, bins=_BINS, min=0.0, max=top).long().tolist(), torch.linspace(0, top, _BINS + 1).tolist()
 
 
-def _examples(text: PageText, acts: Float[torch.Tensor, "rows pos"], most: int, around: int) -> list[Excerpt]:
+def excerpts(text: PageText, acts: Float[torch.Tensor, "rows pos"], most: int, around: int) -> list[Excerpt]:
+    """The strongest excerpts, each from a different row; ``acts`` are 0 where a token does not count."""
     strongest, where = acts.max(dim=1)
     order = strongest.argsort(descending=True, stable=True)[:most].tolist()
     found: list[Excerpt] = []

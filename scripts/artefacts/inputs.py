@@ -86,7 +86,7 @@ INPUTS: dict[str, Callable[[], str]] = {
     "recipe": lambda: _recipe("bundled"),
     "recipe-gemma3": lambda: _recipe("bundled-gemma3"),
     "suite": lambda: _suite("bundled", f"{BUNDLED}/saes/**/params.npz"),
-    "suite-gemma3": lambda: _suite("bundled-gemma3", f"{SECOND}/saes/**/params.safetensors"),
+    "suite-gemma3": lambda: _suite("bundled-gemma3", f"{SECOND}/saes/*_all/**/params.safetensors"),
     "log": lambda: of_files(f"{BUNDLED}/saes/training.jsonl"),
     "results": lambda: of_files(f"{BUNDLED}/results/*.csv"),
     "notebook sources": lambda: of_files("tutorials/source/*.py"),

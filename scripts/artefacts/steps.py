@@ -64,7 +64,12 @@ SECOND_STEPS = (
         "suite-gemma3",
         ("scripts/train_bundled.py saes --bundle bundled-gemma3",),
         ("model-gemma3", "text", "recipe-gemma3"),
-        (f"{SECOND}/saes/**/*", "pretrained_yaml/bundled-gemma3-*.yaml"),
+        (
+            f"{SECOND}/saes/*_all/**/*",
+            f"{SECOND}/saes/README.md",
+            f"{SECOND}/saes/training.jsonl",
+            "pretrained_yaml/bundled-gemma3-[!c]*.yaml",
+        ),
         corpus,
         note="trains all SAEs; a stopped run is continued",
     ),
@@ -72,7 +77,7 @@ SECOND_STEPS = (
         "results-gemma3",
         ("scripts/bundled_results.py --model bundled-gemma3",),
         ("model-gemma3", "suite-gemma3", "text"),
-        (f"{SECOND}/results/*",),
+        (f"{SECOND}/results/bundled-gemma3-[!c]*",),
     ),
 )
 """The steps of the second bundled model."""
@@ -151,6 +156,7 @@ APART = {
     "docs/artefacts.json": "the record of all this",
     "docs/hardware.json": "computed from shapes by scripts.hardware_table",
     "docs/clusters.json": "computed by scripts.plan_cluster",
+    "docs/circuit-tracer.json": "of random models, by scripts.tracer_parity",
     "docs/pareto_smollm2.png": "of another model",
     "benchmarks/results/smollm2_pareto.json": "of another model",
     "benchmarks/results/*.json": "of random weights, or times that no retraining of the suite changes",

@@ -166,9 +166,10 @@ all: SAEs of the `res`, `mlp` and `att` site of every layer, and transcoders of 
 The model is small and so are they: expect what a small model knows. {remarks}
 
 `<kind>_all/layer_L_width_W_l0_<label>[_affine]/params.safetensors` holds `w_enc`, `w_dec`, `b_enc`, `b_dec`,
-`threshold`, and `affine_skip_connection` (used as `x @ S`), as float32, with values of the matrices rounded to five
-significant binary digits (the skip connection's and vectors to eight) so that they compress. `config.json` beside it
-names the tensors. A label means the target of L0 in training: from 10 (small) or 30 (medium) in layer 0 to 20 or 60
+`threshold` (float32), and `affine_skip_connection` (used as `x @ S`), the others as bfloat16, with values of the
+matrices rounded to five significant binary digits (the skip connection's and vectors to eight), which bfloat16 holds
+exactly: loaded as float32, the default, they are the values that were measured. `config.json` beside it names the
+tensors. A label means the target of L0 in training: from 10 (small) or 30 (medium) in layer 0 to 20 or 60
 from a third of the depth on, as in Gemma Scope 2. Nothing is subtracted before the encoder, and inputs are raw
 activations; those of transcoders are the output of the pre-MLP norm with its gain.
 

@@ -28,7 +28,7 @@ from scripts.bundled.sae_publish import Published, name_of, publish_folder, writ
 from scripts.bundled.tokenizer import BOS, PAD
 
 REGISTRY = REPO / "pretrained_yaml"
-LIMIT = 11_000_000
+LIMIT = 6_000_000
 """Bytes of the files of a suite in Gemma Scope 2's layout, which are not compressed on the disk."""
 SIGNIFICANT_BITS = {"W_enc": 5, "W_dec": 5}
 VECTOR_BITS = 8

@@ -13,6 +13,7 @@ import numpy as np
 from gemma_scope_tl.interp import Sampling
 from gemma_scope_tl.model.sizes import sizes_of
 from scripts.page_numbers import Number
+from scripts.page_numbers.graphs import GRAPH_NUMBERS
 
 ATTRIBUTION = "docs/attribution.json"
 HARDWARE, CLUSTERS = "docs/hardware.json", "docs/clusters.json"
@@ -186,6 +187,7 @@ def _picture(record: Any) -> str:
 
 
 NUMBERS: dict[str, Number] = {
+    **GRAPH_NUMBERS,
     **{
         f"registry.{name}{ending}": Number("pretrained_yaml", _released(layout, *marks), "{:,}")
         for ending, layout in (("", "gemma-scope"), (".second", "gemma_scope_2"))

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM
 
 import gemma_scope_tl as gs
@@ -153,10 +152,12 @@ def test_rows_name_the_files_and_their_targets(bundle: Made) -> None:
             {"affine_skip_connection"} if row.affine else set()
         )
         assert set(arrays) == names
-        assert {a.dtype for a in arrays.values()} == {np.dtype("float32")}
+        assert {name: a.dtype for name, a in arrays.items()} == {
+            name: torch.float32 if name == "threshold" else torch.bfloat16 for name in names
+        }
         assert (arrays["threshold"] > 0).all()
-        # five significant bits leave 19 of the 23 that are stored 0
-        assert not (arrays["w_enc"].view(np.uint32) & ((1 << 19) - 1)).any()
+        # five significant bits leave 3 of the 7 that bfloat16 stores 0
+        assert not (arrays["w_enc"].view(torch.int16) & ((1 << 3) - 1)).any()
         assert arrays["w_enc"].any()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import AdapterError, RegistryError
@@ -16,6 +17,7 @@ from gemma_scope_tl.registry import locate
 from gemma_scope_tl.registry.locate import BUNDLED_DATA, BUNDLED_MODEL, MODEL_FOLDER, bundle_folder, is_bundled
 from gemma_scope_tl.registry.schema import parse_release
 from scripts.bundled.bundles import BUNDLES, GEMMA3
+from scripts.bundled.sae_publish import store_narrow
 from scripts.bundled.sae_suite import significant
 
 LARGEST = 40_000_000
@@ -60,6 +62,19 @@ def test_rounding_keeps_the_significant_digits() -> None:
     unit = 2.0 ** (np.floor(np.log2(np.abs(x.astype(np.float64)))) + 1 - 5)
     assert np.array_equal(found, (np.round(x / unit) * unit).astype(np.float32))
     assert np.abs(found / x - 1).max() <= 2.0**-5
+
+
+def test_narrow_files_load_to_the_same_bits(tmp_path: Path) -> None:
+    exact = {"w_enc": torch.tensor([[1.0, -0.3125]]), "threshold": torch.tensor([0.1, 0.2])}
+    path = tmp_path / "params.safetensors"
+    save_file(exact, path)
+    store_narrow(path)
+    found = load_file(path)
+    assert {name: array.dtype for name, array in found.items()} == {"w_enc": torch.bfloat16, "threshold": torch.float32}
+    assert all(torch.equal(found[name].float(), array) for name, array in exact.items())
+    save_file({"w_enc": torch.tensor([0.1])}, path)
+    with pytest.raises(ValueError, match="cannot represent the values of w_enc"):
+        store_narrow(path)
 
 
 @present

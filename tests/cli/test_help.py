@@ -12,8 +12,10 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from gemma_scope_tl.attributions.graph_json import write_graph
 from gemma_scope_tl.cli import app
 from gemma_scope_tl.model import loading
+from tests.attribution.example_graph import small_graph
 from tests.cli.test_refusals import verbs
 
 LOAD_NOTHING = {"list", "show"}
@@ -68,6 +70,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     review = '{{"text": "It was a story of {} years that {} told me.", "stars": {}, "author": {}}}\n'
     lines = [review.format(n, "he" if n % 2 else "she", n % 2, n // 4) for n in range(16)]
     (tmp_path / "reviews.jsonl").write_text("".join(lines))
+    write_graph(small_graph(), tmp_path / "graph.json")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading, "load_model", _once)
     return tmp_path

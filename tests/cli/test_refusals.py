@@ -97,6 +97,18 @@ CALLS = {
     "study precision --dtype foo": "Unknown dtype 'foo'",
     "study probes --site res --layer 2 --k 999": "has 256 latents. See `",
     "study probes --resume cache": "omit --resume",
+    "graph": "give a text, or --read with a graph file",
+    "graph hi --read t.pdf": "give a text, or --read with a graph file",
+    "graph hi --out page.htm": "Unknown page format '.htm'. Nearest: .html",
+    "graph hi --save graph.pt": "Unknown graph format '.pt'. Nearest: .json",
+    "graph hi --out folder.txt/../folder.html/x.html --table edges.txt": "Unknown table format '.txt'",
+    "graph hi --listed": "give --save",
+    "graph hi --node-threshold 1.5": "'--node-threshold'",
+    "graph hi --budget 0": "'--budget'",
+    "graph hi --site ress": "Nearest: res",
+    "graph hi --coders nothing*": "No coder fits all of these conditions",
+    "graph --read missing.json": "missing.json does not exist",
+    "graph --read empty.txt": "empty.txt is empty",
     "explain": "--llm NAME",
     "explain --llm x --method foo": "Unknown method of scoring 'foo'",
     "explain --llm x --base-url ftp://a": "is not an address",
@@ -256,7 +268,7 @@ def test_a_reader_that_leaves_and_a_disk_that_is_full() -> None:
 def test_every_verb_is_guarded_and_reports_alike() -> None:
     """JSON of all that reports; device and dtype wherever a model is loaded; the checks of numbers everywhere."""
     loads = {"features", "steer", "top-tokens", "attribute", "eval", "explain", "neuronpedia", "demo", "study", "check"}
-    loads.add("verify")
+    loads |= {"verify", "graph"}
     for words, command in verbs():
         assert isinstance(command, Verb), words
         names = {name for param in command.params for name in param.opts}

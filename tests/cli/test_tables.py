@@ -30,6 +30,7 @@ VERBS: list[tuple[str, ...]] = [
     ("features", "In the beginning God created\nthe heaven and the earth, 日本語"),
     ("top-tokens", "--latent", "12"),
     ("attribute", "In the beginning God created the heaven and the", "--target", " earth"),
+    ("graph", "God said unto\nthem, 日本語", "--layer", "2"),
     ("eval", "--site", "res", "--layer", "2", *SMALL),
     ("eval", "--layer", "2", "--canonical", "--by-position", "--rows", "1", "--context", "8"),
     ("study", "fidelity", "--canonical", *SMALL),

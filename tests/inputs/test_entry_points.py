@@ -262,6 +262,7 @@ NO_TEXT = {
     *("export_suite", "list_saes", "load_latents", "load_model", "load_sae", "load_suite", "register_release"),
     *("register_with_sae_lens", "save_sae", "scale", "steer", "top_tokens", "train_suite", "upload_suite"),
     "unregister_release",
+    *("graph_notes", "read_graph", "write_graph", "write_graph_page"),  # of a graph that was made: tests/attribution
     "verify",  # its texts are a file or a data set: tests/verify/test_run.py
     *("__version__", "reset_saes", "excluded_ids", "get_sae_hook_name", "prepare", "read_cache_kwarg"),
     *(
@@ -275,7 +276,15 @@ NO_TEXT = {
     ),
     *("sae_hook_points", "site_hook_point", "add_hook", "reset_hooks", "add_perma_hook"),
 }
-TABLES = {"attribute", "circuit", "evaluate", "feature_page", "features", "mean_norms"}  # tests/inputs/test_tables.py
+TABLES = {
+    "attribute",
+    "attribution_graph",
+    "circuit",
+    "evaluate",
+    "feature_page",
+    "features",
+    "mean_norms",
+}  # tests/inputs/test_tables.py
 LOSSES = {"loss_fn"}  # test_loss
 TEXT_TOOLS = {"to_tokens", "to_str_tokens", "to_string", "to_single_token", "to_single_str_token"}
 

@@ -178,6 +178,7 @@ def test_long_texts_and_no_saes_are_errors(model: Any, saes: list[Any]) -> None:
         lambda text: gs.mean_norms(model, text),
         lambda text: gs.attribute(model, text, saes, "a"),
         lambda text: circuit(model, text, saes, "a"),
+        lambda text: gs.attribution_graph(model, text, saes),
     ):
         with pytest.raises(gs.GemmaScopeError, match="201 tokens, more than the model's context of 128"):
             call("a" * 200)

@@ -30,7 +30,7 @@ from gemma_scope_tl.training.checkpoint import (
 )
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError, load_config
 from gemma_scope_tl.training.earlier import EarlierRun
-from gemma_scope_tl.training.grid import Group, groups_of, places_of
+from gemma_scope_tl.training.grid import AnyGroup, Group, groups_of, places_of
 from gemma_scope_tl.training.ray.cluster import Job, JobStatus, Report, run_jobs
 from gemma_scope_tl.training.ray.merge_jobs import merge_jobs
 from gemma_scope_tl.training.start import absolute_start
@@ -129,7 +129,7 @@ def _discarding(
 
 
 def jobs_of(
-    config: SuiteConfig, groups: Sequence[Group], by: Literal["place", "width"] = "place", harvesters: int = 1
+    config: SuiteConfig, groups: Sequence[AnyGroup], by: Literal["place", "width"] = "place", harvesters: int = 1
 ) -> list[Job]:
     """The jobs of a configuration, with the resources of each.
 
@@ -267,7 +267,9 @@ def _job(name: str, function: Callable[..., Any], config: SuiteConfig) -> Job:
     )
 
 
-def _by_width(group: Group) -> list[tuple[str, Group]]:
+def _by_width(group: AnyGroup) -> list[tuple[str, AnyGroup]]:
+    if not isinstance(group, Group):  # one coder
+        return [(group.name, group)]
     specs = sorted(group.specs, key=lambda spec: spec.d_sae)
     parts = [(width, tuple(same)) for width, same in groupby(specs, key=lambda spec: spec.d_sae)]
     return [(f"{group.name}_width_{width}", replace(group, specs=same)) for width, same in parts]

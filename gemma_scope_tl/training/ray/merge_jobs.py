@@ -13,13 +13,12 @@ from gemma_scope_tl.families import Family
 from gemma_scope_tl.files import make_folder, write_atomically, writing
 from gemma_scope_tl.training.checkpoint import METRICS_NAME, SUITE_NAME, read_record, write_suite
 from gemma_scope_tl.training.config import SuiteConfig, TrainingStateError
-from gemma_scope_tl.training.grid import Group, places_of
+from gemma_scope_tl.training.grid import AnyGroup, scaled_places_of
 from gemma_scope_tl.training.release import folder_names, staged
-from gemma_scope_tl.weights.checks import PARAMS_NAME
 
 
 def merge_jobs(
-    folder: Path, config: SuiteConfig, groups: Sequence[Group], parts: Sequence[Path], family: Family
+    folder: Path, config: SuiteConfig, groups: Sequence[AnyGroup], parts: Sequence[Path], family: Family
 ) -> None:
     """Write the suite of a run from the suites of its jobs, equal to the bit to the suite that one process writes.
 
@@ -45,10 +44,11 @@ def merge_jobs(
         for spec, name in zip(specs, names, strict=True):
             part, row = found[spec.name]
             make_folder(stage / name)
-            _link(part / row["path"] / PARAMS_NAME, stage / name / PARAMS_NAME)
-            rows.append({**row, "id": name.removeprefix(f"{spec.place.site}/"), "path": name})
+            for file in sorted(path.name for path in (part / row["path"]).iterdir()):
+                _link(part / row["path"] / file, stage / name / file)
+            rows.append({**row, "id": name.removeprefix(f"{spec.folder}/"), "path": name})
     write_atomically(folder / METRICS_NAME, _metrics({spec.name: i for i, spec in enumerate(specs)}, parts))
-    write_suite(folder, config, family, {place: scales[place.key] for place in places_of(groups)}, rows)
+    write_suite(folder, config, family, {place: scales[place.key] for place in scaled_places_of(groups)}, rows)
 
 
 def _suites(parts: Sequence[Path]) -> tuple[dict[str, tuple[Path, dict[str, Any]]], dict[str, float]]:

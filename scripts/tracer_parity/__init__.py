@@ -1,0 +1,1 @@
+"""Graphs of circuit-tracer beside ours, on random models that both read from the same files."""
