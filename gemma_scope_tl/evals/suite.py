@@ -60,8 +60,7 @@ def evaluate(
 
     Args:
         model: a model from ``load_model``.
-        saes: one or several SAEs or transcoders, a mapping or a suite; a transcoder is measured against its target.
-            Crosscoders and cross-layer transcoders may be among them (:mod:`gemma_scope_tl.evals.layered`).
+        saes: one or several SAEs, transcoders, crosscoders or CLTs, a mapping or a suite; targets are what they write.
         data, context: texts, packed into rows of BOS and ``context - 1`` tokens; or token ids, a ``BatchEncoding`` or
             conversations, each a row. Padding on either side does not count, and rows of padding alone are left out.
         batch_size, progress: rows in a forward pass, fewer if the memory budget requires it; show a progress bar.
@@ -80,8 +79,7 @@ def evaluate(
         A row per SAE: ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss,
         loss_zero_ablated, loss_recovered, tokens, kl`` (clean to spliced, nats), ``loss_mean_ablated,
         loss_recovered_mean, dead, dense`` (shares of latents), ``uniformity, sequences``, intervals ``*_low, *_high``.
-        A layered coder has a row without ``layer`` for all its layers, with all outputs replaced, and a row for each
-        layer, without losses of a splice.
+        Coders of several layers have one without ``layer``, and one a layer (:mod:`gemma_scope_tl.evals.layered`).
 
     Raises:
         SpliceError: an SAE does not fit the model, or a row lacks one of the positions.
