@@ -69,17 +69,16 @@ def evaluate(
         uniformity: positions of each row at which it is measured (appendix C.3), a backward pass each; 0 for none.
         confidence, resamples, seed: parameters of the confidence intervals, which resample sequences.
         memory_budget: bytes that tensors may take besides the weights, 1 GiB by default (:class:`~run.Settings`).
-        cache: a folder. Earlier measurements are read from it, and an interrupted evaluation continues to the same
-            bits; model, SAEs and tokens are identified by their content.
+        cache: a folder of measurements, by the content of model, SAEs and tokens; interrupted ones go on, bit by bit.
         exclude_special_tokens: leave out BOS, EOS and padding; the given ids; or padding alone (False).
         attention_mask: mask of token ids, ``[rows, pos]``, 1 at text; by default it follows from their padding.
         positions: leave out all but these positions of each row, as in :func:`~gemma_scope_tl.splice`; None for all.
 
     Returns:
-        A row per SAE: ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss,
-        loss_zero_ablated, loss_recovered, tokens, kl`` (clean to spliced, nats), ``loss_mean_ablated,
-        loss_recovered_mean, dead, dense`` (shares of latents), ``uniformity, sequences``, intervals ``*_low, *_high``.
-        Coders of several layers have one without ``layer``, and one a layer (:mod:`gemma_scope_tl.evals.layered`).
+        A row per SAE (one for all layers and one a layer of a crosscoder or CLT, :mod:`gemma_scope_tl.evals.layered`):
+        ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss, loss_zero_ablated,
+        loss_recovered, tokens, kl`` (clean to spliced, nats), ``loss_mean_ablated, loss_recovered_mean, dead, dense``
+        (shares of latents), ``uniformity, sequences``, intervals ``*_low, *_high``.
 
     Raises:
         SpliceError: an SAE does not fit the model, or a row lacks one of the positions.
