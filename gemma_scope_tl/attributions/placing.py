@@ -216,9 +216,7 @@ def _layered(model: GemmaModel, coder: LayeredCoder, number: int, name: str) -> 
         places += site.writes_at(layer)
     out = model.family.site(places[0].site)
     if len(places) != len(coder.layers):
-        raise SpliceError(
-            f"{name} writes {len(places)} tensors from {len(coder.layers)} layers: one each is needed."
-        )
+        raise SpliceError(f"{name} writes {len(places)} tensors from {len(coder.layers)} layers: one each is needed.")
     readers: list[Reader] = []
     written: list[Written] = []
     for k, layer in enumerate(coder.layers):
