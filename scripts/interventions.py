@@ -56,8 +56,9 @@ def _suite(model: str, site: str, width: str, **options: Any) -> list[Any]:
 
 
 def _layered(site: str) -> list[Any]:
-    (row,) = gs.list_saes(model=SECOND, site=site).itertuples()
-    return [gs.JumpReLUSAE.from_pretrained(row.release, row.id)]
+    rows = gs.list_saes(model=SECOND, site=site)
+    (release,), (name,) = rows["release"].tolist(), rows["id"].tolist()
+    return [gs.JumpReLUSAE.from_pretrained(str(release), str(name))]
 
 
 KINDS = {
