@@ -1,6 +1,6 @@
 """Interventions on latents of attribution graphs, predicted and measured, for each kind of coder.
 
-Example: python -m scripts.interventions --prompts 4 --sources 10
+Example: python -m scripts.interventions --prompts 4 --sources 8
 
 For each kind, latents of graphs of held-out text are set to zero, one at a time, and the changes of later latents and
 of differences of logits are measured in the model itself, where everything behind the latent is computed anew. Direct
@@ -56,8 +56,9 @@ def _suite(model: str, site: str, width: str, **options: Any) -> list[Any]:
 
 
 def _layered(site: str) -> list[Any]:
-    (row,) = gs.list_saes(model=SECOND, site=site).itertuples()
-    return [gs.JumpReLUSAE.from_pretrained(row.release, row.id)]
+    rows = gs.list_saes(model=SECOND, site=site)
+    (release,), (name,) = rows["release"].tolist(), rows["id"].tolist()
+    return [gs.JumpReLUSAE.from_pretrained(str(release), str(name))]
 
 
 KINDS = {
@@ -87,11 +88,11 @@ def main() -> None:
     """Measure, write the files, and print the fits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=kinds_here(), metavar="KIND")
-    parser.add_argument("--prompts", type=int, default=4, help="prompts of held-out text (default 4)")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of held-out text (default 8)")
     parser.add_argument("--length", type=int, default=16, help="tokens of a prompt, BOS included (default 16)")
-    parser.add_argument("--sources", type=int, default=10, help="latents that are ablated, per prompt (default 10)")
+    parser.add_argument("--sources", type=int, default=12, help="latents that are ablated, per prompt (default 12)")
     parser.add_argument("--targets", type=int, default=8, help="latents measured for each (default 8)")
-    parser.add_argument("--logits", type=int, default=5, help="tokens whose logits are compared (default 5)")
+    parser.add_argument("--logits", type=int, default=4, help="tokens whose logits are compared (default 4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the files")
     args = parser.parse_args()
@@ -99,12 +100,12 @@ def main() -> None:
     for name in args.kinds:
         model, frozen = measure(KINDS[name], args)
         points.append(model.assign(kind=name))
-        fits += [{"kind": name, **row, "frozen_error": frozen} for row in fitted(model)]
+        fits += [{"kind": name, "title": KINDS[name].title, **row, "frozen_error": frozen} for row in fitted(model)]
         for row in [row for row in fits if row["kind"] == name]:
             print(f"{name}, {row['target']}: {row['n']} effects, r {row['pearson']:.2f}, slope {row['slope']:.2f}")
         print(f"    direct effects in the frozen pass: largest error {frozen:.0e} of the largest", flush=True)
     table = pd.concat(points, ignore_index=True)
-    columns = ["kind", "prompt", "source", "target", "group", "predicted", "measured"]
+    columns = ["kind", "prompt", "group", "predicted", "measured"]
     write_atomically(args.out / "interventions.csv", table[columns].to_csv(index=False, float_format="%.3g"))
     settings = {key: getattr(args, key) for key in ("prompts", "length", "sources", "targets", "logits", "seed")}
     facts = {"made_by": "python -m scripts.interventions", "settings": settings, "results": fits}

@@ -45,7 +45,7 @@ def draw_graph(ax: Axes, graph: AttributionGraph, title: str = "", labels: bool 
     nodes = _ranked(graph)
     shown = ["", *(visible_token(token) for token in graph.tokens)]
     places = node_places(nodes, len(shown))
-    pairs = graph.weights.tocoo()
+    pairs: Any = graph.weights.tocoo()
     widest = float(abs(pairs.data).max()) if pairs.nnz else 1.0
     for target, source, weight in zip(pairs.row, pairs.col, pairs.data, strict=True):
         (x0, y0), (x1, y1) = places[int(source)], places[int(target)]
@@ -58,7 +58,7 @@ def draw_graph(ax: Axes, graph: AttributionGraph, title: str = "", labels: bool 
         size = 90.0 if node["kind"] == "logit" else 25.0 + 150.0 * float(node["influence"]) / largest
         ring = rings.get(str(node["node_id"]))
         edge = "white" if ring is None else _RINGS[ring % len(_RINGS)]
-        style = {"marker": _MARKERS[str(node["kind"])], "color": "0.25", "edgecolors": edge}
+        style: dict[str, Any] = {"marker": _MARKERS[str(node["kind"])], "color": "0.25", "edgecolors": edge}
         ax.scatter([x], [y], s=size, lw=0.5 if ring is None else 2.5, zorder=2, **style)
         if labels and node["text"]:
             ax.annotate(node["text"], (x, y), (0, 8), textcoords="offset points", ha="center", fontsize=6, zorder=3)

@@ -28,7 +28,7 @@ def coders_of(case: Case) -> list[Any]:
     """The case's transcoders, or its one cross-layer transcoder, in float64."""
     layers = [{name: torch.from_numpy(array).double() for name, array in one.items()} for one in arrays(case)]
     if case.kind == "clt":
-        columns = {name: [one[name] for one in layers] for name in layers[0]}
+        columns: dict[str, Any] = {name: [one[name] for one in layers] for name in layers[0]}
         columns["W_dec"] = [decoder[:, layer:] for layer, decoder in enumerate(columns["W_dec"])]
         return [LayeredCoder("clt", range(case.layers), **columns)]
     for one in layers:
