@@ -107,6 +107,12 @@ def find_layers(folder: Path, count: int | None = None) -> list[Path]:
     return [folder / name for name in wanted]
 
 
+def surplus_files(folder: Path, count: int) -> list[str]:
+    """The names of files of layers that a coder of ``count`` layers does not have."""
+    wanted = {LAYER_FILE.format(number) for number in range(count)}
+    return sorted(path.name for path in folder.glob(_ANY) if path.name not in wanted)
+
+
 def inspect_layers(paths: Sequence[Path], expected: Expected) -> LayerFiles:
     """Check the files of a coder by their headers: names, dtypes and shapes, in each file and between them.
 
