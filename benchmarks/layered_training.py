@@ -36,9 +36,9 @@ from gemma_scope_tl.training.layered_trainer import LayeredTrainer
 from gemma_scope_tl.training.recipe import GEMMA_SCOPE_2, Recipe
 
 PEER = "plain PyTorch, autograd and fused Adam"
-BATCHES, WARM_UP, CHECKED = 4, 2, 3
+BATCHES, WARM_UP, CHECKED = 4, 1, 3
 APART, SHARE = 0.05, 0.02  # of the learning rates; and the share of parameters that may differ by more
-ROUNDS, MEMORY_RUNS = 4, 2
+ROUNDS, MEMORY_RUNS = 3, 1
 Batch = tuple[list[Tensor], list[Tensor] | None]
 
 
