@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.contributing.check import check_release
+from gemma_scope_tl.contributing.check import CHECKS, check_release
 from gemma_scope_tl.contributing.draft import Options, draft_release, write_draft
 from gemma_scope_tl.contributing.measure import measure_l0
 from gemma_scope_tl.errors import RegistryError
