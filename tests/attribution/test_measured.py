@@ -15,7 +15,10 @@ from tests.helpers import hooked, random_gemma, random_tokens
 ROUNDING = 1e-12  # float64, relative to the largest effect
 
 
-@pytest.mark.parametrize("kind", ["saes", "clt", "crosscoder", "mixture"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kind", [pytest.param("saes", marks=SLOW), pytest.param("clt", marks=SLOW), "mixture"])
 def test_direct_effects_are_measured_exactly_in_the_frozen_pass(kind: str) -> None:
     model = hooked(random_gemma("gemma3", dtype=torch.float64), "bridge")
     ids, coders = random_tokens(model, batch=1, length=6)[0], mixtures(model)[kind]
@@ -27,7 +30,7 @@ def test_direct_effects_are_measured_exactly_in_the_frozen_pass(kind: str) -> No
     assert set(table["measured_in"]) == {"frozen", "replacement", "model"} and np.isfinite(table["measured"]).all()
 
 
-@pytest.mark.parametrize("kind", ["saes", "clt", "mixture"])
+@pytest.mark.parametrize("kind", ["saes", pytest.param("clt", marks=SLOW), pytest.param("mixture", marks=SLOW)])
 def test_small_changes_have_their_total_effects_in_the_replacement(kind: str) -> None:
     model = hooked(random_gemma("grouped", dtype=torch.float64), "bridge")
     ids, coders = random_tokens(model, batch=1, length=6)[0], mixtures(model)[kind]
@@ -83,6 +86,7 @@ def test_what_is_no_intervention_raises() -> None:
         measured_effects(model, graph, coder, targets=0)
 
 
+@pytest.mark.slow
 def test_effects_correlate_in_a_trained_model() -> None:
     model = gs.load_model("bundled-gemma3")
     coders = [gs.load_sae("bundled-gemma3", "transcoder", layer, "256", affine=True) for layer in range(6)]
