@@ -95,22 +95,36 @@ def main() -> None:
     parser.add_argument("--logits", type=int, default=4, help="tokens whose logits are compared (default 4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the files")
+    parser.add_argument("--add", action="store_true", help="keep what the files have of other kinds")
     args = parser.parse_args()
-    points, fits = [], []
+    settings = {key: getattr(args, key) for key in ("prompts", "length", "sources", "targets", "logits", "seed")}
+    points, fits = kept(args.out, args.kinds, settings) if args.add else ([], [])
     for name in args.kinds:
         model, frozen = measure(KINDS[name], args)
         points.append(model.assign(kind=name))
-        fits += [{"kind": name, "title": KINDS[name].title, **row, "frozen_error": frozen} for row in fitted(model)]
+        about = {"kind": name, "title": KINDS[name].title, "frozen_error": frozen}
+        fits += [about | row for row in fitted(model)]
         for row in [row for row in fits if row["kind"] == name]:
             print(f"{name}, {row['target']}: {row['n']} effects, r {row['pearson']:.2f}, slope {row['slope']:.2f}")
         print(f"    direct effects in the frozen pass: largest error {frozen:.0e} of the largest", flush=True)
-    table = pd.concat(points, ignore_index=True)
+    order = list(KINDS).index
+    table = pd.concat(sorted(points, key=lambda part: order(part["kind"].iloc[0])), ignore_index=True)
+    fits.sort(key=lambda row: order(row["kind"]))
     columns = ["kind", "prompt", "group", "predicted", "measured"]
     write_atomically(args.out / "interventions.csv", table[columns].to_csv(index=False, float_format="%.3g"))
-    settings = {key: getattr(args, key) for key in ("prompts", "length", "sources", "targets", "logits", "seed")}
     facts = {"made_by": "python -m scripts.interventions", "settings": settings, "results": fits}
     write_atomically(args.out / "interventions.json", json.dumps(facts, indent=1) + "\n")
     print(f"figure: {draw(table, fits, args.out / 'interventions.png')}")
+
+
+def kept(folder: Path, kinds: list[str], settings: dict[str, Any]) -> tuple[list[pd.DataFrame], list[dict[str, Any]]]:
+    """The points and fits of other kinds in the files of a run with the same settings."""
+    facts = json.loads((folder / "interventions.json").read_text(encoding="utf-8"))
+    if facts["settings"] != settings:
+        raise SystemExit(f"The files were made with {facts['settings']}: measure all kinds again.")
+    table = pd.read_csv(folder / "interventions.csv")
+    points = [part for name, part in table.groupby("kind") if name not in kinds]
+    return points, [row for row in facts["results"] if row["kind"] not in kinds]
 
 
 def measure(kind: Kind, args: argparse.Namespace) -> tuple[pd.DataFrame, float]:
