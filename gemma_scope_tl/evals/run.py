@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -153,7 +153,7 @@ class EvaluationRun:
         centres = {place: sums.centre for place, sums in self.sums.places.items() if sums.needs_centre}
         if not centres:
             return
-        for batch in self._batches("means", read_batches, list(centres)):
+        for batch in shown_batches(self, "means", read_batches, list(centres)):
             for place, centre in centres.items():
                 centre.mean.update(batch.activations(place))
         for centre in centres.values():
@@ -163,7 +163,7 @@ class EvaluationRun:
         start = checkpoint.restore()
         head = LogitHead(self.model, self.settings.memory_budget // 4)
         places = list(dict.fromkeys(subject.place for n, subject in enumerate(self.subjects) if self._is_needed(n)))
-        for number, batch in enumerate(self._batches("evaluating", clean_batches, places, start), 1):
+        for number, batch in enumerate(shown_batches(self, "evaluating", clean_batches, places, start), 1):
             if number == 1:
                 batch.clean.check(target_of(place) for place in places)
             BatchMeasurements(self, head, batch).measure()
@@ -176,22 +176,57 @@ class EvaluationRun:
         pieces = [*self.sums.of_sae(number), *(piece for kind, piece in of_place.items() if kind != "centre")]
         return not all(piece.done for piece in pieces)
 
-    def _batches(
-        self, what: str, passes: Callable[..., Iterator[Batch]], places: list[Place], start: int = 0
-    ) -> Iterator[Batch]:
-        from rich.progress import Progress
-
-        with Progress(transient=True, disable=not self.settings.progress) as bar:
-            task = bar.add_task(what, total=self.rows.ids.shape[0], completed=start)
-            for batch in passes(self.model, self.rows, places, self._rows_per_batch, start):
-                yield batch
-                bar.advance(task, batch.tokens.shape[0])
-
     @cached_property
-    def _rows_per_batch(self) -> int:
+    def rows_per_batch(self) -> int:
+        """Number of rows in a forward pass."""
         # The places of all SAEs count, measured or not, so that batches and checkpoints are the same in every run.
         places, size = [subject.place for subject in self.subjects], self.settings.batch_size
         return rows_that_fit(self.model, places, self.rows.ids.shape[1], size, self.settings.memory_budget // 2)
+
+
+class Measured(Protocol):
+    """What :func:`shown_batches` needs of an evaluation."""
+
+    @property
+    def model(self) -> GemmaModel:
+        """The model."""
+        ...
+
+    @property
+    def rows(self) -> CountedBatch:
+        """All rows."""
+        ...
+
+    @property
+    def settings(self) -> Settings:
+        """The settings."""
+        ...
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Number of rows in a forward pass."""
+        ...
+
+
+def shown_batches(
+    run: Measured, what: str, passes: Callable[..., Iterator[Batch]], places: list[Place], start: int = 0
+) -> Iterator[Batch]:
+    """The batches of an evaluation from row ``start`` on, with a progress bar named ``what``.
+
+    Args:
+        run: the evaluation.
+        what: the name of the progress bar.
+        passes: ``clean_batches`` or ``read_batches``.
+        places: the places whose tensors are kept.
+        start: number of rows that earlier batches had.
+    """
+    from rich.progress import Progress
+
+    with Progress(transient=True, disable=not run.settings.progress) as bar:
+        task = bar.add_task(what, total=run.rows.ids.shape[0], completed=start)
+        for batch in passes(run.model, run.rows, places, run.rows_per_batch, start):
+            yield batch
+            bar.advance(task, batch.tokens.shape[0])
 
 
 @dataclass(frozen=True)
@@ -244,10 +279,10 @@ class BatchMeasurements:
             return
         y = batch.activations(place)
         if not sums.deviation.done:
-            deviation = squared_error(y, _replacement("mean", y, sums.centre))
+            deviation = squared_error(y, replacement("mean", y, sums.centre))
             sums.deviation.value.update(deviation, batch.counted, batch.rows)
         for kind, loss in ablated.items():
-            self._add(batch.spliced(place, _replacement(kind, y, sums.centre)), loss)
+            self._add(batch.spliced(place, replacement(kind, y, sums.centre)), loss)
 
     def _measure_sae(self, number: int, target: Place, gradients: Gradients | None) -> None:
         run, batch, sums = self.run, self.batch, self.sums.saes[number]
@@ -318,7 +353,7 @@ class BatchMeasurements:
         self._unscored.clear()
 
 
-def _replacement(ablation: str, y: torch.Tensor, centre: Centre) -> torch.Tensor:
+def replacement(ablation: str, y: torch.Tensor, centre: Centre) -> torch.Tensor:
     """The values by which an ablation replaces the activations ``y``, ``[n, d]``."""
     match ablation:
         case "zero":

@@ -16,6 +16,7 @@ from gemma_scope_tl.text.tokens import ExcludeTokens
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from gemma_scope_tl.sae.access import LatentNames, SAEOrLatents
 
@@ -84,9 +85,8 @@ def steer(
         on: ``"activations"``, for a plain model; ``"features"``, for a model with the SAE spliced in, whose latents
             become ``f_i + a_i``. Both are equal with the error term. ``unit="norm"`` is not available for features.
         layers: for a layered coder, the only layers of the model that are steered; None for all that a latent writes.
-            A latent has one amount at all of them. ``"mean_norm"`` makes it ``a = s M / R``, with the root of the sum
-            of squares over these layers of their mean norms (M) and of the lengths of the latent's rows (R).
-            ``"norm"`` needs a single layer.
+            A latent has one amount at all of them: for ``"mean_norm"``, ``a = s M / R``, with the roots of the sums of
+            squares of the layers' mean norms (M) and of the lengths of its rows (R). ``"norm"`` needs one layer.
 
     Returns:
         ``(hook name, hook)`` for ``fwd_hooks``, ``add_hook`` or ``hooks``; for a layered coder a list of such pairs,

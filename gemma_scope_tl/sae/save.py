@@ -18,6 +18,8 @@ from gemma_scope_tl.files import checked_path, replace_files
 from gemma_scope_tl.sae.building import class_of
 from gemma_scope_tl.sae.coder_files import refuse_table_units, written_config
 from gemma_scope_tl.sae.config import OF_IDENTITY, Identity
+from gemma_scope_tl.sae.layered import LayeredCoder
+from gemma_scope_tl.sae.layered_save import save_layered
 from gemma_scope_tl.sae.provenance import config_of
 from gemma_scope_tl.sae.units import fold_b_dec, scale_embedding
 from gemma_scope_tl.weights.checks import CFG_NAME, CODER_NAME, CONFIG_NAME, PARAMS_NAME, WEIGHTS_NAME
@@ -26,13 +28,14 @@ from gemma_scope_tl.weights.modes import ordinary_tensors
 from gemma_scope_tl.weights.safetensors_file import safetensors_header
 
 Format = Literal["gemma-scope", "sae-lens", "gemma_scope_2"]
+_DEFAULTS: tuple[Format, Format] = ("gemma-scope", "gemma_scope_2")
 _ALIGN = 64
 _ALIGN_FIELD = 0xD935  # the zip extra field that zipalign pads with
 _LOCAL_HEADER, _ZIP64_EXTRA = 30, 20
 
 
 @ordinary_tensors()
-def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope", compress: bool = False) -> Path:
+def save_sae(sae: Any, path: str | PathLike[str], format: Format | None = None, compress: bool = False) -> Path:
     """Write an SAE into a folder.
 
     ``"gemma-scope"`` writes ``params.npz`` as in the releases. Values are written exactly, with two exceptions. The
@@ -53,9 +56,11 @@ def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope"
     or the new one. Both files of a SAELens folder are complete before the first is renamed.
 
     Args:
-        sae: an SAE or transcoder of this package, or a JumpReLU one of SAELens.
+        sae: an SAE or transcoder of this package, or a JumpReLU one of SAELens; or a crosscoder or cross-layer
+            transcoder, which is written as :func:`~gemma_scope_tl.sae.layered_save.save_layered` says.
         path: the folder, which is created if necessary.
-        format: the layout.
+        format: the layout; by default ``"gemma-scope"``, and for coders of several layers ``"gemma_scope_2"``, the only
+            one that they have.
         compress: whether to deflate the npz, which is then smaller but cannot be memory-mapped.
 
     Returns:
@@ -65,7 +70,12 @@ def save_sae(sae: Any, path: str | PathLike[str], format: Format = "gemma-scope"
         WeightsError: when the arrays of the SAE fail the checks.
         GemmaScopeError: when the layout cannot represent the SAE.
     """
-    format = cast("Format", known_name("format", format, get_args(Format)))
+    layered = isinstance(sae, LayeredCoder)
+    format = cast("Format", known_name("format", format or _DEFAULTS[layered], get_args(Format)))
+    if layered:
+        if format != "gemma_scope_2" or compress:
+            raise GemmaScopeError(f"A {sae.kind} is saved with format='gemma_scope_2' and without compress.")
+        return save_layered(sae, path)
     class_of(sae.cfg.architecture())
     if sae.cfg.normalize_activations not in (None, "none"):
         raise GemmaScopeError(

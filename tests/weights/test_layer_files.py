@@ -186,13 +186,14 @@ def test_planes_of_earlier_layers_are_read_once(tmp_path: Path, monkeypatch: pyt
 def test_a_model_is_compared_with_the_files(tmp_path: Path) -> None:
     from transformers import Gemma3TextConfig
 
+    def config(d: int = D, layers: int = 8) -> Any:
+        return Gemma3TextConfig(hidden_size=d, num_hidden_layers=layers, num_attention_heads=2, head_dim=8)
+
     folder = KINDS["crosscoder"].write(tmp_path, model_name=None)
-    sizes: dict[str, Any] = {"num_attention_heads": 2, "head_dim": 8, "num_hidden_layers": 8}
-    assert load_folder(folder, Gemma3TextConfig(hidden_size=D, **sizes)).layers == (2, 5, 7)
+    assert load_folder(folder, config()).layers == (2, 5, 7)
     with pytest.raises(WeightsError, match="d_in 24, should be 32; .* according to the model"):
-        load_folder(folder, Gemma3TextConfig(hidden_size=32, **sizes))
+        load_folder(folder, config(32))
     with pytest.raises(WeightsError, match="layer 7"):
-        load_folder(folder, Gemma3TextConfig(hidden_size=D, **{**sizes, "num_hidden_layers": 7}))
+        load_folder(folder, config(layers=7))
     with pytest.raises(WeightsError, match="should hold a coder of 8 layers"):
-        clt = KINDS["clt"].write(tmp_path / "clt", model_name=None)
-        load_folder(clt, Gemma3TextConfig(hidden_size=D, **sizes))
+        load_folder(KINDS["clt"].write(tmp_path / "clt", model_name=None), config())
