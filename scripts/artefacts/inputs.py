@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUNDLED, SECOND = "gemma_scope_tl/bundled", "gemma_scope_tl/bundled/gemma3"
 """The folder of what comes with the package, and within it that of the second bundled model."""
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-ROW = ("release", "id", "site", "layer", "width", "l0", "path", "canonical", "layers")
+ROW = ("release", "id", "site", "layer", "width", "l0", "path", "canonical")
 """What an artefact may depend on of a row of the registry."""
 TRAINED_BY = ("data", "source", "steps", "tokens", "grid", "seed")
 """The keys of a configuration on which trained weights depend, beside the recipe of each SAE."""
@@ -59,7 +59,8 @@ def _model(folder: str) -> str:
 
 def _suite(name: str, files: str, *, layered: bool = False) -> str:
     chosen = [row for row in select_rows(name) if (row.site in LAYERED_SITES) == layered]
-    rows = [[getattr(row, column) for column in ROW] for row in chosen]
+    columns = (*ROW, "layers") if layered else ROW
+    rows = [[getattr(row, column) for column in columns] for row in chosen]
     return of_values([rows, of_files(files)])
 
 
