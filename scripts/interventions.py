@@ -32,6 +32,7 @@ from scripts.attribution_check import prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST, SECOND = "bundled", "bundled-gemma3"
+COLUMNS = ["kind", "prompt", "group", "predicted", "measured"]
 TARGETS = {"latents": ("#0072B2", "o"), "logit differences": ("#D55E00", "^")}
 """Groups of targets, with the colours and markers of the figure, which colour-blind people distinguish."""
 
@@ -95,22 +96,43 @@ def main() -> None:
     parser.add_argument("--logits", type=int, default=4, help="tokens whose logits are compared (default 4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the files")
+    parser.add_argument("--add", action="store_true", help="keep what the files have of other kinds")
     args = parser.parse_args()
-    points, fits = [], []
-    for name in args.kinds:
-        model, frozen = measure(KINDS[name], args)
-        points.append(model.assign(kind=name))
-        fits += [{"kind": name, "title": KINDS[name].title, **row, "frozen_error": frozen} for row in fitted(model)]
-        for row in [row for row in fits if row["kind"] == name]:
-            print(f"{name}, {row['target']}: {row['n']} effects, r {row['pearson']:.2f}, slope {row['slope']:.2f}")
-        print(f"    direct effects in the frozen pass: largest error {frozen:.0e} of the largest", flush=True)
-    table = pd.concat(points, ignore_index=True)
-    columns = ["kind", "prompt", "group", "predicted", "measured"]
-    write_atomically(args.out / "interventions.csv", table[columns].to_csv(index=False, float_format="%.3g"))
     settings = {key: getattr(args, key) for key in ("prompts", "length", "sources", "targets", "logits", "seed")}
+    found = kept(args.out, settings) if args.add else {}
+    for name in args.kinds:
+        points, frozen = measure(KINDS[name], args)
+        found[name] = rounded(points.assign(kind=name)), frozen
+        print(f"{name}: direct effects in the frozen pass: largest error {frozen:.0e} of the largest", flush=True)
+    found = {name: found[name] for name in KINDS if name in found}
+    fits: list[dict[str, Any]] = []
+    for name, (points, frozen) in found.items():
+        about = {"kind": name, "title": KINDS[name].title, "frozen_error": frozen}
+        fits += [about | row for row in fitted(points)]
+    for row in fits:
+        numbers = ", ".join(f"{key} {row[key]:.2f}" for key in ("pearson", "spearman", "slope"))
+        print(f"{row['kind']}, {row['target']}: {row['n']} effects, {numbers}")
+    table = pd.concat([points for points, _ in found.values()], ignore_index=True)[COLUMNS]
+    write_atomically(args.out / "interventions.csv", table.to_csv(index=False))
     facts = {"made_by": "python -m scripts.interventions", "settings": settings, "results": fits}
     write_atomically(args.out / "interventions.json", json.dumps(facts, indent=1) + "\n")
     print(f"figure: {draw(table, fits, args.out / 'interventions.png')}")
+
+
+def rounded(points: pd.DataFrame) -> pd.DataFrame:
+    """The points as the file has them, with three digits."""
+    columns = {name: points[name].map(lambda value: float(f"{value:.3g}")) for name in ("predicted", "measured")}
+    return points.assign(**columns)
+
+
+def kept(folder: Path, settings: dict[str, Any]) -> dict[str, tuple[pd.DataFrame, float]]:
+    """The points, and errors in the frozen pass, of each kind in the files of a run with the same settings."""
+    facts = json.loads((folder / "interventions.json").read_text(encoding="utf-8"))
+    if facts["settings"] != settings:
+        raise SystemExit(f"The files were made with {facts['settings']}: measure all kinds again.")
+    errors = {row["kind"]: row["frozen_error"] for row in facts["results"]}
+    table = pd.read_csv(folder / "interventions.csv")
+    return {name: (table[table["kind"] == name], error) for name, error in errors.items()}
 
 
 def measure(kind: Kind, args: argparse.Namespace) -> tuple[pd.DataFrame, float]:
@@ -147,14 +169,17 @@ def grouped(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def fitted(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """For each group of targets Pearson's r, and the slope of the line through 0 that best gives what is measured."""
+    """For each group of targets Pearson's and Spearman's r, and the slope of the line through 0 that best gives what is
+    measured."""
     rows: list[dict[str, Any]] = []
     for group in TARGETS:
-        x, y = table.loc[table["group"] == group, ["predicted", "measured"]].to_numpy(dtype=float).T
-        if not len(x):  # an MLP is a constant of the pass, so latents of MLP outputs have no edges to each other
+        some = table.loc[table["group"] == group, ["predicted", "measured"]]
+        if not len(some):  # an MLP is a constant of the pass, so latents of MLP outputs have no edges to each other
             continue
-        r = float(np.corrcoef(x, y)[0, 1])
-        rows.append({"target": group, "n": len(x), "pearson": r, "slope": float(x @ y / (x @ x))})
+        x, y = some.to_numpy(dtype=float).T
+        pearson, spearman = (float(np.corrcoef(values.to_numpy().T)[0, 1]) for values in (some, some.rank()))
+        fit = {"pearson": pearson, "spearman": spearman, "slope": float(x @ y / (x @ x))}
+        rows.append({"target": group, "n": len(some), **fit})
     return rows
 
 

@@ -58,7 +58,7 @@ STUDIES = ("position", "frequency", "domains", "precision", "uniformity", "probe
 """Names of ``scripts.study_page.STUDIES``, which importing that module here would make slow to list."""
 
 MEASURED = ("model", "suite", "text")
-ALL_MEASURED = (*MEASURED, "model-gemma3", "suite-gemma3")
+ALL_MEASURED = (*MEASURED, "model-gemma3", "suite-gemma3", "layers-gemma3")
 
 
 def _releases(*names: str) -> str:
