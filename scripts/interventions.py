@@ -1,6 +1,6 @@
 """Interventions on latents of attribution graphs, predicted and measured, for each kind of coder.
 
-Example: python -m scripts.interventions --prompts 4 --sources 12
+Example: python -m scripts.interventions --prompts 4 --sources 8
 
 For each kind, latents of graphs of held-out text are set to zero, one at a time, and the changes of later latents and
 of differences of logits are measured in the model itself, where everything behind the latent is computed anew. Direct
@@ -26,11 +26,13 @@ import torch
 import gemma_scope_tl as gs
 from gemma_scope_tl.attributions.measured import measured_effects
 from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.sae.layered import LAYERED_KINDS
 from gemma_scope_tl.viz.figures import save_figure
 from scripts.attribution_check import prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST, SECOND = "bundled", "bundled-gemma3"
+COLUMNS = ["kind", "prompt", "group", "predicted", "measured"]
 TARGETS = {"latents": ("#0072B2", "o"), "logit differences": ("#D55E00", "^")}
 """Groups of targets, with the colours and markers of the figure, which colour-blind people distinguish."""
 
@@ -55,8 +57,9 @@ def _suite(model: str, site: str, width: str, **options: Any) -> list[Any]:
 
 
 def _layered(site: str) -> list[Any]:
-    (row,) = gs.list_saes(model=SECOND, site=site).itertuples()
-    return [gs.JumpReLUSAE.from_pretrained(row.release, row.id)]
+    rows = gs.list_saes(model=SECOND, site=site)
+    (release,), (name,) = rows["release"].tolist(), rows["id"].tolist()
+    return [gs.JumpReLUSAE.from_pretrained(str(release), str(name))]
 
 
 KINDS = {
@@ -76,33 +79,60 @@ KINDS = {
 """All kinds, in the order of the panels."""
 
 
+def kinds_here() -> list[str]:
+    """The kinds whose coders are bundled."""
+    layered = set(gs.list_saes(model=SECOND)["site"])
+    return [name for name in KINDS if name not in LAYERED_KINDS or name in layered]
+
+
 def main() -> None:
     """Measure, write the files, and print the fits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), metavar="KIND")
-    parser.add_argument("--prompts", type=int, default=4, help="prompts of held-out text (default 4)")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=kinds_here(), metavar="KIND")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of held-out text (default 8)")
     parser.add_argument("--length", type=int, default=16, help="tokens of a prompt, BOS included (default 16)")
     parser.add_argument("--sources", type=int, default=12, help="latents that are ablated, per prompt (default 12)")
-    parser.add_argument("--targets", type=int, default=12, help="latents measured for each (default 12)")
-    parser.add_argument("--logits", type=int, default=5, help="tokens whose logits are compared (default 5)")
+    parser.add_argument("--targets", type=int, default=8, help="latents measured for each (default 8)")
+    parser.add_argument("--logits", type=int, default=4, help="tokens whose logits are compared (default 4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the files")
+    parser.add_argument("--add", action="store_true", help="keep what the files have of other kinds")
     args = parser.parse_args()
-    points, fits = [], []
-    for name in args.kinds:
-        model, frozen = measure(KINDS[name], args)
-        points.append(model.assign(kind=name))
-        fits += [{"kind": name, **row, "frozen_error": frozen} for row in fitted(model)]
-        for row in fits[-len(TARGETS) :]:
-            print(f"{name}, {row['target']}: {row['n']} effects, r {row['pearson']:.2f}, slope {row['slope']:.2f}")
-        print(f"    direct effects in the frozen pass: largest error {frozen:.0e} of the largest", flush=True)
-    table = pd.concat(points, ignore_index=True)
-    columns = ["kind", "prompt", "source", "target", "group", "predicted", "measured"]
-    write_atomically(args.out / "interventions.csv", table[columns].to_csv(index=False, float_format="%.4g"))
     settings = {key: getattr(args, key) for key in ("prompts", "length", "sources", "targets", "logits", "seed")}
+    found = kept(args.out, settings) if args.add else {}
+    for name in args.kinds:
+        points, frozen = measure(KINDS[name], args)
+        found[name] = rounded(points.assign(kind=name)), frozen
+        print(f"{name}: direct effects in the frozen pass: largest error {frozen:.0e} of the largest", flush=True)
+    found = {name: found[name] for name in KINDS if name in found}
+    fits: list[dict[str, Any]] = []
+    for name, (points, frozen) in found.items():
+        about = {"kind": name, "title": KINDS[name].title, "frozen_error": frozen}
+        fits += [about | row for row in fitted(points)]
+    for row in fits:
+        numbers = ", ".join(f"{key} {row[key]:.2f}" for key in ("pearson", "spearman", "slope"))
+        print(f"{row['kind']}, {row['target']}: {row['n']} effects, {numbers}")
+    table = pd.concat([points for points, _ in found.values()], ignore_index=True)[COLUMNS]
+    write_atomically(args.out / "interventions.csv", table.to_csv(index=False))
     facts = {"made_by": "python -m scripts.interventions", "settings": settings, "results": fits}
     write_atomically(args.out / "interventions.json", json.dumps(facts, indent=1) + "\n")
     print(f"figure: {draw(table, fits, args.out / 'interventions.png')}")
+
+
+def rounded(points: pd.DataFrame) -> pd.DataFrame:
+    """The points as the file has them, with three digits."""
+    columns = {name: points[name].map(lambda value: float(f"{value:.3g}")) for name in ("predicted", "measured")}
+    return points.assign(**columns)
+
+
+def kept(folder: Path, settings: dict[str, Any]) -> dict[str, tuple[pd.DataFrame, float]]:
+    """The points, and errors in the frozen pass, of each kind in the files of a run with the same settings."""
+    facts = json.loads((folder / "interventions.json").read_text(encoding="utf-8"))
+    if facts["settings"] != settings:
+        raise SystemExit(f"The files were made with {facts['settings']}: measure all kinds again.")
+    errors = {row["kind"]: row["frozen_error"] for row in facts["results"]}
+    table = pd.read_csv(folder / "interventions.csv")
+    return {name: (table[table["kind"] == name], error) for name, error in errors.items()}
 
 
 def measure(kind: Kind, args: argparse.Namespace) -> tuple[pd.DataFrame, float]:
@@ -139,12 +169,17 @@ def grouped(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def fitted(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """For each group of targets Pearson's r, and the slope of the line through 0 that best gives what is measured."""
+    """For each group of targets Pearson's and Spearman's r, and the slope of the line through 0 that best gives what is
+    measured."""
     rows: list[dict[str, Any]] = []
     for group in TARGETS:
-        x, y = table.loc[table["group"] == group, ["predicted", "measured"]].to_numpy(dtype=float).T
-        r = float(np.corrcoef(x, y)[0, 1])
-        rows.append({"target": group, "n": len(x), "pearson": r, "slope": float(x @ y / (x @ x))})
+        some = table.loc[table["group"] == group, ["predicted", "measured"]]
+        if not len(some):  # an MLP is a constant of the pass, so latents of MLP outputs have no edges to each other
+            continue
+        x, y = some.to_numpy(dtype=float).T
+        pearson, spearman = (float(np.corrcoef(values.to_numpy().T)[0, 1]) for values in (some, some.rank()))
+        fit = {"pearson": pearson, "spearman": spearman, "slope": float(x @ y / (x @ x))}
+        rows.append({"target": group, "n": len(some), **fit})
     return rows
 
 
@@ -187,7 +222,8 @@ def panel(ax: Any, table: pd.DataFrame, fits: list[dict[str, Any]], title: str) 
     ax.tick_params(labelsize=6.5)
     for number, row in enumerate(fits):
         text, color = f"{row['target']}: r {row['pearson']:.2f}", TARGETS[row["target"]][0]
-        ax.text(0.04, 0.95 - 0.09 * number, text, va="top", transform=ax.transAxes, color=color, fontsize=7)
+        box = {"facecolor": "white", "alpha": 0.85, "lw": 0, "pad": 1.0}
+        ax.text(0.04, 0.95 - 0.09 * number, text, va="top", transform=ax.transAxes, color=color, fontsize=7, bbox=box)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from benchmarks.pages import with_page_tables, with_readme_table
 from gemma_scope_tl.files import write_atomically
 from scripts import (
     hardware_table,
+    interventions_table,
     paper_tables,
     plan_cluster,
     plan_tables,
@@ -44,6 +45,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "docs/benchmarks.md": with_page_tables,
     "docs/results.md": results_page.with_table,
     "docs/studies.md": study_page.with_all_tables,
+    "docs/attribution-checks.md": lambda page: with_tables(page, interventions_table.tables()),
     "docs/hardware.md": _hardware,
     "docs/clusters.md": _clusters,
     "docs/how-to/load.md": lambda page: with_tables(page, release_table.tables()),

@@ -72,6 +72,13 @@ def site(name: str) -> None:
     get_site(name)
 
 
+def listed_site(name: str) -> None:
+    """Raise unless it is a site, or a kind of coders of several layers."""
+    from gemma_scope_tl.sites import known_site
+
+    known_site(name)
+
+
 def backend(name: str) -> None:
     """Raise unless the backend exists."""
     from gemma_scope_tl.sites import BACKENDS

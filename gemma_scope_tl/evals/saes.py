@@ -14,6 +14,7 @@ from gemma_scope_tl.sae.access import decode_with_skip, flat_heads, locate
 from gemma_scope_tl.sae.base import GemmaScopeMixin
 from gemma_scope_tl.sae.choices import as_saes, bring
 from gemma_scope_tl.sae.hooked_pass import is_hooked
+from gemma_scope_tl.sae.layered import LayeredCoder
 from gemma_scope_tl.sae.sparse import SparseActs, decode_sparse, encode_sparse
 from gemma_scope_tl.sae.suite import SAESuite
 from gemma_scope_tl.sites import Place
@@ -69,15 +70,19 @@ class Subject:
         return {"class": kind, "weights": fingerprint(sae), "config": as_plain(config)}
 
 
-def subjects_of(model: GemmaModel, saes: Any) -> list[Subject]:
+def subjects_of(model: GemmaModel, saes: Any, skip_layered: bool = False) -> list[Subject]:
     """Make subjects of an SAE, several SAEs, a mapping of them, or a suite (whose SAEs are loaded one at a time).
+
+    Layered coders are left out with ``skip_layered``.
 
     Raises:
         SpliceError: there are no SAEs, or one is incomplete, does not fit the model, or does not name its place.
+        UnknownNameError: a suite has layered coders, without ``skip_layered``.
     """
     if isinstance(saes, SAESuite) and len(saes):
-        return [_of_suite(model, saes, key) for key in saes]
-    return [_of_module(model, sae) for sae in as_saes(saes, whole=True)]
+        return [_of_suite(model, saes, key) for key in saes if not (skip_layered and saes.rows[key].layers)]
+    several = as_saes(saes, whole=True, layered=skip_layered)
+    return [_of_module(model, sae) for sae in several if not isinstance(sae, LayeredCoder)]
 
 
 def _of_module(model: GemmaModel, sae: Any) -> Subject:
@@ -92,7 +97,6 @@ def _of_suite(model: GemmaModel, suite: SAESuite, key: tuple[str, int | None]) -
         _checked_place(model, sae)
         return sae
 
-    row = suite.rows[key]
     row = suite.rows[key]
     model.check_row_fits(row)  # before the clean pass, and not when the SAE's turn comes
     affine = row.affine if row.model_family.site(row.site).is_transcoder else False

@@ -60,8 +60,7 @@ def evaluate(
 
     Args:
         model: a model from ``load_model``.
-        saes: one or several SAEs or transcoders, a mapping or a suite; a transcoder is measured against its target.
-            Crosscoders and cross-layer transcoders may be among them (:mod:`gemma_scope_tl.evals.layered`).
+        saes: one or several SAEs, transcoders, crosscoders or CLTs, a mapping or a suite; targets are what they write.
         data, context: texts, packed into rows of BOS and ``context - 1`` tokens; or token ids, a ``BatchEncoding`` or
             conversations, each a row. Padding on either side does not count, and rows of padding alone are left out.
         batch_size, progress: rows in a forward pass, fewer if the memory budget requires it; show a progress bar.
@@ -70,18 +69,16 @@ def evaluate(
         uniformity: positions of each row at which it is measured (appendix C.3), a backward pass each; 0 for none.
         confidence, resamples, seed: parameters of the confidence intervals, which resample sequences.
         memory_budget: bytes that tensors may take besides the weights, 1 GiB by default (:class:`~run.Settings`).
-        cache: a folder. Earlier measurements are read from it, and an interrupted evaluation continues to the same
-            bits; model, SAEs and tokens are identified by their content.
+        cache: a folder of measurements, by the content of model, SAEs and tokens; interrupted ones go on, bit by bit.
         exclude_special_tokens: leave out BOS, EOS and padding; the given ids; or padding alone (False).
         attention_mask: mask of token ids, ``[rows, pos]``, 1 at text; by default it follows from their padding.
         positions: leave out all but these positions of each row, as in :func:`~gemma_scope_tl.splice`; None for all.
 
     Returns:
-        A row per SAE: ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss,
-        loss_zero_ablated, loss_recovered, tokens, kl`` (clean to spliced, nats), ``loss_mean_ablated,
-        loss_recovered_mean, dead, dense`` (shares of latents), ``uniformity, sequences``, intervals ``*_low, *_high``.
-        A layered coder has a row without ``layer`` for all its layers, with all outputs replaced, and a row for each
-        layer, without losses of a splice.
+        A row per SAE (one for all layers and one a layer of a crosscoder or CLT, :mod:`gemma_scope_tl.evals.layered`):
+        ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss, loss_zero_ablated,
+        loss_recovered, tokens, kl`` (clean to spliced, nats), ``loss_mean_ablated, loss_recovered_mean, dead, dense``
+        (shares of latents), ``uniformity, sequences``, intervals ``*_low, *_high``.
 
     Raises:
         SpliceError: an SAE does not fit the model, or a row lacks one of the positions.
@@ -115,10 +112,10 @@ def measure_suite(
     positions: Positions = None,
 ) -> Evaluation:
     """Measure as :func:`evaluate` does, and return all sums instead of one table."""
-    saes, coders = _without_layered(saes)
+    saes = saes if isinstance(saes, SAESuite) else as_saes(saes, whole=True, layered=True)
+    subjects, coders = subjects_of(model, saes, skip_layered=True), _layered(saes)
     if coders and uniformity:
         raise GemmaScopeError("uniformity= is of SAEs: a latent of a layered coder has a gradient in every layer.")
-    subjects = [] if coders and not len(saes) else subjects_of(model, saes)
     special = excluded_ids(model.tokenizer, exclude_special_tokens, must_know=True)
     rows = counted_rows(model, data, context, special, positions, attention_mask)
     held = rows.mask.any(-1)  # a row of padding alone is not a sequence
@@ -137,13 +134,11 @@ def measure_suite(
     return Evaluation(subjects, sums, len(rows.ids), runs)
 
 
-def _without_layered(saes: Any) -> tuple[Any, dict[int, LayeredCoder]]:
-    """The SAEs without the layered coders among them, which follow by their place in the list."""
+def _layered(saes: SAESuite | list[Any]) -> dict[int, LayeredCoder]:
+    """The layered coders by their number among all that are given. Those of a suite are loaded."""
     if isinstance(saes, SAESuite):
-        return saes, {}
-    several = as_saes(saes, whole=True, layered=True)
-    coders = {number: one for number, one in enumerate(several) if isinstance(one, LayeredCoder)}
-    return [one for number, one in enumerate(several) if number not in coders], coders
+        return {number: saes[key] for number, key in enumerate(saes) if saes.rows[key].layers}
+    return {number: one for number, one in enumerate(saes) if isinstance(one, LayeredCoder)}
 
 
 @dataclass

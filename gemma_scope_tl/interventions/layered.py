@@ -20,7 +20,7 @@ from jaxtyping import Float
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.interventions.hooks import Intervention, LatentEdit, Steer, SteerLatents
 from gemma_scope_tl.interventions.numbers import mean_norm_at, one_for_each
-from gemma_scope_tl.sae.access import layered_latents, places_of
+from gemma_scope_tl.sae.access import layered_hook_name, layered_latents
 from gemma_scope_tl.sae.arguments import distinct_indices
 from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sae.layered import LayeredCoder
@@ -86,8 +86,7 @@ class LayeredLatents:
 
     def hook_name(self, k: int, reads: bool = False) -> str:
         """The name of the hook that the coder writes, or reads, at one of its layers."""
-        site, layer = places_of(self.coder)[k]
-        return (site.hook_name if reads else site.hook_name_out)(layer, "hooked_transformer")
+        return layered_hook_name(self.coder, k, reads)
 
 
 class SteerLayer(Steer):

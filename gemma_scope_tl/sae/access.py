@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 
 from gemma_scope_tl.errors import SpliceError
-from gemma_scope_tl.families import Family, family_of_model
+from gemma_scope_tl.families import Family, families, family_of_model
 from gemma_scope_tl.sae.arguments import as_index, as_indices, is_index, shown
 from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sae.config import FAMILY, OF_IDENTITY, Identity
@@ -73,6 +73,26 @@ def places_of(coder: SAEOrLatents | LayeredCoder, family: Family | None = None) 
         return [locate(coder, family)]
     site = (family or trained_family(coder)).site(coder.site)
     return [(site, layer) for layer in coder.layers]
+
+
+def layered_hook_name(coder: LayeredCoder, k: int, reads: bool = False) -> str:
+    """HookedTransformer's name of the hook that a layered coder writes, or ``reads``, at its layer ``k``.
+
+    Raises:
+        SpliceError: when the family of the coder's model is unknown, and the hook differs between families.
+    """
+    row = coder.row
+    known = _said_family(coder, OF_IDENTITY) if row is None else row.model_family
+    sites = [one.site(coder.site) for one in families() if coder.site in one.sites and known in (None, one)]
+    several = {
+        (site.hook_name if reads else site.hook_name_out)(coder.layers[k], "hooked_transformer") for site in sites
+    }
+    if len(several) != 1:
+        raise SpliceError(
+            f"The model of this {coder.kind} is unknown, and what it reads is another tensor in each family of models: "
+            "set its model_name or its family."
+        )
+    return several.pop()
 
 
 def trained_family(sae: SAEOrLatents | LayeredCoder) -> Family:

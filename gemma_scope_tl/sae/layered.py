@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gemma_scope_tl.errors import SpliceError, unknown_name
+from gemma_scope_tl.errors import SeveralLayersError, SpliceError, unknown_name
 from gemma_scope_tl.sae.planes import written_planes
 from gemma_scope_tl.sae.provenance import Marks, marks_of
 from gemma_scope_tl.sae.sparse import SparseActs, encode_sparse
-from gemma_scope_tl.sites import LAYERED_SITES
+from gemma_scope_tl.sites import LAYERED_SITES, layers_text
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -125,9 +125,7 @@ class LayeredCoder(nn.Module):
 
     def __repr__(self) -> str:
         """One line: name, layers, sizes and dtype."""
-        first, last = self.layers[0], self.layers[-1]
-        whole = len(self.layers) > 2 and list(self.layers) == list(range(first, last + 1))
-        layers = f"{first}-{last}" if whole else ", ".join(map(str, self.layers))
+        layers = layers_text(self.layers)
         parts = [self.name, *([] if self.row is None else [self.kind]), f"layers {layers}", f"{self.d_sae:,} latents"]
         parts += [f"d {self.d_in}", *([] if self.W_skip is None else ["with skips"]), str(self.dtype)[len("torch.") :]]
         return f"{type(self).__name__}({', '.join(parts)})"
@@ -239,6 +237,13 @@ class LayeredCoder(nn.Module):
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Outputs of every layer for the inputs of all layers."""
         return self.decode([self.encode_at(k, x) for k, x in enumerate(inputs)], inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Code for SAEs of one layer reads their ``cfg`` first: say why there is none."""
+        if name == "cfg":
+            what = f"{self.name} spans several layers, so it has no configuration of an SAE"
+            raise SeveralLayersError(f"{what}. It is not supported where SAEs of one layer are needed.")
+        return super().__getattr__(name)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         """Keep thresholds in float32 or wider in ``to``, ``half`` and so on; moves do not count as changes."""

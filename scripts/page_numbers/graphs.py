@@ -7,7 +7,7 @@ from typing import Any
 
 from scripts.page_numbers import Number
 
-TRACER = "docs/circuit-tracer.json"
+TRACER, INTERVENTIONS = "docs/circuit-tracer.json", "docs/interventions.json"
 _KINDS = ("transcoder", "skip", "clt")
 
 
@@ -22,6 +22,9 @@ def _case(name: str, column: str) -> Callable[[Any], Any]:
 
 GRAPH_NUMBERS: dict[str, Number] = {
     "tracer.version": Number(TRACER, lambda facts: facts["versions"]["circuit-tracer"]),
+    "interventions.frozen": Number(
+        INTERVENTIONS, lambda facts: max(row["frozen_error"] for row in facts["results"]), "{:.0e}"
+    ),
     "tracer.skip.bos": Number(TRACER, _case("skip", "largest_difference_from_bos"), "{:.2f}"),
     **{
         f"tracer.{kind}.{name}": Number(TRACER, _case(kind, column), form)
@@ -38,4 +41,4 @@ GRAPH_NUMBERS: dict[str, Number] = {
         )
     },
 }
-"""The comparison with circuit-tracer."""
+"""The comparison with circuit-tracer, and interventions."""

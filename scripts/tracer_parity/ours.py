@@ -14,7 +14,13 @@ from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sae.layered import LayeredCoder
 from scripts.tracer_parity.case import Case, arrays, hf_model
 
-SETTINGS = {"logits": 10, "probability": 0.95, "centred": True, "soft_cap": "before", "max_latent_nodes": None}
+SETTINGS: dict[str, Any] = {
+    "logits": 10,
+    "probability": 0.95,
+    "centred": True,
+    "soft_cap": "before",
+    "max_latent_nodes": None,
+}
 """circuit-tracer's defaults: its logits are those before the soft-cap, and it takes all latents."""
 
 
@@ -22,7 +28,7 @@ def coders_of(case: Case) -> list[Any]:
     """The case's transcoders, or its one cross-layer transcoder, in float64."""
     layers = [{name: torch.from_numpy(array).double() for name, array in one.items()} for one in arrays(case)]
     if case.kind == "clt":
-        columns = {name: [one[name] for one in layers] for name in layers[0]}
+        columns: dict[str, Any] = {name: [one[name] for one in layers] for name in layers[0]}
         columns["W_dec"] = [decoder[:, layer:] for layer, decoder in enumerate(columns["W_dec"])]
         return [LayeredCoder("clt", range(case.layers), **columns)]
     for one in layers:

@@ -132,7 +132,8 @@ def main() -> None:
     found = run(args.folder, getattr(torch, args.dtype))
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     facts = {"versions": versions, "dtype": args.dtype, **THRESHOLDS}
-    np.savez_compressed(args.folder / "graph.npz", facts=np.array(json.dumps(facts)), **found)
+    arrays: dict[str, Any] = {"facts": np.array(json.dumps(facts)), **found}
+    np.savez_compressed(args.folder / "graph.npz", **arrays)
     kept = found["kept_nodes"].sum(), found["kept_edges"].sum()
     print(f"{args.folder.name}: {len(found['adjacency'])} nodes, {np.count_nonzero(found['adjacency'])} edges; {kept}")
 

@@ -26,7 +26,7 @@ def model(request: Any) -> Any:
 
 @pytest.fixture(params=["clt", "crosscoder"])
 def coder(request: Any, model: Any) -> Any:
-    return random_layered(model.dims, request.param, LAYERS, skip=request.param == "clt")
+    return random_layered(model.dims, request.param, LAYERS, skip=request.param == "clt", model_name="gemma-3-1b")
 
 
 def written(coder: Any, layer: int) -> str:
@@ -121,8 +121,7 @@ def test_chosen_layers_and_positions_of_an_ablation(model: Any, coder: Any) -> N
 
 def test_generation_with_a_cache(model: Any, coder: Any) -> None:
     prompt = random_tokens(model, batch=1, length=5)
-    with torch.no_grad(), gs.splice(model, coder):
-        options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "stop_at_eos": False, "verbose": False}
     hooks = [steer(coder, (1, 3), 4.0), scale(coder, [(1, 7), (4, 2)], 5.0)]
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         cached = model.generate(prompt, use_past_kv_cache=True, **options)
@@ -131,6 +130,9 @@ def test_generation_with_a_cache(model: Any, coder: Any) -> None:
 
 def test_names_and_numbers_are_checked() -> None:
     coder = random_layered(shared_model("gemma3", "bridge").dims, "clt", LAYERS)
+    with pytest.raises(SpliceError, match="The model of this clt is unknown"):
+        ablate(coder, (1, 3))
+    coder.family = "gemma3"
     assert len(steer(coder, np.array([[1, 3], [2, 5]]), 1.0)) == 3
     assert len(steer(coder, torch.tensor([4, 3]), 1.0)) == 1
     wrong: Any
