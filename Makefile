@@ -64,10 +64,10 @@ bench-loading: $(READY)
 	$(BIN)/python -m benchmarks first_feature loading remote
 
 bench-splice: $(READY)
-	$(BIN)/python -m benchmarks sparse splice generation
+	$(BIN)/python -m benchmarks sparse splice generation layered_splice
 
 bench-training: $(READY)
-	$(BIN)/python -m benchmarks buckets mixing store training_step training_suite
+	$(BIN)/python -m benchmarks buckets mixing store training_step training_suite layered_training
 
 bench-evals: $(READY)
 	$(BIN)/python -m benchmarks evals

@@ -35,6 +35,9 @@ NAMES = (
     "gemma3",
     "gemma3_loading",
     "gemma3_1b",
+    "layered_splice",
+    "layered_training",
+    "layered_graph",
 )
 """All of them run on a processor. A GPU's are ``python -m benchmarks.gpu``; the searches and trainings for quality take
 hours and are ``python -m benchmarks.pareto`` and ``python -m scripts.smollm2``."""

@@ -41,6 +41,9 @@ PENDING: tuple[str, ...] = ()
 """Rows of the README that wait for their first run on an idle machine. They are left out until there are results, and a
 test asserts that nothing stays here which has some."""
 
+NOT_MEASURED = "Not measured yet."
+"""What stands in place of the table of a group that has no results."""
+
 GROUPS = {
     "bench_loading": ("first_feature", "loading", "remote"),
     "bench_splicing": ("sparse", "splice", "generation"),
@@ -51,6 +54,7 @@ GROUPS = {
     "bench_store": ("store",),
     "bench_quality": ("pareto", "smollm2_pareto"),
     "bench_gemma3": ("gemma3", "gemma3_loading", "gemma3_1b"),
+    "bench_layered": ("layered_splice", "layered_training", "layered_graph"),
     "bench_gpu": ("gpu",),
 }
 """The tables of docs/benchmarks.md: the marker, and the files of results whose rows follow each other in its table."""
@@ -127,7 +131,7 @@ def page_tables(results: Results) -> dict[str, str]:
     for marker, group in GROUPS.items():
         files = [file for file in group if file in results.rows]
         rows = [row for file in files for row in results.rows[file]]
-        made[marker] = f"{table(rows)}\n\n{results.sentences(files)}"
+        made[marker] = f"{table(rows)}\n\n{results.sentences(files)}" if files else NOT_MEASURED
     return made
 
 

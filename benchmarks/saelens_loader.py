@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+from huggingface_hub.errors import EntryNotFoundError
 from sae_lens.loading import pretrained_sae_loaders
 
 
@@ -40,12 +42,31 @@ def load_released_with_sae_lens(root: Path, release: str, id_: str, dtype: str =
         return SAE.from_pretrained(release, id_, dtype=dtype)
 
 
+def load_clt_layer_with_sae_lens(root: Path, path: str) -> Any:
+    """SAELens's loader on a layer's file of a CLT, ``clt/NAME/params_layer_K``; no release of its catalogue has one.
+
+    SAELens makes a transcoder of it whose decoder is the sum over all outputs, so only its latents mean something.
+    """
+    from sae_lens import JumpReLUTranscoder, JumpReLUTranscoderConfig
+
+    with _repository(root):
+        cfg, state, _ = pretrained_sae_loaders.gemma_3_sae_huggingface_loader("google/gemma-scope-2-1b-pt", path)
+    sizes: dict[str, Any] = {name: cfg[name] for name in ("d_in", "d_sae", "d_out")}
+    with torch.device("meta"):
+        coder = JumpReLUTranscoder(JumpReLUTranscoderConfig(**sizes, apply_b_dec_to_input=False))
+    coder.load_state_dict(state, assign=True)
+    return coder
+
+
 @contextmanager
 def _repository(root: Path) -> Generator[None]:
     """Answer the requests of SAELens's loaders from a folder: downloads, and the header that it asks for separately."""
 
     def download(repo_id: str, filename: str, subfolder: str | None = None, force_download: bool = False) -> str:
-        return str(root / (subfolder or "") / filename)
+        found = root / (subfolder or "") / filename
+        if not found.exists():
+            raise EntryNotFoundError(f"no {found}")
+        return str(found)
 
     def shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
         with (root / filename).open("rb") as file:

@@ -44,6 +44,7 @@ __all__ = [
     "get_site",
     "known_site",
     "layer_of_hook",
+    "layers_text",
     "parse_place",
     "site_of_hook",
     "target_of",
@@ -110,6 +111,16 @@ def known_site(name: str) -> SiteName:
     if checked_text("site", name, known) not in known:
         raise unknown_name("site", name, known)
     return name
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """Layers in a few characters.
+
+    >>> layers_text((7, 13, 17, 22)), layers_text(range(26))
+    ('7, 13, 17, 22', '0-25')
+    """
+    whole = len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]}-{layers[-1]}" if whole else ", ".join(map(str, layers))
 
 
 def parse_place(key: str) -> Place:

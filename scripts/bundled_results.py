@@ -6,7 +6,8 @@
     python scripts/bundled_results.py --model gemma-2-2b --release gemma-scope-2b-pt-mlp --data texts.jsonl
 
 For each release ``gemma_scope_tl/bundled/results/`` gets ``<release>.csv``, with a row per SAE, and ``<release>.json``,
-with the configuration, the versions of the software and the meaning of each column. Rows are spread evenly over the
+with the configuration, the versions of the software and the meaning of each column; for coders of several layers
+``<release>-by-layer.csv`` has a row for each layer too. Rows are spread evenly over the
 text, so that every kind of text is included. ``--cache`` continues a stopped run.
 """
 
@@ -39,12 +40,12 @@ INTERVALS = {"confidence": 0.95, "resamples": 1000, "seed": 0}
 COLUMNS = {
     "release": "registry release",
     "id": "registry id",
-    "sha256": "of the weights file that was measured",
+    "sha256": "of the weights file that was measured, or of the hashes of several files in a row",
     "site": "site of the SAE",
-    "layer": "from 0; empty for the embedding",
+    "layer": "from 0; empty for the embedding, and for coders of several layers",
     "d_sae": "number of latents",
     "l0": "mean number of active latents of a token",
-    "fvu": "fraction of variance unexplained; of the MLP's output for transcoders",
+    "fvu": "fraction of variance unexplained; of the MLP's output for transcoders, of several outputs together",
     "loss_clean": "the model's own next-token loss, nats",
     "loss_spliced": "the loss with the SAE spliced in, nats",
     "delta_loss": "loss_spliced - loss_clean",
@@ -73,14 +74,27 @@ def main() -> int:
         return 1 if problems else 0
     model = gs.load_model(options.model, device=options.device, dtype=options.dtype)
     tokens = spread_rows(model, options.data, options.context, options.rows)
-    keyed = {(f"{row.release}/{row.id}", row.layer): row for row in rows}
     device = model.cfg.device
-    suite = SAESuite(keyed, lambda row: load_row(row, device=device, dtype=options.dtype), options.sae_memory << 30)
-    keywords: dict[str, Any] = {"batch_size": options.batch_size, "uniformity": options.uniformity, **INTERVALS}
-    table = evaluate(model, suite, tokens, cache=options.cache, **keywords)
-    table.insert(2, "sha256", [row.sha256 for row in rows])
+
+    def load(row: Any) -> Any:
+        return load_row(row, device=device, dtype=options.dtype)
+
+    single = {(f"{row.release}/{row.id}", row.layer): row for row in rows if row.layers is None}
+    several = [row for row in rows if row.layers is not None]
+    keywords: dict[str, Any] = {"batch_size": options.batch_size, "cache": options.cache, **INTERVALS}
+    tables: list[pd.DataFrame] = []
+    if single:
+        suite = SAESuite(single, load, options.sae_memory << 30)
+        tables.append(evaluate(model, suite, tokens, uniformity=options.uniformity, **keywords))
+    tables += [evaluate(model, [load(row)], tokens, **keywords) for row in several]
+    table = pd.concat(tables)
+    keys = {(row.release, row.id): row.digest for row in rows}
+    table.insert(2, "sha256", [keys[str(row.release), str(row.id)] for row in table.itertuples()])
+    parts = {row.release for row in several}
     for release, found in table.groupby("release", sort=False):
-        write(folder, str(release), found, configuration(options, tokens))
+        name, config = str(release), configuration(options, tokens)
+        whole = found[found["layer"].isna()] if name in parts else found
+        write(folder, name, whole, config, found if name in parts else None)
     print(table[["release", "id", "l0", "fvu", "delta_loss", "dead"]].to_string(index=False))
     return 0
 
@@ -100,7 +114,8 @@ def stale(rows: list[Any], folder: Path) -> list[str]:
         if path.is_file():
             found = pd.read_csv(path, dtype={"id": str, "sha256": str})
             known |= {(str(r.release), str(r.id), str(r.sha256)) for r in found.itertuples()}
-    return [f"{row.release}/{row.id}: no result" for row in rows if (row.release, row.id, str(row.sha256)) not in known]
+    missing = [row for row in rows if (row.release, row.id, str(row.digest)) not in known]
+    return [f"{row.release}/{row.id}: no result" for row in missing]
 
 
 def configuration(options: argparse.Namespace, tokens: torch.Tensor) -> dict[str, Any]:
@@ -123,16 +138,22 @@ def configuration(options: argparse.Namespace, tokens: torch.Tensor) -> dict[str
     }
 
 
-def write(folder: Path, release: str, table: pd.DataFrame, config: dict[str, Any]) -> None:
-    """Write the table and the configuration of one release, both or neither."""
+def write(
+    folder: Path, release: str, table: pd.DataFrame, config: dict[str, Any], layers: pd.DataFrame | None = None
+) -> None:
+    """Write the table and the configuration of one release, and of coders over several layers a table with each."""
     software = {"python": platform.python_version(), "gemma-scope-tl": gs.__version__}
     software |= {name: version(name) for name in SOFTWARE}
     facts = {"release": release, "configuration": config, "software": software, "columns": COLUMNS, "bounds": BOUNDS}
-    text = table.to_csv(index=False, float_format="%.7g", lineterminator="\n")
-    files = {f"{release}.csv": text, f"{release}.json": json.dumps(facts, indent=2) + "\n"}
+    files = {f"{release}.csv": _csv(table), f"{release}.json": json.dumps(facts, indent=2) + "\n"}
+    files |= {} if layers is None else {f"{release}-by-layer.csv": _csv(layers)}
     replace_files(
         folder, {name: lambda path, text=text: path.write_text(text, "utf-8") for name, text in files.items()}
     )
+
+
+def _csv(table: pd.DataFrame) -> str:
+    return table.to_csv(index=False, float_format="%.7g", lineterminator="\n")
 
 
 def _arguments() -> argparse.Namespace:

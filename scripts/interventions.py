@@ -1,6 +1,6 @@
 """Interventions on latents of attribution graphs, predicted and measured, for each kind of coder.
 
-Example: python -m scripts.interventions --prompts 4 --sources 12
+Example: python -m scripts.interventions --prompts 4 --sources 10
 
 For each kind, latents of graphs of held-out text are set to zero, one at a time, and the changes of later latents and
 of differences of logits are measured in the model itself, where everything behind the latent is computed anew. Direct
@@ -26,6 +26,7 @@ import torch
 import gemma_scope_tl as gs
 from gemma_scope_tl.attributions.measured import measured_effects
 from gemma_scope_tl.files import write_atomically
+from gemma_scope_tl.sae.layered import LAYERED_KINDS
 from gemma_scope_tl.viz.figures import save_figure
 from scripts.attribution_check import prompts
 
@@ -76,14 +77,20 @@ KINDS = {
 """All kinds, in the order of the panels."""
 
 
+def kinds_here() -> list[str]:
+    """The kinds whose coders are bundled."""
+    layered = set(gs.list_saes(model=SECOND)["site"])
+    return [name for name in KINDS if name not in LAYERED_KINDS or name in layered]
+
+
 def main() -> None:
     """Measure, write the files, and print the fits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), metavar="KIND")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=kinds_here(), metavar="KIND")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of held-out text (default 4)")
     parser.add_argument("--length", type=int, default=16, help="tokens of a prompt, BOS included (default 16)")
-    parser.add_argument("--sources", type=int, default=12, help="latents that are ablated, per prompt (default 12)")
-    parser.add_argument("--targets", type=int, default=12, help="latents measured for each (default 12)")
+    parser.add_argument("--sources", type=int, default=10, help="latents that are ablated, per prompt (default 10)")
+    parser.add_argument("--targets", type=int, default=8, help="latents measured for each (default 8)")
     parser.add_argument("--logits", type=int, default=5, help="tokens whose logits are compared (default 5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the files")
@@ -93,12 +100,12 @@ def main() -> None:
         model, frozen = measure(KINDS[name], args)
         points.append(model.assign(kind=name))
         fits += [{"kind": name, **row, "frozen_error": frozen} for row in fitted(model)]
-        for row in fits[-len(TARGETS) :]:
+        for row in [row for row in fits if row["kind"] == name]:
             print(f"{name}, {row['target']}: {row['n']} effects, r {row['pearson']:.2f}, slope {row['slope']:.2f}")
         print(f"    direct effects in the frozen pass: largest error {frozen:.0e} of the largest", flush=True)
     table = pd.concat(points, ignore_index=True)
     columns = ["kind", "prompt", "source", "target", "group", "predicted", "measured"]
-    write_atomically(args.out / "interventions.csv", table[columns].to_csv(index=False, float_format="%.4g"))
+    write_atomically(args.out / "interventions.csv", table[columns].to_csv(index=False, float_format="%.3g"))
     settings = {key: getattr(args, key) for key in ("prompts", "length", "sources", "targets", "logits", "seed")}
     facts = {"made_by": "python -m scripts.interventions", "settings": settings, "results": fits}
     write_atomically(args.out / "interventions.json", json.dumps(facts, indent=1) + "\n")
@@ -143,6 +150,8 @@ def fitted(table: pd.DataFrame) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for group in TARGETS:
         x, y = table.loc[table["group"] == group, ["predicted", "measured"]].to_numpy(dtype=float).T
+        if not len(x):  # an MLP is a constant of the pass, so latents of MLP outputs have no edges to each other
+            continue
         r = float(np.corrcoef(x, y)[0, 1])
         rows.append({"target": group, "n": len(x), "pearson": r, "slope": float(x @ y / (x @ x))})
     return rows
@@ -187,7 +196,8 @@ def panel(ax: Any, table: pd.DataFrame, fits: list[dict[str, Any]], title: str) 
     ax.tick_params(labelsize=6.5)
     for number, row in enumerate(fits):
         text, color = f"{row['target']}: r {row['pearson']:.2f}", TARGETS[row["target"]][0]
-        ax.text(0.04, 0.95 - 0.09 * number, text, va="top", transform=ax.transAxes, color=color, fontsize=7)
+        box = {"facecolor": "white", "alpha": 0.85, "lw": 0, "pad": 1.0}
+        ax.text(0.04, 0.95 - 0.09 * number, text, va="top", transform=ax.transAxes, color=color, fontsize=7, bbox=box)
 
 
 if __name__ == "__main__":

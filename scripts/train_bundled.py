@@ -1,6 +1,7 @@
 """Make a bundled model again: `python scripts/train_bundled.py corpus`, then `tokenizer`, `model`, `card` and `saes`.
 
 `model`, `card` and `saes` take `--bundle bundled-gemma3` for the second model, which shares corpus and tokenizer.
+`layers` makes the second model's crosscoder and cross-layer transcoder, which start from its SAEs and transcoders.
 """
 
 from __future__ import annotations
@@ -91,6 +92,17 @@ def saes(
 
     chosen = bundle_named(bundle)
     publish(train(work, chosen, typer.echo, set_ or ()), chosen, windows=windows or None, report=typer.echo)
+
+
+@app.command()
+def layers(
+    work: Work = DEFAULT_WORK,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value for the configuration.")] = None,
+) -> None:
+    """Train the coders over several layers of the second model, and write weights, registry files and card."""
+    from scripts.bundled.layers import publish, train
+
+    publish(train(work, typer.echo, set_ or ()), typer.echo)
 
 
 if __name__ == "__main__":

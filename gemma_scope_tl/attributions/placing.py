@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma_scope_tl.errors import SpliceError, UnknownNameError, unknown_name
+from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.choices import as_saes
 from gemma_scope_tl.sae.layered import LayeredCoder
@@ -160,18 +160,8 @@ def placed_coders(model: GemmaModel, coders: Any) -> PlacedCoders:
 
 
 def _named(coders: Any) -> tuple[list[str], list[Any]]:
-    if isinstance(coders, Mapping):
-        given, listed = [str(one) for one in coders], list(coders.values())
-    else:
-        listed = [coders] if isinstance(coders, LayeredCoder) else coders
-        if isinstance(listed, (list, tuple)) and any(isinstance(one, LayeredCoder) for one in listed):
-            listed = list(listed)
-        else:
-            listed = as_saes(listed, whole=True)
-        given = [""] * len(listed)
-    for one in listed:
-        if not isinstance(one, LayeredCoder):
-            as_saes([one], whole=True)  # raises
+    listed = as_saes(coders, whole=True, layered=True)
+    given = [str(one) for one in coders] if isinstance(coders, Mapping) else [""] * len(listed)
     names: list[str] = []
     for name, one in zip(given, listed, strict=True):
         row = getattr(one, "row", None)
@@ -180,8 +170,6 @@ def _named(coders: Any) -> tuple[list[str], list[Any]]:
     for name in names:
         if names.count(name) > 1:
             raise SpliceError(f"Two coders are called {name!r}: give a mapping from names to coders.")
-    if not names:
-        raise SpliceError("No coder was given: give one or several.")
     return names, listed
 
 
@@ -221,21 +209,14 @@ def _single(model: GemmaModel, sae: Any, number: int, name: str) -> tuple[list[R
 
 def _layered(model: GemmaModel, coder: LayeredCoder, number: int, name: str) -> tuple[list[Reader], list[Written]]:
     """A crosscoder or cross-layer transcoder."""
-    try:
-        site = model.family.site(coder.site)
-    except UnknownNameError:
-        raise unknown_name(f"site of {model.family.title}", coder.site, model.family.sites) from None
+    site = model.family.site(coder.site)
     places: list[Place] = []
     for layer in coder.layers:
-        site.check_layer(layer, model.dims)
+        model.check_fits(coder, site, layer)
         places += site.writes_at(layer)
     out = model.family.site(places[0].site)
-    sizes, wanted = (coder.d_in, coder.d_out), (site.d_in(model.dims), out.d_in(model.dims))
-    if sizes != wanted or len(places) != len(coder.layers):
-        raise SpliceError(f"{name} reads and writes {sizes} dimensions, but this model has {wanted}: it is another's.")
-    family, said = model.family, coder.model_name
-    if said and model.model_id and family.base_name(said) != family.base_name(model.model_id):
-        raise SpliceError(f"{name} was trained on {said!r}; this model is {model.model_id!r}.")
+    if len(places) != len(coder.layers):
+        raise SpliceError(f"{name} writes {len(places)} tensors from {len(coder.layers)} layers: one each is needed.")
     readers: list[Reader] = []
     written: list[Written] = []
     for k, layer in enumerate(coder.layers):

@@ -25,6 +25,7 @@ from gemma_scope_tl.attributions.frozen import FrozenPass
 from gemma_scope_tl.attributions.placing import PlacedCoders, Reader, Written, layer_stage, stage_of
 from gemma_scope_tl.sae.sparse import encode_sparse
 from gemma_scope_tl.sites import Site
+from gemma_scope_tl.weights.ahead import read_ahead
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +197,7 @@ def sources_of(frozen: FrozenPass, placed: PlacedCoders, applied: Tensor, room: 
     count = 0
     for reader in placed.readers:
         entries.append(_active(reader, tensors[reader.stage], applied, count))
+        read_ahead(reader.W_dec, entries[-1].latent)
         count += len(entries[-1])
     cuts: dict[int, Cut] = {}
     for written in placed.written:

@@ -9,6 +9,7 @@ import typer
 
 from gemma_scope_tl.cli import options
 from gemma_scope_tl.cli.output import print_facts, print_rows
+from gemma_scope_tl.sites import layers_text
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def list_command(
     pattern: Annotated[str | None, typer.Argument(help="Glob over release/id or id.")] = None,
     model: Annotated[str | None, typer.Option(help="gemma-2-2b, bundled, …")] = None,
-    site: options.OneSite = None,
+    site: options.ListedSite = None,
     layer: options.OneLayer = None,
     width: options.OneWidth = None,
     release: options.OneRelease = None,
@@ -39,6 +40,8 @@ def list_command(
         gemma-scope list --site att --layer 12 --json
 
         gemma-scope list --model gemma-3-1b --label medium
+
+        gemma-scope list --site clt
     """
     from gemma_scope_tl.registry.listing import COLUMNS, select_rows
     from gemma_scope_tl.weights.seen import unverified_among
@@ -73,18 +76,35 @@ def show(
     from gemma_scope_tl.weights.seen import is_unverified
 
     row = resolve(release, sae_id)
-    site = row.model_family.site(row.site)
-    facts: dict[str, Any] = row.model_dump() | {"unverified": is_unverified(row)}
+    site = row.model_family.site(row.base_site)
+    facts: dict[str, Any] = row.model_dump(mode="json") | {"unverified": is_unverified(row)}
     for backend in BACKENDS:
-        facts[f"hook_{backend}"] = site.hook_name(row.layer, backend)
+        places = row.layers or (row.layer,)
+        hooks = {"": [site.hook_name(layer, backend) for layer in places]}
         if site.is_transcoder:
-            facts[f"hook_{backend}_out"] = site.hook_name_out(row.layer, backend)
+            hooks["_out"] = [site.hook_name_out(layer, backend) for layer in places]
+        for end, names in hooks.items():
+            facts[f"hook_{backend}{end}"] = names[0] if row.layers is None else names
+    if row.layers is not None:
+        facts["files"] = list(row.weights_paths)
     facts["load"] = f'gemma_scope_tl.JumpReLUSAE.from_pretrained("{row.release}", "{row.id}")'
+    if not as_json:
+        facts = {name: _lines(value) for name, value in facts.items()}
     print_facts(facts, as_json)
+
+
+def _lines(value: Any) -> Any:
+    """A list as text: layers in short, and a line for each name."""
+    if not isinstance(value, list):
+        return value
+    items: list[Any] = value
+    return layers_text(items) if all(isinstance(one, int) for one in items) else "\n".join(items)
 
 
 def _row(row: SAERow, columns: Sequence[str], unverified: set[tuple[str, str]]) -> dict[str, Any]:
     values = {name: getattr(row, name) for name in columns}
+    if row.layers is not None and "layers" not in columns:
+        values["layer"] = layers_text(row.layers)
     return values | ({"unverified": (row.release, row.id) in unverified} if "unverified" in values else {})
 
 
@@ -95,7 +115,8 @@ def _summary(found: list[SAERow], unverified: set[tuple[str, str]]) -> list[dict
     counted: list[dict[str, Any]] = []
     for (model, site, _), rows in sorted(groups.items()):
         l0s = [row.l0 for row in rows if row.l0 is not None]
-        counts = {"SAEs": len(rows), "layers": len({row.layer for row in rows if row.layer is not None})}
+        layers = {layer for row in rows for layer in row.layers or (row.layer,) if layer is not None}
+        counts = {"SAEs": len(rows), "layers": len(layers)}
         bounds = {"l0_min": min(l0s, default=None), "l0_max": max(l0s, default=None)}
         marked = sum((row.release, row.id) in unverified for row in rows)
         extra = {"unverified": marked} if unverified else {}

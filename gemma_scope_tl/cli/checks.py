@@ -72,12 +72,11 @@ def site(name: str) -> None:
     get_site(name)
 
 
-def site_or_kind(name: str) -> None:
-    """Raise unless the site, or the kind of coders of several layers, exists."""
-    from gemma_scope_tl.sites import LAYERED_SITES
+def listed_site(name: str) -> None:
+    """Raise unless it is a site, or a kind of coders of several layers."""
+    from gemma_scope_tl.sites import known_site
 
-    if name not in LAYERED_SITES:
-        site(name)
+    known_site(name)
 
 
 def backend(name: str) -> None:

@@ -35,7 +35,7 @@ class Evaluate(SeveralSAEs):
         list[str] | None,
         typer.Option(
             help="res, mlp, att, embedding, transcoder, crosscoder or clt; several times.",
-            callback=checks.each(checks.site_or_kind),
+            callback=checks.each(checks.listed_site),
         ),
     ] = None
     ablation: Annotated[

@@ -23,6 +23,13 @@ _NOTED = 150  # latents with promoted tokens on the page, unless another number 
 _FILES = "Files"
 
 
+def _site(name: str) -> None:
+    """Raise unless it is a site, or a kind of coders that span several layers."""
+    from gemma_scope_tl.sites import known_site
+
+    known_site(name)
+
+
 def _text_or_none(given: str | None) -> str | None:
     return None if given is None else checks.text(given)
 
@@ -49,7 +56,10 @@ class Graph(Command):
     text: Annotated[str | None, typer.Argument(help="The text; - reads standard input.", callback=_text_or_none)] = None
     model: options.ModelName = "bundled"
     sae_model: options.SaeModel = None
-    site: options.Sites = None
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="transcoder, clt, crosscoder, res, mlp or att; several times.", callback=checks.each(_site)),
+    ] = None
     layer: options.Layers = None
     width: options.Widths = None
     release: options.Releases = None

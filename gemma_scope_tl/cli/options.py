@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -65,6 +65,9 @@ Dtypes = Annotated[
 
 Site = Annotated[str, typer.Option(help=f"{_SITES}.", callback=checks.each(checks.site))]
 OneSite = Annotated[str | None, typer.Option(help=f"{_SITES}.", callback=checks.each(checks.site))]
+ListedSite = Annotated[
+    str | None, typer.Option(help=f"{_SITES}, crosscoder or clt.", callback=checks.each(checks.listed_site))
+]
 Sites = Annotated[list[str] | None, typer.Option(help=f"{_SITES}; several times.", callback=checks.each(checks.site))]
 Layer = Annotated[int, typer.Option(min=0, help="Layer, from 0.")]
 OneLayer = Annotated[int | None, typer.Option(min=0, help="Layer, from 0.")]
@@ -123,6 +126,8 @@ Figure = Annotated[Path | None, typer.Option(help="Draw the table to this .png f
 class SeveralSAEs(Command):
     """Options for several SAEs: the SAEs, the model, the text, and the files of results."""
 
+    takes_layered: ClassVar[bool] = False
+    """Whether the verb takes crosscoders and cross-layer transcoders too; without, they are left out with a note."""
     pattern: Pattern = None
     model: ModelName = "bundled"
     sae_model: SaeModel = None
@@ -188,7 +193,7 @@ class SeveralSAEs(Command):
         Raises:
             GemmaScopeError: no SAE fits.
         """
-        from gemma_scope_tl.registry.listing import select_rows
+        from gemma_scope_tl.registry.listing import of_one_layer, select_rows
 
         own = None if self.release else registry_name(self.model, self.sae_model)
         found = select_rows(
@@ -203,6 +208,9 @@ class SeveralSAEs(Command):
             seed=self.sae_seed,
             series=self.series,
         )
+        if not self.takes_layered and (left := [row for row in found if row.layers is not None]):
+            found = of_one_layer(found, "This command")
+            note(f"note: {len(left)} crosscoders and cross-layer transcoders are left out.")
         chosen = [row for row in found if row.canonical or not self.canonical]
         if found and not chosen:
             told = {f"--sae-label {row.label}" for row in found if row.label}

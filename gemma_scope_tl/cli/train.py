@@ -23,7 +23,7 @@ Config = Annotated[
     Path,
     typer.Argument(
         help="A YAML file, or the name of one that comes with the package: demo, bundled, gemma-2-2b-paper, "
-        "gemma-2-9b-paper, gemma_scope_2, gemma_scope_2_short, bundled-gemma3.",
+        "gemma-2-9b-paper, gemma_scope_2, gemma_scope_2_short, bundled-gemma3, bundled-gemma3-layers.",
         callback=checks.config_file,
     ),
 ]

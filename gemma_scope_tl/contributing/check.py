@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from gemma_scope_tl.contributing.folder_metadata import ARCHITECTURES, flat_cfg
+from gemma_scope_tl.contributing.layered_metadata import check_row_files
 from gemma_scope_tl.contributing.repositories import Repository, ask_each, is_remote, open_repository, sizes_of
 from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.families import bare_name, depends_on_family, named_family, names_with
@@ -189,8 +190,8 @@ def _files(rows: Sequence[SAERow], repo: str, revision: str | None, remote: bool
     ]
     there = [row for row in rows if not missing[row.id]]
     findings += _asked("shapes", there, lambda row: _shapes(repository, row), repository, progress)
-    hashed = [row for row in there if row.sha256]
-    findings += [Finding("sha256", row.id, None, "none given") for row in there if not row.sha256]
+    hashed = [row for row in there if None not in row.hashes]
+    findings += [Finding("sha256", row.id, None, "none given") for row in there if None in row.hashes]
     return findings + _asked("sha256", hashed, lambda row: _sha256(repository, row), repository, progress)
 
 
@@ -207,13 +208,16 @@ def _asked(
 
 
 def _needed(row: SAERow) -> list[str]:
-    return [row.weights_path, *([f"{row.path}/{CFG_FILE}"] if row.format == "sae-lens" else [])]
+    return [*row.weights_paths, *([f"{row.path}/{CFG_FILE}"] if row.format == "sae-lens" else [])]
 
 
 def _shapes(repository: Repository, row: SAERow) -> tuple[bool, str]:
-    source = f"{repository.name}/{row.weights_path}"
-    is_transcoder = row.model_family.site(row.site).is_transcoder
+    is_transcoder = row.model_family.site(row.base_site).is_transcoder
     expected = Expected(row.d_in, row.d_sae, row.d_out or row.d_in, is_transcoder, row.affine, "the row")
+    if row.layers is not None:
+        check_row_files(repository, row, expected)
+        return True, ""
+    source = f"{repository.name}/{row.weights_path}"
     sizes_of(repository.shapes(row.weights_path), source, expected)
     config = f"{row.path}/{CONFIG_NAME}"
     if row.format == "gemma_scope_2" and config in repository.files:
@@ -248,7 +252,11 @@ def _cfg_problems(row: SAERow, cfg: Mapping[str, Any]) -> list[str]:
 
 
 def _sha256(repository: Repository, row: SAERow) -> tuple[bool | None, str]:
-    found = repository.sha256(row.weights_path)
-    if found is None:
-        return None, "the file is not in LFS, so the listing has no hash"
-    return found == row.sha256, "" if found == row.sha256 else f"the file has {found}, but the row says {row.sha256}."
+    for path, said in zip(row.weights_paths, row.hashes, strict=True):
+        found = repository.sha256(path)
+        name = "the file" if row.layers is None else path.rpartition("/")[2]
+        if found is None:
+            return None, f"{name} is not in LFS, so the listing has no hash"
+        if found != said:
+            return False, f"{name} has {found}, but the row says {said}."
+    return True, ""

@@ -30,9 +30,9 @@ from gemma_scope_tl.families import (
 from gemma_scope_tl.files import write_atomically, write_new
 from gemma_scope_tl.registry.catalog import natural_key
 from gemma_scope_tl.registry.render import render_release
-from gemma_scope_tl.registry.schema import WEIGHTS_FILES, Format, ReleaseFile, parse_release
+from gemma_scope_tl.registry.schema import LAYER_FILE, WEIGHTS_FILES, Format, ReleaseFile, parse_release
 from gemma_scope_tl.registry.widths import width_label
-from gemma_scope_tl.sites import get_site
+from gemma_scope_tl.sites import LAYERED_SITES, get_site
 
 CANONICAL_L0 = 100
 Row = dict[str, Any]
@@ -182,7 +182,9 @@ def _apply(options: Options, folders: Iterable[FolderMetadata]) -> list[str]:
             value = get_site(value).name
         for folder in by_path.values():
             # A release of one site may also contain SAEs of a site without layers (the embedding).
-            single = any(not get_site(site).per_layer for site in folder.claims["site"].values())
+            # The same is true of coders of several layers.
+            sites = [site for site in folder.claims["site"].values() if site not in LAYERED_SITES]
+            single = folder.layers is not None or any(not get_site(site).per_layer for site in sites)
             if not (single and key in ("site", "layer")):
                 folder.claims[key][f"--{key}"] = bare_name(value) if key == "model" else value
     for text in options.settings:
@@ -205,18 +207,22 @@ def _rows(folders: Sequence[FolderMetadata], options: Options, problems: list[st
             models.add(model)
         if site is None:
             missing["site"].append(folder.path)
-        elif layer is None and get_site(site).per_layer:
+        elif layer is None and _has_layer(site):
             missing["layer"].append(folder.path)
         if l0 is None and not options.unknown_l0:
             missing["l0"].append(folder.path)
-        if folder.d_in and site is not None and folder.d_in != folder.d_out and not get_site(site).is_transcoder:
+        crosses = site is not None and get_site(LAYERED_SITES.get(site, site)).is_transcoder
+        if folder.d_in and site is not None and folder.d_in != folder.d_out and not crosses:
             folder.problems.append(f"The weights map {folder.d_in} to {folder.d_out} values, so site {site} is wrong.")
         sizes: Row = {"width": width_label(folder.d_sae or 1), "d_sae": folder.d_sae, "d_in": folder.d_in}
         if folder.d_out != folder.d_in:
             sizes["d_out"] = folder.d_out
-        where = {"site": site, "layer": layer if site is None or get_site(site).per_layer else None}
+        where: Row = {"site": site, "layer": layer if site is None or _has_layer(site) else None}
+        if folder.layers is not None:
+            where["layers"] = list(folder.layers)
+            sizes["width"] = _nominal_width(folder)
         rows.append({"id": folder.path, **where, **sizes, "l0": l0, "path": folder.path})
-        if site is not None and get_site(site).is_transcoder:
+        if crosses:
             rows[-1]["affine"] = folder.has_skip
         rows[-1] |= {key: value for key, value in folder.named.items() if value is not None}
     if len(models) != 1:
@@ -246,7 +252,8 @@ def _family(
     fitting, named = [family for family in families() if family.name in common], named_family(model)
     if named in fitting:
         return None
-    fitting = [family for family in fitting if family.sites.keys() >= set(sites)] or fitting
+    needed = {LAYERED_SITES.get(site, site) for site in sites}
+    fitting = [family for family in fitting if family.sites.keys() >= needed] or fitting
     unclear = [site for site in sites if depends_on_family(site)]
     if named is None and model is not None and unclear and len(fitting) > 1:
         problems.append(
@@ -258,14 +265,24 @@ def _family(
 
 
 def _add_hashes(repository: Repository, rows: Sequence[Row], format_: Format, progress: bool) -> list[str]:
-    paths = [f"{row['path']}/{WEIGHTS_FILES[format_]}" for row in rows]
-    hashes = ask_each(paths, repository.sha256, "hashing", repository.workers, progress)
+    names = {
+        row["id"]: [LAYER_FILE.format(k) for k in range(len(row["layers"]))]
+        if "layers" in row
+        else [WEIGHTS_FILES[format_]]
+        for row in rows
+    }
+    paths = [f"{row['path']}/{name}" for row in rows for name in names[row["id"]]]
+    hashes = iter(ask_each(paths, repository.sha256, "hashing", repository.workers, progress))
     without: list[str] = []
-    for row, digest in zip(rows, hashes, strict=True):
-        if isinstance(digest, GemmaScopeError):
-            raise digest
-        row["revision"], row["sha256"] = repository.revision, digest
-        without += [] if digest else [row["path"]]
+    for row in rows:
+        found = [next(hashes) for _ in names[row["id"]]]
+        for digest in found:
+            if isinstance(digest, GemmaScopeError):
+                raise digest
+        row["revision"] = repository.revision
+        whole = None not in found
+        row |= {"sha256s": found if whole else None} if "layers" in row else {"sha256": found[0]}
+        without += [] if whole else [row["path"]]
     return [f"No sha256 for {len(without)} files that are not in LFS: {', '.join(without[:3])}."] if without else []
 
 
@@ -273,10 +290,21 @@ def _label_remarks(folders: Iterable[FolderMetadata], rows: Iterable[Row]) -> li
     """Remarks on folders whose names state a width other than that of the weights, which the row has."""
     remarks: list[str] = []
     for folder, row in zip(folders, rows, strict=True):
-        if folder.width_label not in (None, folder.d_sae):
+        if folder.layers is None and folder.width_label not in (None, folder.d_sae):
             row["note"] = f"the folder's name says {folder.width_label} latents, the weights have {folder.d_sae}"
             remarks.append(f"{folder.path}: {NAME} says {folder.width_label} latents, the weights have {folder.d_sae}.")
     return remarks
+
+
+def _has_layer(site: str) -> bool:
+    """Whether a row of a site, or of a kind of coders of several layers, has one layer."""
+    return site not in LAYERED_SITES and get_site(site).per_layer
+
+
+def _nominal_width(folder: FolderMetadata) -> str:
+    """The width in the folder's name if the latents of all layers nearly fill it, as in Google's; else their number."""
+    named = folder.width_label
+    return width_label(named if named is not None and 0.99 * named <= folder.d_sae <= named else folder.d_sae or 1)
 
 
 def _repo_text(source: str, repository: Repository, out: Path | None) -> str:
@@ -296,5 +324,9 @@ def _describe(model: str, rows: Sequence[Row]) -> str:
     sites = dict.fromkeys(row["site"] for row in rows)
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
     span = "" if not layers else f", layer {layers[0]}" if len(layers) == 1 else f", layers {layers[0]}-{layers[-1]}"
-    kind = "transcoders" if all(get_site(site).is_transcoder for site in sites) else "SAEs"
+    if all(site in LAYERED_SITES for site in sites):
+        words = {"crosscoder": "crosscoders", "clt": "cross-layer transcoders"}
+        return f"{len(rows)} JumpReLU {' and '.join(words[site] for site in sites)} of {model}"
+    crosses = all(get_site(LAYERED_SITES.get(site, site)).is_transcoder for site in sites)
+    kind = "transcoders" if crosses else "SAEs"
     return f"{len(rows)} JumpReLU {kind} of {model}: {', '.join(sites)}{span}"

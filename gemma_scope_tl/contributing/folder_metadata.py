@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from gemma_scope_tl.contributing.coder_paths import parse_coder_path
+from gemma_scope_tl.contributing.layered_metadata import read_layers
 from gemma_scope_tl.contributing.repositories import Repository, sizes_of
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError, known_name
 from gemma_scope_tl.families import Family, families, family_named, named_family
 from gemma_scope_tl.registry.schema import WEIGHTS_FILES, Format
 from gemma_scope_tl.registry.widths import parse_width
-from gemma_scope_tl.sites import SITES, get_site, site_of_hook
+from gemma_scope_tl.sites import SITES, known_site, site_of_hook
 from gemma_scope_tl.weights.checks import CONFIG_NAME, SKIP_KEYS, Expected
 from gemma_scope_tl.weights.coder_config import CoderConfig
+from gemma_scope_tl.weights.layer_files import is_layer_file
 
 ARCHITECTURES = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 KEYS = ("site", "layer", "l0", "model")
@@ -40,6 +42,7 @@ class FolderMetadata:
         width_label: the width in the folder's name, in latents.
         families: names of the families in which the tensors that the files name are a place; None if no file names any.
         has_skip: whether the weights have a skip connection.
+        layers: the layers of a coder of several layers; None for one of a single layer.
         named: values of a row that only Gemma Scope 2's layout has: ``label`` and ``seed``.
         problems: problems of the folder, in sentences.
     """
@@ -52,6 +55,7 @@ class FolderMetadata:
     width_label: int | None = None
     families: frozenset[str] | None = None
     has_skip: bool = False
+    layers: tuple[int, ...] | None = None
     named: dict[str, Any] = field(default_factory=dict[str, Any])
     problems: list[str] = field(default_factory=list[str])
 
@@ -74,6 +78,9 @@ def layout_of(repository: Repository, wanted: Format | None = None) -> tuple[For
     by_format: dict[Format, list[str]] = {}
     for format_, weights in WEIGHTS_FILES.items():
         folders = [path.rpartition("/")[0] for path in repository.files if path.rpartition("/")[2] == weights]
+        if format_ == "gemma_scope_2":
+            layered = [path.rpartition("/") for path in repository.files]
+            folders = list(dict.fromkeys([*folders, *(top for top, _, name in layered if is_layer_file(name))]))
         if folders and wanted in (None, format_):
             by_format[format_] = folders
     if not by_format:
@@ -95,6 +102,9 @@ def read_metadata(repository: Repository, folder: str, format_: Format) -> Folde
         metadata.problems.append("The weights lie at the top: put them into a folder, whose name becomes the SAE's id.")
     weights = f"{folder}/{WEIGHTS_FILES[format_]}".lstrip("/")
     try:
+        if format_ == "gemma_scope_2" and weights not in repository.files:
+            read_layers(metadata, repository)
+            return metadata
         shapes, source = repository.shapes(weights), f"{repository.name}/{weights}"
         metadata.d_in, metadata.d_sae, metadata.d_out = sizes_of(shapes, source)
         metadata.has_skip = any(name in SKIP_KEYS for name in shapes)
@@ -220,7 +230,7 @@ def parse_setting(text: str) -> tuple[str, str, Any]:
     if not (colon and equals and folder and key in KEYS):
         raise GemmaScopeError(f"--set {text!r} is not FOLDER:KEY=VALUE with a key of {', '.join(KEYS)}.")
     try:
-        read: dict[str, Callable[[str], Any]] = {"layer": int, "l0": float, "site": lambda v: get_site(v).name}
+        read: dict[str, Callable[[str], Any]] = {"layer": int, "l0": float, "site": known_site}
         return folder.strip("/"), key, read.get(key, str)(value)
     except ValueError:
         raise GemmaScopeError(f"--set {text!r}: {value!r} is not a number.") from None

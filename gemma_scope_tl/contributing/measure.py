@@ -56,9 +56,10 @@ def measure_l0(
         A finding for each SAE that was run or could not be run. For a row without an L0, the text states the measured
         L0.
     """
-    chosen = spread(rows, count)
+    chosen = spread([row for row in rows if row.layers is None], count)
     if not chosen:
-        return []
+        several = spread(rows, count)
+        return [Finding("l0", row.id, None, f"a {row.site} spans several layers and is not run") for row in several]
     if not remote and is_remote(chosen[0].repo):
         return [Finding("l0", "", False, f"The SAEs to run are in {chosen[0].repo} on the Hub: give --remote.")]
     if model_path is None and not is_bundled(chosen[0].model):

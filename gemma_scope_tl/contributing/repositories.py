@@ -30,6 +30,7 @@ from gemma_scope_tl.weights.checks import (
     weights_error,
 )
 from gemma_scope_tl.weights.hub_errors import hub_error, hub_exceptions
+from gemma_scope_tl.weights.layer_files import is_layer_file
 
 LISTED_NAMES = frozenset((*WEIGHTS_FILES.values(), CFG_FILE, CONFIG_NAME))
 T = TypeVar("T")
@@ -37,6 +38,11 @@ R = TypeVar("R")
 
 Shapes = dict[str, tuple[int, ...]]
 """Shapes by canonical array name, as ``weights/checks.py`` lists them."""
+
+
+def is_listed(name: str) -> bool:
+    """Whether files of this name belong to releases."""
+    return name in LISTED_NAMES or is_layer_file(name)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class LocalRepository:
         found: dict[str, RepositoryFile] = {}
         for folder, inner, names in os.walk(self.root):
             inner[:] = sorted(name for name in inner if not name.startswith("."))
-            for name in sorted(LISTED_NAMES.intersection(names)):
+            for name in sorted(filter(is_listed, names)):
                 path = (Path(folder) / name).relative_to(self.root).as_posix()
                 found[path] = RepositoryFile(path, self._at(path).stat().st_size)
         return found
@@ -158,7 +164,7 @@ class HubRepository:
             self.revision = api.repo_info(repo, revision=revision).sha
         with _hub_errors(repo, self.revision):
             entries = list(api.list_repo_tree(repo, recursive=True, revision=self.revision))
-        kept = [e for e in entries if isinstance(e, RepoFile) and e.path.rpartition("/")[2] in LISTED_NAMES]
+        kept = [e for e in entries if isinstance(e, RepoFile) and is_listed(e.path.rpartition("/")[2])]
         self.files: Mapping[str, RepositoryFile] = {
             e.path: RepositoryFile(e.path, e.size, e.lfs.sha256 if e.lfs else None) for e in kept
         }

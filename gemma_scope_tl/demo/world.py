@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from gemma_scope_tl.demo.limits import Limits
 from gemma_scope_tl.errors import GemmaScopeError, unknown_name
-from gemma_scope_tl.registry.listing import select_rows
+from gemma_scope_tl.registry.listing import of_one_layer, select_rows
 from gemma_scope_tl.sae.suite import SAESuite
 from gemma_scope_tl.sites import SITES
 from gemma_scope_tl.viz.latent_facts import PageText
@@ -217,6 +217,7 @@ def load_world(
     """
     from gemma_scope_tl.model.loading import load_model
 
-    found = select_rows(model=None if release else model.rstrip("/").split("/")[-1], release=release)
+    selected = select_rows(model=None if release else model.rstrip("/").split("/")[-1], release=release)
+    found = of_one_layer(selected, "The demo")
     loaded = load_model(model, device=device, dtype=dtype)
     return World(loaded, found, limits, PageText(loaded, rows=rows, context=context), dtype=dtype)

@@ -52,6 +52,8 @@ def register_with_sae_lens() -> list[str]:
     (rows of 1,024 tokens that begin with BOS), not records of training. ``model_name`` is a name that TransformerLens
     has.
 
+    Crosscoders and cross-layer transcoders have no class in SAELens, so their releases are left out.
+
     Another call updates the entries from the registry. Ids are loaded from the current registry, but SAELens accepts
     only the ids that existed at the last call.
 
@@ -64,7 +66,7 @@ def register_with_sae_lens() -> list[str]:
     directory = pretrained_saes_directory.get_pretrained_saes_directory()
     for name in [name for name, entry in directory.items() if entry.conversion_func == LOADER_NAME]:
         del directory[name]
-    known = releases(canonical=True)
+    known = [name for name in releases(canonical=True) if not _spans_layers(name)]
     names = {name: name for name in known if name not in directory}
     names |= {f"{PREFIX}{name}": name for name in known if name in directory}
     directory.update({added: _lookup(added, name) for added, name in names.items()})
@@ -112,6 +114,11 @@ def config_for_sae_lens(
 def _model_name(model: str) -> str:
     """The Hub's name of a released model without the publisher, which TransformerLens has; other names unchanged."""
     return hub_ids().get(model, model).rpartition("/")[2]
+
+
+def _spans_layers(name: str) -> bool:
+    """Whether a release has coders of several layers, alone or among others."""
+    return any(row.layers is not None for row in rows_of(header_of(name)))
 
 
 def _lookup(added: str, name: str) -> PretrainedSAELookup:

@@ -66,6 +66,7 @@ METRICS = {
     "tokens": "Int64",
 }
 """Columns that ``with_metrics`` adds, from the results in :data:`RESULTS`."""
+_DIGEST = "digest"
 RESULTS = BUNDLED_DATA / "results"
 """Folder with ``<release>.csv`` for each release that was measured, and the configuration of the measurement."""
 
@@ -102,7 +103,7 @@ def list_saes(
         model, site, layer, width, release, pattern, label=label, affine=affine, seed=seed, series=series
     )
     table = _table(rows)
-    return _with_metrics(table) if with_metrics else table
+    return _with_metrics(table, [row.digest for row in rows]) if with_metrics else table
 
 
 def select_rows(
@@ -163,6 +164,24 @@ def select_rows(
     return sorted(fitting, key=_order())
 
 
+def of_one_layer(rows: Iterable[SAERow], what: str) -> list[SAERow]:
+    """The rows without those of coders that span several layers, for code that does not take such coders.
+
+    Args:
+        rows: selected rows.
+        what: what takes rows of one layer only, for the message.
+
+    Raises:
+        RegistryError: when there are rows, and all of them span several layers.
+    """
+    selected = list(rows)
+    kept = [row for row in selected if row.layers is None]
+    if selected and not kept:
+        kinds = " and ".join(sorted({f"{row.site}s" for row in selected}))
+        raise RegistryError(f"{what} takes coders of one layer; only {kinds}, which span several, were selected.")
+    return kept
+
+
 def _of_releases(
     models: set[str] | None, names: set[str] | None, series: str | None
 ) -> list[tuple[str | None, SAERow]]:
@@ -198,10 +217,11 @@ def _table(rows: Sequence[SAERow]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _with_metrics(table: pd.DataFrame) -> pd.DataFrame:
+def _with_metrics(table: pd.DataFrame, digests: Sequence[str | None]) -> pd.DataFrame:
+    """The table with the results of the same weights, whose files name them by :attr:`SAERow.digest` as ``sha256``."""
     import pandas as pd
 
-    keys = ["release", "id", "sha256"]
+    keys = ["release", "id", _DIGEST]
     empty = pd.DataFrame(
         {name: pd.Series(dtype=dtype) for name, dtype in {**dict.fromkeys(keys, "string"), **METRICS}.items()}
     )  # pyright: ignore
@@ -209,7 +229,8 @@ def _with_metrics(table: pd.DataFrame) -> pd.DataFrame:
     files = [results_folder(str(repo)) / f"{release}.csv" for release, repo in owners]
     frames = [empty, *(_results(path) for path in files if path.is_file())]
     measured = pd.concat([frame[[*keys, *METRICS]] for frame in frames if len(frame)] or [empty])
-    joined = table.merge(measured, on=keys, how="left", validate="one_to_one")
+    named = table.assign(**{_DIGEST: pd.array(list(digests), dtype="string")})
+    joined = named.merge(measured, on=keys, how="left", validate="one_to_one").drop(columns=_DIGEST)
     return joined.astype({**COLUMNS, **METRICS})  # pyright: ignore
 
 
@@ -224,7 +245,7 @@ def _results(path: Path) -> pd.DataFrame:
 
     try:
         frame = pd.read_csv(path, dtype=dict.fromkeys(("release", "id", "sha256"), "string"))
-        found = frame.rename(columns={"l0": "l0_measured"})
+        found = frame.rename(columns={"l0": "l0_measured", "sha256": _DIGEST})
         return found.astype(METRICS)  # pyright: ignore
     except OSError as error:
         raise RegistryError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error

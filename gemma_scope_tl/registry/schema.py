@@ -4,6 +4,7 @@ together.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -160,8 +161,8 @@ class SAEEntry(BaseModel):
         layers, several = info.data.get("layers"), isinstance(hashes, tuple)
         if hashes is not None and info.data.get("site") is not None and several != (layers is not None):
             raise ValueError("one file has sha256, and the files of several layers have sha256s, in their order")
-        if several and layers is not None and len(cast("tuple[str, ...]", hashes)) != len(layers):
-            raise ValueError(f"{len(layers)} layers have as many files, but there are {len(hashes)} hashes")
+        if several and layers is not None and len(hashes or ()) != len(layers):
+            raise ValueError(f"{len(layers)} layers have as many files, but there are {len(hashes or ())} hashes")
         return hashes
 
     @field_validator("d_out", mode="after")
@@ -253,6 +254,13 @@ class SAERow(SAEEntry):
         if self.layers is None:
             return (self.sha256,)
         return self.sha256s or (None,) * len(self.layers)
+
+    @property
+    def digest(self) -> str | None:
+        """A hash of all weights: that of the one file, or the sha256 of those of several files; None if unknown."""
+        if self.layers is None or self.sha256s is None:
+            return self.sha256
+        return hashlib.sha256("".join(self.sha256s).encode()).hexdigest()
 
     @property
     def base_site(self) -> str:

@@ -268,6 +268,13 @@ def _trained_suite(
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return name, None
     listed = cast("list[dict[str, Any]]", rows)
+    several = next((row for row in listed if row.get("layers")), None)
+    if several is not None:
+        raise GemmaScopeError(
+            f"{file} lists {several.get('path')}, a coder over several layers. Its folder is in Gemma Scope 2's layout "
+            "already, and is published as it is. To export the SAEs of single layers beside it, copy their folders "
+            "without suite.json and give model=."
+        )
     _check_listed(folder, {str(row.get("path")) for row in listed})
     if name is None:
         return None, None

@@ -28,7 +28,7 @@ from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.sae.planes import written_planes
 from gemma_scope_tl.sae.provenance import Marks, marks_of
 from gemma_scope_tl.sae.sparse import SparseActs, encode_sparse
-from gemma_scope_tl.sites import LAYERED_SITES
+from gemma_scope_tl.sites import LAYERED_SITES, layers_text
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -125,9 +125,7 @@ class LayeredCoder(nn.Module):
 
     def __repr__(self) -> str:
         """One line: name, layers, sizes and dtype."""
-        first, last = self.layers[0], self.layers[-1]
-        whole = len(self.layers) > 2 and list(self.layers) == list(range(first, last + 1))
-        layers = f"{first}-{last}" if whole else ", ".join(map(str, self.layers))
+        layers = layers_text(self.layers)
         parts = [self.name, *([] if self.row is None else [self.kind]), f"layers {layers}", f"{self.d_sae:,} latents"]
         parts += [f"d {self.d_in}", *([] if self.W_skip is None else ["with skips"]), str(self.dtype)[len("torch.") :]]
         return f"{type(self).__name__}({', '.join(parts)})"

@@ -97,19 +97,19 @@ class TrainedLayered:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """``l0``, the number of active latents of all layers together, and ``l0_layers`` of each; ``fvu``, the mean
-        over outputs of squared error over variance, and ``fvu_layers`` of each; ``silent``, the share of latents that
-        never fired."""
+        """``l0``, the number of active latents of all layers together, and ``l0_layers`` of each; ``fvu``, the squared
+        error over the variance of all outputs together, and ``fvu_layers`` of each; ``silent``, the share of latents
+        that never fired."""
         l0s = [active / self.rows for active in self.active]
         variances = [
             squares - total.square().sum().item() / self.rows
             for squares, total in zip(self.squares, self.totals, strict=True)
         ]
-        fvus = [e / v if v > 0.0 else float("nan") for e, v in zip(self.error, variances, strict=True)]
+        fvus = [_share(error, variance) for error, variance in zip(self.error, variances, strict=True)]
         fired = self.shard.sum_latents(torch.stack([each.sum() for each in self.fired]).sum())
         return {
             "l0": sum(l0s),
-            "fvu": sum(fvus) / len(fvus),
+            "fvu": _share(sum(self.error), sum(variances)),
             "silent": 1.0 - float(fired) / self.spec.d_sae,
             "l0_layers": l0s,
             "fvu_layers": fvus,
@@ -202,6 +202,10 @@ class TrainedLayered:
         }
 
 
+def _share(error: float, variance: float) -> float:
+    return error / variance if variance > 0.0 else float("nan")
+
+
 def config_of(spec: LayeredSpec, family: Family, model: str) -> dict[str, Any]:
     """The content of ``config.json``, with the target L0 as ``l0``, as in Google's.
 
@@ -211,7 +215,7 @@ def config_of(spec: LayeredSpec, family: Family, model: str) -> dict[str, Any]:
     from gemma_scope_tl.families import stated_family
     from gemma_scope_tl.sae.config import FAMILY
 
-    hooks = tensors_of(spec.kind, family, ALL if spec.all_layers else spec.layers)
+    hooks = tensors_of(spec.kind, family, ALL if spec.said_all else spec.layers)
     said: dict[str, Any] = {
         "hf_hook_point_in": None if hooks is None else hooks[0],
         "hf_hook_point_out": None if hooks is None else hooks[1],

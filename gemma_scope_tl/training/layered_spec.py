@@ -33,7 +33,7 @@ class LayeredSpec:
             the single-layer coders' L0s with ``init_from``, and for ``target_l0`` without it.
         l0_decay_steps: the number of steps of that fall. None for the steps over which lambda rises, as in Gemma Scope
             2's report (50,000 for both).
-        all_layers: whether these are all layers of the model, which is how files say it.
+        all_layers: whether these are all layers of the model.
 
     Raises:
         GemmaScopeError: a value is out of range.
@@ -98,6 +98,11 @@ class LayeredSpec:
         return tuple(target_of(place) for place in self.reads)
 
     @property
+    def said_all(self) -> bool:
+        """Whether files say "all" in place of the layers, as Google's do for CLTs and not for crosscoders."""
+        return self.all_layers and self.is_transcoder
+
+    @property
     def folder(self) -> str:
         """The folder of a release that holds the coder's, below the release's own."""
         return self.kind
@@ -105,7 +110,7 @@ class LayeredSpec:
     @property
     def release_head(self) -> str:
         """What the coder's path in a release begins with, as in Gemma Scope 2's; its L0 follows."""
-        layers = "" if self.all_layers else f"layer_{'_'.join(map(str, self.layers))}_"
+        layers = "" if self.said_all else f"layer_{'_'.join(map(str, self.layers))}_"
         return f"{self.kind}/{layers}width_{width_label(self.d_sae)}_l0_"
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.registry.listing import select_rows
+from gemma_scope_tl.registry.listing import of_one_layer, select_rows
 from gemma_scope_tl.registry.schema import SAERow
 
 GIB = 1 << 30
@@ -50,7 +50,8 @@ def candidates(
     Raises:
         GemmaScopeError: no row fits.
     """
-    found = select_rows(model, sites or None, layers or None, widths or None, releases or None)
+    selected = select_rows(model, sites or None, layers or None, widths or None, releases or None)
+    found = of_one_layer(selected, "The verification")
     small = [row for row in found if float32_bytes(row) <= largest * GIB]
     if not small:
         larger = f" {len(found)} do, but all are larger than {largest:g} GiB." if found else ""

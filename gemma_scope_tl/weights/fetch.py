@@ -19,7 +19,6 @@ from gemma_scope_tl.weights.checks import (
     weights_error,
 )
 from gemma_scope_tl.weights.hub_errors import download_errors
-from gemma_scope_tl.weights.layer_files import find_layers
 
 if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
@@ -90,6 +89,8 @@ def fetch_layers(row: SAERow, *, force_download: bool = False) -> list[Path]:
         folder = inside(root, row.path)
         if not folder.is_dir():
             raise weights_error(folder, "does not exist", f"Expected {names[0]} under {root}.")
+        from gemma_scope_tl.weights.layer_files import find_layers  # imports torch, which takes seconds
+
         return [inside(root, f"{row.path}/{path.name}") for path in find_layers(folder, len(names))]
     first = _from_hub(row, names[0], force_download)
     same = row.model_copy(update={"revision": _commit_of(row, first)})

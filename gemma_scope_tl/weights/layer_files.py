@@ -81,6 +81,11 @@ def holds_layers(folder: Path) -> bool:
     return next(folder.glob(_ANY), None) is not None
 
 
+def is_layer_file(name: str) -> bool:
+    """Whether a file's name is that of one layer."""
+    return _PATTERN.fullmatch(name) is not None
+
+
 def find_layers(folder: Path, count: int | None = None) -> list[Path]:
     """The files of the layers in a folder, in their order.
 
@@ -158,11 +163,20 @@ def checked_layer(layouts: Mapping[str, ArrayLayout], source: str, expected: Exp
     for layout in layouts.values():
         check_float(source, layout)
     named = {names[name]: layout for name, layout in layouts.items()}
-    if surplus := sorted(set(named) - {*REQUIRED, SKIP_NAME}):
-        raise weights_error(source, f"has {', '.join(surplus)}, which no layer of such a coder has", _WRONG)
-    check_skip(named, source, replace(expected, transcoder=None))
-    _check_layer_shapes({name: layout.shape for name, layout in named.items()}, source, expected, count)
+    check_layer_arrays({name: layout.shape for name, layout in named.items()}, source, expected, count)
     return named
+
+
+def check_layer_arrays(shapes: Mapping[str, tuple[int, ...]], source: str, expected: Expected, count: int) -> None:
+    """Check the names and shapes of the arrays of one layer, by canonical name.
+
+    Raises:
+        WeightsError: for an array that such a file does not have, or shapes that do not fit.
+    """
+    if surplus := sorted(set(shapes) - {*REQUIRED, SKIP_NAME}):
+        raise weights_error(source, f"has {', '.join(surplus)}, which no layer of such a coder has", _WRONG)
+    check_skip(shapes, source, replace(expected, transcoder=None))
+    _check_layer_shapes(shapes, source, expected, count)
 
 
 def _check_layer_shapes(shapes: Mapping[str, tuple[int, ...]], source: str, expected: Expected, count: int) -> None:

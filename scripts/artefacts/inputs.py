@@ -15,15 +15,17 @@ from typing import Any
 
 from gemma_scope_tl.model.sizes import family_and_sizes
 from gemma_scope_tl.registry.listing import select_rows
+from gemma_scope_tl.sites import LAYERED_SITES
 from gemma_scope_tl.training.config import load_config
 from gemma_scope_tl.training.grid import groups_of
+from gemma_scope_tl.training.layered_spec import LayeredSpec
 from gemma_scope_tl.training.spec import LATER, SAESpec
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLED, SECOND = "gemma_scope_tl/bundled", "gemma_scope_tl/bundled/gemma3"
 """The folder of what comes with the package, and within it that of the second bundled model."""
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-ROW = ("release", "id", "site", "layer", "width", "l0", "path", "canonical")
+ROW = ("release", "id", "site", "layer", "width", "l0", "path", "canonical", "layers")
 """What an artefact may depend on of a row of the registry."""
 TRAINED_BY = ("data", "source", "steps", "tokens", "grid", "seed")
 """The keys of a configuration on which trained weights depend, beside the recipe of each SAE."""
@@ -55,20 +57,21 @@ def _model(folder: str) -> str:
     return of_files(*(f"{folder}/model/{name}" for name in MODEL_FILES))
 
 
-def _suite(name: str, files: str) -> str:
-    rows = [[getattr(row, column) for column in ROW] for row in select_rows(name)]
+def _suite(name: str, files: str, *, layered: bool = False) -> str:
+    chosen = [row for row in select_rows(name) if (row.site in LAYERED_SITES) == layered]
+    rows = [[getattr(row, column) for column in ROW] for row in chosen]
     return of_values([rows, of_files(files)])
 
 
-def _recipe(name: str) -> str:
-    config = load_config(ROOT / "configs" / f"{name}.yaml")
+def _recipe(name: str, configuration: str | None = None) -> str:
+    config = load_config(ROOT / "configs" / f"{configuration or name}.yaml")
     shown = config.model_dump(mode="json", include=set(TRAINED_BY))
     family, sizes = family_and_sizes(name)
     groups = groups_of(config, sizes.dims, family)
     return of_values([shown, [[group.steps, *map(_spec, group.specs)] for group in groups]])
 
 
-def _spec(spec: SAESpec) -> dict[str, Any]:
+def _spec(spec: SAESpec | LayeredSpec) -> dict[str, Any]:
     """An SAE's description without keys that are not used, so that it stays the same when there are more of them."""
     return {key: value for key, value in asdict(spec).items() if value or key not in LATER}
 
@@ -87,6 +90,8 @@ INPUTS: dict[str, Callable[[], str]] = {
     "recipe-gemma3": lambda: _recipe("bundled-gemma3"),
     "suite": lambda: _suite("bundled", f"{BUNDLED}/saes/**/params.npz"),
     "suite-gemma3": lambda: _suite("bundled-gemma3", f"{SECOND}/saes/*_all/**/params.safetensors"),
+    "recipe-gemma3-layers": lambda: _recipe("bundled-gemma3", "bundled-gemma3-layers"),
+    "layers-gemma3": lambda: _suite("bundled-gemma3", f"{SECOND}/saes/c*/**/*.safetensors", layered=True),
     "log": lambda: of_files(f"{BUNDLED}/saes/training.jsonl"),
     "results": lambda: of_files(f"{BUNDLED}/results/*.csv"),
     "notebook sources": lambda: of_files("tutorials/source/*.py"),

@@ -58,6 +58,13 @@ STUDIES = ("position", "frequency", "domains", "precision", "uniformity", "probe
 """Names of ``scripts.study_page.STUDIES``, which importing that module here would make slow to list."""
 
 MEASURED = ("model", "suite", "text")
+ALL_MEASURED = (*MEASURED, "model-gemma3", "suite-gemma3")
+
+
+def _releases(*names: str) -> str:
+    """Options that choose releases of the second bundled model."""
+    return " ".join(f"--release bundled-gemma3-{name}" for name in names)
+
 
 SECOND_STEPS = (
     Step(
@@ -75,9 +82,28 @@ SECOND_STEPS = (
     ),
     Step(
         "results-gemma3",
-        ("scripts/bundled_results.py --model bundled-gemma3",),
+        (f"scripts/bundled_results.py --model bundled-gemma3 {_releases('res', 'mlp', 'att', 'transcoders')}",),
         ("model-gemma3", "suite-gemma3", "text"),
         (f"{SECOND}/results/bundled-gemma3-[!c]*",),
+    ),
+    Step(
+        "layers-gemma3",
+        ("scripts/train_bundled.py layers",),
+        ("model-gemma3", "suite-gemma3", "text", "recipe-gemma3-layers"),
+        (
+            f"{SECOND}/saes/c*/**/*",
+            f"{SECOND}/saes/README-layers.md",
+            f"{SECOND}/saes/training-layers.jsonl",
+            "pretrained_yaml/bundled-gemma3-c*.yaml",
+        ),
+        corpus,
+        note="trains both coders; a stopped run is continued",
+    ),
+    Step(
+        "results-gemma3-layers",
+        (f"scripts/bundled_results.py --model bundled-gemma3 {_releases('clt', 'crosscoder')}",),
+        ("model-gemma3", "layers-gemma3", "text"),
+        (f"{SECOND}/results/bundled-gemma3-c*",),
     ),
 )
 """The steps of the second bundled model."""
@@ -114,6 +140,12 @@ STEPS = (
         for name in STUDIES
     ),
     Step("attribution", ("scripts/attribution_check.py",), MEASURED, ("docs/attribution.json", "docs/attribution.png")),
+    Step(
+        "interventions",
+        ("-m scripts.interventions",),
+        ALL_MEASURED,
+        ("docs/interventions.csv", "docs/interventions.json", "docs/interventions.png"),
+    ),
     Step("tour", ("scripts/demo.py --out docs",), MEASURED, ("docs/demo.png", "docs/circuit.png")),
     Step("tutorials", ("-m scripts.tutorials",), (*MEASURED, "notebook sources"), ("tutorials/*.ipynb",)),
     Step(

@@ -97,9 +97,9 @@ def publish(
     if bundle.layout == "gemma_scope_2" and size > LIMIT:
         raise ValueError(f"the suite has {size:,} bytes, more than {LIMIT:,}: train fewer or narrower SAEs")
     root = bundle.folder / BUNDLED_SAES.name
-    _swap(staging, root)
+    swap(staging, root)
     write_registry(registry, bundle, published)
-    _write_log(suite / "metrics.jsonl", root / "training.jsonl")
+    write_log(suite / "metrics.jsonl", root / "training.jsonl")
     seconds = sum(row["seconds"] for row in read_jsonl(suite / "runs.jsonl"))
     clean = float(table["loss_clean"].iloc[0])
     write_card(root / "README.md", bundle, published, facts["config"], clean=clean, seconds=seconds)
@@ -154,7 +154,7 @@ def _measure(
     return gs.evaluate(model, loaded, tokens, batch_size=16, ablations=("zero",), resamples=200, cache=cache)
 
 
-def _swap(staging: Path, root: Path) -> None:
+def swap(staging: Path, root: Path) -> None:
     """Replace the folders of an earlier run, for every site."""
     root.mkdir(parents=True, exist_ok=True)
     for folder in staging.iterdir():
@@ -163,7 +163,7 @@ def _swap(staging: Path, root: Path) -> None:
     shutil.rmtree(staging)
 
 
-def _write_log(log: Path, to: Path) -> None:
+def write_log(log: Path, to: Path) -> None:
     """The training log with numbers of four digits, every tenth of its steps and the last."""
     rows = list(read_jsonl(log))
     steps = sorted({row["step"] for row in rows})

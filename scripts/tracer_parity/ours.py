@@ -14,7 +14,13 @@ from gemma_scope_tl.registry.locate import BUNDLED_MODEL
 from gemma_scope_tl.sae.layered import LayeredCoder
 from scripts.tracer_parity.case import Case, arrays, hf_model
 
-SETTINGS = {"logits": 10, "probability": 0.95, "centred": True, "soft_cap": "before", "max_latent_nodes": None}
+SETTINGS: dict[str, Any] = {
+    "logits": 10,
+    "probability": 0.95,
+    "centred": True,
+    "soft_cap": "before",
+    "max_latent_nodes": None,
+}
 """circuit-tracer's defaults: its logits are those before the soft-cap, and it takes all latents."""
 
 

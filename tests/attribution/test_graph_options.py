@@ -157,7 +157,7 @@ def test_what_cannot_be_a_graph_raises(model: Any, ids: torch.Tensor) -> None:
         ([sae_of(model, "mlp", 1), sae_of(model, "transcoder", 1)], "mlp/layer_1 is taken"),
         ([sae, mixtures(model)["crosscoder"][0], sae_of(model, "res", 2)], "res/layer_2 is taken"),
         ([], "No SAE was given"),
-        ({}, "No coder was given"),
+        ({}, "No SAE was given"),
         ("res", "One or several SAEs"),
         ([sae, 1], "not an SAE"),
     ):

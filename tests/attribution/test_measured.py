@@ -75,6 +75,6 @@ def test_effects_correlate_in_a_trained_model() -> None:
     graph = gs.attribution_graph(model, "In the beginning God created the heaven", coders)
     table = measured_effects(model, graph, coders, sources=8, targets=16)
     found = correlations(table)
-    by_pass = dict(found[found["target"] == "latents"].groupby("measured_in"))
+    by_pass = {name: group for name, group in found[found["target"] == "latents"].groupby("measured_in")}  # noqa: C416
     assert by_pass["frozen"]["largest_error"].max() < 1e-4  # float32
     assert by_pass["model"]["pearson"].min() > 0.8

@@ -75,6 +75,8 @@ def test_a_file_is_read_in_place_of_a_text(tmp_path: Path) -> None:
             ["layer_1_width_256_l0_medium"],
         ),
         ({"model": "gemma-2-2b", "layer": [5]}, ["layer_5/width_16k/average_l0_87"]),
+        ({"model": "gemma-3-1b", "site": ["clt"]}, ["width_262k_l0_medium_affine"]),
+        ({"model": "gemma-3-1b", "site": ["crosscoder"]}, ["layer_7_13_17_22_width_65k_l0_medium"]),
         ({"model": "gemma-3-1b-pt", "layer": [7]}, ["transcoder_all/layer_7_width_16k_l0_small_affine"]),
     ],
 )

@@ -285,6 +285,7 @@ def test_endpoint_from_the_environment(hub: LocalHub, repo: Repo, tmp_path: Path
     code = (
         "from gemma_scope_tl.weights.fetch import fetch; from types import SimpleNamespace as N; "
         f"print(fetch(N(release='r', id='i', format='gemma-scope', path={FOLDER!r}, repo={ID!r}, revision=None, "
+        f"weights_path={FOLDER + '/params.npz'!r}, "
         f"sha256={SHA256!r})))"
     )
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}

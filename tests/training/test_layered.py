@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 from typing import Any
 from unittest.mock import patch
 
@@ -10,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.training import optimizer
 from gemma_scope_tl.training.layered_spec import LayeredSpec
 from gemma_scope_tl.training.layered_trainer import LayeredTrainer
 from gemma_scope_tl.training.recipe import Recipe
+from gemma_scope_tl.training.shard import Shard
 from tests.training.layered_oracle import Arrays, LayeredOracle
 
 STEPS, BATCH, K, D_IN, D_OUT, M = 50, 40, 3, 6, 5, 16
@@ -79,6 +83,100 @@ def _arrays(trainer: LayeredTrainer) -> Arrays:
 def _step(trainer: LayeredTrainer, x: np.ndarray, y: np.ndarray) -> None:
     targets = [torch.tensor(one) for one in y] if trainer.spec.is_transcoder else None
     trainer.step([torch.tensor(one) for one in x], targets)
+
+
+class ThreadShard(Shard):
+    """One of several threads that divide the latents or the rows, and add up their parts."""
+
+    def __init__(self, rank: int, ranks: int, axis: str, barrier: Barrier, parts: dict[int, torch.Tensor]) -> None:
+        fields = {f"{axis}_rank": rank, f"{axis}_ranks": ranks}
+        for name, value in {"latent_rank": 0, "latent_ranks": 1, "data_rank": 0, "data_ranks": 1, **fields}.items():
+            object.__setattr__(self, name, value)
+        self.__dict__.update(rank=rank, axis=axis, barrier=barrier, parts=parts)
+
+    def _sum(self, tensor: torch.Tensor, axis: str) -> torch.Tensor:
+        if axis != self.axis:
+            return tensor
+        self.parts[self.rank] = tensor
+        self.barrier.wait()
+        total = torch.stack([self.parts[rank] for rank in sorted(self.parts)]).sum(0)
+        self.barrier.wait()
+        return total
+
+    def sum_latents(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._sum(tensor, "latent")
+
+    def sum_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._sum(tensor, "data")
+
+
+@pytest.mark.parametrize("axis", ["latent", "data"])
+@pytest.mark.parametrize(("kind", "skip"), [("crosscoder", False), ("clt", True)])
+def test_a_divided_run_is_the_undivided_one(kind: str, skip: bool, axis: str) -> None:
+    """In float64; sums in another order, through Adam's division by roots of small squares."""
+    x, y = _data(kind)
+    spec = _spec(kind, TOGETHER, skip=skip)
+    alone = _trainer(spec)
+    for inputs, targets in zip(x, y, strict=True):
+        _step(alone, inputs, targets)
+    barrier, parts = Barrier(2), dict[int, torch.Tensor]()
+
+    def part(rank: int) -> LayeredTrainer:
+        shard = ThreadShard(rank, 2, axis, barrier, parts)
+        trainer, rows = _trainer(spec, shard=shard), shard.rows(BATCH)
+        for inputs, targets in zip(x, y, strict=True):
+            _step(trainer, inputs[:, rows], targets[:, rows])
+        return trainer
+
+    with ThreadPoolExecutor(2) as pool:
+        trainers = list(pool.map(part, range(2)))
+    for name, value in alone.weights.named().items():
+        found = [trainer.weights.named()[name] for trainer in trainers]
+        divided = axis == "latent" and name not in ("b_dec", "skip")
+        whole = torch.cat(found) if divided else found[0]
+        torch.testing.assert_close(whole, value, rtol=1e-8, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
+    with ThreadPoolExecutor(2) as pool:
+        rows = [row for (row,) in pool.map(lambda trainer: trainer.status(), trainers)]
+    (wanted,) = alone.status()
+    for row in rows:
+        assert {k: v for k, v in row.items() if isinstance(v, str)} == {"name": "coder"}
+        for key, value in wanted.items():
+            assert row[key] == (pytest.approx(value, rel=1e-8) if isinstance(value, float) else value), key
+
+
+def test_a_resumed_run_has_the_same_bits() -> None:
+    x, y = _data("clt")
+    spec = replace(_spec("clt", TOGETHER, skip=True), l0_start=None)
+    straight, stopped = _trainer(spec), _trainer(spec)
+    for trainer in (straight, stopped):
+        trainer.start_from({}, 17.3)
+    for number in range(STEPS):
+        if number == 21:
+            state = stopped.state()
+            stopped = _trainer(spec)
+            stopped.load_state(state)
+        for trainer in (straight, stopped):
+            _step(trainer, x[number], y[number])
+    for name, value in straight.state().items():
+        assert torch.equal(value, stopped.state()[name]), name
+    with pytest.raises(GemmaScopeError, match="lacks"):
+        stopped.load_state({})
+    with pytest.raises(GemmaScopeError, match="before the first step only"):
+        stopped.start_from({})
+
+
+def test_what_a_step_refuses() -> None:
+    x, y = _data("clt")
+    trainer = _trainer(_spec("clt", PRINTED, skip=True))
+    before = {name: value.clone() for name, value in trainer.weights.named().items()}
+    inputs, targets = [torch.tensor(one) for one in x[0]], [torch.tensor(one) for one in y[0]]
+    with pytest.raises(GemmaScopeError, match="needs targets"):
+        trainer.step(inputs)
+    with pytest.raises(GemmaScopeError, match="x must be 3 times"):
+        trainer.step(inputs[:2], targets)
+    with pytest.raises(GemmaScopeError, match="not finite. Nothing was changed"):
+        trainer.step([inputs[0] * float("nan"), *inputs[1:]], targets)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.weights.named().items())
 
 
 CASES: list[Any] = [

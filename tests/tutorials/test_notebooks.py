@@ -27,16 +27,30 @@ SHOWN: dict[str, list[str]] = {
         r"logits: \d\.\de-0[4-9]",
         r"promotes \[",
     ],
-    "3_circuit": [r"transcoders of \d+", r"metric -?[\d.]+", r"latents: (0\.[5-9]|1\.0)", r"image/png", r"promotes"],
+    "3_attribution_graph": [
+        r"transcoders of \d+",
+        r"[\d,]+ nodes, [\d,]+ edges",
+        r"image/png",
+        r"' Israel'",
+        r"edge E_\d+_\d+ -> ",
+        r"frozen measured : -",
+        r"model  measured : .*difference -",
+        r"graph\.html",
+    ],
     "4_train": [r"l0_warm_up_steps", r"average_l0_\d+", r"image/png", r"decoder rows: 1\.0", r"suite\.json"],
     "5_evaluate": [r"held-out tokens", r"loss_recovered", r"image/png"],
     "6_publish": [r"params\.npz", r"release: tutorial-saes", r"no problems", r"sae_lens\S* True"],
 }
-FIGURES = {"1_load_and_look": 1, "3_circuit": 1, "4_train": 1, "5_evaluate": 4}
+FIGURES = {"1_load_and_look": 1, "3_attribution_graph": 2, "4_train": 1, "5_evaluate": 4}
 
 
 # Tutorials 5 and 6 go on with the run of 4, so these three share a folder.
-CHAINS = [["1_load_and_look"], ["2_splice_ablate_steer"], ["3_circuit"], ["4_train", "5_evaluate", "6_publish"]]
+CHAINS = [
+    ["1_load_and_look"],
+    ["2_splice_ablate_steer"],
+    ["3_attribution_graph"],
+    ["4_train", "5_evaluate", "6_publish"],
+]
 
 
 @pytest.mark.tutorials
