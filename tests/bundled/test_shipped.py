@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import gemma_scope_tl as gs
 from gemma_scope_tl.errors import AdapterError, RegistryError
 from gemma_scope_tl.families import bundled_names, family_of_model
 from gemma_scope_tl.files import file_sha256
 from gemma_scope_tl.registry import locate
+from gemma_scope_tl.registry.listing import select_rows
 from gemma_scope_tl.registry.locate import BUNDLED_DATA, BUNDLED_MODEL, MODEL_FOLDER, bundle_folder, is_bundled
 from gemma_scope_tl.registry.schema import parse_release
 from scripts.bundled.bundles import BUNDLES, GEMMA3
 from scripts.bundled.sae_publish import store_narrow
-from scripts.bundled.sae_suite import significant
+from scripts.bundled.sae_suite import heldout_tokens, significant
+from scripts.bundled.tokenizer import BOS, PAD
 
 LARGEST = 40_000_000
 PRESENT = (GEMMA3.model_folder / "config.json").is_file()
@@ -98,8 +102,46 @@ def test_every_row_of_the_second_suite_has_its_file_and_its_results() -> None:
     rows = gs.list_saes(model=GEMMA3.name, with_metrics=True)
     assert rows["fvu"].notna().all(), "run scripts/bundled_results.py --model bundled-gemma3"
     assert (rows["fvu"] < 1).all()
-    assert rows.groupby("site").size().to_dict() == {"att": 6, "mlp": 6, "res": 12, "transcoder": 12}
-    for row in rows.itertuples():
-        path = GEMMA3.folder / "saes" / str(row.path) / "params.safetensors"
-        assert file_sha256(path) == row.sha256, row.id
+    counts = {"att": 6, "mlp": 6, "res": 12, "transcoder": 12, "clt": 1, "crosscoder": 1}
+    assert rows.groupby("site").size().to_dict() == counts
+    for row in select_rows(GEMMA3.name):
+        for path, sha256 in zip(row.weights_paths, row.hashes, strict=True):
+            assert file_sha256(GEMMA3.folder / "saes" / path) == sha256, row.id
     assert (GEMMA3.folder / MODEL_FOLDER / "README.md").is_file()
+
+
+@present
+def test_the_coders_over_several_layers_predict_what_they_write() -> None:
+    """On held-out text, through hooks of PyTorch on the plain model: FVUs far below 1, and L0 near its target."""
+    model = AutoModelForCausalLM.from_pretrained(GEMMA3.model_folder, dtype=torch.float32).eval()
+    tokens = heldout_tokens(limit=4)
+    for kind, width, affine in (("clt", "768", True), ("crosscoder", "512", None)):
+        coder = gs.load_sae(GEMMA3.name, kind, width=width, affine=affine)
+        x, y = _tensors(model, coder, tokens)
+        acts = [coder.encode_at(k, one) for k, one in enumerate(x)]
+        l0 = sum(int((one.to_dense() > 0).sum()) for one in acts) / len(x[0])
+        assert l0 == pytest.approx(coder.l0, rel=0.35)
+        for found, wanted in zip(coder.decode(acts, x), y, strict=True):
+            assert ((found - wanted) ** 2).sum() < 0.5 * ((wanted - wanted.mean(0)) ** 2).sum()
+
+
+def _tensors(model: Any, coder: Any, tokens: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What a coder reads and writes at ordinary tokens, ``[tokens, 128]`` for each layer."""
+    names = ("pre_feedforward_layernorm", "post_feedforward_layernorm") if coder.kind == "clt" else ("", "")
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    handles = []
+    for layer in coder.layers:
+        block = model.model.layers[layer]
+        for side, name in enumerate(names):
+
+            def keep(_module: Any, _args: Any, out: Any, at: tuple[int, int] = (layer, side)) -> None:
+                seen[at] = out[0] if isinstance(out, tuple) else out
+
+            handles.append((getattr(block, name) if name else block).register_forward_hook(keep))
+    with torch.no_grad():
+        model(tokens, attention_mask=(tokens != PAD).long())
+    for handle in handles:
+        handle.remove()
+    mask = tokens > BOS
+    x, y = ([seen[layer, side][mask] for layer in coder.layers] for side in (0, 1))
+    return x, y

@@ -78,7 +78,7 @@ class LayeredOracle:
         if r.ste_to_input:
             fade = max(0.0, 1.0 - self.t / (r.ste_to_input_fade * self.steps))
             d_pre = d_pre - r.ste_to_input * fade * d_theta
-        self.touched = np.asarray((on + kernel) > 0).any(1)
+        self.touched = np.asarray(((on + kernel) > 0).any(1))
         self.idle += int((~self.touched).sum())
         shift = p["c"][:, None, :] if self.centred else 0.0
         grads["E"] = np.einsum("knm,knd->kmd", d_pre, x - shift)

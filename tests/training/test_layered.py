@@ -88,26 +88,28 @@ def _step(trainer: LayeredTrainer, x: np.ndarray, y: np.ndarray) -> None:
 class ThreadShard(Shard):
     """One of several threads that divide the latents or the rows, and add up their parts."""
 
-    def __init__(self, rank: int, ranks: int, axis: str, barrier: Barrier, parts: dict[int, torch.Tensor]) -> None:
-        fields = {f"{axis}_rank": rank, f"{axis}_ranks": ranks}
-        for name, value in {"latent_rank": 0, "latent_ranks": 1, "data_rank": 0, "data_ranks": 1, **fields}.items():
-            object.__setattr__(self, name, value)
-        self.__dict__.update(rank=rank, axis=axis, barrier=barrier, parts=parts)
+    barrier: Barrier
+    parts: dict[int, torch.Tensor]
 
-    def _sum(self, tensor: torch.Tensor, axis: str) -> torch.Tensor:
-        if axis != self.axis:
+    def sharing(self, barrier: Barrier, parts: dict[int, torch.Tensor]) -> ThreadShard:
+        """This shard, with what all threads have in common."""
+        self.__dict__.update(barrier=barrier, parts=parts)
+        return self
+
+    def _sum(self, tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+        if ranks == 1:
             return tensor
-        self.parts[self.rank] = tensor
+        self.parts[rank] = tensor
         self.barrier.wait()
         total = torch.stack([self.parts[rank] for rank in sorted(self.parts)]).sum(0)
         self.barrier.wait()
         return total
 
     def sum_latents(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._sum(tensor, "latent")
+        return self._sum(tensor, self.latent_rank, self.latent_ranks)
 
     def sum_data(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._sum(tensor, "data")
+        return self._sum(tensor, self.data_rank, self.data_ranks)
 
 
 @pytest.mark.parametrize("axis", ["latent", "data"])
@@ -122,7 +124,7 @@ def test_a_divided_run_is_the_undivided_one(kind: str, skip: bool, axis: str) ->
     barrier, parts = Barrier(2), dict[int, torch.Tensor]()
 
     def part(rank: int) -> LayeredTrainer:
-        shard = ThreadShard(rank, 2, axis, barrier, parts)
+        shard = ThreadShard(**{f"{axis}_rank": rank, f"{axis}_ranks": 2}).sharing(barrier, parts)
         trainer, rows = _trainer(spec, shard=shard), shard.rows(BATCH)
         for inputs, targets in zip(x, y, strict=True):
             _step(trainer, inputs[:, rows], targets[:, rows])

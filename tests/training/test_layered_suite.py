@@ -124,10 +124,10 @@ def test_names_records_and_metrics(finished: Path) -> None:
 
 def test_recipes_are_those_of_a_layer(finished: Path) -> None:
     """``fast`` follows the width and the target of one layer: 32 latents and an L0 of 3."""
-    row = trained_recipes(finished).loc["clt/layers_all/width_128/target_l0_12_affine"]
-    assert row["init_threshold"] == fast(128, d_sae=32, target_l0=3.0, steps=24).init_threshold
-    planned = planned_recipes(_config(finished))
-    assert planned.loc[row.name, "init_threshold"] == row["init_threshold"]
+    name = "clt/layers_all/width_128/target_l0_12_affine"
+    found = trained_recipes(finished)["init_threshold"].to_dict()
+    assert found[name] == fast(128, d_sae=32, target_l0=3.0, steps=24).init_threshold
+    assert planned_recipes(_config(finished))["init_threshold"].to_dict() == found
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
