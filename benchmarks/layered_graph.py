@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ def _places(quick: bool, cut: bool) -> tuple[Path, CLTSizes]:
 
 def _attribute(model: Any, coder: LayeredCoder, sizes: CLTSizes, targets: int) -> Found:
     ids = tokens_of(sizes.model, 1, sizes.model.tokens)
+    import_module("pandas")
+    import_module("scipy.sparse")
     started = time.perf_counter()
     graph = gs.attribution_graph(model, ids, [coder], max_latent_nodes=targets, budget=BUDGET)
     seconds = time.perf_counter() - started

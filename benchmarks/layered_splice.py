@@ -50,7 +50,7 @@ from benchmarks.timing import child_flags, main, ratios, spread
 from gemma_scope_tl.sae.layered import LayeredCoder, LayeredKind
 
 PLAIN, FLOOR = "plain PyTorch hooks, dense latents", "the model alone, and x @ W_enc of all layers"
-RUNS = 5
+RUNS = 3
 L0 = 80
 """Latents that fire on a token, in all layers together."""
 

@@ -60,6 +60,13 @@ class SpliceError(GemmaScopeError, ValueError):
     """An SAE cannot be spliced: its site is missing or already in use, or the SAE has another model or width."""
 
 
+class SeveralLayersError(SpliceError, AttributeError):
+    """A crosscoder or cross-layer transcoder was given to code that reads the configuration of an SAE of one layer.
+
+    It is an ``AttributeError`` too, so that ``hasattr(coder, "cfg")`` is False.
+    """
+
+
 class TrainingStateError(GemmaScopeError, ValueError):
     """A configuration, a checkpoint or the folder of a run cannot be used."""
 

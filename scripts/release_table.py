@@ -7,10 +7,11 @@ from itertools import groupby
 
 from gemma_scope_tl.registry.listing import select_rows
 from gemma_scope_tl.registry.schema import SAERow
-from gemma_scope_tl.sites import SITES
+from gemma_scope_tl.sites import LAYERED_SITES, SITES
 from scripts.page_tables import table
 
-HEAD = ("model", "series", *SITES, "SAEs", "unverified")
+KINDS = (*SITES, *LAYERED_SITES)
+HEAD = ("model", "series", *KINDS, "SAEs", "unverified")
 SERIES_LAST = {None: 0, "subset": 1, "all": 2}
 
 
@@ -30,8 +31,8 @@ def _key(row: SAERow) -> tuple[str, int, str, int]:
 
 
 def _line(rows: list[SAERow]) -> list[str]:
-    """The number of SAEs at each site, with the number of layers."""
-    cells = [_cell(row for row in rows if row.site == site) for site in SITES]
+    """The number of SAEs at each site, with the number of layers, and of coders of several layers."""
+    cells = [_cell(row for row in rows if row.site == site) for site in KINDS]
     marked = sum(row.unverified for row in rows)
     return [rows[0].model, rows[0].series or "", *cells, f"{len(rows):,}", f"{marked:,}" if marked else ""]
 

@@ -8,14 +8,14 @@ as from the backward walk, by another way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gemma_scope_tl.attributions.placing import layer_stage, stage_of
-from gemma_scope_tl.attributions.sources import Sources
+from gemma_scope_tl.attributions.sources import Entries, Sources, active_latents, add_latents
 from gemma_scope_tl.attributions.tracing import Targets
 from gemma_scope_tl.errors import GemmaScopeError
 
@@ -74,28 +74,68 @@ def carried(sources: Sources, added: Added) -> dict[int, Tensor]:
 
     Heads have an entry in every layer. The last stage is the input of the unembedding.
     """
+
+    def write(stage: int, found: Mapping[int, Tensor]) -> Tensor:
+        return added.written.get(stage, torch.zeros_like(found[stage]))
+
+    return _forward(sources, added.raw, write)
+
+
+@torch.no_grad()
+def computed_anew(sources: Sources, number: int, scale: float) -> dict[int, Tensor]:
+    """The frozen pass with one latent scaled, in which latents behind it are computed anew, thresholds included.
+
+    Args:
+        sources: of the pass. Errors and biases stay as they are.
+        number: of a latent.
+        scale: its activation is multiplied by this.
+
+    Returns:
+        As :func:`carried`.
+    """
+    anew: dict[int, Entries] = {}
+
+    def latents(old: Entries, found: Mapping[int, Tensor]) -> Entries:
+        if old.first not in anew:
+            new = active_latents(old.reader, found[old.reader.stage], sources.applied, old.first)
+            if old.first <= number < old.first + len(old):
+                row = number - old.first
+                here = (new.position == old.position[row]) & (new.latent == old.latent[row])
+                new = replace(new, activation=torch.where(here, new.activation * scale, new.activation))
+            anew[old.first] = new
+        return anew[old.first]
+
+    def write(stage: int, found: Mapping[int, Tensor]) -> Tensor:
+        cut = sources.cuts[stage]
+        out = cut.error + cut.applied[:, None].to(cut.error) * cut.written.b_dec.to(cut.error)
+        for old, plane in cut.writers:
+            add_latents(out, latents(old, found), plane, sources.room)
+        return out
+
+    return _forward(sources, {stage: raw.vectors for stage, raw in sources.raw.items()}, write)
+
+
+def _forward(
+    sources: Sources, raw: Mapping[int, Tensor], write: Callable[[int, Mapping[int, Tensor]], Tensor]
+) -> dict[int, Tensor]:
+    """The frozen pass with sources ``raw``; ``write`` gives what is written at a stage, without skip connections."""
     frozen, found = sources.frozen, dict[int, Tensor]()
-    like = frozen.embedding
+    zero = torch.zeros_like(frozen.embedding)
 
     def at(stage: int, arriving: Tensor) -> Tensor:
         found[stage] = arriving
-        if stage not in sources.cuts:
-            return arriving
-        return added.written.get(stage, torch.zeros_like(arriving))
+        return write(stage, found) if stage in sources.cuts else arriving
 
-    zero = torch.zeros_like(like)
-    x = at(0, added.raw.get(0, zero))
+    x = at(0, raw.get(0, zero))
     for layer in range(frozen.n_layers):
         stage = layer_stage(layer)
-        z = at(stage + 1, frozen.heads(layer, x))
-        x = x + frozen.after_heads(layer, z)
-        out = at(stage + 3, added.raw.get(stage + 3, zero))
+        x = x + frozen.after_heads(layer, at(stage + 1, frozen.heads(layer, x)))
         if stage + 2 in sources.sites:
             found[stage + 2] = frozen.mlp_input(layer, x, sources.sites[stage + 2])
+        out = at(stage + 3, raw.get(stage + 3, zero))
         cut = sources.cuts.get(stage + 3)
         if cut is not None and cut.written.skip is not None:
-            read = cut.applied[:, None].to(like) * found[stage + 2]
-            out = out + read @ cut.written.skip.to(like)
+            out = out + (cut.applied[:, None].to(out) * found[stage + 2]) @ cut.written.skip.to(out)
         x = at(stage + 4, x + out)
     found[layer_stage(frozen.n_layers) + 1] = frozen.final(x)
     return found

@@ -31,6 +31,7 @@ OWN = "gemma_scope_tl"
 LISTING = "graph-metadata.json"
 """The file beside graphs from which circuit-tracer's viewer makes its menu."""
 _FORMAT = 1
+_TYPES = ("str", "string", "object", "Int64", "int64", "float64", "float32", "boolean", "bool")
 _VIEW: dict[str, Any] = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
 
 
@@ -47,7 +48,8 @@ def write_graph(
     """Write a graph as JSON for circuit-tracer's viewer, Neuronpedia and :func:`read_graph`, completely or not at all.
 
     All nodes and edges are written; :meth:`AttributionGraph.pruned` makes the graph smaller. Neuronpedia takes files
-    of up to 100 MiB. Its scores of replacement and completeness know no biases, and are wrong for a graph with them.
+    of up to 100 MiB. Its scores of replacement and completeness know no biases, and are wrong for a graph with them; a
+    pruned graph has none.
 
     Args:
         graph: the graph. Tuples in its ``settings`` become lists, and values that JSON lacks become text.
@@ -172,7 +174,8 @@ def _links(graph: AttributionGraph) -> list[dict[str, Any]]:
 
 def _table(frame: pd.DataFrame) -> dict[str, Any]:
     columns = {str(name): plain_values(frame[name]) for name in frame}
-    return {"types": {str(name): str(kind) for name, kind in frame.dtypes.items()}, "columns": columns}
+    types = {str(name): str(kind) if str(kind) in _TYPES else "object" for name, kind in frame.dtypes.items()}
+    return {"types": types, "columns": columns}
 
 
 def _encoded(content: Any, indent: int | None = None) -> str:
@@ -305,6 +308,8 @@ def _nodes(records: Sequence[dict[str, Any]], own: Mapping[str, Any], schema: in
     if missing := [name for name in COLUMNS if name not in frame]:
         raise GemmaScopeError(f"its {OWN}.nodes lacks the columns {missing}")
     at = {one: n for n, one in enumerate(frame["node_id"])}
+    if lost := frame["node_id"][frame["position"].isna() & (frame["kind"] != "bias")].tolist():
+        raise GemmaScopeError(f"its node {lost[0]!r} has no position")
     if stray := [record["node_id"] for record in records if record["node_id"] not in at]:
         raise GemmaScopeError(f"its node {stray[0]!r} is not in {OWN}.nodes")
     frame = frame.iloc[[at[record["node_id"]] for record in records]].reset_index(drop=True)
@@ -318,6 +323,8 @@ def _frame(table: Any) -> pd.DataFrame:
 
     try:
         columns, types = table["columns"], table["types"]
+        if strange := [types[name] for name in columns if types[name] not in _TYPES]:
+            raise ValueError(f"a column of type {brief(strange[0])!r}")
         return pd.DataFrame({name: pd.Series(values, dtype=types[name]) for name, values in columns.items()})
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise GemmaScopeError(f"a table in its part {OWN!r} cannot be read ({brief(error)})") from error

@@ -52,8 +52,8 @@ class Request:
         exclude_special_tokens, positions: where coders are applied, as in :func:`~gemma_scope_tl.splice`. Elsewhere
             the whole tensor is one error node.
         attention_mask: ``[1, pos]``, 1 at text; by default it follows from the text, or the padding of token ids.
-        budget: bytes for gradients and decoder rows at a time, beside the model, its attention patterns and the active
-            latents. The effects themselves are in a temporary file if they need more.
+        budget: bytes for gradients and decoder rows at a time, beside the model, the tensors of one pass, its attention
+            patterns and the active latents. The effects themselves are in a temporary file if they need more.
         batch_size: number of targets in a backward walk; None for as many as the budget allows, at most 256.
         dtype: of the pass, float32 or float64; None for the model's, but at least float32.
 

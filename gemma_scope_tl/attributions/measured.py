@@ -6,9 +6,11 @@ Scaling the activation of latent s by ``a`` changes what it writes by ``(a - 1) 
   run of the frozen pass, forwards, with the changed source. Both are exact, so this checks the computation alone.
 - *Total*, for any target: a change of a latent's pre-activation changes its activation by as much, and what it writes,
   and so on along all paths. With ``r_s = a - 1`` the relative change of the source, and of other latents ``r_u =
-  delta_u / f_u``, the changes solve ``delta_t = sum_u weights[t, u] r_u``. It is measured in the model itself: the
-  change is added to every tensor that the latent writes, as a splice with its error term adds it, and everything behind
-  is computed anew, attention patterns, norms and MLPs included. This shows how far the graph is true of the model.
+  delta_u / f_u``, the changes solve ``delta_t = sum_u weights[t, u] r_u``. It is measured twice. In the *replacement*,
+  the frozen pass in which latents are computed anew, predictions fail only where a latent is switched on or off. In the
+  *model* itself, the change is added to every tensor that the latent writes, as a splice with its error term adds it,
+  and everything behind is computed anew, attention patterns, norms and MLPs included. This shows how far the graph is
+  true of the model.
 
 A target that the measurement switches off has a measured activation of 0 only from its threshold on; pre-activations
 are compared, which go on below it.
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from gemma_scope_tl.attributions.assembling import numbers
 from gemma_scope_tl.attributions.attribution_graph import AttributionGraph
-from gemma_scope_tl.attributions.carrying import Added, added_by, added_by_all, arriving_at, carried
+from gemma_scope_tl.attributions.carrying import Added, added_by, added_by_all, arriving_at, carried, computed_anew
 from gemma_scope_tl.attributions.making import Prepared, prepared_again, readout_again
 from gemma_scope_tl.attributions.readout import Readout
 from gemma_scope_tl.attributions.tracing import Targets, targets_of
@@ -67,9 +69,9 @@ def measured_effects(
 
     Returns:
         A row for each intervention and target: ``measured_in`` (``"frozen"`` for direct effects in the frozen pass,
-        ``"model"`` for total effects in the model), ``source, target`` (node ids), ``source_kind`` (the coder's kind:
-        ``"res"``, ``"transcoder"``, ``"clt"`` and so on), ``target_kind`` (the same, or ``"logit"``), and the
-        ``predicted`` and ``measured`` change of the target's pre-activation or logit.
+        ``"replacement"`` and ``"model"`` for total effects there), ``source, target`` (node ids), ``source_kind`` (the
+        coder's kind: ``"res"``, ``"transcoder"``, ``"clt"`` and so on), ``target_kind`` (the same, or ``"logit"``), and
+        the ``predicted`` and ``measured`` change of the target's pre-activation or logit.
 
     Raises:
         GemmaScopeError: a number is out of range, or the graph has no latents.
@@ -84,9 +86,12 @@ def measured_effects(
     rows: list[dict[str, Any]] = []
     for source in _drawn_sources(graph, sources, rng):
         direct, total = trial.predicted_direct(source), trial.predicted_total(source)
-        for place, predicted in (("frozen", direct), ("model", total)):
-            chosen = _drawn_targets(graph, predicted, targets, rng)
-            measured = trial.direct(source, chosen) if place == "frozen" else trial.total(source, chosen)
+        near, far = (_drawn_targets(graph, predicted, targets, rng) for predicted in (direct, total))
+        for place, predicted, chosen, measured in (
+            ("frozen", direct, near, trial.direct(source, near)),
+            ("replacement", total, far, trial.in_replacement(source, far)),
+            ("model", total, far, trial.in_model(source, far)),
+        ):
             for node, value in zip(chosen, measured, strict=True):
                 about = {"source": graph.nodes["node_id"].iloc[source], "target": graph.nodes["node_id"].iloc[node]}
                 kinds = {"source_kind": trial.kind_of(source), "target_kind": trial.kind_of(node)}
@@ -179,14 +184,22 @@ class _Trial:
         change = added_by(self.sources, self.known[self.ids[source]])
         changed = Added(_plus(self.whole.written, change.written, self.scale - 1.0), self.whole.raw)
         with torch.inference_mode(False):
-            after = carried(self.sources, changed)
-        found: list[float] = []
-        for targets in self._targets(nodes):
-            found.append(float((arriving_at(targets, after) - arriving_at(targets, self.clean_frozen))[0]))
-        return found
+            return self._changes(carried(self.sources, changed), nodes)
 
     @torch.no_grad()
-    def total(self, source: int, nodes: Sequence[int]) -> list[float]:
+    def in_replacement(self, source: int, nodes: Sequence[int]) -> list[float]:
+        """Measured in the frozen pass with latents computed anew."""
+        with torch.inference_mode(False):
+            return self._changes(computed_anew(self.sources, self.known[self.ids[source]], self.scale), nodes)
+
+    def _changes(self, after: dict[int, Tensor], nodes: Sequence[int]) -> list[float]:
+        return [
+            float((arriving_at(targets, after) - arriving_at(targets, self.clean_frozen))[0])
+            for targets in self._targets(nodes)
+        ]
+
+    @torch.no_grad()
+    def in_model(self, source: int, nodes: Sequence[int]) -> list[float]:
         """Measured in the model."""
         with torch.inference_mode(False):
             after = self._seen_in_model(added_by(self.sources, self.known[self.ids[source]]))

@@ -16,7 +16,7 @@ tensors that it writes, of an error ``e_t . G_t``, and of a bias ``sum_t b_dec .
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -123,6 +123,8 @@ class Sources:
         cuts, raw: by their stage.
         count: number of sources. The last is the bias of the encoders, which is part of every latent's pre-activation.
         room: number of floats of decoder rows and products to hold at a time.
+        applied: True ``[pos]`` where coders are applied.
+        sites: the sites of all tensors that are read or written by coders, by their stage.
     """
 
     frozen: FrozenPass
@@ -132,7 +134,8 @@ class Sources:
     raw: dict[int, Raw]
     count: int
     room: int
-    sites: dict[int, Site] = field(default_factory=dict[int, Site])
+    applied: Tensor
+    sites: dict[int, Site]
 
     @property
     def n_latents(self) -> int:
@@ -196,7 +199,7 @@ def sources_of(frozen: FrozenPass, placed: PlacedCoders, applied: Tensor, room: 
     entries: list[Entries] = []
     count = 0
     for reader in placed.readers:
-        entries.append(_active(reader, tensors[reader.stage], applied, count))
+        entries.append(active_latents(reader, tensors[reader.stage], applied, count))
         read_ahead(reader.W_dec, entries[-1].latent)
         count += len(entries[-1])
     cuts: dict[int, Cut] = {}
@@ -214,7 +217,7 @@ def sources_of(frozen: FrozenPass, placed: PlacedCoders, applied: Tensor, room: 
     for stage, layer, vectors in _raw(frozen, cuts):
         raw[stage] = Raw(stage, layer, vectors, count)
         count += frozen.length
-    return Sources(frozen, placed, tuple(entries), cuts, raw, count + 1, room, sites)
+    return Sources(frozen, placed, tuple(entries), cuts, raw, count + 1, room, applied, sites)
 
 
 def _raw(frozen: FrozenPass, cuts: dict[int, Cut]) -> Iterator[tuple[int, int | None, Tensor]]:
@@ -230,8 +233,8 @@ def _source_stage(written: Written) -> int:
     return stage_of(written.source, written.place.layer)
 
 
-def _active(reader: Reader, tensor: Tensor, applied: Tensor, first: int) -> Entries:
-    """The latents that are active where the coder is applied."""
+def active_latents(reader: Reader, tensor: Tensor, applied: Tensor, first: int) -> Entries:
+    """The latents that are active on a tensor ``[pos, d_in]`` where the coder is applied, numbered from ``first``."""
     chosen = applied.nonzero().flatten()
     weights = (reader.W_enc.to(tensor), reader.b_enc.to(tensor), reader.threshold.to(tensor.device))
     acts = encode_sparse(tensor[chosen], *weights)
@@ -246,10 +249,23 @@ def _error(
     error = tensor - applied[:, None].to(tensor) * written.b_dec.to(tensor)
     if written.skip is not None:
         error = error - (applied[:, None].to(tensor) * x) @ written.skip.to(tensor)
-    size = max(1, room // tensor.shape[1])
     for entries, plane in writers:
-        for start in range(0, len(entries), size):
-            some = slice(start, start + size)
-            rows = entries.reader.rows(plane, entries.latent[some], tensor) * entries.activation[some, None]
-            error.index_add_(0, entries.position[some], rows, alpha=-1)
+        add_latents(error, entries, plane, room, -1)
     return error
+
+
+def add_latents(out: Tensor, entries: Entries, plane: int, room: int, factor: int = 1) -> None:
+    """Add what latents write at one place to ``out [pos, width]``, times a factor.
+
+    Args:
+        out: the tensor, which is changed.
+        entries: the latents.
+        plane: of their decoder.
+        room: number of floats of decoder rows to hold at a time.
+        factor: 1 or -1.
+    """
+    size = max(1, room // out.shape[1])
+    for start in range(0, len(entries), size):
+        some = slice(start, start + size)
+        rows = entries.reader.rows(plane, entries.latent[some], out) * entries.activation[some, None]
+        out.index_add_(0, entries.position[some], rows, alpha=factor)

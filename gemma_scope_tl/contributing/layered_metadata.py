@@ -16,7 +16,7 @@ from gemma_scope_tl.weights.layer_files import SKIP_NAME, check_layer_arrays, is
 from gemma_scope_tl.weights.layers_config import LayersConfig
 
 if TYPE_CHECKING:
-    from gemma_scope_tl.contributing.folder_metadata import FolderMetadata
+    from gemma_scope_tl.contributing.folder_claims import FolderMetadata
     from gemma_scope_tl.registry.schema import SAERow
 
 _NAME = re.compile(

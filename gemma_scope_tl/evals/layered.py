@@ -4,6 +4,9 @@ L0, firing and FVU of a layer come from the clean pass, as those of an SAE. In t
 at once, so a later layer reads what the earlier replacements made of the model. Ablations replace all outputs, too::
 
     L0 = sum_k L0_k        FVU_k = sum ||y_k - y_hat_k||^2 / sum ||y_k - mean(y_k)||^2        FVU = the same over all k
+
+In the table of ``evaluate`` a coder has a row without ``layer`` for all its layers together, and then a row for each
+layer, in which the metrics of a spliced or ablated pass are NaN.
 """
 
 from __future__ import annotations
@@ -197,7 +200,7 @@ class LayeredRun:
             if number % self.settings.checkpoint_every == 0 and batch.done < self.rows.ids.shape[0]:
                 checkpoint.save(batch.done)
 
-    @cached_property
+    @property
     def rows_per_batch(self) -> int:
         """Number of rows in a forward pass."""
         size, budget = self.settings.batch_size, self.settings.memory_budget // 2

@@ -176,7 +176,7 @@ class EvaluationRun:
         pieces = [*self.sums.of_sae(number), *(piece for kind, piece in of_place.items() if kind != "centre")]
         return not all(piece.done for piece in pieces)
 
-    @cached_property
+    @property
     def rows_per_batch(self) -> int:
         """Number of rows in a forward pass."""
         # The places of all SAEs count, measured or not, so that batches and checkpoints are the same in every run.

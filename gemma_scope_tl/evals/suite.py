@@ -60,7 +60,7 @@ def evaluate(
 
     Args:
         model: a model from ``load_model``.
-        saes: one or several coders of any kind, a mapping or a suite; a transcoder is measured against its target.
+        saes: one or several SAEs, transcoders, crosscoders or CLTs, a mapping or a suite; targets are what they write.
         data, context: texts, packed into rows of BOS and ``context - 1`` tokens; or token ids, a ``BatchEncoding`` or
             conversations, each a row. Padding on either side does not count, and rows of padding alone are left out.
         batch_size, progress: rows in a forward pass, fewer if the memory budget requires it; show a progress bar.
@@ -69,17 +69,16 @@ def evaluate(
         uniformity: positions of each row at which it is measured (appendix C.3), a backward pass each; 0 for none.
         confidence, resamples, seed: parameters of the confidence intervals, which resample sequences.
         memory_budget: bytes that tensors may take besides the weights, 1 GiB by default (:class:`~run.Settings`).
-        cache: a folder. Earlier measurements are read from it, and an interrupted evaluation continues to the same
-            bits; model, SAEs and tokens are identified by their content.
+        cache: a folder of measurements, by the content of model, SAEs and tokens; interrupted ones go on, bit by bit.
         exclude_special_tokens: leave out BOS, EOS and padding; the given ids; or padding alone (False).
         attention_mask: mask of token ids, ``[rows, pos]``, 1 at text; by default it follows from their padding.
         positions: leave out all but these positions of each row, as in :func:`~gemma_scope_tl.splice`; None for all.
 
     Returns:
-        A row per SAE: ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss,
-        loss_zero_ablated, loss_recovered, tokens, kl`` (clean to spliced, nats), ``loss_mean_ablated,
-        loss_recovered_mean, dead, dense`` (shares of latents), ``uniformity, sequences``, intervals ``*_low, *_high``.
-        A layered coder has a row without ``layer`` for all its outputs replaced together, and one for each layer.
+        A row per SAE (one for all layers and one a layer of a crosscoder or CLT, :mod:`gemma_scope_tl.evals.layered`):
+        ``release, id, site, layer, d_sae, l0, fvu, loss_clean, loss_spliced, delta_loss, loss_zero_ablated,
+        loss_recovered, tokens, kl`` (clean to spliced, nats), ``loss_mean_ablated, loss_recovered_mean, dead, dense``
+        (shares of latents), ``uniformity, sequences``, intervals ``*_low, *_high``.
 
     Raises:
         SpliceError: an SAE does not fit the model, or a row lacks one of the positions.
@@ -87,10 +86,11 @@ def evaluate(
         AdapterMismatch: re-running layers does not reproduce the full pass.
     """
     check_intervals(resamples, confidence, seed)  # before the measurement, which may take hours
-    masks: dict[str, Any] = {"exclude_special_tokens": exclude_special_tokens, "attention_mask": attention_mask}
     found = measure_suite(
         model, saes, data, context, batch_size, progress, ablations=ablations, uniformity=uniformity, cache=cache,
-        memory_budget=memory_budget, positions=positions, **masks)  # fmt: skip
+        memory_budget=memory_budget, exclude_special_tokens=exclude_special_tokens, attention_mask=attention_mask,
+        positions=positions,
+    )  # fmt: skip
     return found.by_position() if by_position else found.table(confidence, resamples, seed)
 
 

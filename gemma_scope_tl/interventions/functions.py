@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
 from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, SteerLatents, SteerRows
@@ -103,8 +103,8 @@ def steer(
     if isinstance(sae, LayeredCoder):
         several = _layered(sae, latent, layers, on)
         return steer_layered(several, one_for_each(scale, several.chosen, "scale"), unit, mean_norm, on, where)
-    name = _hook_name(sae, on, reads=False, layers=layers)
-    chosen = chosen_latents(sae, latent)
+    name, indices = _hook_name(sae, on, reads=False, layers=layers), cast("Iterable[int]", latent)
+    chosen = chosen_latents(sae, indices)
     amounts = one_for_each(scale, chosen, "scale")
     if unit == "mean_norm":
         norm = mean_norm_at(mean_norm, name.removesuffix(".hook_sae_acts_post"))

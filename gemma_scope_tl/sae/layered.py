@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gemma_scope_tl.errors import SpliceError, unknown_name
+from gemma_scope_tl.errors import SeveralLayersError, SpliceError, unknown_name
 from gemma_scope_tl.sae.planes import written_planes
 from gemma_scope_tl.sae.provenance import Marks, marks_of
 from gemma_scope_tl.sae.sparse import SparseActs, encode_sparse
@@ -237,6 +237,13 @@ class LayeredCoder(nn.Module):
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Outputs of every layer for the inputs of all layers."""
         return self.decode([self.encode_at(k, x) for k, x in enumerate(inputs)], inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Code for SAEs of one layer reads their ``cfg`` first: say why there is none."""
+        if name == "cfg":
+            what = f"{self.name} spans several layers, so it has no configuration of an SAE"
+            raise SeveralLayersError(f"{what}. It is not supported where SAEs of one layer are needed.")
+        return super().__getattr__(name)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         """Keep thresholds in float32 or wider in ``to``, ``half`` and so on; moves do not count as changes."""

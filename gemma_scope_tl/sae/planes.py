@@ -50,14 +50,14 @@ def written_planes(acts: SparseActs | Tensor, W_dec: Tensor, first: int = 0, las
 
 def _written(acts: SparseActs, chosen: Tensor) -> Tensor:
     count, d_out = chosen.shape[1:]
-    rows, step = _rows(chosen)
+    rows, step = as_rows(chosen)
     if rows is None or acts.density > ops.DENSE_ROWS:  # a dense product takes strided planes as they are
         return _apart(decode_sparse(acts, chosen.flatten(1), chosen.new_zeros(count * d_out)), count)
     several = _for_planes(acts, count, rows.shape[0], step)
     return decode_sparse(several, rows, rows.new_zeros(d_out))
 
 
-def _rows(chosen: Tensor) -> tuple[Tensor | None, int]:
+def as_rows(chosen: Tensor) -> tuple[Tensor | None, int]:
     """The planes as rows of one matrix, and the rows from one latent to the next; None if memory has another order."""
     m, count, d_out = chosen.shape
     along, across, within = chosen.stride()
@@ -70,7 +70,7 @@ def _rows(chosen: Tensor) -> tuple[Tensor | None, int]:
 
 
 def _for_planes(acts: SparseActs, count: int, rows: int, step: int) -> SparseActs:
-    """The entries of all planes, plane by plane, as latents of :func:`_rows`."""
+    """The entries of all planes, plane by plane, as latents of :func:`as_rows`."""
     shape = (count, *acts.shape[:-1], rows)
     if count == 1:
         return SparseActs(acts.offsets, acts.latents * step, acts.values, shape)

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -117,6 +118,7 @@ def page_data(
     max_edges: int,
 ) -> dict[str, Any]:
     """The data of the page as plain values: what is on it, and sentences that say what is not."""
+    graph, constants = _without_biases(graph)
     rows, pairs, influence = _chosen(graph, max_nodes, max_edges)
     nodes = graph.nodes.iloc[rows]
     at = {int(row): n for n, row in enumerate(rows)}
@@ -140,6 +142,7 @@ def page_data(
             "kind": nodes["kind"].tolist(),
             "coder": [coders.index(one) if one in coders else None for one in plain_values(nodes["coder"])],
             "note": [None if key is None else numbers.get(key) for key in kept],
+            "constants": [float(f"{one:.6g}") for one in constants[rows]],
             **columns,
         },
         "edges": {
@@ -164,6 +167,19 @@ def page_data(
             default=str,
         ),
     }
+
+
+def _without_biases(graph: AttributionGraph) -> tuple[AttributionGraph, Any]:
+    """The graph without biases, which have no influence, and their sum in each of its nodes."""
+    biases = (graph.nodes["kind"] == "bias").to_numpy()
+    constants = np.asarray(graph.weights[:, np.flatnonzero(biases)].sum(axis=1)).ravel()
+    chosen = np.flatnonzero(~biases)
+    weights: Any = graph.weights[chosen]
+    nodes = graph.nodes.iloc[chosen].reset_index(drop=True)
+    there = set(nodes["node_id"])
+    groups = ((name, tuple(one for one in members if one in there)) for name, members in graph.supernodes)
+    left = tuple((name, members) for name, members in groups if members)
+    return replace(graph, nodes=nodes, weights=weights[:, chosen].tocsr(), supernodes=left), constants[chosen]
 
 
 def _note_key(coder: Any, layer: Any, latent: Any) -> LatentKey | None:

@@ -40,8 +40,14 @@ def _column(row: Any) -> tuple[Any, ...]:
             return ("mlp", layer, position) if raw else ("error", row.site, layer, position)
 
 
-SPLIT = [(config, kind, "bridge") for config in ("grouped", "gemma3") for kind in KINDS]
-CASES = [*SPLIT, ("grouped", "mixture", "hooked_transformer"), ("gemma3", "clt", "hooked_transformer")]
+FAST = [("grouped", "saes"), ("grouped", "mixture"), ("gemma3", "transcoders"), ("gemma3", "clt")]
+SLOW = [(config, kind) for config in ("grouped", "gemma3") for kind in KINDS if (config, kind) not in FAST]
+CASES = [
+    *((*case, "bridge") for case in FAST),
+    *(pytest.param(*case, "bridge", marks=pytest.mark.slow) for case in SLOW),
+    ("grouped", "mixture", "hooked_transformer"),
+    pytest.param("gemma3", "clt", "hooked_transformer", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("config", "kind", "backend"), CASES)

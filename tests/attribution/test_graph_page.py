@@ -52,12 +52,15 @@ def test_the_policy_lets_only_the_pages_own_script_and_style_run(tmp_path: Path)
 def test_everything_of_a_small_graph_is_on_its_page(tmp_path: Path) -> None:
     graph = small_graph()
     _, data = _page(graph, tmp_path)
-    assert data["nodes"]["id"] == graph.nodes["node_id"].tolist() and data["left_out"] == []
+    names = [name for name in graph.nodes["node_id"] if name != "bias_mlp_1"]
+    assert data["nodes"]["id"] == names and data["left_out"] == []
+    constants = dict(zip(names, data["nodes"]["constants"], strict=True))
+    assert constants.pop("clt_2_9_3") == 0.1 and not any(constants.values())
     found = {
         (data["nodes"]["id"][s], data["nodes"]["id"][t]): w
         for s, t, w in zip(*(data["edges"][name] for name in ("source", "target", "weight")), strict=True)
     }
-    edges = graph.edges()
+    edges = graph.edges().query("source != 'bias_mlp_1'")
     # Weights on the page have six digits.
     wanted = dict(zip(zip(edges["source"], edges["target"], strict=True), edges["weight"], strict=True))
     assert found == pytest.approx(wanted, rel=1e-5)
@@ -74,12 +77,14 @@ def test_what_is_left_out_is_the_least_and_is_said(tmp_path: Path) -> None:
     assert len(ids) == 40 and set(always) <= set(ids) and len(data["edges"]["weight"]) == 90
     kept = graph.nodes["node_id"].isin(ids).to_numpy()
     others = ~np.isin(kinds, ("embedding", "logit"))
-    assert influence[kept & others].min() >= influence[~kept & others].max()
+    assert influence[kept & others].min() >= influence[~kept & others & (kinds != "bias")].max()
     nodes, edges = data["left_out"]
-    assert nodes.startswith(f"Not on this page: {len(graph) - 40} of {len(graph)} nodes")
-    assert edges.startswith(f"Not on this page: {graph.weights.nnz - 90} of {graph.weights.nnz} edges")
-    # Totals are of all edges, those that are left out too.
-    totals = np.abs(graph.weights.toarray()).sum(axis=1)
+    biases = kinds == "bias"
+    count, every = int((~biases).sum()), int((graph.weights.toarray()[:, ~biases] != 0).sum())
+    assert nodes.startswith(f"Not on this page: {count - 40} of {count} nodes")
+    assert edges.startswith(f"Not on this page: {every - 90} of {every} edges")
+    # Totals are of all edges but those of biases, those that are left out too.
+    totals = np.abs(graph.weights.toarray())[:, ~biases].sum(axis=1)
     np.testing.assert_allclose(data["totals"], totals[kept], rtol=1e-5)
 
 

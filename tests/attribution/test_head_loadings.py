@@ -15,7 +15,10 @@ from tests.helpers import hooked, random_gemma, random_tokens
 ROUNDING = 1e-12  # float64, relative to the largest edge
 
 
-@pytest.mark.parametrize("kind", ["transcoders", "saes", "clt", "mixture"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("transcoders", "saes", "clt")]
+
+
+@pytest.mark.parametrize("kind", [*SLOW, "mixture"])
 def test_loadings_add_up_to_edges(kind: str) -> None:
     model = hooked(random_gemma("grouped", dtype=torch.float64), "bridge")
     ids, coders = random_tokens(model, batch=1, length=6)[0], mixtures(model)[kind]

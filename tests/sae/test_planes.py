@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_scope_tl.sae import planes
-from gemma_scope_tl.sae.planes import written_planes
+from gemma_scope_tl.sae.planes import as_rows, written_planes
 from gemma_scope_tl.sae.sparse import SparseActs
 
 M, COUNT, D = 40, 3, 12
@@ -62,7 +61,7 @@ def test_no_plane_is_copied() -> None:
     """PyTorch's sum over rows copies a matrix that is not contiguous."""
     weight = decoder("all planes")
     for chosen in (weight, weight[:, 1:2]):
-        rows, step = planes._rows(chosen)
+        rows, step = as_rows(chosen)
         assert rows is not None
         assert rows.is_contiguous()
         assert rows.data_ptr() == chosen.data_ptr()

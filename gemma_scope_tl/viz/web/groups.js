@@ -48,7 +48,7 @@ function placed(boxes) {
   }
   const places = new Map();
   for (const [key, list] of rows) {
-    list.sort((a, b) => mean(a, (n) => n.position || 0) - mean(b, (n) => n.position || 0));
+    list.sort((a, b) => mean(a, (n) => n.position) - mean(b, (n) => n.position));
     // Rows are shifted in turn, so that an edge does not run behind the boxes between its ends.
     const row = keys.indexOf(key), shift = keys.length > 2 ? [0, 0.13, -0.13][row % 3] / list.length : 0;
     list.forEach((box, k) => places.set(box, [(k + 0.5) / list.length + shift, 1 - (row + 0.5) / keys.length]));

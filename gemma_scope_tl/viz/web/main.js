@@ -83,7 +83,7 @@ function showTip(i, x, y) {
   const tip = byId("tip"), node = nodes[i], label = node.kind === "latent" ? shownLabel(node) : "";
   const numbers = [node.activation === null ? null : `activation ${figure(node.activation)}`, node.kind === "logit" ? `probability ${percent(node.probability || 0)}` : `influence ${percent(node.influence)}`];
   tip.replaceChildren(make("b", {}, visible(node.title)), ...(label ? [make("div", {}, visible(label))] : []),
-    ...(node.position !== null && node.kind !== "embedding" ? [make("div", { class: "soft" }, "at ", token(node.word))] : []), make("div", { class: "soft" }, numbers.filter(Boolean).join(", ")));
+    ...(node.kind !== "embedding" ? [make("div", { class: "soft" }, "at ", token(node.word))] : []), make("div", { class: "soft" }, numbers.filter(Boolean).join(", ")));
   tip.hidden = false;
   const box = tip.getBoundingClientRect();
   tip.style.left = `${Math.max(6, Math.min(x + 14, innerWidth - box.width - 6))}px`;
@@ -265,7 +265,7 @@ function showLegend() {
   };
   const kinds = new Map(), legend = byId("legend");
   for (const node of nodes) {
-    const word = node.kind === "latent" ? `latent (${kindOf(node)})` : { error: "error, or what has no coder", bias: "constant terms", embedding: "token", logit: "next token" }[node.kind];
+    const word = node.kind === "latent" ? `latent (${kindOf(node)})` : { error: "error, or what has no coder", embedding: "token", logit: "next token" }[node.kind];
     if (!kinds.has(word)) kinds.set(word, mark(node));
   }
   for (const [word, picture] of kinds) legend.append(make("span", {}, picture, word));

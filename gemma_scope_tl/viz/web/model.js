@@ -32,10 +32,10 @@ function buildNodes() {
   return n.id.map((id, i) => {
     const one = { i, id, kind: n.kind[i], site: n.site[i], layer: n.layer[i], position: n.position[i], latent: n.latent[i],
       coder: n.coder[i] === null ? null : data.coders[n.coder[i]], activation: n.activation[i], probability: n.probability[i],
-      token: n.token_id[i], label: n.label[i] || "", note: n.note[i] === null ? null : data.notes[n.note[i]], into: [], from: [] };
+      token: n.token_id[i], label: n.label[i] || "", constants: n.constants[i], note: n.note[i] === null ? null : data.notes[n.note[i]], into: [], from: [] };
     one.band = BANDS[one.site] || "other";
     one.layered = one.kind === "latent" && (data.layered.includes(n.coder[i]) || one.site === "clt" || one.site === "crosscoder");
-    one.word = one.position === null ? "" : data.tokens[one.position];
+    one.word = data.tokens[one.position];
     one.title = titleOf(one);
     const promoted = one.note ? one.note.planes.flatMap((plane) => plane.promoted.map((pair) => pair[0])) : [];
     one.text = [id, one.title, one.label, one.word, one.site, one.coder, one.note && one.note.label, ...promoted]
@@ -49,7 +49,6 @@ function titleOf(node) {
   switch (node.kind) {
     case "latent": return `${node.layered && SHORT[node.site] || node.site || "latent"}${place} #${node.latent === null ? "?" : node.latent}`;
     case "error": return node.label || `error, ${node.site || ""}${place}`;
-    case "bias": return node.label || `bias, ${node.site || ""}${place}`;
     case "embedding": return `embedding “${node.word}”`;
     default: return `logit “${node.label || node.token}”`;
   }
@@ -60,7 +59,7 @@ const kindOf = (node) => (node.layered && JOINED[node.site]) || WORDS[node.site]
 function describe(node) {
   const parts = [node.title];
   if (node.kind === "latent" && shownLabel(node)) parts.push(shownLabel(node));
-  if (node.position !== null && node.kind !== "embedding") parts.push(`at “${node.word}”`);
+  if (node.kind !== "embedding") parts.push(`at “${node.word}”`);
   return parts.join(", ");
 }
 

@@ -19,7 +19,7 @@ function showPanel() {
 }
 
 function nodePanel(node) {
-  const at = node.position === null ? "all tokens (a sum)" : make("span", {}, `${node.position}: `, token(node.word));
+  const at = make("span", {}, `${node.position}: `, token(node.word));
   const label = shownLabel(node);
   return [
     make("h2", {}, visible(node.title)),
@@ -27,10 +27,10 @@ function nodePanel(node) {
     facts([["token", at], ["kind", node.kind === "latent" ? kindOf(node) : null], ["coder", node.coder && make("code", {}, node.coder)],
       ["activation", node.activation === null ? null : figure(node.activation)],
       ["probability", node.probability === null ? null : percent(node.probability)],
+      ["constants", node.constants ? signed(node.constants) : null],
       ["influence", node.kind === "logit" ? null : `${percent(node.influence)} of all`], ["node", make("code", {}, visible(node.id))]]),
     nodeTools(node),
     node.kind === "error" ? make("p", { class: "soft" }, "What the coder does not reconstruct at this token, or a part of the model without a coder. It is a source of edges only.") : null,
-    node.kind === "bias" ? make("p", { class: "soft" }, "Constant terms of the model and the coders at this layer, summed over the tokens.") : null,
     ...promotedOf(node),
     ...edgeList("Edges into it", node.into, "into", sum(node.into.map((e) => Math.abs(graph.weight[e]))) || 1, graph.totals[node.i]),
     ...edgeList("Edges from it", node.from, "from", null, null),
@@ -199,7 +199,7 @@ function showAbout() {
   refresh();
   byId("panel-body").replaceChildren(
     make("h2", {}, "About this page"),
-    make("p", {}, "Each mark is something that adds to the model's computation at a token: a latent of a coder, the error of a coder, a token's embedding, constant terms, or the logit of a possible next token. An edge is the direct effect of one on another, with attention patterns and the denominators of norms held fixed. Edges into a node add up to its value before the threshold."),
+    make("p", {}, "Each mark is something that adds to the model's computation at a token: a latent of a coder, the error of a coder, a token's embedding, or the logit of a possible next token. An edge is the direct effect of one on another, with attention patterns and the denominators of norms held fixed. Edges into a node, with its constants, add up to its value before the threshold: constants are the sum of all bias terms, which say nothing of the prompt."),
     make("p", {}, "The influence of a node is the share of the logits' inputs that passes through it, with an edge weighed by its share of all that goes into its end. The sliders keep the nodes and edges with this much of all influence. Tokens, logits, pinned and grouped nodes always stay."),
     make("p", {}, "Drag a node onto another one or onto a supernode to group them; with a finger, hold it first. The summary shows supernodes and pinned nodes as boxes; its edges are sums. The link of the page holds thresholds, pinned nodes, supernodes and places of boxes."),
     make("h3", {}, "Keys in the graph"), make("dl", { class: "facts" }, ...keys.flatMap(([key, what]) => [make("dt", {}, make("kbd", {}, key)), make("dd", {}, what)])),

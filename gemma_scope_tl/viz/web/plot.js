@@ -4,7 +4,6 @@ const SHAPES = {
   circle: (r) => `M${-r},0a${r},${r} 0 1,0 ${2 * r},0a${r},${r} 0 1,0 ${-2 * r},0Z`,
   hexagon: (r) => polygon(6, r * 1.12, 0),
   diamond: (r) => polygon(4, r * 1.15, 90),
-  triangle: (r) => polygon(3, r * 1.25, 90),
   square: (r) => `M${-r * 0.9},${-r * 0.9}h${r * 1.8}v${r * 1.8}h${-r * 1.8}Z`,
   pill: (r) => `M${-r * 0.8},${-r * 0.9}h${r * 1.6}a${r * 0.9},${r * 0.9} 0 0,1 0,${r * 1.8}h${-r * 1.6}a${r * 0.9},${r * 0.9} 0 0,1 0,${-r * 1.8}Z`,
 };
@@ -16,10 +15,10 @@ function polygon(corners, r, turn) {
 
 function shapeOf(node) {
   if (node.kind === "latent") return node.layered ? "hexagon" : "circle";
-  return { error: "diamond", bias: "triangle", embedding: "square", logit: "pill" }[node.kind];
+  return { error: "diamond", embedding: "square", logit: "pill" }[node.kind];
 }
 
-const styleOf = (node) => ({ latent: `site-${node.band}`, error: "hollow", bias: "hollow", embedding: "solid", logit: "solid" })[node.kind];
+const styleOf = (node) => ({ latent: `site-${node.band}`, error: "hollow", embedding: "solid", logit: "solid" })[node.kind];
 
 const plot = byId("plot"), canvas = byId("edges"), surface = byId("nodes");
 const view = { rows: [], columns: [], width: 0, height: 0, radius: 5, marks: [] };
@@ -35,22 +34,19 @@ function layOut() {
   const pitch = 15 * state.zoom, most = 10;
   view.radius = 5.2 * Math.sqrt(state.zoom);
   const cells = new Map(), rows = new Map(), columns = new Map();
-  const spread = nodes.some((n) => n.position === null) ? 1 : 0;
   for (const node of now.shown) {
-    node.column = node.position === null ? 0 : node.position + spread;
     node.row = rowKey(node);
-    const key = `${node.row} ${node.column}`;
+    const key = `${node.row} ${node.position}`;
     if (!cells.has(key)) cells.set(key, []);
     cells.get(key).push(node);
   }
   for (const list of cells.values()) {
     list.sort((a, b) => (b.probability || 0) - (a.probability || 0) || b.influence - a.influence || a.i - b.i);
-    const { row, column } = list[0], wide = row === 1e9 ? list.length * 1.5 : Math.min(list.length, most);
+    const { row, position: column } = list[0], wide = row === 1e9 ? list.length * 1.5 : Math.min(list.length, most);
     columns.set(column, Math.max(columns.get(column) || 0, wide));
     rows.set(row, Math.max(rows.get(row) || 0, row === 1e9 ? 1 : Math.ceil(list.length / most)));
   }
   const words = data.tokens.map((token) => clip(visible(token), 14));
-  if (spread) words.unshift("(all)");
   const least = Math.max(18, 17 * state.zoom);
   const sizes = words.map((_, c) => Math.max(least, (columns.get(c) || 0) * pitch + 8));
   const flat = words.every((word, c) => word.length * 6.6 + 6 <= sizes[c]);
@@ -78,7 +74,7 @@ function layOut() {
     return { key, y: y + heights[r] / 2, top: y, height: heights[r], name: names[r] };
   });
   const rowAt = new Map(view.rows.map((row) => [row.key, row]));
-  for (const list of cells.values()) place(list, rowAt.get(list[0].row), view.columns[list[0].column], pitch, most);
+  for (const list of cells.values()) place(list, rowAt.get(list[0].row), view.columns[list[0].position], pitch, most);
 }
 
 function place(list, row, column, pitch, most) {
@@ -94,7 +90,7 @@ function place(list, row, column, pitch, most) {
 function rowName(node, banded) {
   if (node.kind === "embedding") return "tokens";
   if (node.kind === "logit") return "logits";
-  if (node.layer === null) return "constants";
+  if (node.layer === null) return "other";
   return banded && node.band !== "other" ? `L${node.layer} ${node.band}` : `L${node.layer}`;
 }
 

@@ -1,0 +1,55 @@
+"""What takes an SAE of one layer and cannot take a crosscoder or a CLT says so, for the object and for its row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import gemma_scope_tl as gs
+from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
+from gemma_scope_tl.interp.examples import top_examples
+from gemma_scope_tl.registry import resolve
+from gemma_scope_tl.release.export import export_suite
+from gemma_scope_tl.sae.access import locate
+from gemma_scope_tl.sae.layered import LayeredCoder
+from gemma_scope_tl.verification.sample import candidates
+from tests.helpers import hooked, random_gemma, random_layered
+
+TEXT = "a word"
+REFUSED: dict[str, Callable[[Any, LayeredCoder], Any]] = {
+    "features": lambda model, coder: gs.features(model, TEXT, coder),
+    "features, among others": lambda model, coder: gs.features(model, TEXT, [coder]),
+    "feature_page": lambda model, coder: gs.feature_page(model, coder, 0),
+    "top_tokens": lambda model, coder: gs.top_tokens(model, coder, 0),
+    "attribute": lambda model, coder: gs.attribute(model, TEXT, coder, "b"),
+    "circuit": lambda model, coder: gs.circuit(model, TEXT, [coder], "b"),
+    "top_examples": lambda model, coder: top_examples(model, coder, TEXT),
+    "export_suite": lambda model, coder: export_suite([coder], "nowhere", gs.About("mit")),
+    "locate": lambda model, coder: locate(coder),  # pyright: ignore[reportArgumentType]
+}
+SAYS = "several layers"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return hooked(random_gemma("narrow-heads"), "bridge")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_functions_that_take_saes_of_one_layer(name: str, model: Any) -> None:
+    with pytest.raises(GemmaScopeError, match=SAYS):
+        REFUSED[name](model, random_layered(model.dims, "crosscoder", (0, 1)))
+
+
+def test_rows_where_one_layer_is_needed() -> None:
+    row = resolve("gemma-scope-2-1b-pt-clt", "width_262k_l0_big")
+    with pytest.raises(UnknownNameError, match=SAYS):
+        gs.load_suite("gemma-3-1b", "clt", width="262k", l0="big", affine=True)
+    with pytest.raises(GemmaScopeError, match="takes coders of one layer; only clts, which span several"):
+        candidates("gemma-3-1b", releases=[row.release])
+    kept, _ = candidates("gemma-3-1b", widths=["262k"])
+    assert {one.layers for one in kept} == {None}
+    name = "gemma_scope_tl/gemma-scope-2-1b-pt-clt"
+    assert not {name, row.release} & set(gs.register_with_sae_lens())
