@@ -59,7 +59,8 @@ def _model(folder: str) -> str:
 
 def _suite(name: str, files: str, *, layered: bool = False) -> str:
     chosen = [row for row in select_rows(name) if (row.site in LAYERED_SITES) == layered]
-    rows = [[*(getattr(row, column) for column in ROW), *([row.layers] if layered else [])] for row in chosen]
+    columns = (*ROW, "layers") if layered else ROW
+    rows = [[getattr(row, column) for column in columns] for row in chosen]
     return of_values([rows, of_files(files)])
 
 
