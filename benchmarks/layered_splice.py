@@ -12,8 +12,8 @@ case three passes run in turn in one process:
 The CLT of all 26 layers does not fit in memory beside a dense peer, whose decoder takes 30 GiB there; it is mapped from
 files (``benchmarks/layered_coders.py``) and compared with the floor only. The peer's CLT has the first layers of
 a model of as many layers. Both sides of a case read the same arrays, so the memory of a row is what a pass takes in
-addition. Latents close to their threshold fire on one side only, as the order of sums differs; the mean difference of
-the logits is asserted to be rounding.
+addition. Latents close to their threshold fire on one side only, as the order of sums differs; the differences of
+the logits at the first tokens are asserted to be rounding.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ from gemma_scope_tl.sae.layered import LayeredCoder, LayeredKind
 
 PLAIN, FLOOR = "plain PyTorch hooks, dense latents", "the model alone, and x @ W_enc of all layers"
 RUNS = 3
+EARLY = 16
+"""Tokens at which both sides must agree to rounding."""
 L0 = 80
 """Latents that fire on a token, in all layers together."""
 
@@ -208,13 +210,17 @@ def measure(case: Case, folder: Path, runs: int) -> dict[str, Any]:
 
 
 def _compared(logits: dict[str, Tensor]) -> float | None:
-    """The largest difference between both sides' logits; that of half must be rounding, and the splice change them."""
+    """The largest difference between both sides' logits, which must be rounding at the first tokens.
+
+    Later, a latent that rounding moves over its threshold at one token changes all tokens behind it.
+    """
     moved = (logits["ours"] - logits["floor"]).abs()
     assert logits["ours"].isfinite().all() and float(moved.median()) > 1e-2, moved.median()
     if "plain" not in logits:
         return None
     apart = (logits["ours"] - logits["plain"]).abs()
-    assert float(apart.median()) < 1e-4, apart.median()
+    first = apart[:, :EARLY]
+    assert float(first.median()) < 1e-4, first.median()
     return float(apart.max())
 
 
