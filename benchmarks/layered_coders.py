@@ -135,6 +135,24 @@ def with_threshold(coder: LayeredCoder, l0: int) -> LayeredCoder:
     return LayeredCoder(coder.kind, coder.layers, w_enc, b_enc, raised, w_dec, b_dec, skip, model_name=name)
 
 
+@torch.no_grad()
+def calibrate(model: Any, coder: LayeredCoder, ids: Tensor, l0: int, rounds: int = 4) -> None:
+    """Set one threshold a layer, at which ``l0`` latents fire on a token of ``ids`` in all layers of the spliced model.
+
+    What a coder writes changes what its later layers read, so the first layers are right after one round, and further
+    rounds set the later ones.
+    """
+    count = len(coder.layers)
+    firing = max(1, round(l0 / count * ids.numel()))
+    keep = lambda name: name.endswith("hook_sae_acts_pre")  # noqa: E731
+    for _ in range(rounds):
+        _, cache = model.run_with_cache_with_saes(ids, saes=[coder], names_filter=keep, exclude_special_tokens=False)
+        for k, layer in enumerate(coder.layers):
+            pre = cache[model.get_sae_hook_name(coder, "hook_sae_acts_pre", layer=layer)]
+            found = pre.flatten().topk(firing + 1).values[-1]
+            coder.threshold[k].fill_(max(float(found), 1e-3))
+
+
 def sizes_of(ids: Tensor, model: Any, kind: LayeredKind, layers: Sequence[int]) -> list[float]:
     """Root mean squares of the tensors that a coder of ``kind`` reads on ``ids``, without their first token."""
     found: dict[int, float] = {}

@@ -40,6 +40,7 @@ from benchmarks.layered_coders import (
     QUICK_FOLDER,
     SMALL_VOCABULARY,
     TRUE,
+    calibrate,
     loaded_coder,
     prepare,
     random_coder,
@@ -181,6 +182,7 @@ def measure(case: Case, folder: Path, runs: int) -> dict[str, Any]:
         sizes = sizes_of(ids, model, case.kind, case.layers)
         coder, stacked = random_coder(case.kind, case.layers, case.model.width, case.latents, case.l0, sizes)
         plain = PlainHooks(hf_model(case.model), coder, stacked)
+    calibrate(model, coder, ids, case.l0)
     x = torch.randn(case.model.tokens, case.model.width)
     splice: dict[str, Any] = {"saes": [coder], "exclude_special_tokens": False}
 
@@ -199,7 +201,9 @@ def measure(case: Case, folder: Path, runs: int) -> dict[str, Any]:
             meter(name, one)
     keep = lambda name: name.endswith("hook_sae_acts_post")  # noqa: E731
     _, cache = model.run_with_cache_with_saes(ids, names_filter=keep, **splice)
-    l0 = sum(int((acts != 0).sum()) for acts in cache.values()) / ids.numel()
+    names = [model.get_sae_hook_name(coder, layer=layer) for layer in coder.layers]  # the cache has further names
+    l0 = sum(int((cache[name] != 0).sum()) for name in names) / ids.numel()
+    assert 0.5 * case.l0 < l0 < 2 * case.l0, l0
     return {"found": meter.found, "difference": _compared(logits), "l0": l0}
 
 

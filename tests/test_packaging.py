@@ -16,7 +16,7 @@ CHECK = """
 import gemma_scope_tl as gs
 from gemma_scope_tl.families import bundled_names
 from gemma_scope_tl.registry.locate import BUNDLED_MODEL, MODEL_FOLDER, bundle_folder
-from gemma_scope_tl.weights.fetch import fetch
+from gemma_scope_tl.weights.fetch import fetch, fetch_layers
 from gemma_scope_tl.training.config import load_config
 from gemma_scope_tl.viz.graph_page import page_html
 assert gs.__file__.startswith({root!r}), gs.__file__
@@ -28,7 +28,9 @@ assert set(bundled["model"]) == set(bundled_names())
 folders = [BUNDLED_MODEL, *(bundle_folder(name) / MODEL_FOLDER for name in bundled_names())]
 assert all((folder / "model.safetensors").is_file() for folder in folders)
 assert gs.list_saes(model="bundled-gemma3", with_metrics=True)["fvu"].notna().all()
-assert all(fetch(gs.registry.resolve(r.release, r.id)).is_file() for r in bundled.itertuples())
+rows = [gs.registry.resolve(r.release, r.id) for r in bundled.itertuples()]
+files = [path for row in rows for path in (fetch_layers(row) if row.layers else [fetch(row)])]
+assert all(path.is_file() for path in files) and len(files) == len(rows) - 2 + 6 + 4
 assert load_config("demo").steps > 0
 assert page_html("a", {{}}).endswith("</html>\\n")  # its parts are data files
 print("found")

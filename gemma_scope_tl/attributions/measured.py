@@ -12,6 +12,9 @@ Scaling the activation of latent s by ``a`` changes what it writes by ``(a - 1) 
   and everything behind is computed anew, attention patterns, norms and MLPs included. This shows how far the graph is
   true of the model.
 
+A latent of a layered coder writes later layers directly, and in the model their own MLPs react to its earlier writes as
+well, so part of a change may be counted twice there.
+
 A target that the measurement switches off has a measured activation of 0 only from its threshold on; pre-activations
 are compared, which go on below it.
 """

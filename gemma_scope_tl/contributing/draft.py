@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemma_scope_tl.contributing.folder_claims import KEYS, NAME, FolderMetadata
 from gemma_scope_tl.contributing.folder_metadata import (
-    KEYS,
-    NAME,
-    FolderMetadata,
     layout_of,
     parse_setting,
     read_metadata,

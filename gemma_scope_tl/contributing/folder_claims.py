@@ -1,4 +1,4 @@
-"""What is known of a folder with weights, before a person has checked it: claims with their sources, and problems."""
+"""What the files and the name of a folder claim about the coder in it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KEYS = ("site", "layer", "l0", "model")
+NAME = "the folder's name"
 
 
 @dataclass

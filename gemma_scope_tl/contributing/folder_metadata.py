@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from gemma_scope_tl.contributing.coder_paths import parse_coder_path
-from gemma_scope_tl.contributing.folder_claims import KEYS, FolderMetadata
+from gemma_scope_tl.contributing.folder_claims import KEYS, NAME, FolderMetadata
 from gemma_scope_tl.contributing.layered_metadata import read_layers
 from gemma_scope_tl.contributing.repositories import Repository, sizes_of
 from gemma_scope_tl.errors import GemmaScopeError, RegistryError, known_name
@@ -27,7 +27,7 @@ from gemma_scope_tl.weights.coder_config import CoderConfig
 from gemma_scope_tl.weights.layer_files import is_layer_file
 
 ARCHITECTURES = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-CFG, NAME = "cfg.json", "the folder's name"
+CFG = "cfg.json"
 
 
 def layout_of(repository: Repository, wanted: Format | None = None) -> tuple[Format, list[str]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_scope_tl.contributing.folder_claims import NAME, FolderMetadata
 from gemma_scope_tl.contributing.repositories import Repository
 from gemma_scope_tl.registry.schema import LABELS, LAYER_FILE
 from gemma_scope_tl.registry.widths import parse_width
@@ -16,14 +17,12 @@ from gemma_scope_tl.weights.layer_files import SKIP_NAME, check_layer_arrays, is
 from gemma_scope_tl.weights.layers_config import LayersConfig
 
 if TYPE_CHECKING:
-    from gemma_scope_tl.contributing.folder_claims import FolderMetadata
     from gemma_scope_tl.registry.schema import SAERow
 
 _NAME = re.compile(
     rf"(?:layer_(?P<layers>\d{{1,4}}(?:_\d{{1,4}})+)_)?width_(?P<width>[0-9]+[km]?)_l0_(?P<l0>{'|'.join(LABELS)}|"
     r"\d{1,9}(?:\.\d{1,9})?)(?P<affine>_affine)?(?:_seed_(?P<seed>\d{1,4}))?"
 )
-_NAMED = "the folder's name"
 
 
 def files_of_layers(repository: Repository, folder: str) -> list[str]:
@@ -51,7 +50,7 @@ def read_layers(metadata: FolderMetadata, repository: Repository) -> None:
         config.complete(Expected(d_sae=metadata.d_sae, skip=metadata.has_skip, said_by="the weights"))
         named = config.layers if named is None else named
         if isinstance(named, tuple):
-            config.check_layers(named, _NAMED)
+            config.check_layers(named, NAME)
         metadata.families = None if config.family is None else frozenset({config.family})
         for key, value in {"site": config.kind, "model": config.model, "l0": config.l0}.items():
             if value is not None:
@@ -59,7 +58,7 @@ def read_layers(metadata: FolderMetadata, repository: Repository) -> None:
     if not isinstance(named, tuple) and (named is not None or metadata.value("site") == "clt"):
         named = tuple(range(len(paths)))  # all layers
     if named is None:
-        metadata.problems.append(f"Its layers are not known: neither {_NAMED} nor a {CONFIG_NAME} names them.")
+        metadata.problems.append(f"Its layers are not known: neither {NAME} nor a {CONFIG_NAME} names them.")
     elif len(named) != len(paths):
         metadata.problems.append(f"It has files of {len(paths)} layers, but the layers {list(named)} are named.")
     metadata.layers = named or tuple(range(len(paths)))
@@ -69,7 +68,7 @@ def _read_name(metadata: FolderMetadata) -> None:
     """Read ``{crosscoder|clt}/[layer_7_13_17_22_]width_262k_l0_medium[_affine]``."""
     *above, name = metadata.path.split("/")
     if above and above[-1] in LAYERED_SITES:
-        metadata.claims["site"][_NAMED] = above[-1]
+        metadata.claims["site"][NAME] = above[-1]
     match = _NAME.fullmatch(name)
     if match is None:
         return
@@ -79,9 +78,9 @@ def _read_name(metadata: FolderMetadata) -> None:
     metadata.named |= {"label": match["l0"]} if match["l0"] in LABELS else {}
     metadata.named |= {"seed": int(match["seed"])} if match["seed"] else {}
     if match["l0"] not in LABELS:
-        metadata.claims["l0"][_NAMED] = float(match["l0"])
+        metadata.claims["l0"][NAME] = float(match["l0"])
     if (match["affine"] is not None) != metadata.has_skip:
-        metadata.problems.append(f"{_NAMED} and the weights disagree on whether there is a skip connection.")
+        metadata.problems.append(f"{NAME} and the weights disagree on whether there is a skip connection.")
 
 
 def check_row_files(repository: Repository, row: SAERow, expected: Expected) -> None:

@@ -22,7 +22,7 @@ REFUSED: dict[str, Callable[[Any, LayeredCoder], Any]] = {
     "features": lambda model, coder: gs.features(model, TEXT, coder),
     "features, among others": lambda model, coder: gs.features(model, TEXT, [coder]),
     "feature_page": lambda model, coder: gs.feature_page(model, coder, 0),
-    "top_tokens": lambda model, coder: gs.top_tokens(model, coder, 0),
+    "top_tokens": lambda model, coder: gs.top_tokens(model, coder, 0),  # pyright: ignore[reportArgumentType]
     "attribute": lambda model, coder: gs.attribute(model, TEXT, coder, "b"),
     "circuit": lambda model, coder: gs.circuit(model, TEXT, [coder], "b"),
     "top_examples": lambda model, coder: top_examples(model, coder, TEXT),

@@ -51,7 +51,7 @@ def test_the_grid_of_the_report(rows: list[SAERow]) -> None:
         assert row.layers == (subset if row.site == "crosscoder" else tuple(range(whole)))
         assert (row.d_in, row.unverified, row.layer, row.l0) == (D[size], True, None, None)
         assert row.affine == (None if row.site == "crosscoder" else row.id.endswith("_affine"))
-        assert row.path == f"{row.site}/{row.id}" and row.label in row.id and f"width_{row.width}_" in row.id
+        assert row.path == f"{row.site}/{row.id}" and str(row.label) in row.id and f"width_{row.width}_" in row.id
         assert len(row.weights_paths) == len(row.layers or ()) and row.model_family.name == "gemma3"
 
 
@@ -102,7 +102,8 @@ def test_the_table_and_the_index(rows: list[SAERow]) -> None:
     for name in ("gemma-scope-2-270m-it-clt", "gemma-scope-2-27b-pt-crosscoder"):
         path = folder / f"{name}.yaml"
         read = read_release(path)
-        assert set(read.rows) == {row for row in rows if row.release == name}
+        wanted = {row.id: row for row in rows if row.release == name}
+        assert {row.id: row for row in read.rows} == wanted
         assert render_release(read) == path.read_text()
 
 

@@ -27,12 +27,20 @@ def row_of(root: Path, name: str, **changed: Any) -> SAERow:
     files = [root / "clt/a" / f"params_layer_{k}.safetensors" for k in range(len(kind.layers))]
     hashes = tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file())
     total = WIDTH * len(kind.layers)
-    fields = {"id": "a", "site": kind.type, "layer": None, "layers": kind.layers, "width": str(total), "d_sae": total}
+    fields: dict[str, Any] = {
+        "id": "a",
+        "site": kind.type,
+        "layer": None,
+        "layers": kind.layers,
+        "width": str(total),
+        "d_sae": total,
+    }
     fields |= {"d_in": D, "l0": None, "label": "medium", "path": "clt/a", "release": "mine", "repo": str(root)}
     fields |= {"model": "someone/small-gemma" if kind.all_layers else "gemma-3-1b", "format": "gemma_scope_2"}
     fields |= {"family": "gemma3", "affine": kind.affine, "sha256s": hashes} | changed
     fields["model"] = fields["model"].rpartition("/")[2]
-    return SAERow.model_construct(**{name: field.get_default() for name, field in SAERow.model_fields.items()} | fields)
+    defaults: dict[str, Any] = {name: field.get_default() for name, field in SAERow.model_fields.items()}
+    return SAERow.model_construct(**(defaults | fields))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -133,11 +141,12 @@ def test_other_dtypes(dtype: str, mapped: bool, tmp_path: Path) -> None:
 
 def test_meta_facts_of_folders_without_configuration(tmp_path: Path) -> None:
     """Kind and layers are given by the user; a CLT has all layers from 0 on."""
-    for name, given in (("crosscoder", {"site": "crosscoder", "layers": [2, 5, 7]}), ("clt", {"site": "clt"})):
+    needed: dict[str, dict[str, Any]] = {"crosscoder": {"layers": [2, 5, 7]}, "clt": {}}
+    for name, given in needed.items():
         folder = KINDS[name].write(tmp_path / name, config={})
         with pytest.raises(GemmaScopeError, match="Give site='clt' or site='crosscoder'"):
             load_folder(folder)
-        coder = load_folder(folder, "gemma3-mine", family="gemma3", **given)
+        coder = load_folder(folder, "gemma3-mine", name, family="gemma3", **given)
         assert (coder.kind, coder.layers, coder.l0) == (name, KINDS[name].layers, None)
         assert coder.model_name == "gemma3-mine" and coder.name == f"{name} of gemma3-mine"
     with pytest.raises(GemmaScopeError, match=r"Give layers=, such as layers=\[5, 9"):

@@ -83,7 +83,8 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     fewer = load_folder(KINDS["crosscoder"].write(tmp_path / "fewer"))
     with pytest.raises(GemmaScopeError, match=r"holds params_layer_3\.safetensors of another coder"):
         gs.save_sae(fewer, folder)
-    unnamed = LayeredCoder("clt", (0, 1), *([torch.ones(*s)] * 2 for s in ((D, 3), (3,), (3,))),
-        [torch.ones(3, 2, D), torch.ones(3, 1, D)], [torch.ones(D)] * 2)  # fmt: skip
+    W_enc, b_enc, threshold = ([torch.ones(*shape)] * 2 for shape in ((D, 3), (3,), (3,)))
+    W_dec, b_dec = [torch.ones(3, 2, D), torch.ones(3, 1, D)], [torch.ones(D)] * 2
+    unnamed = LayeredCoder("clt", (0, 1), W_enc, b_enc, threshold, W_dec, b_dec)
     with pytest.raises(GemmaScopeError, match="give family= when the coder is made"):
         gs.save_sae(unnamed, tmp_path / "unnamed")

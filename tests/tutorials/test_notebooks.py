@@ -35,7 +35,7 @@ SHOWN: dict[str, list[str]] = {
         r"edge E_\d+_\d+ -> ",
         r"frozen measured : -",
         r"model  measured : .*difference -",
-        r"graph\.html",
+        r"graph\.json",
     ],
     "4_train": [r"l0_warm_up_steps", r"average_l0_\d+", r"image/png", r"decoder rows: 1\.0", r"suite\.json"],
     "5_evaluate": [r"held-out tokens", r"loss_recovered", r"image/png"],
