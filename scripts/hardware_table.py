@@ -11,6 +11,7 @@ from typing import Any
 
 from gemma_scope_tl.files import write_atomically
 from gemma_scope_tl.model.sizes import family_and_sizes, sizes_of
+from gemma_scope_tl.registry import list_saes
 from gemma_scope_tl.registry.widths import parse_width
 from gemma_scope_tl.training import plan as costs
 from gemma_scope_tl.training.plan import plan_suite
@@ -70,6 +71,35 @@ def saes() -> list[dict[str, Any]]:
                         "bytes_bfloat16": costs.released_bytes(d, d, d_sae) // 2,
                         "row_bytes": 4 * d,
                         "share_of_forward": 2.0 * d * d_sae / whole,
+                    }
+                )
+    return rows
+
+
+def layered() -> list[dict[str, Any]]:
+    """Bytes of crosscoders and cross-layer transcoders of released base models, and of what one latent writes.
+
+    A file has planes for all layers; those of layers before a latent's own are zeros, and are not held.
+    """
+    rows: list[dict[str, Any]] = []
+    for site in ("clt", "crosscoder"):
+        for name in WIDTHS:
+            table = list_saes(model=name, site=site).drop_duplicates("width").sort_values("d_sae")
+            for width, latents, layers in zip(table["width"], table["d_sae"], table["layers"], strict=True):
+                d, count, skip = sizes_of(name).dims.d_model, len(layers), site == "clt"
+                # encoder, bias and threshold of each latent; bias and skip connection of each layer
+                beside = 4 * ((d + 2) * latents + count * (d + skip * d * d))
+                planes = 4 * d * latents // count  # of one layer's latents in one layer
+                rows.append(
+                    {
+                        "model": name,
+                        "site": site,
+                        "layers": count,
+                        "width": width,
+                        "encoder_bytes": beside,
+                        "file_bytes": beside + planes * count * count,
+                        "held_bytes": beside + planes * count * (count + 1) // 2,
+                        "row_bytes": 4 * d * count,
                     }
                 )
     return rows
@@ -156,7 +186,14 @@ def numbers() -> dict[str, Any]:
         "float32_flops": hardware.fp32_flops,
         "share_of_peak": hardware.share_of_peak,
     }
-    tables = {"models": models(), "saes": saes(), "fits": fits(), "buffers": buffers(), "training": training()}
+    tables = {
+        "models": models(),
+        "saes": saes(),
+        "layered": layered(),
+        "fits": fits(),
+        "buffers": buffers(),
+        "training": training(),
+    }
     return {"assumed": assumed, **tables}
 
 
@@ -194,6 +231,33 @@ def _saes(data: dict[str, Any]) -> str:
         for r in data["saes"]
     ]
     head = ["SAE", "width", "d_in", "float32", "bfloat16", "one decoder row", "encoder, of the model's pass"]
+    return page_tables.table(head, rows)
+
+
+def _layered(data: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{r['model']}` {r['site']}",
+            r["width"],
+            str(r["layers"]),
+            _size(r["file_bytes"]),
+            _size(r["held_bytes"]),
+            _size(r["held_bytes"] / 2),
+            _size(r["encoder_bytes"]),
+            f"{r['row_bytes'] / 1000:.0f} kB",
+        ]
+        for r in data["layered"]
+    ]
+    head = [
+        "coder",
+        "width",
+        "layers",
+        "files",
+        "float32",
+        "bfloat16",
+        "without decoder",
+        "rows of one latent, at most",
+    ]
     return page_tables.table(head, rows)
 
 
@@ -239,7 +303,14 @@ def _size(count: float) -> str:
     return f"{count / 1e6:.0f} MB" if count < GB else f"{count / GB:.1f} GB"
 
 
-TABLES = {"models": _models, "saes": _saes, "fits": _fits, "buffers": _buffers, "training": _training}
+TABLES = {
+    "models": _models,
+    "saes": _saes,
+    "layered": _layered,
+    "fits": _fits,
+    "buffers": _buffers,
+    "training": _training,
+}
 
 
 def main() -> None:

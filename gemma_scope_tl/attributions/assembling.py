@@ -103,7 +103,7 @@ def _latent_row(entries: Entries, shared: bool, position: int, latent: int, acti
         "latent": latent,
         "coder": reader.name,
         "activation": activation,
-        "label": f"{reader.site.name} {'' if reader.layer is None else f'{reader.layer} '}#{latent}",
+        "label": f"{reader.kind} {'' if reader.layer is None else f'{reader.layer} '}#{latent}",
     }
 
 

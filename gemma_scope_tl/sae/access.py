@@ -20,7 +20,7 @@ from gemma_scope_tl.sae.arguments import as_index, as_indices, is_index, shown
 from gemma_scope_tl.sae.choices import bring
 from gemma_scope_tl.sae.config import FAMILY, OF_IDENTITY, Identity
 from gemma_scope_tl.sae.latents import Latents
-from gemma_scope_tl.sae.layered import LayeredCoder
+from gemma_scope_tl.sae.layered import LayeredCoder, not_of_several_layers
 from gemma_scope_tl.sites import Site, site_of_hook
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def locate(sae: SAEOrLatents, family: Family | None = None) -> tuple[Site, int |
 def check_is_not_layered(sae: Any) -> None:
     """Raise :class:`SpliceError` for a layered coder, for functions of one SAE."""
     if isinstance(sae, LayeredCoder):
-        raise SpliceError(f"A {sae.kind} reads and writes several layers, which is not supported here.")
+        raise SpliceError(not_of_several_layers(sae))
 
 
 def places_of(coder: SAEOrLatents | LayeredCoder, family: Family | None = None) -> list[tuple[Site, int | None]]:

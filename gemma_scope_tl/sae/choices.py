@@ -11,7 +11,7 @@ from gemma_scope_tl.counts import whole_number
 from gemma_scope_tl.errors import SpliceError
 from gemma_scope_tl.sae.arguments import shown, to_tensor
 from gemma_scope_tl.sae.latents import Latents
-from gemma_scope_tl.sae.layered import LayeredCoder
+from gemma_scope_tl.sae.layered import LayeredCoder, not_of_several_layers
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def as_saes(saes: Any, empty: bool = False, whole: bool = False, layered: bool =
         if whole and isinstance(one, Latents):
             raise SpliceError("The whole SAE is needed, not some of its latents: load it with load_sae.")
         if isinstance(one, LayeredCoder) and not layered:
-            raise SpliceError(f"A {one.kind} reads and writes several layers, which is not supported here.")
+            raise SpliceError(not_of_several_layers(one))
     if not several and not empty:
         raise SpliceError("No SAE was given: give one or several.")
     return several

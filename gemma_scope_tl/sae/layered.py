@@ -227,16 +227,40 @@ class LayeredCoder(nn.Module):
         return out if self.W_skip is None or x is None else out + x.to(self.dtype) @ self.W_skip[k]
 
     def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Dense latents ``[..., m]`` of every layer for the inputs ``[..., d_in]`` of all layers."""
+        """Dense latents ``[..., m]`` of every layer for the inputs of all layers, a ``[..., d_in]`` for each.
+
+        Raises:
+            SpliceError: for another number of inputs than layers.
+        """
+        self._check_count(inputs, "inputs")
         return [self.encode_at(k, x).to_dense() for k, x in enumerate(inputs)]
 
     def decode(self, acts: Sequence[SparseActs | Tensor], inputs: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Outputs ``[..., d_out]`` of every layer. Coders with skip connections need the inputs, too."""
+        """Outputs ``[..., d_out]`` of every layer. Coders with skip connections need the inputs, too.
+
+        Raises:
+            SpliceError: for another number of latents or inputs than layers, or no inputs for skip connections.
+        """
+        self._check_count(acts, "latents")
+        if inputs is not None:
+            self._check_count(inputs, "inputs")
+        elif self.W_skip is not None:
+            raise SpliceError(f"{self.name} has skip connections: give the inputs of all layers, too.")
         return [self.decode_at(k, acts, None if inputs is None else inputs[k]) for k in range(len(self.layers))]
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Outputs of every layer for the inputs of all layers."""
+        """Outputs of every layer for the inputs of all layers, a ``[..., d_in]`` for each.
+
+        Raises:
+            SpliceError: for another number of inputs than layers.
+        """
+        self._check_count(inputs, "inputs")
         return self.decode([self.encode_at(k, x) for k, x in enumerate(inputs)], inputs)
+
+    def _check_count(self, tensors: Sequence[Any], what: str) -> None:
+        if len(tensors) != len(self.layers):
+            layers = f"{len(self.layers)} layers ({layers_text(self.layers)})"
+            raise SpliceError(f"{self.name} takes {what} of its {layers}, a tensor for each; given: {len(tensors)}.")
 
     def __getattr__(self, name: str) -> Any:
         """Code for SAEs of one layer reads their ``cfg`` first: say why there is none."""
@@ -291,3 +315,10 @@ def _parameters(arrays: Sequence[Tensor], like: nn.ParameterList | None = None) 
     tracked = [False] * len(arrays) if like is None else [parameter.requires_grad for parameter in like]
     pairs = zip(arrays, tracked, strict=True)
     return nn.ParameterList([nn.Parameter(array, requires_grad=gradient) for array, gradient in pairs])
+
+
+def not_of_several_layers(coder: LayeredCoder) -> str:
+    """Why a function of SAEs of one layer does not take ``coder``, and what does."""
+    instead = "a cache of a pass through its splice has its latents (get_sae_hook_name(coder, layer=) names them)"
+    graph = "and attribution_graph and graph_notes say what they do"
+    return f"A {coder.kind} reads and writes several layers, which is not supported here: {instead}, {graph}."

@@ -26,6 +26,7 @@ from gemma_scope_tl.attributions.graph_records import plain_values
 from gemma_scope_tl.counts import checked_count
 from gemma_scope_tl.errors import GemmaScopeError, brief
 from gemma_scope_tl.files import checked_path, write_atomically
+from gemma_scope_tl.sites import LAYERED_SITES
 from gemma_scope_tl.viz.graph_notes import LatentKey, LatentNote, latent_key
 
 if TYPE_CHECKING:
@@ -195,12 +196,14 @@ def _layered(nodes: pd.DataFrame, coders: list[str]) -> list[int]:
 
 
 def _labels(columns: Mapping[str, list[Any]]) -> list[str | None]:
-    """Labels without those of latents that only repeat their coder's site, layer and number."""
+    """Labels without those of latents that only repeat their coder's kind, layer and number."""
     found: list[str | None] = []
     for site, layer, latent, label in zip(
         *(columns[name] for name in ("site", "layer", "latent", "label")), strict=True
     ):
-        repeated = latent is not None and label == f"{site} {'' if layer is None else f'{layer} '}#{latent}"
+        kinds = (site, *(kind for kind, read in LAYERED_SITES.items() if read == site))
+        number = f"{'' if layer is None else f'{layer} '}#{latent}"
+        repeated = latent is not None and label in [f"{kind} {number}" for kind in kinds]
         found.append(None if repeated else label)
     return found
 

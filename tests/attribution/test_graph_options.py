@@ -12,7 +12,7 @@ import gemma_scope_tl as gs
 from gemma_scope_tl.attributions.attribution_graph import AttributionGraph
 from gemma_scope_tl.attributions.placing import Reader
 from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError
-from tests.attribution.graph_coders import mixtures, sae_of
+from tests.attribution.graph_coders import layered_of, mixtures, sae_of
 from tests.helpers import hooked, random_gemma, random_tokens
 
 
@@ -129,6 +129,15 @@ def test_padding_and_names_change_nothing(model: Any, ids: torch.Tensor) -> None
         assert found.nodes["node_id"].tolist() == wanted.nodes["node_id"].tolist()
         np.testing.assert_allclose(found.weights.toarray(), wanted.weights.toarray(), rtol=0, atol=1e-6)
         assert set(found.nodes["coder"].dropna()) == {"mine"}
+
+
+@pytest.mark.parametrize("kind", ["clt", "crosscoder"])
+def test_labels_name_the_kind_of_coder(kind: str, model: Any, ids: torch.Tensor) -> None:
+    nodes = gs.attribution_graph(model, ids, layered_of(model, kind, [0, 1]), logits=1).nodes
+    latents = nodes[nodes["kind"] == "latent"]
+    assert len(latents)
+    for layer, latent, label in zip(latents["layer"], latents["latent"], latents["label"], strict=True):
+        assert label == f"{kind} {layer} #{latent}"
 
 
 def test_small_edges_are_left_out_and_said(model: Any, ids: torch.Tensor) -> None:

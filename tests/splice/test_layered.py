@@ -89,8 +89,19 @@ def test_a_coder_of_another_model_raises_before_it_is_attached(model: Any, monke
 def test_other_functions_say_that_they_take_no_layered_coder(model: Any) -> None:
     coder: Any = random_layered(model.dims, "clt", (1, 3))
     for call in (lambda: gs.top_tokens(model, coder, 3), lambda: gs.features(model, "text", [coder])):
-        with pytest.raises(SpliceError, match="several layers"):
+        with pytest.raises(SpliceError, match=r"several layers.*attribution_graph"):
             call()
+
+
+def test_a_call_needs_a_tensor_of_every_layer(model: Any) -> None:
+    coder: Any = random_layered(model.dims, "clt", (1, 3))
+    x = torch.randn(1, 5, model.dims.d_model)
+    for call in (coder, coder.encode, coder.decode):
+        with pytest.raises(SpliceError, match=r"2 layers \(1, 3\), a tensor for each; given: 1"):
+            call(x)
+    with pytest.raises(SpliceError, match="skip connections: give the inputs"):
+        random_layered(model.dims, "clt", (1, 3), skip=True).decode(coder.encode([x, x]))
+    assert all(torch.equal(a, b) for a, b in zip(coder([x, x]), coder.decode(coder.encode([x, x])), strict=True))
 
 
 @on_backends
