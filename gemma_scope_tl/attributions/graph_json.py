@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -32,6 +33,7 @@ LISTING = "graph-metadata.json"
 """The file beside graphs from which circuit-tracer's viewer makes its menu."""
 _FORMAT = 1
 _TYPES = ("str", "string", "object", "Int64", "int64", "float64", "float32", "boolean", "bool")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _VIEW: dict[str, Any] = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
 
 
@@ -180,7 +182,9 @@ def _table(frame: pd.DataFrame) -> dict[str, Any]:
 
 def _encoded(content: Any, indent: int | None = None) -> str:
     try:
-        return json.dumps(content, indent=indent, allow_nan=False, ensure_ascii=False, default=_refused)
+        text = json.dumps(content, indent=indent, allow_nan=False, ensure_ascii=False, default=_refused)
+        text.encode()  # raises for a surrogate without its other half
+        return text
     except ValueError as error:
         raise GemmaScopeError(f"The graph has a value that JSON cannot hold: {error}.") from error
 
@@ -204,12 +208,21 @@ def _listed_beside(target: Path, slug: str) -> list[Any]:
 
 def _parsed(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes().decode("utf-8"), parse_constant=_no_constant)
+        text = file.read_bytes().decode("utf-8")
+        content = json.loads(text, parse_constant=_no_constant, parse_float=_finite_float)
+        if _SURROGATE.search(text):
+            json.dumps(content, ensure_ascii=False).encode()  # raises for one without its other half
     except (ValueError, RecursionError) as error:
         raise GemmaScopeError(f"it is not whole JSON in UTF-8 ({brief(error)})") from error
     if not isinstance(content, dict):
         raise GemmaScopeError("it holds no object")
     return content
+
+
+def _finite_float(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{brief(text)} is too large a number")
+    return value
 
 
 def _no_constant(name: str) -> float:

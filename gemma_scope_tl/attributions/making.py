@@ -80,7 +80,8 @@ class Request:
             raise GemmaScopeError(f"position must be an integer, not {brief(self.position)}.")
         checked_flag(self.centred, "centred")
         checked_top(self.max_latent_nodes, "max_latent_nodes")
-        checked_real(self.smallest_edge, "smallest_edge", least=0.0)
+        if checked_real(self.smallest_edge, "smallest_edge", least=0.0) >= 1:
+            raise GemmaScopeError(f"smallest_edge must be below 1, not {self.smallest_edge}: it is a share.")
         checked_count(self.budget, "budget")
         if self.batch_size is not None:
             checked_count(self.batch_size, "batch_size")
@@ -114,8 +115,10 @@ def prepared(model: GemmaModel, text: Text, coders: Any, request: Request) -> Pr
     spliced = one_prompt(model, text, exclude, request.attention_mask, positions, "An attribution graph is of")
     inside = spliced.mask[0]
     ids, applied = spliced.ids[0, inside], spliced.spliced[0, inside]
-    at = request.position
-    at = token_row(spliced, at if at >= 0 else int(spliced.length[0]) + at) - int(spliced.start[0])
+    at, length = request.position, int(spliced.length[0])
+    if not -length <= at < length:
+        raise GemmaScopeError(f"No position {at}: the text has 0..{length - 1}, and -1..-{length} from its end.")
+    at = token_row(spliced, at % length) - int(spliced.start[0])
     dtype = None if request.dtype is None else parse_dtype(request.dtype)
     with torch.inference_mode(False):
         frozen = frozen_pass(model, ids, dtype, at)

@@ -86,10 +86,13 @@ def _chosen(frozen: FrozenPass, logits: Any, share: float, probabilities: Tensor
     count = whole_number(logits)
     if count is not None:
         checked_count(count, "logits", most=len(probabilities))
-        share = checked_real(share, "probability", least=0.0)
+        if checked_real(share, "probability", least=0.0) > 1:
+            raise GemmaScopeError(f"probability must be at most 1, not {share}: it is that of several tokens together.")
         top = probabilities.topk(count)
         needed = int((top.values.cumsum(0) < share).sum()) + 1
         return top.indices[:needed].tolist()
+    if isinstance(logits, (bool, float)) or logits is None:
+        raise GemmaScopeError(f"logits takes a number of tokens, or tokens as words or ids; given: {logits!r}.")
     ids: list[int] = []
     for token in [logits] if isinstance(logits, str) else listed(logits):
         ids += [single_token(frozen.model, token)] if isinstance(token, str) else as_indices(token)

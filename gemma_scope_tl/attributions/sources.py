@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gemma_scope_tl.attributions.frozen import FrozenPass
 from gemma_scope_tl.attributions.placing import PlacedCoders, Reader, Written, layer_stage, stage_of
+from gemma_scope_tl.errors import GemmaScopeError
 from gemma_scope_tl.sae.sparse import encode_sparse
 from gemma_scope_tl.sites import Site
 from gemma_scope_tl.weights.ahead import read_ahead
@@ -193,6 +194,9 @@ def sources_of(frozen: FrozenPass, placed: PlacedCoders, applied: Tensor, room: 
         placed: the coders.
         applied: True ``[pos]`` where coders are applied.
         room: number of floats to hold at a time for decoder rows.
+
+    Raises:
+        GemmaScopeError: what a coder reads off or writes is not finite.
     """
     sites = {reader.stage: reader.site for reader in placed.readers} | {one.stage: one.site for one in placed.written}
     tensors = frozen.replay(sites)
@@ -200,6 +204,7 @@ def sources_of(frozen: FrozenPass, placed: PlacedCoders, applied: Tensor, room: 
     count = 0
     for reader in placed.readers:
         entries.append(active_latents(reader, tensors[reader.stage], applied, count))
+        _check_finite(entries[-1].activation, f"activations of {reader.name} at layer {reader.layer}")
         read_ahead(reader.W_dec, entries[-1].latent)
         count += len(entries[-1])
     cuts: dict[int, Cut] = {}
@@ -211,6 +216,7 @@ def sources_of(frozen: FrozenPass, placed: PlacedCoders, applied: Tensor, room: 
         )
         source = tensors[_source_stage(written)]
         error = _error(written, writers, applied, tensors[written.stage], source, room)
+        _check_finite(error, f"values that {placed.names[written.coder]} writes at {written.place.key}")
         cuts[written.stage] = Cut(written, writers, applied, error, count, count + frozen.length)
         count += frozen.length + 1
     raw: dict[int, Raw] = {}
@@ -218,6 +224,12 @@ def sources_of(frozen: FrozenPass, placed: PlacedCoders, applied: Tensor, room: 
         raw[stage] = Raw(stage, layer, vectors, count)
         count += frozen.length
     return Sources(frozen, placed, tuple(entries), cuts, raw, count + 1, room, applied, sites)
+
+
+def _check_finite(found: Tensor, what: str) -> None:
+    """Raise for NaN and infinities, whose edges would be missing from a graph without a word."""
+    if not bool(found.isfinite().all()):
+        raise GemmaScopeError(f"Some {what} are NaN or infinite: check the weights of this coder.")
 
 
 def _raw(frozen: FrozenPass, cuts: dict[int, Cut]) -> Iterator[tuple[int, int | None, Tensor]]:

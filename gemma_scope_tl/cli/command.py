@@ -33,7 +33,12 @@ class Command:
 
     Typer reads the signature of the dataclass as it reads that of a function, and makes an object from the arguments.
     Classes that several verbs inherit from are keyword-only, so that a verb's own options come first in the help.
+
+    Attributes:
+        given: the names of the arguments that the command line has, as opposed to defaults.
     """
+
+    given = tuple[str, ...]()  # without an annotation, so that it is no option
 
     def check(self) -> None:
         """Make the checks that need no expensive import."""
@@ -78,6 +83,10 @@ class Verb(TyperCommand):
             result = super().invoke(ctx)
             if not isinstance(result, Command):  # the verb is a function that has already run
                 return result
+            sources = ((name, ctx.get_parameter_source(name)) for name in ctx.params)
+            result.given = tuple(
+                name for name, source in sources if source is not None and source.name == "COMMANDLINE"
+            )
             ctx.invoke(result.check)  # through the context: a wrong call then names the verb's --help
             return ctx.invoke(result.run)
 

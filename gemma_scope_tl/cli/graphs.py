@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 _LABELS = ("small", "medium", "big")
 _NOTED = 150  # latents with promoted tokens on the page, unless another number is given
 _FILES = "Files"
+_TRACING = (
+    *("model", "sae_model", "site", "layer", "width", "release", "coders", "sae_label", "affine", "series"),
+    *("target", "logits", "budget", "max_nodes", "positions", "notes", "examples", "backend", "device", "dtype"),
+)
+"""Options of making a graph, which a graph that is read already has."""
 
 
 def _site(name: str) -> None:
@@ -128,11 +133,24 @@ class Graph(Command):
             checks.table_file(self.table)
         if self.listed and self.save is None:
             raise typer.BadParameter("--listed enters the file of --save into a menu: give --save")
+        self.check_together()
         if self.read is not None:
             checks.readable(self.read)
             return
         self.rows()
         checks.available(self.device)
+
+    def check_together(self) -> None:
+        """Raise for an option that has no effect beside the others."""
+        given = self.given
+        if self.read is not None and (beside := [name for name in given if name in _TRACING]):
+            raise typer.BadParameter(f"--read takes a graph as it is, so leave out {_options(beside)}")
+        if self.out is None and (beside := [name for name in given if name in ("notes", "examples")]):
+            raise typer.BadParameter(f"{_options(beside)} is for the page: give --out, too")
+        if self.notes == 0 and self.examples:
+            raise typer.BadParameter("--examples adds to the notes on latents, of which --notes 0 has none")
+        if self.target and "logits" in given:
+            raise typer.BadParameter("--target names the next tokens, and --logits counts the likeliest: give one")
 
     def run(self) -> None:
         if self.read is not None:
@@ -156,7 +174,7 @@ class Graph(Command):
         from gemma_scope_tl.registry.listing import select_rows
 
         found = select_rows(
-            None if self.release else registry_name(self.model, self.sae_model),
+            registry_name(self.model, self.sae_model) if self.sae_model or not self.release else None,
             site=self.site or "transcoder",
             layer=self.layer or None,
             width=self.width or None,
@@ -287,6 +305,10 @@ def _rank(row: "SAERow") -> tuple[Any, ...]:
         row.l0,
         row.seed or 0,
     )
+
+
+def _options(names: list[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _named(rows: "list[SAERow]") -> str:

@@ -71,7 +71,11 @@ def write_graph_page(
         raise GemmaScopeError(f"Thresholds are shares between 0 and 1; given: {brief(bad[0])}.")
     limits = checked_count(max_nodes, "max_nodes"), checked_count(max_edges, "max_edges")
     title = f"Attribution graph of {graph.model}" if title is None else title
-    return write_atomically(target, page_html(title, page_data(graph, notes, title, thresholds, *limits)))
+    page = page_html(title, page_data(graph, notes, title, thresholds, *limits))
+    try:
+        return write_atomically(target, page.encode())
+    except UnicodeEncodeError as error:
+        raise GemmaScopeError(f"The graph has text that is not Unicode: {error}.") from error
 
 
 def page_html(title: str, data: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from gemma_scope_tl.attributions.attribution_graph import AttributionGraph
 from gemma_scope_tl.attributions.graph_json import LISTING, OWN, read_graph, write_graph
 from gemma_scope_tl.attributions.graph_records import pair, unpair
 from gemma_scope_tl.errors import GemmaScopeError
+from gemma_scope_tl.viz.graph_page import write_graph_page
 from tests.attribution.example_graph import random_graph, small_graph
 
 SCHEMA = json.loads((Path(__file__).parent / "graph_schema.json").read_text(encoding="utf-8"))
@@ -226,7 +227,13 @@ def test_wrong_files_are_refused_with_their_place(change: Any, said: str, tmp_pa
     assert "wrong.json" in str(raised.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"metadata": 3}'])
+_NOT_UNICODE = b'{"metadata": {"prompt_tokens": ["\\ud800"]}, "nodes": [], "links": []}'
+_TOO_LARGE = b'{"metadata": {"prompt_tokens": [], "seen": 1e999}, "nodes": [], "links": []}'
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", _NOT_UNICODE, _TOO_LARGE, b"\xff\xfe", b"[" * 100_000, b'{"metadata": 3}']
+)
 def test_other_bytes(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(GemmaScopeError, match="is no attribution graph"):
@@ -279,3 +286,11 @@ def test_settings_that_json_lacks_become_text_and_nan_is_refused(tmp_path: Path)
 @given(layer=st.integers(0, 200), index=st.integers(0, 10**8))
 def test_cantor(layer: int, index: int) -> None:
     assert unpair(pair(layer, index)) == (layer, index)
+
+
+def test_text_that_is_not_unicode_is_not_written(tmp_path: Path) -> None:
+    graph = replace(small_graph(), tokens=("a", "b", "\ud800", "d"))
+    for write in (write_graph, write_graph_page):
+        with pytest.raises(GemmaScopeError, match="surrogate"):
+            write(graph, tmp_path / "a.json")
+    assert not list(tmp_path.iterdir())

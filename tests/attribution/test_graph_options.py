@@ -177,7 +177,12 @@ def test_what_cannot_be_a_graph_raises(model: Any, ids: torch.Tensor) -> None:
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"dtype": "bfloat16"}, "float32 or float64"),
         ({"position": 6}, "No position 6"),
+        ({"position": -9}, "No position -9"),
         ({"position": 1.5}, "position must be"),
+        ({"logits": True}, "number of tokens, or tokens"),
+        ({"logits": 2.0}, "number of tokens, or tokens"),
+        ({"probability": 1.5}, "probability must be at most 1"),
+        ({"smallest_edge": 2}, "smallest_edge must be below 1"),
         ({"budget": 0}, "budget"),
         ({"max_latent_nodes": 0}, "max_latent_nodes"),
         ({"centred": "yes"}, "centred"),
@@ -194,3 +199,11 @@ def test_what_cannot_be_a_graph_raises(model: Any, ids: torch.Tensor) -> None:
     doubled = model.hooks([("blocks.1.hook_resid_post", lambda x, hook: 2 * x)])
     with doubled, pytest.raises(GemmaScopeError, match="does not reproduce"):
         gs.attribution_graph(model, ids, sae)
+
+
+@pytest.mark.parametrize("array", ["W_enc", "W_dec", "b_dec", "W_skip"])
+def test_weights_that_are_not_finite_raise(model: Any, ids: torch.Tensor, array: str) -> None:
+    (coder,) = mixtures(model)["clt"]
+    getattr(coder, array)[1].data.fill_(float("nan"))
+    with pytest.raises(GemmaScopeError, match="NaN or infinite"):
+        gs.attribution_graph(model, ids, coder)

@@ -88,3 +88,22 @@ def test_which_coders_are_taken(options: dict[str, Any], ids: list[str]) -> None
 def test_of_several_sites_each_layer_has_one(tmp_path: Path) -> None:
     rows = graphs.Graph("text", model="bundled-gemma3", site=["att", "transcoder"]).rows()
     assert [(row.site, row.layer) for row in rows] == [(s, n) for s in ("att", "transcoder") for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--read", "{}", "--model", "bundled"], "leave out --model"),
+        (["--read", "{}", "--site", "res", "--max-nodes", "3"], "leave out --site, --max-nodes"),
+        (["--read", "{}", "--target", " the"], "leave out --target"),
+        (["--read", "{}", "--out", "a.html", "--notes", "3"], "leave out --notes"),
+        ([TEXT, "--examples", "3"], "--examples is for the page"),
+        ([TEXT, "--out", "a.html", "--notes", "0", "--examples", "3"], "--notes 0"),
+        ([TEXT, "--target", " the", "--logits", "3"], "give one"),
+    ],
+)
+def test_no_option_is_without_effect(options: list[str], said: str, tmp_path: Path) -> None:
+    path = gs.write_graph(random_graph(5, 3, 2, 20), tmp_path / "a.json")
+    words = ["graph", *(one.format(path) for one in options)]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "300"})
+    assert result.exit_code == 2 and said in result.output, result.output
