@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from gemma_scope_tl.registry.schema import SAERow
 
 
-@overload
-def load_latents(
+@overload  # a mapping is an iterable of integers too, and the first overload takes it
+def load_latents(  # pyright: ignore[reportOverlappingOverload]
     release: str,
     sae_id: str,
     latents: Mapping[int, int | Iterable[int]],

@@ -11,8 +11,10 @@ from typing import Any
 from gemma_scope_tl.training.recipe import GEMMA_SCOPE_2
 from scripts.bundled.files import write_text
 
-NAMES = ("lr", "lr_warm_up_steps", "lr_decay", "betas", "batch_size", "l0_warm_up_steps", "init_threshold", "bandwidth")
-NAMES += ("ste_to_input", "l0_penalty", "l0_coefficient", "frequency_coefficient", "frequency_limit", "matryoshka")
+NAMES = (
+    *("lr", "lr_warm_up_steps", "lr_decay", "betas", "batch_size", "l0_warm_up_steps", "init_threshold", "bandwidth"),
+    *("ste_to_input", "l0_penalty", "l0_coefficient", "frequency_coefficient", "frequency_limit", "matryoshka"),
+)
 
 
 def write_card(
