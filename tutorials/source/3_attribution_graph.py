@@ -127,12 +127,11 @@ figure
 # ## Test two edges
 #
 # A graph is a hypothesis until something is changed. `measured_effects` sets a latent to zero and measures what becomes
-# of others, in three ways:
+# of others, in two ways:
 #
 # - `frozen`: with patterns, norms and all other nodes held, the change must be the edge exactly, with its sign reversed.
 # - `model`: the latent is removed in the model itself, and everything behind it is computed anew. Here the prediction
 #   sums over all paths, and the measurement shows how far the frozen picture is true.
-# - `replacement`: between the two. Later latents are computed anew, with their thresholds, and patterns and norms are held.
 #
 # The first edge leads to the latent found above.
 
