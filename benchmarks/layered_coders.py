@@ -149,7 +149,7 @@ def calibrate(model: Any, coder: LayeredCoder, ids: Tensor, l0: int, rounds: int
         _, cache = model.run_with_cache_with_saes(ids, saes=[coder], names_filter=keep, exclude_special_tokens=False)
         for k, layer in enumerate(coder.layers):
             pre = cache[model.get_sae_hook_name(coder, "hook_sae_acts_pre", layer=layer)]
-            found = pre.flatten().topk(firing + 1).values[-1]
+            found = pre.flatten().topk(firing + 1).values[-2:].mean()  # between two, so that none is on the threshold
             coder.threshold[k].fill_(max(float(found), 1e-3))
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gemma_scope_tl.counts import whole_number
 from gemma_scope_tl.errors import SeveralLayersError, SpliceError, unknown_name
 from gemma_scope_tl.sae.planes import written_planes
 from gemma_scope_tl.sae.provenance import Marks, marks_of
@@ -80,7 +81,7 @@ class LayeredCoder(nn.Module):
         if kind not in LAYERED_KINDS:
             raise unknown_name("kind of layered coder", kind, LAYERED_KINDS)
         self.kind: LayeredKind = kind
-        self.layers = tuple(layers)
+        self.layers = _checked_layers(layers)
         self.model_name, self.family, self.l0 = model_name, family, l0
         self._row: SAERow | None = None
         self._marks: Marks | bool | None = None
@@ -88,12 +89,12 @@ class LayeredCoder(nn.Module):
             _parameters(arrays) for arrays in (W_enc, b_enc, threshold, W_dec, b_dec)
         )
         self.W_skip = None if W_skip is None else _parameters(W_skip)
+        if not len(self.W_enc) or not len(self.b_dec) or self.W_enc[0].ndim != 2 or self.b_dec[0].ndim != 1:
+            raise SpliceError(f"A {kind} takes a list of tensors, one for each layer, as W_enc, b_dec and so on.")
         self._check_shapes()
 
     def _check_shapes(self) -> None:
         count, d_in, d_out = len(self.layers), self.d_in, self.d_out
-        if list(self.layers) != sorted(set(self.layers)) or not self.layers or self.layers[0] < 0:
-            raise SpliceError(f"The layers of a layered coder ascend from 0 on; given: {list(self.layers)}.")
         for k in range(count):
             m = self.W_enc[k].shape[-1]
             expected = {
@@ -209,7 +210,12 @@ class LayeredCoder(nn.Module):
 
         Returns:
             ``[..., d_out]``, without ``b_dec``.
+
+        Raises:
+            SpliceError: no such layer is written.
         """
+        if not 0 <= j <= k < len(self.layers):
+            raise SpliceError(f"Layer j writes the layers k with j <= k < {len(self.layers)}; given: j={j}, k={k}.")
         return written_planes(acts, self.W_dec[j], k - j, k - j + 1)[0]
 
     def decode_at(self, k: int, acts: Sequence[SparseActs | Tensor], x: Tensor | None = None) -> Tensor:
@@ -219,7 +225,14 @@ class LayeredCoder(nn.Module):
             k: the layer that is written.
             acts: the latents of the layers up to ``k``; later ones are not used.
             x: the input of layer ``k``, which only coders with skip connections need.
+
+        Raises:
+            SpliceError: no such layer, too few latents, or a missing input.
         """
+        if len(acts) <= k:
+            raise SpliceError(f"Output {k} needs the latents of {k + 1} layers; given: {len(acts)}.")
+        if self.W_skip is not None and x is None:
+            raise SpliceError(f"{self.name} has skip connections: give the input of the layer, too.")
         out = self.written_by(0, acts[0], k)
         for j in range(1, k + 1):
             out = out + self.written_by(j, acts[j], k)
@@ -308,6 +321,14 @@ class LayeredCoder(nn.Module):
     def decoder_rows(self, k: int, latents: Tensor) -> Tensor:
         """``[n, K - k, d_out]``: what latents of layer ``layers[k]`` write at that layer and the later ones."""
         return self.W_dec[k][latents]
+
+
+def _checked_layers(given: Sequence[int]) -> tuple[int, ...]:
+    numbers = [whole_number(one) for one in given]
+    layers = tuple(one for one in numbers if one is not None)
+    if len(layers) < len(numbers) or not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
+        raise SpliceError(f"The layers of a layered coder ascend from 0 on; given: {list(given)}.")
+    return layers
 
 
 def _parameters(arrays: Sequence[Tensor], like: nn.ParameterList | None = None) -> nn.ParameterList:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 import gemma_scope_tl as gs
-from gemma_scope_tl.errors import GemmaScopeError, UnknownNameError
+from gemma_scope_tl.errors import GemmaScopeError, SpliceError, UnknownNameError
 from gemma_scope_tl.interp.examples import top_examples
 from gemma_scope_tl.registry import resolve
 from gemma_scope_tl.release.export import export_suite
@@ -16,6 +17,7 @@ from gemma_scope_tl.sae.access import locate
 from gemma_scope_tl.sae.layered import LayeredCoder
 from gemma_scope_tl.verification.sample import candidates
 from tests.helpers import hooked, random_gemma, random_layered
+from tests.layered_files import KINDS
 
 TEXT = "a word"
 REFUSED: dict[str, Callable[[Any, LayeredCoder], Any]] = {
@@ -53,3 +55,24 @@ def test_rows_where_one_layer_is_needed() -> None:
     assert {one.layers for one in kept} == {None}
     name = "gemma_scope_tl/gemma-scope-2-1b-pt-clt"
     assert not {name, row.release} & set(gs.register_with_sae_lens())
+
+
+def test_wrong_layers_and_missing_inputs() -> None:
+    arrays = KINDS["clt-affine"].arrays()
+    given = [[torch.tensor(one[name]) for one in arrays] for name in ("w_enc", "b_enc", "threshold", "w_dec", "b_dec")]
+    given[3] = [planes[:, k:] for k, planes in enumerate(given[3])]
+    skips = [torch.tensor(one["affine_skip_connection"]) for one in arrays]
+    coder = LayeredCoder("clt", range(4), *given, W_skip=skips)  # pyright: ignore
+    inputs = [torch.ones(2, 24)] * 4
+    acts = coder.encode(inputs)
+    for call, said in (
+        (lambda: coder.decode(acts), "need the inputs"),
+        (lambda: coder.decode(acts[:2], inputs), "needs the latents of 3 layers"),
+        (lambda: coder.written_by(3, acts[3], 1), "j <= k < 4"),
+        (lambda: coder.decode_at(-1, acts, inputs[0]), "j <= k < 4"),
+        (lambda: coder(inputs[:2]), "inputs given: 2"),
+        (lambda: LayeredCoder("clt", (0, 1.5, 2, 3), *given), "ascend from 0"),  # pyright: ignore
+        (lambda: LayeredCoder("clt", (0,), [], [], [], [], []), "takes a list of tensors"),
+    ):
+        with pytest.raises(SpliceError, match=said):
+            call()
