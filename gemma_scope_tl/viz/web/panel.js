@@ -170,7 +170,7 @@ function overview() {
   const found = state.query ? [...now.found] : [];
   return [
     make("h2", {}, "Overview"),
-    facts([["model", make("code", {}, data.model)], ["prompt", visible(data.text)], ["nodes", counted(data.counts.nodes)], ["edges", counted(data.counts.edges)]]),
+    facts([["model", make("code", {}, data.model)], ["prompt", make("div", { class: "prompt", tabindex: "0" }, visible(data.text))], ["nodes", counted(data.counts.nodes)], ["edges", counted(data.counts.edges)]]),
     ...data.left_out.map((text) => make("p", { class: "warn" }, text)),
     data.checks ? make("p", { class: "soft" }, data.checks) : null,
     ...(state.query ? [make("h3", {}, `Found (${found.length})`), nodeList(found.slice(0, 60))] : []),
