@@ -59,6 +59,12 @@ class DensePass:
     """The :class:`~gemma_scope_tl.training.stack.Pass` of one member of the stack."""
 
     def __init__(self, weights: Weights, member: Member, batch: Batch) -> None:
+        self._begin(weights, member, batch)
+        partial = batch.x.new_zeros(len(batch.x), len(member.segments), weights.dec.shape[1])
+        self._forward(partial)
+        self._residuals(partial, weights)
+
+    def _begin(self, weights: Weights, member: Member, batch: Batch) -> None:
         self.members: Sequence[Member] = [member]
         self.batch, self.member = batch, member
         self.enc, self.dec = weights.enc[member.rows], weights.dec[member.rows]
@@ -67,12 +73,14 @@ class DensePass:
         self.bias = weights.b_enc[member.rows]
         if batch.centred:
             self.bias = self.bias - self.enc @ self.b_dec_old
-        n, shard = batch.x.shape[0], batch.shard
-        partial = batch.x.new_zeros(n, len(member.segments), weights.dec.shape[1])
+
+    def _forward(self, partial: Tensor) -> None:
+        """Add what the latents of each segment write to ``partial [rows, segments, d_out]``, and count."""
+        n, member, batch = len(self.batch.x), self.member, self.batch
         self.l0 = batch.x.new_zeros(n)
         entries = self.l0.new_zeros((), dtype=torch.int64)
         self.kept: dict[int, Tensor] = {}
-        self.active: dict[int, _Active] = {}  # of blocks whose pre-activations are kept
+        self.sparse_blocks: dict[int, _Active] = {}  # of blocks whose pre-activations are kept
         whole = self._space(min(KEPT_BYTES // batch.x.element_size(), n * len(self.theta)))
         space = self._space(2 * n * self._block_size())
         for segment, at in self._blocks():
@@ -90,14 +98,19 @@ class DensePass:
                 starts = ops.starts_of(counts.long())
                 partial[:, segment] += ops.weighted_rows(starts, active.latent, active.f, self.dec[at])
                 if keep:
-                    self.active[at.start] = active
+                    self.sparse_blocks[at.start] = active
             else:
                 partial[:, segment].addmm_(on.mul_(z), self.dec[at])
+        self.entries = entries.double() * (n / min(n, SAMPLE_ROWS))
+
+    def _residuals(self, partial: Tensor, weights: Weights) -> None:
+        """Compute the gradients of the squared error at the reconstructions, and the sums that a step reports."""
+        batch, member, shard = self.batch, self.member, self.batch.shard
         partial = shard.sum_latents(partial)
         add_skip_(partial, member, weights, batch.x)
         self.g_out, squares = residuals_(partial, self.b_dec_old, batch.y, batch.n)
         squares = squares.double()
-        counts = shard.sum_latents(torch.stack([self.l0.double().sum(), entries.double() * (n / min(n, SAMPLE_ROWS))]))
+        counts = shard.sum_latents(torch.stack([self.l0.double().sum(), self.entries]))
         self.sums = shard.sum_data(torch.cat([squares[-1:], squares.mean().view(1), counts]).unsqueeze(0))
 
     def _block_size(self) -> int:
@@ -125,16 +138,24 @@ class DensePass:
     def backward(self, prices: Sequence[Prices]) -> None:
         """Keep the prices, and compute the direct part of the gradient of ``b_dec``; the blocks add the rest."""
         (self.prices,) = prices
+        self.row_prices = self._row_prices()
+        self.b_dec, self.skip = self._direct_gradients()
+        zeros = torch.zeros_like(self.theta)
+        self.vectors = Vectors(zeros, zeros.clone(), zeros.clone(), zeros.clone())
+        if self.sparse_blocks:
+            self.sorted, self.starts = _Active.join(self.sparse_blocks).by_latent(len(self.theta))
+
+    def _row_prices(self) -> Tensor:
+        """The L0 penalty's price for each activation, ``[rows]``."""
         l0 = self.l0
         if self.prices.around is not None:
             l0 = self.batch.shard.sum_latents(l0.clone())
-        self.row_prices = self.prices.of_rows(l0, self.batch.n)
-        self.b_dec = self.batch.shard.sum_data(self.g_out[:, 0].sum(0, keepdim=True))
-        self.skip: Sequence[Tensor | None] = [skip_gradient(self.member, self.batch, self.g_out[:, 0])]
-        zeros = torch.zeros_like(self.theta)
-        self.vectors = Vectors(zeros, zeros.clone(), zeros.clone(), zeros.clone())
-        if self.active:
-            self.sorted, self.starts = _Active.join(self.active).by_latent(len(self.theta))
+        return self.prices.of_rows(l0, self.batch.n)
+
+    def _direct_gradients(self) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """The gradients of what is added to reconstructions without latents: ``b_dec``, and a skip path."""
+        b_dec = self.batch.shard.sum_data(self.g_out[:, 0].sum(0, keepdim=True))
+        return b_dec, [skip_gradient(self.member, self.batch, self.g_out[:, 0])]
 
     def chunks(self, member: int) -> Iterator[Chunk]:
         """See :class:`~gemma_scope_tl.training.stack.Pass`."""
@@ -163,7 +184,7 @@ class DensePass:
 
         If the active entries are many, return None and write their mask to ``on``.
         """
-        if at.start in self.active:
+        if at.start in self.sparse_blocks:
             starts = self.starts[at.start : at.stop + 1]
             first, last = int(starts[0]), int(starts[-1])
             return _Active(*(values[first:last] for values in self.sorted)), starts - first

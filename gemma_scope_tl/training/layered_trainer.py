@@ -22,7 +22,7 @@ from gemma_scope_tl.training.optimizer import (
     on_sphere_,
     update_rows_,
 )
-from gemma_scope_tl.training.place import moved_latents
+from gemma_scope_tl.training.place import DENSE_ENTRIES, moved_latents
 from gemma_scope_tl.training.shard import WHOLE, Shard
 from gemma_scope_tl.training.window import Window, check_state
 
@@ -39,7 +39,8 @@ class LayeredTrainer:
     (:meth:`LayeredSpec.target_at`), and rows of unit length are those of
     :mod:`~gemma_scope_tl.training.layered_stack`.
 
-    A step costs what its active latents cost, and the products of the encoders. The same batches give the same bits
+    A step costs what its active latents cost, and the products of the encoders. For layers of which many latents were
+    near or above their thresholds in the step before, all is dense products. The same batches give the same bits
     with the same number of threads.
 
     Attributes:
@@ -51,6 +52,7 @@ class LayeredTrainer:
         steer: the sparsity coefficient.
         windows: the counts of each layer since the last report.
         l0_start: the target L0 of the first step; None where it does not fall.
+        entries: for each layer the share of pre-activations above the kernel's lower end in the last step.
         steps_done: number of steps done.
     """
 
@@ -96,6 +98,7 @@ class LayeredTrainer:
         self.steer = Lambda(spec.recipe, spec.target_l0, total_steps)
         self.windows = [Window(own, self.device) for _ in spec.layers]
         self.l0_start = spec.l0_start
+        self.entries = [1.0] * count
         self.steps_done = 0
         self._started = False
 
@@ -134,7 +137,8 @@ class LayeredTrainer:
         """
         x, y = self._checked(x, y)
         self._start(y)
-        found = LayeredPass(self.weights, self.member, x, y, centred=not self.spec.is_transcoder, shard=self.shard)
+        dense, centred = [share > DENSE_ENTRIES for share in self.entries], not self.spec.is_transcoder
+        found = LayeredPass(self.weights, self.member, x, y, dense=dense, centred=centred, shard=self.shard)
         if not math.isfinite(found.loss + float(found.squares.sum())):
             raise GemmaScopeError(
                 f"Step {self.steps_done}: the loss of {self.spec.name} is not finite. Nothing was changed."
@@ -189,6 +193,7 @@ class LayeredTrainer:
         if len(found.skip):
             adam_(self.weights.skip, self._moments("skip"), found.skip, rate)
         self.steer.update(self.steps_done, sum(active) / n)
+        self.entries = [count / (n * self.spec.width) for count in found.entries.tolist()]
 
     def _update_layer(self, j: int, each: LayerPass, rate: Rate) -> None:
         layer = self.weights.layers[j]
@@ -244,7 +249,7 @@ class LayeredTrainer:
         """
         found = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in self._live().items()}
         start = 0.0 if self.l0_start is None else self.l0_start
-        found[_STEERING] = torch.tensor((self.steer.base, self.steer.error, start), dtype=torch.float64)
+        found[_STEERING] = torch.tensor((self.steer.base, self.steer.error, start, *self.entries), dtype=torch.float64)
         found[_STEPS] = torch.tensor(self.steps_done)
         return found
 
@@ -257,11 +262,14 @@ class LayeredTrainer:
         """
         live = self._live()
         expected = {name: (value.shape, value.dtype) for name, value in live.items()}
-        expected |= {_STEERING: (torch.Size((3,)), torch.float64), _STEPS: (torch.Size(()), torch.int64)}
+        expected |= {
+            _STEERING: (torch.Size((3 + len(self.entries),)), torch.float64),
+            _STEPS: (torch.Size(()), torch.int64),
+        }
         check_state(state, expected)
         for name, value in live.items():
             value.copy_(state[name])
-        self.steer.base, self.steer.error, start = state[_STEERING].tolist()
+        self.steer.base, self.steer.error, start, *self.entries = state[_STEERING].tolist()
         self.l0_start = start or None
         self.steps_done = int(state[_STEPS])
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gemma_scope_tl.errors import GemmaScopeError
-from gemma_scope_tl.training import optimizer
+from gemma_scope_tl.training import dense_pass, layered_trainer, optimizer
 from gemma_scope_tl.training.layered_spec import LayeredSpec
 from gemma_scope_tl.training.layered_trainer import LayeredTrainer
 from gemma_scope_tl.training.recipe import Recipe
@@ -146,7 +146,9 @@ def test_a_divided_run_is_the_undivided_one(kind: str, skip: bool, axis: str) ->
             assert row[key] == (pytest.approx(value, rel=1e-8) if isinstance(value, float) else value), key
 
 
-def test_a_resumed_run_has_the_same_bits() -> None:
+def test_a_resumed_run_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the choice of the passes differs between layers and steps: it is part of the state."""
+    monkeypatch.setattr(layered_trainer, "DENSE_ENTRIES", 0.25)
     x, y = _data("clt")
     spec = replace(_spec("clt", TOGETHER, skip=True), l0_start=None)
     straight, stopped = _trainer(spec), _trainer(spec)
@@ -189,11 +191,20 @@ CASES: list[Any] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("dense_from", "few"), [(0.0, 0.0), (0.0, 2.0), (0.25, 0.2), (2.0, 0.0)], ids=["dense", "few", "mixed", "sparse"]
+)
 @pytest.mark.parametrize(("kind", "recipe", "skip"), CASES)
-def test_fifty_steps(kind: str, recipe: Recipe, skip: bool) -> None:
+def test_fifty_steps(kind: str, recipe: Recipe, skip: bool, dense_from: float, few: float) -> None:
     """Sums in another order differ by some 1e-16 a step, and Adam divides small numbers by small numbers."""
     x, y = _data(kind)
-    with patch.object(optimizer, "CHUNK_BYTES", {"cpu": 8 * D_IN * 4}):
+    with (
+        patch.object(layered_trainer, "DENSE_ENTRIES", dense_from),
+        patch.object(dense_pass, "BLOCK_BYTES", {"cpu": 8 * BATCH * 8}),
+        patch.object(dense_pass, "ACTIVE_ENTRIES", few),
+        patch.object(dense_pass, "KEPT_BYTES", 8 * BATCH * 8),  # one block is kept, the others are computed again
+        patch.object(optimizer, "CHUNK_BYTES", {"cpu": 8 * D_IN * 4}),
+    ):
         trainer = _trainer(_spec(kind, recipe, skip=skip))
         start = _arrays(trainer)
         oracle = LayeredOracle(start, recipe, (14.0, 6.0, 20), STEPS, centred=kind == "crosscoder")
