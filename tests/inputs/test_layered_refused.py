@@ -66,7 +66,7 @@ def test_wrong_layers_and_missing_inputs() -> None:
     inputs = [torch.ones(2, 24)] * 4
     acts = coder.encode(inputs)
     for call, said in (
-        (lambda: coder.decode(acts), "need the inputs"),
+        (lambda: coder.decode(acts), "give the input"),
         (lambda: coder.decode(acts[:2], inputs), "needs the latents of 3 layers"),
         (lambda: coder.written_by(3, acts[3], 1), "j <= k < 4"),
         (lambda: coder.decode_at(-1, acts, inputs[0]), "j <= k < 4"),
