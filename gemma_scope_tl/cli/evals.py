@@ -1,7 +1,7 @@
 """``gemma-scope eval``: the paper's metrics of several SAEs on the same tokens."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -31,6 +31,8 @@ class Evaluate(SeveralSAEs):
         gemma-scope eval --model gemma-2-2b --layer 12 --site mlp --site transcoder --data texts.jsonl --out t.parquet
     """
 
+    takes_layered: ClassVar[bool] = True
+
     site: Annotated[
         list[str] | None,
         typer.Option(
@@ -50,6 +52,7 @@ class Evaluate(SeveralSAEs):
     def run(self) -> None:
         model = self.load_model()
         from gemma_scope_tl.evals.suite import evaluate
+        from gemma_scope_tl.sites import LAYERED_SITES
 
         suite, tokens = self.suite(model), self.tokens(model)
         table = evaluate(
@@ -64,4 +67,5 @@ class Evaluate(SeveralSAEs):
         if self.out is not None:
             write_table(table, self.out)
         title = f"{len(suite)} SAEs on {tokens.shape[0]} x {tokens.shape[1]} tokens"
-        print_frame(table, title, self.as_json, None if self.by_position else SHOWN)
+        layers = ("layer",) if LAYERED_SITES.keys() & set(table["site"]) else ()
+        print_frame(table, title, self.as_json, None if self.by_position else (*SHOWN[:2], *layers, *SHOWN[2:]))
