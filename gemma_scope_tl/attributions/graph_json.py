@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_scope_tl.attributions.attribution_graph import CHECKS, COLUMNS, AttributionGraph
-from gemma_scope_tl.attributions.graph_records import node_records, plain_values, row_of
+from gemma_scope_tl.attributions.graph_records import as_read, node_records, plain_values, row_of
 from gemma_scope_tl.errors import GemmaScopeError, brief
 from gemma_scope_tl.files import checked_path, replace_files
 
@@ -139,7 +139,7 @@ def _content(graph: AttributionGraph, metadata: dict[str, Any]) -> dict[str, Any
     view = settings.pop("qParams", {})
     records = node_records(graph.nodes, graph.tokens)
     held: Mapping[str, Any] = imported.get("nodes", {})
-    records = [{**record, **held.get(record["node_id"], {})} for record in records]
+    records = [as_read(record, held.get(record["node_id"], {})) for record in records]
     own = {
         "format": _FORMAT,
         "imported": bool(imported),

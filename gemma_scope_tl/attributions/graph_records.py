@@ -137,6 +137,14 @@ def _logit_label(token: str, probability: float | None) -> str:
     return token if "(p=" in token else f'Output "{token}" (p={probability or 0.0:.3f})'
 
 
+def as_read(record: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the fields that another program's file had; a latent's label that was changed since stays."""
+    joined = {**record, **held}
+    if record["feature_type"] == LATENT and record["clerp"] != (held.get("clerp") or ""):
+        joined["clerp"] = record["clerp"]
+    return joined
+
+
 def row_of(record: Mapping[str, Any], schema: int) -> dict[str, Any]:
     """The row of ``nodes`` for a record that another program wrote, apart from its influence.
 

@@ -142,6 +142,8 @@ def test_files_of_others_are_read_and_written_back(tmp_path: Path) -> None:
     content["qParams"]["supernodes"][1][0] = "a (2)"
     assert again.pop("links") and again == {k: v for k, v in content.items() if k != "links"}
     _equal(read_graph(path), graph)
+    graph.nodes.loc[1, "label"] = "another label"
+    assert _written(graph, path)["nodes"][1]["clerp"] == "another label"
 
 
 def test_what_a_viewer_changed_is_read(tmp_path: Path) -> None:

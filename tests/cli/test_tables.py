@@ -32,6 +32,7 @@ VERBS: list[tuple[str, ...]] = [
     ("attribute", "In the beginning God created the heaven and the", "--target", " earth"),
     ("graph", "God said unto\nthem, 日本語", "--layer", "2"),
     ("eval", "--site", "res", "--layer", "2", *SMALL),
+    ("eval", "--model", "bundled-gemma3", "--site", "clt", *SMALL),
     ("eval", "--layer", "2", "--canonical", "--by-position", "--rows", "1", "--context", "8"),
     ("study", "fidelity", "--canonical", *SMALL),
     ("study", "position", "--layer", "2", "--canonical", *SMALL),
