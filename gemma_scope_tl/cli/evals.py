@@ -26,7 +26,7 @@ class Evaluate(SeveralSAEs):
 
         gemma-scope eval --model gemma-2-2b --width 16k --canonical --rows 512 --context 1024 --resume cache/
 
-        gemma-scope eval --model gemma-3-270m --site clt --width 262k --sae-label medium
+        gemma-scope eval --model bundled-gemma3 --site clt --rows 64
 
         gemma-scope eval --model gemma-2-2b --layer 12 --site mlp --site transcoder --data texts.jsonl --out t.parquet
     """
