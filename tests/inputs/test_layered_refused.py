@@ -67,10 +67,10 @@ def test_wrong_layers_and_missing_inputs() -> None:
     acts = coder.encode(inputs)
     for call, said in (
         (lambda: coder.decode(acts), "give the input"),
-        (lambda: coder.decode(acts[:2], inputs), "needs the latents of 3 layers"),
+        (lambda: coder.decode(acts[:2], inputs), "takes latents of its 4 layers"),
         (lambda: coder.written_by(3, acts[3], 1), "j <= k < 4"),
         (lambda: coder.decode_at(-1, acts, inputs[0]), "j <= k < 4"),
-        (lambda: coder(inputs[:2]), "inputs given: 2"),
+        (lambda: coder(inputs[:2]), "a tensor for each; given: 2"),
         (lambda: LayeredCoder("clt", (0, 1.5, 2, 3), *given), "ascend from 0"),  # pyright: ignore
         (lambda: LayeredCoder("clt", (0,), [], [], [], [], []), "takes a list of tensors"),
     ):
