@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from gemma_scope_tl.errors import SpliceError, unknown_name
-from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, Scale, SteerLatents, SteerRows
+from gemma_scope_tl.interventions.hooks import Ablate, Clamp, Intervention, LatentEdit, Scale, SteerLatents, SteerRows
 from gemma_scope_tl.interventions.layered import LayeredLatents, Pairs, edit_layered, steer_layered
 from gemma_scope_tl.interventions.numbers import Numbers, mean_norm_at, one_for_each
 from gemma_scope_tl.model.positions import Positions
@@ -184,12 +184,7 @@ def clamp(
         UnknownNameError: for an unknown ``on``, or a latent that was not loaded.
     """
     where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
-    if isinstance(sae, LayeredCoder):
-        several = _layered(sae, latents, layers, on)
-        return edit_layered(several, Clamp, one_for_each(value, several.chosen, "value"), on, where)
-    name, chosen = _edit(sae, latents, on, layers)
-    numbers = one_for_each(value, chosen, "value")
-    return name, Clamp(sae, chosen, numbers, on_features=on == "features", **where)
+    return _edit(Clamp, sae, latents, ("value", value), on, layers, where)
 
 
 @overload
@@ -234,12 +229,7 @@ def scale(
         SpliceError, UnknownNameError: as :func:`clamp`.
     """
     where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
-    if isinstance(sae, LayeredCoder):
-        several = _layered(sae, latents, layers, on)
-        return edit_layered(several, Scale, one_for_each(factor, several.chosen, "factor"), on, where)
-    name, chosen = _edit(sae, latents, on, layers)
-    numbers = one_for_each(factor, chosen, "factor")
-    return name, Scale(sae, chosen, numbers, on_features=on == "features", **where)
+    return _edit(Scale, sae, latents, ("factor", factor), on, layers, where)
 
 
 @overload
@@ -279,14 +269,26 @@ def ablate(
         SpliceError, UnknownNameError: as :func:`clamp`.
     """
     where: dict[str, Any] = {"positions": positions, "exclude_special_tokens": exclude_special_tokens}
+    return _edit(Ablate, sae, latents, None, on, layers, where)
+
+
+def _edit(
+    kind: type[LatentEdit],
+    sae: SAEOrLatents | LayeredCoder,
+    latents: Any,
+    given: tuple[str, Numbers] | None,
+    on: On,
+    layers: Any,
+    where: dict[str, Any],
+) -> Any:
+    """The hook of an edit of this kind, with the name and values of its numbers if it takes some; or several hooks."""
     if isinstance(sae, LayeredCoder):
-        return edit_layered(_layered(sae, latents, layers, on), Ablate, None, on, where)
-    name, chosen = _edit(sae, latents, on, layers)
-    return name, Ablate(sae, chosen, on_features=on == "features", **where)
-
-
-def _edit(sae: SAEOrLatents, latents: Any, on: On, layers: Any) -> tuple[str, list[int]]:
-    return _hook_name(sae, on, reads=True, layers=layers), chosen_latents(sae, latents)
+        several = _layered(sae, latents, layers, on)
+        numbers = None if given is None else one_for_each(given[1], several.chosen, given[0])
+        return edit_layered(several, kind, numbers, on, where)
+    name, chosen = _hook_name(sae, on, reads=True, layers=layers), chosen_latents(sae, latents)
+    numbers = () if given is None else (one_for_each(given[1], chosen, given[0]),)
+    return name, kind(sae, chosen, *numbers, on_features=on == "features", **where)
 
 
 def _layered(coder: LayeredCoder, latents: Any, layers: Any, on: On) -> LayeredLatents:

@@ -141,16 +141,9 @@ class CoderConfig:
         Raises:
             WeightsError: when the two contradict each other.
         """
-        said = {"d_sae": self.width, "transcoder": self.is_transcoder, "skip": self.affine}
-        off = [
-            f"{name} {value}, should be {getattr(expected, name)}"
-            for name, value in said.items()
-            if value is not None and getattr(expected, name) not in (None, value)
-        ]
-        if off:
-            raise weights_error(self.source, f"has {'; '.join(off)} according to {expected.said_by}", CHECK)
-        known: dict[str, Any] = {name: value for name, value in said.items() if getattr(expected, name) is None}
-        return replace(expected, **known, said_by=f"{expected.said_by} or {CONFIG_NAME}")
+        return completed(
+            expected, {"d_sae": self.width, "transcoder": self.is_transcoder, "skip": self.affine}, self.source
+        )
 
     def check_row(self, row: SAERow) -> None:
         """Raise :class:`WeightsError` with every contradiction to a registry row, apart from sizes and kind."""
@@ -191,6 +184,23 @@ def said_values(raw: dict[str, Any], source: Path) -> dict[str, Any]:
     width, l0 = _width(raw.get("width"), source), _l0(raw.get("l0"), source)
     names = ("reads", "writes", "kind", "affine", "width", "l0", "model", "family")
     return dict(zip(names, (reads, writes, kind, affine, width, l0, named, family), strict=True))
+
+
+def completed(expected: Expected, said: dict[str, Any], source: Path) -> Expected:
+    """``expected``, completed with what a file says.
+
+    Raises:
+        WeightsError: when the two contradict each other.
+    """
+    off = [
+        f"{name} {value}, should be {getattr(expected, name)}"
+        for name, value in said.items()
+        if value is not None and getattr(expected, name) not in (None, value)
+    ]
+    if off:
+        raise weights_error(source, f"has {'; '.join(off)} according to {expected.said_by}", CHECK)
+    known: dict[str, Any] = {name: value for name, value in said.items() if getattr(expected, name) is None}
+    return replace(expected, **known, said_by=f"{expected.said_by} or {CONFIG_NAME}")
 
 
 def spans_layers(said: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_scope_tl.families import Family, bare_name, families, family_named, named_family
 from gemma_scope_tl.sites import LAYERED_SITES
 from gemma_scope_tl.weights.checks import CONFIG_NAME, Expected, weights_error
-from gemma_scope_tl.weights.coder_config import CHECK, SEVERAL, module_hooks, said_values, spans_layers
+from gemma_scope_tl.weights.coder_config import CHECK, SEVERAL, completed, module_hooks, said_values, spans_layers
 from gemma_scope_tl.weights.safetensors_file import read_json
 
 if TYPE_CHECKING:
@@ -105,16 +105,7 @@ class LayersConfig:
         Raises:
             WeightsError: when the two contradict each other.
         """
-        said = {"d_sae": self.width, "skip": self.affine}
-        off = [
-            f"{name} {value}, should be {getattr(expected, name)}"
-            for name, value in said.items()
-            if value is not None and getattr(expected, name) not in (None, value)
-        ]
-        if off:
-            raise weights_error(self.source, f"has {'; '.join(off)} according to {expected.said_by}", CHECK)
-        known: dict[str, Any] = {name: value for name, value in said.items() if getattr(expected, name) is None}
-        return replace(expected, **known, said_by=f"{expected.said_by} or {CONFIG_NAME}")
+        return completed(expected, {"d_sae": self.width, "skip": self.affine}, self.source)
 
     def check_layers(self, layers: Sequence[int], said_by: str) -> None:
         """Raise :class:`WeightsError` if the file names other layers than these; "all" are those from 0 on."""
